@@ -65,7 +65,7 @@ def draw(results: list[Row]) -> bytes:
             axes.set_title(f"{result['processor']}\n{steps}{gain}", fontsize=10)
             if axes.get_subplotspec().is_first_col():
                 axes.set_ylabel("tokens per CPU second (higher is better)")
-        return chart.svg(of=digest(results))
+        return chart.svg(source=digest(results))
 
 
 def main() -> None:

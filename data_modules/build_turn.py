@@ -43,7 +43,7 @@ def folder_to_build(target: Path) -> Path | None:
         OSError: nothing can be written there.
     """
     watched: tuple[int, float] | None = None
-    since, delay, told = time.monotonic(), 0.02, False
+    since, delay, has_warned = time.monotonic(), 0.02, False
     while not target.is_dir():
         number = _newest(target)
         newest = _place(target, number)
@@ -55,20 +55,20 @@ def folder_to_build(target: Path) -> Path | None:
             watched, since = (number, touched), time.monotonic()
         killed = number > 0 and _was_killed(newest)
         if number == 0 or killed or time.monotonic() - since > SILENCE:
-            own = _place(target, number + 1)
+            folder = _place(target, number + 1)
             try:
-                own.mkdir()
+                folder.mkdir()
             except FileExistsError:  # another process was faster
                 continue
             if target.is_dir():  # the previous builder has just finished
-                own.rmdir()
+                folder.rmdir()
                 break
             if killed:
                 shutil.rmtree(newest, ignore_errors=True)
-            return own
-        if not told:
+            return folder
+        if not has_warned:
             log.warning("another process builds %s: waiting for it", target)
-            told = True
+            has_warned = True
         time.sleep(delay)
         delay = min(2.0, 1.5 * delay)
     return None
@@ -77,10 +77,10 @@ def folder_to_build(target: Path) -> Path | None:
 @contextmanager
 def alive(folder: Path) -> Iterator[None]:
     """Shows other processes that a claimed folder's builder lives, while the block runs."""
-    over = threading.Event()
+    finished = threading.Event()
 
     def beat() -> None:
-        while not over.wait(BEAT):
+        while not finished.wait(BEAT):
             with suppress(OSError):
                 os.utime(folder)
 
@@ -90,7 +90,7 @@ def alive(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         thread.join()
         (folder / _MACHINE).unlink(missing_ok=True)
         if lock is not None:

@@ -25,25 +25,24 @@ STALE_SECONDS = 600.0
 """Seconds without a sign of life after which the remains of a build are removed."""
 
 
-def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """The given cache folder, else ``$MTP_LIGHTNING_CACHE``, else ``~/.cache/mtp-lightning``."""
-    chosen = given or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning"
-    return Path(chosen).expanduser()
+    return Path(folder or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning").expanduser()
 
 
-def cache_key(path: Path, known: str) -> str:
+def cache_key(path: Path, options: str) -> str:
     """The cache key of a file, or of a folder and the folders in it: two hex digests,
     ``PATH-STATE``. The state has the files' names, sizes and times. Any change of a file changes
     its time ctime, which no program can set.
 
     Args:
         path: the file or folder.
-        known: everything else that the cached content depends on.
+        options: everything else that the cached content depends on.
     """
     path = path.resolve()
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
     states = [(str(f.relative_to(path)), *stamp(f.stat())) for f in files if f.is_file()]
-    texts = str(path), json.dumps([states, known])
+    texts = str(path), json.dumps([states, options])
     return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
@@ -123,13 +122,13 @@ def _remove_stale(folder: Path) -> None:
     Neither the builder's host nor its process is looked up: containers may share a host name
     without seeing each other's processes.
     """
-    found = list(folder.glob(".*.building-*"))
-    if not found:
+    builds = list(folder.glob(".*.building-*"))
+    if not builds:
         return
     # The disk's clock: hosts that share a disk may have different clocks.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
-        now = os.stat(new).st_mtime
-    for path in found:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as probe:
+        now = os.stat(probe).st_mtime
+    for path in builds:
         with suppress(FileNotFoundError):  # finished just now
             if path.stat().st_mtime < now - STALE_SECONDS:
                 log.info("removing the remains of a killed build: %s", path)

@@ -37,21 +37,21 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
     Raises:
         OSError: if the file cannot be read.
     """
-    found = path.stat()
-    before = stamp(found)
+    status = path.stat()
+    before = stamp(status)
     record = None
-    if remember is not None and found.st_size >= LARGE:
+    if remember is not None and status.st_size >= LARGE:
         record = remember / f"{digest(path.resolve())}.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(record.read_text(encoding="utf-8"))
-            if known["stamp"] == before and len(bytes.fromhex(known["digest"])) == 16:
-                return found.st_size, str(known["digest"])
+            stored = json.loads(record.read_text(encoding="utf-8"))
+            if stored["stamp"] == before and len(bytes.fromhex(stored["digest"])) == 16:
+                return status.st_size, str(stored["digest"])
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         size = file.tell()
     after = path.stat()
-    old = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
-    if record is not None and old and before == stamp(after) and size == before[0]:
+    settled = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
+    if record is not None and settled and before == stamp(after) and size == before[0]:
         with suppress(OSError):
             entry = {"path": str(path.resolve()), "stamp": before, "digest": content.hexdigest()}
             write_record(record, entry)
@@ -66,7 +66,7 @@ def write_record(file: Path, content: object) -> None:
     temporary.replace(file)
 
 
-def stamp(found: os.stat_result) -> list[int]:
-    """Size, times and inode of a file, of which some change whenever the file does. No program can
-    set the third number, the ctime."""
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def stamp(status: os.stat_result) -> list[int]:
+    """Size, times and inode of a file: at least one of them changes whenever the file does. No
+    program can set the third number, the ctime."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

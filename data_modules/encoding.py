@@ -60,7 +60,7 @@ def encode_batch(
         UserError: if the tokenizer returns an id out of its range.
     """
     batch, n_ids = list(batch), tokenizer.vocab_size
-    found = []
+    encoded_pieces = []
     for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
         if piece.first and piece.last:
             overlap.add(piece.split, piece.text)
@@ -70,8 +70,8 @@ def encode_batch(
                 f"reports {n_ids} ids: its vocab_size must be above its largest id"
             )
         data = piece.text.encode("utf-8")
-        found.append(encoded(piece.split, ids.astype(dtype, copy=False), data, piece.last))
-    return found
+        encoded_pieces.append(encoded(piece.split, ids.astype(dtype, copy=False), data, piece.last))
+    return encoded_pieces
 
 
 def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]:

@@ -31,22 +31,22 @@ LARGE = 1 << 26
 """Bytes from which several processes encode a corpus."""
 
 
-def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | None) -> int:
+def pick_workers(requested: int | None, tokenizer: Tokenizer, total_bytes: int | None) -> int:
     """Number of processes that encode a corpus; 0 encodes in this process.
 
     Args:
-        asked: the user's number; None for one per core if the corpus is large.
+        requested: the user's number; None for one per core if the corpus is large.
         tokenizer: a user-defined tokenizer stays in this process.
         total_bytes: size of the corpus; None if unknown, which counts as large.
     """
     if class_of(tokenizer.kind) is not type(tokenizer):
         return 0
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if total_bytes is not None and total_bytes < LARGE:
         return 0
-    own = cores()
-    return own if own > 1 else 0
+    n_cores = cores()
+    return n_cores if n_cores > 1 else 0
 
 
 def encode_documents(
@@ -164,10 +164,10 @@ def _work() -> None:
             batch = pickle.load(questions)
         except EOFError:
             return
-        found: Any = overlap
+        answer: Any = overlap
         if batch is not None:
-            found = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
-        _send(answers, found)
+            answer = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
+        _send(answers, answer)
 
 
 if __name__ == "__main__":

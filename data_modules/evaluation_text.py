@@ -82,18 +82,17 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
     rank[by_digest] = np.arange(len(first))
     order = np.argsort(rank[pieces["document"]], kind="stable")
     if n_bytes is not None:
-        held = pieces["bytes"][order].cumsum()
-        order = order[: held.searchsorted(n_bytes) + 1]
-    taken = pieces[order]
-    begins = np.flatnonzero(np.diff(taken["document"], prepend=-1))
+        order = order[: pieces["bytes"][order].cumsum().searchsorted(n_bytes) + 1]
+    chosen = pieces[order]
+    begins = np.flatnonzero(np.diff(chosen["document"], prepend=-1))
     ends = np.append(pieces["start"], file.n_tokens)[order + 1]
-    last = np.append(begins[1:], len(taken)) - 1
+    last = np.append(begins[1:], len(chosen)) - 1
     return EvaluationText(
         file,
-        starts=taken["start"][begins],
+        starts=chosen["start"][begins],
         ends=ends[last],
-        bytes=np.add.reduceat(taken["bytes"], begins),
-        fingerprint=digest(*(name.decode() for name in taken["digest"].tolist())),
+        bytes=np.add.reduceat(chosen["bytes"], begins),
+        fingerprint=digest(*(name.decode() for name in chosen["digest"].tolist())),
     )
 
 
@@ -129,8 +128,8 @@ class EvaluationWindows(Windows):
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         stream, last = self._stream
         end = len(stream) - 1
-        at = numbers[:, None] * self.seq_len + np.arange(self.width)
-        inside = np.minimum(at, end)
+        index_BW = numbers[:, None] * self.seq_len + np.arange(self.width)
+        inside = np.minimum(index_BW, end)
         texts = torch.from_numpy(last.searchsorted(inside).clip(max=len(last) - 1))
         documents = None
         if self.document_mask:  # the token before the first document belongs to no document
@@ -138,7 +137,7 @@ class EvaluationWindows(Windows):
         return self.batch(
             stream[inside],
             documents=documents,
-            scored=torch.from_numpy(at < end),
+            scored=torch.from_numpy(index_BW < end),
             texts=texts,
         )
 

@@ -1,4 +1,4 @@
-"""The order of an epoch's windows: a pure function of (number of windows, seed, epoch)."""
+"""The order of an epoch's windows, a pure function of (number of windows, seed, epoch)."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class FeistelOrder:
 
     def __getitem__(self, indices: slice) -> np.ndarray:
         """``[k]`` int64 windows at the indices of a slice."""
-        found = np.arange(*indices.indices(self.n)).astype(np.uint64)
-        todo = np.arange(len(found))
+        numbers = np.arange(*indices.indices(self.n)).astype(np.uint64)
+        todo = np.arange(len(numbers))
         while len(todo):
-            found[todo] = self._encipher(found[todo])
-            todo = todo[found[todo] >= self.n]
-        return found.astype(np.int64)
+            numbers[todo] = self._encipher(numbers[todo])
+            todo = todo[numbers[todo] >= self.n]
+        return numbers.astype(np.int64)
 
     def _encipher(self, indices: np.ndarray) -> np.ndarray:
         left, right = np.divmod(indices, self._b)

@@ -33,13 +33,13 @@ def take_prompts(
         UserError: if the documents hold fewer prompts, or a text is not Unicode.
     """
     taken: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    left: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    seen: set[bytes] = set()
+    rest: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    known_prompts: set[bytes] = set()
 
     def take(name: str, prompt: np.ndarray) -> None:
         """Takes a prompt if it is new."""
-        if prompt.tobytes() not in seen:
-            seen.add(prompt.tobytes())
+        if prompt.tobytes() not in known_prompts:
+            known_prompts.add(prompt.tobytes())
             taken[name].append(prompt)
 
     for name, document in split:
@@ -49,16 +49,16 @@ def take_prompts(
             ids = _beginning(document, tokenizer, counts[name] * length)
             if len(ids) >= length:
                 take(name, ids[:length])
-                left[name].append(ids[length:])
+                rest[name].append(ids[length:])
     for name in SPLITS:
-        for prompt in parts_in_rounds(left[name], length):
+        for prompt in parts_in_rounds(rest[name], length):
             if len(taken[name]) == counts[name]:
                 break
             take(name, prompt)
         if len(taken[name]) < counts[name]:
-            what = {"train": "training", "val": "validation"}[name]
+            split_name = {"train": "training", "val": "validation"}[name]
             raise UserError(
-                f"the {what} documents of {split.source.name} hold only {len(taken[name])} "
+                f"the {split_name} documents of {split.source.name} hold only {len(taken[name])} "
                 f"different prompts of {length} tokens, and {counts[name]} are needed: lower "
                 "data.n_prompts or data.prompt_tokens, or take prompts from more text."
             )
@@ -67,9 +67,9 @@ def take_prompts(
 
 def _beginning(document: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     """At least ``n_tokens`` tokens of a document, if it has that many."""
-    found: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for piece, _ in pieces(document):
-        found.append(tokenizer.encode(piece).astype(np.int64))
-        if sum(map(len, found)) >= n_tokens:
+        parts.append(tokenizer.encode(piece).astype(np.int64))
+        if sum(map(len, parts)) >= n_tokens:
             break
-    return np.concatenate(found)
+    return np.concatenate(parts)

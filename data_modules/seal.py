@@ -33,11 +33,11 @@ def note(folder: Path, digests: Mapping[str, str]) -> None:
 
 def seal(folder: Path) -> None:
     """Stores the digests of all files of a folder; digests from :func:`note` are kept."""
-    known: dict[str, str] = {}
+    digests: dict[str, str] = {}
     with suppress(FileNotFoundError):
-        known = json.loads((folder / FILE).read_text("utf-8"))
+        digests = json.loads((folder / FILE).read_text("utf-8"))
     names = sorted(p.name for p in folder.iterdir() if p.name[0] != "." and p.name != FILE)
-    note(folder, {name: known.get(name) or content_digest(folder / name)[1] for name in names})
+    note(folder, {name: digests.get(name) or content_digest(folder / name)[1] for name in names})
 
 
 def require_sealed(folder: Path, memory: Path) -> None:
@@ -56,8 +56,8 @@ def require_sealed(folder: Path, memory: Path) -> None:
         OSError: if a file cannot be read.
     """
     try:
-        known = json.loads((folder / FILE).read_text("utf-8"))
-        for name, expected in known.items():
+        digests = json.loads((folder / FILE).read_text("utf-8"))
+        for name, expected in digests.items():
             if content_digest(folder / name, memory)[1] != expected:
                 raise damaged(folder, f"{name} has other contents than it was built with")
     except UserError:

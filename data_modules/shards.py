@@ -40,17 +40,17 @@ class Shard:
         return replace(self, offset=offset, n_tokens=last - first)
 
 
-def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
-    """The first ``at`` tokens of shards, and the rest."""
+def cut(shards: Sequence[Shard], n_tokens: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
+    """The first ``n_tokens`` tokens of shards, and the rest."""
     before: list[Shard] = []
     after: list[Shard] = []
     for shard in shards:
-        here = min(max(at, 0), shard.n_tokens)
-        if here:
-            before.append(shard.part(0, here))
-        if here < shard.n_tokens:
-            after.append(shard.part(here, shard.n_tokens))
-        at -= shard.n_tokens
+        n_before = min(max(n_tokens, 0), shard.n_tokens)
+        if n_before:
+            before.append(shard.part(0, n_before))
+        if n_before < shard.n_tokens:
+            after.append(shard.part(n_before, shard.n_tokens))
+        n_tokens -= shard.n_tokens
     return tuple(before), tuple(after)
 
 
@@ -89,10 +89,10 @@ class ShardedTokens:
         """``[B, length]`` ids from each of the indices ``first`` [B] on."""
         return np.stack([self._span(int(a), int(a) + length) for a in first])
 
-    def locate(self, at: int) -> tuple[Path, int]:
+    def locate(self, index: int) -> tuple[Path, int]:
         """The file of a token, and the token's index in it."""
-        number = int(self._ends.searchsorted(at, side="right"))
-        return self.shards[number].path, at - int(self._begins[number])
+        number = int(self._ends.searchsorted(index, side="right"))
+        return self.shards[number].path, index - int(self._begins[number])
 
     def _require_unchanged(self, number: int) -> None:
         path = self.shards[number].path
@@ -105,15 +105,15 @@ class ShardedTokens:
 
     def _span(self, first: int, last: int) -> np.ndarray:
         number = int(self._ends.searchsorted(first, side="right"))
-        found: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
         while first < last:
             self._require_unchanged(number)
             begin, end = int(self._begins[number]), int(self._ends[number])
-            found.append(self._maps[number][first - begin : min(last, end) - begin])
+            parts.append(self._maps[number][first - begin : min(last, end) - begin])
             first, number = end, number + 1
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate(found) if found else np.empty(0, self._maps[0].dtype)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self._maps[0].dtype)
 
 
 def windows_at(tokens: np.ndarray | ShardedTokens, first: np.ndarray, length: int) -> np.ndarray:
@@ -124,5 +124,5 @@ def windows_at(tokens: np.ndarray | ShardedTokens, first: np.ndarray, length: in
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

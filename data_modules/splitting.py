@@ -57,14 +57,14 @@ class DocumentSplit:
         Raises:
             UserError: if the source has no text, or a document cannot be written as UTF-8.
         """
-        below = self._below
+        bound = self._val_bound
         for group, document in self._documents():
-            if below is None:
-                at = cut_point(document, 1 - self.val_fraction)
-                yield "train", document[:at]
-                yield "val", document[at:]
+            if bound is None:
+                cut = cut_point(document, 1 - self.val_fraction)
+                yield "train", document[:cut]
+                yield "val", document[cut:]
             else:
-                yield "val" if self.hash(group) < below else "train", document
+                yield "val" if self.hash(group) < bound else "train", document
 
     def hash(self, group: str) -> float:
         """Hash of (seed, group) as a fraction in [0, 1)."""
@@ -85,7 +85,7 @@ class DocumentSplit:
                 yield group, document
 
     @cached_property
-    def _below(self) -> float | None:
+    def _val_bound(self) -> float | None:
         """Groups with a hash below this are for validation; ``None`` if there is only one group."""
         hashes: set[float] = set()
         for group, _ in self._documents():
@@ -122,9 +122,9 @@ def _require_unicode(document: str, name: str) -> None:
 def cut_point(document: str, fraction: float) -> int:
     """Where to cut one document in two: after the last line end before ``fraction`` of it, or
     exactly there if the second half of that part has no line end."""
-    at = cut_index(len(document), fraction)
-    line_end = document.rfind("\n", at // 2, at)
-    return line_end + 1 if line_end >= 0 else at
+    cut = cut_index(len(document), fraction)
+    line_end = document.rfind("\n", cut // 2, cut)
+    return line_end + 1 if line_end >= 0 else cut
 
 
 def cut_index(n: int, fraction: float) -> int:

@@ -41,14 +41,13 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
     """
     if not tokenizer.needs_training:
         return tokenizer
-    key = _key("tokenizer", split, tokenizer)
-    target = cache / "tokenizers" / key
+    target = cache / "tokenizers" / _key("tokenizer", split, tokenizer)
 
     def build(folder: Path) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         _tell(f"training the {tokenizer.kind} tokenizer on {split.source.name} ...")
         tokenizer.train(split.documents("train")).save(folder)
-        _tell(f"trained the tokenizer in {time.perf_counter() - begun:.1f} s")
+        _tell(f"trained the tokenizer in {time.perf_counter() - start:.1f} s")
 
     return Tokenizer.load(build_once(target, build))
 
@@ -83,7 +82,7 @@ def prepare_store(
         return write_documents(folder, ready, split, encoded, overlap)
 
     store = keep_store(cache, key, write)
-    # The tokenizer next to the ids is the one that made them, even if another was trained since.
+    # The stored tokenizer is the one that made the ids, even if another was trained since.
     return store, Tokenizer.load(store.folder) if tokenizer.needs_training else tokenizer
 
 
@@ -112,10 +111,10 @@ def keep_store(
     return TokenStore(build_once(cache / kind / key, build), shards)
 
 
-def _key(what: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
+def _key(kind: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
     spec = json.dumps(tokenizer.spec(), sort_keys=True)
     return digest(
-        what, FORMAT, split.source.fingerprint(), split.val_fraction, split.seed, spec, PIECE
+        kind, FORMAT, split.source.fingerprint(), split.val_fraction, split.seed, spec, PIECE
     )
 
 
@@ -188,8 +187,8 @@ class _SplitWriter:
 
     def add(self, piece: Encoded) -> None:
         if self.pieces is not None:
-            here = (len(self.starts) - 1, self.n_tokens)
-            self.pieces.append((*here, piece.n_bytes, piece.digest))
+            place = (len(self.starts) - 1, self.n_tokens)
+            self.pieces.append((*place, piece.n_bytes, piece.digest))
         self._write(piece.ids.astype(self.dtype, copy=False))
         self.n_bytes += piece.n_bytes
 
@@ -227,11 +226,11 @@ def _encoded(
             bar.update(piece.n_bytes)
 
 
-def progress(what: str, total: int | None, unit: str = "B") -> tqdm:
+def progress(description: str, total: int | None, unit: str = "B") -> tqdm:
     """A progress bar on stderr; if that is not a terminal, it is written once a minute.
 
     Args:
-        what: name of the task.
+        description: name of the task.
         total: expected amount, if known.
         unit: unit of the amount.
     """
@@ -240,7 +239,7 @@ def progress(what: str, total: int | None, unit: str = "B") -> tqdm:
     seconds = 0.1 if sys.stderr.isatty() else 60.0
     return tqdm(
         total=total,
-        desc=what,
+        desc=description,
         unit=unit,
         unit_scale=True,
         mininterval=seconds,

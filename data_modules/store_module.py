@@ -126,22 +126,22 @@ class StoreDataModule(WindowDataModule):
         if not self.store.meta.get("bytes_defined", True):
             return None
         text = self.evaluation.text
-        found = [int(n) for n in text.bytes]
+        sizes = [int(n) for n in text.bytes]
         if not self.document_mask:
-            return found
+            return sizes
         pieces = self._first_pieces(self.tokenizer.text_bytes())
         first = text.file.tokens()[text.starts].tolist()
-        return [n - len(pieces[i]) for n, i in zip(found, first, strict=True)]
+        return [n - len(pieces[i]) for n, i in zip(sizes, first, strict=True)]
 
     def _first_pieces(self, pieces: Sequence[bytes]) -> dict[int, bytes]:
         """The bytes of each token that begins a document of the evaluation text, without the space
         that SentencePiece's tokenizers add to a text and drop in decoding. ``pieces`` are the
         bytes of every id."""
-        text, found = self.evaluation.text, {}
+        text, first_pieces = self.evaluation.text, {}
         for i in set(text.file.tokens()[text.starts].tolist()):
             added = pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
-            found[i] = pieces[i][added:]
-        return found
+            first_pieces[i] = pieces[i][added:]
+        return first_pieces
 
     def evaluation_summary(self) -> dict[str, Any]:
         """Facts about the evaluation text: its ``fingerprint``, its number of ``documents``, and
@@ -161,13 +161,13 @@ class StoreDataModule(WindowDataModule):
         """The evaluation text's documents in order, up to the bytes that are compressed."""
         text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
         first = self._first_pieces(pieces)
-        tokens, found = text.file.tokens(), bytearray()
+        tokens, data = text.file.tokens(), bytearray()
         for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
             ids = tokens[start:end].tolist()
-            found += first[ids[0]] + b"".join(pieces[i] for i in ids[1:])
-            if len(found) >= COMPRESSED:
+            data += first[ids[0]] + b"".join(pieces[i] for i in ids[1:])
+            if len(data) >= COMPRESSED:
                 break
-        return bytes(found)
+        return bytes(data)
 
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints.
@@ -191,8 +191,8 @@ class StoreDataModule(WindowDataModule):
                 "documents": file.n_documents,
                 "bytes_per_token": None if n_bytes is None else n_bytes / max(file.n_tokens, 1),
             }
-        there = len(WindowDataset(self.training_text, **self.cut))
-        facts["train"]["windows"] = there if self.train_windows == "all" else self.train_windows
+        n_windows = len(WindowDataset(self.training_text, **self.cut))
+        facts["train"]["windows"] = n_windows if self.train_windows == "all" else self.train_windows
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 

@@ -1,4 +1,4 @@
-"""The packed token store: the corpus as token ids in memory-mapped files.
+"""The packed token store: a corpus as token ids in memory-mapped files.
 
 A store is a folder::
 
@@ -90,7 +90,7 @@ class TokenFile:
         """``[vocab_size]`` int64 number of documents that hold each id, end-of-text included."""
         tokens, starts = self.tokens(), self.starts()
         edges = np.append(starts, self.n_tokens)
-        holding = np.zeros(vocab_size, np.int64)
+        frequency = np.zeros(vocab_size, np.int64)
         first = 0
         while first < len(starts):
             last = max(int(edges.searchsorted(edges[first] + _BLOCK, side="right")) - 1, first + 1)
@@ -98,9 +98,9 @@ class TokenFile:
             block = tokens[edges[first] : edges[last]].astype(np.int64)
             # One number for each pair of document and id, counted once.
             pairs = np.unique(owner * vocab_size + block)
-            holding += np.bincount(pairs % vocab_size, minlength=vocab_size)
+            frequency += np.bincount(pairs % vocab_size, minlength=vocab_size)
             first = last
-        return holding
+        return frequency
 
 
 class TokenStore:
@@ -120,10 +120,10 @@ class TokenStore:
         try:
             self.meta: dict[str, Any] = read_json(folder / "meta.json")
             for name, facts in self.meta["splits"].items():
-                own = None
+                split_shards = None
                 if shards is not None:
-                    own, shards = cut(shards, facts["tokens"])
-                self.splits[name] = self._open(name, own)
+                    split_shards, shards = cut(shards, facts["tokens"])
+                self.splits[name] = self._open(name, split_shards)
         except UserError as error:
             raise damaged(folder, str(error)) from error
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ _LIMITED = 2**31 - 1
 def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
     """Number of windows of T + D + 1 tokens that start T tokens apart.
 
-    It depends on D only where there is room for one window at most: models of different D see the
+    It depends on D only in a text with room for one window at most: models of different D see the
     same windows in the same order, and every token after the first is a depth-0 target at most
     once.
     """
@@ -74,7 +74,7 @@ class Windows(Dataset[WindowBatch], ABC):
 
     def require(self, batch_size: int, world: int) -> None:
         """Raises ``UserError``, with the remedy, if there are too few windows for one step of
-        training; windows that are only validated on never are.
+        training; windows of a validation never raise it.
 
         Args:
             batch_size: windows of one step of one process.
@@ -100,11 +100,11 @@ class Windows(Dataset[WindowBatch], ABC):
 
     def __getstate__(self) -> dict[str, object]:
         """Leaves cached values out: each loader worker opens the files itself."""
-        own = type(self)
+        cls = type(self)
         return {
             name: value
             for name, value in self.__dict__.items()
-            if not isinstance(getattr(own, name, None), cached_property)
+            if not isinstance(getattr(cls, name, None), cached_property)
         }
 
 
@@ -134,14 +134,14 @@ class WindowDataset(Windows):
     def __post_init__(self) -> None:
         assert 0 <= self.stride * self.depth <= self.beyond <= self.seq_len
         self._chosen: np.ndarray | None = None
-        there = self._in_file
         if self.limit is not None:
-            if self.limit > there:
+            n_windows = self._in_file
+            if self.limit > n_windows:
                 raise UserError(
-                    f"data.train_windows={self.limit} asks for more windows than the {there} that "
-                    "the training split has: give a smaller number, or all."
+                    f"data.train_windows={self.limit} is more than the {n_windows} windows of the "
+                    "training split: give a smaller number, or all."
                 )
-            self._chosen = window_order(there, seed=_LIMITED, epoch=0)[0 : self.limit]
+            self._chosen = window_order(n_windows, seed=_LIMITED, epoch=0)[: self.limit]
 
     def __len__(self) -> int:
         return self._in_file if self._chosen is None else len(self._chosen)
@@ -159,11 +159,11 @@ class WindowDataset(Windows):
                 f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
             )
         if n < needed:
-            there, more = f"the training split has {n} windows", "give more text"
+            supply, more = f"the training split has {n} windows", "give more text"
             if self.limit is not None:
-                there, more = f"data.train_windows={n} is set", "keep more windows"
+                supply, more = f"data.train_windows={n} is set", "keep more windows"
             raise UserError(
-                f"{there} but one step needs {needed} "
+                f"{supply} but one step needs {needed} "
                 f"({batch_size} windows x {world} processes; a step takes data.batch_size x "
                 f"trainer.accumulate_grad_batches of them): {more}, or lower "
                 f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
@@ -173,9 +173,9 @@ class WindowDataset(Windows):
         states = None if self.states is None else self._states(numbers)
         if self._chosen is not None:
             numbers = self._chosen[numbers]
-        found = windows_at(self._tokens, numbers * self.seq_len, self.width)
+        tokens = windows_at(self._tokens, numbers * self.seq_len, self.width)
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
-        return self.batch(found, documents=documents, states=states)
+        return self.batch(tokens, documents=documents, states=states)
 
     @cached_property
     def _tokens(self) -> np.ndarray | ShardedTokens:
@@ -186,13 +186,13 @@ class WindowDataset(Windows):
         return self.file.starts()
 
     @cached_property
-    def _kept(self) -> np.ndarray:
+    def _stored_states(self) -> np.ndarray:
         assert self.states is not None
         return np.load(self.states / STATES, mmap_mode="r")  # type: ignore[no-any-return]
 
     def _states(self, numbers: np.ndarray) -> torch.Tensor:
-        found = torch.from_numpy(self._kept[numbers])
-        return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
+        states = torch.from_numpy(self._stored_states[numbers])
+        return states.view(torch.bfloat16) if states.dtype == torch.uint16 else states
 
     def _documents(self, numbers: np.ndarray) -> np.ndarray:
         """``[B, T+D+1]`` int64 number of the document that each token belongs to."""
@@ -203,6 +203,6 @@ class WindowDataset(Windows):
         # Most windows lie inside one document; only the others are searched token by token.
         for row in np.flatnonzero(first != last):
             # Positions in the window at which a new document starts.
-            at = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
-            documents[row] += np.searchsorted(at, np.arange(self.width), side="right")
+            starts = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
+            documents[row] += np.searchsorted(starts, np.arange(self.width), side="right")
         return documents

@@ -93,8 +93,8 @@ class WindowDataModule(LightningDataModule, ABC):
         extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
         return {"seq_len": self.seq_len, "depth": self.depth, "stride": self.stride, "extra": extra}
 
-    def found(self) -> dict[str, Any]:
-        """Values of the group ``data`` that the data have found themselves, by their keys."""
+    def resolved_settings(self) -> dict[str, Any]:
+        """Values of the group ``data`` that the data determine themselves, by their keys."""
         return {"seq_len": self.seq_len}
 
     def prepare(self, stage: str = "fit") -> None:

@@ -167,7 +167,7 @@ class WindowBatch:
             return parts
         firsts = itertools.accumulate(map(len, parts[:-1]), initial=self.key.first_row)
         keys = [replace(self.key, first_row=first) for first in firsts]
-        return [replace(one, key=key) for one, key in zip(parts, keys, strict=True)]
+        return [replace(batch, key=key) for batch, key in zip(parts, keys, strict=True)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device; Lightning's transfer hook calls this."""

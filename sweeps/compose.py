@@ -96,11 +96,11 @@ def searchpath(config_dir: Path | None) -> list[str]:
     return [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"] if config_dir else []
 
 
-def typed_folder(given: str) -> Path:
+def typed_folder(path: str) -> Path:
     """An existing folder, as it is typed for an option."""
-    if not Path(given).is_dir():
-        raise argparse.ArgumentTypeError(f"{given} is not a folder: check the path")
-    return Path(given)
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not a folder: check the path")
+    return Path(path)
 
 
 @cache
@@ -112,12 +112,13 @@ def _composer(config_dir: Path | None) -> Composer:
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        given = searchpath(config_dir)
-        return Composer(loader.load_configuration("config", given, run_mode=RunMode.RUN), loader)
+        overrides = searchpath(config_dir)
+        config = loader.load_configuration("config", overrides, run_mode=RunMode.RUN)
+        return Composer(config, loader)
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Gives a job's config its folder, checks that every value is there, and resolves it.
+    """Sets the folder of a job's config, checks that no value is missing, and resolves it.
 
     Raises:
         UserError: if it is another program's config, or a value is missing.

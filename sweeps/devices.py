@@ -42,8 +42,8 @@ class Devices:
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without the variables that would mislead a run."""
-    kept = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+    clean = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
+    return {**clean, "PYTHONUNBUFFERED": "1"}
 
 
 def find_gpus() -> list[str]:
@@ -57,8 +57,8 @@ def find_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.split() if done.returncode == 0 else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.split() if result.returncode == 0 else []
 
 
 def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
@@ -69,16 +69,16 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     """
     if devices == "cpu":
         return []
-    there = find_gpus()
+    available = find_gpus()
     if devices == "auto":
-        return there
+        return available
     if isinstance(devices, str) or not devices:
         raise UserError(f"devices={devices}: give auto, cpu or a list of GPUs.")
     wanted = [str(device) for device in devices]
-    missing = [name for name in wanted if name not in there]
+    missing = [name for name in wanted if name not in available]
     if missing or len(set(wanted)) < len(wanted):
-        found = f"the GPUs {', '.join(there)}" if there else "no GPU"
-        raise UserError(f"devices={wanted}: this machine has {found}, and each can be named once.")
+        gpus = f"the GPUs {', '.join(available)}" if available else "no GPU"
+        raise UserError(f"devices={wanted}: this machine has {gpus}, and each can be named once.")
     return wanted
 
 
@@ -97,8 +97,8 @@ class DeviceQueue:
         threads: threads of each process. The default on a CPU is one, which has the best throughput
             alone and next to other jobs (``python -m benchmarks.runs threads``). ``auto`` divides
             the cores among the jobs at once (by default one) and their processes, and is the
-            default with GPUs, where each process has its GPU's share. A job has the same threads,
-            and so the same bits, however many jobs there are or are left.
+            default with GPUs, where each process has its GPU's share. The number of threads, and so
+            the bits of a job, does not depend on how many jobs there are or remain.
         host: name of this machine, if there are several.
 
     Raises:
@@ -125,8 +125,8 @@ class DeviceQueue:
         # Number of jobs that the cores are divided among; None with a fixed number of threads.
         self._shares = (len(self.gpus) or n_jobs or 1) if threads == "auto" else None
         self._threads = threads if isinstance(threads, int) else 1
-        one_a_core = 1 if self._shares else max(1, cores() // self._threads)
-        self.n_jobs = n_jobs or len(self.gpus) or one_a_core
+        jobs_by_cores = 1 if self._shares else max(1, cores() // self._threads)
+        self.n_jobs = n_jobs or len(self.gpus) or jobs_by_cores
         # Cores are only counted if each thread has one.
         self._all_cores = max(cores(), self.n_jobs * self._threads)
         self._free_cores = self._all_cores
@@ -165,18 +165,18 @@ class DeviceQueue:
         if self._shares is None:
             threads = self._threads
             # A job with more processes than cores gets the machine for itself.
-            wanted = 0 if self.gpus else min(n * threads, self._all_cores)
+            n_cores = 0 if self.gpus else min(n * threads, self._all_cores)
         else:
-            wanted = 0
+            n_cores = 0
             threads = max(1, cores() // self._shares // (1 if gpus else n))
-        if self._free_cores < wanted:
+        if self._free_cores < n_cores:
             return None
-        self._free_cores -= wanted
+        self._free_cores -= n_cores
         taken = [self._free_gpus.pop(0) for _ in range(gpus)]
         slot = self._free_slots.pop(0)
-        own = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
-        name = f"{self._host}{own}"
-        return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=wanted, name=name)
+        device = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
+        name = f"{self._host}{device}"
+        return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=n_cores, name=name)
 
     def give_back(self, devices: Devices) -> None:
         """Makes devices free for the next job."""

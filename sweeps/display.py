@@ -83,8 +83,8 @@ class Display:
         """Shows how far the running jobs are, if the last time was long enough ago."""
         if time.monotonic() - self.shown >= self.seconds:
             self.shown = time.monotonic()
-            for one in self.running.values():
-                one.look()
+            for run in self.running.values():
+                run.look()
             self.show()
 
     def show(self) -> None:
@@ -120,9 +120,9 @@ class Lines(Display):
         self.say(f"{state_of(job.folder)} {job.label} ({self.n_ended} of {self.total}){why}")
 
     def show(self) -> None:
-        for one in self.running.values():
-            eta = f", {one.eta} left" if one.eta else ""
-            self.say(f"  {one.job.label}: step {one.steps}, loss {one.loss or '-'}{eta}")
+        for run in self.running.values():
+            eta = f", {run.eta} left" if run.eta else ""
+            self.say(f"  {run.job.label}: step {run.steps}, loss {run.loss or '-'}{eta}")
         self.say(f"  {self.summary()}")
 
     def say(self, text: str) -> None:
@@ -178,8 +178,8 @@ class LiveTable(Display):
             step, loss = newest(job.folder)
             cells = (status.get("device") or "", str(step), loss, "")
             table.add_row(Text(job.label), Text(state, style=style), *cells)
-        for one in self.running.values():
-            table.add_row(Text(one.job.label), "running", one.device, one.steps, one.loss, one.eta)
+        for run in self.running.values():
+            table.add_row(Text(run.job.label), "running", run.device, run.steps, run.loss, run.eta)
         return table
 
 
@@ -192,8 +192,8 @@ def newest(folder: Path) -> tuple[int, str]:
     """A run's newest step with a training loss, and the main prediction's loss as text, or that of
     frozen trunks' heads; 0 and no text before."""
     file = folder / METRICS_FILE
-    found = read_newest(file, "train/loss_depth_0") or read_newest(file, "train/loss")
-    step, loss = found or (0, math.nan)
+    latest = read_newest(file, "train/loss_depth_0") or read_newest(file, "train/loss")
+    step, loss = latest or (0, math.nan)
     return step, "" if math.isnan(loss) else f"{loss:.3f}"
 
 

@@ -18,66 +18,66 @@ _LOOKS_A_SECOND = 200  # of status files, which may be on a shared file server
 def follow(
     jobs: list[Job],
     *,
-    over: Callable[[], dict[Job, str]],
+    find_ended: Callable[[], dict[Job, str]],
     cancel: Callable[[Iterable[Job]], None],
     grace_seconds: float,
 ) -> None:
     """Waits until the cluster has ended all jobs.
 
     Args:
-        over: returns the jobs that the cluster no longer has, with its message about each.
+        find_ended: returns the jobs that the cluster no longer has, with its message about each.
         cancel: cancels jobs; running ones may save first.
         grace_seconds: seconds that canceled jobs may take.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; all jobs are over or canceled.
     """
-    left, running = list(jobs), set()
-    before = {job: read_status(job.folder) for job in jobs}
+    unfinished, running = list(jobs), set()
+    old_statuses = {job: read_status(job.folder) for job in jobs}
     with make_display(len(jobs)) as display, interrupts() as check:
 
         def look(reason: str | None = None) -> None:
-            ended, gone = over(), set()
-            for job in list(left):
+            ended, reported = find_ended(), set[Job]()
+            for job in list(unfinished):
                 status = read_status(job.folder) or {}
                 if status.get("state") == "running" and job not in running:
                     running.add(job)
                     display.started(job, str(status["device"]))
                 # A job that ended normally says so in its status, sooner than the cluster does.
-                over_itself = status.get("state") in ("done", "failed") and status != before[job]
-                if job in ended or over_itself:
+                says_so = status.get("state") in ("done", "failed") and status != old_statuses[job]
+                if job in ended or says_so:
                     _judge(job, ended.get(job, ""), interrupted=reason)
                     display.ended(job)
-                    gone.add(job)
-            left[:] = [job for job in left if job not in gone]
+                    reported.add(job)
+            unfinished[:] = [job for job in unfinished if job not in reported]
             display.refresh()
 
         try:
-            while left:
+            while unfinished:
                 look()
-                until = time.monotonic() + max(_LOOK_SECONDS, len(left) / _LOOKS_A_SECOND)
-                while left and time.monotonic() < until:
+                deadline = time.monotonic() + max(_LOOK_SECONDS, len(unfinished) / _LOOKS_A_SECOND)
+                while unfinished and time.monotonic() < deadline:
                     check()
                     time.sleep(0.1)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt)
-            display.say(f"canceling {len(left)} jobs; those that run save first")
-            cancel(left)
-            until = time.monotonic() + grace_seconds
-            while left and time.monotonic() < until:
+            display.say(f"canceling {len(unfinished)} jobs; those that run save first")
+            cancel(unfinished)
+            deadline = time.monotonic() + grace_seconds
+            while unfinished and time.monotonic() < deadline:
                 look(reason)
                 time.sleep(_LOOK_SECONDS)
-            for job in left:
+            for job in unfinished:
                 _judge(job, "did not end in time", interrupted=reason)
             raise
 
 
-def _judge(job: Job, said: str, *, interrupted: str | None) -> None:
+def _judge(job: Job, message: str, *, interrupted: str | None) -> None:
     """Sets the last status of a job that never began, or was killed before it could set it."""
     if state_of(job.folder) in ("done", "failed", "interrupted"):
         return
     old = read_status(job.folder) or {}
-    kept = {key: old.get(key) for key in ("device", "pid", "started")}
+    fields = {key: old.get(key) for key in ("device", "pid", "started")}
     state = "failed" if interrupted is None else "interrupted"
-    reason = "; ".join(filter(None, (interrupted, said)))
-    write_status(job.folder, job.overrides, state, reason=reason, **kept)
+    reason = "; ".join(filter(None, (interrupted, message)))
+    write_status(job.folder, job.overrides, state, reason=reason, **fields)

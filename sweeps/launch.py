@@ -6,7 +6,6 @@ that are not done yet.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.run.config import affects_training, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
+from mtp_lightning.stored import read_json
 from sweeps.compose import Composer, settle
 from sweeps.interrupts import alone
 from sweeps.lease import live
@@ -87,16 +87,16 @@ def launch(
         plan = SweepPlan(Path(config.hydra.sweep.dir).absolute())
         try:
             run = None if module is None else _runner(module, settings, config)
-            settled = _checked(plan, config, hydra_context, batch)
+            configs = _checked(plan, config, hydra_context, batch)
         except UserError:
             _forget(plan.folder)
             raise
-        jobs = list(settled)
+        jobs = list(configs)
         if dry_run:
             _show(plan.folder, jobs)
             _forget(plan.folder)
             return []
-        _start(run, plan, settled, retry_failed=config.sweep.retry_failed)
+        _start(run, plan, configs, retry_failed=config.sweep.retry_failed)
         if run is None:
             return []
         _say_end(plan.folder, jobs)
@@ -109,11 +109,11 @@ def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> Run
     Raises:
         UserError: a setting has a wrong value, or the module or a package that it needs is missing.
     """
-    chosen = config.hydra.runtime.choices["hydra/launcher"]
+    launcher = config.hydra.runtime.choices["hydra/launcher"]
     for option in groups()["hydra/launcher"]:
-        if option.name == chosen:
+        if option.name == launcher:
             if needs := NEEDS.search(option.comment):
-                require_package(needs[1], what=f"hydra/launcher={chosen}", extra=needs[2])
+                require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
             for key in option.keys:
                 if key.name in settings:
                     require_allowed(f"hydra.launcher.{key.name}", settings[key.name], key.comment)
@@ -142,37 +142,38 @@ def _checked(
     labels = varied_labels(planned_jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context.config_loader)
-    settled: Configs = {}
+    configs: Configs = {}
     for planned in planned_jobs:
-        own_paths, run_folder = paths[frozenset(planned.overrides)], plan.folder / planned.folder
-        own = settle(composer.compose([*own_paths, *planned.overrides]), run_folder)
-        check_config.check(own, "config", [*own_paths, *planned.overrides])
-        planned.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
+        run_folder = plan.folder / planned.folder
+        path_overrides = paths[frozenset(planned.overrides)]
+        job_config = settle(composer.compose([*path_overrides, *planned.overrides]), run_folder)
+        check_config.check(job_config, "config", [*path_overrides, *planned.overrides])
+        planned.recipe = Recipe.of(job_config, program=program, options=[*options, *path_overrides])
         job = planned.recipe.job(
             run_folder, planned.overrides, labels=labels[planned.folder], program=this_program()
         )
-        settled[job] = own
-    return settled
+        configs[job] = job_config
+    return configs
 
 
-def _start(run: RunJobs | None, plan: SweepPlan, settled: Configs, *, retry_failed: bool) -> None:
+def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, *, retry_failed: bool) -> None:
     """Stores the plan and runs the jobs that are not done, or leaves them to workers."""
-    folder, again = plan.folder, _shown(plan.folder)
+    folder, folder_text = plan.folder, _shown(plan.folder)
     busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
-    with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
+    with alone(folder, busy, f"The same command with sweep_dir={folder_text} continues."):
         if run is not None and live(folder):
             raise BlockingIOError(
                 f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
             )
         plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
-        todo = [job for job in settled if must_run(job.folder, retry_failed=retry_failed)]
-        _say_plan(folder, settled, todo)
+        todo = [job for job in configs if must_run(job.folder, retry_failed=retry_failed)]
+        _say_plan(folder, configs, todo)
         for job in todo:
             failed = run is None and state_of(job.folder) == "failed"
             if failed or read_status(job.folder) is None:
                 write_status(job.folder, job.overrides, "pending")
         if run is None:
-            print(f"planned: start any number of workers with python -m sweeps.work {again}")
+            print(f"planned: start any number of workers with python -m sweeps.work {folder_text}")
         elif todo:
             run(todo)
 
@@ -191,8 +192,8 @@ def _show(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Delete the folder of a sweep that was not planned: Hydra has made it, with
-    the sweep's config alone in it."""
+    """Delete the folder of a sweep that was not planned, if it has only the config that Hydra wrote
+    there."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
         (folder / "multirun.yaml").unlink()
         folder.rmdir()
@@ -212,57 +213,55 @@ def _options(config: DictConfig) -> list[str]:
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
-    own = (o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS))
-    return [*options, *own]
+    job_options = (o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS))
+    return [*options, *job_options]
 
 
-def _say_plan(folder: Path, settled: Configs, todo: Sequence[Job]) -> None:
-    text = f"{len(settled)} jobs in {_shown(folder)}"
-    waiting = set(todo)
-    skipped = [job for job in settled if job not in waiting]
+def _say_plan(folder: Path, configs: Configs, todo: Sequence[Job]) -> None:
+    text = f"{len(configs)} jobs in {_shown(folder)}"
+    pending = set(todo)
+    skipped = [job for job in configs if job not in pending]
     for state in ("done", "failed"):
         n = sum(state_of(job.folder) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
-    going_on = sum(state_of(job.folder) in ("interrupted", "running") for job in todo)
-    text += f", {going_on} to be continued" if going_on else ""
+    n_continued = sum(state_of(job.folder) in ("interrupted", "running") for job in todo)
+    text += f", {n_continued} to be continued" if n_continued else ""
     print(text, flush=True)
     for job in skipped:
-        changed = _changed_settings(settled[job], job.folder)
-        if changed:
-            name = job.name
-            print(f"warning: {name} finished with other settings: {changed}", flush=True)
+        if changed := _changed_settings(configs[job], job.folder):
+            print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
 
 
-def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
+def _changed_settings(config: dict[str, Any], folder: Path) -> str:
     """The settings of a finished run's ``config.yaml`` that this call would change."""
     try:
         stored = read_yaml(folder / CONFIG_FILE)
     except (OSError, UserError):
         return ""
     old = flatten(stored) if isinstance(stored, dict) else {}
-    new = flatten(settled)
-    there = str(folder)
+    new = flatten(config)
+    folder_text = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
         for key in filter(affects_training, old.keys() & new.keys())
         # The run decided what "auto" meant.
-        if new[key] not in (old[key], "auto") and there not in str(new[key])
+        if new[key] not in (old[key], "auto") and folder_text not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 
 
 def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     """Prints that all is well, or every job that is not done with its log; then exits with 1."""
-    bad = [job for job in jobs if state_of(job.folder) != "done"]
-    if not bad:
+    unfinished = [job for job in jobs if state_of(job.folder) != "done"]
+    if not unfinished:
         print(f"all {len(jobs)} jobs done in {_shown(folder)}", flush=True)
         return
-    failed = any(state_of(job.folder) == "failed" for job in bad)
+    failed = any(state_of(job.folder) == "failed" for job in unfinished)
     retry = " sweep.retry_failed=true" if failed else ""
     lines = [
-        f"{len(jobs) - len(bad)} of {len(jobs)} jobs done in {_shown(folder)}; "
+        f"{len(jobs) - len(unfinished)} of {len(jobs)} jobs done in {_shown(folder)}; "
         f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
-        *(describe_failure(job.folder) for job in bad),
+        *(describe_failure(job.folder) for job in unfinished),
     ]
     print("\n".join(lines), flush=True)
     raise SystemExit(1)
@@ -270,14 +269,13 @@ def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _shown(folder: Path) -> str:
     """The folder as it would be typed."""
-    here = Path.cwd()
-    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    cwd = Path.cwd()
+    return shlex.quote(str(folder.relative_to(cwd) if folder.is_relative_to(cwd) else folder))
 
 
 def _job_return(job: Job) -> JobReturn:
-    summary = json.loads((job.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
         overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
     )
-    result.return_value = summary.get("val/loss_depth_0")
+    result.return_value = read_json(job.folder / SUMMARY_FILE).get("val/loss_depth_0")
     return result

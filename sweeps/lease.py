@@ -1,4 +1,4 @@
-"""Which worker has which job, settled by files in the sweep's folder alone.
+"""Leases decide which worker has which job, by files in the sweep's folder alone.
 
 ``.leases/JOB.N`` is created exclusively (O_EXCL), so only one of all workers on all machines gets
 it. Its owner touches it every few seconds. A lease that nobody has touched for some minutes is
@@ -33,16 +33,16 @@ class Lease:
 
     job: str  # the name of its folder
     number: int  # how many workers have had it, this one included
-    age: float  # seconds since it was touched; infinite when its owner has let go
+    age: float  # seconds since it was touched; infinite when its owner has released it
 
 
 class Leases:
     """The leases of a sweep, as one worker sees and takes them. Threads may share it.
 
     Args:
-        folder: of the sweep.
-        owner: what this worker is called; no other has the same.
-        stale_seconds: after which a lease that nobody touches is free.
+        folder: the sweep's folder.
+        owner: this worker's name, which no other worker has.
+        stale_seconds: seconds after which a lease that nobody touches is free.
     """
 
     def __init__(self, folder: Path, *, owner: str, stale_seconds: float = STALE_SECONDS) -> None:
@@ -65,21 +65,20 @@ class Leases:
             job, dot, digits = name.rpartition(".")
             if dot and digits.isdecimal():
                 newest[job] = max(newest.get(job, 0), int(digits))
-        found = {}
+        leases = {}
         now = self._now() if newest else 0.0
         for job, number in newest.items():
             file = self._folder / f"{job}.{number}"
             with suppress(OSError):
                 touched = file.stat().st_mtime
                 age = float("inf") if touched == 0 else now - touched
-                found[job] = Lease(job, number, age)
-        return found
+                leases[job] = Lease(job, number, age)
+        return leases
 
     def owner(self, lease: Lease) -> str:
         """The name of the worker that has the job; empty while its lease is being written."""
         try:
-            file = self._folder / f"{lease.job}.{lease.number}"
-            return str(read_json(file)["owner"])
+            return str(read_json(self._folder / f"{lease.job}.{lease.number}")["owner"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -92,24 +91,24 @@ class Leases:
         return is_gone(folder) if lease is None else self.free(lease)
 
     def take(self, job: str, lease: Lease | None) -> bool:
-        """Try to take a job whose newest lease is free, or that has none; returns whether this
-        worker has the job now, and no other was faster."""
+        """Try to take a job whose newest lease is free, or that has none; returns whether it
+        succeeded: another worker may be faster."""
         number = 1 if lease is None else lease.number + 1
         self._folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
-            file = os.open(self._folder / f"{job}.{number}", flags, 0o644)
+            descriptor = os.open(self._folder / f"{job}.{number}", flags, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(file, "w") as opened:
-            json.dump({"owner": self._owner}, opened)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"owner": self._owner}, file)
         with self._lock:
             self._held[job] = number
         return True
 
     def beat(self) -> list[str]:
-        """Touch all leases of this worker; returns the jobs that it has lost to other workers since
-        it touched them last."""
+        """Touch all leases of this worker; returns the jobs that others have taken over since the
+        last call."""
         with self._lock:
             lost = []
             for job, number in list(self._held.items()):

@@ -20,17 +20,17 @@ UNKNOWN_BYTES = 1_000_000_000
 
 
 @dataclass
-class _Taken:
+class _JobMemory:
     """The memory of a running job."""
 
     processes: int
-    now: int = 0  # bytes at the last look
-    most: int = 0  # bytes at any look
+    current: int = 0  # bytes at the last look
+    peak: int = 0  # bytes at any look
 
     @property
-    def of_one(self) -> int:
+    def per_process(self) -> int:
         """The most bytes of one of its processes."""
-        return self.most // self.processes
+        return self.peak // self.processes
 
 
 class MemoryUse:
@@ -38,32 +38,32 @@ class MemoryUse:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._running: dict[int, _Taken] = {}  # by process group
+        self._running: dict[int, _JobMemory] = {}  # by process group
         # Most bytes per process of the jobs that have finished.
-        self._known: int | None = None
+        self._known_peak: int | None = None
 
     def begin(self, group: int, processes: int) -> None:
         """Adds a job that has just been started."""
-        self._running[group] = _Taken(processes)
+        self._running[group] = _JobMemory(processes)
 
     def look(self) -> None:
         """Measures the running jobs."""
-        taken = taken_by_groups(self._root)
+        group_bytes = bytes_by_group(self._root)
         for group, job in self._running.items():
-            job.now = taken.get(group, 0)
-            job.most = max(job.most, job.now)
+            job.current = group_bytes.get(group, 0)
+            job.peak = max(job.peak, job.current)
 
     def end(self, group: int, *, succeeded: bool) -> None:
         """Removes a job; the memory of one that ``succeeded`` is representative."""
         job = self._running.pop(group)
-        if succeeded and job.of_one:  # 0 if it ended before the first look
-            self._known = max(self._known or 0, job.of_one)
+        if succeeded and job.per_process:  # 0 if it ended before the first look
+            self._known_peak = max(self._known_peak or 0, job.per_process)
 
     @property
-    def of_one(self) -> int:
+    def per_process(self) -> int:
         """Bytes that a process of the next job is expected to take."""
-        running = (job.of_one for job in self._running.values())
-        return max(UNKNOWN_BYTES if self._known is None else self._known, *running, 0)
+        running = (job.per_process for job in self._running.values())
+        return max(UNKNOWN_BYTES if self._known_peak is None else self._known_peak, *running, 0)
 
     def missing(self, processes: int) -> str | None:
         """Why there is no room for a job of some processes; None if there is."""
@@ -71,26 +71,27 @@ class MemoryUse:
         if free is None:
             return None
         # A new job has not yet taken all that it will.
-        wanted, of_one = self.of_one * processes, self.of_one
-        promised = sum(max(0, of_one * job.processes - job.now) for job in self._running.values())
-        if free - promised >= wanted:
+        per_process, jobs = self.per_process, self._running.values()
+        needed = per_process * processes
+        promised = sum(max(0, per_process * job.processes - job.current) for job in jobs)
+        if free - promised >= needed:
             return None
         return (
             f"{free / 1e9:.1f} GB are available, of which the running jobs will take "
-            f"{promised / 1e9:.1f} more, and one more job takes {wanted / 1e9:.1f}"
+            f"{promised / 1e9:.1f} more, and one more job takes {needed / 1e9:.1f}"
         )
 
 
 def available(root: Path = Path("/")) -> int | None:
     """Bytes available without swapping, by the system and by this process's control groups; None if
     unknown. ``root`` is the root of the file system, for tests."""
-    found = [*_fields(root / "proc/meminfo", ("MemAvailable",)), *_room_in_groups(root)]
-    return min(found) if found else None
+    limits = [*_fields(root / "proc/meminfo", ("MemAvailable",)), *_room_in_groups(root)]
+    return min(limits) if limits else None
 
 
-def taken_by_groups(root: Path = Path("/")) -> dict[int, int]:
+def bytes_by_group(root: Path = Path("/")) -> dict[int, int]:
     """Bytes of private memory by process group; pages of files, such as libraries, are shared."""
-    taken: defaultdict[int, int] = defaultdict(int)
+    group_bytes: defaultdict[int, int] = defaultdict(int)
     if not (root / "proc").is_dir():  # macOS, which does not report available memory either
         return {}
     for name in os.listdir(root / "proc"):
@@ -99,18 +100,18 @@ def taken_by_groups(root: Path = Path("/")) -> dict[int, int]:
             with suppress(OSError, ValueError, IndexError):  # the process has just ended
                 # The fields come after the program's name, which may hold any characters.
                 group = int((folder / "stat").read_text().rpartition(")")[2].split()[2])
-                taken[group] += sum(_fields(folder / "status", ("RssAnon", "RssShmem")))
-    return dict(taken)
+                group_bytes[group] += sum(_fields(folder / "status", ("RssAnon", "RssShmem")))
+    return dict(group_bytes)
 
 
 def _room_in_groups(root: Path) -> Iterator[int]:
     """Room below ``memory.max`` ("max" for no limit) of this process's group and its parents."""
     for folder in groups_around(root):
         with suppress(OSError, ValueError):
-            most = int((folder / "memory.max").read_text())
+            limit = int((folder / "memory.max").read_text())
             stat = (folder / "memory.stat").read_text().split()
-            files = int(stat[stat.index("inactive_file") + 1])  # reclaimed when needed
-            yield max(0, most - int((folder / "memory.current").read_text()) + files)
+            file_bytes = int(stat[stat.index("inactive_file") + 1])  # reclaimed when needed
+            yield max(0, limit - int((folder / "memory.current").read_text()) + file_bytes)
 
 
 def _fields(file: Path, names: tuple[str, ...]) -> Iterator[int]:

@@ -52,7 +52,7 @@ class Recipe:
         labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
-        """The job that runs so.
+        """The job that this recipe runs.
 
         Args:
             folder: folder of the run, absolute.
@@ -163,8 +163,8 @@ def count_processes(settled: dict[str, Any]) -> int:
 def name_of_program() -> str:
     """This process's program, as a recipe names it."""
     program = this_program()
-    own = program in (app(TRAIN), ["-m", "mtp_lightning.apps.train"])
-    return TRAIN if own else shlex.join(program)
+    is_train = program in (app(TRAIN), ["-m", "mtp_lightning.apps.train"])
+    return TRAIN if is_train else shlex.join(program)
 
 
 def _jobs(stored: dict[str, Any]) -> list[PlannedJob]:
@@ -202,11 +202,11 @@ def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Keys that do not have the same override in every job, in order of appearance."""
-    given: dict[str, list[str]] = {}
+    by_key: dict[str, list[str]] = {}
     for overrides in jobs:
         for override in overrides:
-            given.setdefault(key_of(override), []).append(override)
-    return [key for key, of in given.items() if len(set(of)) > 1 or len(of) < len(jobs)]
+            by_key.setdefault(key_of(override), []).append(override)
+    return [key for key, group in by_key.items() if len(set(group)) > 1 or len(group) < len(jobs)]
 
 
 def varied_labels(jobs: Sequence[PlannedJob]) -> dict[str, tuple[str, ...]]:
@@ -226,8 +226,8 @@ def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
     It holds the varied overrides, or all if none is varied; if they are long, their beginning and a
     digest of all.
     """
-    shown = [o for o in overrides if key_of(o) in varied] or overrides
-    name = "_".join(map(_item, shown)) or "default"
+    parts = [o for o in overrides if key_of(o) in varied] or overrides
+    name = "_".join(map(_item, parts)) or "default"
     if len(name) <= _LONGEST:
         return name
     name = name[: _LONGEST - 9].rstrip("_-.")
@@ -281,20 +281,20 @@ class SweepPlan:
             batch: each job's overrides; the same job twice counts once.
             varied: keys to name new folders by; by default those that differ in the batch.
         """
-        known = {frozenset(job.overrides): job for job in self.jobs}
+        by_overrides = {frozenset(job.overrides): job for job in self.jobs}
         taken = {job.folder for job in self.jobs}
-        wanted = [without_housekeeping(overrides) for overrides in batch]
-        varied = varied_keys(wanted) if varied is None else varied
-        asked: dict[str, PlannedJob] = {}
-        for overrides in wanted:
-            job = known.get(frozenset(overrides))
+        batch_overrides = [without_housekeeping(overrides) for overrides in batch]
+        varied = varied_keys(batch_overrides) if varied is None else varied
+        planned: dict[str, PlannedJob] = {}
+        for overrides in batch_overrides:
+            job = by_overrides.get(frozenset(overrides))
             if job is None:
                 job = PlannedJob(self._free_name(overrides, varied, taken), overrides)
                 taken.add(job.folder)
-                known[frozenset(overrides)] = job
+                by_overrides[frozenset(overrides)] = job
                 self.jobs.append(job)
-            asked[job.folder] = job
-        return list(asked.values())
+            planned[job.folder] = job
+        return list(planned.values())
 
     def write(self, command: Sequence[str]) -> None:
         """Stores all jobs, including those of earlier calls, and this call's command line."""
@@ -314,8 +314,8 @@ class SweepPlan:
     def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)
         status = read_status(self.folder / name)
-        other = status is not None and set(status["overrides"]) != set(overrides)
+        foreign = status is not None and set(status["overrides"]) != set(overrides)
         # Two values may become the same name in a path.
-        if other or name in taken:
+        if foreign or name in taken:
             name = f"{name}_{overrides_digest(overrides)}"
         return name

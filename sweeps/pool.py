@@ -46,8 +46,8 @@ class Pool:
         self._display = display
         self._grace = grace_seconds
         self._memory = memory
-        self._measured = -math.inf
-        self._said_memory = False
+        self._last_measured = -math.inf
+        self._memory_reported = False
         self._running: list[JobProcess] = []
 
     def run(
@@ -133,8 +133,8 @@ class Pool:
                 ended(process.job)
 
     def _measure(self) -> None:
-        if self._memory is not None and time.monotonic() - self._measured > _MEASURE_SECONDS:
-            self._measured = time.monotonic()
+        if self._memory is not None and time.monotonic() - self._last_measured > _MEASURE_SECONDS:
+            self._last_measured = time.monotonic()
             self._memory.look()
 
     def _has_memory(self, processes: int) -> bool:
@@ -142,8 +142,8 @@ class Pool:
         if self._memory is None or not self._running:
             return True
         reason = self._memory.missing(processes)
-        if reason is not None and not self._said_memory:
-            self._said_memory = True
+        if reason is not None and not self._memory_reported:
+            self._memory_reported = True
             self._display.say(
                 f"At most {len(self._running)} jobs run at once, to fit in memory: {reason}"
             )
@@ -180,8 +180,7 @@ def make_pool(
     conf/hydra/launcher/local_pool.yaml.
 
     Args:
-        jobs: those that it must be able to run; if all of them ask for the CPU, GPUs are left
-            alone.
+        jobs: the jobs that it must be able to run; if all ask for the CPU, no GPU is used.
         total: number of jobs that will run, for the display; by default that of ``jobs``.
 
     Raises:

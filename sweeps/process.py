@@ -20,7 +20,7 @@ from mtp_lightning.run.status import last_words, now, state_of, write_status
 from sweeps.devices import Devices
 
 _LOCK_FILE = ".lock"
-# A job that has written nothing for so long may be dead.
+# A job that has written nothing for this long may be dead.
 SILENT_SECONDS = 600.0
 
 
@@ -68,12 +68,7 @@ class JobProcess:
     """
 
     def __init__(
-        self,
-        job: Job,
-        devices: Devices,
-        *,
-        ignore_usr2: bool = False,
-        grace_seconds: float,
+        self, job: Job, devices: Devices, *, ignore_usr2: bool = False, grace_seconds: float
     ) -> None:
         self.job = job
         self.devices = devices

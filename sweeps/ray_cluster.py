@@ -71,18 +71,17 @@ def run(
 
         ended: dict[Job, str] = {}
 
-        def over() -> dict[Job, str]:
-            left = {ref: job for job, ref in refs.items() if job not in ended}
-            if left:
-                done, _ = ray.wait(list(left), num_returns=len(left), timeout=0)
-                ended.update((left[ref], _error(ray, ref)) for ref in done)
+        def find_ended() -> dict[Job, str]:
+            if unfinished := {ref: job for job, ref in refs.items() if job not in ended}:
+                done, _ = ray.wait(list(unfinished), num_returns=len(unfinished), timeout=0)
+                ended.update((unfinished[ref], _error(ray, ref)) for ref in done)
             return ended
 
-        def cancel(left: Iterable[Job]) -> None:
-            for job in left:
+        def cancel(unfinished: Iterable[Job]) -> None:
+            for job in unfinished:
                 ray.cancel(refs[job], force=False)
 
-        follow(jobs, over=over, cancel=cancel, grace_seconds=grace_seconds)
+        follow(jobs, find_ended=find_ended, cancel=cancel, grace_seconds=grace_seconds)
     finally:
         ray.shutdown()
 
@@ -90,8 +89,8 @@ def run(
 def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
     """Refuses a job that no machine can ever run, which Ray would let wait forever."""
     for node in ray.nodes():
-        there = node["Resources"]
-        if node["Alive"] and there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:
+        resources = node["Resources"]
+        if node["Alive"] and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
             return
     raise UserError(
         f"A job asks for {cpus} cores and {gpus:g} GPUs, which no machine of the Ray cluster has: "

@@ -28,6 +28,7 @@ from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of
+from mtp_lightning.stored import read_json
 from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
 from sweeps.interrupts import alone
@@ -76,27 +77,29 @@ class Search:
         self._config_dir = config_dir
         self.metric, self.n_trials, self.command = metric, n_trials, list(command)
         self.study = _open_study(folder, warmup=warmup, seed=seed)
-        ranges = {key: shown(of) for key, of in space.items()}
-        told = {"space": ranges, "fixed": self.fixed, "metric": metric}
-        before = self.study.user_attrs.get("search", told)
+        ranges = {key: shown(domain) for key, domain in space.items()}
+        definition = {"space": ranges, "fixed": self.fixed, "metric": metric}
+        stored = self.study.user_attrs.get("search", definition)
         if not any(trial.state.is_finished() for trial in self.study.trials):
-            before = {**before, "metric": metric}  # a misspelled one may be mended
-        if before != told:
-            held = f"{folder} holds another search ({json.dumps(before)})"
-            raise UserError(f"{held}: give this one its own folder.")
-        self.study.set_user_attr("search", told)
+            stored = {**stored, "metric": metric}  # a misspelled one may be mended
+        if stored != definition:
+            raise UserError(
+                f"{folder} holds another search ({json.dumps(stored)}): give this one its own "
+                "folder."
+            )
+        self.study.set_user_attr("search", definition)
         self._plan = SweepPlan(folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
         self._pruned: set[Path] = set()
-        self._known = False  # whether a validation has logged the metric
-        self._looked: dict[Path, int] = {}  # the step of the newest validation that was reported
+        self._metric_logged = False  # whether a validation has logged the metric
+        self._newest_steps: dict[Path, int] = {}  # of the validations that were reported
 
     def jobs(self) -> Iterator[Job]:
         """Trials, each requested when there is room for it; interrupted ones come first."""
         from optuna.trial import Trial, TrialState
 
-        for cut_off in self.study.get_trials(states=(TrialState.RUNNING,)):
-            trial = Trial(self.study, cut_off._trial_id)
+        for interrupted in self.study.get_trials(states=(TrialState.RUNNING,)):
+            trial = Trial(self.study, interrupted._trial_id)
             if trial.params.keys() == self.space.keys():
                 yield from self._job_of(trial)
             else:  # while its values were drawn
@@ -107,12 +110,12 @@ class Search:
     def watch(self, job: Job) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
         file = job.folder / METRICS_FILE
-        self._known = self._known or self._logged_by_first(file)
+        self._metric_logged = self._metric_logged or self._logged_by_first(file)
         # Only the end of a file that grows is read at every look.
-        newest = read_newest(file, self.metric, tail=_TAIL) if self._known else None
-        if newest is None or newest[0] == self._looked.get(job.folder):
+        newest = read_newest(file, self.metric, tail=_TAIL) if self._metric_logged else None
+        if newest is None or newest[0] == self._newest_steps.get(job.folder):
             return None
-        self._looked[job.folder] = newest[0]
+        self._newest_steps[job.folder] = newest[0]
         trial = self._trials[job.folder][0]
         reported = self.study.trials[trial.number].intermediate_values
         rows = [row for row in read_metrics(file) if LOSS in row]
@@ -133,23 +136,25 @@ class Search:
             UserError: it has not, although the run continued.
         """
         rows = read_metrics(file) if file.is_file() else []
-        at = next((i for i, row in enumerate(rows) if LOSS in row), None)
-        if at is None:
+        first = next((i for i, row in enumerate(rows) if LOSS in row), None)
+        if first is None:
             return False
-        known = sorted(tag for tag in rows[at] if not tag.startswith("train/"))
+        tags = sorted(tag for tag in rows[first] if not tag.startswith("train/"))
         # Callbacks add to the row of a validation after its loss.
-        if self.metric not in known and (ended or at < len(rows) - 1):
-            said = f"--metric {self.metric} was not logged by the first validation"
-            raise UserError(f"{said}: {suggestion(self.metric, known)}")
-        return self.metric in known
+        if self.metric not in tags and (ended or first < len(rows) - 1):
+            raise UserError(
+                f"--metric {self.metric} was not logged by the first validation: "
+                f"{suggestion(self.metric, tags)}"
+            )
+        return self.metric in tags
 
     def ended(self, job: Job) -> None:
         """Reports a trial's result to the study; an interrupted trial stays open."""
         from optuna.trial import TrialState
 
         state = state_of(job.folder)
-        if state == "done" and not self._known:
-            self._known = self._logged_by_first(job.folder / METRICS_FILE, ended=True)
+        if state == "done" and not self._metric_logged:
+            self._metric_logged = self._logged_by_first(job.folder / METRICS_FILE, ended=True)
         for trial in self._trials.pop(job.folder):
             value = _result(job.folder, self.metric) if state == "done" else math.nan
             if math.isfinite(value):
@@ -172,9 +177,9 @@ class Search:
         if folder in self._trials:
             self._trials[folder].append(trial)
             return
-        over = (other for other in self.study.trials if other.state.is_finished())
-        same = (other for other in over if other.user_attrs.get("folder") == planned.folder)
-        twin = next(same, None)
+        finished = (other for other in self.study.trials if other.state.is_finished())
+        twins = (other for other in finished if other.user_attrs.get("folder") == planned.folder)
+        twin = next(twins, None)
         if twin is not None:
             # A pruned trial's value is its last one in training, which only a new trial reports.
             value = twin.value if twin.state == TrialState.COMPLETE else None
@@ -192,16 +197,17 @@ class Search:
 def check(
     folder: Path, space: Space, fixed: Sequence[str], *, config_dir: Path | None = None
 ) -> tuple[list[Job], int]:
-    """Tasks with every choice and both bounds of every range, and the optimizer steps of a trial.
+    """Checked jobs with every choice and both bounds of every range, and the optimizer steps of a
+    trial.
 
     Raises:
         UserError: an override does not match the config.
     """
     jobs, steps = [], 0
-    base = {key: examples(of)[0] for key, of in space.items()}
-    for key, of in space.items():
-        for example in examples(of):
-            values = {**base, key: example}
+    first_values = {key: examples(domain)[0] for key, domain in space.items()}
+    for key, domain in space.items():
+        for example in examples(domain):
+            values = {**first_values, key: example}
             overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
             job, steps = _job(folder / "trial", overrides, config_dir=config_dir)
             jobs.append(job)
@@ -209,11 +215,7 @@ def check(
 
 
 def _job(
-    folder: Path,
-    overrides: Sequence[str],
-    labels: Sequence[str] = (),
-    *,
-    config_dir: Path | None,
+    folder: Path, overrides: Sequence[str], labels: Sequence[str] = (), *, config_dir: Path | None
 ) -> tuple[Job, int]:
     """A trial's job, and its optimizer steps in the config."""
     settled = settle(compose_run(overrides, config_dir), folder)
@@ -229,10 +231,10 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruners = optuna.pruners
     storage = f"sqlite:///{folder / STUDY_FILE}"
-    held = optuna.get_all_study_names(storage)  # by the folder's name when the search began
+    names = optuna.get_all_study_names(storage)  # by the folder's name when the search began
     study = optuna.create_study(
         storage=storage,
-        study_name=held[0] if held else folder.name,
+        study_name=names[0] if names else folder.name,
         load_if_exists=True,
         pruner=pruners.NopPruner() if warmup is None else pruners.MedianPruner(5, warmup),
     )
@@ -244,8 +246,7 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
 
 def _result(folder: Path, metric: str) -> float:
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return float(summary[metric])
+        return float(read_json(folder / SUMMARY_FILE)[metric])
     except (OSError, ValueError, KeyError, TypeError):
         return math.nan
 

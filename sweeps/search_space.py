@@ -14,11 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of
 
 if TYPE_CHECKING:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 _FORM = re.compile(r"(interval|int)\(([^(),]+),([^(),]+)(?:,(\s*log\s*))?\)")
 
@@ -27,21 +23,23 @@ Range = Union["FloatDistribution", "IntDistribution", "CategoricalDistribution"]
 Space = dict[str, Range]
 
 
-def examples(of: Range) -> Sequence[Any]:
+def examples(domain: Range) -> Sequence[Any]:
     """Values to compose a config with, representing all others: the choices, or both bounds."""
     from optuna.distributions import CategoricalDistribution
 
-    return of.choices if isinstance(of, CategoricalDistribution) else [of.low, of.high]
+    if isinstance(domain, CategoricalDistribution):
+        return domain.choices
+    return [domain.low, domain.high]
 
 
-def shown(of: Range) -> str:
+def shown(domain: Range) -> str:
     """A range as it is typed; studies store this text."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    if isinstance(of, CategoricalDistribution):
-        return f"choice({','.join(map(str, of.choices))})"
-    kind = "int" if isinstance(of, IntDistribution) else "interval"
-    return f"{kind}({of.low:g},{of.high:g}{',log' * of.log})"
+    if isinstance(domain, CategoricalDistribution):
+        return f"choice({','.join(map(str, domain.choices))})"
+    kind = "int" if isinstance(domain, IntDistribution) else "interval"
+    return f"{kind}({domain.low:g},{domain.high:g}{',log' * domain.log})"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
@@ -59,9 +57,9 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
     fixed: list[str] = []
     for argument in arguments:
         key, _, text = argument.partition("=")
-        form = _FORM.fullmatch(text.strip().strip("'\""))
+        match = _FORM.fullmatch(text.strip().strip("'\""))
         try:
-            override = None if form else OverridesParser.create().parse_override(argument)
+            override = None if match else OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise UserError(
                 f"{argument} is neither an override nor a range like interval(1e-4,1e-2,log), "
@@ -72,8 +70,8 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
             continue
         if key in space:
             raise UserError(f"{argument} gives {key} a second range: leave one out.")
-        if form is not None:
-            space[key] = _interval(argument, form)
+        if match is not None:
+            space[key] = _interval(argument, match)
         elif override is not None and override.is_discrete_sweep():
             space[key] = CategoricalDistribution(tuple(map(str, override.sweep_string_iterator())))
         else:
@@ -82,23 +80,23 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         raise UserError(
             "There is nothing to search: give a range, as optimizer.lr='interval(1e-4,1e-2,log)'."
         )
-    if twice := [argument for argument in fixed if key_of(argument) in space]:
-        raise UserError(f"{twice[0]} fixes a key that is searched: give its range or its value.")
+    if repeated := [argument for argument in fixed if key_of(argument) in space]:
+        raise UserError(f"{repeated[0]} fixes a key that is searched: give its range or its value.")
     return space, fixed
 
 
-def _interval(argument: str, form: re.Match[str]) -> Range:
+def _interval(argument: str, match: re.Match[str]) -> Range:
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    kind, first, last, log = form.groups()
-    number = int if kind == "int" else float
+    kind, first, last, log = match.groups()
+    to_number = int if kind == "int" else float
     try:
-        low, high = number(first), number(last)
+        low, high = to_number(first), to_number(last)
     except ValueError:
         raise UserError(f"{argument}: the bounds of {kind}() must be numbers.") from None
     if not -math.inf < low < high < math.inf:
         raise UserError(f"{argument}: both bounds must be finite, and the lower one come first.")
     if log and low <= 0:
         raise UserError(f"{argument}: with log the lower bound must be above 0.")
-    made = IntDistribution if kind == "int" else FloatDistribution
-    return made(low, high, log=log is not None)  # type: ignore[arg-type]
+    distribution = IntDistribution if kind == "int" else FloatDistribution
+    return distribution(low, high, log=log is not None)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 
-_ASK_SECONDS = 15.0  # the queue is shared
+_QUERY_SECONDS = 15.0  # the queue is shared
 
 
 class SlurmRun:
@@ -73,8 +73,8 @@ class SlurmRun:
 def torchrun(job: Job, *, node: int) -> tuple[str, ...]:
     """The command line of a run's processes on one of its machines, which have numbers from 0; the
     first machine is the rendezvous."""
-    listed = os.environ["SLURM_JOB_NODELIST"]
-    command = ["scontrol", "show", "hostnames", listed]
+    node_list = os.environ["SLURM_JOB_NODELIST"]
+    command = ["scontrol", "show", "hostnames", node_list]
     hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     # Each job has its own port, since machines may be shared.
     port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000
@@ -87,16 +87,15 @@ def torchrun(job: Job, *, node: int) -> tuple[str, ...]:
 
 
 def in_arrays(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
-    """The jobs by array: those of an array need the same resources, and no array is longer than
-    Slurm's limit."""
+    """Groups jobs that need the same resources into arrays of at most ``limit`` jobs."""
 
-    def asks_for(job: Job) -> tuple[int, int, bool]:
+    def resources_of(job: Job) -> tuple[int, int, bool]:
         return job.processes, job.nodes, job.on_cpu
 
     arrays: list[list[Job]] = []
-    for _, group in itertools.groupby(sorted(jobs, key=asks_for), asks_for):
-        same = list(group)
-        arrays += [same[i : i + limit] for i in range(0, len(same), limit)]
+    for _, group in itertools.groupby(sorted(jobs, key=resources_of), resources_of):
+        members = list(group)
+        arrays += [members[i : i + limit] for i in range(0, len(members), limit)]
     return arrays
 
 
@@ -104,12 +103,12 @@ def max_array_size() -> int:
     """Most jobs of an array on this cluster; Slurm's default if the cluster does not say."""
     try:
         command = ["scontrol", "show", "config"]
-        shown = subprocess.run(command, capture_output=True, text=True).stdout
+        config = subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
-        shown = ""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+        config = ""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
     # The largest index is one less than this, and the first is 0.
-    return max(1, int(found[1])) if found else 1001
+    return max(1, int(match[1])) if match else 1001
 
 
 def run(
@@ -137,8 +136,8 @@ def run(
     folder = jobs[0].folder.parent / ".slurm"
     ids: dict[Job, str] = {}
     arrays = in_arrays(jobs, max_array_size())
-    for same in arrays:
-        n, nodes, on_cpu = same[0].processes, same[0].nodes, same[0].on_cpu
+    for array in arrays:
+        n, nodes, on_cpu = array[0].processes, array[0].nodes, array[0].on_cpu
         try:
             executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=max_requeues)
         except RuntimeError as error:
@@ -153,8 +152,7 @@ def run(
             "cpus_per_task": cpus_per_process * n,
             "gpus_per_node": None if on_cpu else gpus_per_process * n or None,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
-            # Slurm's limit is per array.
-            "array_parallelism": max(1, n_jobs * len(same) // len(jobs)),
+            "array_parallelism": max(1, n_jobs * len(array) // len(jobs)),  # per array
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
             "additional_parameters": dict(additional or {}),
@@ -163,14 +161,14 @@ def run(
         executor.update_parameters(**{k: v for k, v in settings.items() if v is not None})
         try:
             with executor.batch():
-                submitted = [executor.submit(SlurmRun(job, cpus_per_process)) for job in same]
+                submitted = [executor.submit(SlurmRun(job, cpus_per_process)) for job in array]
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"Slurm refuses the job: {error}.") from error
-        ids |= {job: one.job_id for job, one in zip(same, submitted, strict=True)}
+        ids |= {job: submission.job_id for job, submission in zip(array, submitted, strict=True)}
 
     queue = _Queue(ids)
     # By default Slurm kills a canceled job after 30 s.
-    follow(jobs, over=queue.over, cancel=queue.cancel, grace_seconds=60.0)
+    follow(jobs, find_ended=queue.find_ended, cancel=queue.cancel, grace_seconds=60.0)
 
 
 class _Queue:
@@ -179,20 +177,20 @@ class _Queue:
     def __init__(self, ids: dict[Job, str]) -> None:
         self._ids = ids
         self._missed: dict[Job, int] = dict.fromkeys(ids, 0)
-        self._asked = -float("inf")
-        self._over: dict[Job, str] = {}
+        self._last_query = -float("inf")
+        self._ended: dict[Job, str] = {}
 
-    def over(self) -> dict[Job, str]:
-        if time.monotonic() - self._asked >= _ASK_SECONDS:
-            self._asked = time.monotonic()
-            self._over = self._ask()
-        return self._over
+    def find_ended(self) -> dict[Job, str]:
+        if time.monotonic() - self._last_query >= _QUERY_SECONDS:
+            self._last_query = time.monotonic()
+            self._ended = self._query()
+        return self._ended
 
-    def _ask(self) -> dict[Job, str]:
+    def _query(self) -> dict[Job, str]:
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            queued = set(done.stdout.split())
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            queued = set(result.stdout.split())
             for job, number in self._ids.items():
                 self._missed[job] = 0 if number in queued else self._missed[job] + 1
         # Missing twice in a row: a job that is just being requeued or submitted is not over.

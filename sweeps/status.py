@@ -37,13 +37,13 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
         counts[state] += 1
         if state in ("running", _LOST):
             step, loss = newest(plan.folder / job.folder)
-            of = f" of {job.recipe.max_steps}" if job.recipe and job.recipe.max_steps else ""
+            total = f" of {job.recipe.max_steps}" if job.recipe and job.recipe.max_steps else ""
             name = " ".join(labels[job.folder]) or job.folder
-            shown = f", loss {loss}" if loss else ""
-            line = f"  {name} on {status['device']}: step {step}{of}{shown}"
+            loss_text = f", loss {loss}" if loss else ""
+            line = f"  {name} on {status['device']}: step {step}{total}{loss_text}"
             running.append(line + _worker(leases, lease))
-    told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    yield f"{len(plan.jobs)} jobs: {told or 'none'}"
+    summary = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    yield f"{len(plan.jobs)} jobs: {summary or 'none'}"
     yield from running
     for job in plan.jobs:
         if statuses[job.folder]["state"] == "failed":
@@ -73,7 +73,9 @@ def main(
         if not plan.jobs:
             raise UserError(f"{plan.folder} holds no sweep (no sweep.json).")
         folders = {job.folder: plan.folder / job.folder for job in plan.jobs}
-        statuses = {name: read_status(at) or {"state": "pending"} for name, at in folders.items()}
+        statuses = {
+            name: read_status(path) or {"state": "pending"} for name, path in folders.items()
+        }
         print("\n".join(describe(plan, statuses)))
     states = {status["state"] for status in statuses.values()}
     sys.exit(0 if states == {"done"} else 1 if states <= {"done", "failed"} else 2)

@@ -130,22 +130,22 @@ def _choices(text: str, group: str, value: Any, allow: Collection[str]) -> None:
 
 def _leaf(text: str, key: str, value: Any, allow: Collection[str]) -> None:
     last = key.rpartition(".")[2]
-    said = str(value)
-    if "${" in _OTHER_KEY.sub("", said) or (last.startswith("_") and "${" in said):
+    value_text = str(value)
+    if "${" in _OTHER_KEY.sub("", value_text) or (last.startswith("_") and "${" in value_text):
         raise UserError(f"{text} is refused: a stored value must not look anything up.")
-    if "://" in said and said not in allow:
+    if "://" in value_text and value_text not in allow:
         raise UserError(
             f"{text} is refused: a stored value must not use the network. If you trust its "
-            f"author, add {_HOW.format(shlex.quote(said))}."
+            f"author, add {_HOW.format(shlex.quote(value_text))}."
         )
     if last == "_target_":
-        require_target(said, allow, how=_HOW)
-    if key.partition(".")[0] == "allow" and said not in allow:
-        raise UserError(f"{text} is refused: trust it yourself, by --allow {said}.")
-    if last in WRITTEN and value is not None and said not in allow:
-        if last == "cache_dir" and is_cache(said):
+        require_target(value_text, allow, how=_HOW)
+    if key.partition(".")[0] == "allow" and value_text not in allow:
+        raise UserError(f"{text} is refused: trust it yourself, by --allow {value_text}.")
+    if last in WRITTEN and value is not None and value_text not in allow:
+        if last == "cache_dir" and is_cache(value_text):
             return
         raise UserError(
             f"{text} is refused: a job writes in its own folder, and token stores where there are "
-            f"some already. If it should write there, add {_HOW.format(shlex.quote(said))}."
+            f"some already. If it should write there, add {_HOW.format(shlex.quote(value_text))}."
         )

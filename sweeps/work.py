@@ -66,25 +66,25 @@ class SweepWorker:
             planned.folder: _job(plan.folder, planned, labels[planned.folder], program, allow)
             for planned in plan.jobs
         }
-        if program and all(one.recipe and one.recipe.program == TRAIN for one in plan.jobs):
+        if program and all(job.recipe and job.recipe.program == TRAIN for job in plan.jobs):
             raise UserError(
                 f"The jobs in {plan.folder} run this project's {TRAIN}.py: leave --program out."
             )
-        self.too_large = {n: job for n, job in self.jobs.items() if not _fits(job, queue)}
-        self._left = [name for name in self.jobs if name not in self.too_large]
-        self._free: deque[tuple[str, Lease | None]] = deque()
-        self._looked = -float("inf")
+        self.too_large = {name: job for name, job in self.jobs.items() if not _fits(job, queue)}
+        self._unfinished = [name for name in self.jobs if name not in self.too_large]
+        self._candidates: deque[tuple[str, Lease | None]] = deque()
+        self._last_look = -float("inf")
 
     def __iter__(self) -> SweepWorker:
         return self
 
     def __next__(self) -> Job:
         # A job that was free may be taken by now: only ``take`` decides.
-        if not self._free and time.monotonic() - self._looked >= self._look_seconds:
-            self._looked = time.monotonic()
-            self._free.extend(self._look())
-        while self._free:
-            name, lease = self._free.popleft()
+        if not self._candidates and time.monotonic() - self._last_look >= self._look_seconds:
+            self._last_look = time.monotonic()
+            self._candidates.extend(self._look())
+        while self._candidates:
+            name, lease = self._candidates.popleft()
             if not must_run(self._folder / name) or not self._leases.take(name, lease):
                 continue
             # Checked again: its previous worker may have ended it just before.
@@ -95,17 +95,17 @@ class SweepWorker:
 
     def _look(self) -> Iterator[tuple[str, Lease | None]]:
         newest = self._leases.look()
-        mine = set(self._leases.held)
-        for name in self._left:
+        own_jobs = set(self._leases.held)
+        for name in self._unfinished:
             lease = newest.get(name)
-            if name not in mine and self._leases.free(lease):
+            if name not in own_jobs and self._leases.free(lease):
                 yield name, lease
 
     @property
-    def left(self) -> bool:
+    def has_jobs(self) -> bool:
         """Whether a job that this worker could run has not ended, whoever runs it."""
-        self._left = [name for name in self._left if must_run(self._folder / name)]
-        return bool(self._left)
+        self._unfinished = [name for name in self._unfinished if must_run(self._folder / name)]
+        return bool(self._unfinished)
 
     def beat(self) -> None:
         """Shows the others that this worker lives; called by a thread of its own."""
@@ -122,32 +122,32 @@ class SweepWorker:
 
 
 def work(worker: SweepWorker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
-    """Runs the jobs of a worker, which beats every ``beat_seconds``, until every job has ended;
-    without ``wait``, until no job is free, though those of others may become so.
+    """Runs the jobs of a worker until every job of the sweep has ended; without ``wait``, until no
+    job is free. The worker renews its leases every ``beat_seconds``.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
     """
-    over = threading.Event()
+    finished = threading.Event()
 
     def beat() -> None:
-        while not over.wait(beat_seconds):
+        while not finished.wait(beat_seconds):
             worker.beat()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        while worker.left:
+        while worker.has_jobs:
             pool.run(worker, watch=worker.watch, ended=worker.ended)
             if not wait:
                 return
             with interrupts() as check:
-                until = time.monotonic() + beat_seconds
-                while time.monotonic() < until:
+                deadline = time.monotonic() + beat_seconds
+                while time.monotonic() < deadline:
                     check()
                     time.sleep(0.1)
     finally:
-        over.set()
+        finished.set()
         thread.join()
 
 
@@ -204,19 +204,19 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         plan = SweepPlan(folder)
         if not plan.jobs:
             raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
-        queue = _queue(args, on_cpu=all(p.recipe.on_cpu for p in plan.jobs if p.recipe))
+        queue = _queue(args, on_cpu=all(job.recipe.on_cpu for job in plan.jobs if job.recipe))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         beat = args.stale / _BEATS
         try:
-            own = shlex.split(args.program)
+            command = shlex.split(args.program)
         except ValueError as error:
             raise UserError(f"--program {args.program}: {error}.") from error
         worker = SweepWorker(
-            plan, leases=leases, queue=queue, look_seconds=beat, program=own, allow=args.allow
+            plan, leases=leases, queue=queue, look_seconds=beat, program=command, allow=args.allow
         )
         for name, job in worker.too_large.items():
-            wanted = f"{job.nodes} machines" if job.nodes > 1 else f"{job.processes} GPUs"
-            print(f"left to others: {name}, which needs {wanted}", flush=True)
+            needs = f"{job.nodes} machines" if job.nodes > 1 else f"{job.processes} GPUs"
+            print(f"left to others: {name}, which needs {needs}", flush=True)
         display = Lines(len(worker.jobs))
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)

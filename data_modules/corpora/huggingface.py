@@ -72,10 +72,10 @@ class HuggingFaceSource(FileSource):
                 cache_dir=self.cache_dir,
             )
         except Exception as error:  # the library raises its own types, builders' and the hub's
-            what = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
+            problem = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = OSError if isinstance(error, OSError) else UserError
-            raise kind(what + reason) from error
+            raise kind(problem + reason) from error
         columns = dataset.column_names
         if columns is not None and self.field not in columns:
             raise UserError(
@@ -100,7 +100,7 @@ class HuggingFaceSource(FileSource):
 
     @property
     def rules(self) -> tuple[object, ...]:
-        what = (
+        rules = (
             "huggingface",
             self.path,
             self.config_name,
@@ -110,9 +110,9 @@ class HuggingFaceSource(FileSource):
             self.data_files,
         )
         if self.files:
-            return what
+            return rules
         # The library's digest of the downloaded data and of the builder's options.
-        return (*what, "streaming" if self.streaming else self._dataset._fingerprint)
+        return (*rules, "streaming" if self.streaming else self._dataset._fingerprint)
 
     def total_bytes(self) -> None:
         """Unknown: files may be compressed or have other columns."""
@@ -124,15 +124,15 @@ class HuggingFaceSource(FileSource):
         are relative to the dataset's folder, here or on the hub, if the path is one, else to the
         current folder."""
         if self.data_files is None:
-            here = Path(self.path).exists()
-            return expand(self.path, "data.source.path", text_only=False) if here else []
-        given = list(_flat(self.data_files))
+            is_local = Path(self.path).exists()
+            return expand(self.path, "data.source.path", text_only=False) if is_local else []
+        patterns = list(_flat(self.data_files))
         on_hub = "/" in self.path and not Path(self.path).exists()
-        if on_hub or any("://" in item for item in given):
+        if on_hub or any("://" in item for item in patterns):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
         key = "data.source.data_files"
-        paths = [str(root / item) for item in given]
+        paths = [str(root / item) for item in patterns]
         return [file for path in paths for file in expand(path, key, text_only=False)]
 
 

@@ -139,6 +139,6 @@ def _parsed(data: bytes) -> tuple[str, dict[int, int]]:
     if not isinstance(text, str) or not isinstance(verses, dict):
         raise ValueError
     starts: dict[int, int] = {}
-    for verse, at in sorted(verses.items()):
-        starts.setdefault(verse // _VERSES_A_BOOK, at)
+    for verse, start in sorted(verses.items()):
+        starts.setdefault(verse // _VERSES_A_BOOK, start)
     return text, starts

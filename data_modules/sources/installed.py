@@ -43,12 +43,12 @@ def installed(
         UserError: if it is not installed, or its installer recorded no file that is wanted.
     """
     try:
-        found = metadata.distribution(name)
+        distribution = metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
         raise missing_package(name, what=needed_by, extra=extra) from None
     files = {
         file.as_posix(): Path(str(file.locate()))
-        for file in found.files or ()
+        for file in distribution.files or ()
         if ".." not in file.parts and keep(file)
     }
     present = tuple((path, on_disk) for path, on_disk in sorted(files.items()) if on_disk.is_file())
@@ -58,7 +58,7 @@ def installed(
             "install lists none): install it again with pip install --force-reinstall "
             f"{name}, or leave it out"
         )
-    return Package(name=name, version=found.version, files=present)
+    return Package(name=name, version=distribution.version, files=present)
 
 
 def python_text(data: bytes, where: str) -> str:

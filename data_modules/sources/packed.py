@@ -52,8 +52,8 @@ def _is_damage(error: Exception) -> bool:
     return getattr(error, "errno", None) is None
 
 
-def _pyarrow(what: Path) -> Any:
-    require_package("pyarrow", what=str(what), extra="hf")
+def _pyarrow(path: Path) -> Any:
+    require_package("pyarrow", what=str(path), extra="hf")
     import pyarrow
     import pyarrow.parquet
 

@@ -53,19 +53,21 @@ class StdlibSource(FileSource):
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_path("stdlib"))
-        found = []
-        for folder, below, names in os.walk(root):
+        paths = []
+        for folder, subfolders, names in os.walk(root):
             # Pruned early: site-packages may be a hundred times the size of the library.
-            below[:] = sorted(set(below) - LEFT_OUT)
-            found += [Path(folder, name) for name in names if name.endswith(".py")]
-        named = sorted((path.relative_to(root).as_posix(), path) for path in found)
-        kept = [(n, path) for n, path in named if path.stat().st_size and not n.startswith(TABLES)]
-        if not kept:
+            subfolders[:] = sorted(set(subfolders) - LEFT_OUT)
+            paths += [Path(folder, name) for name in names if name.endswith(".py")]
+        entries = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+        files = [
+            (n, path) for n, path in entries if path.stat().st_size and not n.startswith(TABLES)
+        ]
+        if not files:
             raise FileNotFoundError(
                 f"this Python has no standard-library sources under {root}: "
                 f"train on text of your own with data=text data.paths=..."
             )
-        return kept
+        return files
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files:

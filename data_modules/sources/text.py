@@ -58,15 +58,15 @@ class TextSource(FileSource):
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
         # Read by the given path: the target of a link may have another suffix.
-        found: dict[Path, tuple[str, Path]] = {}
-        for given in self.paths:
-            for name, path in expand(given):
+        unique: dict[Path, tuple[str, Path]] = {}
+        for pattern in self.paths:
+            for name, path in expand(pattern):
                 if path.stat().st_size == 0:
                     raise UserError(
                         f"{path} is empty: give text, or leave the file out of data.paths"
                     )
-                found.setdefault(path.resolve(), (name, path))
-        return list(found.values())
+                unique.setdefault(path.resolve(), (name, path))
+        return list(unique.values())
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files:
@@ -113,14 +113,14 @@ def path_list(paths: Paths, key: str) -> list[str]:
     Raises:
         UserError: for anything else.
     """
-    given: list[Any] = [paths]
+    items: list[Any] = [paths]
     if isinstance(paths, Sequence) and not isinstance(paths, str):
-        given = list(paths)
-    if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
+        items = list(paths)
+    if not items or not all(isinstance(p, str | os.PathLike) and str(p) for p in items):
         raise UserError(
             f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
         )
-    return [os.fspath(path) for path in given]
+    return [os.fspath(path) for path in items]
 
 
 def _may_be_text(path: Path) -> bool:
@@ -134,57 +134,58 @@ def _may_be_text(path: Path) -> bool:
 
 
 def expand(
-    given: str, key: str = "data.paths", *, text_only: bool = True
+    pattern: str, key: str = "data.paths", *, text_only: bool = True
 ) -> list[tuple[str, Path]]:
     """The files that a path, folder or glob stands for, with names that do not depend on where
     they are.
 
     Args:
-        given: a path; ``~`` is expanded, and a folder stands for all files below it that are not
-            hidden.
+        pattern: a path, folder or glob; ``~`` is expanded, and a folder stands for all files below
+            it that are not hidden.
         key: the config key of the path, for messages.
         text_only: whether to leave out files of a folder that are empty or not text.
 
     Raises:
         FileNotFoundError: if there is no file.
     """
-    path = Path(given).expanduser()
+    path = Path(pattern).expanduser()
     if path.is_dir():
         return _folder(path, key, text_only)
     if path.exists():
         return [(path.name, path)]
-    if not glob.has_magic(given):
-        raise FileNotFoundError(f"{given} does not exist (looked from {Path.cwd()}): check {key}")
+    if not glob.has_magic(pattern):
+        raise FileNotFoundError(f"{pattern} does not exist (looked from {Path.cwd()}): check {key}")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     files = [(match.name, match) for match in matches if match.is_file()]
     if not files:
         raise FileNotFoundError(
-            f"no file matches {given!r} (looked from {Path.cwd()}): check {key}"
+            f"no file matches {pattern!r} (looked from {Path.cwd()}): check {key}"
         )
     return files
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
     """All files of a folder and its subfolders, linked ones too, each folder once."""
-    seen = set()
+    visited = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
+        if (real := os.path.realpath(root)) in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield from (path for name in names if (path := Path(root) / name).is_file())
 
 
 def _folder(folder: Path, key: str, text_only: bool) -> list[tuple[str, Path]]:
-    below = [(path.relative_to(folder), path) for path in _files_below(folder)]
-    shown = [(r, path) for r, path in below if not any(part[0] == "." for part in r.parts)]
-    files = sorted((r.as_posix(), p) for r, p in shown if not text_only or _may_be_text(p))
+    entries = [(path.relative_to(folder), path) for path in _files_below(folder)]
+    visible = [(r, path) for r, path in entries if not any(part[0] == "." for part in r.parts)]
+    files = sorted((r.as_posix(), p) for r, p in visible if not text_only or _may_be_text(p))
     if not files:
         raise FileNotFoundError(f"the folder {folder} holds no files to read: check {key}")
-    hidden, other = len(below) - len(shown), len(shown) - len(files)
+    hidden, other = len(entries) - len(visible), len(visible) - len(files)
     if hidden or other:
-        said = "%s: left out %d hidden files, and %d that are empty or of another kind"
-        log.log(logging.WARNING if other else logging.INFO, said, folder, hidden, other)
+        level = logging.WARNING if other else logging.INFO
+        message = "%s: left out %d hidden files, and %d that are empty or of another kind"
+        log.log(level, message, folder, hidden, other)
     return files
 
 

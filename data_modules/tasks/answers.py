@@ -55,10 +55,10 @@ class AnswerSet:
     def baselines(self) -> dict[str, float]:
         """Values to compare exact match with, by name: ``chance``, and those of
         :func:`baselines`."""
-        found = {"chance": self.task.chance}
+        scores = {"chance": self.task.chance}
         if self.trained is not None:
-            found |= baselines(self.task, self.examples, self.trained.read(0, TRIED))
-        return found
+            scores |= baselines(self.task, self.examples, self.trained.read(0, TRIED))
+        return scores
 
     def measures(self, d_model: int) -> Sequence[TaskMeasure]:
         """The task's metrics besides exact match, new and empty.
@@ -106,11 +106,11 @@ class AnswerSet:
 
         If the model ends its answers itself, it may answer up to the longest length.
         """
-        held = [self.examples[i] for i in numbers.tolist()]
-        longest = max(len(example.prompt) for example in held) + self.task.longest_answer
-        tokens, scored, _ = lay_out([[e] for e in held], longest + self.stride * self.depth)
+        examples = [self.examples[i] for i in numbers.tolist()]
+        longest = max(len(example.prompt) for example in examples) + self.task.longest_answer
+        tokens, scored, _ = lay_out([[e] for e in examples], longest + self.stride * self.depth)
         if self.task.ends:
-            for row, example in enumerate(held):
+            for row, example in enumerate(examples):
                 start = len(example.prompt)
                 scored[row, start : start + self.task.longest_answer] = True
         return WindowBatch(
@@ -140,25 +140,25 @@ class AnswerSet:
                 group_BW[row, span] = torch.tensor([number.get(name, -1) for name in names])
         return position_BW, group_BW
 
-    def right(self, numbers: np.ndarray, said_BW: Tensor) -> Tensor:
+    def right(self, numbers: np.ndarray, answers_BW: Tensor) -> Tensor:
         """Which answers are right, [B] bool, by the task's own check.
 
         Args:
             numbers: numbers of the examples.
-            said_BW: their windows with the model's answers.
+            answers_BW: their windows with the model's answers.
         """
-        found = []
-        for i, row in zip(numbers.tolist(), said_BW.tolist(), strict=True):
+        is_right = []
+        for i, row in zip(numbers.tolist(), answers_BW.tolist(), strict=True):
             prompt = self.examples[i].prompt
-            found.append(self.task.check(prompt, self.answer(i, row)))
-        return torch.tensor(found)
+            is_right.append(self.task.check(prompt, self.answer(i, row)))
+        return torch.tensor(is_right)
 
-    def answer(self, number: int, said: list[int]) -> list[int]:
+    def answer(self, number: int, row: list[int]) -> list[int]:
         """The answer in a window, up to its end."""
         example, start = self.examples[number], len(self.examples[number].prompt)
         if not self.task.ends:
-            return said[start : len(example)]
-        answer = said[start : start + self.task.longest_answer]
+            return row[start : len(example)]
+        answer = row[start : start + self.task.longest_answer]
         return answer[: answer.index(END) + 1] if END in answer else answer
 
 
@@ -180,19 +180,19 @@ def baselines(
         training: training examples, at least one.
     """
     contents = {task.content(example) for example in training}
-    answers = [_said(example) for example in training]
-    of_size = _most_frequent((len(answer), answer) for answer in answers)
-    at_position = _most_frequent(pair for answer in answers for pair in enumerate(answer))
-    to_question = _most_frequent(zip(map(question_of, training), answers, strict=True))
+    answers = [_asked_tokens(example) for example in training]
+    by_length = _most_frequent((len(answer), answer) for answer in answers)
+    by_position = _most_frequent(pair for answer in answers for pair in enumerate(answer))
+    by_question = _most_frequent(zip(map(question_of, training), answers, strict=True))
 
     def constant(example: Example) -> Sequence[int]:
-        return of_size.get(sum(example.asked), ())
+        return by_length.get(sum(example.asked), ())
 
     def majority(example: Example) -> Sequence[int]:
-        return [at_position.get(position, END) for position in range(sum(example.asked))]
+        return [by_position.get(position, END) for position in range(sum(example.asked))]
 
     def table(example: Example) -> Sequence[int]:
-        return to_question.get(question_of(example)) or constant(example)
+        return by_question.get(question_of(example)) or constant(example)
 
     n = len(examples)
     return {
@@ -204,17 +204,17 @@ def baselines(
     }
 
 
-def _said(example: Example) -> tuple[int, ...]:
+def _asked_tokens(example: Example) -> tuple[int, ...]:
     """The asked tokens of an answer."""
-    return tuple(t for t, asked in zip(example.answer, example.asked, strict=True) if asked)
+    return tuple(t for t, is_asked in zip(example.answer, example.asked, strict=True) if is_asked)
 
 
-def _is_right(task: Task, example: Example, said: Sequence[int]) -> bool:
+def _is_right(task: Task, example: Example, tokens: Sequence[int]) -> bool:
     """Whether an answer with these asked tokens is right."""
-    left = iter(said)
+    remaining = iter(tokens)
     answer = [
-        next(left, END) if asked else token
-        for token, asked in zip(example.answer, example.asked, strict=True)
+        next(remaining, END) if is_asked else token
+        for token, is_asked in zip(example.answer, example.asked, strict=True)
     ]
     return task.check(example.prompt, answer)
 
@@ -224,4 +224,4 @@ def _most_frequent(pairs: Iterable[tuple[K, T]]) -> dict[K, T]:
     counts: defaultdict[K, Counter[T]] = defaultdict(Counter)
     for key, value in pairs:
         counts[key][value] += 1
-    return {key: counted.most_common(1)[0][0] for key, counted in counts.items()}
+    return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}

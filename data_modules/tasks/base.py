@@ -65,7 +65,7 @@ def question_of(example: Example) -> tuple[int | None, ...]:
     """The tokens that a model does not answer: the prompt, and the answer's given tokens, with None
     in place of each asked token."""
     answer = zip(example.answer, example.asked, strict=True)
-    return (*example.prompt, *(None if asked else token for token, asked in answer))
+    return (*example.prompt, *(None if is_asked else token for token, is_asked in answer))
 
 
 class Draws:
@@ -145,17 +145,16 @@ class Task(ABC):
     seed: int = option(0, least=0)
 
     def __post_init__(self) -> None:
-        for own in fields(self):
-            value, null = getattr(self, own.name), own.metadata.get("null")
-            if "check" in own.metadata and not (null and value is None):
-                said = f" (null for {null})" if null else ""
-                own.metadata["check"](f"data.task.{own.name}{said}", value)
+        for task_field in fields(self):
+            value, null = getattr(self, task_field.name), task_field.metadata.get("null")
+            if "check" in task_field.metadata and not (null and value is None):
+                null_hint = f" (null for {null})" if null else ""
+                task_field.metadata["check"](f"data.task.{task_field.name}{null_hint}", value)
 
     def require_order(self, lower: str, upper: str) -> None:
         """Refuses an option that is above another one."""
         number, most = getattr(self, lower), getattr(self, upper)
-        wanted = f"at most data.task.{upper}={most}"
-        require(number <= most, f"data.task.{lower}", number, wanted)
+        require(number <= most, f"data.task.{lower}", number, f"at most data.task.{upper}={most}")
 
     def require_enough(self, option: str, *, of: str) -> None:
         """Refuses fewer of an option than of another one, each of which needs one of its own."""

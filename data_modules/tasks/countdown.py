@@ -65,13 +65,13 @@ class Countdown(Task):
         while len(pool) > 1:
             (a, left), (b, right) = _take_two(pool, draws)
             # Never empty: the smaller can be subtracted from the larger, or equals divided.
-            ways = [
+            results = [
                 (value, [*first, *second, operator])
                 for x, y, first, second in ((a, b, left, right), (b, a, right, left))
                 for operator in OPERATORS
                 if (value := _apply(operator, x, y)) is not None and value <= self.largest
             ]
-            pool.append(ways[draws.below(len(ways))])
+            pool.append(results[draws.below(len(results))])
         target, answer = pool[0]
         return Example([*map(_token, numbers), TO, _token(target), EQUALS], answer)
 

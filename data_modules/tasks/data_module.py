@@ -59,9 +59,9 @@ class TaskDataModule(WindowDataModule):
         document_mask: bool = False,
         **options: Any,
     ) -> None:
-        whole = task.longest - 1
+        least_length = task.longest - 1
         super().__init__(
-            seq_len=whole if seq_len is None else seq_len, batch_size=batch_size, **options
+            seq_len=least_length if seq_len is None else seq_len, batch_size=batch_size, **options
         )
         if examples is not None:
             require_whole("data.examples (null for fresh ones)", examples, least=1)
@@ -71,17 +71,17 @@ class TaskDataModule(WindowDataModule):
                 f"data.document_mask=true has no meaning for data={task.name}, whose examples "
                 "never see each other: leave it out."
             )
-        if self.seq_len < whole:
+        if self.seq_len < least_length:
             raise UserError(
                 f"data.seq_len={seq_len} is too short for data={task.name}, whose examples have "
-                f"up to {task.longest} tokens: set it to {whole} or more, or to null."
+                f"up to {task.longest} tokens: set it to {least_length} or more, or to null."
             )
         for index in (0, first_training_index(0)):
             task.example(index)  # raises if training and validation cannot share the questions
-        own = SymbolTokenizer(task.symbols)
-        if tokenizer is not None and not _same_symbols(tokenizer, own):
+        symbols = SymbolTokenizer(task.symbols)
+        if tokenizer is not None and not _same_symbols(tokenizer, symbols):
             raise UserError(
-                f"data={task.name} with its {own.vocab_size} symbols cannot be read by a model "
+                f"data={task.name} with its {symbols.vocab_size} symbols cannot be read by a model "
                 f"that has {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give the task "
                 "the options that the model was trained with."
             )
@@ -89,7 +89,7 @@ class TaskDataModule(WindowDataModule):
         self.examples = examples
         self.eval_examples = eval_examples
         self.train_prompt = train_prompt
-        self._tokenizer = own
+        self._tokenizer = symbols
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,19 +142,19 @@ class TaskDataModule(WindowDataModule):
         """Validation prompts whose answers have the full length, each with the given tokens before
         its answer. Arguments and errors are those of :class:`WindowDataModule`, except that
         ``length`` is ignored: a question has its own length."""
-        wanted = self.answer_length
+        answer_length = self.answer_length
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
             for example in self.answer_sets[""].examples
-            if self.task.ends or self._spoken(example) == wanted
+            if self.task.ends or self._spoken(example) == answer_length
         ]
         if fewer and prompts:
             n = min(n, len(prompts))
         if not 1 <= n <= len(prompts):
             raise UserError(
                 f"{n} prompts were asked for but only {len(prompts)} of "
-                f"data.eval_examples={self.eval_examples} have an answer of {wanted} tokens: ask "
-                "for fewer, or raise data.eval_examples."
+                f"data.eval_examples={self.eval_examples} have an answer of {answer_length} "
+                "tokens: ask for fewer, or raise data.eval_examples."
             )
         return prompts[:n]
 
@@ -187,9 +187,9 @@ class TaskDataModule(WindowDataModule):
         }
 
 
-def _same_symbols(tokenizer: Tokenizer, own: SymbolTokenizer) -> bool:
+def _same_symbols(tokenizer: Tokenizer, symbols: SymbolTokenizer) -> bool:
     """Whether a run's ids are the task's; a Hugging Face folder has a tokenizer of another kind."""
-    if tokenizer.kind == own.kind or tokenizer.vocab_size != own.vocab_size:
-        return tokenizer.state() == own.state()
-    ids = tokenizer.encode(" ".join(own.symbols))
-    return ids.tolist() == list(range(own.vocab_size))
+    if tokenizer.kind == symbols.kind or tokenizer.vocab_size != symbols.vocab_size:
+        return tokenizer.state() == symbols.state()
+    ids = tokenizer.encode(" ".join(symbols.symbols))
+    return ids.tolist() == list(range(symbols.vocab_size))

@@ -26,8 +26,7 @@ EQUALS, FIRST = 1, 2
 
 
 def _is_even(images: tuple[int, ...]) -> bool:
-    inversions = sum(a > b for i, a in enumerate(images) for b in images[i + 1 :])
-    return inversions % 2 == 0
+    return sum(a > b for i, a in enumerate(images) for b in images[i + 1 :]) % 2 == 0
 
 
 ELEMENTS = [images for images in permutations(range(5)) if _is_even(images)]
@@ -86,8 +85,8 @@ class Group(HeldOutTask):
 
     def of_size(self, size: int, draws: Draws) -> Example:
         generators = GENERATORS[self.generators]
-        drawn = draws.many_below(len(generators), size)
-        prompt = [*(FIRST + generators[i] for i in drawn), EQUALS]
+        indices = draws.many_below(len(generators), size)
+        prompt = [*(FIRST + generators[i] for i in indices), EQUALS]
         return Example(prompt, self._products(prompt))
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
@@ -100,8 +99,8 @@ class Group(HeldOutTask):
         return [f"factors_{log_bucket(n)}" for n in factors]
 
     def _products(self, prompt: Sequence[int]) -> list[int]:
-        product, found = NUMBER[0, 1, 2, 3, 4], []
+        product, products = NUMBER[0, 1, 2, 3, 4], []
         for token in prompt[:-1]:
             product = PRODUCT[product][token - FIRST]
-            found.append(FIRST + product)
-        return found if self.running else found[-1:]
+            products.append(FIRST + product)
+        return products if self.running else products[-1:]

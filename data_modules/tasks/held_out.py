@@ -27,7 +27,7 @@ _GUESSED = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutTask(Task):
-    """A task whose validation and training share no question, and whose questions have a size.
+    """A task whose questions have a size, and whose validation and training share no question.
 
     Attributes:
         sizes: the options with the least and the largest size; all sizes are equally frequent.
@@ -73,15 +73,15 @@ class HeldOutTask(Task):
         draws = self.draws(index)
         if self.held_out is None:
             return self.draw(draws)
-        of_validation = index < 1 << TRAINING
+        for_validation = index < 1 << TRAINING
         for _ in range(_TRIES * self.held_out):
             example = self.draw(draws)
-            if self.is_held_out(example.prompt) == of_validation:
+            if self.is_held_out(example.prompt) == for_validation:
                 return example
-        whose = "validation" if of_validation else "training"
+        split = "validation" if for_validation else "training"
         raise UserError(
             f"data.task.held_out={self.held_out} leaves no question of data={self.name} to "
-            f"{whose}: give another number, null for one stream of both, or longer examples."
+            f"{split}: give another number, null for one stream of both, or longer examples."
         )
 
     def is_held_out(self, prompt: Sequence[int]) -> bool:

@@ -75,12 +75,12 @@ class HMM(Task):
         # Counted by the set of states that the process may be in, since there are few such sets.
         ways = {(True,) * len(self.stationary): 1}
         for _ in range(self.length):
-            more: dict[tuple[bool, ...], int] = {}
+            next_ways: dict[tuple[bool, ...], int] = {}
             for states, n in ways.items():
                 for table in self.transitions > 0:
-                    after = tuple(table[list(states)].any(0).tolist())
-                    more[after] = more.get(after, 0) + n
-            ways = {states: n for states, n in more.items() if any(states)}
+                    next_states = tuple(table[list(states)].any(0).tolist())
+                    next_ways[next_states] = next_ways.get(next_states, 0) + n
+            ways = {states: n for states, n in next_ways.items() if any(states)}
         return sum(ways.values()) / len(self.transitions) ** self.length
 
     def beliefs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -100,10 +100,10 @@ class HMM(Task):
         return self._filter(tokens)[1]
 
     def example(self, index: int) -> Example:
-        first, *drawn = self.draws(index).uniform(self.length + 1).tolist()
+        first, *uniforms = self.draws(index).uniform(self.length + 1).tolist()
         state = bisect(self._starts, first)
         answer = []
-        for u in drawn:
+        for u in uniforms:
             bounds, edges = self._edges[state]
             symbol, state = edges[bisect(bounds, u)]
             answer.append(FIRST + symbol)
@@ -112,8 +112,8 @@ class HMM(Task):
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         """Whether the process produces it with nonzero probability."""
         ids = range(FIRST, len(self.symbols))
-        whole = len(answer) == self.length and all(token in ids for token in answer)
-        return whole and bool(np.isfinite(self.surprisals(answer)).all())
+        well_formed = len(answer) == self.length and all(token in ids for token in answer)
+        return well_formed and bool(np.isfinite(self.surprisals(answer)).all())
 
     def content(self, example: Example) -> Hashable:
         """The sequence itself, since the prompt asks nothing."""
@@ -136,12 +136,12 @@ class HMM(Task):
     def _filter(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(tokens)
         n = len(self.stationary)
-        read = np.concatenate([np.tile(np.eye(n), (FIRST, 1, 1)), self.transitions])
+        transitions = np.concatenate([np.tile(np.eye(n), (FIRST, 1, 1)), self.transitions])
         beliefs, surprisals = np.empty((*ids.shape, n)), np.empty(ids.shape)
         belief = np.broadcast_to(self.stationary, beliefs[..., 0, :].shape)
         with np.errstate(divide="ignore", invalid="ignore"):
             for t in range(ids.shape[-1]):
-                joint = np.einsum("...i,...ij->...j", belief, read[ids[..., t]])
+                joint = np.einsum("...i,...ij->...j", belief, transitions[ids[..., t]])
                 likelihood = joint.sum(-1)
                 belief = joint / likelihood[..., None]
                 beliefs[..., t, :], surprisals[..., t] = belief, -np.log(likelihood)
@@ -157,12 +157,12 @@ class HMM(Task):
     def _edges(self) -> list[tuple[list[float], list[tuple[int, int]]]]:
         """For each state: the possible pairs of a symbol and the next state, and the upper bounds
         of all pairs but the last in [0, 1)."""
-        found = []
+        tables = []
         for table_MS in self.transitions.transpose(1, 0, 2):
             edges = [(int(m), int(s)) for m, s in zip(*np.nonzero(table_MS), strict=True)]
             bounds = np.cumsum([table_MS[edge] for edge in edges])[:-1].tolist()
-            found.append((bounds, edges))
-        return found
+            tables.append((bounds, edges))
+        return tables
 
 
 def _mess3(x: float, a: float) -> np.ndarray:

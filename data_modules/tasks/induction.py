@@ -93,11 +93,11 @@ class Induction(Task):
         for i in range(256):
             example = self.example(i)
             p = 1.0
-            seen: set[int] = set()
-            for (before, _), asked in zip(pairwise(example.answer), example.asked[1:], strict=True):
-                if self._begins(before):
-                    p /= len(seen) if asked else 1
-                    seen.add(before)
+            mentioned: set[int] = set()
+            for token, is_asked in zip(example.answer[:-1], example.asked[1:], strict=True):
+                if self._begins(token):
+                    p /= len(mentioned) if is_asked else 1
+                    mentioned.add(token)
             total += p
         return total / 256
 
@@ -107,7 +107,7 @@ class Induction(Task):
         endings = draws.many_below(self.endings, self.names)
         story: list[int] = []
         given: list[bool] = []
-        known: set[int] = set()
+        mentioned: set[int] = set()
         for _ in range(self.sentences):
             people = draws.permutation(self.names)
             for word in SENTENCES[draws.below(len(SENTENCES))]:
@@ -117,8 +117,8 @@ class Induction(Task):
                     story.append(NAMES + beginnings[person])
                 elif word == "ENDING":
                     story.append(NAMES + self.beginnings + endings[person])
-                    given[-1] = person not in known
-                    known.add(person)
+                    given[-1] = person not in mentioned
+                    mentioned.add(person)
                 elif word in FILLERS:
                     words = FILLERS[word]
                     story.append(ID[words[draws.below(len(words))]])
@@ -135,10 +135,15 @@ class Induction(Task):
             sentences[-1].append(self._kinds[token - FIRST])
             if token == ID["."]:
                 sentences.append([])
-        *whole, rest = map(tuple, sentences)
+        *ended, rest = map(tuple, sentences)
         ends: dict[int, int] = {}
-        same = all(ends.setdefault(a, b) == b for a, b in pairwise(answer) if self._begins(a))
-        return same and not rest and len(whole) == self.sentences and set(whole) <= set(SENTENCES)
+        consistent = all(ends.setdefault(a, b) == b for a, b in pairwise(answer) if self._begins(a))
+        return (
+            consistent
+            and not rest
+            and len(ended) == self.sentences
+            and set(ended) <= set(SENTENCES)
+        )
 
     def variants(self) -> dict[str, Task]:
         """Twice as many sentences."""
@@ -147,10 +152,10 @@ class Induction(Task):
     def groups(self, example: Example) -> Sequence[str]:
         """The distance in tokens to the previous mention of the name."""
         names, last = [""], dict[int, int]()
-        for position, (token, asked) in enumerate(
+        for position, (token, is_asked) in enumerate(
             zip(example.answer, example.asked[1:], strict=False)
         ):
-            names.append(f"distance_{log_bucket(position - last[token])}" if asked else "")
+            names.append(f"distance_{log_bucket(position - last[token])}" if is_asked else "")
             last[token] = position
         return names
 

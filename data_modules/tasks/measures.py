@@ -22,10 +22,10 @@ from data_modules.windows import WindowBatch
 
 
 class Outputs(Protocol):
-    """A model's outputs for some examples, each a row of ``batch``; computed when asked for."""
+    """A model's outputs for some examples, each a row of ``batch``; computed at their first use."""
 
     batch: WindowBatch  # as the model reads them; ``scored`` where it answers
-    said_BW: Tensor  # the tokens, with the model's greedy answers at the scored positions
+    greedy_BW: Tensor  # the tokens, with the model's greedy answers at the scored positions
     # Likewise with answers at temperature 1, drawn from one stream per example: they do not depend
     # on batch, rank or validation.
     sampled_BW: Tensor
@@ -96,8 +96,8 @@ class AffineProbe(TaskMeasure):
 
     It is ``1 - sum |y - fit|^2 / sum |y - mean y|^2`` over all components and scored positions of
     the scored examples, with their own mean of y. Only sums are kept. Directions in which states
-    vary by less than :data:`LEAST` of their largest variation are left out: that is rounding, which
-    no two batches share.
+    vary by less than :data:`LEAST` of their largest variation are left out: this is rounding, which
+    differs between batches.
 
     Args:
         name: name of the value.
@@ -115,7 +115,7 @@ class AffineProbe(TaskMeasure):
         self.name = name
         self.wanted = wanted
         self.d_model = d_model
-        # Products of [state, 1, wanted] with itself, for each half of the examples.
+        # Products of [state, 1, target] with itself, for each half of the examples.
         n = d_model + 1 + size
         self.add_sum("products", 2, n, n)
 
@@ -123,30 +123,31 @@ class AffineProbe(TaskMeasure):
         batch = outputs.batch
         valid_BP = batch.valid(0)
         assert valid_BP is not None
-        wanted = torch.from_numpy(self.wanted(batch.tokens.cpu().numpy())).to(batch.device)
-        wanted_BPS = wanted[:, : batch.seq_len].double()
+        target = torch.from_numpy(self.wanted(batch.tokens.cpu().numpy())).to(batch.device)
+        target_BPS = target[:, : batch.seq_len].double()
         states_BPC = outputs.states_BPC.double()
-        both = torch.cat((states_BPC, torch.ones_like(states_BPC[..., :1]), wanted_BPS), dim=-1)
+        ones_BP1 = torch.ones_like(states_BPC[..., :1])
+        joined_BPN = torch.cat((states_BPC, ones_BP1, target_BPS), dim=-1)
         part_B = torch.from_numpy(numbers % 2).to(batch.device)
         for part in range(2):
-            rows = both[valid_BP & (part_B == part).unsqueeze(1)]
+            rows = joined_BPN[valid_BP & (part_B == part).unsqueeze(1)]
             self.products[part] += rows.T @ rows
 
     def compute(self) -> dict[str, float]:
         fit, score = self.products.cpu().numpy()
-        one = self.d_model
-        states, wanted = slice(one), slice(one + 1, None)
-        n_fit, n = fit[one, one], score[one, one]
+        constant = self.d_model
+        states, target = slice(constant), slice(constant + 1, None)
+        n_fit, n = fit[constant, constant], score[constant, constant]
         if not (n_fit and n):
             return {}
-        means = score[one, wanted] / n
-        total = np.trace(score[wanted, wanted]) - n * means @ means
+        means = score[constant, target] / n
+        total = np.trace(score[target, target]) - n * means @ means
         if total <= 1e-12 * n:  # constant
             return {}
-        varied = fit - np.outer(fit[one], fit[one]) / n_fit
+        varied = fit - np.outer(fit[constant], fit[constant]) / n_fit
         # The products are squares, so the bound is squared too.
-        slope, *_ = np.linalg.lstsq(varied[states, states], varied[states, wanted], rcond=LEAST**2)
-        offset = (fit[one, wanted] - fit[one, states] @ slope) / n_fit
+        slope, *_ = np.linalg.lstsq(varied[states, states], varied[states, target], rcond=LEAST**2)
+        offset = (fit[constant, target] - fit[constant, states] @ slope) / n_fit
         error = np.concatenate([slope, offset[None], -np.eye(len(offset))])
         return {self.name: float(1 - np.einsum("is,ij,js->", error, score, error) / total)}
 

@@ -77,14 +77,14 @@ class MQAR(Task):
         # The smallest of exponential times are a draw without repetition in which each slot has its
         # weight (Efraimidis & Spirakis 2006).
         times = -np.log1p(-draws.uniform(self.slots)) / self._weights
-        taken = np.argsort(times, kind="stable")[: self.pairs].tolist()
+        query_slots = np.argsort(times, kind="stable")[: self.pairs].tolist()
         order = draws.many_below(self.pairs, self.pairs)
         answer, given = [BLANK] * (2 * self.slots), [True] * (2 * self.slots)
-        for pair, slot in zip(order, taken, strict=True):
+        for pair, slot in zip(order, query_slots, strict=True):
             answer[2 * slot : 2 * slot + 2] = [keys[pair], values[pair]]
             given[2 * slot + 1] = False
         # Nothing is asked after the last query.
-        end = 2 * max(taken) + 2
+        end = 2 * max(query_slots) + 2
         return Example(prompt, answer[:end], given[:end])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
@@ -92,9 +92,9 @@ class MQAR(Task):
         otherwise."""
         pairs = dict(zip(prompt[:-1:2], prompt[1:-1:2], strict=True))
         slots = list(zip(answer[0::2], answer[1::2], strict=False))
-        asked = [slot for slot in slots if slot != (BLANK, BLANK)]
-        whole = len(answer) % 2 == 0 and len(asked) == len(pairs)
-        return whole and all(pairs.get(key) == value for key, value in asked)
+        queries = [slot for slot in slots if slot != (BLANK, BLANK)]
+        complete = len(answer) % 2 == 0 and len(queries) == len(pairs)
+        return complete and all(pairs.get(key) == value for key, value in queries)
 
     def variants(self) -> dict[str, Task]:
         """Twice as many pairs and slots, if there are enough keys."""
@@ -106,10 +106,10 @@ class MQAR(Task):
         """The distance in tokens from a query to the previous occurrence of its key."""
         last = {key: 2 * i for i, key in enumerate(example.prompt[:-1:2])}
         names = []
-        for i, asked in enumerate(example.asked):
+        for i, is_asked in enumerate(example.asked):
             query = len(example.prompt) + i - 1
             names.append("")
-            if asked:
+            if is_asked:
                 key = example.answer[i - 1]
                 names[-1] = f"distance_{log_bucket(query - last[key])}"
                 last[key] = query

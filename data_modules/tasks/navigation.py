@@ -24,12 +24,7 @@ import numpy as np
 
 from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task, option
 from data_modules.tasks.measures import Excess, TaskMeasure, Training
-from data_modules.tasks.navigation_measures import (
-    FIRST,
-    BeliefCosine,
-    Shortcuts,
-    Walks,
-)
+from data_modules.tasks.navigation_measures import FIRST, BeliefCosine, Shortcuts, Walks
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_choice, require_number
 
@@ -84,22 +79,22 @@ class Navigation(Task):
     @cached_property
     def distances(self) -> np.ndarray:
         """``[N, N]`` int64: steps from the first node to the second; -1 where there is no path."""
-        found = np.where(np.eye(self.nodes, dtype=bool), 0, -1)
+        distances = np.where(np.eye(self.nodes, dtype=bool), 0, -1)
         reached, steps = np.eye(self.nodes, dtype=bool), 0
         while reached.any():
             steps += 1
-            reached = ((reached.astype(np.float32) @ self.edges) > 0) & (found < 0)
-            found[reached] = steps
-        return found
+            reached = ((reached.astype(np.float32) @ self.edges) > 0) & (distances < 0)
+            distances[reached] = steps
+        return distances
 
     @cached_property
     def ways(self) -> np.ndarray:
         """``[N, N]`` float64: number of shortest paths from the first node to the second."""
-        found = np.eye(self.nodes)
+        counts = np.eye(self.nodes)
         for steps in range(1, int(self.distances.max()) + 1):
-            nearer = found * (self.distances == steps - 1)
-            found = np.where(self.distances == steps, self.edges @ nearer, found)
-        return found
+            nearer = counts * (self.distances == steps - 1)
+            counts = np.where(self.distances == steps, self.edges @ nearer, counts)
+        return counts
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
@@ -133,11 +128,11 @@ class Navigation(Task):
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
-        of_training, of_validation = self._pairs
+        training_pairs, validation_pairs = self._pairs
         if index < 1 << TRAINING:
-            start, goal = of_validation[index % len(of_validation)]
+            start, goal = validation_pairs[index % len(validation_pairs)]
             return self._written(goal, self._path(start, goal, draws))
-        start, goal = of_training[draws.below(len(of_training))]
+        start, goal = training_pairs[draws.below(len(training_pairs))]
         kind = float(draws.uniform(1)[0])
         path = self._path(start, goal, draws)
         if kind < self.detours:
@@ -168,9 +163,9 @@ class Navigation(Task):
         place = self.places(tokens)
         before, after = place[..., :-1], place[..., 1:]
         goal = np.broadcast_to(tokens[..., 1:2] - FIRST, after.shape)
-        found = np.zeros(tokens.shape)
-        found[..., 1:] = np.log(self.ways[before, goal] / self.ways[after, goal])
-        return np.where(tokens < FIRST + self.nodes, 0.0, found)
+        nats = np.zeros(tokens.shape)
+        nats[..., 1:] = np.log(self.ways[before, goal] / self.ways[after, goal])
+        return np.where(tokens < FIRST + self.nodes, 0.0, nats)
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
@@ -202,8 +197,8 @@ class Navigation(Task):
         """A shortest path, uniformly drawn."""
         path = [start]
         for u in draws.uniform(int(self.distances[start, goal])).tolist():
-            at = path[-1]
-            nearer = self.edges[at] & (self.distances[:, goal] == self.distances[at, goal] - 1)
+            node = path[-1]
+            nearer = self.edges[node] & (self.distances[:, goal] == self.distances[node, goal] - 1)
             choices = np.flatnonzero(nearer)
             shares = self.ways[choices, goal].cumsum()
             path.append(int(choices[np.searchsorted(shares, u * shares[-1], side="right")]))
@@ -215,22 +210,22 @@ class Navigation(Task):
         start, goal = path[0], path[-1]
         if len(path) < 4:
             return path
-        closed = path[1 + draws.below(len(path) - 2)]
-        after = {goal: goal}  # each node that was reached, and the next one on its way to the goal
+        avoided = path[1 + draws.below(len(path) - 2)]
+        onward = {goal: goal}  # each node that was reached, and the next one on its way to the goal
         reached = [goal]
         for node in reached:  # breadth first: the list grows meanwhile
-            if start in after:
+            if start in onward:
                 break
             for other in np.flatnonzero(self.edges[:, node]).tolist():
-                if other != closed and other not in after:
-                    after[other] = node
+                if other != avoided and other not in onward:
+                    onward[other] = node
                     reached.append(other)
-        if start not in after:
+        if start not in onward:
             return path
-        found = [start]
-        while found[-1] != goal:
-            found.append(after[found[-1]])
-        return found if len(found) <= self.longest_answer else path
+        detour = [start]
+        while detour[-1] != goal:
+            detour.append(onward[detour[-1]])
+        return detour if len(detour) <= self.longest_answer else path
 
     def _written(self, goal: int, path: list[int]) -> Example:
         steps = [self.step_id(b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
@@ -244,16 +239,16 @@ def _street(draws: Draws, n: int, density: float) -> np.ndarray:
     points = points[np.lexsort((points[:, 1], points[:, 0]))]
     lengths = ((points[:, None] - points) ** 2).sum(-1)
     tree = np.zeros((n, n), dtype=bool)
-    near, joined = np.zeros(n, dtype=int), np.arange(n) == 0
+    nearest, in_tree = np.zeros(n, dtype=int), np.arange(n) == 0
     for _ in range(n - 1):  # Prim 1957
-        away = np.where(joined, np.inf, lengths[near, np.arange(n)])
-        node = int(away.argmin())
-        tree[node, near[node]] = tree[near[node], node] = joined[node] = True
-        near = np.where(lengths[node] < lengths[near, np.arange(n)], node, near)
-    others = [(i, j) for i, j in np.argwhere(np.triu(_delaunay(points))) if not tree[i, j]]
-    order = draws.permutation(len(others))
-    for k in order[: int(len(others) * density)]:
-        i, j = others[k]
+        distances = np.where(in_tree, np.inf, lengths[nearest, np.arange(n)])
+        node = int(distances.argmin())
+        tree[node, nearest[node]] = tree[nearest[node], node] = in_tree[node] = True
+        nearest = np.where(lengths[node] < lengths[nearest, np.arange(n)], node, nearest)
+    other_edges = [(i, j) for i, j in np.argwhere(np.triu(_delaunay(points))) if not tree[i, j]]
+    order = draws.permutation(len(other_edges))
+    for k in order[: int(len(other_edges) * density)]:
+        i, j = other_edges[k]
         tree[i, j] = tree[j, i] = True
     return tree
 
@@ -262,20 +257,20 @@ def _delaunay(points: np.ndarray) -> np.ndarray:
     """``[N, N]`` bool: the pairs of points that lie on a circle without a point inside. The center
     of a circle is ``middle + t normal``, and every other point bounds t from one side."""
     n = len(points)
-    found = np.zeros((n, n), dtype=bool)
+    is_edge = np.zeros((n, n), dtype=bool)
     for i in range(n - 1):
         ends = points[i + 1 :]
         middle, along = (points[i] + ends) / 2, ends - points[i]
         normal = np.stack((-along[:, 1], along[:, 0]), axis=1)
-        off = points - middle[:, None]
-        side = (off * normal[:, None]).sum(-1)
-        room = (off**2).sum(-1) - (along**2).sum(-1, keepdims=True) / 4
+        offsets = points - middle[:, None]
+        side = (offsets * normal[:, None]).sum(-1)
+        slack = (offsets**2).sum(-1) - (along**2).sum(-1, keepdims=True) / 4
         with np.errstate(divide="ignore", invalid="ignore"):
-            bound = room / (2 * side)
+            bound = slack / (2 * side)
         rows = np.arange(len(ends))
         other = np.ones(side.shape, dtype=bool)
         other[:, i], other[rows, i + 1 + rows] = False, False
         upper = np.where(other & (side > 0), bound, np.inf).min(1)
         lower = np.where(other & (side < 0), bound, -np.inf).max(1)
-        found[i, i + 1 :] = lower <= upper
-    return found | found.T
+        is_edge[i, i + 1 :] = lower <= upper
+    return is_edge | is_edge.T

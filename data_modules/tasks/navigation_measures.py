@@ -30,10 +30,10 @@ NEAR = range(2, 5)
 
 
 class Walks(Means):
-    """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
-    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. A model
-    that knows the graph has 1 of both. ``.._chance`` is that of random symbols, each a step or the
-    end: at a distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
+    """Greedy answers: ``legality`` is the share of steps that follow an edge from the walk's node,
+    and ``arrival`` the share of answers that end at the goal, legal or not. Both are 1 for a model
+    that knows the graph. ``.._chance`` is the value of random symbols, each a step or the end: at a
+    distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
     """
 
     def __init__(self, task: Navigation) -> None:
@@ -47,17 +47,17 @@ class Walks(Means):
         step = np.ones(2 * n - 1)
         step[n - 1] = 0  # no step leads to where it begins
         step /= len(step)
-        at, found = np.ones(1), np.zeros(2 * n - 1)
+        distribution, chances = np.ones(1), np.zeros(2 * n - 1)
         for _ in range(length):
-            middle = len(at) // 2
-            near = np.pad(at, n)[middle + 1 : middle + 2 * n]
-            found += near / len(step)
-            at = np.convolve(at, step)
-        return found
+            middle = len(distribution) // 2
+            near = np.pad(distribution, n)[middle + 1 : middle + 2 * n]
+            chances += near / len(step)
+            distribution = np.convolve(distribution, step)
+        return chances
 
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
         task, prompt = self.task, self.task.longest_prompt
-        tokens = outputs.said_BW[:, : task.longest].cpu().numpy()
+        tokens = outputs.greedy_BW[:, : task.longest].cpu().numpy()
         legal = guessed = 0.0
         arrived = steps = 0
         for row in tokens:
@@ -70,16 +70,16 @@ class Walks(Means):
             legal += sum(bool(ok and task.edges[a, b]) for a, b, ok in pairs)
             guessed += float(task.edges[path[:-1][inside[:-1]]].sum()) / (2 * task.nodes - 1)
             steps += length
-        apart = tokens[:, 1] - tokens[:, 0] + task.nodes - 1
-        by_chance = float(self._arrival_chance[apart].sum())
+        differences = tokens[:, 1] - tokens[:, 0] + task.nodes - 1
+        by_chance = float(self._arrival_chance[differences].sum())
         n = len(tokens)
         return [(legal, steps), (guessed, steps), (float(arrived), n), (by_chance, n)]
 
 
 class Shortcuts(Means):
-    """``shortcut_mass``: the probability of illegal shortcuts. Where a path stands 2 to 4 steps
-    from its goal, they are the steps to any other node that is 2 to 4 steps from it, without an
-    edge. A model that knows the graph has 0. The paper averages over single shortcuts from the
+    """``shortcut_mass``: the probability of illegal shortcuts. At a node that is 2 to 4 steps from
+    the path's goal, these are the steps without an edge to other nodes that are 2 to 4 steps from
+    the goal. A model that knows the graph has 0. The paper averages over single shortcuts from the
     start; here their probabilities are summed, at every node of the true path. ``legal_mass`` is
     the probability of all edges there, and ``.._chance`` that of random symbols.
     """
@@ -95,15 +95,15 @@ class Shortcuts(Means):
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
         task, batch = self.task, outputs.batch
         at_L, place, goal = standing(task, outputs)
-        apart = task.distances.T[goal]  # [L, N], of every node from the goal
-        near = (apart >= NEAR.start) & (apart < NEAR.stop)
-        here = near[np.arange(len(place)), place]
-        at_L, place, near = at_L[here], place[here], near[here]
+        distances = task.distances.T[goal]  # [L, N], of every node from the goal
+        near = (distances >= NEAR.start) & (distances < NEAR.stop)
+        is_near = near[np.arange(len(place)), place]
+        at_L, place, near = at_L[is_near], place[is_near], near[is_near]
         legal = task.edges[place]
         illegal = near & ~legal & (np.arange(task.nodes) != place[:, None])
-        at = torch.from_numpy(at_L).to(batch.device)
+        indices = torch.from_numpy(at_L).to(batch.device)
         ids = torch.from_numpy(self.ids_NN[place]).to(batch.device)
-        probs = outputs.log_probs_KV[at].double().exp().gather(1, ids).cpu().numpy()
+        probs = outputs.log_probs_KV[indices].double().exp().gather(1, ids).cpu().numpy()
         n, symbols = len(place), len(task.symbols)
         return [
             (float(value), n)
@@ -137,8 +137,8 @@ class BeliefCosine(TaskMeasure):
         at_L, place, goal = standing(self.task, outputs)
         belief = torch.from_numpy(place * self.task.nodes + goal).to(self.sums.device)
         states_KC = outputs.states_BPC[outputs.batch.valid(0)]
-        at = torch.from_numpy(at_L).to(states_KC.device)
-        states = states_KC[at].double().to(self.sums.device)
+        indices = torch.from_numpy(at_L).to(states_KC.device)
+        states = states_KC[indices].double().to(self.sums.device)
         unit = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         self.sums.index_add_(0, belief, unit)
         self.counts.index_add_(0, belief, torch.ones_like(belief, dtype=torch.float64))
@@ -148,9 +148,11 @@ class BeliefCosine(TaskMeasure):
         pairs = float((self.counts * (self.counts - 1)).sum())
         n = float(self.counts.sum())
         total = float(self.sums.sum(0).square().sum()) - n
-        found = {} if pairs < 1 else {"belief_cosine": within / pairs}
+        values = {} if pairs < 1 else {"belief_cosine": within / pairs}
         others = n * (n - 1) - pairs
-        return found if others < 1 else found | {"belief_cosine_others": (total - within) / others}
+        if others >= 1:
+            values["belief_cosine_others"] = (total - within) / others
+        return values
 
 
 def standing(task: Navigation, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

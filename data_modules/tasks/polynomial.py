@@ -71,11 +71,7 @@ def _expression(operations: int, draws: Draws) -> list[int]:
     if operation == MINUS:
         return [MINUS, *_expression(operations - 1, draws)]
     left = draws.below(operations)
-    return [
-        operation,
-        *_expression(left, draws),
-        *_expression(operations - 1 - left, draws),
-    ]
+    return [operation, *_expression(left, draws), *_expression(operations - 1 - left, draws)]
 
 
 def _reduce(prompt: Sequence[int]) -> list[int]:
@@ -95,8 +91,8 @@ def _reduce(prompt: Sequence[int]) -> list[int]:
             stack.append([-c % Q for c in p])
         else:
             stack.append(BINARY[token](p, stack.pop()))
-    (found,) = stack
-    return [FIRST + c for c in found]
+    (result,) = stack
+    return [FIRST + c for c in result]
 
 
 def _add(p: list[int], q: list[int]) -> list[int]:
@@ -109,11 +105,11 @@ def _multiply(p: list[int], q: list[int]) -> list[int]:
 
 def _compose(p: list[int], q: list[int]) -> list[int]:
     """By Horner's rule."""
-    found = [0] * N
+    result = [0] * N
     for coefficient in reversed(p):
-        found = _multiply(found, q)
-        found[0] = (found[0] + coefficient) % Q
-    return found
+        result = _multiply(result, q)
+        result[0] = (result[0] + coefficient) % Q
+    return result
 
 
 BINARY = {PLUS: _add, TIMES: _multiply, OF: _compose}

@@ -68,8 +68,8 @@ class Sat(Task):
     @cached_property
     def chance(self) -> float:
         """Exact match of random values for the variables: solutions / 2^n, over 256 formulas."""
-        found = [self._formula(self.draws(i))[1].bit_count() for i in range(256)]
-        return sum(found) / len(found) / 2**self.variables
+        solutions = [self._formula(self.draws(i))[1].bit_count() for i in range(256)]
+        return sum(solutions) / len(solutions) / 2**self.variables
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
@@ -94,8 +94,8 @@ class Sat(Task):
         in each clause."""
         clauses = [set(prompt[i : i + 3]) for i in range(0, len(prompt), 4)]
         variables = sorted({(literal - FIRST) // 2 for clause in clauses for literal in clause})
-        whole = [(literal - FIRST) // 2 for literal in answer] == variables
-        return whole and all(not clause.isdisjoint(answer) for clause in clauses)
+        assigns_all = [(literal - FIRST) // 2 for literal in answer] == variables
+        return assigns_all and all(not clause.isdisjoint(answer) for clause in clauses)
 
     def variants(self) -> dict[str, Task]:
         """Two more variables, if there are enough names."""
@@ -106,35 +106,35 @@ class Sat(Task):
         """Clauses, and a table whose bit a says whether assignment a satisfies all of them; bit v
         of an assignment is the value of variable v."""
         while True:
-            chosen = draws.many_below(len(self._all), self.clauses)
+            numbers = draws.many_below(len(self._all_clauses), self.clauses)
             table = -1
-            for i in chosen:
-                table &= self._all[i][1]
+            for i in numbers:
+                table &= self._all_clauses[i][1]
                 if not table:
                     break
             if not 1 <= table.bit_count() <= self.solutions:
                 continue
-            formula = [self._all[i][0] for i in chosen]
+            formula = [self._all_clauses[i][0] for i in numbers]
             # A variable in no clause could not be asked for.
             if len({v for clause in formula for v, _ in clause}) == self.variables:
                 return formula, table
 
     @cached_property
-    def _all(self) -> list[tuple[Clause, int]]:
+    def _all_clauses(self) -> list[tuple[Clause, int]]:
         """Every clause of n variables, with its own table."""
         n = self.variables
         full = (1 << (1 << n)) - 1
         # Blocks of 2^v zeros and 2^v ones.
         true = [full // ((1 << (1 << v)) + 1) << (1 << v) for v in range(n)]
-        found = []
+        clauses = []
         for variables in combinations(range(n), 3):
             for signs in product((0, 1), repeat=3):
                 clause = tuple(zip(variables, signs, strict=True))
                 table = 0
                 for v, negative in clause:
                     table |= true[v] ^ full if negative else true[v]
-                found.append((clause, table))
-        return found
+                clauses.append((clause, table))
+        return clauses
 
 
 Clause = tuple[tuple[int, int], ...]

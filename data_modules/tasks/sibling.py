@@ -66,17 +66,17 @@ class Sibling(Task):
     def example(self, index: int) -> Example:
         draws = self.draws(index)
         string = [LETTERS + i for i in draws.many_below(len(ascii_lowercase), self.hash)]
-        parent, one = draws.below(self.parents), draws.below(self.children)
-        other = (one + 1 + draws.below(self.children - 1)) % self.children
+        parent, first = draws.below(self.parents), draws.below(self.children)
+        second = (first + 1 + draws.below(self.children - 1)) % self.children
         family = self._families[parent]
-        return Example([*string, EQUALS], [family[one], family[other], PARENTS + parent])
+        return Example([*string, EQUALS], [family[first], family[second], PARENTS + parent])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         """Whether it is coherent: two children and their common parent. The prompt asks nothing."""
         if len(answer) != 3 or answer[0] == answer[1]:
             return False
-        one, other, parent = answer
-        return self._parent.get(one) == self._parent.get(other) == parent
+        first, second, parent = answer
+        return self._parent.get(first) == self._parent.get(second) == parent
 
     def content(self, example: Example) -> Hashable:
         """The triple, since the string carries no meaning."""

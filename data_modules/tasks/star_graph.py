@@ -102,8 +102,8 @@ class StarGraph(Task):
         *graph, start, goal, _ = prompt
         edges = set(zip(graph[0::3], graph[1::3], strict=True))
         path = list(reversed(answer)) if self.reverse else list(answer)
-        ends = len(path) > 1 and (path[0], path[-1]) == (start, goal)
-        return ends and all(step in edges for step in zip(path[:-1], path[1:], strict=True))
+        connects = len(path) > 1 and (path[0], path[-1]) == (start, goal)
+        return connects and all(step in edges for step in zip(path[:-1], path[1:], strict=True))
 
     def variants(self) -> dict[str, Task]:
         """One more node per arm, and one more arm, if there are enough names."""

@@ -1,7 +1,7 @@
 """Windows that hold whole examples.
 
-A window holds as many examples as there is room for the longest ones, whatever their sizes: the
-examples of a window are then a pure function of its number. The rest is padding.
+A window holds as many examples as the longest ones would fit, whatever their sizes: the examples of
+a window are then a pure function of its number. The rest is padding.
 
 Shapes: B batch, T positions, D depths, W = T + D + 1 tokens of a window.
 """
@@ -111,8 +111,8 @@ def lay_out(
         for i, example in enumerate(row):
             start, answer, end = end, end + len(example.prompt), end + len(example)
             tokens[number, start:end] = example.prompt + example.answer
-            asked = True if train_prompt or example.given is None else example.asked
-            scored[number, answer:end] = asked
+            is_target = True if train_prompt or example.given is None else example.asked
+            scored[number, answer:end] = is_target
             scored[number, start:answer] = train_prompt
             documents[number, start:end] = i
         documents[number, end:] = len(row)

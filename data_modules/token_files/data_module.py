@@ -74,10 +74,9 @@ class TokenFilesDataModule(StoreDataModule):
     def opened(self) -> tuple[TokenStore, Tokenizer]:
         train = self._files("data.path", self.path)
         val = None if self.val_path is None else self._files("data.val_path", self.val_path)
-        both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
-        if both:
+        if shared := {file.shard.path for file in train} & {file.shard.path for file in val or ()}:
             raise UserError(
-                f"{min(both)} is in data.path and in data.val_path: validation must not see "
+                f"{min(shared)} is in data.path and in data.val_path: validation must not see "
                 "what was trained on"
             )
         store = open_view(
@@ -86,17 +85,17 @@ class TokenFilesDataModule(StoreDataModule):
         return store, self._tokenizer
 
     def _files(self, key: str, paths: Paths) -> list[TokenSource]:
-        found: dict[Path, Path] = {}
-        for one in path_list(paths, key):
+        unique: dict[Path, Path] = {}
+        for path in path_list(paths, key):
             # Megatron names a pair of files without their suffix.
-            pair = Path(f"{one}.bin").expanduser()
-            whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
-            files = [path for _, path in expand(whole, key, text_only=False)]
+            pair = Path(f"{path}.bin").expanduser()
+            pattern = f"{path}.bin" if pair.is_file() and not Path(path).exists() else path
+            files = [file for _, file in expand(pattern, key, text_only=False)]
             # An index says in which order the chunks next to it come.
-            for path in sorted(files, key=lambda path: path.name != INDEX):
-                for own in _id_files(path):
-                    found.setdefault(own.resolve(), own)
-        return [read_header(path, self.dtype) for path in found.values()]
+            for file in sorted(files, key=lambda file: file.name != INDEX):
+                for id_file in _id_files(file):
+                    unique.setdefault(id_file.resolve(), id_file)
+        return [read_header(file, self.dtype) for file in unique.values()]
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"held_out": self.store.meta["held_out"]}

@@ -89,28 +89,28 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
     with path.open("rb") as file:
         head = file.read(_LLM_C_HEADER)
     if path.suffix == ".npy":
-        found = _numpy(path)
+        source = _numpy(path)
     elif path.with_suffix(".idx").is_file():
-        found = _megatron(path)
+        source = _megatron(path)
     elif (chunk := read_chunk(path)) is not None:
-        found = TokenSource("litdata", *chunk, (path,))
+        source = TokenSource("litdata", *chunk, (path,))
     elif int.from_bytes(head[:4], "little") in _LLM_C:
-        found = _llm_c(path, head)
+        source = _llm_c(path, head)
     else:
         return _raw(path, head, dtype)
-    if dtype is not None and np.dtype(found.shard.dtype) != np.dtype(dtype):
-        own = np.dtype(found.shard.dtype).name
+    if dtype is not None and np.dtype(source.shard.dtype) != np.dtype(dtype):
+        stated = np.dtype(source.shard.dtype).name
         raise UserError(
-            f"{path} ({found.format}) states that its ids are {own}, not data.dtype={dtype}: leave "
-            "data.dtype out"
+            f"{path} ({source.format}) states that its ids are {stated}, not data.dtype={dtype}: "
+            "leave data.dtype out"
         )
-    return found
+    return source
 
 
 def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
-    for magic, what in _FOREIGN.items():
+    for magic, description in _FOREIGN.items():
         if head.startswith(magic):
-            raise UserError(f"{path} holds no token ids but is {what}")
+            raise UserError(f"{path} holds no token ids but is {description}")
     if item_offsets(path) is not None:
         raise UserError(f"{path} is a chunk of litdata without its {INDEX}: copy that file, too")
     if dtype is None and _looks_wide(head):
@@ -118,9 +118,9 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
             f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "
             "data.dtype=uint16 if every second id is really 0"
         )
-    kind = np.dtype(dtype or "uint16").newbyteorder("<")
-    n_tokens = _count(path, kind)
-    return TokenSource("raw", Shard(path, kind.str, 0, n_tokens), None, (path,))
+    id_dtype = np.dtype(dtype or "uint16").newbyteorder("<")
+    shard = Shard(path, id_dtype.str, 0, _count(path, id_dtype))
+    return TokenSource("raw", shard, None, (path,))
 
 
 def _looks_wide(head: bytes) -> bool:
@@ -145,10 +145,10 @@ def _llm_c(path: Path, head: bytes) -> TokenSource:
     if len(head) < _LLM_C_HEADER:
         raise UserError(f"{path} is truncated in its llm.c header: copy the file again")
     magic, version, n_tokens = struct.unpack_from("<3i", head)
-    known, dtype = _LLM_C[magic]
-    if version != known:
+    supported, dtype = _LLM_C[magic]
+    if version != supported:
         raise UserError(
-            f"{path} has version {version} of llm.c's format, and only version {known} is "
+            f"{path} has version {version} of llm.c's format, and only version {supported} is "
             "supported: write it again with llm.c's own scripts"
         )
     size = path.stat().st_size
@@ -198,17 +198,17 @@ def _megatron(path: Path) -> TokenSource:
     version, code, n_sequences, n_entries = _MEGATRON_HEADER.unpack(header)
     if version != 1 or code not in _MEGATRON_TYPES:
         raise damaged(f"version {version} with ids of type {code} is not supported")
-    at = len(MEGATRON) + _MEGATRON_HEADER.size
-    expected = at + 12 * n_sequences + 8 * n_entries
+    offset = len(MEGATRON) + _MEGATRON_HEADER.size
+    expected = offset + 12 * n_sequences + 8 * n_entries
     if size == expected + n_sequences and n_sequences:
         raise UserError(f"{index} is of images and text, which no model here reads: give text")
     if size != expected or n_sequences < 1 or n_entries < 2:
         raise damaged(f"its header implies {expected:,} bytes, but it has {size:,}")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     n_tokens = _count(path, dtype)
-    lengths = np.memmap(index, "<i4", "r", at, (n_sequences,))
-    pointers = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,))
-    entries = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_entries,))
+    lengths = np.memmap(index, "<i4", "r", offset, (n_sequences,))
+    pointers = np.memmap(index, "<i8", "r", offset + 4 * n_sequences, (n_sequences,))
+    entries = np.memmap(index, "<i8", "r", offset + 12 * n_sequences, (n_entries,))
     end = 0  # byte end of the sequences so far: they must be contiguous to be read as one text
     for i in range(0, n_sequences, _BLOCK):
         sizes = lengths[i : i + _BLOCK].astype(np.int64) * dtype.itemsize

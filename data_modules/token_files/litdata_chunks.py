@@ -37,8 +37,8 @@ def chunk_paths(index: Path) -> list[Path] | None:
         UserError: if its chunks hold anything but rows of ids.
         OSError: if it cannot be read.
     """
-    found = _read_index(index, index.stat().st_mtime_ns)
-    return None if found is None else [index.parent / name for name in found[0]]
+    chunks = _read_index(index, index.stat().st_mtime_ns)
+    return None if chunks is None else [index.parent / name for name in chunks[0]]
 
 
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
@@ -52,15 +52,15 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
         OSError: if it cannot be read.
     """
     index = path.parent / INDEX
-    found = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None
-    if found is None:
+    chunks = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None
+    if chunks is None:
         return None
-    if path.name not in found[0]:
+    if path.name not in chunks[0]:
         raise UserError(
             f"{path} is not among the chunks of {index}: copy both again, or move files of another "
             "kind to a folder of their own"
         )
-    dtype = np.dtype(found[1])
+    dtype = np.dtype(chunks[1])
     offsets = item_offsets(path)
     lengths = np.zeros(0, np.int64) if offsets is None else np.diff(offsets)
     if offsets is None or lengths.min() < 0 or (lengths % dtype.itemsize).any():

@@ -81,19 +81,18 @@ def open_view(
         }
         return _write(folder, texts, tokenizer) | {"source": source, "held_out": share}
 
-    shards = [file.shard for file in all_files]
-    return keep_store(cache, key, write, kind="views", shards=shards)
+    return keep_store(cache, key, write, kind="views", shards=[f.shard for f in all_files])
 
 
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
     """Digest of the files' contents, order and types; names do not matter."""
-    named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
+    numbered = [(str(i), path) for i, file in enumerate(files) for path in file.files]
     # litdata's index is not in `files`, so the format must enter the digest.
     types = (
         f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
         for file in files
     )
-    return digest_files(named, *types, remember=cache / "digests")
+    return digest_files(numbered, *types, remember=cache / "digests")
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,15 @@ class ScannedText:
         """The text before the held-out part, and that part; see :func:`open_view`."""
         if self.n_tokens < 2:
             raise UserError(f"{self.shards[0].path} has only one token: give more text")
-        at = cut_index(self.n_tokens, 1 - held_out)
-        n_kept = int(self.starts.searchsorted(at))
-        if n_kept < len(self.starts):
-            at = int(self.starts[n_kept])
-        before, after = cut(self.shards, at)
+        cut_token = cut_index(self.n_tokens, 1 - held_out)
+        n_documents = int(self.starts.searchsorted(cut_token))
+        if n_documents < len(self.starts):
+            cut_token = int(self.starts[n_documents])
+        before, after = cut(self.shards, cut_token)
         counts = count_ids(ShardedTokens(after), len(self.counts))
-        starts = np.union1d([0], self.starts[n_kept:] - at)
+        starts = np.union1d([0], self.starts[n_documents:] - cut_token)
         return (
-            ScannedText(before, self.starts[:n_kept], self.counts - counts),
+            ScannedText(before, self.starts[:n_documents], self.counts - counts),
             ScannedText(after, starts, counts),
         )
 
@@ -149,10 +148,10 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedT
         )
     tokens = ShardedTokens([file.shard for file in files])
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    found: list[np.ndarray] = []
+    starts_per_block: list[np.ndarray] = []
     if all(indexed):
         begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
-        found = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
+        starts_per_block = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
     after_eot = True
     with progress("token files looked through", len(tokens), unit=" tokens") as bar:
         for first in range(0, len(tokens), _BLOCK):
@@ -162,10 +161,10 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedT
             if not all(indexed):
                 eot = block == tokenizer.eot_id
                 before = np.concatenate([[after_eot], eot[:-1]])
-                found.append(np.flatnonzero(before & ~eot) + first)
+                starts_per_block.append(np.flatnonzero(before & ~eot) + first)
                 after_eot = bool(eot[-1])
             bar.update(len(block))
-    starts = np.concatenate(found)
+    starts = np.concatenate(starts_per_block)
     if all(indexed):
         _warn_without_end(tokens, starts, tokenizer)
     else:  # end-of-text tokens at the very beginning end no document
@@ -179,10 +178,10 @@ def _require_known(
     low, high = int(block.min()), int(block.max())
     if low >= 0 and high < tokenizer.vocab_size:
         return
-    wrong = int(np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))[0])
-    path, at = tokens.locate(first + wrong)
+    index = int(np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))[0])
+    path, position = tokens.locate(first + index)
     raise UserError(
-        f"{path} has the id {int(block[wrong])} at token {at}, and the tokenizer "
+        f"{path} has the id {int(block[index])} at token {position}, and the tokenizer "
         f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: set the tokenizer that "
         "made the file, or the type of its ids with data.dtype"
     )
@@ -207,8 +206,8 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     silent = (texts["val"].counts > 0) & (lengths == 0)
     silent[tokenizer.eot_id] = False
-    known = not silent.any()
-    if not known:
+    has_text = not silent.any()
+    if not has_text:
         log.warning(
             "the tokenizer (%s) does not know the text of %s of the validation text's ids, so "
             "there are no bits per byte.",
@@ -220,17 +219,17 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
         np.save(folder / f"{name}.starts.npy", text.starts)
         splits[name] = {
             "tokens": text.n_tokens,
-            "bytes": int(text.counts @ lengths) if known else None,
+            "bytes": int(text.counts @ lengths) if has_text else None,
             "documents": len(text.starts),
         }
-    rows = _pieces(texts["val"], names if known else None, lengths, tokenizer.eot_id)
+    rows = _pieces(texts["val"], names if has_text else None, lengths, tokenizer.eot_id)
     np.save(folder / "val.pieces.npy", np.array(list(rows), PIECES))
     tokenizer.save(folder)
     return {
         "format": FORMAT,
         "dtype": np.dtype(texts["train"].shards[0].dtype).name,
         "tokenizer": tokenizer.facts(),
-        "bytes_defined": known,
+        "bytes_defined": has_text,
         "lines_in_training": None,
         "splits": splits,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
@@ -254,14 +253,14 @@ def _pieces(
         zip(text.starts, [*text.starts[1:], len(tokens)], strict=True)
     ):
         ids = tokens[start:end].astype(np.int64)
-        said = np.flatnonzero(ids != eot_id)
-        if not len(said):
+        text_positions = np.flatnonzero(ids != eot_id)
+        if not len(text_positions):
             continue
-        ids, start = ids[said[0] : said[-1] + 1], int(start + said[0])
+        ids, start = ids[text_positions[0] : text_positions[-1] + 1], int(start + text_positions[0])
         for first, last in _cuts(ids, names, lengths):
-            here = ids[first:last]
-            data = here.tobytes() if names is None else b"".join(names[i] for i in here.tolist())
-            size = UNKNOWN_BYTES * len(here) if names is None else len(data)
+            part = ids[first:last]
+            data = part.tobytes() if names is None else b"".join(names[i] for i in part.tolist())
+            size = UNKNOWN_BYTES * len(part) if names is None else len(data)
             yield number, start + first, size, piece_digest(data)
 
 

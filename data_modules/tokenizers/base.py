@@ -81,9 +81,9 @@ class Tokenizer(ABC):
 
     def text_bytes(self) -> list[bytes]:
         """:meth:`token_bytes`, with no bytes for the end-of-text token."""
-        found = self.token_bytes()
-        found[self.eot_id] = b""
-        return found
+        token_bytes = self.token_bytes()
+        token_bytes[self.eot_id] = b""
+        return token_bytes
 
     def facts(self) -> dict[str, Any]:
         """Plain facts, for a store's ``meta.json``."""
@@ -129,8 +129,8 @@ class Tokenizer(ABC):
         """The content of a generation_config.json, which says to other programs what ends a text,
         and for a model that came with such a file how it is sampled."""
         ends = list(self.end_ids)
-        named = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-        return {"do_sample": False, **self.special_ids(), **named}
+        end = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        return {"do_sample": False, **self.special_ids(), **end}
 
     @property
     def needs_training(self) -> bool:
@@ -181,11 +181,11 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     from data_modules.tokenizers import KINDS
 
     kind = state.get("kind") if isinstance(state, dict) else None
-    found = class_of(kind) if isinstance(kind, str) else None
-    if found is None:
+    tokenizer_class = class_of(kind) if isinstance(kind, str) else None
+    if tokenizer_class is None:
         raise UserError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
     try:
-        return found.from_state(state)
+        return tokenizer_class.from_state(state)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the stored tokenizer of the kind {kind} is damaged ({type(error).__name__}: {error})"

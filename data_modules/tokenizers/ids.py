@@ -49,8 +49,8 @@ class IdTokenizer(Tokenizer):
         Raises:
             UserError: if the text holds anything else.
         """
-        found = text.split()
-        for word in found:
+        words = text.split()
+        for word in words:
             # Python refuses to read a number of thousands of digits.
             number = int(word) if word.isascii() and word.isdigit() and len(word) < 20 else -1
             if not 0 <= number < self.vocab_size:
@@ -59,7 +59,7 @@ class IdTokenizer(Tokenizer):
                     f"to {self.vocab_size - 1} with spaces between them, or set "
                     "tokenizer=pretrained"
                 )
-        return np.array([int(word) for word in found], np.int64)
+        return np.array([int(word) for word in words], np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return "".join(f" {i}" for i in np.asarray(ids, np.int64).reshape(-1).tolist())

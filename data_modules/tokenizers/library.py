@@ -39,17 +39,17 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     from tokenizers import Tokenizer
 
     quiet_forks()
-    for known, built in _WRITTEN:
-        if text == known:
-            return built
+    for cached_text, cached in _WRITTEN:
+        if text == cached_text:
+            return cached
     try:
         _check(json.loads(text))
         library = Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of the library is not an Exception
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{source} is not a tokenizer.json that can be read: {told}.") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{source} is not a tokenizer.json that can be read: {reason}.") from None
     library.no_padding()
     library.no_truncation()
     return library
@@ -92,13 +92,13 @@ def _require_numbers(content: Any) -> None:
         raise ValueError("it holds no JSON object")
     todo: list[Any] = [content]
     while todo:
-        found = todo.pop()
-        if isinstance(found, dict | list):
-            todo += found.values() if isinstance(found, dict) else found
-        if isinstance(found, float) and not math.isfinite(found):
-            raise ValueError(f"it holds the number {found}")
-        if isinstance(found, int) and not -1 <= found < 1 << 32:
-            raise ValueError(f"it holds a whole number of {found.bit_length()} bits")
+        value = todo.pop()
+        if isinstance(value, dict | list):
+            todo += value.values() if isinstance(value, dict) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"it holds the number {value}")
+        if isinstance(value, int) and not -1 <= value < 1 << 32:
+            raise ValueError(f"it holds a whole number of {value.bit_length()} bits")
     for number in _ids(content):
         if not 0 <= number < LARGEST_VOCAB:
             raise ValueError(f"it has the id {number:,}, and at most {LARGEST_VOCAB:,} are read")
@@ -135,10 +135,10 @@ def _growth(step: dict[str, Any]) -> int:
 
 def printable(byte: int) -> str:
     """GPT-2's character for a byte: itself if it is visible, else one from 256 on, in order."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    if byte in seen:
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    if byte in visible:
         return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in seen].index(byte))
+    return chr(256 + [b for b in range(256) if b not in visible].index(byte))
 
 
 def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
@@ -152,14 +152,14 @@ def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
     added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
     byte_level = "ByteLevel" in json.dumps(json.loads(library_json).get("decoder"))
     byte_of = {printable(byte): byte for byte in range(256)}
-    found = [b""] * vocab_size
+    token_bytes = [b""] * vocab_size
     for piece, i in library.get_vocab(with_added_tokens=True).items():
         if i in added:
-            found[i] = added[i].encode()
+            token_bytes[i] = added[i].encode()
         elif byte_level and all(letter in byte_of for letter in piece):
-            found[i] = bytes(byte_of[letter] for letter in piece)
+            token_bytes[i] = bytes(byte_of[letter] for letter in piece)
         elif single := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece's byte fallback
-            found[i] = bytes([int(single[1], 16)])
+            token_bytes[i] = bytes([int(single[1], 16)])
         else:
-            found[i] = piece.replace("\u2581", " ").encode()
-    return found
+            token_bytes[i] = piece.replace("\u2581", " ").encode()
+    return token_bytes

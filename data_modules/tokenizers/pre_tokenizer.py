@@ -66,10 +66,10 @@ class NativePreTokenizer:
         # The largest possible number of words; memory is only used where it is written.
         numbers = np.empty(len(data), np.int32)
         begins, ends = np.empty((2, len(data)), np.int64)
-        known = len(self)
+        n_known = len(self)
         pointers = (array.ctypes.data for array in (numbers, begins, ends))
         n_words = self._library.words_split(self._handle, data, len(data), *pointers)
-        n_new = len(self) - known
+        n_new = len(self) - n_known
         spans = zip(begins[:n_new].tolist(), ends[:n_new].tolist(), strict=True)
         return numbers[:n_words].copy(), [data[begin:end].decode() for begin, end in spans]
 

@@ -64,8 +64,8 @@ class PretrainedTokenizer(Tokenizer):
     @cached_property
     def _library(self) -> Any:
         library, self.beside = _read(self.path)
-        named = special_token(self.beside, "eos_token")
-        return self._adopted(library, self.eot_token or named)
+        config_eot = special_token(self.beside, "eos_token")
+        return self._adopted(library, self.eot_token or config_eot)
 
     def _adopted(self, library: Any, eot_token: str | None) -> Any:
         """The library's tokenizer, after its end-of-text token was found."""
@@ -96,11 +96,11 @@ class PretrainedTokenizer(Tokenizer):
         assert self.eot_token is not None
         if special_token(self.beside, "eos_token") in (None, self.eot_token):
             return self.beside
-        found = dict(self.beside)
-        for name in found:
-            if name.endswith(".json") and "eos_token" in (content := kept_json(found, name)):
-                found[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
-        return found
+        files = dict(self.beside)
+        for name in files:
+            if name.endswith(".json") and "eos_token" in (content := kept_json(files, name)):
+                files[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
+        return files
 
     @cached_property
     def vocab_size(self) -> int:
@@ -113,10 +113,10 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        first, named = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
-        listed = [i for i in (named if isinstance(named, list) else [named]) if is_whole(i)]
-        known = range(self.vocab_size)
-        return tuple(dict.fromkeys([first, *(i for i in listed if i in known)]))
+        first, config_ends = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
+        ends = config_ends if isinstance(config_ends, list) else [config_ends]
+        ids = range(self.vocab_size)
+        return tuple(dict.fromkeys([first, *(i for i in ends if is_whole(i) and i in ids)]))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int64)
@@ -135,8 +135,8 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> np.ndarray:
         ids, begin = self.encode_specials(text), self._beginning
-        written = len(begin) and ids[: len(begin)].tolist() == begin.tolist()
-        return ids if written else np.concatenate([begin, ids])
+        has_begin = len(begin) and ids[: len(begin)].tolist() == begin.tolist()
+        return ids if has_begin else np.concatenate([begin, ids])
 
     @cached_property
     def _beginning(self) -> np.ndarray:
@@ -149,8 +149,8 @@ class PretrainedTokenizer(Tokenizer):
         return np.asarray(whole[: whole.index(text[0])] if text else [], np.int64)
 
     def _adds_begin(self) -> bool | None:
-        found = kept_json(self.beside, CONFIG).get("add_bos_token")
-        return found if isinstance(found, bool) else None
+        add_bos = kept_json(self.beside, CONFIG).get("add_bos_token")
+        return add_bos if isinstance(add_bos, bool) else None
 
     def without_beginning(self) -> PretrainedTokenizer:
         if not len(self._beginning):
@@ -159,18 +159,18 @@ class PretrainedTokenizer(Tokenizer):
         content = json.loads(state["tokenizer_json"]) | {"post_processor": None}
         beside = dict(state.get("beside", {}))
         if self._adds_begin() is not None:
-            told = {**kept_json(beside, CONFIG), "add_bos_token": False}
-            beside[CONFIG] = json.dumps(told, indent=2)
+            config = {**kept_json(beside, CONFIG), "add_bos_token": False}
+            beside[CONFIG] = json.dumps(config, indent=2)
         text = json.dumps(content, ensure_ascii=False)
         return self.from_state({**state, "tokenizer_json": text, "beside": beside})
 
     def special_ids(self) -> dict[str, int]:
-        library, found = self._library, {}
+        library, ids = self._library, {}
         for role in ("bos", "pad"):
             name = special_token(self.beside, f"{role}_token")
             if name is not None and (number := library.token_to_id(name)) is not None:
-                found[f"{role}_token_id"] = int(number)
-        return found
+                ids[f"{role}_token_id"] = int(number)
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -206,29 +206,29 @@ class PretrainedTokenizer(Tokenizer):
         return tokenizer
 
 
-def _read(given: str) -> tuple[Any, dict[str, str]]:
+def _read(location: str) -> tuple[Any, dict[str, str]]:
     """The library's tokenizer, and the files of :data:`BESIDE`."""
     from tokenizers import Tokenizer as Library
 
-    path = Path(given).expanduser()
+    path = Path(location).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"the folder {given} holds no tokenizer.json: point tokenizer.path to one "
+                f"the folder {location} holds no tokenizer.json: point tokenizer.path to one "
                 f"(a slow-only tokenizer must be converted first)"
             )
     if path.is_file():
         files = [file for name in BESIDE if (file := path.with_name(name)).is_file()]
         library = library_tokenizer(_text(path), source=path)
         return library, {file.name: _text(file) for file in files}
-    if path.suffix == ".json" or given.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
+    if path.suffix == ".json" or location.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{location} does not exist: check tokenizer.path")
     try:
-        return library_tokenizer(Library.from_pretrained(given).to_str(), source=given), {}
+        return library_tokenizer(Library.from_pretrained(location).to_str(), source=location), {}
     except Exception as error:
         raise FileNotFoundError(
-            f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
+            f"{location!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
             f"tokenizer of that name ({' '.join(str(error).split())[:200]}): check tokenizer.path"
         ) from None
 

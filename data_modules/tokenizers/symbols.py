@@ -42,15 +42,15 @@ class SymbolTokenizer(Tokenizer):
         Raises:
             UserError: if the text holds anything else.
         """
-        found = text.split()
-        for symbol in found:
+        symbols = text.split()
+        for symbol in symbols:
             if symbol not in self._ids:
-                known = " ".join(self.symbols[1:9])
+                examples = " ".join(self.symbols[1:9])
                 raise UserError(
                     f"{symbol!r} is not a symbol of the task that this model was trained on: write "
-                    f"symbols with spaces between them ({known} ..)."
+                    f"symbols with spaces between them ({examples} ..)."
                 )
-        return np.array([self._ids[symbol] for symbol in found], np.int64)
+        return np.array([self._ids[symbol] for symbol in symbols], np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return "".join(f" {self.symbols[i]}" for i in np.asarray(ids, np.int64).reshape(-1))

@@ -80,9 +80,9 @@ def answer_all(
             batch = examples.batch(numbers).to(device)
             width = batch.tokens.shape[1]
             outputs = Outputs(model, batch, partial(examples.uniforms, numbers, width))
-            right_B = examples.right(numbers, outputs.said_BW).to(device)
+            right_B = examples.right(numbers, outputs.greedy_BW).to(device)
             positions = (p.to(device) for p in examples.answer_positions(numbers, width))
-            rates.update(right_B, outputs.said_BW, outputs.forced_BW, batch.tokens, *positions)
+            rates.update(right_B, outputs.greedy_BW, outputs.forced_BW, batch.tokens, *positions)
             for measure in measures:
                 measure.update(numbers, outputs)
         found = {**rates.compute(), **examples.baselines}

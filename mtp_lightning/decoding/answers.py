@@ -35,7 +35,7 @@ class Outputs:
         self.batch = batch
 
     @cached_property
-    def said_BW(self) -> Tensor:
+    def greedy_BW(self) -> Tensor:
         """The tokens, with the model's greedy answers at the scored positions."""
         return say(self._model, self.batch)
 

@@ -116,9 +116,9 @@ class SelfGenerated(TokenDataModule):
                 "question and the answer."
             )
 
-    def found(self) -> dict[str, Any]:
+    def resolved_settings(self) -> dict[str, Any]:
         """The settings found, including the model's digest: with it the model need not be read."""
-        return super().found() | {"weights": self.weights}
+        return super().resolved_settings() | {"weights": self.weights}
 
     @cached_property
     def opened(self) -> tuple[TokenStore, Tokenizer]:

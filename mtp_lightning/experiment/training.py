@@ -125,7 +125,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     with peers.in_turn():
         data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
     stored = config.copy()
-    stored.data.update(data.found())  # settings that the data module has found itself
+    stored.data.update(data.resolved_settings())
     config, matched = match_reference(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)

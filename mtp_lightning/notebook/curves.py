@@ -28,9 +28,9 @@ def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
 def draw_overview(metrics: DataFrame) -> Figure:
     """The loss of every depth in training and validation; next to it the acceptance of drafts, or
     the share of right answers of a task, if either was logged."""
-    right = "val/exact_match" in metrics
+    is_task = "val/exact_match" in metrics
     shares = _numbered(metrics, "decode/acceptance_position_")
-    if right:
+    if is_task:
         shares = {0: "val/exact_match"}
     figure, axes = _figure(2 if shares else 1)
     for depth, tag in _numbered(metrics, "val/loss_depth_").items():
@@ -40,15 +40,15 @@ def draw_overview(metrics: DataFrame) -> Figure:
             _curve(axes[0], metrics, trained, color=color, alpha=0.35, linewidth=0.8)
         name = "next token" if depth == 0 else f"depth {depth}"
         _curve(axes[0], metrics, tag, label=name, color=color, marker="o")
-    axes[0].set_ylabel("loss, nats a token (thin: in training)")
+    axes[0].set_ylabel("loss, nats per token (thin: in training)")
     _finish(axes[0])
     if shares:
         for number, tag in shares.items():
-            name = "right answers" if right else f"draft {number}"
+            name = "right answers" if is_task else f"draft {number}"
             color = _COLORS[number % len(_COLORS)]
             _curve(axes[1], metrics, tag, label=name, color=color, marker="o")
         axes[1].set_ylim(0, 1)
-        axes[1].set_ylabel("share" if right else "share of drafts accepted")
+        axes[1].set_ylabel("share" if is_task else "share of drafts accepted")
         _finish(axes[1])
     return figure
 

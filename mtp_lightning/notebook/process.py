@@ -11,7 +11,7 @@ from collections.abc import Sequence
 # Start of a run's progress lines: each line replaces the one before.
 _PROGRESS = "step "
 # Lines that are kept for an error that is not the user's.
-_KEPT = 30
+_LAST_LINES = 30
 
 
 def start(command: Sequence[str], *, quiet: bool = False) -> None:
@@ -37,27 +37,27 @@ def start(command: Sequence[str], *, quiet: bool = False) -> None:
         errors="replace",
         start_new_session=True,  # so that an interrupt reaches it only from here, and once
     ) as process:
-        kept: deque[str] = deque(maxlen=_KEPT)
+        last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         interrupted = False
         while True:
             try:
-                _show(process, kept, quiet=quiet)
+                _show(process, last_lines, quiet=quiet)
                 break
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
     if interrupted:
-        raise KeyboardInterrupt(kept[-1] if kept else "interrupted")
+        raise KeyboardInterrupt(last_lines[-1] if last_lines else "interrupted")
     if process.returncode:
-        raise RuntimeError(_reason(kept))
+        raise RuntimeError(_reason(last_lines))
 
 
-def _show(process: subprocess.Popen[str], kept: deque[str], *, quiet: bool) -> None:
+def _show(process: subprocess.Popen[str], last_lines: deque[str], *, quiet: bool) -> None:
     assert process.stdout is not None
     on_progress = False
     for line in process.stdout:
         line = line.rstrip("\n")
-        kept.append(line)
+        last_lines.append(line)
         if quiet:
             continue
         progress = line.startswith(_PROGRESS)
@@ -70,9 +70,9 @@ def _show(process: subprocess.Popen[str], kept: deque[str], *, quiet: bool) -> N
         print()
 
 
-def _reason(kept: Sequence[str]) -> str:
+def _reason(last_lines: Sequence[str]) -> str:
     """The sentence for the user; for a defect, the end of the output."""
-    for line in reversed(kept):
+    for line in reversed(last_lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
-    return "\n".join(kept)
+    return "\n".join(last_lines)

@@ -50,8 +50,8 @@ class _Folder:
     def _read(self, name: str, missing: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
             raise FileNotFoundError(missing)
-        found: dict[str, Any] = read_json(self.folder / name)
-        return found
+        content: dict[str, Any] = read_json(self.folder / name)
+        return content
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
@@ -111,8 +111,8 @@ class Run(_Folder):
             prompt: text to continue.
             options: keys of ``generate.py``: ``max_new_tokens``, ``temperature``, ...
         """
-        given = (f"{key}={_typed(value)}" for key, value in options.items())
-        return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *given)
+        overrides = (f"{key}={_typed(value)}" for key, value in options.items())
+        return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *overrides)
 
     def evaluate(self, *overrides: str) -> dict[str, Any]:
         """Metrics of the run's best checkpoint, on its own evaluation text or another (``data=``).
@@ -125,8 +125,8 @@ class Run(_Folder):
     def _table_html(self) -> str:
         cells = {"": "not ended yet"}
         if (self.folder / SUMMARY_FILE).is_file():
-            found = {name: self.summary.get(tag) for tag, name in _SHOWN.items()}
-            numbers = {name: v for name, v in found.items() if isinstance(v, int | float)}
+            values = {name: self.summary.get(tag) for tag, name in _SHOWN.items()}
+            numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
             cells = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in numbers.items()}
         row = "".join(
             f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
@@ -160,9 +160,9 @@ class Sweep(_Folder):
         plan = self._plan
         rows = {}
         for job, run in zip(plan["jobs"], self.runs, strict=True):
-            told = values_by_key(job["overrides"])
+            overrides = values_by_key(job["overrides"])
             row: dict[str, Any] = {"state": state_of(run.folder)}
-            row |= {key: told.get(key) for key in plan["varied"]}
+            row |= {key: overrides.get(key) for key in plan["varied"]}
             if (run.folder / SUMMARY_FILE).is_file():
                 numbers = run.summary.items()
                 row |= {k: v for k, v in numbers if isinstance(v, int | float) and k not in row}
@@ -197,8 +197,8 @@ def train(*overrides: str, quiet: bool = False) -> Run:
     Raises:
         RuntimeError: if it failed, with one sentence.
     """
-    folder, given = _output_folder("run_dir", "runs/{}", overrides)
-    start([*app("train"), *given], quiet=quiet)
+    folder, arguments = _output_folder("run_dir", "runs/{}", overrides)
+    start([*app("train"), *arguments], quiet=quiet)
     return Run(folder)
 
 
@@ -212,8 +212,8 @@ def sweep(*overrides: str, quiet: bool = False) -> Sweep:
     Raises:
         RuntimeError: if it, or one of its jobs, failed.
     """
-    folder, given = _output_folder("sweep_dir", "runs/sweep_{}", overrides)
-    start([*app("train"), "-m", *given], quiet=quiet)
+    folder, arguments = _output_folder("sweep_dir", "runs/sweep_{}", overrides)
+    start([*app("train"), "-m", *arguments], quiet=quiet)
     return Sweep(folder)
 
 
@@ -231,8 +231,8 @@ def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
         # Hydra takes the last of two values.
         output = Path(_value("output", overrides) or f"{folder}/metrics.json")
         start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
-        found: dict[str, Any] = read_json(output)
-    return found
+        metrics: dict[str, Any] = read_json(output)
+    return metrics
 
 
 def generate(*overrides: str) -> Text:
@@ -268,10 +268,10 @@ def _output_folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Pa
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:
     """The path that the last override of a key gives; None if there is none."""
-    given = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
-    if not given:
+    values = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
+    if not values:
         return None
-    path = given[-1]
+    path = values[-1]
     if "${" in path:
         raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""

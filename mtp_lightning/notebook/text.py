@@ -35,25 +35,25 @@ class Text:
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The generated text in parts, and whether each part was an accepted draft."""
-        left = len(self.generation.text or "")  # without a stop string
-        done, tokenizer = self.generation, self.tokenizer
-        read = Detokenizer(tokenizer, tokenizer.encode_prompt(self.prompt), tokenizer.end_ids)
-        for token, draft in zip(done.token_ids, done.accepted_mask, strict=True):
-            text = read.add(token)
-            if text[:left]:
-                yield text[:left], draft
-            left = max(left - len(text), 0)
+        remaining = len(self.generation.text or "")  # without a stop string
+        generation, tokenizer = self.generation, self.tokenizer
+        reader = Detokenizer(tokenizer, tokenizer.encode_prompt(self.prompt), tokenizer.end_ids)
+        for token, is_draft in zip(generation.token_ids, generation.accepted_mask, strict=True):
+            text = reader.add(token)
+            if text[:remaining]:
+                yield text[:remaining], is_draft
+            remaining = max(remaining - len(text), 0)
 
     def _repr_html_(self) -> str:
         spans = [_span(self.prompt, _PROMPT)]
-        for draft, group in groupby(self.pieces(), key=lambda piece: piece[1]):
+        for is_draft, group in groupby(self.pieces(), key=lambda piece: piece[1]):
             text = "".join(piece for piece, _ in group)
-            spans.append(_span(text, _DRAFT) if draft else html.escape(text))
+            spans.append(_span(text, _DRAFT) if is_draft else html.escape(text))
         g = self.generation
-        told = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} per second"
+        caption = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} per second"
         if any(g.accepted_mask):
-            told += f", {g.tokens_per_step:.2f} per pass; accepted drafts are underlined"
-        return f'<pre style="{_STYLE}">{"".join(spans)}</pre><small>{told}</small>'
+            caption += f", {g.tokens_per_step:.2f} per pass; accepted drafts are underlined"
+        return f'<pre style="{_STYLE}">{"".join(spans)}</pre><small>{caption}</small>'
 
 
 def _span(text: str, style: str) -> str:

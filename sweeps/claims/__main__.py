@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.typed = ["python -m sweeps.claims", *arguments]
     # Results of a user's own claims lie next to those claims, and no page is made from them. An
     # installed copy has no pages, and keeps results where it is run.
-    own, checkout = args.claims.resolve() != FOLDER.resolve(), CONF.parent == ROOT
-    args.has_pages = args.root is not None or (checkout and not own)
-    default = args.claims.absolute().parent if own else ROOT if checkout else Path.cwd()
+    own_claims, checkout = args.claims.resolve() != FOLDER.resolve(), CONF.parent == ROOT
+    args.has_pages = args.root is not None or (checkout and not own_claims)
+    default = args.claims.absolute().parent if own_claims else ROOT if checkout else Path.cwd()
     args.given_root, args.root = args.root, args.root or default
     args.results = args.root / "results"
-    args.asked = {"allow": args.allow, "config_dir": args.config_dir}
+    args.read_options = {"allow": args.allow, "config_dir": args.config_dir}
     with readable_errors():
         if args.seeds and min(args.seeds) < 0:
             raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _list(args: argparse.Namespace) -> int:
     claims = _claims(args, names(args.claims))
     print("\n".join(listing(claims, read_results(args.results), args.runs.absolute())))
-    told = "decided: predictions with a verdict; hours left: core-hours, where they are known"
-    print(f"{told} ({args.typed[0]} hours estimates them)", file=sys.stderr)
+    legend = "decided: predictions with a verdict; hours left: core-hours, where they are known"
+    print(f"{legend} ({args.typed[0]} hours estimates them)", file=sys.stderr)
     return 0
 
 
@@ -89,27 +89,27 @@ def _hours(args: argparse.Namespace) -> int:
         claims = [claim for claim in in_order(claims, results) if not claim.superseded_by]
     print("Composing the runs that are left: about a minute.", file=sys.stderr, flush=True)
     runs = args.runs.absolute()
-    left = pending_of(claims, runs, results)
-    refused = {each.claim.label: why for each in left if (why := _refused(each, runs, results))}
-    print("\n".join(costs([each for each in left if each.costs or args.names])))
+    pending = pending_of(claims, runs, results)
+    refused = {item.claim.label: why for item in pending if (why := _refused(item, runs, results))}
+    print("\n".join(costs([item for item in pending if item.costs or args.names])))
     if refused:
         print("\n" + "\n".join(refused.values()))
     if args.hours is not None:
-        left = [each for each in left if each.claim.label not in refused]
+        pending = [item for item in pending if item.claim.label not in refused]
         more = "" if args.runs == RUNS else f" --runs {shlex.quote(str(args.runs))}"
         if args.given_root is not None:
             more += f" --root {shlex.quote(str(args.given_root))}"
-        print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores, more=more)))
+        print("\n" + "\n".join(planned(pending, hours=args.hours, cores=args.cores, more=more)))
     return 0
 
 
-def _refused(left: Pending, runs: Path, results: Mapping[str, Result]) -> str:
+def _refused(pending: Pending, runs: Path, results: Mapping[str, Result]) -> str:
     """Why a claim's pending runs cannot be started from this checkout; empty if they can."""
-    stored = results.get(left.claim.label)
-    if not left.costs or stored is None:
+    stored = results.get(pending.claim.label)
+    if not pending.costs or stored is None:
         return ""
     try:
-        left_to_run(left.claim, left.claim.scale.seeds, runs, stored)
+        left_to_run(pending.claim, pending.claim.scale.seeds, runs, stored)
     except UserError as error:
         return str(error)
     return ""
@@ -131,7 +131,7 @@ def _replicate(args: argparse.Namespace) -> int:
     """Run a claim again, finished seeds included, and compare with its stored result."""
     (claim,) = _claims(args, [args.name])
     require_packages("a verdict")
-    left = _start(args, [claim], seeds=args.seeds)
+    n_unfinished = _start(args, [claim], seeds=args.seeds)
     here = judge(claim, args.runs.absolute())
     committed = read_result(claim.label, args.results)
     assert here is not None, "run has registered the claim"
@@ -142,26 +142,25 @@ def _replicate(args: argparse.Namespace) -> int:
     else:
         print(f"Compared with {args.results / claim.label}.json, {committed['date']}:")
         print("\n".join(f"  {line}" for line in words.beside(here, committed)))
-    return 1 if left else 0
+    return 1 if n_unfinished else 0
 
 
 def _weights(args: argparse.Namespace) -> int:
     """Train the runs that are not in the folder of runs, and write the final weights of all."""
     (claim,) = _claims(args, [args.name])
-    unknown = sorted(set(args.arms or ()) - set(claim.arms))
-    if unknown:
+    if unknown := sorted(set(args.arms or ()) - set(claim.arms)):
         raise UserError(f"--arms {unknown[0]}: choose from {', '.join(claim.arms)}.")
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
     require_package("safetensors", what="a file of weights", extra="hf")
-    left = _start(args, [claim], seeds=seeds, arms=arms)
+    n_unfinished = _start(args, [claim], seeds=seeds, arms=arms)
     stored = stored_runs(claim, read_result(claim.label, args.results))
     runs, to = args.runs.absolute(), args.to / claim.label
-    lines, gone = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
+    lines, n_missing = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
     print("\n".join(lines))
-    return 1 if left or gone else 0
+    return 1 if n_unfinished or n_missing else 0
 
 
-def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> int:
+def _start(args: argparse.Namespace, claims: Sequence[Claim], **selection: Any) -> int:
     """Run claims whose predictions are in a commit; returns how many runs are not done."""
     commits: dict[str, str | None] = {}
     for claim in claims:
@@ -170,7 +169,7 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> i
             require_equal_steps(claim, args.runs.absolute())
         commits[claim.label] = predicted_in(file, claim, stored, unpredicted=args.unpredicted)
     options = {"n_jobs": args.jobs, "retry_failed": args.retry_failed, "command": args.typed}
-    return run(claims, args.runs.absolute(), commits=commits, **options, **asked)
+    return run(claims, args.runs.absolute(), commits=commits, **options, **selection)
 
 
 def _verdict(args: argparse.Namespace) -> int:
@@ -182,7 +181,7 @@ def _verdict(args: argparse.Namespace) -> int:
         claims = [scaled for claim in claims for scaled in claim.scales]
     code = max(_judge(args, claim) for claim in claims)
     if args.all and args.has_pages:
-        for page in write_pages(args.root, args.claims, **args.asked):
+        for page in write_pages(args.root, args.claims, **args.read_options):
             print(f"wrote {page}")
     return code
 
@@ -211,13 +210,13 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    told = block(args.root, args.claims, **args.asked)
-    if not told.strip():
+    text = block(args.root, args.claims, **args.read_options)
+    if not text.strip():
         raise UserError(
             f"No claim in {args.claims} that answers one of the three questions has a result in "
             f"{args.root / 'results'}: run one, as in python -m sweeps.claims run NAME."
         )
-    print(told)
+    print(text)
     return 0
 
 
@@ -232,8 +231,8 @@ def _say(result: Result) -> None:
         print(f"  unfinished: {line}")
 
 
-def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
-    claims = [read_claim(name, args.claims, **args.asked) for name in wanted]
+def _claims(args: argparse.Namespace, claim_names: Sequence[str]) -> list[Claim]:
+    claims = [read_claim(name, args.claims, **args.read_options) for name in claim_names]
     if args.gpu and args.all:
         claims = [claim for claim in claims if claim.gpu]
     return [claim.on_gpu() for claim in claims] if args.gpu else claims
@@ -254,17 +253,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser.of(__doc__, module="sweeps.claims", program="python -m sweeps.claims")
     parser.set_defaults(all=False, gpu=False, seeds=None)  # of actions without these options
     actions = parser.add_subparsers(dest="action", required=True)
-    parsers = {name: actions.add_parser(name, help=said) for name, (_, said) in _ACTIONS.items()}
+    parsers = {name: actions.add_parser(name, help=about) for name, (_, about) in _ACTIONS.items()}
 
-    def option(wanted: str, *flags: str, **given: Any) -> None:
-        for name in wanted.split():
-            parsers[name].add_argument(*flags, **given)
+    def option(commands: str, *flags: str, **settings: Any) -> None:
+        for name in commands.split():
+            parsers[name].add_argument(*flags, **settings)
 
-    running, anew = "run replicate weights", "replicate weights"
+    running, rerun = "run replicate weights", "replicate weights"
     option("hours", "names", nargs="*", metavar="NAME", help="claims, in this order")
     option("run", "names", nargs="+", metavar="NAME", help="claims")
     option("verdict", "names", nargs="*", metavar="NAME", help="claims")
-    option(anew, "name", metavar="NAME", help="a claim")
+    option(rerun, "name", metavar="NAME", help="a claim")
     option("hours", "--hours", type=float, help="wall time: list the runs that fit into it")
     cores = "jobs at once, one per core (default 1)"
     option("hours", "--cores", type=int, default=1, help=cores)
@@ -279,17 +278,17 @@ def _parser() -> argparse.ArgumentParser:
     option("verdict", "--all", action="store_true", help="all claims; also update the pages")
     option(f"verdict {running}", "--gpu", action="store_true", help="use the published scale")
     # Repeated runs must not count in the verdict on the original ones.
-    for wanted, folder in (("list hours run verdict", RUNS), (anew, Path("runs/replicated"))):
-        option(wanted, "--runs", type=Path, default=folder, help=f"folder of runs ({folder})")
-    every = " ".join(parsers)
-    own = "a folder with your own claims"
-    option(every, "--claims", type=typed_folder, default=FOLDER, help=own)
+    for commands, folder in (("list hours run verdict", RUNS), (rerun, Path("runs/replicated"))):
+        option(commands, "--runs", type=Path, default=folder, help=f"folder of runs ({folder})")
+    all_actions = " ".join(parsers)
+    own_claims = "a folder with your own claims"
+    option(all_actions, "--claims", type=typed_folder, default=FOLDER, help=own_claims)
     allow = "a package whose classes arms may name; may be repeated"
-    option(every, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
+    option(all_actions, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
     more = "a folder with more configs for the arms"
-    option(every, "--config-dir", type=typed_folder, metavar="FOLDER", help=more)
+    option(all_actions, "--config-dir", type=typed_folder, metavar="FOLDER", help=more)
     root = "folder with results/ and pages (this checkout or folder; the parent of --claims)"
-    option(every, "--root", type=Path, help=root)
+    option(all_actions, "--root", type=Path, help=root)
     return parser
 
 

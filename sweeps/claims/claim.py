@@ -39,8 +39,8 @@ class ClaimMeasure:
     @classmethod
     def from_json(cls, stored: Stored) -> ClaimMeasure:
         """The measure of a prediction in a result; older ones have no curves."""
-        own = tuple((arm, tuple(curve)) for arm, curve in stored.get("own_curves", ()))
-        return cls(**{**stored, "curve": tuple(stored.get("curve", ())), "own_curves": own})
+        own_curves = tuple((arm, tuple(curve)) for arm, curve in stored.get("own_curves", ()))
+        return cls(**{**stored, "curve": tuple(stored.get("curve", ())), "own_curves": own_curves})
 
     @property
     def key(self) -> str:
@@ -125,8 +125,8 @@ class Claim:
 
     def typed(self, action: str) -> str:
         """The command line of an action on this claim."""
-        on = "" if self.setting == CPU else f" --{self.setting}"
-        return f"python -m sweeps.claims {action} {self.name}{self.options}{on}"
+        flag = "" if self.setting == CPU else f" --{self.setting}"
+        return f"python -m sweeps.claims {action} {self.name}{self.options}{flag}"
 
     def overrides(self, arm: str) -> tuple[str, ...]:
         """All overrides of an arm, in the order in which they are given."""

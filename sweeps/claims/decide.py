@@ -30,7 +30,7 @@ _PENDING = "a run of the plain curve is not finished"
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
 # The largest relative difference of two arms in the resource that they should spend alike.
-_APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
+_MOST_APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | s
     """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
     has none."""
     names = (arm, *measure.curve_of(arm))
-    spent = [found for name in names if (found := _spent(arms[name].get(seed), measure))]
-    if len(spent) < len(names):
+    costs = [cost for name in names if (cost := _spent(arms[name].get(seed), measure))]
+    if len(costs) < len(names):
         return _PENDING
-    own, *plain = spent
-    gain = gain_over(plain, own)
+    arm_cost, *plain = costs
+    gain = gain_over(plain, arm_cost)
     if isinstance(gain, str):
         return gain
     return gain.total if measure.part == "total" else gain.effect
@@ -124,8 +124,7 @@ def _decided(claim: Claim, test: Finding, adjusted: float) -> Finding:
             why = f"{UNCORRECTED} over {len(claim.predictions)}"
         else:
             why = NOISE
-    p = None if test.p is None else adjusted
-    return replace(test, verdict=verdict, why=why, adjusted=p)
+    return replace(test, verdict=verdict, why=why, adjusted=None if test.p is None else adjusted)
 
 
 def _inside(prediction: ClaimPrediction, effect: float) -> bool:
@@ -140,9 +139,9 @@ def boundary(side: str, by: float, effect: float) -> float:
 
 
 def _test(prediction: ClaimPrediction, arms: Arms) -> Finding:
-    """The test of a prediction, not yet decided; without numbers where an arm has no finished seed.
-    A mean of gains leaves out no seed, as one beyond the curve would be the best or the worst. The
-    ``why`` says if all seeds have the same difference, which has no noise to test."""
+    """The test of a prediction, not yet decided; without numbers if an arm has no finished seed. A
+    mean of gains leaves out no seed, because a seed beyond the curve would be the best or the
+    worst. ``why`` says if all seeds have the same difference, which has no noise to test."""
     measure, against = prediction.measure, prediction.against
     if any(_without_gain(arms, name, measure) for name in _names(prediction)):
         return Finding(prediction=prediction)
@@ -154,40 +153,40 @@ def _test(prediction: ClaimPrediction, arms: Arms) -> Finding:
     other = None if against is None else arm_share(arms[against], measure)
     if own is None or (against is not None and other is None):
         return Finding(prediction=prediction)
-    found = Finding(prediction=prediction, n=own.n, own=own, other=other)
+    finding = Finding(prediction=prediction, n=own.n, own=own, other=other)
     if other is not None:
         n, p = min(own.n, other.n), unpaired(own, other).p
-        return replace(found, test=FISHER, effect=own.rate - other.rate, n=n, p=p)
+        return replace(finding, test=FISHER, effect=own.rate - other.rate, n=n, p=p)
     from scipy import stats
 
     # Two-sided like the interval: twice the smaller tail.
     by = min(max(boundary(prediction.side, prediction.by, own.rate), 0.0), 1.0)
     tails = (stats.binom.sf(own.count - 1, own.n, by), stats.binom.cdf(own.count, own.n, by))
     p = min(1.0, 2 * float(min(tails)))
-    return replace(found, test=BINOMIAL, effect=own.rate, low=own.low, high=own.high, p=p)
+    return replace(finding, test=BINOMIAL, effect=own.rate, low=own.low, high=own.high, p=p)
 
 
 def _of_values(
-    prediction: ClaimPrediction, own: Mapping[int, float], other: Mapping[int, float] | None
+    prediction: ClaimPrediction, values: Mapping[int, float], reference: Mapping[int, float] | None
 ) -> Finding:
     """The t-test of an arm's values, or of paired differences, against the nearest boundary."""
-    reference = dict.fromkeys(own, 0.0) if other is None else other
-    effect = paired(own, reference)
+    baseline = dict.fromkeys(values, 0.0) if reference is None else reference
+    effect = paired(values, baseline)
     if effect is None:
         return Finding(prediction=prediction)
     mean, half = effect.difference.mean, effect.difference.half
     ratio = prediction.measure.is_ratio
     by = math.log(prediction.by) if ratio else boundary(prediction.side, prediction.by, mean)
-    from_boundary = paired(own, {seed: value + by for seed, value in reference.items()})
+    from_boundary = paired(values, {seed: value + by for seed, value in baseline.items()})
     assert from_boundary is not None
-    shown = math.exp if ratio else float
+    to_effect = math.exp if ratio else float
     return Finding(
         prediction=prediction,
         why=FACT if from_boundary.constant else "",
-        test=ALONE if other is None else PAIRED,
-        effect=shown(mean),
-        low=None if half is None else shown(mean - half),
-        high=None if half is None else shown(mean + half),
+        test=ALONE if reference is None else PAIRED,
+        effect=to_effect(mean),
+        low=None if half is None else to_effect(mean - half),
+        high=None if half is None else to_effect(mean + half),
         n=effect.difference.n,
         p=from_boundary.p,
     )
@@ -223,19 +222,19 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     if test.n < claim.scale.minimum:
         return f"{FEW}{test.n} is below the claim's minimum of {claim.scale.minimum}"
     done = [[run for run in arms[name].values() if run.done] for name in names]
-    curves = [one for name in names for one in measure.curve_of(name)] if measure.is_ratio else []
+    curves = [arm for name in names for arm in measure.curve_of(name)] if measure.is_ratio else []
     if len({run.text for name in (*names, *curves) for run in arms[name].values() if run.done}) > 1:
         return "the arms were evaluated on different texts"
     return test.why or (_unequal(claim.equal, *done) if len(names) == 2 else "")
 
 
-def _unequal(what: str, own: Sequence[ArmRun], other: Sequence[ArmRun]) -> str:
+def _unequal(resource: str, own: Sequence[ArmRun], other: Sequence[ArmRun]) -> str:
     """How far two arms differ in the resource that they should spend alike; empty if they agree."""
-    if what == "nothing":
+    if resource == "nothing":
         return ""
-    costs = [[run.costs[what] for run in runs if what in run.costs] for runs in (own, other)]
+    costs = [[r.costs[resource] for r in runs if resource in r.costs] for runs in (own, other)]
     if not all(costs):
-        return f"the runs do not say their {what}"
+        return f"the runs do not say their {resource}"
     a, b = (math.fsum(values) / len(values) for values in costs)
-    apart = abs(a - b) / max(b, 1e-300)
-    return f"the arms differ by {apart:.1%} in {what}" if apart > _APART[what] else ""
+    gap = abs(a - b) / max(b, 1e-300)
+    return f"the arms differ by {gap:.1%} in {resource}" if gap > _MOST_APART[resource] else ""

@@ -40,9 +40,9 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
         charts = [_draw(result, entries) for entries in _drawn(result)]
         charts += [draw_curves(result)] if panels(result) else []
         for file, chart in zip(files, charts, strict=True):
-            said = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
-            chart.figure.suptitle(said, fontsize=8.5, color=SOFT)
-            write_bytes(chart.svg(of=digest(result)), file)
+            title = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
+            chart.figure.suptitle(title, fontsize=8.5, color=SOFT)
+            write_bytes(chart.svg(source=digest(result)), file)
     return files
 
 
@@ -60,17 +60,17 @@ def digest(result: Result) -> str:
 
 def seeds_and_size(result: Result) -> tuple[str, str]:
     """Numbers of finished seeds an arm and of parameters: ``("4 to 5", "218 k to 384 k")``."""
-    runs = [
-        [run for run in of["seeds"].values() if run["state"] == "done"]
-        for of in result["arms"].values()
+    by_arm = [
+        [run for run in arm["seeds"].values() if run["state"] == "done"]
+        for arm in result["arms"].values()
     ]
-    counts = sorted({len(of) for of in runs if of})
-    sizes = sorted({run["costs"].get("parameters", 0) for of in runs for run in of} - {0})
+    counts = sorted({len(runs) for runs in by_arm if runs})
+    sizes = sorted({run["costs"].get("parameters", 0) for runs in by_arm for run in runs} - {0})
     return _span([str(count) for count in counts]), _span([number(size, "si") for size in sizes])
 
 
-def _span(found: Sequence[str]) -> str:
-    return " to ".join(dict.fromkeys((*found[:1], *found[-1:])))
+def _span(texts: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys((*texts[:1], *texts[-1:])))
 
 
 def caption(result: Result, *, curves: bool = False) -> str:
@@ -79,8 +79,8 @@ def caption(result: Result, *, curves: bool = False) -> str:
     facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} an arm"
     facts += f", {size} parameters" if size else ""
     shares = any(e["measure"]["solved"] is not None for e in result["predictions"])
-    rest = "" if curves or shares else ", orange ticks the thresholds; filled is decided"
-    return f"{facts}. {'Bands' if curves else 'Bars'} are 95 % intervals{rest}."
+    details = "" if curves or shares else ", orange ticks the thresholds; filled is decided"
+    return f"{facts}. {'Bands' if curves else 'Bars'} are 95 % intervals{details}."
 
 
 def _drawn(result: Result) -> list[list[dict[str, Any]]]:
@@ -99,23 +99,23 @@ def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Chart:
 
 def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
     """A filled point is a decided prediction, a tick is its threshold."""
-    shown = list(reversed(entries))
-    measure = shown[0]["measure"]
-    others = {words.other_of(entry) for entry in shown}
+    bottom_up = list(reversed(entries))
+    measure = bottom_up[0]["measure"]
+    others = {words.other_of(entry) for entry in bottom_up}
     # One arm that all others are compared with stands in the axis' title alone.
     (against,) = others if len(others) == 1 else [""]
-    chart = by_row([entry["arm"] if against else words.subject(entry) for entry in shown])
+    chart = by_row([entry["arm"] if against else words.subject(entry) for entry in bottom_up])
     ratio = bool(measure.get("curve"))
     if ratio or "" not in others:
         chart.axes.axvline(1 if ratio else 0, color=QUIET, linewidth=1)
-    for y, entry in enumerate(shown):
+    for y, entry in enumerate(bottom_up):
         effect, low, high = (entry[key] for key in ("effect", "low", "high"))
         ends = None if low is None else Interval(effect, None, entry["n"], (low, high))
         filled = entry["verdict"] != UNDECIDED
         chart.draw("", _LOOK, [ends or effect], [y], filled=filled)
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
         chart.axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
-    if words.is_share(shown[0]) and not ratio:
+    if words.is_share(bottom_up[0]) and not ratio:
         chart.percent("x", whole=False)
     # Few ticks, which do not overlap.
     chart.axes.locator_params("x", nbins=5)
@@ -139,51 +139,51 @@ def _title(chart: Chart, *parts: str) -> None:
 
 def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     """Every arm's share of seeds that solve, with its interval."""
-    names, of = words.names_in(result), ClaimMeasure.from_json(measure)
-    shares = {arm: arm_share(runs_of(content), of) for arm, content in result["arms"].items()}
-    chart = shares_by_row([(names[arm], _LOOK, found) for arm, found in shares.items() if found])
+    names, parsed = words.names_in(result), ClaimMeasure.from_json(measure)
+    shares = {arm: arm_share(runs_of(stored), parsed) for arm, stored in result["arms"].items()}
+    chart = shares_by_row([(names[arm], _LOOK, share) for arm, share in shares.items() if share])
     _title(chart, words.quantity(measure), "(more is better)")
     return chart
 
 
 def panels(result: Result) -> dict[str, list[str]]:
     """The arms with curves, by tokenizer: nats per token of different tokenizers do not compare."""
-    found: dict[str, list[str]] = {}
+    by_tokenizer: dict[str, list[str]] = {}
     for arm, content in result["arms"].items():
         if _curves(content):
-            named = [o for o in content["overrides"] if o.startswith("tokenizer=")]
-            tokenizer = (named or [""])[-1].partition("=")[2]
-            found.setdefault(name_of("tokenizer", tokenizer), []).append(arm)
-    return found
+            tokenizers = [o for o in content["overrides"] if o.startswith("tokenizer=")]
+            tokenizer = (tokenizers or [""])[-1].partition("=")[2]
+            by_tokenizer.setdefault(name_of("tokenizer", tokenizer), []).append(arm)
+    return by_tokenizer
 
 
 def draw_curves(result: Result) -> Chart:
     """The main prediction's training loss against compute: one panel per tokenizer, one line per
     arm, with its interval over seeds. The result has at least one curve."""
-    found, names = panels(result), words.names_in(result)
+    groups, names = panels(result), words.names_in(result)
     # The panel's title says the tokenizer.
     short = {
-        arm: names[arm].removesuffix(f", {title}") for title, arms in found.items() for arm in arms
+        arm: names[arm].removesuffix(f", {title}") for title, arms in groups.items() for arm in arms
     }
     heads = [name.partition(", D = ") for name in dict.fromkeys(short.values())]
     key = zip(map("".join, heads), looks_of((head, d) for head, _, d in heads), strict=True)
     look_of = dict(key)
     lines = [(name, Look(look.color, look.dash, "")) for name, look in look_of.items()]
-    chart = Chart(lines, panels=len(found))
-    for axes, (title, arms) in zip(chart.panels, found.items(), strict=True):
+    chart = Chart(lines, panels=len(groups))
+    for axes, (title, arms) in zip(chart.panels, groups.items(), strict=True):
         highest, lowest = 0.0, math.inf
         for arm in arms:
             curves, look = _curves(result["arms"][arm]), look_of[short[arm]]
-            at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(POINTS)]
+            xs = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(POINTS)]
             means = [interval([curve[i][1] for curve in curves]) for i in range(POINTS)]
-            axes.plot(at, [m.mean for m in means], color=look.color, linestyle=look.dash)
+            axes.plot(xs, [m.mean for m in means], color=look.color, linestyle=look.dash)
             low, high = ([m.mean + sign * (m.half or 0.0) for m in means] for sign in (-1, 1))
-            axes.fill_between(at, low, high, color=look.color, alpha=0.18, linewidth=0)
-            shown = [m.mean for x, m in zip(at, means, strict=True) if x >= _SHOWN_FROM * at[-1]]
-            highest, lowest = max(highest, *shown), min(lowest, *low)
+            axes.fill_between(xs, low, high, color=look.color, alpha=0.18, linewidth=0)
+            late = [m.mean for x, m in zip(xs, means, strict=True) if x >= _SHOWN_FROM * xs[-1]]
+            highest, lowest = max(highest, *late), min(lowest, *low)
         axes.set(ylim=(lowest, highest), xlabel="training FLOPs")
         axes.set_xlim(0)
-        if len(found) > 1:
+        if len(groups) > 1:
             axes.set_title(title, fontsize=10.5)
     chart.si_axis()
     chart.axes.set_ylabel("training loss of the next token\n(nats per token, lower is better)")

@@ -72,11 +72,7 @@ class Pending:
 
 
 def pending_of(
-    claims: Sequence[Claim],
-    runs: Path,
-    results: Mapping[str, Result],
-    *,
-    count_flops: bool = True,
+    claims: Sequence[Claim], runs: Path, results: Mapping[str, Result], *, count_flops: bool = True
 ) -> list[Pending]:
     """The pending runs of claims. A run that several claims share counts for the first of them.
 
@@ -87,15 +83,15 @@ def pending_of(
         count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
             otherwise their runs get the time that their claim expects.
     """
-    seen = [_runs(claim, runs, results) for claim in claims]
-    done = [[run for of in arms.values() for run in of.values() if run.done] for arms in seen]
-    pace = _Pace.of([run for of_claim in done for run in of_claim])
-    taken: set[str] = set()
-    found = []
-    for claim, arms, finished in zip(claims, seen, done, strict=True):
-        costs = _costs(claim, arms, pace, runs, taken, count_flops=count_flops)
-        found.append(Pending(claim, len(finished), tuple(costs)))
-    return found
+    observed = [_runs(claim, runs, results) for claim in claims]
+    done = [[r for seeds in arms.values() for r in seeds.values() if r.done] for arms in observed]
+    pace = _Pace.of([run for claim_runs in done for run in claim_runs])
+    counted: set[str] = set()
+    pending = []
+    for claim, arms, finished in zip(claims, observed, done, strict=True):
+        costs = _costs(claim, arms, pace, runs, counted, count_flops=count_flops)
+        pending.append(Pending(claim, len(finished), tuple(costs)))
+    return pending
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,13 @@ class _Pace:
     @classmethod
     def of(cls, finished: Sequence[ArmRun]) -> _Pace:
         machine = this_machine()
-        here = [run for run in finished if run.machine == machine]
+        local = [run for run in finished if run.machine == machine]
         rates = [
             run.costs["flops"] / (run.minutes * 60)
-            for run in here or finished
+            for run in local or finished
             if run.costs.get("flops") and run.minutes > 0
         ]
-        return cls(machine if here else None, median(rates) if rates else None)
+        return cls(machine if local else None, median(rates) if rates else None)
 
     def minutes(self, runs: Iterable[ArmRun]) -> list[float]:
         """The wall time of each finished run that counts."""
@@ -133,30 +129,30 @@ class _Pace:
 
 
 def _costs(
-    claim: Claim, arms: Arms, pace: _Pace, runs: Path, taken: set[str], *, count_flops: bool
+    claim: Claim, arms: Arms, pace: _Pace, runs: Path, counted: set[str], *, count_flops: bool
 ) -> list[Cost]:
-    """The costs of a claim's pending runs, without those ``taken`` by a claim before it, to which
-    the others are added."""
+    """The costs of a claim's pending runs. Runs in ``counted``, which an earlier claim shares, are
+    left out; the others are added to it."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
-    known = {arm: pace.minutes(of.values()) for arm, of in arms.items()}
+    arm_minutes = {arm: pace.minutes(arm_runs.values()) for arm, arm_runs in arms.items()}
     composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and not all(known[arm] for arm, _ in pending):
-        left = list(dict.fromkeys(seed for _, seed in pending))
-        composed = {(job.arm, job.seed): job for job in jobs(claim, left, runs)}
+    if count_flops and not all(arm_minutes[arm] for arm, _ in pending):
+        seeds_left = list(dict.fromkeys(seed for _, seed in pending))
+        composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
-    found = []
-    of_arm: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
+    estimates = []
+    arm_costs: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
     for arm, seed in pending:
         job = composed.get((arm, seed))
-        if job is not None and job.name in taken:
+        if job is not None and job.name in counted:
             continue
         if job is not None:
-            taken.add(job.name)
-        if arm not in of_arm:
-            of_arm[arm] = pace.hours(known[arm], job, expected)
-        found.append(Cost(arm, seed, *of_arm[arm]))
-    return found
+            counted.add(job.name)
+        if arm not in arm_costs:
+            arm_costs[arm] = pace.hours(arm_minutes[arm], job, expected)
+        estimates.append(Cost(arm, seed, *arm_costs[arm]))
+    return estimates
 
 
 def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
@@ -169,8 +165,8 @@ def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
     except UserError:  # the folder has runs of other configs: use the stored ones
         arms = with_stored(observe(claim, runs, {}), claim, results)
     return {
-        arm: {s: with_own_costs(claim, arm, run) for s, run in of.items()}
-        for arm, of in arms.items()
+        arm: {s: with_own_costs(claim, arm, run) for s, run in arm_runs.items()}
+        for arm, arm_runs in arms.items()
     }
 
 
@@ -183,26 +179,26 @@ def flops_of(job: ClaimJob) -> float | None:
     from mtp_lightning.plan import plans_of
     from sweeps.compose import compose_run, searchpath
 
-    asked = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
-    config = compose_run(asked, job.config_dir)
+    overrides = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
+    config = compose_run(overrides, job.config_dir)
     if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
         return None
     if config.compare.match == "flops":
-        asked = [*(o for o in asked if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
+        overrides = [*(o for o in overrides if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
     vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
     try:
-        asked += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
-        (plan,), _ = plans_of(asked)
+        overrides += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
+        (plan,), _ = plans_of(overrides)
     except (UserError, ArithmeticError):
         return None
     data, steps = config.data, config.trainer.max_steps
     tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
-    whole = plan.cost.per_token(data.seq_len) * tokens
-    return float(whole * (1 - (branch_step(job.overrides) or 0) / steps))
+    total = plan.cost.per_token(data.seq_len) * tokens
+    return float(total * (1 - (branch_step(job.overrides) or 0) / steps))
 
 
 def fitting(
-    left: Sequence[Pending], *, hours: float, cores: int
+    pending: Sequence[Pending], *, hours: float, cores: int
 ) -> list[tuple[Pending, list[int]]]:
     """The seeds that end in time, claim by claim in the given order.
 
@@ -211,17 +207,17 @@ def fitting(
     when the previous one has ended.
     """
     chosen, began = [], 0.0
-    for each in left:
+    for item in pending:
         fits: list[int] = []
         ends = began
-        for count in range(1, len(each.seeds) + 1):
-            wanted = each.seeds[:count]
-            took = makespan([c.hours for c in each.costs if c.seed in wanted], cores)
-            if began + took > hours:
+        for count in range(1, len(item.seeds) + 1):
+            seeds = item.seeds[:count]
+            duration = makespan([c.hours for c in item.costs if c.seed in seeds], cores)
+            if began + duration > hours:
                 break
-            fits, ends = wanted, began + took
+            fits, ends = seeds, began + duration
         if fits:
-            chosen.append((each, fits))
+            chosen.append((item, fits))
             began = ends
     return chosen
 
@@ -229,66 +225,64 @@ def fitting(
 def makespan(hours: Sequence[float], cores: int) -> float:
     """Hours until the last run ends, if each goes to the first free core."""
     free = [0.0] * max(1, min(cores, len(hours)))
-    for one in hours:
-        heapq.heapreplace(free, free[0] + one)
+    for duration in hours:
+        heapq.heapreplace(free, free[0] + duration)
     return max(free)
 
 
 def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
     """One line per claim, decided claims first."""
     rows = []
-    for left in pending_of(in_order(claims, results), runs, results, count_flops=False):
-        claim, result = left.claim, results.get(left.claim.label)
+    for pending in pending_of(in_order(claims, results), runs, results, count_flops=False):
+        claim, result = pending.claim, results.get(pending.claim.label)
         entries = [] if result is None or is_stale(result, claim) else result["predictions"]
-        said = state(claim, result)
-        after = f" Superseded by {claim.superseded_by}." if claim.superseded_by else ""
-        enough: list[int | None] = []
-        if said.startswith(UNDECIDED) and importlib.util.find_spec("scipy") is not None:
-            enough = seeds_needed(entries, claim.scale.minimum)
+        verdict = state(claim, result)
+        note = f" Superseded by {claim.superseded_by}." if claim.superseded_by else ""
+        needed: list[int | None] = []
+        if verdict.startswith(UNDECIDED) and importlib.util.find_spec("scipy") is not None:
+            needed = seeds_needed(entries, claim.scale.minimum)
         rows.append(
             [
                 claim.label,
                 f"{sum(e['verdict'] != UNDECIDED for e in entries)}/{len(claim.predictions)}",
-                said,
-                f"{left.done}/{len(claim.arms) * len(claim.scale.seeds)}",
-                str(max((n for n in enough if n is not None), default="")),
-                f"{left.hours:.1f}" if left.costs else "",
-                claim.sentence + after,
+                verdict,
+                f"{pending.done}/{len(claim.arms) * len(claim.scale.seeds)}",
+                str(max((n for n in needed if n is not None), default="")),
+                f"{pending.hours:.1f}" if pending.costs else "",
+                claim.sentence + note,
             ]
         )
     head = ["claim", "decided", "verdict", "runs", "seeds to decide", "hours left", "claimed"]
     return aligned(head, rows, right=(1, 3, 4, 5))
 
 
-def costs(left: Sequence[Pending]) -> list[str]:
+def costs(pending: Sequence[Pending]) -> list[str]:
     """The pending runs of every claim, and their sum."""
-    rows = [
-        [each.claim.label, str(len(each.costs)), f"{each.hours:.2f}", each.sources] for each in left
-    ]
-    runs, hours = sum(len(each.costs) for each in left), sum(each.hours for each in left)
+    rows = [[p.claim.label, str(len(p.costs)), f"{p.hours:.2f}", p.sources] for p in pending]
+    runs, hours = sum(len(p.costs) for p in pending), sum(p.hours for p in pending)
     rows.append(["all", str(runs), f"{hours:.2f}", ""])
     return aligned(["claim", "runs left", "core-hours", "from"], rows, right=(1, 2))
 
 
-def planned(left: Sequence[Pending], *, hours: float, cores: int, more: str = "") -> list[str]:
+def planned(pending: Sequence[Pending], *, hours: float, cores: int, more: str = "") -> list[str]:
     """The seeds that fit into a time, and the commands that run them, with the options ``more``."""
-    chosen = fitting(left, hours=hours, cores=cores)
+    plan = fitting(pending, hours=hours, cores=cores)
     rows = [
         [
-            each.claim.label,
+            item.claim.label,
             " ".join(map(str, seeds)),
-            f"{len(seeds)} of {len(each.seeds)}",
-            f"{sum(cost.hours for cost in each.costs if cost.seed in seeds):.2f}",
+            f"{len(seeds)} of {len(item.seeds)}",
+            f"{sum(cost.hours for cost in item.costs if cost.seed in seeds):.2f}",
         ]
-        for each, seeds in chosen
+        for item, seeds in plan
     ]
     title = f"In {hours:g} hours, {cores} at once:"
     if not rows:
         return [f"{title} not one seed fits."]
     table = aligned(["claim", "seeds", "of those left", "core-hours"], rows, right=(2, 3))
     jobs_ = f" --jobs {cores}" if cores > 1 else ""
-    typed = (
-        f"{each.claim.command} --seeds {' '.join(map(str, seeds))}{jobs_}{more}"
-        for each, seeds in chosen
+    commands = (
+        f"{item.claim.command} --seeds {' '.join(map(str, seeds))}{jobs_}{more}"
+        for item, seeds in plan
     )
-    return [title, "", *table, "", *typed]
+    return [title, "", *table, "", *commands]

@@ -56,13 +56,13 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
         UserError: an arm does not compose, or branches from one that is not listed before it.
     """
     arms = [_Arm(claim, arm) for arm in claim.arms]
-    found: list[ClaimJob] = []
+    all_jobs: list[ClaimJob] = []
     for seed in seeds:
-        of_seed: dict[str, ClaimJob] = {}
+        seed_jobs: dict[str, ClaimJob] = {}
         for arm in arms:
-            of_seed[arm.name] = arm.job(seed, runs, of_seed)
-        found += of_seed.values()
-    return found
+            seed_jobs[arm.name] = arm.job(seed, runs, seed_jobs)
+        all_jobs += seed_jobs.values()
+    return all_jobs
 
 
 def require_equal_steps(claim: Claim, runs: Path) -> None:
@@ -107,12 +107,12 @@ class _Arm:
 
     def __init__(self, claim: Claim, arm: str) -> None:
         self.name = arm
-        given = claim.overrides(arm)
-        named = [(key_of(o), o.partition("=")[2]) for o in given]
+        overrides = claim.overrides(arm)
+        values = [(key_of(o), o.partition("=")[2]) for o in overrides]
         # A value of init_from that is not an arm's name is a path.
         links = [
             (key, value)
-            for key, value in named
+            for key, value in values
             if key == _BRANCH or (key == _START and value in claim.arms)
         ]
         self._key, value = links[-1] if links else ("", "")
@@ -120,42 +120,42 @@ class _Arm:
             value.rpartition("@") if self._key == _BRANCH else (value, "", "")
         )
         if links and self._parent not in list(claim.arms)[: list(claim.arms).index(arm)]:
-            wanted = "an optimizer step, as in long@600" if self._key == _BRANCH else "no step"
+            expected = "an optimizer step, as in long@600" if self._key == _BRANCH else "no step"
             raise UserError(
                 f"The arm {arm} of the claim {claim.name} has {self._key}={value}: name an "
-                f"arm that is listed before it and {wanted}."
+                f"arm that is listed before it and {expected}."
             )
-        own = tuple(o for o in given if key_of(o) != self._key)
-        self._overrides = (*own, *_FIXED[claim.setting])
+        other_overrides = tuple(o for o in overrides if key_of(o) != self._key)
+        self._overrides = (*other_overrides, *_FIXED[claim.setting])
         self._config_dir = claim.config_dir
         try:
             self._composed = compose_run(self._overrides, self._config_dir)
         except ValueError as error:
             raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
 
-    def job(self, seed: int, runs: Path, before: Mapping[str, ClaimJob]) -> ClaimJob:
-        """This arm at a seed; ``before`` has the same seed's jobs of earlier arms."""
+    def job(self, seed: int, runs: Path, earlier: Mapping[str, ClaimJob]) -> ClaimJob:
+        """This arm at a seed; ``earlier`` has the same seed's jobs of earlier arms."""
         composed = copy.deepcopy(self._composed)
         link: tuple[str, ...] = ()
         parent = None
         with open_dict(composed):
             composed.seed = seed
             if self._parent:
-                parent = before[self._parent].name
-                at = f"@{self._step}" if self._step else ""
-                link = (f"{self._key}={runs / parent}{at}",)
+                parent = earlier[self._parent].name
+                suffix = f"@{self._step}" if self._step else ""
+                link = (f"{self._key}={runs / parent}{suffix}",)
                 # The digest does not depend on where the folder of runs is.
-                composed[self._key] = f"{parent}{at}"
+                composed[self._key] = f"{parent}{suffix}"
         settled = settle(composed, runs / "run")
+        config_dir = self._config_dir
         job = job_of(
             settled,
             runs / _folder(settled, seed),
             (*self._overrides, *link, f"seed={seed}"),
             labels=(self.name, f"seed={seed}"),
-            config_dir=self._config_dir,
+            config_dir=config_dir,
         )
-        of = self._config_dir
-        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent, config_dir=of)
+        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent, config_dir=config_dir)
 
 
 def _folder(settled: dict[str, Any], seed: int) -> str:

@@ -37,8 +37,7 @@ class ArmRun:
     # FLOPs.
     curve: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None  # fingerprint of the evaluated text
-    # Digest of the final weights (`weights.py`), where a task was to be solved and they are
-    # kept.
+    # Digest of the final weights (`weights.py`), where a task is to be solved and they are kept.
     weights: str | None = None
     commit: str | None = None  # the code's
     machine: str | None = None  # as the run describes it
@@ -49,7 +48,7 @@ class ArmRun:
     def from_json(cls, stored: Stored) -> ArmRun:
         """A run of an arm in a result; older ones have no curves."""
         waits = {
-            key: Wait(float(at), bool(solved)) for key, (at, solved) in stored["waits"].items()
+            key: Wait(float(time), bool(solved)) for key, (time, solved) in stored["waits"].items()
         }
         curve = [(float(x), float(y)) for x, y in stored.get("curve", [])]
         return cls(**{**stored, "waits": waits, "curve": curve})
@@ -79,10 +78,10 @@ def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]
     folders = {arm: registered.get(arm, {}) for arm in claim.arms}
     return {
         arm: {
-            seed: _observed(read_run(runs / of[seed]), claim) if seed in of else missing
-            for seed in dict.fromkeys([*claim.scale.seeds, *of])
+            seed: _observed(read_run(runs / seeds[seed]), claim) if seed in seeds else missing
+            for seed in dict.fromkeys([*claim.scale.seeds, *seeds])
         }
-        for arm, of in folders.items()
+        for arm, seeds in folders.items()
     }
 
 
@@ -90,7 +89,7 @@ def _observed(run: RunRecord, claim: Claim) -> ArmRun:
     measures = claim.measures
     status = read_status(run.folder) or {}
     waits = {m.key: wait_of(run, m.solved, m.tag) for m in measures if m.solved is not None}
-    found = ArmRun(
+    arm_run = ArmRun(
         folder=run.folder.name,
         state=run.state,
         reason=run.reason,
@@ -99,34 +98,34 @@ def _observed(run: RunRecord, claim: Claim) -> ArmRun:
         ended=status.get("ended"),
     )
     if run.state != "done":
-        return found
+        return arm_run
     values = {m.key: _value(run, m) for m in measures}
-    found.values = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
+    arm_run.values = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
     costs = {name: run.final(name) for name in COSTS} | {
         # Matching may have set other steps than the config.
         "steps": run.fact("compare", "max_steps") or run.config.get("trainer.max_steps")
     }
-    found.costs = {name: float(v) for name, v in costs.items() if isinstance(v, int | float)}
+    arm_run.costs = {name: float(v) for name, v in costs.items() if isinstance(v, int | float)}
     if claim.equal == "flops":
-        found.curve = curve_of(run)
-    found.text = run.text.fingerprint
-    if found.waits:
+        arm_run.curve = curve_of(run)
+    arm_run.text = run.text.fingerprint
+    if arm_run.waits:
         weights = last_weights(run.folder)
-        found.weights = None if weights is None else digest_of(weights)
-    found.commit, found.machine = run.fact("git_commit"), run.fact("machine")
-    return found
+        arm_run.weights = None if weights is None else digest_of(weights)
+    arm_run.commit, arm_run.machine = run.fact("git_commit"), run.fact("machine")
+    return arm_run
 
 
 def _value(run: RunRecord, measure: ClaimMeasure) -> float | None:
     if measure.last is None:
         return run.final(measure.tag)
     end = run.final("step") or 0.0
-    rows = [
+    values = [
         row[measure.tag]
         for row in run.rows
         if measure.tag in row and row["step"] > (1 - measure.last) * end
     ]
-    return math.fsum(rows) / len(rows) if rows else None
+    return math.fsum(values) / len(values) if values else None
 
 
 def curve_of(run: RunRecord) -> list[tuple[float, float]]:

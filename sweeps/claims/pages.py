@@ -6,7 +6,6 @@ words. An undecided number says so, with its finished and its planned seeds.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.stored import read_json
 from sweeps.claims import words
 from sweeps.claims.claim import Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
@@ -49,92 +49,92 @@ _LOOKUP = "drafts_of_both"
 Pair = tuple[Claim, Result | None]
 
 
-def write_pages(root: Path, claims: Path = FOLDER, **asked: Any) -> list[Path]:
+def write_pages(root: Path, claims: Path = FOLDER, **options: Any) -> list[Path]:
     """Replace the text between the markers of the pages, and return the changed pages.
 
     Args:
         root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
         claims: the folder of the claims.
-        asked: other arguments of :func:`read_claim`.
+        options: other arguments of :func:`read_claim`.
 
     Raises:
         OSError: a page is missing.
         UserError: a page has no markers, or a package is missing.
     """
     changed = []
-    for page, text in pages(root, claims, **asked).items():
+    for page, text in pages(root, claims, **options).items():
         if page.read_text(encoding="utf-8") != text:
             write_bytes(text.encode(), page)
             changed.append(page)
     return changed
 
 
-def pages(root: Path, claims: Path = FOLDER, **asked: Any) -> dict[Path, str]:
+def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
-    found = _found(root, claims, **asked)
-    facts = {**_results(found), "questions": answers(found, root, page="docs/results.md")}
+    pairs = _pairs(root, claims, **options)
+    facts = {**_results(pairs), "questions": answers(pairs, root, page="docs/results.md")}
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
-            texts[root / name] = part(found, name, root)
+            texts[root / name] = part(pairs, name, root)
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def block(root: Path, claims: Path = FOLDER, **asked: Any) -> str:
+def block(root: Path, claims: Path = FOLDER, **options: Any) -> str:
     """The answers to the three questions for a page in the checkout's root, such as README.md;
     arguments and errors as in :func:`write_pages`."""
-    return answers(_found(root, claims, **asked), root)
+    return answers(_pairs(root, claims, **options), root)
 
 
-def answers(found: Sequence[Pair], root: Path, *, page: str = "README.md") -> str:
+def answers(pairs: Sequence[Pair], root: Path, *, page: str = "README.md") -> str:
     """What a module is worth, whether it teaches to plan, and how much faster a real model writes,
     in Markdown, with links that work on ``page``."""
-    return _render("questions.jinja", _answers(found, root, page))
+    return _render("questions.jinja", _answers(pairs, root, page))
 
 
-def part(found: Sequence[Pair], name: str, root: Path) -> str:
+def part(pairs: Sequence[Pair], name: str, root: Path) -> str:
     """The text between the markers of the README of that file name."""
-    return _render(READMES[name], {**_answers(found, root, name), **_counts(found)})
+    return _render(READMES[name], {**_answers(pairs, root, name), **_counts(pairs)})
 
 
-def _found(root: Path, claims: Path, **asked: Any) -> list[Pair]:
+def _pairs(root: Path, claims: Path, **options: Any) -> list[Pair]:
     require_packages("a page of claims")
-    read = [read_claim(name, claims, **asked) for name in names(claims)]
-    every = [scaled for claim in read for scaled in claim.scales]
-    return [(claim, read_result(claim.label, root / "results")) for claim in every]
+    loaded = [read_claim(name, claims, **options) for name in names(claims)]
+    scaled_claims = [scale for claim in loaded for scale in claim.scales]
+    return [(claim, read_result(claim.label, root / "results")) for claim in scaled_claims]
 
 
-def _by_name(found: Sequence[Pair]) -> dict[str, Pair]:
-    return {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
+def _by_name(pairs: Sequence[Pair]) -> dict[str, Pair]:
+    return {claim.name: (claim, result) for claim, result in pairs if claim.setting == "cpu"}
 
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
-    made = environment("sweeps.claims")
-    made.filters["plain"] = lambda text: plain(str(text))
-    text = made.get_template(template).render(words=words, plural=plural, **facts)
+    templates = environment("sweeps.claims")
+    templates.filters["plain"] = lambda text: plain(str(text))
+    text = templates.get_template(template).render(words=words, plural=plural, **facts)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _between(page: Path, text: str) -> str:
-    whole = page.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(END) < whole.index(BEGIN):
+    old = page.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(END) < old.index(BEGIN):
         raise UserError(f"{page} needs the lines {BEGIN} and {END}, once and in this order.")
-    start, end = whole.index(BEGIN) + len(BEGIN), whole.index(END)
-    return f"{whole[:start]}\n\n{text}\n\n{whole[end:]}"
+    start, end = old.index(BEGIN) + len(BEGIN), old.index(END)
+    return f"{old[:start]}\n\n{text}\n\n{old[end:]}"
 
 
-def _results(found: Sequence[Pair]) -> dict[str, Any]:
+def _results(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The facts of the page of results, decided claims first."""
-    by_label = {claim.label: result for claim, result in found if result is not None}
-    order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in found], by_label))}
+    by_label = {claim.label: result for claim, result in pairs if result is not None}
+    order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in pairs], by_label))}
     # The sort is stable: a claim's published scale stays after the claim.
-    ordered = sorted(found, key=lambda pair: order[pair[0].name])
+    ordered = sorted(pairs, key=lambda pair: order[pair[0].name])
     sections = [_facts(claim, result) for claim, result in ordered]
-    shown = [one for one in sections if one["claim"].setting == "cpu"]
+    on_cpu = [section for section in sections if section["claim"].setting == "cpu"]
     return {
         "sections": sections,
-        "run": [one for one in shown if one["result"] is not None],
-        "missing": [one["claim"].name for one in shown if one["result"] is None],
+        "run": [section for section in on_cpu if section["result"] is not None],
+        "missing": [section["claim"].name for section in on_cpu if section["result"] is None],
     }
 
 
@@ -143,47 +143,48 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
     if result is None:
         return facts | {"predictions": words.entries(None, claim)}
-    enough = seeds_needed(result["predictions"], claim.scale.minimum)
-    more = ["" if n is None else f"about {n} seeds per arm would decide it" for n in enough]
-    arms = {words.names_in(result)[arm]: of for arm, of in result["arms"].items()}
-    done = [sum(run["state"] == "done" for run in of["seeds"].values()) for of in arms.values()]
+    needed = seeds_needed(result["predictions"], claim.scale.minimum)
+    advice = ["" if n is None else f"about {n} seeds per arm would decide it" for n in needed]
+    names = words.names_in(result)
+    arms = {names[name]: arm for name, arm in result["arms"].items()}
+    n_done = [sum(run["state"] == "done" for run in arm["seeds"].values()) for arm in arms.values()]
     files = files_of(result, claim.label, Path())
     return facts | {
         "stale": is_stale(result, claim),
-        "files": [(f.name, caption(result, curves=f.stem.endswith(CURVE))) for f in files],
-        "entries": list(zip(words.entries(result), more, strict=True)),
+        "files": [(file.name, caption(result, curves=file.stem.endswith(CURVE))) for file in files],
+        "entries": list(zip(words.entries(result), advice, strict=True)),
         "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
         # The fewest and the most finished seeds of an arm.
-        "n": "–".join(dict.fromkeys(map(str, (min(done), max(done))))),
+        "n": "–".join(dict.fromkeys(map(str, (min(n_done), max(n_done))))),
         # The anchor of the claim's section, whose title ends in the verdict.
         "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
         "medians": [
             f"{name} not by {max(times['times']):g}"
             if times["median_steps"] is None
             else f"{name} {times['median_steps']:g}"
-            for name, content in arms.items()
-            for times in content["time_to_solve"].values()
+            for name, arm in arms.items()
+            for times in arm["time_to_solve"].values()
         ],
     }
 
 
-def _answers(found: Sequence[Pair], root: Path, page: str) -> dict[str, Any]:
+def _answers(pairs: Sequence[Pair], root: Path, page: str) -> dict[str, Any]:
     """The facts of the three questions, and the paths of ``results/`` and ``docs/`` as seen from
     the page."""
-    by_name = _by_name(found)
+    by_name = _by_name(pairs)
     facts = {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
     results, docs = ("../results/", "") if page.startswith("docs/") else ("results/", "docs/")
     return {**facts, "results": results, "docs": docs}
 
 
-def _counts(found: Sequence[Pair]) -> dict[str, Any]:
+def _counts(pairs: Sequence[Pair]) -> dict[str, Any]:
     """How many of the claims hold that were predicted before their runs."""
-    shown = _by_name(found).values()
-    predicted = [(claim, r) for claim, r in shown if r is not None and r["predicted_in"]]
+    results = _by_name(pairs).values()
+    predicted = [(claim, r) for claim, r in results if r is not None and r["predicted_in"]]
     run = [state(claim, result) for claim, result in predicted]
     holds, fails = (sum(word.startswith(verdict) for word in run) for verdict in (HOLDS, FAILS))
     counts = {"all": len(run), "holds": holds, "fails": fails, "open": len(run) - holds - fails}
-    missing = sum(result is None for _, result in shown)
+    missing = sum(result is None for _, result in results)
     return {"counts": counts if run else None, "missing": missing}
 
 
@@ -193,15 +194,15 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
     return any(entry["effect"] is not None for entry in result["predictions"])
 
 
-def _worth(found: Mapping[str, Pair]) -> dict[str, Any] | None:
+def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's gain and effect by size, where they were measured."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
-    waiting, picture = [], None
+    unmeasured, picture = [], None
     for size, claims in _SIZES.items():
-        there = [found[name] for name in claims if name in found]
-        measured = [(claim, result) for claim, result in there if _has_numbers(claim, result)]
+        candidates = [by_name[name] for name in claims if name in by_name]
+        measured = [(claim, result) for claim, result in candidates if _has_numbers(claim, result)]
         if not measured:
-            waiting += [size] if there else []
+            unmeasured += [size] if candidates else []
             continue
         claim, result = measured[0]
         assert result is not None
@@ -220,9 +221,9 @@ def _worth(found: Mapping[str, Pair]) -> dict[str, Any] | None:
         picture = {"file": file, "seeds": seeds, "size": parameters}
     if not sizes:
         return None
-    gains = [of["total"]["verdict"] for heads in sizes.values() for of in heads.values()]
+    gains = [parts["total"]["verdict"] for heads in sizes.values() for parts in heads.values()]
     costs = {HOLDS: "more", FAILS: "less"}.get(gains[0]) if len(set(gains)) == 1 else None
-    return {"sizes": sizes, "costs": costs, "waiting": waiting, "picture": picture}
+    return {"sizes": sizes, "costs": costs, "waiting": unmeasured, "picture": picture}
 
 
 def _number(entry: Stored) -> str | None:
@@ -232,19 +233,19 @@ def _number(entry: Stored) -> str | None:
     return words.show(entry, entry["effect"]) if entry["low"] is None else words.measured(entry)
 
 
-def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
+def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's share of seeds that learn the way, and the heads that are beyond noise."""
     plain_name = name_of("mtp", "none")
     for group in _PLANNING:
-        if group[0] not in found or not _has_numbers(*found[group[0]]):
+        if group[0] not in by_name or not _has_numbers(*by_name[group[0]]):
             continue
-        first, of_first = found[group[0]]
-        assert of_first is not None
-        if max(entry["n"] for entry in of_first["predictions"]) < first.scale.minimum:
+        first, first_result = by_name[group[0]]
+        assert first_result is not None
+        if max(entry["n"] for entry in first_result["predictions"]) < first.scale.minimum:
             continue
         arms: dict[str, dict[str, Any]] = {}
         beyond: dict[str, None] = {}  # each once, in this order
-        for claim, result in (found[name] for name in group if name in found):
+        for claim, result in (by_name[name] for name in group if name in by_name):
             if result is None or is_stale(result, claim):
                 continue
             for entry in words.entries(result, claim):
@@ -264,7 +265,7 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
 def measured_heads(root: Path) -> list[dict[str, Any]]:
     """The results of ``benchmarks.pretrained_heads``, one per processor: the head that was trained
     for the most steps."""
-    contents = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(root.glob(_SPEED))]
+    contents = [read_json(file) for file in sorted(root.glob(_SPEED))]
     contents.sort(key=lambda content: content.get("head", {}).get("steps", 0))
     by_processor = {content.get("processor", "one processor"): content for content in contents}
     return [by_processor[name] for name in sorted(by_processor)]
@@ -274,7 +275,7 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
     decoding with its interval over texts. Each processor shows the way of drafting with the best
     mean ratio, and the one with lookups."""
-    found = []
+    speeds = []
     for content in measured_heads(root):
         rows = [row for row in content["rows"] if row["temperature"] == 0]
         ways = [way for way in _WAYS if all(way in row for row in rows)]
@@ -282,12 +283,12 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
             continue
         best = max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))
         processor, options = content.get("processor", "one processor"), content.get("options", {})
-        shown = {best: processor}
+        labels = {best: processor}
         if all(_LOOKUP in row for row in rows):
-            shown[_LOOKUP] = f"{processor}, lookup={options['lookup']}"
+            labels[_LOOKUP] = f"{processor}, lookup={options['lookup']}"
         # Texts of each kind, all of which have the same length.
         n = rows[0]["tokens"] // options.get("new_tokens", 64)
-        for way, named in shown.items():
+        for way, label in labels.items():
             texts = [{"kind": row["kind"], **row[way]} for row in rows]
-            found.append({"processor": named, "texts": texts, "n": n, "head": content.get("head")})
-    return found or None
+            speeds.append({"processor": label, "texts": texts, "n": n, "head": content.get("head")})
+    return speeds or None

@@ -38,17 +38,18 @@ def seeds_needed(entries: list[Stored], minimum: int) -> list[int | None]:
     """
     ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
     return [
-        _enough(entry, minimum, 1 + sum(p > own for p in ps))
-        for entry, own in zip(entries, ps, strict=True)
+        _enough(entry, minimum, 1 + sum(p > own_p for p in ps))
+        for entry, own_p in zip(entries, ps, strict=True)
     ]
 
 
 def _enough(entry: Stored, minimum: int, tests: int) -> int | None:
-    waits = entry["verdict"] == UNDECIDED and entry["why"].startswith((FEW, NOISE, UNCORRECTED))
-    seen = _distance_and_variance(entry) if waits and entry["effect"] is not None else None
-    if seen is None or not seen[0]:
+    if entry["verdict"] != UNDECIDED or not entry["why"].startswith((FEW, NOISE, UNCORRECTED)):
         return None
-    distance, variance = abs(seen[0]), seen[1]
+    estimate = None if entry["effect"] is None else _distance_and_variance(entry)
+    if estimate is None or not estimate[0]:
+        return None
+    distance, variance = abs(estimate[0]), estimate[1]
     normal, level = NormalDist(), LEVEL / tests
     z = normal.inv_cdf(1 - level / 2) + normal.inv_cdf(POWER)
     n = max(math.ceil(z**2 * variance / distance**2), minimum, entry["n"] + 1)
@@ -73,13 +74,13 @@ def _distance_and_variance(entry: Stored) -> tuple[float, float] | None:
     if entry["own"] is not None:
         shares = [share for share in (entry["own"], entry["other"]) if share is not None]
         rates = [(share["count"] + 1) / (share["n"] + 2) for share in shares]
-        at = 0.0 if len(shares) > 1 else boundary(entry["side"], entry["by"], effect)
-        return effect - at, math.fsum(rate * (1 - rate) for rate in rates)
+        bound = 0.0 if len(shares) > 1 else boundary(entry["side"], entry["by"], effect)
+        return effect - bound, math.fsum(rate * (1 - rate) for rate in rates)
     if entry["low"] is None or n < 3:
         return None
     low, high = entry["low"], entry["high"]
-    at = boundary(entry["side"], entry["by"], effect)
+    bound = boundary(entry["side"], entry["by"], effect)
     if entry["measure"].get("curve"):
-        effect, low, high, at = (math.log(value) for value in (effect, low, high, entry["by"]))
+        effect, low, high, bound = (math.log(value) for value in (effect, low, high, entry["by"]))
     deviation = (high - low) / 2 / t_quantile(n) * math.sqrt(n)
-    return effect - at, deviation**2
+    return effect - bound, deviation**2

@@ -27,8 +27,8 @@ TRIAL = "or run it with --unpredicted: its verdict is then marked"
 class Preregistration:
     """The runs of a claim."""
 
-    digest: str  # the claim's when its first run was asked for
-    commit: str | None  # the commit with the prediction then; None for a trial
+    digest: str  # the claim's, when its first run was requested
+    commit: str | None  # the commit with the prediction at that time; None for a trial
     began: str = field(default_factory=now)
     runs: dict[str, dict[int, str]] = field(default_factory=dict)  # folders, by arm and seed
 
@@ -52,10 +52,10 @@ class Preregistration:
                 a change of the code's defaults: an arm would mix old and new runs.
         """
         for job in jobs:
-            known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.name)
-            if known != job.name:
+            earlier = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.name)
+            if earlier != job.name:
                 raise UserError(
-                    f"{claim.label} has run {job.arm} at seed {job.seed} in {known}, and its "
+                    f"{claim.label} has run {job.arm} at seed {job.seed} in {earlier}, and its "
                     f"config is now that of {job.name}: continue from the commit that made those "
                     "runs, or give --runs another folder and run all of it again."
                 )
@@ -71,8 +71,8 @@ def read_preregistration(claim: Claim, runs: Path) -> Preregistration | None:
     Raises:
         UserError: the file is damaged.
     """
-    remedy = "give --runs another folder"
-    return read_versioned(_file(claim, runs), VERSION, _parse, remedy=remedy)
+    file = _file(claim, runs)
+    return read_versioned(file, VERSION, _parse, remedy="give --runs another folder")
 
 
 def _parse(content: dict[str, Any]) -> Preregistration:
@@ -97,18 +97,18 @@ def register(claim: Claim, jobs: Sequence[ClaimJob], runs: Path, *, commit: str 
         UserError: the claim or the config of a job was changed after runs began, or the file is
             damaged.
     """
-    found = read_preregistration(claim, runs)
-    found = found or Preregistration(digest=claim.digest, commit=commit)
-    found.require(claim, runs)
-    found.add(claim, jobs)
-    write_preregistration(found, claim, runs)
+    preregistration = read_preregistration(claim, runs)
+    preregistration = preregistration or Preregistration(digest=claim.digest, commit=commit)
+    preregistration.require(claim, runs)
+    preregistration.add(claim, jobs)
+    write_preregistration(preregistration, claim, runs)
 
 
 def predicted_in(
     file: Path, claim: Claim, stored: Stored | None, *, unpredicted: bool = False
 ) -> str | None:
-    """The commit that had a claim's prediction before its runs. A stored result of the same
-    prediction knows it; None for a prediction in no commit if ``unpredicted``.
+    """The commit that had a claim's prediction before its runs, which a stored result of the same
+    prediction names; None for a prediction in no commit if ``unpredicted``.
 
     Raises:
         UserError: no commit has the prediction.
@@ -149,7 +149,7 @@ def commit_of(file: Path) -> str:
 def _git(file: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(file.parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

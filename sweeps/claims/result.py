@@ -48,12 +48,12 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:
-    """A claim's result as plain data; ``began`` says when its first run was asked for, and the
-    prediction's commit then."""
+    """A claim's result as plain data; ``began`` has the time of its first run's request, and the
+    prediction's commit at that time."""
     findings = decide(claim, arms)
     verdict = overall([finding.verdict for finding in findings])
     runs = [
-        with_own_costs(claim, arm, run) for arm, of_arm in arms.items() for run in of_arm.values()
+        with_own_costs(claim, arm, run) for arm, seeds in arms.items() for run in seeds.values()
     ]
     ended = sorted(run.ended for run in runs if run.done and run.ended)
     return {
@@ -72,10 +72,10 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "arms": {
             arm: {
                 "overrides": list(claim.overrides(arm)),
-                "time_to_solve": _times(claim, of_arm.values()),
-                "seeds": {str(seed): asdict(run) for seed, run in of_arm.items()},
+                "time_to_solve": _times(claim, seeds.values()),
+                "seeds": {str(seed): asdict(run) for seed, run in seeds.items()},
             }
-            for arm, of_arm in arms.items()
+            for arm, seeds in arms.items()
         },
         "date": ended[-1][:10] if ended else None,
         "minutes": round(sum(run.minutes for run in runs), 1),
@@ -95,8 +95,8 @@ def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Cla
     """Sort claims: decided, undecided, stale, not run; each group by name."""
 
     def place(claim: Claim) -> tuple[int, str]:
-        said = state(claim, results.get(claim.label))
-        return next(i for i, word in enumerate(_ORDER) if said.startswith(word)), claim.label
+        verdict = state(claim, results.get(claim.label))
+        return next(i for i, word in enumerate(_ORDER) if verdict.startswith(word)), claim.label
 
     return sorted(claims, key=place)
 
@@ -106,10 +106,9 @@ def unfinished(claim: Claim, arms: Arms) -> list[str]:
     lines = []
     for arm in claim.arms:
         states = [run.state for run in arms[arm].values()]
-        others = {state: states.count(state) for state in states if state != "done"}
-        if others:
-            named = ", ".join(f"{n} {state}" for state, n in others.items())
-            lines.append(f"{arm}: {states.count('done')} of {len(states)} seeds done, {named}")
+        if others := {state: states.count(state) for state in states if state != "done"}:
+            counts = ", ".join(f"{n} {state}" for state, n in others.items())
+            lines.append(f"{arm}: {states.count('done')} of {len(states)} seeds done, {counts}")
     return lines
 
 
@@ -136,8 +135,8 @@ def read_result(label: str, folder: Path) -> Result | None:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """Read all results of a folder, by label; errors as in :func:`read_result`."""
-    found = {file.stem: read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))}
-    return {label: result for label, result in found.items() if result is not None}
+    results = {file.stem: read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))}
+    return {label: result for label, result in results.items() if result is not None}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -147,11 +146,11 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
     """The Kaplan-Meier estimate of the time to solve, for every measure of solving."""
-    found = {}
+    estimates = {}
     for key in (measure.key for measure in claim.measures if measure.solved is not None):
         curve = survival([run.waits[key] for run in runs if key in run.waits])
         if curve is not None:
-            found[key] = {
+            estimates[key] = {
                 "median_steps": curve.median,
                 "solved": curve.ended,
                 "seeds": curve.n,
@@ -159,14 +158,14 @@ def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
                 "waiting": list(curve.shares),
                 "censored": list(curve.censored),
             }
-    return found
+    return estimates
 
 
 def with_own_costs(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
     """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
-    begun = branch_step(claim.overrides(arm))
-    if begun is None or not run.done:
+    first_step = branch_step(claim.overrides(arm))
+    if first_step is None or not run.done:
         return run
-    share = 1 - begun / run.costs["step"]
-    spent = {name: run.costs[name] * share for name in ("flops", "seconds")}
-    return replace(run, costs=run.costs | spent)
+    share = 1 - first_step / run.costs["step"]
+    own_costs = {name: run.costs[name] * share for name in ("flops", "seconds")}
+    return replace(run, costs=run.costs | own_costs)

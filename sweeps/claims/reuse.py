@@ -1,4 +1,4 @@
-"""Recalls finished runs from the committed results, where their folders are gone or elsewhere.
+"""Reads finished runs from the committed results where their folders are gone or elsewhere.
 
 A seed that is done in a result counts in a verdict and is not run again. The same holds for a run
 of another claim with the same config, since a run's folder is named by its config.
@@ -31,18 +31,18 @@ def runs_of(content: Stored) -> dict[int, ArmRun]:
 
 def shared_runs(claim: Claim, results: Iterable[Stored]) -> dict[str, ArmRun]:
     """The done runs of all claims that measured at least what this one measures, by folder."""
-    wanted, keys = set(claim.measures), {measure.key for measure in claim.measures}
-    found = {}
+    measures, keys = set(claim.measures), {measure.key for measure in claim.measures}
+    shared = {}
     for result in results:
         entries = result["predictions"]
-        if not wanted <= {ClaimMeasure.from_json(entry["measure"]).of_run for entry in entries}:
+        if not measures <= {ClaimMeasure.from_json(entry["measure"]).of_run for entry in entries}:
             continue
-        for run in (run for of in result["arms"].values() for run in runs_of(of).values()):
+        for run in (run for arm in result["arms"].values() for run in runs_of(arm).values()):
             if run.done and (run.curve or claim.equal != "flops"):
                 values = {key: run.values[key] for key in keys & run.values.keys()}
                 waits = {key: run.waits[key] for key in keys & run.waits.keys()}
-                found[run.folder] = replace(run, values=values, waits=waits)
-    return found
+                shared[run.folder] = replace(run, values=values, waits=waits)
+    return shared
 
 
 def left_to_run(
@@ -53,22 +53,22 @@ def left_to_run(
     Raises:
         UserError: an arm does not compose, or its config differs from that of its stored runs.
     """
-    of_arms = stored_runs(claim, stored).items()
-    done = {(arm, seed): run for arm, of in of_arms for seed, run in of.items() if run.done}
+    by_arm = stored_runs(claim, stored).items()
+    done = {(arm, s): run for arm, by_seed in by_arm for s, run in by_seed.items() if run.done}
     if all((arm, seed) in done for arm in claim.arms for seed in seeds):
         return []
-    left = []
+    missing = []
     for job in jobs(claim, list(dict.fromkeys([*seeds, *(seed for _, seed in done)])), runs):
-        known = done.get((job.arm, job.seed))
-        if known is not None and known.folder != job.name:
+        old = done.get((job.arm, job.seed))
+        if old is not None and old.folder != job.name:
             raise UserError(
                 f"{claim.label} was run with another config: the settings of {job.arm} have "
-                f"changed since commit {known.commit}. Check out that commit to continue, or run "
+                f"changed since commit {old.commit}. Check out that commit to continue, or run "
                 f"the claim again: {claim.typed('replicate')}."
             )
-        if known is None and job.seed in seeds:
-            left.append(job)
-    return left
+        if old is None and job.seed in seeds:
+            missing.append(job)
+    return missing
 
 
 def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms:
@@ -81,12 +81,12 @@ def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms
     Raises:
         UserError: a stored run has another config here.
     """
-    both = {arm: dict(of) for arm, of in arms.items()}
-    for arm, of in stored_runs(claim, results.get(claim.label)).items():
-        for seed, run in of.items():
-            here = both.setdefault(arm, {}).get(seed)
+    merged = {arm: dict(by_seed) for arm, by_seed in arms.items()}
+    for arm, by_seed in stored_runs(claim, results.get(claim.label)).items():
+        for seed, run in by_seed.items():
+            here = merged.setdefault(arm, {}).get(seed)
             if here is None or here.state == "missing" or (run.done and not here.done):
-                both[arm][seed] = run
+                merged[arm][seed] = run
             elif run.done and here.folder != run.folder:
                 raise UserError(
                     f"{claim.label} has a result of {arm} at seed {seed}, {run.folder}, and "
@@ -95,18 +95,19 @@ def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms
                     f"{claim.typed('replicate')}."
                 )
             elif here.weights is None:  # the run's weights may be deleted, and the rest not
-                both[arm][seed] = replace(here, weights=run.weights)
+                merged[arm][seed] = replace(here, weights=run.weights)
     shared = shared_runs(claim, results.values())
     return {
-        arm: {s: run if run.done else shared.get(run.folder, run) for s, run in sorted(of.items())}
-        for arm, of in both.items()
+        arm: {s: r if r.done else shared.get(r.folder, r) for s, r in sorted(by_seed.items())}
+        for arm, by_seed in merged.items()
     }
 
 
 def beginning(
     preregistration: Preregistration, claim: Claim, stored: Stored | None
 ) -> tuple[str, str | None]:
-    """When a claim's first run was asked for, here or elsewhere, and its commit then."""
+    """The time at which a claim's first run was requested, here or elsewhere, and the prediction's
+    commit at that time."""
     began = [(preregistration.began, preregistration.commit)]
     if stored is not None and not is_stale(stored, claim):
         began.append((stored["began"], stored["predicted_in"]))

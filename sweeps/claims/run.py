@@ -49,7 +49,7 @@ def run(
     if n_jobs < 1:
         raise UserError(f"--jobs {n_jobs}: give a whole number of at least 1.")
     stored = {} if results is None else read_results(results)
-    asked = {
+    requested = {
         claim.label: [
             job
             for job in left_to_run(claim, seeds or claim.scale.seeds, runs, stored.get(claim.label))
@@ -61,9 +61,10 @@ def run(
     busy = f"Claims are being run in {runs}: wait for that, or stop it."
     with alone(runs, busy, "The same command continues."):
         for claim in claims:
-            register(claim, asked[claim.label], runs, commit=commits[claim.label])
+            register(claim, requested[claim.label], runs, commit=commits[claim.label])
         todo = _in_turn(
-            [[job for job in of if job.name not in shared[label]] for label, of in asked.items()]
+            [job for job in batch if job.name not in shared[label]]
+            for label, batch in requested.items()
         )
         if not todo:
             print("Nothing to run: every run is done.", flush=True)
@@ -81,36 +82,36 @@ def run(
     return _say_unfinished(todo)
 
 
-def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
+def _in_turn(requested: Iterable[Sequence[ClaimJob]]) -> list[ClaimJob]:
     """All claims' jobs, ordered by seed, claim and arm; a shared job comes once."""
     by_seed: dict[int, dict[str, ClaimJob]] = {}
-    for claim_jobs in asked:
+    for claim_jobs in requested:
         for job in claim_jobs:
             by_seed.setdefault(job.seed, {}).setdefault(job.name, job)
-    return [job for of_seed in by_seed.values() for job in of_seed.values()]
+    return [job for seed_jobs in by_seed.values() for job in seed_jobs.values()]
 
 
 def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path) -> list[ClaimJob]:
     """The jobs, each after the runs that it branches or starts from, unless those are done here. A
     stored result has a parent's numbers but not its checkpoints."""
-    found: dict[str, ClaimJob] = {}
+    ordered: dict[str, ClaimJob] = {}
     seeds = list(dict.fromkeys(job.seed for job in todo if job.parent is not None))
-    known = {job.name: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
+    by_name = {job.name: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
     for job in todo:
         missing = []
         parent = job.parent
-        while parent is not None and parent not in found and state_of(runs / parent) != "done":
-            missing.append(known[parent])
-            parent = known[parent].parent
-        found |= {of.name: of for of in (*reversed(missing), job)}
-    return list(found.values())
+        while parent is not None and parent not in ordered and state_of(runs / parent) != "done":
+            missing.append(by_name[parent])
+            parent = by_name[parent].parent
+        ordered |= {added.name: added for added in (*reversed(missing), job)}
+    return list(ordered.values())
 
 
 def _write_plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
     """Write ``sweep.json``, with which the report reads the folder like any sweep's."""
     plan = SweepPlan(runs)
-    known = {planned.folder for planned in plan.jobs}
-    plan.jobs += [PlannedJob(job.name, job.overrides) for job in todo if job.name not in known]
+    folders = {planned.folder for planned in plan.jobs}
+    plan.jobs += [PlannedJob(job.name, job.overrides) for job in todo if job.name not in folders]
     plan.write(command)
 
 
@@ -138,9 +139,9 @@ class _Ready:
 
 def _say_unfinished(todo: Sequence[ClaimJob]) -> int:
     """Print every job that is not done, and return how many these are."""
-    bad = [job.folder for job in todo if state_of(job.folder) != "done"]
-    for folder in bad:
+    unfinished = [job.folder for job in todo if state_of(job.folder) != "done"]
+    for folder in unfinished:
         print(describe_failure(folder), flush=True)
-    if any(state_of(folder) == "failed" for folder in bad):
+    if any(state_of(folder) == "failed" for folder in unfinished):
         print("--retry-failed starts failed runs again, from what they have saved.", flush=True)
-    return len(bad)
+    return len(unfinished)

@@ -33,11 +33,11 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, types, shapes and numbers of weights."""
     import torch
 
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def write_weights(
@@ -63,30 +63,30 @@ def write_weights(
     """
     from safetensors.torch import save_file
 
-    lines, gone = [], 0
+    lines, n_missing = [], 0
     for job in jobs(claim, seeds, runs):
         if job.arm not in arms:
             continue
         run, file = job.folder, to / f"{job.arm}_seed-{job.seed}.safetensors"
         weights = last_weights(run)
         if weights is None:
-            gone += 1
+            n_missing += 1
             lines.append(f"{run} has no weights left: delete the folder to train it again")
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Copies, since the library refuses tensors that share memory, as tied ones do.
-            apart = {name: tensor.clone() for name, tensor in weights.items()}
-            save_file(apart, file, {"run": run.name})
-            known = stored.get(job.arm, {}).get(job.seed)
-            lines.append(f"{file}: {_compared(digest_of(weights), known)}")
-    return lines, gone
+            copies = {name: tensor.clone() for name, tensor in weights.items()}
+            save_file(copies, file, {"run": run.name})
+            stored_run = stored.get(job.arm, {}).get(job.seed)
+            lines.append(f"{file}: {_compared(digest_of(weights), stored_run)}")
+    return lines, n_missing
 
 
-def _compared(digest: str, known: ArmRun | None) -> str:
-    said = f"weights {digest[:12]}"
-    if known is None or known.weights is None:
-        return f"{said}; the result has no digest of this run"
-    if known.weights == digest:
-        return f"{said}, those of the result"
-    of = f"{(known.commit or 'unknown')[:8]} on {known.machine or 'an unknown machine'}"
-    return f"{said}; the result's are {known.weights[:12]}, made by commit {of}"
+def _compared(digest: str, stored: ArmRun | None) -> str:
+    text = f"weights {digest[:12]}"
+    if stored is None or stored.weights is None:
+        return f"{text}; the result has no digest of this run"
+    if stored.weights == digest:
+        return f"{text}, those of the result"
+    origin = f"{(stored.commit or 'unknown')[:8]} on {stored.machine or 'an unknown machine'}"
+    return f"{text}; the result's are {stored.weights[:12]}, made by commit {origin}"

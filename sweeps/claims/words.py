@@ -21,12 +21,12 @@ def names_in(result: Stored) -> dict[str, str]:
 
 def entries(result: Stored | None, claim: Claim | None = None) -> list[dict[str, Any]]:
     """The predictions of a result, or of a claim without one, with readable names of arms."""
-    given = result or {"predictions": [asdict(p) for p in claim.predictions] if claim else []}
+    content = result or {"predictions": [asdict(p) for p in claim.predictions] if claim else []}
     arms = {arm: claim.overrides(arm) for arm in claim.arms} if claim else {}
-    names = arm_names(arms) if claim else names_in(given)
+    names = arm_names(arms) if claim else names_in(content)
     return [
         {**entry, **{key: names.get(entry[key], entry[key]) for key in ("arm", "against")}}
-        for entry in given["predictions"]
+        for entry in content["predictions"]
     ]
 
 
@@ -39,22 +39,22 @@ def subject(entry: Stored) -> str:
 def other_of(entry: Stored) -> str:
     """The arm that is subtracted, without what both arms have in common; empty for none."""
     parts = [] if entry["against"] is None else entry["against"].split(", ")
-    own = entry["arm"].split(", ")
-    return ", ".join([part for part in parts if part not in own] or parts)
+    own_parts = entry["arm"].split(", ")
+    return ", ".join([part for part in parts if part not in own_parts] or parts)
 
 
 def quantity(measure: Stored) -> str:
     """A measure in words: ``seeds with more than 95 % right answers``."""
-    what, _ = in_words(measure["tag"])
+    name, _ = in_words(measure["tag"])
     if measure.get("curve"):
         effect = measure["part"] == "effect"
         gain = "plain steps that a step is worth" if effect else "compute-equivalent gain"
-        return f"{gain}, by {what}"
+        return f"{gain}, by {name}"
     if measure["solved"] is not None:
-        return f"seeds with more than {_percent(measure['solved'])} {what}"
+        return f"seeds with more than {_percent(measure['solved'])} {name}"
     if measure["last"] is not None:
-        return f"{what}, mean over the last {_percent(measure['last'])} of the run"
-    return what
+        return f"{name}, mean over the last {_percent(measure['last'])} of the run"
+    return name
 
 
 def predicted(entry: Stored) -> str:
@@ -69,8 +69,7 @@ def measured(entry: Stored) -> str:
     """The effect with its interval, or the two shares."""
     if entry["effect"] is None:
         return "no numbers yet"
-    shares = [share(entry[name]) for name in ("own", "other") if entry[name] is not None]
-    if shares:
+    if shares := [share(entry[name]) for name in ("own", "other") if entry[name] is not None]:
         return " against ".join(shares)
     effect = show(entry, entry["effect"])
     if entry["low"] is None:
@@ -81,10 +80,10 @@ def measured(entry: Stored) -> str:
     return f"{effect} [{low}, {high}]"
 
 
-def share(found: Stored) -> str:
+def share(stored: Stored) -> str:
     """``3 of 5 seeds [15 %, 95 %]``."""
-    low, high = _percent(found["low"]), _percent(found["high"])
-    return f"{found['count']} of {found['n']} seeds [{low}, {high}]"
+    low, high = _percent(stored["low"]), _percent(stored["high"])
+    return f"{stored['count']} of {stored['n']} seeds [{low}, {high}]"
 
 
 def tested(entry: Stored) -> str:
@@ -98,8 +97,8 @@ def tested(entry: Stored) -> str:
 
 def verdict(entry: Stored, more: str) -> str:
     """The verdict in Markdown, followed by the reason of an undecided one and what would help."""
-    said = "; ".join(filter(None, [entry["why"], more]))
-    return f"**{plain(entry['verdict'])}**" + (f": {plain(said)}" if said else "")
+    reason = "; ".join(filter(None, [entry["why"], more]))
+    return f"**{plain(entry['verdict'])}**" + (f": {plain(reason)}" if reason else "")
 
 
 def show(entry: Stored, value: float) -> str:
@@ -127,14 +126,14 @@ def aligned(
     that are aligned to the right."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    shown = []
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    texts = []
     for line in lines:
         pairs = enumerate(zip(line, widths, strict=True))
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in pairs]
         text = "  ".join(cells).rstrip()
-        shown.append(text if wide is None or len(text) <= wide else f"{text[: wide - 1]}…")
-    return shown
+        texts.append(text if width is None or len(text) <= width else f"{text[: width - 1]}…")
+    return texts
 
 
 def beside(here: Stored, committed: Stored) -> list[str]:
@@ -157,8 +156,8 @@ def _agreement(mine: Stored, theirs: Stored) -> str:
 
 def _intervals(entry: Stored) -> list[Stored]:
     """The intervals of an entry: its shares or its effect. One seed has no interval."""
-    found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
-    return [each for each in found if each["low"] is not None]
+    parts = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
+    return [part for part in parts if part["low"] is not None]
 
 
 def _brief(entry: Stored, value: float) -> str:

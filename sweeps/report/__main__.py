@@ -62,8 +62,8 @@ def report(
         events.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings).encode(), target / "runs.csv")
     facts = (settings, comparisons, priced, drawings, svgs)
-    every = SECONDS if watched and settings.running else None
-    html = page.render(*facts, folder=target, every=every)
+    reload_seconds = SECONDS if watched and settings.running else None
+    html = page.render(*facts, folder=target, reload_seconds=reload_seconds)
     write_bytes(html.encode(), target / "report.html")
     return target / "report.html", answer(settings, comparisons, priced), settings.running
 
@@ -108,24 +108,24 @@ def main(
     option("--port", type=int, default=0, metavar="PORT", help=port)
     diff = "print how two runs' configs differ and both runs' numbers, instead of a report"
     option("--diff", action="store_true", help=diff)
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     with readable_errors():
-        if not 0 <= given.port <= 65535:
-            raise UserError(f"--port {given.port}: give a number from 0 to 65535.")
-        if given.port and not given.watch:
-            raise UserError(f"--port {given.port} is of --watch: give that, too, or leave it out.")
-        if given.diff:
-            if given.watch or given.output or given.reference or given.solved != SOLVED:
+        if not 0 <= args.port <= 65535:
+            raise UserError(f"--port {args.port}: give a number from 0 to 65535.")
+        if args.port and not args.watch:
+            raise UserError(f"--port {args.port} is of --watch: give that, too, or leave it out.")
+        if args.diff:
+            if args.watch or args.output or args.reference or args.solved != SOLVED:
                 raise UserError("--diff prints differences alone: leave the other options out.")
             from sweeps.report.page import differences
 
-            print("\n".join(differences(given.folders)))
+            print("\n".join(differences(args.folders)))
             return
-        asked = {"output": given.output, "reference": given.reference, "level": given.solved}
-        if given.watch:
-            watch(lambda: report(given.folders, **asked, watched=True), port=given.port)
+        options = {"output": args.output, "reference": args.reference, "level": args.solved}
+        if args.watch:
+            watch(lambda: report(args.folders, **options, watched=True), port=args.port)
             return
-        path, sentences, _ = report(given.folders, **asked)
+        path, sentences, _ = report(args.folders, **options)
         print("\n".join(sentences))
         print(f"\nreport    {path}")
         print(f"numbers   {path.with_name('runs.csv')}")

@@ -94,14 +94,14 @@ def looks_of(halves: Iterable[tuple[str, str]]) -> list[Look]:
     """The look of each (what the color says, what line and marker say)."""
     first: dict[str, int] = {}
     others: dict[str, int] = {}
-    found = []
+    styles = []
     for head, rest in halves:
         a = first.setdefault(head, len(first))
         b = others.setdefault(rest, len(others)) + a // len(COLORS)
         # Four dashes and seven markers make 28 different combinations.
         dash, marker = DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)]
-        found.append(Look(COLORS[a % len(COLORS)], dash, marker))
-    return found
+        styles.append(Look(COLORS[a % len(COLORS)], dash, marker))
+    return styles
 
 
 def key_to(settings: Sequence[Setting], shown: Sequence[Setting]) -> list[tuple[str, Look]]:
@@ -160,10 +160,10 @@ class Chart:
         rows += math.ceil(len(entries) / columns)
         size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * wide, 3.9 * high + 0.2 * rows)
         self.figure: Figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
-        every = self.figure.subplots(high, wide, squeeze=False).ravel()
-        for spare in every[panels:]:
+        grid = self.figure.subplots(high, wide, squeeze=False).ravel()
+        for spare in grid[panels:]:
             spare.remove()
-        self.panels = every[:panels]
+        self.panels = grid[:panels]
         self.axes = self.panels[0]
         for axes in self.panels:
             axes.set_facecolor("none")
@@ -173,8 +173,8 @@ class Chart:
                 for name, o in entries
             ]
             legend = self.figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-            shown = zip(entries, legend.get_texts(), legend.get_lines(), strict=True)
-            for (name, _), text, handle in shown:
+            legend_rows = zip(entries, legend.get_texts(), legend.get_lines(), strict=True)
+            for (name, _), text, handle in legend_rows:
                 self._mark("switch", name, [text, handle])
 
     def _mark(self, kind: str, name: str, artists: Iterable[Any]) -> None:
@@ -202,18 +202,18 @@ class Chart:
             filled: False for hollow markers.
             style: options of matplotlib's ``errorbar``.
         """
-        given = {"color": look.color, "marker": look.marker, "linestyle": "none"}
-        given |= {} if filled else {"markerfacecolor": "none"}
+        defaults = {"color": look.color, "marker": look.marker, "linestyle": "none"}
+        defaults |= {} if filled else {"markerfacecolor": "none"}
         x_means, y_means = _means(xs), _means(ys)
         container = self.axes.errorbar(
-            x_means, y_means, xerr=_reach(xs), yerr=_reach(ys), label=name, **{**given, **style}
+            x_means, y_means, xerr=_reach(xs), yerr=_reach(ys), label=name, **{**defaults, **style}
         )
         container.lines[0].set_label(name if tooltips else f"_{name}")
         self._mark("series", name, container.get_children())
         if tooltips and name in self._names:
             points = zip(x_means, y_means, strict=True)
-            for at, x, y in zip(points, xs, ys, strict=True):
-                self._points.append((name, at, (_said(x), _said(y))))
+            for point, x, y in zip(points, xs, ys, strict=True):
+                self._points.append((name, point, (_interval_text(x), _interval_text(y))))
 
     def points(self) -> Iterator[tuple[int, float, float, str]]:
         """(Number of the setting, x, y in the SVG, tooltip) of the visible points of a figure that
@@ -222,11 +222,11 @@ class Chart:
         # An axis label without its part in parentheses, such as "(lower is better)".
         texts = (self.axes.get_xlabel(), self.axes.get_ylabel())
         labels = [re.split(r"\s\(", text)[0] for text in texts]
-        for name, at, reach in self._points:
-            right, up = self.axes.transData.transform(at)
+        for name, point, reach in self._points:
+            right, up = self.axes.transData.transform(point)
             if self.axes.bbox.contains(right, up):
-                said = zip(labels, at, reach, strict=True)
-                lines = [f"{label}: {_digits(x)}{bar}" for label, x, bar in said if label]
+                values = zip(labels, point, reach, strict=True)
+                lines = [f"{label}: {_digits(x)}{bar}" for label, x, bar in values if label]
                 place = round(right * scale, 1), round(height - up * scale, 1)
                 yield self._names.index(name), *place, "\n".join([name, *lines])
 
@@ -244,8 +244,8 @@ class Chart:
     def keep_within(self, high: float) -> None:
         """Cut the y axis at 0 and at ``high``; an interval may reach beyond the possible values."""
         bottom, top = self.axes.get_ylim()
-        room = 0.03 * (min(top, high) - max(bottom, 0))
-        self.axes.set_ylim(max(bottom, -room), min(top, high + room))
+        margin = 0.03 * (min(top, high) - max(bottom, 0))
+        self.axes.set_ylim(max(bottom, -margin), min(top, high + margin))
 
     def si_axis(self) -> None:
         """Give the x axis few ticks, written as 15 M."""
@@ -265,9 +265,9 @@ class Chart:
         """The figure as a PNG on white, for slides and TensorBoard."""
         return self._save(format="png", dpi=160)
 
-    def svg(self, *, of: str | None = None) -> bytes:
-        """The figure as an SVG file on white; ``of`` in its metadata names its source."""
-        svg = self._save(format="svg", metadata={"Date": None, "Identifier": of})
+    def svg(self, *, source: str | None = None) -> bytes:
+        """The figure as an SVG file on white; ``source`` goes into its metadata."""
+        svg = self._save(format="svg", metadata={"Date": None, "Identifier": source})
         return _NO_XML.sub("\N{REPLACEMENT CHARACTER}".encode(), svg)
 
     def _save(self, **options: Any) -> bytes:
@@ -293,9 +293,9 @@ def by_row(labels: Sequence[str], *, names: Sequence[str] = ()) -> Chart:
 
 def shares_by_row(rows: Sequence[tuple[str, Look, Share]], *, names: Sequence[str] = ()) -> Chart:
     """Shares of seeds with their intervals, one per row; the first is at the top."""
-    shown = rows[::-1]
-    chart = by_row([label for label, _, _ in shown], names=names)
-    for y, (label, look, share) in enumerate(shown):
+    bottom_up = rows[::-1]
+    chart = by_row([label for label, _, _ in bottom_up], names=names)
+    for y, (label, look, share) in enumerate(bottom_up):
         chart.draw(label, look, [share.interval], [y])
     chart.percent("x")
     return chart
@@ -311,7 +311,7 @@ def _reach(values: Sequence[float | Interval]) -> list[tuple[float, ...]] | None
     return [*zip(*reach, strict=True)] or None
 
 
-def _said(value: float | Interval) -> str:
+def _interval_text(value: float | Interval) -> str:
     """An interval: `` ± HALF``, or `` (LOW to HIGH)``; empty for a number alone."""
     if not isinstance(value, Interval) or not any(value.reach):
         return ""

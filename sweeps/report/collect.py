@@ -49,12 +49,11 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
     settings = _apart(settings, DATA, lambda run: str(run.fact("data", "fingerprint")), _data_name)
     settings = _apart(settings, TEXT, lambda run: run.text.same, lambda run: run.text.short)
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
-    asked = [key for sweep in sweeps for key in sweep.varied]
-    varied = _name(settings, asked)
-    given = {sweep.runs[0].sweep: float(i) for i, sweep in enumerate(sweeps)}
+    varied = _name(settings, [key for sweep in sweeps for key in sweep.varied])
+    sweep_order = {sweep.runs[0].sweep: float(i) for i, sweep in enumerate(sweeps)}
     settings.sort(
         key=lambda setting: [
-            (0, given[value], "") if key == FOLDER else order(value)
+            (0, sweep_order[value], "") if key == FOLDER else order(value)
             for key, value in setting.values.items()
         ]
     )
@@ -90,28 +89,28 @@ def _is_plain(config: dict[str, Any]) -> bool:
 def _apart(
     settings: list[Setting],
     key: str,
-    same: Callable[[RunRecord], Any],
+    identity: Callable[[RunRecord], Any],
     name: Callable[[RunRecord], str],
 ) -> list[Setting]:
-    """Split settings whose finished runs differ in ``same``; ``key`` names the parts.
+    """Split settings whose finished runs differ in ``identity``; ``key`` names the parts.
 
     Runs of equal configs differ if a text file, or the evaluated part of it, has changed between
     them. An unfinished run does not say which text it reads, so its curve is then not averaged with
     the others.
     """
-    if all(len({same(run) for run in setting.done}) < 2 for setting in settings):
+    if all(len({identity(run) for run in setting.done}) < 2 for setting in settings):
         return settings
     parts: list[Setting] = []
     for setting in settings:
-        kinds = {same(run): name(run) for run in setting.done}
+        kinds = {identity(run): name(run) for run in setting.done}
         only = next(iter(kinds.values()), "unknown") if len(kinds) < 2 else None
-        found: dict[Any, Setting] = {}
+        groups: dict[Any, Setting] = {}
         for run in setting.runs:
             done = run.state == "done"
             kind = only or (name(run) if done else "unknown")
             part = Setting(values={}, config={**setting.config, key: kind})
-            found.setdefault(only or (done, same(run)), part).runs.append(run)
-        parts += found.values()
+            groups.setdefault(only or (done, identity(run)), part).runs.append(run)
+        parts += groups.values()
     return parts
 
 
@@ -133,35 +132,33 @@ def _rank(run: RunRecord) -> tuple[bool, float]:
     return run.state == "done", file.stat().st_mtime if file.exists() else 0.0
 
 
-def _name(settings: list[Setting], asked: list[str]) -> list[str]:
+def _name(settings: list[Setting], sweep_keys: list[str]) -> list[str]:
     """Choose the keys that separate the settings, and set every setting's values of them.
 
     Keys named by sweeps or command lines come first, then others while two settings are alike.
     """
-    given = [key for s in settings for run in s.runs for key in run.overrides]
-    named = [*asked, *given]
+    named = sweep_keys + [key for s in settings for run in s.runs for key in run.overrides]
     # Most comparisons are with plain training, so the depth comes first.
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]
-    chosen: list[str] = []
+    separating: list[str] = []
     for key in dict.fromkeys(candidates):
         having = [s for s in settings if not _of_mtp(key) or _value(s, key) is not None]
         if not ignored(key) and _n_parts(having, [key]) > 1:
-            chosen.append(key)
+            separating.append(key)
     keys = {key for setting in settings for key in setting.config}
     last = {DATA, TEXT}  # last, because they usually follow from other keys
-    rest = [k for k in _TELLING if k in keys] + sorted(keys - {*_TELLING, *last})
-    rest += sorted(keys & last)
-    for key in rest:
-        n = _n_parts(settings, chosen)
+    other_keys = [k for k in _TELLING if k in keys] + sorted(keys - {*_TELLING, *last})
+    other_keys += sorted(keys & last)
+    for key in other_keys:
+        n = _n_parts(settings, separating)
         if n == len(settings):
             break
-        if _n_parts(settings, [*chosen, key]) > n:
-            chosen.append(key)
-    shown = [key.removesuffix("._target_") for key in chosen]
+        if _n_parts(settings, [*separating, key]) > n:
+            separating.append(key)
+    names = [key.removesuffix("._target_") for key in separating]
     for setting in settings:
-        own = [_value(setting, key) for key in chosen]
-        setting.values = dict(zip(shown, own, strict=True))
-    return shown
+        setting.values = {n: _value(setting, key) for n, key in zip(names, separating, strict=True)}
+    return names
 
 
 def _n_parts(settings: list[Setting], keys: list[str]) -> int:
@@ -203,16 +200,16 @@ def _class_name(target: Any) -> Any:
 def _count_planned(settings: list[Setting], unconfigured: list[RunRecord]) -> None:
     for setting in settings:
         setting.planned = len(setting.runs)
-        own = {key: show(value) for key, value in setting.values.items()}
+        shown_values = {key: show(value) for key, value in setting.values.items()}
         for run in unconfigured:
-            asked = {**run.overrides, FOLDER: run.sweep}
-            if all(_same(asked.get(key), value) for key, value in own.items()):
+            overrides = {**run.overrides, FOLDER: run.sweep}
+            if all(_same(overrides.get(key), value) for key, value in shown_values.items()):
                 setting.planned += 1
 
 
-def _same(text: str | None, shown: str) -> bool:
+def _same(text: str | None, value: str) -> bool:
     try:
         # Hydra writes a sweep's switches as True and False.
-        return text is not None and (text.lower() == shown.lower() or float(text) == float(shown))
+        return text is not None and (text.lower() == value.lower() or float(text) == float(value))
     except ValueError:
         return False

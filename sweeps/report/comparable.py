@@ -17,12 +17,12 @@ from sweeps.report.settings import Setting, Settings
 EQUAL_CONTEXT = 1.05  # largest context over the smallest, in bytes
 
 
-def may_compare(one: Setting, other: Setting) -> bool:
+def may_compare(setting: Setting, other: Setting) -> bool:
     """Whether two settings were evaluated on the same data.
 
-    Decoding depends on the text, too: its prompts are held-out documents. Training loss,
+    Decoding depends on the data, too: its prompts are held-out documents. Training loss,
     throughput, parameters, FLOPs and seconds do not."""
-    return bool(_text(one) == _text(other))
+    return bool(_text(setting) == _text(other))
 
 
 def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
@@ -45,12 +45,12 @@ def refusal(settings: Sequence[Setting]) -> str:
     groups = by_text(settings)
     if len(groups) < 2:
         return ""
-    named: dict[str, list[Setting]] = {}
+    by_name: dict[str, list[Setting]] = {}
     for group in groups:
-        named.setdefault(_name(group[0]), []).extend(group)
+        by_name.setdefault(_name(group[0]), []).extend(group)
     parts = [
         f"{name}{_bytes(group)}: {first_few([setting.name for setting in group])}"
-        for name, group in named.items()
+        for name, group in by_name.items()
     ]
     return sentence("refusal", texts=first_few(parts, between=" | "), remedy=sentence("remedy"))
 
@@ -77,28 +77,28 @@ def contexts(settings: Sequence[Setting]) -> list[str]:
 
 def _context(group: Sequence[Setting]) -> str:
     lengths = (s.config.get("data.seq_len") for s in group)
-    whole = [length if isinstance(length, int) else None for length in lengths]
-    windows = list(zip(whole, map(_bytes_per_token, group), strict=True))
+    token_counts = [length if isinstance(length, int) else None for length in lengths]
+    windows = list(zip(token_counts, map(_bytes_per_token, group), strict=True))
     tokenizers = [json.dumps(s.done[0].fact("data", "tokenizer", "fingerprint")) for s in group]
     if len({(tokens, name) for (tokens, _), name in zip(windows, tokenizers, strict=True)}) < 2:
         return ""
     sizes = [t * rate for t, rate in windows if t is not None and rate is not None]
     if len(sizes) < len(group):
-        said = "context_unknown"
+        key = "context_unknown"
     else:
-        said = "context_equal" if max(sizes) <= EQUAL_CONTEXT * min(sizes) else "context_differs"
+        key = "context_equal" if max(sizes) <= EQUAL_CONTEXT * min(sizes) else "context_differs"
     by_size: dict[str, list[str]] = {}
     for setting, window in zip(group, windows, strict=True):
         by_size.setdefault(_window(*window), []).append(setting.name)
-    named = [f"{size} with {first_few(labels)}" for size, labels in by_size.items()]
-    return sentence(said, windows=first_few(named, between=" | "))
+    parts = [f"{size} with {first_few(labels)}" for size, labels in by_size.items()]
+    return sentence(key, windows=first_few(parts, between=" | "))
 
 
 def _window(tokens: int | None, rate: float | None) -> str:
-    window = "unknown tokens" if tokens is None else f"{tokens:,} tokens"
-    each = "unknown bytes" if rate is None else f"{rate:.2f} bytes"
-    size = "" if tokens is None or rate is None else f" = {tokens * rate:,.0f} bytes"
-    return f"{window} x {each}{size}"
+    tokens_text = "unknown tokens" if tokens is None else f"{tokens:,} tokens"
+    rate_text = "unknown bytes" if rate is None else f"{rate:.2f} bytes"
+    bytes_text = "" if tokens is None or rate is None else f" = {tokens * rate:,.0f} bytes"
+    return f"{tokens_text} x {rate_text}{bytes_text}"
 
 
 def _bytes_per_token(setting: Setting) -> float | None:
@@ -113,8 +113,8 @@ def _bytes_per_token(setting: Setting) -> float | None:
 def error_of_text(setting: Setting) -> float | None:
     """Bootstrap standard error of a setting's bits per byte over the evaluated documents, mean over
     seeds; None if a finished run has none."""
-    found = setting.estimate(BITS_ERROR).interval
-    return found.mean if found else None
+    error = setting.estimate(BITS_ERROR).interval
+    return error.mean if error else None
 
 
 def text_errors(settings: Sequence[Setting]) -> str:
@@ -123,8 +123,7 @@ def text_errors(settings: Sequence[Setting]) -> str:
     if not errors:
         return ""
     least, most = (BY_TAG[BITS].show(error) for error in (min(errors), max(errors)))
-    size = least if least == most else f"{least} to {most}"
-    return sentence("text_error", size=size)
+    return sentence("text_error", size=least if least == most else f"{least} to {most}")
 
 
 def predicts_tokens(setting: Setting) -> bool:
@@ -142,9 +141,9 @@ def note_on_depths(settings: Settings) -> str:
     """
     by_kind: dict[bool, list[str]] = {}
     for setting in settings.all:
-        said = [run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth]
-        reads = said[0] if said and predicts_tokens(setting) else None
-        if isinstance(reads, bool) and said == [reads] * len(said):
+        answers = [run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth]
+        reads = answers[0] if answers and predicts_tokens(setting) else None
+        if isinstance(reads, bool) and answers == [reads] * len(answers):
             by_kind.setdefault(reads, []).append(setting.name)
     remark = "".join(sentence("teacher_forced" if reads else "blind") for reads in by_kind)
     if len(by_kind) > 1:

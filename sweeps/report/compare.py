@@ -83,18 +83,18 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
     Raises:
         UserError: ``reference`` names no setting, or several.
     """
-    chosen = references(settings, reference)
-    pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
+    baselines = references(settings, reference)
+    pairs = [(s, r) for s, r in zip(settings.all, baselines, strict=True) if s is not r]
     results = [
         (_unlike(s, r) if reference is None else "") or _tested(settings, s, r) for s, r in pairs
     ]
-    ps = {i: of.p for i, of in enumerate(results) if not isinstance(of, str) and of.p is not None}
+    ps = {i: t.p for i, t in enumerate(results) if not isinstance(t, str) and t.p is not None}
     adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
     return [
-        Comparison(s, r, None, None, found)
-        if isinstance(found, str)
-        else Comparison(s, r, found, adjusted.get(i), _verdict(found, adjusted.get(i)))
-        for i, ((s, r), found) in enumerate(zip(pairs, results, strict=True))
+        Comparison(s, r, None, None, test)
+        if isinstance(test, str)
+        else Comparison(s, r, test, adjusted.get(i), _verdict(test, adjusted.get(i)))
+        for i, ((s, r), test) in enumerate(zip(pairs, results, strict=True))
     ]
 
 
@@ -104,22 +104,22 @@ def _unlike(setting: Setting, plain: Setting) -> str:
     if plain.depth != 0 or setting.depth == 0:
         return ""
     keys = ("trainer.max_steps", "model", "data", "tokenizer")
-    other = [key for key in _differing(setting, plain) if lies_in(key, keys)]
-    return f"not compared: no plain training of this {', '.join(other)}" if other else ""
+    differing = [key for key in _differing(setting, plain) if lies_in(key, keys)]
+    return f"not compared: no plain training of this {', '.join(differing)}" if differing else ""
 
 
 def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:
     """The test of a setting against its reference, or the reason why there is none."""
-    own, other = (s.estimate(settings.compared_tag) for s in (setting, reference))
-    if not (own.interval and other.interval):
+    estimate, baseline = (s.estimate(settings.compared_tag) for s in (setting, reference))
+    if not (estimate.interval and baseline.interval):
         return f"no test: a {'share' if settings.is_task else 'mean'} is missing"
     if not may_compare(setting, reference):
         return OTHER_DATA
     if not settings.is_task:
-        return paired(own.values, other.values) or "no seed in common"
-    mine, theirs = (solved_share(s, settings.level) for s in (setting, reference))
-    assert mine is not None and theirs is not None
-    return unpaired(mine, theirs)
+        return paired(estimate.values, baseline.values) or "no seed in common"
+    own_share, baseline_share = (solved_share(s, settings.level) for s in (setting, reference))
+    assert own_share is not None and baseline_share is not None
+    return unpaired(own_share, baseline_share)
 
 
 def _verdict(result: Paired | Unpaired, adjusted: float | None) -> str:
@@ -130,7 +130,7 @@ def _verdict(result: Paired | Unpaired, adjusted: float | None) -> str:
     return "beyond noise" if adjusted < LEVEL else "within noise"
 
 
-def references(settings: Settings, named: str | None = None) -> list[Setting]:
+def references(settings: Settings, label: str | None = None) -> list[Setting]:
     """The reference of every setting: the one that is named by its label, or by an unambiguous part
     of it.
 
@@ -139,8 +139,8 @@ def references(settings: Settings, named: str | None = None) -> list[Setting]:
     setting by setting, and settings that all have MTP, or none, with the smallest value of the
     first varied key at equal values of the others; where one has no such reference, with the first.
     """
-    if named is not None:
-        return [_find(settings, named)] * len(settings.all)
+    if label is not None:
+        return [_find(settings, label)] * len(settings.all)
     if not settings.all:
         return []
     plain = [setting for setting in settings.all if setting.depth == 0]
@@ -160,9 +160,9 @@ def _others(setting: Setting) -> tuple[str, ...]:
     return tuple(show(value) for value in list(setting.values.values())[1:])
 
 
-def _differing(one: Setting, other: Setting) -> list[str]:
+def _differing(setting: Setting, other: Setting) -> list[str]:
     """The varied keys in which two settings differ."""
-    return [k for k, v in one.values.items() if show(v) != show(other.values.get(k))]
+    return [k for k, v in setting.values.items() if show(v) != show(other.values.get(k))]
 
 
 def _distance(setting: Setting, plain: Setting) -> tuple[int, int]:
@@ -172,14 +172,14 @@ def _distance(setting: Setting, plain: Setting) -> tuple[int, int]:
     return sum(not lies_in(key, OF_DEPTHS) for key in differ), len(differ)
 
 
-def _find(settings: Settings, named: str) -> Setting:
-    wanted = {part.strip() for part in named.split(", ")}
-    found = [s for s in settings.all if wanted <= set(s.label.split(", "))]
-    if len(found) != 1:
-        which = "no setting" if not found else f"{len(found)} settings"
-        known = "; ".join(setting.label for setting in settings.all)
-        raise UserError(f"--reference {named!r} names {which}: choose one of: {known}.")
-    return found[0]
+def _find(settings: Settings, label: str) -> Setting:
+    parts = {part.strip() for part in label.split(", ")}
+    matches = [s for s in settings.all if parts <= set(s.label.split(", "))]
+    if len(matches) != 1:
+        which = "no setting" if not matches else f"{len(matches)} settings"
+        labels = "; ".join(setting.label for setting in settings.all)
+        raise UserError(f"--reference {label!r} names {which}: choose one of: {labels}.")
+    return matches[0]
 
 
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:
@@ -204,18 +204,18 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 def solved_share(setting: Setting, level: float) -> Share | None:
     """The share of finished seeds whose final ``val/exact_match`` is above the level; None if one
     of them has no number."""
-    found = setting.estimate(EXACT)
-    if found.interval is None:
+    exact = setting.estimate(EXACT)
+    if exact.interval is None:
         return None
-    return share(sum(is_above(value, level) for value in found.values.values()), len(found.values))
+    return share(sum(is_above(value, level) for value in exact.values.values()), len(exact.values))
 
 
 def wait_of(run: RunRecord, level: float, tag: str = EXACT) -> Wait | None:
     """Optimizer steps to a run's first validation above the level, or to the last validation if
     none was above; None without a validation."""
-    solved = first_above(run.rows, level, tag)
-    if solved is not None:
-        return Wait(solved["step"], True)
+    solved_row = first_above(run.rows, level, tag)
+    if solved_row is not None:
+        return Wait(solved_row["step"], True)
     steps = [row["step"] for row in run.rows if math.isfinite(row.get(tag, math.nan))]
     return Wait(max(steps), False) if steps else None
 

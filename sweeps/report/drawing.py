@@ -39,16 +39,16 @@ class Drawing:
         return replace(self, chart=None, why=why)
 
 
-def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) -> Drawing:
+def drawing_of(settings: Settings, kind: str, *, name: str = "", **values: Any) -> Drawing:
     """A figure without its chart.
 
     Args:
-        of: the name of its words.
+        kind: the name of its words in ``texts.yaml``.
         name: the name of its files, if it is another one.
         values: what stands for the names in braces, besides those of every figure.
     """
-    words = texts("figures")[of]
-    known = {
+    words = texts("figures")[kind]
+    defaults = {
         "level": f"{settings.level:g}",
         "unit": settings.headline.unit,
         "seeds": sentence("seeds"),
@@ -56,10 +56,10 @@ def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) ->
         "text_error": text_error(settings, settings.all),
     }
     title, caption, x, y = (
-        words.get(key, "").format(**{**known, **values}).strip()
+        words.get(key, "").format(**{**defaults, **values}).strip()
         for key in ("title", "caption", "x", "y")
     )
-    return Drawing(name or of, title, caption, x, y)
+    return Drawing(name or kind, title, caption, x, y)
 
 
 def _in_lines(label: str) -> str:
@@ -68,9 +68,9 @@ def _in_lines(label: str) -> str:
     return label.replace(" (", "\n(") if len(label) > 30 else label
 
 
-def text_error(settings: Settings, shown: Sequence[Setting]) -> str:
+def text_error(settings: Settings, members: Sequence[Setting]) -> str:
     """The text's own error, which intervals over seeds leave out; empty for losses per token."""
-    return text_errors(shown) if settings.headline.tag == BITS else ""
+    return text_errors(members) if settings.headline.tag == BITS else ""
 
 
 def as_inline(svg: bytes, drawing: Drawing) -> str:
@@ -84,18 +84,18 @@ def as_inline(svg: bytes, drawing: Drawing) -> str:
                 parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
-        given = {_local(key): value for key, value in element.attrib.items()}
-        given |= _attributes(given.pop("style", ""))
-        for key, value in given.items():
+        attributes = {_local(key): value for key, value in element.attrib.items()}
+        attributes |= _attributes(attributes.pop("style", ""))
+        for key, value in attributes.items():
             if key in ("id", "href"):
-                given[key] = re.sub("^#?", rf"\g<0>{drawing.name}-", value)
+                attributes[key] = re.sub("^#?", rf"\g<0>{drawing.name}-", value)
             elif value.startswith("url(#"):
-                given[key] = value.replace("#", f"#{drawing.name}-", 1)
-        element.attrib = given
-    for number, x, y, says in drawing.chart.points() if drawing.chart else ():
-        given = {"cx": f"{x}", "cy": f"{y}", "r": "6", "class": f"point series-{number}"}
-        circle = ElementTree.SubElement(root, "circle", given)
-        ElementTree.SubElement(circle, "title").text = says
+                attributes[key] = value.replace("#", f"#{drawing.name}-", 1)
+        element.attrib = attributes
+    for number, x, y, tooltip in drawing.chart.points() if drawing.chart else ():
+        attributes = {"cx": f"{x}", "cy": f"{y}", "r": "6", "class": f"point series-{number}"}
+        circle = ElementTree.SubElement(root, "circle", attributes)
+        ElementTree.SubElement(circle, "title").text = tooltip
     view = {"viewBox": root.attrib["viewBox"]}
     root.attrib = {"role": "img", "aria-label": drawing.title, "class": "figure", **view}
     return ElementTree.tostring(root, encoding="unicode")
@@ -108,11 +108,11 @@ def _local(name: str) -> str:
 
 def _attributes(style: str) -> Mapping[str, str]:
     """A style's declarations as presentation attributes, without the font's name."""
-    found = {}
+    attributes = {}
     for declaration in filter(None, style.split(";")):
         key, _, value = (part.strip() for part in declaration.partition(":"))
         if key == "font" and (size := re.search(r"[\d.]+px", value)):
             key, value = "font-size", size[0]
         if key != "font-family":
-            found[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
-    return {**found, "fill": "none"} if found.get("fill") == PAPER else found
+            attributes[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
+    return {**attributes, "fill": "none"} if attributes.get("fill") == PAPER else attributes

@@ -5,9 +5,9 @@ FLOPs has
 
     gain = C_plain(L) / C = price x effect
 
-A gain of 1 means that the run pays for itself. The *price* is (FLOPs of a plain step) / (FLOPs of
-the run's step), which depends only on the two models. The *effect* is the number of plain steps
-that a step of the run is worth.
+A run with a gain of 1 pays for itself. The *price* is (FLOPs of a plain step) / (FLOPs of the run's
+step), which depends only on the two models. The *effect* is the number of plain steps that a step
+of the run is worth.
 
 Each point of the plain curve is a complete run with the same seed and, if the learning rate decays,
 the same share of decay, because a run that was stopped early has not annealed. Between the points,
@@ -140,7 +140,7 @@ def families(settings: Settings) -> list[Family]:
     for setting in settings.all:
         if setting.done:
             groups.setdefault(_rest(setting), []).append(setting)
-    found = []
+    complete = []
     for group in groups.values():
         plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
         arms = [s for s in group if s not in plain]
@@ -151,8 +151,8 @@ def families(settings: Settings) -> list[Family]:
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
         if len(set(flops.values())) > 1 and arms:
             valued = [_valued(arm, plain, tag) for arm in arms if may_compare(arm, plain[0])]
-            found.append(Family(plain, valued))
-    return found
+            complete.append(Family(plain, valued))
+    return complete
 
 
 def _rest(setting: Setting) -> str:
@@ -167,14 +167,14 @@ def _rest(setting: Setting) -> str:
 
 def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
     spent, *curve = (_spent(setting, tag) for setting in (arm, *plain))
-    found = {
-        run.seed: gain_over([of[run.seed] for of in curve if run.seed in of], spent[run.seed])
+    gain_by_seed = {
+        run.seed: gain_over([runs[run.seed] for runs in curve if run.seed in runs], spent[run.seed])
         if run.seed in spent
         else "it has no FLOPs or no finite loss"
         for run in arm.done
     }
-    gains = [gain for gain in found.values() if isinstance(gain, Gain)]
-    missing = [f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str)]
+    gains = [gain for gain in gain_by_seed.values() if isinstance(gain, Gain)]
+    missing = [f"seed {seed}: {why}" for seed, why in gain_by_seed.items() if isinstance(why, str)]
     total, price, effect = (
         None if missing else ratio_interval([getattr(gain, part) for gain in gains])
         for part in ("total", "price", "effect")
@@ -184,9 +184,9 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
 
 def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
     """What the runs of a setting spent and reached, by seed."""
-    found = {}
+    spent = {}
     for run in setting.done:
         flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
         if flops and flops > 0 and steps and loss is not None and math.isfinite(loss):
-            found[run.seed] = Spent(flops=flops, loss=loss, steps=steps)
-    return found
+            spent[run.seed] = Spent(flops=flops, loss=loss, steps=steps)
+    return spent

@@ -39,8 +39,7 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
     metrics = []
     for metric in settings.columns:
         tag = api_pb2.MetricName(tag=_TAGS.get(metric.tag, metric.tag))
-        said = f"{metric.name} ({metric.unit})"
-        metrics.append(api_pb2.MetricInfo(name=tag, display_name=said))
+        metrics.append(api_pb2.MetricInfo(name=tag, display_name=f"{metric.name} ({metric.unit})"))
     content = plugin_data_pb2.HParamsPluginData(
         version=metadata.PLUGIN_DATA_VERSION,
         experiment=api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics),

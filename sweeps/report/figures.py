@@ -82,14 +82,14 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     drawing = drawing_of(settings, "gains", name=name)
     if family is None:
         return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
-    shown = [(arm, at) for arm in family.arms if (at := _ends(arm.setting, metric))]
-    key = key_to(settings.all, [arm.setting for arm, _ in shown])
+    arms = [(arm, point) for arm in family.arms if (point := _ends(arm.setting, metric))]
+    key = key_to(settings.all, [arm.setting for arm, _ in arms])
     chart = Chart([("plain training", QUIETLY), *key], names=settings.names)
     axes = chart.axes
     axes.set_xscale("log")
-    ends = [(setting, at) for setting in family.plain if (at := _ends(setting, metric))]
-    for setting, at in ends:
-        _point(chart, setting, at, QUIETLY)
+    ends = [(setting, point) for setting in family.plain if (point := _ends(setting, metric))]
+    for setting, point in ends:
+        _point(chart, setting, point, QUIETLY)
     with suppress(ValueError):  # the means do not fall with compute: no curve
         plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for _, (cost, loss) in ends])
         first, last = plain.runs[0].loss, plain.runs[-1].loss
@@ -97,7 +97,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         flops = [plain.flops_at(loss) or math.nan for loss in losses]
         axes.plot(flops, losses, color=QUIETLY.color, linewidth=1.4)
     look_of = looks(settings.all)
-    for arm, (cost, loss) in shown:
+    for arm, (cost, loss) in arms:
         look = look_of[arm.setting]
         _point(chart, arm.setting, (cost, loss), look)
         if arm.total is None:
@@ -105,13 +105,13 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         end = cost.mean * arm.total.mean
         arrow: Any = {"arrowstyle": "->", "color": look.color, "shrinkA": 4, "shrinkB": 0}
         axes.annotate("", (end, loss.mean), (cost.mean, loss.mean), arrowprops=arrow)
-        left = end < cost.mean
+        leftward = end < cost.mean
         axes.annotate(
             f"{arm.total.mean:.2f} ×",
             (end, loss.mean),
-            (-4 if left else 4, 0),
+            (-4 if leftward else 4, 0),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha="right" if leftward else "left",
             va="center",
             fontsize=9,
             color=look.color,
@@ -132,13 +132,13 @@ def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval,
 def _point(
     chart: Chart,
     setting: Setting,
-    at: tuple[Interval, Interval],
+    point: tuple[Interval, Interval],
     look: Look,
     *,
     filled: bool = True,
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
-    x, y = at
+    x, y = point
     style: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
     chart.draw(setting.name, look, [x], [y], **style)
 
@@ -147,7 +147,7 @@ def solved(settings: Settings) -> Drawing:
     """The share of seeds that solve the task, for every setting."""
     drawing = drawing_of(settings, "solved")
     look_of, level = looks(settings.all), settings.level
-    rows = [(s.name, look_of[s], found) for s in settings.all if (found := solved_share(s, level))]
+    rows = [(s.name, look_of[s], share) for s in settings.all if (share := solved_share(s, level))]
     if not rows:
         return drawing.lacking(f"no finished run has {EXACT}")
     return drawing.drawn(shares_by_row(rows, names=settings.names))
@@ -156,16 +156,16 @@ def solved(settings: Settings) -> Drawing:
 def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawing:
     """Every setting's difference to its reference."""
     drawing = drawing_of(settings, "differences")
-    shown = [(c, c.paired.difference) for c in reversed(comparisons) if c.paired]
-    if not shown and any(c.refused for c in comparisons):
+    paired = [(c, c.paired.difference) for c in reversed(comparisons) if c.paired]
+    if not paired and any(c.refused for c in comparisons):
         return drawing.lacking("no setting has the same evaluation data as its reference")
-    if not shown:
+    if not paired:
         return drawing.lacking("no two finished settings share a seed")
-    chart = by_row([c.setting.name for c, _ in shown], names=settings.names)
+    chart = by_row([c.setting.name for c, _ in paired], names=settings.names)
     chart.axes.axvline(0, color=QUIETLY.color, linewidth=1)
     look = Look(COLORS[0], "-", "o")
-    for y, (found, difference) in enumerate(shown):
-        chart.draw(found.setting.name, look, [difference], [y], filled=found.differs)
+    for y, (comparison, difference) in enumerate(paired):
+        chart.draw(comparison.setting.name, look, [difference], [y], filled=comparison.differs)
     return drawing.drawn(chart)
 
 
@@ -178,7 +178,7 @@ def front(settings: Settings, tag: str) -> Drawing:
     metric = settings.headline
     name, sign = _FRONTS[tag]
     drawing = drawing_of(settings, name)
-    points = [(s, at) for s in settings.all if (at := _ends(s, metric, tag))]
+    points = [(s, point) for s in settings.all if (point := _ends(s, metric, tag))]
     if not points:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
     best = pareto([(sign * cost.mean, loss.mean) for _, (cost, loss) in points])
@@ -186,8 +186,8 @@ def front(settings: Settings, tag: str) -> Drawing:
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
     chart.axes.plot(*zip(*line, strict=True), color=QUIETLY.color, linewidth=1.2)
     look_of = looks(settings.all)
-    for (setting, at), on in zip(points, best, strict=True):
-        _point(chart, setting, at, look_of[setting], filled=on)
+    for (setting, point), on in zip(points, best, strict=True):
+        _point(chart, setting, point, look_of[setting], filled=on)
     chart.si_axis()
     return drawing.drawn(chart)
 
@@ -195,8 +195,8 @@ def front(settings: Settings, tag: str) -> Drawing:
 def heat_maps(settings: Settings) -> list[Drawing]:
     """Main-depth loss over two varied keys, one map for all values of the other keys."""
     keys = [key for key in settings.varied if _values(settings.all, key) > 1]
-    wanted = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
-    pair = (wanted + [key for key in keys if key not in wanted])[:2]
+    preferred = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
+    pair = (preferred + [key for key in keys if key not in preferred])[:2]
     if len(pair) < 2:
         return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
     groups: dict[str, list[Setting]] = {}
@@ -217,8 +217,8 @@ def _heat_map(
     import numpy as np
 
     tag = settings.headline.tag
-    at = f" at {name}" if name else ""
-    words = {"down": axis_of(down), "across": axis_of(across), "at": at}
+    place = f" at {name}" if name else ""
+    words = {"down": axis_of(down), "across": axis_of(across), "at": place}
     error = text_error(settings, members)
     drawing = drawing_of(settings, "heat_map", name=file, text_error=error, **words)
     by_column = sorted(members, key=lambda s: order(s.values[across]))
@@ -232,10 +232,10 @@ def _heat_map(
         # Plain training lacks a key of MTP, and has its whole row.
         if s.values[across] is None or column == show(s.values[across])
     }
-    known = [found.mean for found in cells.values() if found]
-    if not known:
+    means = [cell.mean for cell in cells.values() if cell]
+    if not means:
         return drawing.lacking(f"no finished run has {tag}")
-    low, high = min(known), max(known)
+    low, high = min(means), max(means)
     chart = Chart(rows=max(len(rows) - 5, 0))
     axes = chart.axes
     axes.grid(False)
@@ -247,12 +247,12 @@ def _heat_map(
     axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="Blues_r", **scale)
     axes.invert_yaxis()
     for y, line in enumerate(table):
-        for x, found in enumerate(line):
-            dark = found is not None and found.mean < low + 0.55 * (high - low)
-            text = "–" if found is None else f"{found.mean:.4f}"
-            if found is not None and found.half is not None:
-                text += f"\n± {found.half:.4f}"
-            tone = "#fefefe" if dark else "#10233a" if found is not None else None
+        for x, cell in enumerate(line):
+            dark = cell is not None and cell.mean < low + 0.55 * (high - low)
+            text = "–" if cell is None else f"{cell.mean:.4f}"
+            if cell is not None and cell.half is not None:
+                text += f"\n± {cell.half:.4f}"
+            tone = "#fefefe" if dark else "#10233a" if cell is not None else None
             axes.text(x, y, text, ha="center", va="center", color=tone, fontsize=9)
     letters = max(4, 48 // len(columns))
     axes.set_xticks(range(len(columns)), [brief(column, letters) for column in columns])

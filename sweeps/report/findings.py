@@ -39,9 +39,9 @@ def answer(
     """The report's answer in a few sentences."""
     runs = settings.runs
     groups = by_text(settings.all)
-    known = any(_ranked(group, settings.compared_tag) for group in groups)
+    has_numbers = any(_ranked(group, settings.compared_tag) for group in groups)
     # Settings are ranked within each text; a setting alone on its text is not ranked.
-    shown = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
+    ranked = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
     compared = [c for c in comparisons if not c.refused]
     tested = [c for c in compared if c.adjusted is not None]
     counts = Counter(run.state for run in runs)
@@ -56,10 +56,10 @@ def answer(
         headline=settings.headline,
         refusal=refusal(settings.all),
         # If every setting is alone on its text, one empty group replaces them all.
-        groups=[_facts(group, settings, named=len(groups) > 1) for group in shown * known]
-        or [{"top": None, "ranked": [], "sped_up": []}] * known,
+        groups=[_facts(group, settings, named=len(groups) > 1) for group in ranked * has_numbers]
+        or [{"top": None, "ranked": [], "sped_up": []}] * has_numbers,
         share=_share,
-        gains=[arm for family in families if known for arm in family.arms if arm.total],
+        gains=[arm for family in families if has_numbers for arm in family.arms if arm.total],
         compared=compared,
         constant=[c for c in compared if c.paired and c.paired.constant],
         tested=tested,
@@ -73,9 +73,10 @@ def answer(
 
 def _sentences(template: str, **facts: Any) -> list[str]:
     """The lines of a rendered template, one sentence each, without empty lines."""
-    made = environment("sweeps.report")
-    made.finalize = lambda value: " ".join(str(value).splitlines())  # a name may have several lines
-    text = made.get_template(template).render(**_WORDS, **facts)
+    jinja = environment("sweeps.report")
+    # A name may have several lines.
+    jinja.finalize = lambda value: " ".join(str(value).splitlines())
+    text = jinja.get_template(template).render(**_WORDS, **facts)
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -87,7 +88,7 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     facts["error"] = (
         error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
     )
-    costs = [found.mean for s in facts["ranked"] if (found := s.estimate(FLOPS).interval)]
+    costs = [interval.mean for s in facts["ranked"] if (interval := s.estimate(FLOPS).interval)]
     unequal = len(costs) == len(facts["ranked"]) > 1 and max(costs) > 1.02 * min(costs)
     facts["flops"] = (costs[0], min(costs), max(costs)) if unequal else None
     facts["sped_up"] = _ranked(group, SPEEDUP, largest=True)
@@ -98,11 +99,11 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
         equal = [s.name for s, share in shares if share.rate == top.rate and s is not best]
         facts |= {"best": best, "top": top, "equal": equal, "alone": len(shares) == 1}
         curves = [(s, curve) for s in group if (curve := time_to_solve(s, level))]
-        known = [(curve.median, s.name) for s, curve in curves if curve.median is not None]
-        if known and top.count:
-            step = min(median for median, _ in known)
-            labels = [label for median, label in known if median == step]
-            facts["median"] = {"step": step, "labels": labels, "several": len(known) > 1}
+        medians = [(curve.median, s.name) for s, curve in curves if curve.median is not None]
+        if medians and top.count:
+            step = min(median for median, _ in medians)
+            labels = [label for median, label in medians if median == step]
+            facts["median"] = {"step": step, "labels": labels, "several": len(medians) > 1}
     return facts
 
 
@@ -110,31 +111,31 @@ def _where(group: Sequence[Setting]) -> str:
     return f"Of those on evaluation data {group[0].text.short}: " if group[0].text else ""
 
 
-def _share(found: Share) -> str:
+def _share(share: Share) -> str:
     return (
-        f"{found.count} of {plural(found.n, 'seed')} (95 % interval {spread(found.interval, '%')})"
+        f"{share.count} of {plural(share.n, 'seed')} (95 % interval {spread(share.interval, '%')})"
     )
 
 
 def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> list[Setting]:
     """Settings that have a mean of the metric, the best first."""
-    known = [(found.mean, s) for s in settings if (found := s.estimate(tag).interval)]
-    return [s for _, s in sorted(known, key=lambda pair: pair[0], reverse=largest)]
+    means = [(interval.mean, s) for s in settings if (interval := s.estimate(tag).interval)]
+    return [s for _, s in sorted(means, key=lambda pair: pair[0], reverse=largest)]
 
 
 def caveats(settings: Settings) -> list[str]:
     """Sentences on what is missing and what may make numbers incomparable."""
     done = [run for run in settings.runs if run.state == "done"]
     differing = [
-        (what, _kinds((run.fact(what.replace(" ", "_")) for run in done), cut=60), meaning)
-        for what, meaning in (
+        (fact, _kinds((run.fact(fact.replace(" ", "_")) for run in done), cut=60), meaning)
+        for fact, meaning in (
             ("git commit", "Differences may come from the code."),
             ("machine", "Seconds and speeds do not compare."),
             ("world size", "Seconds do not compare."),
         )
     ]
-    versions = [told for run in done if isinstance(told := run.fact("versions"), dict)]
-    names = sorted({name for told in versions for name in told})
+    versions = [v for run in done if isinstance(v := run.fact("versions"), dict)]
+    names = sorted({name for v in versions for name in v})
     packages = [(n, _kinds((run.fact("versions", n) for run in done), between=", ")) for n in names]
     gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     partial: dict[tuple[int, int], list[str]] = {}
@@ -161,8 +162,8 @@ def caveats(settings: Settings) -> list[str]:
         left_out=settings.left_out,
         data=len({json.dumps(run.fact("data", "fingerprint")) for run in done}),
         tokenizers=len({json.dumps(run.fact("data", "tokenizer", "fingerprint")) for run in done}),
-        differing=[found for found in differing if found[1]],
-        packages=[found for found in packages if found[1]],
+        differing=[difference for difference in differing if difference[1]],
+        packages=[difference for difference in packages if difference[1]],
         task_others=others,
         silent=[run.name for _, run in counted if wait_of(run, settings.level) is None],
         settings=settings.all,

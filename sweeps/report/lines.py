@@ -43,13 +43,12 @@ def by_group(settings: Settings) -> list[Drawing]:
     for group in dict.fromkeys(match[1] for match in _matches(settings, _GROUPS)):
         words = {"name": f"accuracy_{group}", "group": group, "words": group.replace("_", " ")}
         drawing = drawing_of(settings, "accuracy_group", **words)
-        tags = figure["tags"].format(group=group)
-        drawings.append(_over_places(settings, drawing, figure, tags))
+        drawings.append(_over_places(settings, drawing, figure, figure["tags"].format(group=group)))
     return drawings
 
 
 def long_range(settings: Settings) -> list[Drawing]:
-    """The curves for which a finished run has numbers; nothing if ``long_range`` was off."""
+    """The curves for which a finished run has numbers; none if ``long_range`` was off."""
     curves = (over_places(settings, name) for name in LONG_RANGE)
     return [drawing for drawing in curves if drawing.chart is not None]
 
@@ -57,7 +56,7 @@ def long_range(settings: Settings) -> list[Drawing]:
 def _over_places(
     settings: Settings, drawing: Drawing, figure: Mapping[str, Any], pattern: str
 ) -> Drawing:
-    tags, crosses = (_places(settings, one) for one in (pattern, figure.get("crosses", "")))
+    tags, crosses = _places(settings, pattern), _places(settings, figure.get("crosses", ""))
     of_depths, axis = figure.get("of_depths"), figure.get("axis")
     # The depths of a head that predicts no token have losses of another kind.
     main = [(place, tag) for place, tag in tags if not place]
@@ -97,20 +96,21 @@ def _chart_of(
         apart: width over which settings are spread, so that equal values do not hide each other.
         crosses: means that are marked by crosses, per setting.
     """
-    every = [setting for setting, _ in lines]
-    shown = [setting for setting, line in lines if line]
-    if not shown:
+    all_settings = [setting for setting, _ in lines]
+    nonempty = [setting for setting, line in lines if line]
+    if not nonempty:
         return None
-    chart = Chart(key_to(every, shown), names=settings.names)
-    look_of = looks(every)
-    for at, (setting, line) in enumerate(lines):
-        aside, look = apart * ((at + 0.5) / len(lines) - 0.5), look_of[setting]
+    chart = Chart(key_to(all_settings, nonempty), names=settings.names)
+    look_of = looks(all_settings)
+    for index, (setting, line) in enumerate(lines):
+        offset, look = apart * ((index + 0.5) / len(lines) - 0.5), look_of[setting]
         if line:
-            xs, style = [x + aside for x in line], {"linestyle": look.dash, "elinewidth": 1}
+            xs, style = [x + offset for x in line], {"linestyle": look.dash, "elinewidth": 1}
             chart.draw(setting.name, look, xs, [*line.values()], **style)
         if crosses:
-            xs, ys = [x + aside for x in crosses[at]], [f.mean for f in crosses[at].values()]
-            chart.axes.plot(xs, ys, "x", color=look.color)
+            xs = [x + offset for x in crosses[index]]
+            means = [estimate.mean for estimate in crosses[index].values()]
+            chart.axes.plot(xs, means, "x", color=look.color)
     return chart
 
 
@@ -134,11 +134,11 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
 
 def against_lambda(settings: Settings, tag: str, loss: str) -> Drawing:
     """The effect of lambda on a loss."""
-    own = {"meaning": ""} if tag == LOSS else {}
+    extra = {"meaning": ""} if tag == LOSS else {}
     name = f"lambda_{tag.rpartition('/')[2]}"
-    drawing = drawing_of(settings, "lambda", name=name, loss=loss, **own)
-    found = [s.values.get("mtp_lambda", s.config.get("mtp_lambda")) for s in settings.all]
-    weights = {show(weight): weight for weight in found if weight is not None}
+    drawing = drawing_of(settings, "lambda", name=name, loss=loss, **extra)
+    values = [s.values.get("mtp_lambda", s.config.get("mtp_lambda")) for s in settings.all]
+    weights = {show(weight): weight for weight in values if weight is not None}
     if len(weights) < 2:
         return drawing.lacking("mtp_lambda is not varied")
     numbers = all(isinstance(value, int | float) for value in weights.values())
@@ -161,9 +161,9 @@ def _against(settings: Settings, key: str, tag: str, places: Mapping[str, Any]) 
         value = setting.values.get(key, setting.config.get(key))
         # Plain training has no weight of MTP, and is drawn at all of them.
         everywhere = key in setting.values and value is None
-        at = [*places.values()] if everywhere else [places.get(show(value))]
-        if found := setting.estimate(tag).interval:
-            line.update({place: found for place in at if place is not None})
+        xs = [*places.values()] if everywhere else [places.get(show(value))]
+        if interval := setting.estimate(tag).interval:
+            line.update({place: interval for place in xs if place is not None})
     lines = [(standin, dict(sorted(line.items()))) for standin, line in families.values()]
     return _chart_of(settings, lines)
 
@@ -181,7 +181,7 @@ def of_depths(settings: Settings) -> list[Drawing]:
 
 
 def _line(setting: Setting, tags: Iterable[tuple[Any, str]]) -> dict[Any, Interval]:
-    return {place: found for place, tag in tags if (found := setting.estimate(tag).interval)}
+    return {place: interval for place, tag in tags if (interval := setting.estimate(tag).interval)}
 
 
 def _places(settings: Settings, pattern: str) -> list[tuple[float, str]]:

@@ -96,16 +96,16 @@ def form_of(tag: str) -> str | int:
     return BY_TAG[tag].form if tag in BY_TAG else 4
 
 
-def spread(found: Interval, form: str | int) -> str:
+def spread(interval: Interval, form: str | int) -> str:
     """An interval as text: ``± 0.0021``, or ``28.4 % to 99.5 %`` for a share; empty without one."""
-    if found.ends is not None:
-        return " to ".join(number(end, form) for end in found.ends)
-    return "" if found.half is None else f"± {number(found.half, form)}"
+    if interval.ends is not None:
+        return " to ".join(number(end, form) for end in interval.ends)
+    return "" if interval.half is None else f"± {number(interval.half, form)}"
 
 
-def with_interval(found: Interval, metric: Metric) -> str:
+def with_interval(interval: Interval, metric: Metric) -> str:
     """``2.3456 ± 0.0021``; without an interval, the value alone."""
-    return f"{metric.show(found.mean)} {spread(found, metric.form)}".rstrip()
+    return f"{metric.show(interval.mean)} {spread(interval, metric.form)}".rstrip()
 
 
 def p_value(p: float | None) -> str:

@@ -66,23 +66,23 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Readable names of a claim's arms, whose overrides are given. A name has the values of the
     first keys that distinguish the arm from all others; where the keys of ``names.yaml`` do not
     suffice, it is the arm's own name. A class (``mtp._target_``) replaces its group's choice."""
-    given = {arm: values_by_key(overrides) for arm, overrides in arms.items()}
-    for of in given.values():
-        classes = [key for key in of if key.endswith("._target_")]
-        of |= {k.removesuffix("._target_"): _class(of[k]) for k in classes}
-    keys = [key for key in _names("keys") if len({of.get(key) for of in given.values()}) > 1]
+    by_arm = {arm: values_by_key(values) for arm, values in arms.items()}
+    for values in by_arm.values():
+        classes = [key for key in values if key.endswith("._target_")]
+        values |= {k.removesuffix("._target_"): _class(values[k]) for k in classes}
+    keys = [key for key in _names("keys") if len({v.get(key) for v in by_arm.values()}) > 1]
     names = {}
-    for arm, own in given.items():
+    for arm, arm_values in by_arm.items():
         names[arm] = arm.replace("_", " ")
-        others = [of for other, of in given.items() if other != arm]
+        others = [values for other, values in by_arm.items() if other != arm]
         parts: list[str] = []
         for key in keys:
-            left = [of for of in others if of.get(key) == own.get(key)]
-            if len(left) < len(others) or not parts:
-                value = own.get(key, "")
-                known = value or "" in _values(key)
-                parts += [name_of(key, value)] if known else []
-            others = left
+            alike = [v for v in others if v.get(key) == arm_values.get(key)]
+            if len(alike) < len(others) or not parts:
+                value = arm_values.get(key, "")
+                has_name = value or "" in _values(key)
+                parts += [name_of(key, value)] if has_name else []
+            others = alike
             if not others and parts:
                 names[arm] = ", ".join(parts)
                 break

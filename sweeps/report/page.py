@@ -40,13 +40,13 @@ def render(
     svgs: dict[str, bytes],
     *,
     folder: Path,
-    every: float | None = None,
+    reload_seconds: float | None = None,
 ) -> str:
     """The page as HTML that loads nothing else.
 
     Drawings without a figure are listed with the reason; ``svgs`` has those of the others, by name.
     Links to logs are relative to the page's ``folder``. The page shows the current time. It reloads
-    itself after ``every`` seconds; None for a static page.
+    itself after ``reload_seconds``; None for a static page.
     """
     from markupsafe import Markup
 
@@ -54,28 +54,28 @@ def render(
     # The notes say this, too, but readers of a table may not have read them.
     warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     remarks = [*filter(None, [note_on_depths(settings), text_errors(settings.all)]), *warnings]
-    made = environment("sweeps.report", html=True)
+    jinja = environment("sweeps.report", html=True)
     style, script = (
-        Markup(made.get_template(f"{name}.jinja").render()) for name in ("report.css", "page.js")
+        Markup(jinja.get_template(f"{name}.jinja").render()) for name in ("report.css", "page.js")
     )
     figures = [
         {"drawing": drawing, "svg": Markup(as_inline(svgs[drawing.name], drawing))}
         for drawing in drawings
         if drawing.name in svgs
     ]
-    compared = configs(runs)
-    said = {r.name: f"{s.name}, seed {r.seed}" for s in settings.all for r in s.runs}
+    by_run = configs(runs)
+    labels = {r.name: f"{s.name}, seed {r.seed}" for s in settings.all for r in s.runs}
     # Runs that belong to no setting come last.
-    options = {name: said.get(name, name) for name in [*said, *compared] if name in compared}
-    data = {"settings": [setting.name for setting in settings.all], "configs": compared}
+    options = {name: labels.get(name, name) for name in [*labels, *by_run] if name in by_run}
+    data = {"settings": [setting.name for setting in settings.all], "configs": by_run}
     not_done = [run for run in runs if run.state != "done"]
-    return made.get_template("report.html.jinja").render(
+    return jinja.get_template("report.html.jinja").render(
         # A "<" could end the script element.
         data=Markup(json.dumps(data).replace("<", "\\u003c")),
         style=style,
         script=script,
         policy=Markup(_policy(style, script)),
-        every=every,
+        reload_seconds=reload_seconds,
         compared=list(options.items()) if len(options) > 1 else [],
         title=question(settings.varied, settings.headline, task=settings.is_task)
         or joined([sweep.folder.resolve().name for sweep in sweeps]),
@@ -117,9 +117,9 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> dict[str, bytes]
     name. Drawings without a figure are skipped."""
     folder.mkdir(parents=True, exist_ok=True)
     names = "|".join(re.escape(drawing.name) for drawing in drawings)
-    own = re.compile(rf"({names})(_\d+)?\.(png|svg)")
+    figure_files = re.compile(rf"({names})(_\d+)?\.(png|svg)")
     for old in folder.iterdir():
-        if own.fullmatch(old.name):
+        if figure_files.fullmatch(old.name):
             old.unlink()
     svgs = {}
     for drawing in drawings:
@@ -143,9 +143,9 @@ def runs_csv(settings: Settings) -> str:
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]
     rows: list[dict[str, Any]] = []
     for run in settings.runs:
-        own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
+        by_key = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         wait = wait_of(run, settings.level) if solving else None
-        row: dict[str, Any] = {key: show(own[key]) for key in settings.varied if key in own}
+        row: dict[str, Any] = {key: show(by_key[key]) for key in settings.varied if key in by_key}
         row |= {"run": run.name, "state": run.state, "reason": run.reason, "seed": run.seed}
         row["counted"] = int(run.state == "done" and run.folder not in repeated)
         row |= dict.fromkeys(text, run.fact("evaluation", "fingerprint"))
@@ -163,21 +163,21 @@ def runs_csv(settings: Settings) -> str:
 def configs(runs: Sequence[RunRecord]) -> dict[str, dict[str, str]]:
     """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
     config are left out."""
-    known = {run.name: _told(run) for run in runs if run.config}
-    keys = {key for config in known.values() for key in config}
-    varied = sorted(k for k in keys if len({config.get(k) for config in known.values()}) > 1)
-    return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
+    by_run = {run.name: _typed_config(run) for run in runs if run.config}
+    keys = {key for config in by_run.values() for key in config}
+    varied = sorted(k for k in keys if len({config.get(k) for config in by_run.values()}) > 1)
+    return {name: {k: config[k] for k in varied if k in config} for name, config in by_run.items()}
 
 
-def _told(run: RunRecord) -> dict[str, str]:
+def _typed_config(run: RunRecord) -> dict[str, str]:
     """A run's config as it would be typed, without paths: those of the run's own files follow from
     its folder."""
-    home = run.config.get("paths.output_dir") or run.folder
+    folder = run.config.get("paths.output_dir") or run.folder
     return {
         k: show(v)
         for k, v in run.config.items()
         if not lies_in(k, (*PLACES, "stack"))
-        and not (isinstance(v, str) and Path(v).is_relative_to(home))
+        and not (isinstance(v, str) and Path(v).is_relative_to(folder))
     }
 
 
@@ -199,10 +199,10 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
                 "runs."
             )
         pair.append(runs[0])
-    left, right = map(_told, pair)
+    left, right = map(_typed_config, pair)
     keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
     lines = [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
     a, b = (run.summary for run in pair)
-    shown = (m for m in TABLE if is_number(a.get(m.tag)) and is_number(b.get(m.tag)))
-    numbers = [f"{m.tag}: {m.show(a[m.tag])} | {m.show(b[m.tag])}" for m in shown]
+    metrics = (m for m in TABLE if is_number(a.get(m.tag)) and is_number(b.get(m.tag)))
+    numbers = [f"{m.tag}: {m.show(a[m.tag])} | {m.show(b[m.tag])}" for m in metrics]
     return [*(lines or ["the configs are equal"]), *numbers]

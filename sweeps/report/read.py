@@ -109,9 +109,9 @@ class RunRecord:
         """The text that a finished run was evaluated on."""
         digest = self.fact("evaluation", "fingerprint")
         counts = [self.fact("evaluation", name) for name in ("documents", "bytes", "tokens")]
-        known = isinstance(digest, str) and digest != ""
+        has_digest = isinstance(digest, str) and digest != ""
         return EvaluatedText(
-            digest if known else None, *(c if isinstance(c, int) else None for c in counts)
+            digest if has_digest else None, *(c if isinstance(c, int) else None for c in counts)
         )
 
 
@@ -154,8 +154,8 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
 
     # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
-    found = [path.name for path in inside if _is_run(path)]
-    for run_name in [*jobs, *(n for n in found if n not in jobs)]:
+    run_names = [path.name for path in inside if _is_run(path)]
+    for run_name in [*jobs, *(n for n in run_names if n not in jobs)]:
         run = read(folder / run_name)
         run.overrides = _overrides(jobs.get(run_name)) or run.overrides
         sweep.runs.append(run)
@@ -205,15 +205,15 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
     summary, problem = _read_summary(folder / SUMMARY_FILE)
-    steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
-    # Matching chooses the number of steps itself, and a callback may have stopped the run early.
-    chosen = "compare" in summary or summary.get("stopped_early")
+    steps, max_steps = summary.get("step"), run.config.get("trainer.max_steps")
+    # Matching sets the number of steps itself, and a callback may have stopped the run early.
+    may_differ = "compare" in summary or summary.get("stopped_early")
     if problem:
         run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
     elif not run.config:
         run.reason = f"its {CONFIG_FILE} is missing or damaged"
-    elif steps != wanted and not chosen:
-        run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
+    elif steps != max_steps and not may_differ:
+        run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {max_steps}"
     else:
         run.state = "done"
         # A log tag has a number: null stands for one that is not finite.
@@ -257,8 +257,8 @@ def _read_choices(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _overrides(given: Any) -> dict[str, str]:
+def _overrides(overrides: Any) -> dict[str, str]:
     """Overrides by key, without Hydra's leading ``+``."""
-    if not isinstance(given, list | tuple):
+    if not isinstance(overrides, list | tuple):
         return {}
-    return values_by_key(str(o) for o in given if "=" in str(o) and str(o)[:1] != "~")
+    return values_by_key(str(o) for o in overrides if "=" in str(o) and str(o)[:1] != "~")

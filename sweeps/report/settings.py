@@ -61,10 +61,10 @@ class Setting:
         """The label in readable names: ``linear heads, D = 2``."""
         return self._named(name_of)
 
-    def _named(self, said: Callable[[str, str], str]) -> str:
+    def _named(self, describe: Callable[[str, str], str]) -> str:
         """The values of the varied keys, without those that a head or plain training lacks."""
-        shown = [(k, v) for k, v in self.values.items() if not lacks(k, v)]
-        return ", ".join(said(key, show(value)) for key, value in shown) or "all runs"
+        pairs = [(k, v) for k, v in self.values.items() if not lacks(k, v)]
+        return ", ".join(describe(key, show(value)) for key, value in pairs) or "all runs"
 
     @property
     def done(self) -> list[RunRecord]:
@@ -90,19 +90,19 @@ class Setting:
         """Mean and interval over the finished runs. If one of them has no number, there is no mean:
         leaving it out would bias the result."""
         finals = {run.seed: run.final(tag) for run in self.done}
-        good = {s: v for s, v in finals.items() if v is not None and math.isfinite(v)}
-        if good and len(good) == len(finals):
-            values = list(good.values())
+        finite = {s: v for s, v in finals.items() if v is not None and math.isfinite(v)}
+        if finite and len(finite) == len(finals):
+            values = list(finite.values())
             # A user's metric may match the pattern of shares without being one.
             if is_share(tag) and all(0 <= value <= 1 for value in values):
-                return Estimate(share_interval(values), "", good)
+                return Estimate(share_interval(values), "", finite)
             if tag in SPEEDS and min(values) > 0:
-                return Estimate(ratio_interval(values), "", good)
-            return Estimate(interval(values), "", good)
+                return Estimate(ratio_interval(values), "", finite)
+            return Estimate(interval(values), "", finite)
         gap = "" if finals else "no finished run"
         if any(value is not None for value in finals.values()):
-            gap = f"not a number in {len(finals) - len(good)} of {len(finals)}"
-        return Estimate(None, gap, good)
+            gap = f"not a number in {len(finals) - len(finite)} of {len(finals)}"
+        return Estimate(None, gap, finite)
 
 
 @dataclass(kw_only=True)
@@ -162,8 +162,8 @@ class Settings:
         if not self.is_task:
             return [*TABLE]
         tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
-        found = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
-        sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in found if m]
+        matches = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
+        sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in matches if m]
         others = [metric for metric in OF_TASKS if metric.tag in tags]
         return [ANSWERS, *sets, *others, *TABLE]
 

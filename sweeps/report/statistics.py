@@ -63,16 +63,16 @@ def share_interval(values: Sequence[float]) -> Interval:
     as with the t interval.
     """
     assert all(0 <= value <= 1 for value in values)
-    found = interval(values)
-    mean, rest = found.mean, 1 - found.mean
-    if not found.half or not mean * rest:
-        return found
+    t_interval = interval(values)
+    mean, rest = t_interval.mean, 1 - t_interval.mean
+    if not t_interval.half or not mean * rest:
+        return t_interval
     # The roots of (1 + k) mu^2 - (2 m + k) mu + m^2 with k = t^2 phi / n, as distances from m.
     # In this form rounding makes them neither negative nor larger than m and 1 - m.
-    k = found.half**2 / (mean * rest)
-    away = k / 2 + math.hypot(k / 2, found.half)
-    low, high = mean - mean * (away / (mean + away)), mean + rest * (away / (rest + away))
-    return Interval(mean, (high - low) / 2, found.n, (low, high))
+    k = t_interval.half**2 / (mean * rest)
+    reach = k / 2 + math.hypot(k / 2, t_interval.half)
+    low, high = mean - mean * (reach / (mean + reach)), mean + rest * (reach / (rest + reach))
+    return Interval(mean, (high - low) / 2, t_interval.n, (low, high))
 
 
 def ratio_interval(values: Sequence[float]) -> Interval:
@@ -106,15 +106,15 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
     if not seeds:
         return None
     differences = [setting[seed] - reference[seed] for seed in seeds]
-    found = interval(differences)
-    if found.n < 2:
-        return Paired(found, None)
+    difference = interval(differences)
+    if difference.n < 2:
+        return Paired(difference, None)
     # Rounding of the subtraction is not noise between seeds.
     bit = max(math.ulp(values[seed]) for values in (setting, reference) for seed in seeds)
     if max(differences) - min(differences) <= bit:
-        return Paired(found, None, constant=True)
-    error = _standard_error(differences, found.mean)
-    return Paired(found, float(2 * stats.t.sf(abs(found.mean) / error, found.n - 1)))
+        return Paired(difference, None, constant=True)
+    error = _standard_error(differences, difference.mean)
+    return Paired(difference, float(2 * stats.t.sf(abs(difference.mean) / error, difference.n - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -160,8 +160,8 @@ def share(count: int, n: int) -> Share:
     from scipy import stats
 
     assert 0 <= count <= n and n >= 1
-    found = stats.binomtest(count, n).proportion_ci(CONFIDENCE, "exact")
-    return Share(count, n, float(found.low), float(found.high))
+    ends = stats.binomtest(count, n).proportion_ci(CONFIDENCE, "exact")
+    return Share(count, n, float(ends.low), float(ends.high))
 
 
 @dataclass(frozen=True)
@@ -210,13 +210,13 @@ class Survival:
     def median(self) -> float | None:
         """The first time after which at most half wait; None if more than half wait to the end."""
         # The tolerance covers rounding in the product when exactly half wait.
-        reached = [t for t, s in zip(self.times, self.shares, strict=True) if s <= 0.5 + 1e-9]
-        return reached[0] if reached else None
+        times = [t for t, s in zip(self.times, self.shares, strict=True) if s <= 0.5 + 1e-9]
+        return times[0] if times else None
 
     def after(self, time: float) -> float:
         """The share that waits after a time."""
-        known = [s for t, s in zip(self.times, self.shares, strict=True) if t <= time]
-        return known[-1] if known else 1.0
+        shares = [s for t, s in zip(self.times, self.shares, strict=True) if t <= time]
+        return shares[-1] if shares else 1.0
 
 
 def survival(waits: Sequence[Wait]) -> Survival | None:

@@ -55,8 +55,8 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
     table.head.extend([("Seeds", "done of planned"), *solving])
     table.head.extend((metric.name, metric.unit) for metric in metrics)
     for setting in settings.all:
-        said = ["–" if lacks(k, v) else show(v) for k, v in setting.values.items()]
-        keys = [_text(value) for value in said or ["all runs"]]
+        values = ["–" if lacks(k, v) else show(v) for k, v in setting.values.items()]
+        keys = [_text(value) for value in values or ["all runs"]]
         done, planned = len(setting.done), setting.planned
         seeds = f"{done} of {planned}" if done < planned else str(done)
         cells = [*keys, TableCell(seeds, str(done), kind="some" * (done < planned))]
@@ -71,10 +71,10 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
             cells.append(_number(rate, "%", beside=counts, gap=gap))
             cells.append(_number(median, 0, beside=late))
         for metric in metrics:
-            found = setting.estimate(metric.tag)
+            estimate = setting.estimate(metric.tag)
             error = error_of_text(setting) if metric.tag == BITS else None
             beside = "" if error is None else f"text: s.e. {metric.show(error)}"
-            cells.append(_interval(found.interval, metric.form, beside=beside, gap=found.gap))
+            cells.append(_interval(estimate.interval, metric.form, beside=beside, gap=estimate.gap))
         table.rows.append(cells)
     return table
 
@@ -83,15 +83,15 @@ def _metrics(settings: Settings) -> list[Metric]:
     """The columns that some run has. Bits per byte are shown only if tokenizers differ or the
     text's own error is known; otherwise they repeat the loss per token. Steps are shown if matching
     has set others than the config."""
-    found = [
+    measured = [
         m for m in settings.columns if any(run.final(m.tag) is not None for run in settings.done)
     ]
-    wanted = settings.headline.tag == BITS or any(
+    with_bits = settings.headline.tag == BITS or any(
         error_of_text(setting) is not None for setting in settings.all
     )
-    asked = [(run.final(STEPS), run.config.get("trainer.max_steps")) for run in settings.done]
-    shown = {BITS: wanted, STEPS: any(done != steps for done, steps in asked)}
-    return [metric for metric in found if shown.get(metric.tag, True)]
+    step_counts = [(run.final(STEPS), run.config.get("trainer.max_steps")) for run in settings.done]
+    visible = {BITS: with_bits, STEPS: any(done != steps for done, steps in step_counts)}
+    return [metric for metric in measured if visible.get(metric.tag, True)]
 
 
 def of_gains(family: Family, number: int = 0) -> Table:
@@ -100,8 +100,8 @@ def of_gains(family: Family, number: int = 0) -> Table:
     table = _table("gains", name=f"gains-{number}" if number else "", plain=plain)
     for arm in family.arms:
         gain = _interval(arm.total, 3, gap=arm.why)
-        rest = [_interval(found, 3) for found in (arm.price, arm.effect)]
-        table.rows.append([_text(arm.setting.label), TableCell(str(arm.n)), gain, *rest])
+        factors = [_interval(part, 3) for part in (arm.price, arm.effect)]
+        table.rows.append([_text(arm.setting.label), TableCell(str(arm.n)), gain, *factors])
     return table
 
 
@@ -115,10 +115,10 @@ def of_floors(settings: Settings) -> Table:
         for k, m in sorted((int(place[1]), int(place[2])) for place in places if place):
             row = [_text(setting.label), TableCell(str(k)), TableCell(str(m))]
             order = f"depth_{k}_order_{m}"
-            of = (f"rejection_depth_{k}", f"floor_{order}", f"gap_{order}", f"recall_16_depth_{k}")
-            for name in of:
-                found = setting.estimate(f"val/{name}")
-                row.append(_interval(found.interval, "%", gap=found.gap))
+            stems = f"rejection_depth_{k} floor_{order} gap_{order} recall_16_depth_{k}"
+            for stem in stems.split():
+                estimate = setting.estimate(f"val/{stem}")
+                row.append(_interval(estimate.interval, "%", gap=estimate.gap))
             table.rows.append(row)
     return table
 
@@ -177,14 +177,14 @@ def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
     return table
 
 
-def _table(of: str, remarks: Sequence[str] = (), *, name: str = "", **values: Any) -> Table:
+def _table(kind: str, remarks: Sequence[str] = (), *, name: str = "", **values: Any) -> Table:
     """A table without rows, with the words of ``texts.yaml`` and further paragraphs."""
-    words = texts("tables")[of]
+    words = texts("tables")[kind]
     caption = [words["caption"].format(**values)] if "caption" in words else []
     columns = (
         (c, None) if isinstance(c, str) else (c[0], c[1].format(**values)) for c in words["head"]
     )
-    return Table(name or of, words["title"], [*caption, *remarks], list(columns))
+    return Table(name or kind, words["title"], [*caption, *remarks], list(columns))
 
 
 def _text(text: str) -> TableCell:
@@ -198,7 +198,7 @@ def _number(value: float | None, form: str | int, *, beside: str = "", gap: str 
 
 
 def _interval(
-    found: Interval | None, form: str | int, *, beside: str = "", gap: str = ""
+    interval: Interval | None, form: str | int, *, beside: str = "", gap: str = ""
 ) -> TableCell:
-    cell = _number(found.mean if found else None, form, beside=beside, gap=gap)
-    return replace(cell, half=spread(found, form)) if found and found.half else cell
+    cell = _number(interval.mean if interval else None, form, beside=beside, gap=gap)
+    return replace(cell, half=spread(interval, form)) if interval and interval.half else cell

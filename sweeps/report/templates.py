@@ -13,6 +13,6 @@ def environment(package: str, *, html: bool = False) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader(package, ".")
-    made = Environment(loader=loader, autoescape=html, undefined=StrictUndefined)
-    made.trim_blocks = made.lstrip_blocks = True
-    return made
+    templates = Environment(loader=loader, autoescape=html, undefined=StrictUndefined)
+    templates.trim_blocks = templates.lstrip_blocks = True
+    return templates

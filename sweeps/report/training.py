@@ -62,12 +62,11 @@ def exact_match(settings: Settings) -> Drawing:
 
 def _lines(settings: Settings, x_tag: str, y_tag: str) -> list[list[Points]]:
     """The points of the runs that have some, for every setting."""
-    found = []
+    lines: list[list[Points]] = []
     for setting in settings.all:
         rows = [[r for r in run.rows if x_tag in r and y_tag in r] for run in setting.runs]
-        points: list[Points] = [{r["step"]: (r[x_tag], r[y_tag]) for r in of} for of in rows if of]
-        found.append(points)
-    return found
+        lines.append([{r["step"]: (r[x_tag], r[y_tag]) for r in run} for run in rows if run])
+    return lines
 
 
 def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Chart:
@@ -78,8 +77,8 @@ def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Cha
     for (setting, look), runs in zip(looks(settings.all).items(), lines, strict=True):
         for points in runs if len(runs) > 1 and not many else ():
             thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
-            own = zip(*points.values(), strict=True)
-            chart.draw(setting.name, look, *own, tooltips=False, **thin)
+            coordinates = zip(*points.values(), strict=True)
+            chart.draw(setting.name, look, *coordinates, tooltips=False, **thin)
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs, ys = (
             [sum(points[step][i] for points in runs) / len(runs) for step in common] for i in (0, 1)
@@ -94,17 +93,17 @@ def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Cha
 def times(settings: Settings) -> Drawing:
     """Survival curves of the time to solve."""
     drawing = drawing_of(settings, "time_to_solve")
-    curves = {s: found for s in settings.all if (found := time_to_solve(s, settings.level))}
+    curves = {s: survival for s in settings.all if (survival := time_to_solve(s, settings.level))}
     if not curves:
         return drawing.lacking(f"no run has logged {EXACT}")
     chart = Chart(key_to(settings.all, [*curves]), names=settings.names)
     look_of = looks(settings.all)
-    for setting, found in curves.items():
+    for setting, survival in curves.items():
         look = look_of[setting]
         style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
-        chart.draw(setting.name, look, [0, *found.times], [1, *found.shares], **style)
-        ticks = [found.after(time) for time in found.censored]
-        chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
+        chart.draw(setting.name, look, [0, *survival.times], [1, *survival.shares], **style)
+        ticks = [survival.after(time) for time in survival.censored]
+        chart.axes.plot(survival.censored, ticks, "|", color=look.color, markersize=9)
     chart.percent("y")
     chart.si_axis()
     return drawing.drawn(chart)

@@ -100,7 +100,7 @@ def test_packages_are_held_out_whole(site, tmp_path):
     source = PackagesSource(["alpha", "beta", "gamma", "delta"])
     split = DocumentSplit(source, val_fraction=0.3, seed=0)
     store, _ = prepare_store(ByteTokenizer(), split, tmp_path / "cache", workers=0)
-    held_out = {group for group, _ in source.grouped() if split.hash(group) < split._below}
+    held_out = {group for group, _ in source.grouped() if split.hash(group) < split._val_bound}
     assert 0 < len(held_out) < 4
     assert store["val"].n_documents == 4 * len(held_out)
     assert store["train"].n_documents == 4 * (4 - len(held_out))

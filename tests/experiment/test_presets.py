@@ -76,7 +76,7 @@ def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Pa
     if begins != "random":
         cfg.mtp.init = "random"  # what it begins from is a model that is not here
     data = build.build_data(cfg)
-    cfg.data.update(data.found())
+    cfg.data.update(data.resolved_settings())
     own_loss = preset == "smollm2_heads" and word in IMPOSSIBLE and word not in WHOLE_HEADS
     latent = preset == "deepseek" and word in WHOLE_HEADS
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def test_a_learning_rate_that_never_reaches_its_peak_is_reported(
         asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
         cfg = composed("config", [*asked, *TEXT])
         data = build.build_data(cfg)
-        cfg.data.update(data.found())
+        cfg.data.update(data.resolved_settings())
         with torch.device("meta"):
             build.build_module(cfg, data, stored=cfg)
         assert said in caplog.text and bool(said) == ("peak" in caplog.text)

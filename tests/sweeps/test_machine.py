@@ -13,7 +13,7 @@ from mtp_lightning.system import cores, cpu_quota
 from sweeps import devices
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
 from sweeps.display import Lines
-from sweeps.machine import MemoryUse, available, taken_by_groups
+from sweeps.machine import MemoryUse, available, bytes_by_group
 from sweeps.pool import Pool
 from sweeps.process import Job
 
@@ -203,7 +203,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_a_job_takes_what_the_ones_before_took(machine: Machine) -> None:
     use = MemoryUse(machine.root)
-    assert use.of_one == GB and use.missing(10) is None
+    assert use.per_process == GB and use.missing(10) is None
     assert "10.0 GB are available" in (use.missing(11) or "")
     use.begin(7, 1)
     use.begin(8, 2)
@@ -213,16 +213,16 @@ def test_a_job_takes_what_the_ones_before_took(machine: Machine) -> None:
     machine.process(81, 8, 2.0)  # its second process
     machine.free(4.75)
     use.look()
-    assert use.of_one == pytest.approx(2.5 * GB, rel=1e-5), "the larger of both, a process"
+    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the larger of both, a process"
     # 2.25 are promised to the small one.
     assert use.missing(1) is None and use.missing(2) is not None
     machine.process(80, 8, 0.5)  # it is at its end
     use.look()
-    assert use.of_one == pytest.approx(2.5 * GB, rel=1e-5), "the most that it took"
+    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the most that it took"
     use.end(8, succeeded=False)
-    assert use.of_one == GB, "nobody knows what a failed one would have taken"
+    assert use.per_process == GB, "nobody knows what a failed one would have taken"
     use.end(7, succeeded=True)
-    assert use.of_one == pytest.approx(GB / 4, rel=1e-5)
+    assert use.per_process == pytest.approx(GB / 4, rel=1e-5)
 
 
 def test_the_limit_of_a_control_group_counts(machine: Machine) -> None:
@@ -247,7 +247,7 @@ def test_what_a_process_takes_is_seen() -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
     with subprocess.Popen([sys.executable, "-u", "-c", grows], **pipes) as process:
         assert process.stdout.readline() == b"1\n"
-        assert 200_000_000 < taken_by_groups()[process.pid] < 260_000_000
+        assert 200_000_000 < bytes_by_group()[process.pid] < 260_000_000
         process.communicate(b"\n")
     assert 0 < available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -79,13 +79,13 @@ def test_the_queue_is_asked_at_most_every_fifteen_seconds(tmp_path, slurm, monke
     monkeypatch.setattr(slurm_cluster, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = []
     for _ in range(61):
-        found.append(queue.over())
+        found.append(queue.find_ended())
         clock[0] += 1
     assert asked.read_text().count("x") == 5
     assert found[0] == {} and list(found[15]) == [two] and "5_1" in found[60][two]
     program(slurm, "squeue", "exit 1")  # a controller that is away decides nothing about jobs
     clock[0] += 15
-    assert list(queue.over()) == [two]
+    assert list(queue.find_ended()) == [two]
 
 
 class Executor:
@@ -147,7 +147,7 @@ def test_jobs_that_say_how_they_ended_are_not_waited_for(tmp_path, capsys):
             write_status(jobs[0].folder, (), "done", device="slurm:2")
         return {}
 
-    follow(jobs, over=over, cancel=lambda left: None, grace_seconds=1)
+    follow(jobs, find_ended=over, cancel=lambda left: None, grace_seconds=1)
     assert len(rounds) == 3
     assert [state_of(job.folder) for job in jobs] == ["done", "done", "failed"]
     ended = [line for line in capsys.readouterr().out.splitlines() if " of 3)" in line]

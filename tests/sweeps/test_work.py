@@ -167,9 +167,9 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
     assert (status["state"], status["device"]) == ("running", "other")
     assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
     assert not leases.free(leases.look()["seed-0"]), "it is the other's"
-    assert worker.left
+    assert worker.has_jobs
     write_status(tmp_path / "seed-0", ["seed=0"], "failed")
-    assert not worker.left
+    assert not worker.has_jobs
 
 
 def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:

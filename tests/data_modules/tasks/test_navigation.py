@@ -135,7 +135,7 @@ def test_the_chance_of_arrival_is_that_of_all_answers() -> None:
     for start, goal in ((0, 1), (3, 0)):
         prompt = [FIRST + start, FIRST + goal, 1]
         rows = [[*prompt, *answer] for answer in itertools.product(symbols, repeat=4)]
-        walks.update(np.arange(1), SimpleNamespace(said_BW=torch.tensor(rows)))  # type: ignore[arg-type]
+        walks.update(np.arange(1), SimpleNamespace(greedy_BW=torch.tensor(rows)))  # type: ignore[arg-type]
     found = walks.compute()
     assert found["arrival"] == pytest.approx(found["arrival_chance"]) and found["arrival"] > 0.02
 
@@ -176,7 +176,7 @@ def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> SimpleNamesp
     picked = -table.log().gather(-1, batch.tokens[:, ahead].unsqueeze(-1)).squeeze(-1)
     nats[:, ahead] = torch.where(valid, picked, 0)
     of_states = {"states_BPC": torch.tensor(states), "log_probs_KV": table.log()[valid]}
-    return SimpleNamespace(batch=batch, said_BW=batch.tokens, nats_BW=nats, **of_states)
+    return SimpleNamespace(batch=batch, greedy_BW=batch.tokens, nats_BW=nats, **of_states)
 
 
 def measured(task: Navigation, batches: list[np.ndarray], *, knows: bool) -> dict[str, float]:
@@ -239,9 +239,9 @@ def test_walks_are_judged_step_by_step() -> None:
     made = given(task, np.arange(50), knows=True)
     a, b = 0, next(b for b in range(1, 12) if not task.edges[0, b])
     c = int(np.flatnonzero(task.edges[b])[0])
-    made.said_BW = torch.full_like(made.batch.tokens, END)
+    made.greedy_BW = torch.full_like(made.batch.tokens, END)
     walk = [2 + a, 2 + c, 1, task.step_id(b - a), task.step_id(c - b)]
-    made.said_BW[:, :5] = torch.tensor(walk)
+    made.greedy_BW[:, :5] = torch.tensor(walk)
     walks = task.measures(n=50, d_model=4)[0]
     walks.update(np.arange(50), made)  # type: ignore[arg-type]
     found = walks.compute()
