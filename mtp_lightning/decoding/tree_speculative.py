@@ -61,18 +61,18 @@ class TreeDecoder(Decoder):
             path = [0]
             while len(path) <= limit:
                 children = tree.children(path[-1], len(path) - 1)
-                right = [node for node in children if draft[node] == choice[path[-1]]]
-                if not right:
+                matches = [node for node in children if draft[node] == choice[path[-1]]]
+                if not matches:
                     break
-                path.append(right[0])
+                path.append(matches[0])
             paths.append(path)
             results.append(_result(tree, [choice[node] for node in path], path, draft, limit))
         pad = tree.depth + 1
         device = logits_BTV.device
         path_BE = torch.tensor([p + [0] * (pad - len(p)) for p in paths], device=device)
-        tokens = [of.tokens + [0] * (pad - len(of.tokens)) for of in results]
+        tokens = [result.tokens + [0] * (pad - len(result.tokens)) for result in results]
         session.put(torch.tensor(tokens, device=device), 1)
-        session.accept_path(path_BE, [of.accepted for of in results])
+        session.accept_path(path_BE, [result.accepted for result in results])
         return Round(results, along(logits_BTV, path_BE))
 
     def _sample_tree(self, limits: list[int]) -> Round:
@@ -105,9 +105,9 @@ class TreeDecoder(Decoder):
         results, width = [], tree.depth + 1
         for (accepted, *row), limit in zip(host, limits, strict=True):
             tokens, path, draft = row[:width], row[width : 2 * width], [-1, *row[2 * width :]]
-            kept = slice(accepted + 1)
-            results.append(_result(tree, tokens[kept], path[kept], draft, limit))
-        session.accept_path(path_BE, [of.accepted for of in results])
+            valid = slice(accepted + 1)
+            results.append(_result(tree, tokens[valid], path[valid], draft, limit))
+        session.accept_path(path_BE, [result.accepted for result in results])
         return Round(results, along(logits_BTV, path_BE))
 
 
@@ -124,9 +124,9 @@ def _result(
         limit: the deepest level that could be accepted.
     """
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
-    left = {node: depth for depth, node in levels if node not in path}
-    number, parents = {node: i for i, node in enumerate(left)}, tree.parents()
-    rejected = [(depth, draft[node], number.get(parents[node])) for node, depth in left.items()]
+    depths = {node: depth for depth, node in levels if node not in path}
+    index, parents = {node: i for i, node in enumerate(depths)}, tree.parents()
+    rejected = [(depth, draft[node], index.get(parents[node])) for node, depth in depths.items()]
     return RowResult(tokens, len(path) - 1, min(len(path), limit), rejected)
 
 
@@ -141,15 +141,15 @@ def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, 
         The candidates [B, P, W] in the order of drawing, and the distribution that each was drawn
         from, [B, P, W, V]: all zeros if no token was left.
     """
-    left_BPV = q_BPV
+    rest_BPV = q_BPV
     drafts, proposals = [], []
     for j in range(noise_BPW.shape[-1]):
-        total_BP1 = left_BPV.sum(dim=-1, keepdim=True)
-        left_BPV = left_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
-        draft_BP = draw(left_BPV, noise_BPW[..., j])
+        total_BP1 = rest_BPV.sum(dim=-1, keepdim=True)
+        rest_BPV = rest_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
+        draft_BP = draw(rest_BPV, noise_BPW[..., j])
         drafts.append(draft_BP)
-        proposals.append(left_BPV)
-        left_BPV = left_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
+        proposals.append(rest_BPV)
+        rest_BPV = rest_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
     return torch.stack(drafts, dim=-1), torch.stack(proposals, dim=-2)
 
 
