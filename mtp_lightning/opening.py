@@ -236,8 +236,8 @@ def require_held(
 
 
 def require_fitting(
-    needed: Mapping[str, Sequence[int]],
-    held: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    actual: Mapping[str, Sequence[int]],
     *,
     optional: Collection[str] = (),
     message: str,
@@ -245,22 +245,22 @@ def require_fitting(
     """Refuse tensors that are missing, unknown or of another shape.
 
     Args:
-        needed: the shapes that are needed, by name.
-        held: the shapes that there are, by name.
+        expected: the shapes that are needed, by name.
+        actual: the shapes that were found, by name.
         optional: names that may be missing.
         message: the first words of the error message, which name the file.
 
     Raises:
         UserError: the message names the tensors.
     """
-    present = {*held, *optional}
-    problems = [f"{name} is missing" for name in needed if name not in present]
+    known = {*actual, *optional}
+    problems = [f"{name} is missing" for name in expected if name not in known]
     problems += [
-        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in held and held[name] != shape
+        f"{name} has the shape {list(actual[name])} where {list(shape)} is needed"
+        for name, shape in expected.items()
+        if name in actual and actual[name] != shape
     ]
-    problems += [f"{name} is unknown" for name in held if name not in needed]
+    problems += [f"{name} is unknown" for name in actual if name not in expected]
     if problems:
         listed = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"{message}: {listed}.")
@@ -329,11 +329,11 @@ def load_weights(
         UserError: names or shapes differ, or values are not finite; the message names them.
     """
     state, parameters = model.state_dict(), dict(model.named_parameters())
-    needed, held = ({n: t.shape for n, t in group.items()} for group in (state, weights))
-    require_fitting(needed, held, message=f"The weights in {source} do not fit the model")
+    expected, actual = ({n: t.shape for n, t in group.items()} for group in (state, weights))
+    require_fitting(expected, actual, message=f"The weights in {source} do not fit the model")
     loaded = {"head.weight"} if model.config.trunk.tie_embeddings else set()
     loaded |= frozenset() if packer is None else packer.restore()
-    rounded, broken = 0, []
+    n_rounded, broken = 0, []
     for name in [name for name in state if name not in loaded]:
         weight, target = weights[name], state[name]
         if target.numel() and not (storage := target.untyped_storage()).nbytes():
@@ -343,7 +343,7 @@ def load_weights(
         else:
             numbers = weight.tensor() if isinstance(weight, Stored) else weight
             target.copy_(numbers)
-            rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
+            n_rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
         if not _is_finite(target):
             broken.append(name)
         if packer is not None and name in parameters:
@@ -355,10 +355,10 @@ def load_weights(
             "earlier checkpoint, or fetch the file again."
         )
     model.mtp.validate_loaded(source)
-    if rounded:
+    if n_rounded:
         log.warning(
             "%d matrices of %s are rounded to bf16: the model uses the rounded values.",
-            rounded,
+            n_rounded,
             source,
         )
 

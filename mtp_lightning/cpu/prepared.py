@@ -113,8 +113,8 @@ class CPUPasses(Prepared):
 
 
 def _forward(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward pass, which is fused for a pass of few tokens. The fused one is made at the
-    first pass: most layers need none of their own, since a layer around them is fused."""
+    """A layer's forward pass, which is fused for a pass of few tokens. The fused code is built at
+    the first pass: most layers need none of their own, since a layer around them is fused."""
     build = cache(partial(_FUSED[type(layer)], layer))
 
     def forward(*args: Any) -> Any:
@@ -148,8 +148,8 @@ class _WholeTrunk:
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
 
-# What computes a layer's passes of few tokens; None if decode.cpp does not support the layer, or a
-# weight is not packed.
+# The fused code of a layer's passes of few tokens; None if decode.cpp does not support the layer,
+# or a weight is not packed.
 _FUSED: dict[type[nn.Module], Callable[[Any], FusedBlocks | FusedModule | _WholeTrunk | None]] = {
     Trunk: _WholeTrunk.of,
     SequentialModule: FusedModule.of,

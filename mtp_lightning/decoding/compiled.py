@@ -164,19 +164,17 @@ class _DepthPass(_Pass):
 
 
 def _compiled(
-    function: _Pass, passing: Sequence[Tensor], staying: Sequence[Tensor]
+    function: _Pass, arguments: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """Compile ``function(*passing, *staying)`` into a function of tensors like ``passing``.
-
-    ``staying`` tensors (tables, caches) are read and written in place.
-    """
-    if staying[0].device.type in _RECORDED:
+    """Compile ``function(*arguments, *buffers)`` into a function of tensors like ``arguments``; it
+    reads and writes the buffers (tables, caches) in place."""
+    if buffers[0].device.type in _RECORDED:
         require_compiler()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
         with torch.compiler.set_stance("default"):  # see decoding_passes
-            return Recording(compiled, passing, staying)
-    loaded = program(function, (*passing, *staying))
-    return lambda *passing: loaded(*passing, *staying)
+            return Recording(compiled, arguments, buffers)
+    loaded = program(function, (*arguments, *buffers))
+    return lambda *arguments: loaded(*arguments, *buffers)
 
 
 class Recording:
@@ -188,25 +186,25 @@ class Recording:
 
     Args:
         function: of tensors of these shapes; it must not read a value on the host.
-        passing: the first inputs, which are copied in at every call.
-        staying: the other inputs, which the graph reads and writes in place.
+        arguments: the first inputs, which every call copies to the graph's memory.
+        buffers: the other inputs, which the graph reads and writes in place.
     """
 
     def __init__(
         self,
         function: Callable[..., Sequence[Tensor]],
-        passing: Sequence[Tensor],
-        staying: Sequence[Tensor],
+        arguments: Sequence[Tensor],
+        buffers: Sequence[Tensor],
     ) -> None:
-        self._passing = [x.clone() for x in passing]
+        self._arguments = [x.clone() for x in arguments]
         # Kept alive for as long as the graph, which points to their memory.
-        inputs = self._inputs = (*self._passing, *staying)
+        inputs = self._inputs = (*self._arguments, *buffers)
         function(*inputs)  # compiles and loads the kernels, which a recording cannot do
         self._replay, self._outputs = record(lambda: function(*inputs))
 
-    def __call__(self, *passing: Tensor) -> list[Tensor]:
-        for buffer, value in zip(self._passing, passing, strict=True):
-            buffer.copy_(value)
+    def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        for target, value in zip(self._arguments, arguments, strict=True):
+            target.copy_(value)
         self._replay()
         # The next call overwrites the outputs.
         return [x.clone() for x in self._outputs]
@@ -230,13 +228,13 @@ class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
     def _run(
-        self, key: tuple[str, int], build: Callable[[], _Pass], cache: KVCache, *passing: Tensor
+        self, key: tuple[str, int], build: Callable[[], _Pass], cache: KVCache, *arguments: Tensor
     ) -> Sequence[Tensor]:
         """Run the pass of a key; the first call compiles the result of ``build``."""
         if key not in self._passes:
-            staying = (*self._angles, *cache.entries_L_BSMH)
-            self._passes[key] = _compiled(build(), passing, staying)
-        return self._passes[key](*passing)
+            buffers = (*self._angles, *cache.entries_L_BSMH)
+            self._passes[key] = _compiled(build(), arguments, buffers)
+        return self._passes[key](*arguments)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack

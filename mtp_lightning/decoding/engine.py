@@ -303,11 +303,11 @@ class Engine:
             is fixed or no row has room for as many drafts as it chose.
         """
         auto, default = self._auto, self.max_draft
-        fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
-        free = all(depth is None for depth in fixed)
+        fixed_depths = [self._fixed_depth(sequence.request) for sequence in self._sequences]
+        free = all(depth is None for depth in fixed_depths)
         if auto is not None:
-            default = auto.depth(len(fixed)) if free else auto.best
-        depths = [default if depth is None else depth for depth in fixed]
+            default = auto.depth(len(fixed_depths)) if free else auto.best
+        depths = [default if depth is None else depth for depth in fixed_depths]
         most = default if auto is None else max(depths)
         caps = [min(room, depth) for room, depth in zip(rooms, depths, strict=True)]
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
@@ -315,8 +315,8 @@ class Engine:
         return n_drafts, caps, auto if free and n_drafts == most else None
 
     def _fixed_depth(self, request: Request) -> int | None:
-        """The request's fixed number of drafts: its own setting, or the measured one if it samples
-        (its text depends on it). None: it may vary."""
+        """The request's fixed number of drafts: its own setting, or the measured number if it
+        samples, since its text depends on it; None if the number may vary."""
         measured = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)

@@ -270,10 +270,10 @@ class DecodingOptions(TextOptions):
         Raises:
             UserError: the model does not support these options.
         """
-        drafted = self._depth(model)
+        depth = self._depth(model)
         if self.draft_vocab is not None:
             self._check_vocabulary(self.draft_vocab, model)
-        if self.compile and model.mtp.one_cache and drafted:
+        if self.compile and model.mtp.one_cache and depth:
             raise UserError(
                 f"compile=true has passes for a cache per draft, and mtp={model.config.mtp.variant}"
                 " drafts in one cache: leave it out."
@@ -284,7 +284,7 @@ class DecodingOptions(TextOptions):
                 "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
                 "per_depth."
             )
-        return drafted
+        return depth
 
     def _depth(self, model: MTPModel) -> int:
         most, depth = model.mtp.max_draft_depth, self.draft_depth

@@ -54,9 +54,9 @@ def with_measured_depth(
         rows: the number of texts that are decoded together.
         setting: whatever else changes the speed, such as the precision.
     """
-    model, drafts = opened.model, options.draft_depth in (None, "auto")
-    able = options.speculative and not options.compile and options.tree is None
-    if not (drafts and able) or model.mtp.max_draft_depth == 0:
+    model, depth_is_open = opened.model, options.draft_depth in (None, "auto")
+    can_measure = options.speculative and not options.compile and options.tree is None
+    if not (depth_is_open and can_measure) or model.mtp.max_draft_depth == 0:
         return options
     probing = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
     facts = {name: getattr(probing, name) for name in ("draft_vocab", "min_confidence", "cache")}
@@ -148,28 +148,28 @@ class _Turns(AutoDepth):
 
 def _measured(folder: Path, n: int, measure_now: Callable[[], Measured]) -> Measured:
     """The measurement stored in ``folder``; measured and stored if there is none."""
-    fresh: list[Measured] = []
-    failed: list[Exception] = []
+    measurements: list[Measured] = []
+    errors: list[Exception] = []
 
     def build(target: Path) -> None:
         try:
-            fresh.append(measure_now())
+            measurements.append(measure_now())
         except Exception as error:
-            failed.append(error)
+            errors.append(error)
             raise
-        (target / _FILE).write_text(json.dumps(asdict(fresh[0])), "utf-8")
+        (target / _FILE).write_text(json.dumps(asdict(measurements[0])), "utf-8")
 
     try:
         build_once(folder, build)
-        measured = fresh[0] if fresh else _read_stored(folder / _FILE, n)
+        measured = measurements[0] if measurements else _read_stored(folder / _FILE, n)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        if failed:  # not the folder's error
+        if errors:  # not the folder's error
             raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
-        measured = fresh[0] if fresh else measure_now()
-        fresh = [measured]
-    if fresh and sys.stderr.isatty():
+        measured = measurements[0] if measurements else measure_now()
+        measurements = [measured]
+    if measurements and sys.stderr.isatty():
         print(description(measured), file=sys.stderr)
     return measured
 

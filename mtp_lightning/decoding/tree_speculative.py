@@ -182,7 +182,7 @@ def accept_path_or_resample(
     for depth, q_BPWV in enumerate(proposals):
         place_B = (node_B - tree.level(depth).start).clamp(min=0)
         open_B = (accepted_B == depth) & (limit_B > depth)
-        went_B = torch.zeros_like(open_B)
+        advanced_B = torch.zeros_like(open_B)
         for j in range(q_BPWV.shape[2]):
             child_B = tree.level(depth + 1).start + place_B * q_BPWV.shape[2] + j
             token_B = draft_BN[rows, child_B - 1]
@@ -192,17 +192,17 @@ def accept_path_or_resample(
             judged_B = open_B & (q_B > 0)
             ok_B = judged_B & (accept_noise_BN[rows, child_B - 1] * q_B < p_B)
             node_B = torch.where(ok_B, child_B, node_B)
-            went_B |= ok_B
+            advanced_B |= ok_B
             open_B = open_B & ~ok_B
             rest_BV = (p_BV - q_BV).clamp(min=0)
             total_B1 = rest_BV.sum(dim=-1, keepdim=True)
             # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
             p_BV = torch.where(rejected_B1, rest_BV / total_B1.clamp(min=1e-45), p_BV)
-        accepted_B = accepted_B + went_B
+        accepted_B = accepted_B + advanced_B
         path.append(node_B)
         tokens.append(draft_BN[rows, (node_B - 1).clamp(min=0)])
-        p_BV = torch.where(went_B.unsqueeze(1), p_BTV[rows, node_B], p_BV)
+        p_BV = torch.where(advanced_B.unsqueeze(1), p_BTV[rows, node_B], p_BV)
     final_B1 = draw(p_BV, final_noise_B).unsqueeze(1)
     tokens_BE = torch.cat((torch.stack(tokens, dim=1), final_B1), dim=1)
     tokens_BE = tokens_BE.scatter(1, accepted_B.unsqueeze(1), final_B1)

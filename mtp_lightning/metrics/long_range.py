@@ -150,8 +150,7 @@ class PositionLoss(Metric):
             for k, means in enumerate(mean_KN)
             for bucket, mean in zip(self.buckets, means, strict=True)
         }
-        early = early_bucket(self.buckets)
-        if early is not None:
+        if (early := early_bucket(self.buckets)) is not None:
             values["context_score"] = mean_KN[0][-1] - mean_KN[0][early]
         return values
 

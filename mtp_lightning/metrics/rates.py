@@ -126,8 +126,7 @@ class DepthRates(Metric):
         start, end, stride = chunk.start, chunk.stop, batch.stride
         # Depth k is compared with the main prediction k strides later.
         main = _log_probs(model, 0, hidden[0][row, start : end + stride * self.depth])
-        main_choice = main.argmax(-1)
-        main_probs = main.exp()
+        main_choice, main_probs = main.argmax(-1), main.exp()
         for k in range(self.depth + 1):
             log_q = main[: end - start]
             if k > 0:

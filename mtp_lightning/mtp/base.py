@@ -189,8 +189,8 @@ class MTPStack(nn.Module, ABC):
         return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
 
     def reads(self, k: int) -> range:
-        """How far ahead of a position the true tokens are that depth ``k`` is given (teacher
-        forcing); ``range(k, k)`` for none."""
+        """How far ahead of a position depth ``k`` reads true tokens (teacher forcing); the empty
+        ``range(k, k)`` for none."""
         return range(k, k)
 
     def ahead(self, k: int) -> int:
@@ -199,8 +199,8 @@ class MTPStack(nn.Module, ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether a depth is given true tokens. If not, depth k predicts k tokens beyond the next
-        without seeing those between."""
+        """Whether a depth reads true tokens. If not, depth k predicts k tokens beyond the next
+        without the tokens between."""
         return self.rescorer is not None or any(map(self.reads, range(1, self.depth + 1)))
 
     def state_width(self, d_model: int) -> int:

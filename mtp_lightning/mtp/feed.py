@@ -131,7 +131,7 @@ class Prediction:
         return any(target.needs_teacher for target in self.targets)
 
     def trains_head(self, shared: HeadWeight) -> bool:
-        """Whether its head gets a gradient from it; ``shared`` is the head unless it has one."""
+        """Whether the prediction trains its head, which is ``shared`` unless it has its own."""
         head = shared if self.head is None else self.head
         return head.needs_gradient and self.train_head
 

@@ -208,10 +208,10 @@ class Router(Linear):
         biased_ME = scores_ME + self.expert_bias if c.scoring == "sigmoid" else scores_ME
         if c.n_groups > 1:
             grouped = biased_ME.unflatten(-1, (c.n_groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
-            shut = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
-            shut.scatter_(1, best, False)
-            biased_ME = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
+            best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
+            excluded = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
+            excluded.scatter_(1, best_groups, False)
+            biased_ME = grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
         # Without sorting, their order depends on the number of tokens, and so would the rounding.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
 

@@ -46,13 +46,13 @@ class FlopCount(TorchDispatchMode):
         self._inferred: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._computed(func, args, kwargs or {})
+        out = self._result(func, args, kwargs or {})
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an operator. PyTorch infers shapes on ``meta`` in Python, which takes most
         of a count's time, so the result for equal operands is inferred once."""
         try:

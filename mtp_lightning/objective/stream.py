@@ -116,7 +116,7 @@ def prepass(
     dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
     tokens, shifts = tokens_of(targets), {target.depth: target.shift for target in targets}
 
-    def measuring(k: int, hidden: Tensor) -> Prediction:
+    def measure_prediction(k: int, hidden: Tensor) -> Prediction:
         measure_targets = []
         for measure in depth_measures if k else main_measures:
             values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
@@ -130,7 +130,7 @@ def prepass(
 
     due = [(0, feed.main)] if main_measures else []
     for group in itertools.chain(feed.states() if depth_measures else (), [()]):
-        predictions = [measuring(k, hidden) for k, hidden in (*due, *group)]
+        predictions = [measure_prediction(k, hidden) for k, hidden in (*due, *group)]
         due = []
         if predictions:
             through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)
@@ -189,9 +189,9 @@ class _WithGradients(torch.autograd.Function):
     """Connects a loss, whose gradients with respect to the inputs are known, to the graph."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Tensor, list[Tensor | None]], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, result: tuple[Tensor, list[Tensor | None]], *inputs: Tensor) -> Tensor:
         # One tuple: autograd would take a loss passed alone for one of the inputs.
-        loss, ctx.gradients = known
+        loss, ctx.gradients = result
         return loss
 
     @staticmethod

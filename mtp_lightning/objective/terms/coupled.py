@@ -59,17 +59,17 @@ class Coupled(Term):
             prod_{l<=j, l!=i} s_l`` [B, T], over the depths j that count.
         """
         depths = list(accepted)
-        passed = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
+        chances = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
         losses, scales = {}, {}
         product = torch.ones_like(accepted[depths[0]])
         for k in depths:
-            product = product * passed[k]
+            product = product * chances[k]
             losses[k] = 1 - product
         for i in depths:
             # Without a division: an s may be 0.
             others_product, scales[i] = torch.ones_like(product), torch.zeros_like(product)
             for j in depths:
-                others_product = others_product if j == i else others_product * passed[j]
+                others_product = others_product if j == i else others_product * chances[j]
                 if j >= i:
                     scales[i] = scales[i] + coefficients[j] * valid[j] * others_product
         return losses, scales
@@ -110,8 +110,8 @@ class Coupling(Rule):
         }
         coefficients = {k: t.coefficient * weights[k] for k, t in coupled.items()}
         losses, scales = self.term.together(accepted, valid, coefficients)
-        settled = {
+        replacements = {
             k: replace(t, weights=scales[k] / t.coefficient, values=losses[k] * weights[k])
             for k, t in coupled.items()
         }
-        return [settled[t.depth] if t.term is self.term else t for t in targets]
+        return [replacements[t.depth] if t.term is self.term else t for t in targets]
