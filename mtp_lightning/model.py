@@ -56,25 +56,25 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """All parameters; tied ones count once."""
-        return self._counted[0]
+        return self._param_counts[0]
 
     def num_active_params(self) -> int:
         """Parameters that one token uses: without the experts that it is not sent to, and without
         the embedding if it is only a lookup table."""
-        return self._counted[1]
+        return self._param_counts[1]
 
     def num_trunk_params(self) -> int:
         """Parameters of embedding, blocks, final norm and head."""
-        return self._counted[2]
+        return self._param_counts[2]
 
     @cached_property
-    def _counted(self) -> tuple[int, int, int]:
+    def _param_counts(self) -> tuple[int, int, int]:
         model = self.on_meta()
         total, stack = n_weights(model), n_weights(model.mtp)
         # Experts that a token is not sent to.
         idle = sum(getattr(x, "idle_params", lambda: 0)() for x in model.modules())
-        looked_up = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
-        return total, total - idle - looked_up, total - stack
+        lookup_table = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
+        return total, total - idle - lookup_table, total - stack
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
@@ -122,7 +122,7 @@ class MTPModel(nn.Module):
         tied = embedding if config.trunk.tie_embeddings else None
         self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
         self.mtp: MTPStack = config.mtp.build(config.trunk)
-        self.trunk.kept = self.mtp.blocks_kept
+        self.trunk.keep_after = self.mtp.blocks_kept
         if config.mtp.confidence and config.mtp.depth:
             self.mtp.confidence = Confidence(config.mtp.depth, config.trunk.d_model)
         if not config.mtp.trains_trunk:
@@ -141,8 +141,8 @@ class MTPModel(nn.Module):
 
     def head_of(self, k: int) -> Head | OwnHead:
         """The head that projects the hidden states of depth ``k``."""
-        own = self.mtp.own_head if k else None
-        return self.head if own is None else own
+        head = self.mtp.own_head if k else None
+        return self.head if head is None else head
 
     def initialize(self, seed: int) -> None:
         """Initialize all weights: at random, except those that a module of the stack sets by its
@@ -223,9 +223,9 @@ class MTPModel(nn.Module):
         tokens = tokens[:, : seq_len + self.mtp.ahead(max(active, default=0))]
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
-            final, *others = (state.contiguous() for state in batch.states.unbind(1))
-            read = others or [final]
-            branch = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
+            final, *states = (state.contiguous() for state in batch.states.unbind(1))
+            states = states or [final]
+            branch = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], ctx, batch.key

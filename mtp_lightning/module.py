@@ -21,7 +21,7 @@ from mtp_lightning import processes
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.init import drawn_anew
+from mtp_lightning.nn.init import sets_everything
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
@@ -41,7 +41,7 @@ def new_model(
     """
     with torch.device("meta") if deferred else nullcontext():
         model = MTPModel(config)
-    if deferred and not drawn_anew(model):
+    if deferred and not sets_everything(model):
         model, deferred = MTPModel(config), False
     if half:
         model.trunk.hold_in_bf16()
@@ -108,11 +108,11 @@ class MTPModule(pl.LightningModule):
         return model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        others = self.balance.parameters()
-        for parameter in others:
+        parameters = self.balance.parameters()
+        for parameter in parameters:
             # Not in the module tree, where data parallelism would wait for their gradients.
             parameter.data = parameter.data.to(self.device)
-        optimizer = self.optimizer_config.build(self.model, others)
+        optimizer = self.optimizer_config.build(self.model, parameters)
         self._learning_rates = LearningRates(optimizer, self.optimizer_config.schedule)
         return optimizer
 
@@ -124,14 +124,14 @@ class MTPModule(pl.LightningModule):
             ``lambdas`` [D], the factors of L_1 .. L_D; ``active``, whether each depth was computed;
             ``tokens`` and ``flops`` of the step.
         """
-        began = time.perf_counter()
-        done = self.trainer.global_step
+        start = time.perf_counter()
+        step = self.trainer.global_step
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
-        rates = self._learning_rates.set(optimizer, done, self.trainer.max_steps)  # type: ignore[arg-type]
+        rates = self._learning_rates.set(optimizer, step, self.trainer.max_steps)  # type: ignore[arg-type]
         result = self.step(
             batch,
-            self.progress(done),
+            self.progress(step),
             optimizer,  # type: ignore[arg-type]
             run=self,
             backward=self.manual_backward,
@@ -139,7 +139,7 @@ class MTPModule(pl.LightningModule):
         )
         self.tokens += result.tokens
         self.flops += result.flops
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
         # The rates in the precision that Lightning's log() gives a number.
         logged_rates = {tag: torch.tensor(rate) for tag, rate in rates.items()}
         self._values = {**result.values, **logged_rates}
@@ -148,8 +148,8 @@ class MTPModule(pl.LightningModule):
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
-        if self._due(done + 1):
-            self._log_axis(done + 1)
+        if self._due(step + 1):
+            self._log_axis(step + 1)
         return {
             "loss": result.loss,
             "losses": result.losses,
@@ -235,13 +235,13 @@ class MTPModule(pl.LightningModule):
         )
         threads = checkpoint["threads"]
         if threads != torch.get_num_threads():
-            same = f"trainer.num_threads={threads}"
-            log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), same)
+            remedy = f"trainer.num_threads={threads}"
+            log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), remedy)
         kernels = checkpoint.get("cpu_kernels", "pytorch")
         if kernels != ops.code()[0]:
             built = "The C++ that pip install builds, on a CPU with the same instructions,"
-            same = built if kernels.startswith("native") else "MTP_LIGHTNING_NATIVE=0"
-            log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", same)
+            remedy = built if kernels.startswith("native") else "MTP_LIGHTNING_NATIVE=0"
+            log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", remedy)
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

@@ -57,9 +57,9 @@ class Stored(ABC):
 
     def tensor(self) -> torch.Tensor:
         """Read the weight into a new float32 tensor."""
-        found = torch.empty(self.shape)
-        self.copy_to(found)
-        return found
+        tensor = torch.empty(self.shape)
+        self.copy_to(tensor)
+        return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,26 +173,26 @@ def open_model(
         UserError: the model is damaged, does not fit its config, needs a package that is not
             allowed, or has no tokenizer; or the part that reads it is missing.
     """
-    found = read_model(path, allow=allow)
-    if found.tokenizer_state is None:
+    stored = read_model(path, allow=allow)
+    if stored.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
-    of_model = None if packer_for is None else lambda model: packer_for(model, found.path)
+    model_packer = None if packer_for is None else lambda model: packer_for(model, stored.path)
     return OpenedModel(
-        model=found.build(of_model).to(device),
-        tokenizer_state=found.tokenizer_state,
-        config=found.run_config,
-        step=found.step,
-        path=found.path,
-        brings_trunk=found.brings_trunk,
-        threads=found.threads,
+        model=stored.build(model_packer).to(device),
+        tokenizer_state=stored.tokenizer_state,
+        config=stored.run_config,
+        step=stored.step,
+        path=stored.path,
+        brings_trunk=stored.brings_trunk,
+        threads=stored.threads,
     )
 
 
 def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
     """Read a model without building it; arguments and errors as for :func:`open_model`, except that
     an imported model may have no tokenizer."""
-    found: StoredModel = parts.reader(Path(path))(Path(path), allow=allow)
-    return found
+    stored: StoredModel = parts.reader(Path(path))(Path(path), allow=allow)
+    return stored
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:
@@ -215,29 +215,29 @@ def require_held(
     Raises:
         UserError: the message has both numbers.
     """
-    asked_for = {
+    numbers = {
         "layers": config.trunk.n_layers,
         "MTP depths": config.mtp.depth,
         "components": config.mtp.rank,
     }
-    for what, asked in asked_for.items():
+    for name, number in numbers.items():
         # Each has a tensor of its own, except for depths that share one or have none.
-        if asked > max(len(weights), _FREE_DEPTHS):
+        if number > max(len(weights), _FREE_DEPTHS):
             raise UserError(
-                f"{source} is damaged or forged: its config asks for {asked:,} {what}, and it "
+                f"{source} is damaged or forged: its config asks for {number:,} {name}, and it "
                 f"holds {len(weights):,} tensors."
             )
-    held = sum(tensor.numel() for tensor in weights.values())
-    if config.num_params() > held:
+    n_stored = sum(tensor.numel() for tensor in weights.values())
+    if config.num_params() > n_stored:
         raise UserError(
             f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
-            f"and it holds {held:,}."
+            f"and it holds {n_stored:,}."
         )
 
 
 def require_fitting(
-    needed: Mapping[str, Sequence[int]],
-    held: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    actual: Mapping[str, Sequence[int]],
     *,
     optional: Collection[str] = (),
     message: str,
@@ -245,25 +245,25 @@ def require_fitting(
     """Refuse tensors that are missing, unknown or of another shape.
 
     Args:
-        needed: the shapes that are needed, by name.
-        held: the shapes that there are, by name.
+        expected: the shapes that are needed, by name.
+        actual: the shapes that were found, by name.
         optional: names that may be missing.
         message: the first words of the error message, which name the file.
 
     Raises:
         UserError: the message names the tensors.
     """
-    known = {*held, *optional}
-    problems = [f"{name} is missing" for name in needed if name not in known]
+    known = {*actual, *optional}
+    problems = [f"{name} is missing" for name in expected if name not in known]
     problems += [
-        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in held and held[name] != shape
+        f"{name} has the shape {list(actual[name])} where {list(shape)} is needed"
+        for name, shape in expected.items()
+        if name in actual and actual[name] != shape
     ]
-    problems += [f"{name} is unknown" for name in held if name not in needed]
+    problems += [f"{name} is unknown" for name in actual if name not in expected]
     if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"{message}: {shown}.")
+        listed = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"{message}: {listed}.")
 
 
 def build_model(
@@ -286,14 +286,14 @@ def build_model(
     """
     with torch.device("meta"):
         model = MTPModel(config)
-    parameters = len(list(model.parameters()))
+    n_parameters = len(list(model.parameters()))
     # Not to_empty, whose empty_like imports sympy for meta tensors, which takes half a second.
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     if config.trunk.tie_embeddings:
         model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
     # Buffers that are not stored must be computed, and other tied parameters tied again.
-    made = any(name not in weights for name, _ in model.named_buffers())
-    if made or len(list(model.parameters())) != parameters:
+    computes_buffers = any(name not in weights for name, _ in model.named_buffers())
+    if computes_buffers or len(list(model.parameters())) != n_parameters:
         model = MTPModel(config)
     tensors = (x for x in weights.values() if isinstance(x, torch.Tensor))
     if any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -328,26 +328,26 @@ def load_weights(
     Raises:
         UserError: names or shapes differ, or values are not finite; the message names them.
     """
-    own, parameters = model.state_dict(), dict(model.named_parameters())
-    needed, held = ({n: t.shape for n, t in found.items()} for found in (own, weights))
-    require_fitting(needed, held, message=f"The weights in {source} do not fit the model")
-    there = {"head.weight"} if model.config.trunk.tie_embeddings else set()
-    there |= frozenset() if packer is None else packer.restore()
-    rounded, broken = 0, []
-    for name in [name for name in own if name not in there]:
-        found, target = weights[name], own[name]
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    expected, actual = ({n: t.shape for n, t in group.items()} for group in (state, weights))
+    require_fitting(expected, actual, message=f"The weights in {source} do not fit the model")
+    loaded = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    loaded |= frozenset() if packer is None else packer.restore()
+    n_rounded, broken = 0, []
+    for name in [name for name in state if name not in loaded]:
+        weight, target = weights[name], state[name]
         if target.numel() and not (storage := target.untyped_storage()).nbytes():
             storage.resize_(target.nbytes)
-        if isinstance(found, Stored) and target.dtype != torch.bfloat16:
-            found.copy_to(target)
+        if isinstance(weight, Stored) and target.dtype != torch.bfloat16:
+            weight.copy_to(target)
         else:
-            numbers = found.tensor() if isinstance(found, Stored) else found
+            numbers = weight.tensor() if isinstance(weight, Stored) else weight
             target.copy_(numbers)
-            rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
+            n_rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
         if not _is_finite(target):
             broken.append(name)
         if packer is not None and name in parameters:
-            packer.pack(parameters[name], found.scales() if isinstance(found, Stored) else None)
+            packer.pack(parameters[name], weight.scales() if isinstance(weight, Stored) else None)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(
@@ -355,10 +355,10 @@ def load_weights(
             "earlier checkpoint, or fetch the file again."
         )
     model.mtp.validate_loaded(source)
-    if rounded:
+    if n_rounded:
         log.warning(
             "%d matrices of %s are rounded to bf16: the model uses the rounded values.",
-            rounded,
+            n_rounded,
             source,
         )
 

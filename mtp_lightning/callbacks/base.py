@@ -71,8 +71,8 @@ def monitored(trainer: pl.Trainer, group: str, tag: str) -> float:
     values = trainer.callback_metrics
     value = trainer.strategy.broadcast(float(values[tag]) if tag in values else None)
     if value is None:
-        said = f"{group}.monitor={tag} was not logged by the validation"
-        raise UserError(f"{said}: {suggestion(tag, sorted(values))}")
+        problem = f"{group}.monitor={tag} was not logged by the validation"
+        raise UserError(f"{problem}: {suggestion(tag, sorted(values))}")
     return float(value)
 
 

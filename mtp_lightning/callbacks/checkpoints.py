@@ -91,8 +91,8 @@ class Checkpoints(RunCallback, Checkpoint):
         require_choice("callbacks.checkpoints.mode", self.mode, ("min", "max"))
         require_choice("callbacks.checkpoints.keep", self.keep, KEEP)
         key, steps = "callbacks.checkpoints.keep_steps", self.keep_steps
-        listed = isinstance(steps, Sequence) and not isinstance(steps, str)
-        require(listed, key, steps, "a list of steps, such as [100, 200]")
+        is_list = isinstance(steps, Sequence) and not isinstance(steps, str)
+        require(is_list, key, steps, "a list of steps, such as [100, 200]")
         self.keep_steps = frozenset(require_whole(key, step, least=1) for step in steps)
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -141,8 +141,8 @@ class Checkpoints(RunCallback, Checkpoint):
         # A run that was killed right after a save has not given the file its other names.
         self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
         if self._names:
-            own = trainer.is_global_zero and stored_step(self.last_path) == step
-            if not trainer.strategy.broadcast(own):
+            is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
+            if not trainer.strategy.broadcast(is_newest):
                 self._names = set()
         if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
@@ -240,8 +240,8 @@ class Checkpoints(RunCallback, Checkpoint):
             return False
         if trainer.should_stop:  # Lightning validates again before it stops
             return True
-        every = trainer.val_check_batch
-        return every is not None and trainer.global_step % every == 0
+        interval = trainer.val_check_batch
+        return interval is not None and trainer.global_step % interval == 0
 
     def _update_best(self, trainer: pl.Trainer) -> bool:
         if self.monitor is None:

@@ -45,8 +45,8 @@ class ExactMatch(RunCallback):
 
     def shown(self) -> str:
         """The newest validation's share of right answers."""
-        right = self.newest.get("val/exact_match")
-        return "" if right is None else f"right {right:.0%}"
+        share = self.newest.get("val/exact_match")
+        return "" if share is None else f"right {share:.0%}"
 
 
 def answer_all(
@@ -74,9 +74,9 @@ def answer_all(
     for name, examples in sets.items():
         rates = AnswerRates(examples.n_positions, examples.group_names).to(device)
         measures = [m.to(device) for m in examples.measures(model.config.trunk.d_model)]
-        own = np.arange(rank, len(examples), world)
-        for start in range(0, len(own), batch_size):
-            numbers = own[start : start + batch_size]
+        indices = np.arange(rank, len(examples), world)
+        for start in range(0, len(indices), batch_size):
+            numbers = indices[start : start + batch_size]
             batch = examples.batch(numbers).to(device)
             width = batch.tokens.shape[1]
             outputs = Outputs(model, batch, partial(examples.uniforms, numbers, width))
@@ -85,9 +85,9 @@ def answer_all(
             rates.update(right_B, outputs.greedy_BW, outputs.forced_BW, batch.tokens, *positions)
             for measure in measures:
                 measure.update(numbers, outputs)
-        found = {**rates.compute(), **examples.baselines}
+        set_values = {**rates.compute(), **examples.baselines}
         for measure in measures:
-            found |= measure.compute()
+            set_values |= measure.compute()
         prefix = f"val/{name}/" if name else "val/"
-        values |= {f"{prefix}{key}": value for key, value in found.items()}
+        values |= {f"{prefix}{key}": value for key, value in set_values.items()}
     return values

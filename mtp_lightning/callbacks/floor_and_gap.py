@@ -41,10 +41,10 @@ class FloorAndGap(SpeculativeEval):
         if model.token_depth == 0 or model.config.mtp.stride != 1:
             return {}
         sizes = {"rollouts": self.rollouts, "seen": self.seen}
-        found = [
-            Floors(model, prompt, torch.Generator().manual_seed(number), **sizes).found()
+        by_prompt = [
+            Floors(model, prompt, torch.Generator().manual_seed(number), **sizes).measure()
             for number, prompt in enumerate(prompts)
         ]
-        values = {f"val/{name}": value for name, value in floors(found).items()}
+        values = {f"val/{name}": value for name, value in floors(by_prompt).items()}
         self.newest = values
         return values

@@ -52,8 +52,8 @@ class GradientConflict(RunCallback):
             UserError: no depth reaches the trunk, or a depth's loss depends on other depths.
         """
         if pl_module.model.depth:
-            require_trunk_gradients(pl_module.model.config, what=self.takes_gradients)
-            require_separable(pl_module.step.objective, what=self.takes_gradients)
+            require_trunk_gradients(pl_module.model.config, setting=self.takes_gradients)
+            require_separable(pl_module.step.objective, setting=self.takes_gradients)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: WindowBatch, batch_idx: int
@@ -69,6 +69,6 @@ class GradientConflict(RunCallback):
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
-            measured = task_gradients(model, objective, plan, depths_of(plan.base), groups)
-        for group, gradients in measured.items():
+            by_group = task_gradients(model, objective, plan, depths_of(plan.base), groups)
+        for group, gradients in by_group.items():
             pl_module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -74,13 +74,13 @@ class LongRange(RunCallback):
         with trainer.precision_plugin.val_step_context():
             values = {f"val/{name}": value for name, value in measure.compute().items()}
         if trainer.is_global_zero:
-            found = acceptance_on_long_texts(
+            acceptance = acceptance_on_long_texts(
                 measure.model,
                 trainer.datamodule,  # type: ignore[attr-defined]
                 n_prompts=self.n_prompts,
                 prompt_tokens=self.prompt_tokens,
             )
-            values |= {f"decode/{name}": value for name, value in found.items()}
+            values |= {f"decode/{name}": value for name, value in acceptance.items()}
             self.newest = values
             pl_module.log_dict(values, rank_zero_only=True)
 

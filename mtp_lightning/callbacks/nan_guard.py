@@ -66,13 +66,13 @@ class NanGuard(RunCallback):
         if self._failure is not None:
             raise UserError(self._failure)
         self._look(trainer)
-        named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
+        floating = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
         local = processes.tensors().local
-        finite = torch.stack([torch.isfinite(local(p.detach())).all() for _, p in named])
+        finite = torch.stack([torch.isfinite(local(p.detach())).all() for _, p in floating])
         if trainer.world_size > 1:  # no process may stop alone
             finite = trainer.strategy.reduce(finite.float(), reduce_op="min").bool()
         if not bool(finite.all()):
-            bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
+            bad = [name for (name, _), ok in zip(floating, finite.tolist(), strict=True) if not ok]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             self._fail(
                 trainer,
@@ -92,14 +92,14 @@ class NanGuard(RunCallback):
             *losses, total = row.tolist()
             bad = [k for k, loss in enumerate(losses) if active[k] and not math.isfinite(loss)]
             if bad or not math.isfinite(total):
-                where = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({total})"
+                terms = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({total})"
                 self._fail(
-                    trainer, f"The training loss is not finite at optimizer step {step}: {where}"
+                    trainer, f"The training loss is not finite at optimizer step {step}: {terms}"
                 )
 
-    def _fail(self, trainer: pl.Trainer, what: str) -> None:
+    def _fail(self, trainer: pl.Trainer, problem: str) -> None:
         self._failure = (
-            f"{what}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
+            f"{problem}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
         )
         raise UserError(self._failure)
 

@@ -108,7 +108,7 @@ class StepProgressBar(RunCallback, ProgressBar):
             return
         if last or now - self._shown_at >= self.line_seconds:
             text = f"step {step}/{trainer.max_steps}  {self._describe(trainer, outputs)}"
-            self._line(f"{text}  {self._left(step, trainer.max_steps, now)}".rstrip())
+            self._line(f"{text}  {self._remaining_time(step, trainer.max_steps, now)}".rstrip())
             self._shown_at = now
 
     def on_validation_batch_end(
@@ -134,8 +134,8 @@ class StepProgressBar(RunCallback, ProgressBar):
             return
         losses = {}
         for tag, value in trainer.callback_metrics.items():
-            if found := re.fullmatch(r"val/loss_depth_(\d+)", tag):
-                losses[int(found[1])] = float(value)
+            if match := re.fullmatch(r"val/loss_depth_(\d+)", tag):
+                losses[int(match[1])] = float(value)
         text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
         self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
@@ -163,7 +163,7 @@ class StepProgressBar(RunCallback, ProgressBar):
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _left(self, step: int, max_steps: int, now: float) -> str:
+    def _remaining_time(self, step: int, max_steps: int, now: float) -> str:
         """The remaining time at the speed so far, validations included."""
         first, began = self._began
         if not first + _TIMED_FROM <= step < max_steps:
@@ -178,7 +178,7 @@ class StepProgressBar(RunCallback, ProgressBar):
         if lambdas:
             # A bar is cut off at the terminal's edge.
             fits = self._bar is None or shutil.get_terminal_size().columns >= _WIDE
-            named = f" ({self._schedule})" if self._schedule and fits else ""
-            parts.append(f"lambda {lambdas}{named}")
+            name = f" ({self._schedule})" if self._schedule and fits else ""
+            parts.append(f"lambda {lambdas}{name}")
         parts += [callback.shown() for callback in run_callbacks(trainer)]
         return "  ".join(filter(None, parts))

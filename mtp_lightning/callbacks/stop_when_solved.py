@@ -67,13 +67,13 @@ class StopWhenSolved(RunCallback):
             return
         # Rank 0 decides for all processes. The logged value is rounded to single precision, in
         # which 0.98 is above 0.98.
-        right = trainer.strategy.broadcast(self._judge.newest[EXACT])
+        exact_match = trainer.strategy.broadcast(self._judge.newest[EXACT])
         self._counted_step = step
-        self._in_a_row = self._in_a_row + 1 if right > self.level else 0
+        self._in_a_row = self._in_a_row + 1 if exact_match > self.level else 0
         if self._in_a_row < self.validations:
             return
-        spent = {name: getattr(pl_module, name) for name in ("tokens", "flops", "seconds")}
-        self._solved_at = {"step": step, **spent}
+        cost = {name: getattr(pl_module, name) for name in ("tokens", "flops", "seconds")}
+        self._solved_at = {"step": step, **cost}
         trainer.should_stop = True
         log.info(
             "Solved at step %d: exact match above %g at %d validations in a row.",

@@ -63,7 +63,7 @@ class Throughput(RunCallback):
         self._typical: list[float] = []  # rates of products, at the start and at validations
         self._mark: float | None = None  # the time up to which training is counted
         self._pause_began: float | None = None
-        self._done = self._logged = _Done()
+        self._total = self._at_last_log = _Work()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures products before the clock starts."""
@@ -73,8 +73,8 @@ class Throughput(RunCallback):
         self._dtype = run_dtype(str(trainer.precision))
         self.peak = peak_of(self._device, self._dtype)
         if self.measure_matmul:
-            measured = measure_matmul_rate(self._device, self._dtype)
-            self.matmul_rate, self._typical = measured.fastest, [measured.typical]
+            rate = measure_matmul_rate(self._device, self._dtype)
+            self.matmul_rate, self._typical = rate.fastest, [rate.typical]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
@@ -84,13 +84,13 @@ class Throughput(RunCallback):
             self._synchronize()
             self._mark = time.perf_counter()
             return
-        tokens, flops, seconds = self._done
-        self._done = _Done(tokens + outputs["tokens"], flops + outputs["flops"], seconds)
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every != 0 and trainer.global_step != trainer.max_steps:
+        tokens, flops, seconds = self._total
+        self._total = _Work(tokens + outputs["tokens"], flops + outputs["flops"], seconds)
+        interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % interval != 0 and trainer.global_step != trainer.max_steps:
             return
         self._count_time()
-        values, self._logged = self._rates_since(self._logged), self._done
+        values, self._at_last_log = self._rates_since(self._at_last_log), self._total
         self._tokens_per_second = values["perf/tokens_per_second"]
         for name, value in values.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, rank_zero_only=True)
@@ -124,13 +124,13 @@ class Throughput(RunCallback):
 
     def summary(self) -> dict[str, float]:
         """Means over all training of this process; empty after fewer than two steps."""
-        if self._done.seconds <= 0:
+        if self._total.seconds <= 0:
             return {}
-        values = self._rates_since(_Done())
+        values = self._rates_since(_Work())
         return values | ({"perf/matmul_drift": self._drift} if len(self._typical) > 1 else {})
 
-    def _rates_since(self, before: _Done) -> dict[str, float]:
-        tokens, flops, seconds = (now - then for now, then in zip(self._done, before, strict=True))
+    def _rates_since(self, earlier: _Work) -> dict[str, float]:
+        tokens, flops, seconds = (a - b for a, b in zip(self._total, earlier, strict=True))
         values = {"perf/tokens_per_second": tokens / seconds}
         for tag, rate in (("perf/mfu", self.peak), ("perf/of_matmul", self.matmul_rate)):
             if rate:
@@ -171,14 +171,14 @@ class Throughput(RunCallback):
 
     def _count_time(self) -> None:
         """Adds the time since the mark to the training done, and moves the mark."""
-        if self._mark is not None and self._done.tokens > self._logged.tokens:
+        if self._mark is not None and self._total.tokens > self._at_last_log.tokens:
             self._synchronize()
             now = time.perf_counter()
-            self._done = self._done._replace(seconds=self._done.seconds + now - self._mark)
+            self._total = self._total._replace(seconds=self._total.seconds + now - self._mark)
             self._mark = now
 
 
-class _Done(NamedTuple):
+class _Work(NamedTuple):
     """Training of this process up to a step."""
 
     tokens: float = 0

@@ -53,8 +53,8 @@ def attention(
     if mask is not None or query_BTNH.shape[1] > _MAX_SEQ_LEN:
         return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
     # Latent attention's values are a part of wider heads.
-    given = query_BTNH, key_BSMH, value_BSMH
-    query, key, value = heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
+    inputs = query_BTNH, key_BSMH, value_BSMH
+    query, key, value = heads = [x if _is_adjacent(x) else x.contiguous() for x in inputs]
     if _fits(*heads):
         return _NativeAttention.apply(query.shape[2], None, None, *heads)
     # Heads of all sizes attend in fp32 under autocast, as those in C++ do.
@@ -82,33 +82,33 @@ class _NativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, n_heads: int, cos: Tensor | None, sin: Tensor | None, *given: Tensor
+        ctx: Any, n_heads: int, cos: Tensor | None, sin: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        query, key, value = heads = _apart(given, n_heads)
+        query, key, value = heads = _split_heads(inputs, n_heads)
         batch, seq_len, _, _ = query.shape
         out = query.new_empty(batch, seq_len, n_heads, value.shape[-1])
-        kept = query.new_empty(batch * n_heads * native.lib().attention_kept(seq_len))
-        native.call("attention_forward", *heads, cos, sin, out, kept, _shape(*heads))
+        probs = query.new_empty(batch * n_heads * native.lib().attention_kept(seq_len))
+        native.call("attention_forward", *heads, cos, sin, out, probs, _shape(*heads))
         ctx.n_heads = n_heads
-        ctx.save_for_backward(cos, sin, kept, *given)
+        ctx.save_for_backward(cos, sin, probs, *inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, kept, *given = ctx.saved_tensors
-        d_given = [torch.empty_strided(x.shape, x.stride()) for x in given]
-        heads, d_heads = (_apart(tensors, ctx.n_heads) for tensors in (given, d_given))
-        used = *heads, cos, sin, kept, grads[0].contiguous(), *d_heads
-        native.call("attention_backward", *used, _shape(*heads))
-        return None, None, None, *d_given
+        cos, sin, probs, *inputs = ctx.saved_tensors
+        d_inputs = [torch.empty_strided(x.shape, x.stride()) for x in inputs]
+        heads, d_heads = (_split_heads(tensors, ctx.n_heads) for tensors in (inputs, d_inputs))
+        arguments = *heads, cos, sin, probs, grads[0].contiguous(), *d_heads
+        native.call("attention_backward", *arguments, _shape(*heads))
+        return None, None, None, *d_inputs
 
 
-def _apart(given: Sequence[Tensor], n_heads: int) -> Sequence[Tensor]:
+def _split_heads(inputs: Sequence[Tensor], n_heads: int) -> Sequence[Tensor]:
     """Queries, keys and values."""
-    if len(given) > 1:
-        return given
-    n_kv = (given[0].shape[2] - n_heads) // 2
-    return given[0].split([n_heads, n_kv, n_kv], dim=2)
+    if len(inputs) > 1:
+        return inputs
+    n_kv = (inputs[0].shape[2] - n_heads) // 2
+    return inputs[0].split([n_heads, n_kv, n_kv], dim=2)
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:

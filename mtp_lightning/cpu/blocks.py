@@ -99,27 +99,27 @@ class FusedBlocks:
     """Consecutive blocks whose weights are packed.
 
     Args:
-        described: for every block, its struct and the tensors that the struct points to.
+        structs: for every block, its struct and the tensors that the struct points to.
         last: the norm after the blocks, if there is one.
     """
 
     def __init__(
-        self, described: Sequence[tuple[BlockStruct, list[Any]]], last: RMSNorm | None = None
+        self, structs: Sequence[tuple[BlockStruct, list[Any]]], last: RMSNorm | None = None
     ) -> None:
-        self.n = len(described)
-        self.array = (BlockStruct * self.n)(*(block for block, _ in described))
-        self._alive = [alive for _, alive in described], last
+        self.n = len(structs)
+        self.array = (BlockStruct * self.n)(*(block for block, _ in structs))
+        self._alive = [alive for _, alive in structs], last
         self.gain = None if last is None else last.weight.data_ptr()
         self.eps = 0.0 if last is None else last.eps
 
     @staticmethod
     def of(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> FusedBlocks | None:
         """None if decode.cpp does not support a block's layers, or they are not packed."""
-        described = [_describe(block) for block in blocks]
-        known = [block for block in described if block is not None]
-        if not known or len(known) < len(described) or not (last is None or is_plain(last)):
+        structs = [_describe(block) for block in blocks]
+        supported = [block for block in structs if block is not None]
+        if not supported or len(supported) < len(structs) or not (last is None or is_plain(last)):
             return None
-        return FusedBlocks(known, last)
+        return FusedBlocks(supported, last)
 
     def fits(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> bool:
         """Whether a pass has few tokens, writes to a cache, and uses the layers' own weights."""
@@ -173,9 +173,9 @@ def dense_matrices(block: nn.Module) -> list[Tensor]:
 
 def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
     """A block's struct and the tensors that it points to; None if it is not supported."""
-    packed = [packed_of(matrix) for matrix in dense_matrices(block)]
-    known = [weight for weight in packed if weight is not None]
-    if not known or len(known) < len(packed):
+    copies = [packed_of(matrix) for matrix in dense_matrices(block)]
+    weights = [weight for weight in copies if weight is not None]
+    if not weights or len(weights) < len(copies):
         return None
     assert isinstance(block, Block) and isinstance(block.attention, Attention)
     attention = block.attention
@@ -190,15 +190,15 @@ def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
     gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
     bias = attention.qkv_bias
     struct = BlockStruct(
-        known[0].inputs,
+        weights[0].inputs,
         attention.n_heads,
         attention.n_kv_heads,
         attention.d_head,
-        known[3].inputs,
+        weights[3].inputs,
         block.attention_norm.eps,
         block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
         *gains,
         None if bias is None else bias.data_ptr(),
-        *(weight.struct for weight in known),
+        *(weight.struct for weight in weights),
     )
-    return struct, [*known, *norms, bias]
+    return struct, [*weights, *norms, bias]

@@ -46,12 +46,12 @@ def mix_experts(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """``nn.experts.routed_experts``."""
-    given = x_MC, chosen_MK, gates_MK, gate_up, down
+    inputs = x_MC, chosen_MK, gates_MK, gate_up, down
     if not torch.is_grad_enabled() and (x_MC.shape[0] <= MAX_VERIFY_WIDTH or is_batch_invariant()):
-        return _one_by_one(*given)
+        return _one_by_one(*inputs)
     if fits(x_MC, gate_up, down):
         return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
-    return routed_experts.plain(*given)
+    return routed_experts.plain(*inputs)
 
 
 def _one_by_one(
@@ -89,18 +89,18 @@ class _NativeExperts(torch.autograd.Function):
         n_experts, rows = down.shape[0], chosen_MK.numel()
         starts_E1, order_R = chosen_MK.new_empty(n_experts + 1), chosen_MK.new_empty(rows)
         native.call("experts_sort", chosen_MK, starts_E1, order_R, rows, n_experts)
-        given = (x_MC, gates_MK, gate_up, down, starts_E1, order_R)
+        inputs = (x_MC, gates_MK, gate_up, down, starts_E1, order_R)
         projected = x_MC.new_empty(rows, gate_up.shape[1])
         out = torch.empty_like(x_MC)
         results = (projected, _rows_of(out, rows), out)
-        native.call("experts_forward", _table(given), *results, _shape(gates_MK, down))
-        ctx.save_for_backward(*given, projected)
+        native.call("experts_forward", _table(inputs), *results, _shape(gates_MK, down))
+        ctx.save_for_backward(*inputs, projected)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *given, projected = ctx.saved_tensors
-        x_MC, gates_MK, gate_up, down = given[:4]
+        *inputs, projected = ctx.saved_tensors
+        x_MC, gates_MK, gate_up, down = inputs[:4]
         rows = projected.shape[0]
         d_x, d_gates = torch.empty_like(x_MC), torch.empty_like(gates_MK)
         d_weights = [
@@ -109,8 +109,8 @@ class _NativeExperts(torch.autograd.Function):
         ]
         inner = x_MC.new_empty(rows, down.shape[2])
         scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))
-        used = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)
-        native.call("experts_backward", _table(given), *used, _shape(gates_MK, down))
+        arguments = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)
+        native.call("experts_backward", _table(inputs), *arguments, _shape(gates_MK, down))
         return d_x, d_gates, *d_weights, None
 
 

@@ -48,8 +48,8 @@ class CPUWeightPacker:
         matrices = [m for x in layers if type(x) is Block for m in dense_matrices(x)]
         matrices += [x.eh_proj.weight for x in layers if type(x) is SequentialModule]
         matrices += [model.head.weight] if type(model.head) is Head else []
-        known = {id(weight) for weight in [*matrices, self._embedding.weight]}
-        self._weights = {n: w for n, w in model.named_parameters() if id(w) in known}
+        ids = {id(weight) for weight in [*matrices, self._embedding.weight]}
+        self._weights = {n: w for n, w in model.named_parameters() if id(w) in ids}
 
     @classmethod
     def of(cls, model: MTPModel, path: Path | None = None) -> CPUWeightPacker | None:
@@ -57,7 +57,7 @@ class CPUWeightPacker:
         return None if native.library is None else cls(model, path)
 
     def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
-        if any(weight is one for one in self._weights.values()):
+        if any(weight is w for w in self._weights.values()):
             keep_packed(weight, scales)
             if weight is self._embedding.weight:
                 self._look_up()
@@ -66,19 +66,19 @@ class CPUWeightPacker:
         if self._folder is None or not self._folder.is_dir():
             return frozenset()
         try:
-            found = _mapped(build_once(self._folder, _nothing), self._weights)
+            packed_weights = _mapped(build_once(self._folder, _nothing), self._weights)
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             log.info("%s cannot be used and is built again: %s", self._folder, error)
             shutil.rmtree(self._folder, ignore_errors=True)
             return frozenset()
-        for name, packed in found.items():
+        for name, packed in packed_weights.items():
             keep_as(self._weights[name], packed)
         self._look_up()
-        return frozenset(found)
+        return frozenset(packed_weights)
 
     def remember(self) -> None:
-        held = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
-        packed = {name: found for name, found in held.items() if found is not None}
+        copies = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
+        packed = {name: copy for name, copy in copies.items() if copy is not None}
         if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
             return
         try:
@@ -108,14 +108,14 @@ def _nothing(folder: Path) -> None:
 
 
 def _write(folder: Path, packed: dict[str, PackedWeight]) -> None:
-    index, at = {}, 0
+    index, offset = {}, 0
     with (folder / _NUMBERS).open("wb") as file:
         for name, weight in packed.items():
-            file.write(bytes(-at % _ALIGNED))
-            at += -at % _ALIGNED
-            index[name] = (at, weight.outputs, weight.inputs, int(weight.kind))
+            file.write(bytes(-offset % _ALIGNED))
+            offset += -offset % _ALIGNED
+            index[name] = (offset, weight.outputs, weight.inputs, int(weight.kind))
             file.write(weight.numbers.numpy().data)
-            at += weight.numbers.numel()
+            offset += weight.numbers.numel()
     (folder / _INDEX).write_text(json.dumps(index), "utf-8")
 
 
@@ -127,14 +127,14 @@ def _mapped(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, PackedWeig
     """
     index: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
     # Private and writable, as PyTorch asks for: nobody writes, and all read the same pages.
-    held = torch.from_numpy(np.memmap(folder / _NUMBERS, np.uint8, "c"))
-    found = {}
-    for name, (at, outputs, inputs, kind) in index.items():
+    file_bytes = torch.from_numpy(np.memmap(folder / _NUMBERS, np.uint8, "c"))
+    packed = {}
+    for name, (offset, outputs, inputs, kind) in index.items():
         if list(weights[name].shape) != [outputs, inputs]:
             raise ValueError(f"{name} has another shape")
         size = native.lib().packed_size(outputs, inputs, Kind(kind))
-        numbers = held[at : at + size]
-        if at < 0 or numbers.numel() != size:
+        numbers = file_bytes[offset : offset + size]
+        if offset < 0 or numbers.numel() != size:
             raise ValueError(f"{name} ends after the file")
-        found[name] = PackedWeight(numbers, outputs, inputs, Kind(kind))
-    return found
+        packed[name] = PackedWeight(numbers, outputs, inputs, Kind(kind))
+    return packed

@@ -80,8 +80,8 @@ class _RMSNormNative(torch.autograd.Function):
         d_x = torch.empty_like(x_MC)
         # The gain's gradient is summed in parts of 64 rows, for any number of threads.
         parts_PC = x_MC.new_empty(-(-x_MC.shape[0] // 64), x_MC.shape[1])
-        used = (x_MC, weight_C, scale_M, grads[0].contiguous(), d_x, parts_PC)
-        native.call("norm_backward", *used, *x_MC.shape)
+        arguments = (x_MC, weight_C, scale_M, grads[0].contiguous(), d_x, parts_PC)
+        native.call("norm_backward", *arguments, *x_MC.shape)
         return d_x, parts_PC.sum(0), None
 
 

@@ -81,20 +81,20 @@ def load(file: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library in ``file``, by default this CPU's, or None and the reason."""
     if INSTRUCTIONS not in _CODE:
         return None, "this CPU has neither AVX2 nor AVX-512"
-    signatures: dict[str, Signature] = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
-    signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
+    signatures: dict[str, Signature] = {name: (types, None) for name, types in _FUNCTIONS.items()}
+    signatures |= {name: (types, c_int64) for name, types in _NUMBERS.items()}
     # The library finds PyTorch's OpenMP and so runs on the same threads.
     sources = Path(__file__).with_name("cpp")
     return open_built(file or file_for(INSTRUCTIONS), sources, signatures)
 
 
-library, _without = load()
+library, _reason = load()
 
 
 def code() -> tuple[str, str]:
     """The code that computes on a CPU, for ``nn.ops.code``."""
     if library is None:
-        return "pytorch", f"PyTorch's operators ({_without})"
+        return "pytorch", f"PyTorch's operators ({_reason})"
     return _CODE[INSTRUCTIONS]
 
 
@@ -119,5 +119,5 @@ def lib() -> ctypes.CDLL:
 def call(name: str, *arguments: Any) -> Any:
     """Call a function of the library. Tensors stand for their addresses, and live until it returns.
     Products and norms of decoding take addresses themselves: this costs half a microsecond."""
-    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    return getattr(lib(), name)(*given)
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    return getattr(lib(), name)(*values)

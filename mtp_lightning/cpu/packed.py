@@ -108,10 +108,10 @@ class PackedWeight:
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.outputs:
             raise IndexError(f"an index is outside of 0 .. {self.outputs - 1}")
         ids = ids.long().contiguous()
-        found = torch.empty(*ids.shape, self.inputs)
+        rows = torch.empty(*ids.shape, self.inputs)
         sizes = ids.numel(), self.outputs, self.inputs
-        native.call("unpack_rows", self.numbers, ids, found, *sizes, self.kind)
-        return found
+        native.call("unpack_rows", self.numbers, ids, rows, *sizes, self.kind)
+        return rows
 
     def linear(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` [..., N] of ``x`` [..., K]; a row's bits depend on no other row."""
@@ -134,8 +134,8 @@ def packed_copy(weight: Tensor) -> Packed | None:
 
 def packed_of(weight: Tensor) -> PackedWeight | None:
     """A weight's packed copy in the layout of skinny.h, if it has one."""
-    found = packed_copy(weight)
-    return found if isinstance(found, PackedWeight) else None
+    packed = packed_copy(weight)
+    return packed if isinstance(packed, PackedWeight) else None
 
 
 def pack(weight_NK: Tensor) -> None:
@@ -145,12 +145,12 @@ def pack(weight_NK: Tensor) -> None:
     if is_kept(weight_NK):
         return
     weight = weight_NK.detach().float()
-    found: Packed | None = packed_weight(weight)
-    if found is None and native.ONEDNN:
+    packed: Packed | None = packed_weight(weight)
+    if packed is None and native.ONEDNN:
         # 4 is a hint of the number of rows; with 1, the layout would depend on their number.
-        found = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
-    if found is not None:
-        _hold(weight_NK, found)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
+    if packed is not None:
+        _hold(weight_NK, packed)
 
 
 def _hold(weight: Tensor, packed: Packed) -> None:
@@ -165,7 +165,7 @@ def use_integers(weights: Iterable[Tensor]) -> bool:
     blocks; returns whether one is, and changes nothing if none is."""
     weights = list(weights)
     copies = (packed_of(weight) or packed_weight(weight) for weight in weights)
-    if not any(found is not None and found.kind.in_blocks for found in copies):
+    if not any(packed is not None and packed.kind.in_blocks for packed in copies):
         return False
     for weight in weights:
         vars(weight)["integers"] = True
@@ -187,9 +187,9 @@ def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
         weight_NK: the weight.
         scales: of its blocks, if its file holds them.
     """
-    if is_kept(weight_NK) or (found := packed_weight(weight_NK, scales)) is None:
+    if is_kept(weight_NK) or (packed := packed_weight(weight_NK, scales)) is None:
         return
-    keep_as(weight_NK, found)
+    keep_as(weight_NK, packed)
 
 
 def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
@@ -238,27 +238,27 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
     outputs, inputs = weight_NK.shape
     lib, address = native.lib(), weight_NK.data_ptr()
 
-    def attempt(kind: Kind, pack: str, *given: Tensor) -> PackedWeight | None:
+    def attempt(kind: Kind, pack: str, *blocks: Tensor) -> PackedWeight | None:
         """The packed weight; the attempt ends at the first number that does not fit."""
         numbers = torch.empty(lib.packed_size(outputs, inputs, kind), dtype=torch.uint8)
-        fits = native.call(pack, weight_NK, *given, numbers, outputs, inputs, kind)
+        fits = native.call(pack, weight_NK, *blocks, numbers, outputs, inputs, kind)
         return PackedWeight(numbers, outputs, inputs, kind) if fits else None
 
-    def detected(kinds: Iterable[Kind]) -> PackedWeight | None:
+    def detect(kinds: Iterable[Kind]) -> PackedWeight | None:
         for kind in kinds:
             if not lib.pack_weight(address, None, outputs, inputs, kind):
                 continue  # the first numbers do not fit
-            if found := attempt(kind, "pack_weight"):
-                return found
+            if packed := attempt(kind, "pack_weight"):
+                return packed
         return None
 
-    if found := detected(_SMALL):
-        return found
+    if packed := detect(_SMALL):
+        return packed
     if scales is not None:
         kind = Kind.BLOCKS4_FULL if (scales.bits, scales.group) == (4, 32) else Kind.BLOCKS8_FULL
-        scales = scales if kind == Kind.BLOCKS4_FULL else scales.of_groups(16)
+        scales = scales if kind == Kind.BLOCKS4_FULL else scales.regrouped(16)
         steps, offsets = scales.steps.contiguous(), scales.offsets.contiguous()
         assert steps.shape == offsets.shape == (outputs, inputs // scales.group)
-        if found := attempt(kind, "pack_scaled", steps, offsets):
-            return found
-    return detected(_LARGE)
+        if packed := attempt(kind, "pack_scaled", steps, offsets):
+            return packed
+    return detect(_LARGE)

@@ -130,9 +130,9 @@ class FusedTrunk:
     ) -> None:
         self._alive = blocks, head, embedding
         self._n, self._outputs = blocks.n, head.outputs
-        kept = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
+        state = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
         self._trunk = _TrunkStruct(
-            blocks.n, head.outputs, kept, blocks.eps, ctypes.addressof(blocks.array),
+            blocks.n, head.outputs, state, blocks.eps, ctypes.addressof(blocks.array),
             blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)

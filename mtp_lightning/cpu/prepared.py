@@ -86,8 +86,8 @@ class CPUPasses(Prepared):
             return None
         layer = stack.module(k)
         module = FusedModule.of(layer) if type(layer) is SequentialModule else None
-        found = self._ends(weight_VC)
-        return None if module is None or found is None else FusedDraft(module, *found, ahead=k)
+        pair = self._head_and_embedding(weight_VC)
+        return None if module is None or pair is None else FusedDraft(module, *pair, ahead=k)
 
     def _trunk(self) -> FusedTrunk | None:
         trunk, stack = self._model.trunk, self._model.mtp
@@ -98,13 +98,13 @@ class CPUPasses(Prepared):
             and type(stack).branch is MTPStack.branch
         )
         blocks = FusedBlocks.of(list(trunk.blocks), trunk.norm) if plain else None
-        found = self._ends(self._model.head.weight)
-        if blocks is None or found is None:
+        pair = self._head_and_embedding(self._model.head.weight)
+        if blocks is None or pair is None:
             return None
         config = stack.config
-        return FusedTrunk(blocks, *found, branch=config.branch, input_norm=config.input_norm)
+        return FusedTrunk(blocks, *pair, branch=config.branch, input_norm=config.input_norm)
 
-    def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
+    def _head_and_embedding(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""
         head, embedding = packed_of(weight_VC), self._model.trunk.embedding.weight
         if head is None or not (native.fits(embedding) and embedding.is_contiguous()):
@@ -113,15 +113,15 @@ class CPUPasses(Prepared):
 
 
 def _forward(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward pass, which is fused for a pass of few tokens. The fused one is made at the
-    first pass: most layers need none of their own, since a layer around them is fused."""
-    made = cache(partial(_FUSED[type(layer)], layer))
+    """A layer's forward pass, which is fused for a pass of few tokens. The fused code is built at
+    the first pass: most layers need none of their own, since a layer around them is fused."""
+    build = cache(partial(_FUSED[type(layer)], layer))
 
-    def forward(*given: Any) -> Any:
-        fused = None if torch.compiler.is_compiling() else made()
-        if fused is None or not fused.fits(*given):
-            return type(layer).forward(layer, *given)
-        return fused(*given)
+    def forward(*args: Any) -> Any:
+        fused = None if torch.compiler.is_compiling() else build()
+        if fused is None or not fused.fits(*args):
+            return type(layer).forward(layer, *args)
+        return fused(*args)
 
     return forward
 
@@ -135,10 +135,10 @@ class _WholeTrunk:
 
     @classmethod
     def of(cls, trunk: Trunk) -> _WholeTrunk | None:
-        if trunk.kept:  # fused as a whole, it would not return the states between its blocks
+        if trunk.keep_after:  # fused as a whole, it would not return the states between its blocks
             return None
-        *shared, own = trunk.blocks
-        before, last = FusedBlocks.of(shared), FusedBlocks.of([own], trunk.norm)
+        *shared, last_block = trunk.blocks
+        before, last = FusedBlocks.of(shared), FusedBlocks.of([last_block], trunk.norm)
         return None if before is None or last is None else cls(before, last)
 
     def __call__(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
@@ -148,8 +148,8 @@ class _WholeTrunk:
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
 
-# What computes a layer's passes of few tokens; None if decode.cpp does not support the layer, or a
-# weight is not packed.
+# The fused code of a layer's passes of few tokens; None if decode.cpp does not support the layer,
+# or a weight is not packed.
 _FUSED: dict[type[nn.Module], Callable[[Any], FusedBlocks | FusedModule | _WholeTrunk | None]] = {
     Trunk: _WholeTrunk.of,
     SequentialModule: FusedModule.of,

@@ -69,48 +69,48 @@ def acceptance_by(
     for text, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
         drafts = first_drafts(generation, max_new_tokens)
         entropy_P = _entropies(model, [*map(int, prompt), *generation.token_ids])
-        for place, was_taken in drafts:
-            at = len(prompt) + place
-            positions.append(at + 1)
-            entropies.append(float(entropy_P[at - 1]))  # at - 1 predicts the token at `at`
-            accepted.append(float(was_taken))
+        for place, was_accepted in drafts:
+            index = len(prompt) + place
+            positions.append(index + 1)
+            entropies.append(float(entropy_P[index - 1]))  # index - 1 predicts the token at `index`
+            accepted.append(float(was_accepted))
             texts.append(text)
     if not accepted:
         return {}
-    position, entropy, taken = (
+    position_N, entropy_N, accepted_N = (
         torch.tensor(values, dtype=torch.float64) for values in (positions, entropies, accepted)
     )
     values: dict[str, float] = {}
     low = 1
     while low <= max(positions):
-        _add(values, f"acceptance_at_{low}-{2 * low - 1}", taken, position, low, 2 * low)
+        _add(values, f"acceptance_at_{low}-{2 * low - 1}", accepted_N, position_N, low, 2 * low)
         low *= 2
     start = 0.0
     for end in _ENTROPIES:
         name = f"{start:g}-{end:g}" if end < math.inf else f"{start:g}-up"
-        _add(values, f"acceptance_entropy_{name}", taken, entropy, start, end)
+        _add(values, f"acceptance_entropy_{name}", accepted_N, entropy_N, start, end)
         start = end
-    for name, x in (("position", position.log2()), ("entropy", entropy)):
-        _add_slope(values, f"acceptance_slope_{name}", taken, x, torch.tensor(texts))
+    for name, x in (("position", position_N.log2()), ("entropy", entropy_N)):
+        _add_slope(values, f"acceptance_slope_{name}", accepted_N, x, torch.tensor(texts))
     return values
 
 
 def _add(
-    values: dict[str, float], name: str, taken: Tensor, x: Tensor, low: float, high: float
+    values: dict[str, float], name: str, accepted: Tensor, x: Tensor, low: float, high: float
 ) -> None:
     inside = (x >= low) & (x < high)
     if inside.any():
-        values[name] = float(taken[inside].mean())
+        values[name] = float(accepted[inside].mean())
 
 
-def _add_slope(values: dict[str, float], name: str, taken: Tensor, x: Tensor, text: Tensor) -> None:
+def _add_slope(values: dict[str, float], name: str, y: Tensor, x: Tensor, text: Tensor) -> None:
     x = x - x.mean()
     spread = x.square().sum()
     if spread == 0:
         return
-    slope = (x * taken).sum() / spread
+    slope = (x * y).sum() / spread
     values[name] = float(slope)
-    residual = taken - taken.mean() - slope * x
+    residual = y - y.mean() - slope * x
     pull_G = torch.zeros(int(text.max()) + 1, dtype=x.dtype).index_add_(0, text, x * residual)
     n_texts = len(text.unique())
     if n_texts > 1:

@@ -188,21 +188,21 @@ class _Rounds:
     def _probe(self) -> None:
         """Plan rounds of other numbers, the deepest first, so that only its rounds catch up."""
         deepest = len(self._seconds) - 1
-        others = {deepest}
+        numbers = {deepest}
         if self.best:
             up = self.best < deepest and self._deeper
             self._deeper = not up
-            others = {0, self.best + (1 if up else -1)}
+            numbers = {0, self.best + (1 if up else -1)}
         for m, seconds in enumerate(self._seconds):
             if m != self.best:  # the best number is represented by its last rounds
                 seconds.clear()
-        self.plan = [m for m in sorted(others, reverse=True) for _ in range(self._EACH)]
+        self.plan = [m for m in sorted(numbers, reverse=True) for _ in range(self._EACH)]
         self._since_probe, self._wait = 0, min(2 * self._wait, self._MOST)
 
     def _compare(self) -> None:
         # Take the shortest: other programs on the machine only ever make a round longer.
-        plain, *others = (min(seconds, default=None) for seconds in self._seconds)
-        for ratios, seconds in zip(self._ratios[1:], others, strict=True):
+        plain, *drafted = (min(seconds, default=None) for seconds in self._seconds)
+        for ratios, seconds in zip(self._ratios[1:], drafted, strict=True):
             if seconds and plain:
                 # A round with drafts includes all the work of a plain one.
                 ratios.append(max(seconds / plain, 1.0))
@@ -213,8 +213,8 @@ class _Rounds:
         Args:
             expected: tokens per row of a round with 0, 1, .. drafts.
         """
-        known = [m for m, ratios in enumerate(self._ratios) if ratios]
-        costs = [self._cost(m, known) for m in range(known[-1] + 1)]
+        timed = [m for m, ratios in enumerate(self._ratios) if ratios]
+        costs = [self._cost(m, timed) for m in range(timed[-1] + 1)]
         if len(costs) == 1:
             return
         gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
@@ -224,8 +224,8 @@ class _Rounds:
         if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MIN_GAIN:
             self._wait = self._HOPELESS
 
-    def _cost(self, m: int, known: list[int]) -> float:
+    def _cost(self, m: int, timed: list[int]) -> float:
         """Time of a round with ``m`` drafts in plain rounds, interpolated between measured ones."""
-        low, high = max(i for i in known if i <= m), min(i for i in known if i >= m)
+        low, high = max(i for i in timed if i <= m), min(i for i in timed if i >= m)
         at_low, at_high = median(self._ratios[low]), median(self._ratios[high])
         return at_low + (at_high - at_low) * (m - low) / max(high - low, 1)

@@ -107,12 +107,12 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
         rows = zip(batch.tokens.tolist(), first, strict=True)
         logits_BV = session.join([row[:n] for row, n in rows])
         for i in range(rounds):
-            at_B1 = (first_B + i).unsqueeze(1)
-            uniform_B = None if uniforms_BW is None else uniforms_BW.gather(1, at_B1).squeeze(1)
+            place_B1 = (first_B + i).unsqueeze(1)
+            uniform_B = None if uniforms_BW is None else uniforms_BW.gather(1, place_B1).squeeze(1)
             choice_B1 = _choose_token(logits_BV, uniform_B).unsqueeze(1)
-            given_B1 = said_BW.gather(1, at_B1)
-            token_B1 = torch.where(scored_BW.gather(1, at_B1), choice_B1, given_B1)
-            said_BW.scatter_(1, at_B1, token_B1)
+            true_B1 = said_BW.gather(1, place_B1)
+            token_B1 = torch.where(scored_BW.gather(1, place_B1), choice_B1, true_B1)
+            said_BW.scatter_(1, place_B1, token_B1)
             if i + 1 == rounds:
                 break
             session.put(token_B1, 0)

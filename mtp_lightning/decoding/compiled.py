@@ -157,26 +157,24 @@ class _DepthPass(_Pass):
         last_B1C = model.mtp.head_input(hidden.index_select(1, last_B))
         # The first of the tokens stands ``reads(k).start`` positions ahead.
         before_B1 = tokens_BS.index_select(1, last_B + (k - model.mtp.reads(k).start))
-        said = model.draft_logits(k, last_B1C, before_B1)[:, 0], hidden
+        outputs = model.draft_logits(k, last_B1C, before_B1)[:, 0], hidden
         if model.mtp.confidence is None:
-            return said
-        return *said, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
+            return outputs
+        return *outputs, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
 
 
 def _compiled(
-    function: _Pass, passing: Sequence[Tensor], staying: Sequence[Tensor]
+    function: _Pass, arguments: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """Compile ``function(*passing, *staying)`` into a function of tensors like ``passing``.
-
-    ``staying`` tensors (tables, caches) are read and written in place.
-    """
-    if staying[0].device.type in _RECORDED:
+    """Compile ``function(*arguments, *buffers)`` into a function of tensors like ``arguments``; it
+    reads and writes the buffers (tables, caches) in place."""
+    if buffers[0].device.type in _RECORDED:
         require_compiler()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
         with torch.compiler.set_stance("default"):  # see decoding_passes
-            return Recording(compiled, passing, staying)
-    built = program(function, (*passing, *staying))
-    return lambda *passing: built(*passing, *staying)
+            return Recording(compiled, arguments, buffers)
+    loaded = program(function, (*arguments, *buffers))
+    return lambda *arguments: loaded(*arguments, *buffers)
 
 
 class Recording:
@@ -188,25 +186,25 @@ class Recording:
 
     Args:
         function: of tensors of these shapes; it must not read a value on the host.
-        passing: the first inputs, which are copied in at every call.
-        staying: the other inputs, which the graph reads and writes in place.
+        arguments: the first inputs, which every call copies to the graph's memory.
+        buffers: the other inputs, which the graph reads and writes in place.
     """
 
     def __init__(
         self,
         function: Callable[..., Sequence[Tensor]],
-        passing: Sequence[Tensor],
-        staying: Sequence[Tensor],
+        arguments: Sequence[Tensor],
+        buffers: Sequence[Tensor],
     ) -> None:
-        self._passing = [x.clone() for x in passing]
+        self._arguments = [x.clone() for x in arguments]
         # Kept alive for as long as the graph, which points to their memory.
-        inputs = self._inputs = (*self._passing, *staying)
+        inputs = self._inputs = (*self._arguments, *buffers)
         function(*inputs)  # compiles and loads the kernels, which a recording cannot do
         self._replay, self._outputs = record(lambda: function(*inputs))
 
-    def __call__(self, *passing: Tensor) -> list[Tensor]:
-        for own, given in zip(self._passing, passing, strict=True):
-            own.copy_(given)
+    def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        for target, value in zip(self._arguments, arguments, strict=True):
+            target.copy_(value)
         self._replay()
         # The next call overwrites the outputs.
         return [x.clone() for x in self._outputs]
@@ -230,13 +228,13 @@ class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
     def _run(
-        self, key: tuple[str, int], made: Callable[[], _Pass], cache: KVCache, *passing: Tensor
+        self, key: tuple[str, int], build: Callable[[], _Pass], cache: KVCache, *arguments: Tensor
     ) -> Sequence[Tensor]:
-        """Run the pass of a key; ``made`` makes it, for the first call to compile."""
+        """Run the pass of a key; the first call compiles the result of ``build``."""
         if key not in self._passes:
-            staying = (*self._angles, *cache.entries_L_BSMH)
-            self._passes[key] = _compiled(made(), passing, staying)
-        return self._passes[key](*passing)
+            buffers = (*self._angles, *cache.entries_L_BSMH)
+            self._passes[key] = _compiled(build(), arguments, buffers)
+        return self._passes[key](*arguments)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
@@ -254,7 +252,7 @@ class CompiledSession(Session):
             lambda: _TrunkPass(self.model, drafts=self._trunk_gives_branch),
             cache,
             self.tokens_BS.narrow(1, n, width),
-            self._at(n),
+            self._scalar(n),
         )
         cache.lengths = [n + width]
         if branch:
@@ -265,8 +263,8 @@ class CompiledSession(Session):
         self._append(k)
         width = self._widest
         end = max(self.n[0], 1)
-        held = min(self.filled[k][0], end - 1)
-        if end - held > width:
+        filled = min(self.filled[k][0], end - 1)
+        if end - filled > width:
             return super().draft(k)  # catching up with the prompt
         start = max(end - width, 0)
         cache = self.depth_caches[k - 1]
@@ -279,8 +277,8 @@ class CompiledSession(Session):
             self.tokens_BS.narrow(1, start + first, width + k - first),
             branch,
             branch if k == 1 else self.states[k - 1].narrow(1, start, width),
-            self._at(start),
-            self._at(end - 1 - start),
+            self._scalar(start),
+            self._scalar(end - 1 - start),
         )
         self._n_drafted = k
         cache.lengths = [start + width]
@@ -288,6 +286,6 @@ class CompiledSession(Session):
             self.states[k].narrow(1, start, width).copy_(hidden)
         return DepthDraft(logits, *confidence)
 
-    def _at(self, position: int) -> Tensor:
+    def _scalar(self, position: int) -> Tensor:
         # torch.tensor would copy from the host, which waits for a GPU.
         return torch.full((1,), position, device=self.tokens_BS.device)

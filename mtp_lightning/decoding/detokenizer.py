@@ -85,5 +85,5 @@ def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], ends: Collect
         ends: as for :class:`Detokenizer`.
     """
     piece = last_piece(tokenizer, before, ends)
-    told = len(tokenizer.decode(piece))
-    return str(tokenizer.decode([*piece, *(token for token in ids if token not in ends)]))[told:]
+    start = len(tokenizer.decode(piece))
+    return str(tokenizer.decode([*piece, *(token for token in ids if token not in ends)]))[start:]

@@ -169,9 +169,9 @@ class Engine:
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
             # `check` lets a longer prompt pass only with long="slide".
-            windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
-        needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
-        room = max(needed) if limit is None else min(max(needed), limit)
+            windows = [w if len(w) <= limit else w[-_length_after_slide(limit) :] for w in windows]
+        lengths = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
+        room = max(lengths) if limit is None else min(max(lengths), limit)
         if self._decoder is None:
             self._decoder = self._new_decoder(room)
         decoder = self._decoder
@@ -185,8 +185,8 @@ class Engine:
         self._sequences += sequences
         logits_BTV = logits_BV.unsqueeze(1)
         for i, sequence in enumerate(sequences):
-            kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
-            self._report_logits(sequence, kept, logits_BTV, i)
+            n_kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
+            self._report_logits(sequence, n_kept, logits_BTV, i)
         self._free_finished()
         return sequences
 
@@ -205,8 +205,8 @@ class Engine:
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
-            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
-            self._report_logits(sequence, kept, outcome.logits_BTV, i)
+            n_kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
+            self._report_logits(sequence, n_kept, outcome.logits_BTV, i)
         self._free_finished()
         return sequences
 
@@ -222,8 +222,7 @@ class Engine:
         """
         waiting = deque(requests)
         while waiting or self._sequences:
-            joined = self.add([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
-            yield from joined
+            yield from self.add([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
             yield from self.step()
 
     def remove(self, sequence: TextSequence) -> None:
@@ -238,9 +237,9 @@ class Engine:
             )
         self._drop(self._sequences.index(sequence))
 
-    def _report_logits(self, text: TextSequence, kept: int, logits_BTV: Tensor, row: int) -> None:
+    def _report_logits(self, text: TextSequence, n_kept: int, logits_BTV: Tensor, row: int) -> None:
         if self._on_logits is not None:
-            self._on_logits(text.request.index, logits_BTV[row, :kept])
+            self._on_logits(text.request.index, logits_BTV[row, :n_kept])
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
@@ -268,7 +267,7 @@ class Engine:
             return
         for i, n in enumerate(session.n):
             if n >= limit:
-                session.slide(i, _kept(limit))
+                session.slide(i, _length_after_slide(limit))
 
     def _round(self, decoder: Decoder) -> Round:
         # After the accepted drafts comes a token of the trunk's own.
@@ -280,7 +279,7 @@ class Engine:
         n_drafts, caps, recorder = self._plan(rooms)
         looked_up = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
         if any(looked_up):
-            caps = [len(own) or cap for own, cap in zip(looked_up, caps, strict=True)]
+            caps = [len(ids) or cap for ids, cap in zip(looked_up, caps, strict=True)]
             n_drafts, recorder = 0 if all(looked_up) else n_drafts, None
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps, looked_up)
@@ -303,21 +302,21 @@ class Engine:
             it accepts; and the :class:`AutoDepth` to record the round with, None if a row's number
             is fixed or no row has room for as many drafts as it chose.
         """
-        auto, usual = self._auto, self.max_draft
-        fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
-        free = all(depth is None for depth in fixed)
+        auto, default = self._auto, self.max_draft
+        fixed_depths = [self._fixed_depth(sequence.request) for sequence in self._sequences]
+        free = all(depth is None for depth in fixed_depths)
         if auto is not None:
-            usual = auto.depth(len(fixed)) if free else auto.best
-        each = [usual if depth is None else depth for depth in fixed]
-        wanted = usual if auto is None else max(each)
-        caps = [min(room, depth) for room, depth in zip(rooms, each, strict=True)]
+            default = auto.depth(len(fixed_depths)) if free else auto.best
+        depths = [default if depth is None else depth for depth in fixed_depths]
+        most = default if auto is None else max(depths)
+        caps = [min(room, depth) for room, depth in zip(rooms, depths, strict=True)]
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
-        n_drafts = wanted if self.options.compile else min(wanted, max(caps))
-        return n_drafts, caps, auto if free and n_drafts == wanted else None
+        n_drafts = most if self.options.compile else min(most, max(caps))
+        return n_drafts, caps, auto if free and n_drafts == most else None
 
     def _fixed_depth(self, request: Request) -> int | None:
-        """The request's fixed number of drafts: its own setting, or the measured one if it samples
-        (its text depends on it). None: it may vary."""
+        """The request's fixed number of drafts: its own setting, or the measured number if it
+        samples, since its text depends on it; None if the number may vary."""
         measured = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
@@ -356,6 +355,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _kept(limit: int) -> int:
+def _length_after_slide(limit: int) -> int:
     """Number of tokens that sliding keeps of a full context of ``limit``."""
     return max(limit // 2, 1)

@@ -163,5 +163,5 @@ def decoding_passes(model: MTPModel) -> Iterator[None]:
 
 def fused(model: MTPModel) -> FusedPasses | None:
     """The passes of a model that is inside :func:`fused_passes`; None for any other model."""
-    held = _OPEN.get(model)
-    return None if held is None else held[1]
+    entry = _OPEN.get(model)
+    return None if entry is None else entry[1]

@@ -60,13 +60,13 @@ def generate(
     requests = [options.request(p, index) for index, p in zip(indices, prompts, strict=True)]
     for request in requests:
         engine.check(request)
-    done: dict[int, Generation] = {}
+    generations: dict[int, Generation] = {}
     with engine:
         for sequence in engine.run(requests):
             if on_tokens is not None and (fresh := sequence.fresh()).token_ids:
                 on_tokens(sequence.request.index, fresh)
             if sequence.finish_reason is not None:
-                found = done[sequence.request.index] = sequence.generation()
+                generation = generations[sequence.request.index] = sequence.generation()
                 if on_end is not None:
-                    on_end(sequence.request.index, found)
-    return [done[index] for index in indices]
+                    on_end(sequence.request.index, generation)
+    return [generations[index] for index in indices]

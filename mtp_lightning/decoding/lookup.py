@@ -46,8 +46,8 @@ class Lookup:
         self._n = 0
         length = np.arange(_LONGEST + 1)
         # For each length of the match: the proposals that were right, and all judged ones.
-        self._right = _GUESS * length / (length + 3)
-        self._judged = np.full(_LONGEST + 1, _GUESS)
+        self._n_right = _GUESS * length / (length + 3)
+        self._n_judged = np.full(_LONGEST + 1, _GUESS)
         self._worth = _WORTH_IN_SAMPLES if sampled else _WORTH
         self._length, self._proposed = 0, self._ids[:0]
         self.add(prompt)
@@ -57,10 +57,10 @@ class Lookup:
         judged = zip(count(self._length), self._proposed, tokens, strict=False)
         for length, proposed, token in judged:
             length = min(length, _LONGEST)
-            self._judged[length] += 1
+            self._n_judged[length] += 1
             if proposed != token:
                 break
-            self._right[length] += 1
+            self._n_right[length] += 1
         end = self._n + len(tokens)
         if end > len(self._ids):
             self._ids = np.concatenate([self._ids[: self._n], np.empty(end, np.int64)])
@@ -73,7 +73,7 @@ class Lookup:
     def drafts(self, most: int) -> list[int]:
         """The tokens that are proposed to follow, up to ``most``."""
         lengths = np.minimum(self._length + np.arange(len(self._proposed)), _LONGEST)
-        shares = self._right[lengths] / self._judged[lengths]
+        shares = self._n_right[lengths] / self._n_judged[lengths]
         worth = sum(all_right >= self._worth for all_right in accumulate(shares[:most], mul))
         return self._proposed[:worth].tolist()
 
@@ -106,13 +106,13 @@ def lookups_alone(prompts: Sequence[Prompt], generations: Sequence[Generation]) 
         ids = generation.token_ids
         text = Lookup(list(map(int, prompt)))
         text.add(ids[:1])  # by the prompt's pass
-        at = 1
-        while at < len(ids):
-            drafts = text.drafts(min(8, len(ids) - at - 1))
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(drafts, ids[at:], strict=False))
-            end = at + len(list(same)) + 1
-            text.add(ids[at:end])
-            passes, at = passes + 1, end
+        position = 1
+        while position < len(ids):
+            drafts = text.drafts(min(8, len(ids) - position - 1))
+            pairs = zip(drafts, ids[position:], strict=False)
+            end = position + 1 + len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            text.add(ids[position:end])
+            passes, position = passes + 1, end
         tokens += len(ids) - 1
     # fp32, the precision that loggers store.
     return {"lookup_tokens_per_step": float(np.float32(tokens / passes))} if passes else {}
@@ -148,21 +148,21 @@ class Lookups:
         if len(sequences) > 1 and not many:
             return [[] for _ in sequences]
         return [
-            self._of(sequence).drafts(min(room, self._most))
+            self._lookup_of(sequence).drafts(min(room, self._most))
             if sequence.request.draft_depth != 0
             and (sequence.request.greedy or self._slots == 1 or many)
             else []
             for sequence, room in zip(sequences, rooms, strict=True)
         ]
 
-    def _of(self, sequence: TextSequence) -> Lookup:
+    def _lookup_of(self, sequence: TextSequence) -> Lookup:
         """The lookup of a sequence, with all its tokens so far."""
         request, ids = sequence.request, sequence.token_ids
-        text, known = self._texts.get(sequence) or (
+        text, n_known = self._texts.get(sequence) or (
             Lookup(list(request.prompt), sampled=not request.greedy),
             0,
         )
-        text.add(ids[known:])
+        text.add(ids[n_known:])
         self._texts[sequence] = text, len(ids)
         return text
 

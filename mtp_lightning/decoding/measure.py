@@ -139,9 +139,9 @@ def intervals(generations: Sequence[Generation]) -> dict[str, float]:
     values = {}
     for name, (above_N, below_N) in rate_counts(generations).items():
         above_R, below_R = above_N[drawn_RN].sum(1), below_N[drawn_RN].sum(1)
-        there_R = below_R > 0
-        if there_R.any():
-            bounds = np.percentile(above_R[there_R] / below_R[there_R], (2.5, 97.5))
+        counted_R = below_R > 0
+        if counted_R.any():
+            bounds = np.percentile(above_R[counted_R] / below_R[counted_R], (2.5, 97.5))
             values[f"{name}_low"], values[f"{name}_high"] = bounds.astype("float32").tolist()
     return values
 
@@ -173,9 +173,9 @@ def acceptance(
     plain = generate(model, prompts, options.plain(), tokenizer=tokenizer)
     drafted = generate(model, prompts, options, tokenizer=tokenizer)
     require_same_greedy(model, prompts, plain, drafted)
-    setting = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
-    alone = lookups_alone(prompts, plain)
-    return {**rates(drafted), **intervals(drafted), **alone, **setting}, plain
+    sizes = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
+    lookup_values = lookups_alone(prompts, plain)
+    return {**rates(drafted), **intervals(drafted), **lookup_values, **sizes}, plain
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def teacher_forced_rates(
         generations: their greedy continuations.
     """
     depth = model.depth
-    reached, right = torch.zeros(depth), torch.zeros(depth)
+    n_reached, n_right = torch.zeros(depth), torch.zeros(depth)
     for prompt, generation in zip(prompts, generations, strict=True):
         text = torch.tensor([*map(int, prompt), *generation.token_ids])
         # Count the positions whose targets of all depths are in the text.
@@ -207,20 +207,20 @@ def teacher_forced_rates(
         padded = torch.cat((text, text.new_zeros(depth + 1))).unsqueeze(0)
         batch = WindowBatch(padded.to(model.head.weight.device), depth)
         hidden = model(batch)
-        still = torch.ones(end - first, dtype=torch.bool)
+        all_right_P = torch.ones(end - first, dtype=torch.bool)
         for k in range(1, depth + 1):
             before_P = batch.tokens[0, first + k : end + k]
             choice_P = model.draft_logits(k, hidden[k][0, first:end], before_P).argmax(-1).cpu()
-            reached[k - 1] += still.sum()
-            still &= choice_P == text[first + k + 1 : end + k + 1]
-            right[k - 1] += still.sum()
+            n_reached[k - 1] += all_right_P.sum()
+            all_right_P &= choice_P == text[first + k + 1 : end + k + 1]
+            n_right[k - 1] += all_right_P.sum()
     values = {
         f"agreement_position_{j}": float(a / n)
-        for j, (a, n) in enumerate(zip(right, reached, strict=True), start=1)
+        for j, (a, n) in enumerate(zip(n_right, n_reached, strict=True), start=1)
         if n
     }
-    if depth and reached[0]:
-        values["expected_tokens_per_step"] = 1 + float(right.sum() / reached[0])
+    if depth and n_reached[0]:
+        values["expected_tokens_per_step"] = 1 + float(n_right.sum() / n_reached[0])
     return values
 
 
@@ -362,22 +362,22 @@ def require_same_greedy(
 
 
 def _require_same(
-    model: MTPModel, prompt: list[int], expected: list[int], found: list[int]
+    model: MTPModel, prompt: list[int], expected: list[int], drafted: list[int]
 ) -> None:
-    if expected == found:
+    if expected == drafted:
         return
-    pairs = enumerate(zip(expected, found, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
-    if at < min(len(expected), len(found)):
+    shorter = min(len(expected), len(drafted))
+    i = next((i for i in range(shorter) if expected[i] != drafted[i]), shorter)
+    if i < shorter:
         # Read the text as in training; the padding only fills the window and is never read.
-        read = torch.tensor([prompt + expected[:at] + [0] * (model.depth + 1)])
+        tokens = torch.tensor([prompt + expected[:i] + [0] * (model.depth + 1)])
         with torch.inference_mode():
-            batch = WindowBatch(read.to(model.head.weight.device), model.depth)
+            batch = WindowBatch(tokens.to(model.head.weight.device), model.depth)
             logits = model.head(model(batch, ())[0][0, -1]).float()
-        if abs(float(logits[expected[at]] - logits[found[at]])) < _TIE:
+        if abs(float(logits[expected[i]] - logits[drafted[i]])) < _TIE:
             return
     raise RuntimeError(
-        f"Speculative greedy decoding differs from plain decoding at new token {at} after the "
-        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a "
+        f"Speculative greedy decoding differs from plain decoding at new token {i} after the "
+        f"prompt {prompt}: {expected[i : i + 4]} against {drafted[i : i + 4]}. This is a "
         "defect in the decoder: please report it with the checkpoint."
     )

@@ -210,27 +210,27 @@ class DecodingOptions(TextOptions):
                 f"compile=true decodes one prompt at a time: set batch_size=1, not {self.slots}."
             )
         for option, others in _NOT_TOGETHER.items():
-            asked = self._asked(option)
-            for other in filter(None, map(self._asked, others)) if asked else ():
-                raise not_together(str(asked), other)
-        if (verify := self._asked("verify")) and not (self.speculative or self.lookup):
+            setting = self._setting(option)
+            for other in filter(None, map(self._setting, others)) if setting else ():
+                raise not_together(str(setting), other)
+        if (verify := self._setting("verify")) and not (self.speculative or self.lookup):
             raise not_together(verify, "speculative=false")
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], **known: Any) -> Self:
+    def from_config(cls, cfg: Mapping[str, Any], **overrides: Any) -> Self:
         """The options that a config sets.
 
         Args:
             cfg: a composed config or a node of it; keys that are not options are ignored.
-            known: options that replace those of ``cfg``.
+            overrides: options that replace those of ``cfg``.
 
         Raises:
             UserError: see the class.
         """
-        given = {name: cfg[name] for name in (field.name for field in fields(cls)) if name in cfg}
-        if not isinstance(stop := given.get("stop", ()), str) and isinstance(stop, Iterable):
-            given["stop"] = tuple(map(str, stop))  # YAML reads digits as a number
-        return cls(**given | known)
+        values = {name: cfg[name] for name in (field.name for field in fields(cls)) if name in cfg}
+        if not isinstance(stop := values.get("stop", ()), str) and isinstance(stop, Iterable):
+            values["stop"] = tuple(map(str, stop))  # YAML reads digits as a number
+        return cls(**values | overrides)
 
     def request(self, prompt: Prompt, index: int = 0) -> Request:
         """A request for one text with these options."""
@@ -247,15 +247,15 @@ class DecodingOptions(TextOptions):
     def drafts_as_trained(self) -> bool:
         """Whether no option of drafting is set: drafts are then made as in training, and teacher
         forcing predicts their acceptance."""
-        return not any(map(self._asked, _DRAFTING))
+        return not any(map(self._setting, _DRAFTING))
 
     def plain(self, *, but_lookups: bool = False) -> Self:
         """The same options without drafts, or with none but those that are looked up."""
-        kept = ("lookup", "verify") if but_lookups and self.lookup else ()
-        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING if name not in kept}
+        keep = ("lookup", "verify") if but_lookups and self.lookup else ()
+        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING if name not in keep}
         return replace(self, speculative=False, **defaults)
 
-    def _asked(self, name: str) -> str | None:
+    def _setting(self, name: str) -> str | None:
         """``name=value`` as a user types it; None if the option has its default."""
         value = getattr(self, name)
         if value == getattr(DecodingOptions, name):  # a dataclass holds its defaults
@@ -270,10 +270,10 @@ class DecodingOptions(TextOptions):
         Raises:
             UserError: the model does not support these options.
         """
-        drafted = self._depth(model)
+        depth = self._depth(model)
         if self.draft_vocab is not None:
             self._check_vocabulary(self.draft_vocab, model)
-        if self.compile and model.mtp.one_cache and drafted:
+        if self.compile and model.mtp.one_cache and depth:
             raise UserError(
                 f"compile=true has passes for a cache per draft, and mtp={model.config.mtp.variant}"
                 " drafts in one cache: leave it out."
@@ -284,7 +284,7 @@ class DecodingOptions(TextOptions):
                 "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
                 "per_depth."
             )
-        return drafted
+        return depth
 
     def _depth(self, model: MTPModel) -> int:
         most, depth = model.mtp.max_draft_depth, self.draft_depth
@@ -292,13 +292,13 @@ class DecodingOptions(TextOptions):
             model.mtp.require_drafts()
             if most is not None and self.tree.depth > most:
                 raise UserError(
-                    f"{self._asked('tree')} drafts {self.tree.depth} tokens deep, but the model "
+                    f"{self._setting('tree')} drafts {self.tree.depth} tokens deep, but the model "
                     f"drafts {most}: give at most {most} numbers."
                 )
             vocab = model.config.trunk.vocab_size
             if max(self.tree.widths) > vocab:
                 raise UserError(
-                    f"{self._asked('tree')} has more candidates than the model has tokens, {vocab}."
+                    f"{self._setting('tree')} has more candidates than the model's {vocab} tokens."
                 )
             return self.tree.depth
         if not self.speculative:
@@ -336,6 +336,6 @@ def _values(options: Any, kind: type) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in fields(kind)}
 
 
-def not_together(asked: str, other: str) -> UserError:
+def not_together(setting: str, other: str) -> UserError:
     """The error for two settings of which only one may be given."""
-    return UserError(f"{asked} does not go together with {other}: leave one of them out.")
+    return UserError(f"{setting} does not go together with {other}: leave one of them out.")

@@ -54,27 +54,27 @@ def with_measured_depth(
         rows: the number of texts that are decoded together.
         setting: whatever else changes the speed, such as the precision.
     """
-    model, drafts = opened.model, options.draft_depth in (None, "auto")
-    able = options.speculative and not options.compile and options.tree is None
-    if not (drafts and able) or model.mtp.max_draft_depth == 0:
+    model, depth_is_open = opened.model, options.draft_depth in (None, "auto")
+    can_measure = options.speculative and not options.compile and options.tree is None
+    if not (depth_is_open and can_measure) or model.mtp.max_draft_depth == 0:
         return options
-    asked = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
-    known = {name: getattr(asked, name) for name in ("draft_vocab", "min_confidence", "cache")}
-    known |= {"verify": asked.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
+    probing = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
+    facts = {name: getattr(probing, name) for name in ("draft_vocab", "min_confidence", "cache")}
+    facts |= {"verify": probing.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
     device = model.head.weight.device
-    known |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
-    n = asked.max_draft(model)
-    folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(known))
-    measured = _kept(folder, n, lambda: measure(model, asked, _prompts(opened)))
+    facts |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
+    n = probing.max_draft(model)
+    folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(facts))
+    measured = _measured(folder, n, lambda: measure(model, probing, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)
 
 
 def _prompts(opened: OpenedModel) -> list[Prompt]:
     """Beginnings of texts; a token where the model reads no text."""
-    tokenizer, found = opened.tokenizer, []
+    tokenizer, prompts = opened.tokenizer, []
     with suppress(UserError):
-        found = [tokenizer.encode_prompt(text) for text in _BEGINNINGS]
-    return [ids[: max(1, opened.seq_len // 4)] for ids in found if len(ids)] or [[0]]
+        prompts = [tokenizer.encode_prompt(text) for text in _BEGINNINGS]
+    return [ids[: max(1, opened.seq_len // 4)] for ids in prompts if len(ids)] or [[0]]
 
 
 def measure(model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt]) -> Measured:
@@ -99,15 +99,15 @@ def _payoff(
     turns = _Turns(min(n_drafts, n_new - 2))
     plain: dict[str, Any] = {"top_k": None, "top_p": None, "stop": (), "eot_id": -1, "seed": 0}
     options = replace(options, max_new_tokens=n_new, temperature=temperature, **plain)
-    end, begun = time.perf_counter() + _SECONDS, 0
+    end, n_begun = time.perf_counter() + _SECONDS, 0
     with Engine(model, options, depths=turns) as engine:
         while not turns.enough(late=time.perf_counter() > end):
-            new = [(begun + i, prompts[(begun + i) % len(prompts)]) for i in range(engine.free)]
+            new = [(n_begun + i, prompts[(n_begun + i) % len(prompts)]) for i in range(engine.free)]
             engine.add([options.request(prompt, index) for index, prompt in new])
-            begun += len(new)
+            n_begun += len(new)
             engine.step()
-    found, missing = turns.payoff(), n_drafts - turns.max_draft
-    return Payoff(found.costs + found.costs[-1:] * missing, found.accepted + (0.0,) * missing)
+    payoff, missing = turns.payoff(), n_drafts - turns.max_draft
+    return Payoff(payoff.costs + payoff.costs[-1:] * missing, payoff.accepted + (0.0,) * missing)
 
 
 class _Turns(AutoDepth):
@@ -141,40 +141,40 @@ class _Turns(AutoDepth):
 
     def payoff(self) -> Payoff:
         """The result. A round with drafts includes all the work of a plain one."""
-        plain, *others = map(median, self._times)
-        costs = (1.0, *(max(seconds / plain, 1.0) for seconds in others))
+        plain, *drafted = map(median, self._times)
+        costs = (1.0, *(max(seconds / plain, 1.0) for seconds in drafted))
         return Payoff(costs, tuple(a / r if r else 0.0 for a, r in self._counts))
 
 
-def _kept(folder: Path, n: int, found: Callable[[], Measured]) -> Measured:
+def _measured(folder: Path, n: int, measure_now: Callable[[], Measured]) -> Measured:
     """The measurement stored in ``folder``; measured and stored if there is none."""
-    fresh: list[Measured] = []
-    failed: list[Exception] = []
+    measurements: list[Measured] = []
+    errors: list[Exception] = []
 
     def build(target: Path) -> None:
         try:
-            fresh.append(found())
+            measurements.append(measure_now())
         except Exception as error:
-            failed.append(error)
+            errors.append(error)
             raise
-        (target / _FILE).write_text(json.dumps(asdict(fresh[0])), "utf-8")
+        (target / _FILE).write_text(json.dumps(asdict(measurements[0])), "utf-8")
 
     try:
         build_once(folder, build)
-        measured = fresh[0] if fresh else _read(folder / _FILE, n)
+        measured = measurements[0] if measurements else _read_stored(folder / _FILE, n)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        if failed:  # not the folder's error
+        if errors:  # not the folder's error
             raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
-        measured = fresh[0] if fresh else found()
-        fresh = [measured]
-    if fresh and sys.stderr.isatty():
-        print(told(measured), file=sys.stderr)
+        measured = measurements[0] if measurements else measure_now()
+        measurements = [measured]
+    if measurements and sys.stderr.isatty():
+        print(description(measured), file=sys.stderr)
     return measured
 
 
-def _read(file: Path, n: int) -> Measured:
+def _read_stored(file: Path, n: int) -> Measured:
     """A stored measurement of 0 to ``n`` drafts.
 
     Raises:
@@ -193,7 +193,7 @@ def _checked(stored: Any, n: int) -> Payoff:
     return Payoff(costs, accepted)
 
 
-def told(measured: Measured) -> str:
+def description(measured: Measured) -> str:
     """A sentence about a measurement, for people."""
     greedy, samples = _fastest(measured.greedy), _fastest(measured.sampled)
     return (

@@ -46,10 +46,10 @@ def check_precision(
         UserError: a precision is unknown, or rounded weights would not be faster here.
     """
     require_choice("activations", activations, ACTIVATIONS)
-    given = {"precision": precision, "activations": activations}
+    settings = {"precision": precision, "activations": activations}
     if heads is not None:
-        given["head_precision"] = heads
-    for key, value in given.items():
+        settings["head_precision"] = heads
+    for key, value in settings.items():
         if require_choice(key, value, PRECISIONS) == "fp32":
             continue
         if compile:
@@ -128,12 +128,12 @@ def round_weights(model: nn.Module, precision: str, *, but: nn.Module | None = N
     """
     if precision == "fp32":
         return
-    eight = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
-    left = {id(parameter) for parameter in but.parameters()} if but is not None else set()
+    eight_bit = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
+    excluded = {id(parameter) for parameter in but.parameters()} if but is not None else set()
     for parameter in model.parameters():
-        if parameter.dim() > 1 and id(parameter) not in left:
-            kept = precision == "int4" and id(parameter) in eight
-            parameter.copy_(_ROUNDED["int8" if kept else precision](parameter))
+        if parameter.dim() > 1 and id(parameter) not in excluded:
+            in_bytes = precision == "int4" and id(parameter) in eight_bit
+            parameter.copy_(_ROUNDED["int8" if in_bytes else precision](parameter))
 
 
 def _rounded_to_bytes(weight: Tensor) -> Tensor:

@@ -55,14 +55,14 @@ class LoadedProgram:
     def bind(self, function: nn.Module) -> None:
         """Use the weights of ``function``: the compiled module, or one of the same structure."""
         tensors = dict(_weights(function))
-        bound = [tensors[name] for name in self._names]
-        same = len(bound) == len(self._bound) and all(
-            a.data_ptr() == b.data_ptr() for a, b in zip(bound, self._bound, strict=True)
+        weights = [tensors[name] for name in self._names]
+        is_bound = len(weights) == len(self._bound) and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(weights, self._bound, strict=True)
         )
-        if not same:
-            named = dict(zip(self._names, bound, strict=True))
-            self._loader.load_constants(named, False, True, True)
-        self._bound = bound  # keeps the tensors alive while the program uses their memory
+        if not is_bound:
+            constants = dict(zip(self._names, weights, strict=True))
+            self._loader.load_constants(constants, False, True, True)
+        self._bound = weights  # keeps the tensors alive while the program uses their memory
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         return self._loader.boxed_run(list(inputs))
@@ -94,9 +94,9 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
             log.info("%s is damaged; building it again: %s", folder, str(error).partition("\n")[0])
             shutil.rmtree(folder)
             _loaded[key] = LoadedProgram(_built(folder, function, inputs))
-    found = _loaded[key]
-    found.bind(function)
-    return found
+    loaded = _loaded[key]
+    loaded.bind(function)
+    return loaded
 
 
 def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:
@@ -162,17 +162,17 @@ def _machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return "\n".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *told))
+    facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return "\n".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *facts))
 
 
 @functools.cache
 def _source(classes: frozenset[type[Any]]) -> str:
     """A digest of the project's own passes and of the files that define other classes."""
     files = {file for name in _SOURCES for file in _python(_PACKAGE / name)}
-    for found in classes:
-        if not found.__module__.startswith("torch."):
-            source = inspect.getsourcefile(found)
+    for kind in classes:
+        if not kind.__module__.startswith("torch."):
+            source = inspect.getsourcefile(kind)
             if source is not None:
                 files.add(Path(source))
     digest = hashlib.sha256()

@@ -97,8 +97,8 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     above, equal = probs > least, probs == least
     # Among the tokens equal to the last one, keep the lowest ids.
     equal &= equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)
-    kept = torch.where(above | equal, probs, 0.0)
-    return kept / kept.sum(dim=-1, keepdim=True)
+    kept_probs = torch.where(above | equal, probs, 0.0)
+    return kept_probs / kept_probs.sum(dim=-1, keepdim=True)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.double().cumsum(dim=-1)
     # The last entry is exactly the total, so no draw can lie beyond it.
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
-    found = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
-    return found.clamp_(max=probs.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
+    return tokens.clamp_(max=probs.shape[-1] - 1)
 
 
 def certain(tokens: Tensor, n_tokens: int) -> Tensor:
@@ -170,26 +170,26 @@ class Noise:
     def join(self, streams: Sequence[tuple[int, int, int]]) -> Tensor:
         """Append rows, by seed, index and number of drafts; returns their numbers of a first
         round."""
-        joined = []
+        new_rows = []
         for seed, index, drafts in streams:
             # Spread out, so that no two small pairs (seed, index) share a stream. The generator
             # takes a seed of 32 bits.
             number = (seed * 1_000_003 + index * 2_654_435_761) % 2**32
-            own = torch.arange(drafts)
-            places = torch.cat((own, own + self._most, torch.tensor([2 * self._most])))
-            joined.append((torch.Generator().manual_seed(number), places))
-        self._rows += joined
-        return self._draw(joined)
+            first = torch.arange(drafts)
+            places = torch.cat((first, first + self._most, torch.tensor([2 * self._most])))
+            new_rows.append((torch.Generator().manual_seed(number), places))
+        self._rows += new_rows
+        return self._draw(new_rows)
 
     def next(self) -> Tensor:
         """The numbers of every row for the next round, [B, 2 * most + 1] fp64."""
         return self._draw(self._rows)
 
     def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> Tensor:
-        drawn = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
-        for row, (generator, places) in zip(drawn, rows, strict=True):
+        numbers = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
+        for row, (generator, places) in zip(numbers, rows, strict=True):
             row[places] = torch.rand(len(places), generator=generator, dtype=torch.float64)
-        return drawn.to(self._device)
+        return numbers.to(self._device)
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""

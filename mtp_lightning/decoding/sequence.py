@@ -193,15 +193,14 @@ class TextSequence:
         self.logprobs: list[LogProb] = []
         self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
-        own = request.eot_id
         # The ids that end the text, which have no text.
-        self.ends: Sequence[int] = () if own is None else (own,)
-        if own is None and tokenizer is not None:
+        self.ends: Sequence[int] = () if request.eot_id is None else (request.eot_id,)
+        if request.eot_id is None and tokenizer is not None:
             self.ends = tokenizer.end_ids
         self._tokenizer = tokenizer
         self._began = time.perf_counter()
         self._seconds = 0.0
-        self._shown = 0
+        self._n_returned = 0
         # The characters that each token completes, for the first tokens, and the whole text of a
         # request with stop strings.
         self._pieces: list[str] = []
@@ -228,19 +227,19 @@ class TextSequence:
             logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
         """
         before, looked_up = len(self.token_ids), result.looked_up
-        kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
+        n_kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
         self._passes += 1
-        made = result.accepted + len(result.rejected)
-        self._drafted += made
-        at = before + result.accepted
-        self.rejected += [Rejected(at, *draft, looked_up) for draft in result.rejected]
+        n_drafts = result.accepted + len(result.rejected)
+        self._drafted += n_drafts
+        position = before + result.accepted
+        self.rejected += [Rejected(position, *draft, looked_up) for draft in result.rejected]
         if looked_up:
-            self._lookups += made
-            return kept
-        for j in range(min(result.reached, kept)):
+            self._lookups += n_drafts
+            return n_kept
+        for j in range(min(result.reached, n_kept)):
             self._reached[j] += 1
             self._accepted[j] += j < result.accepted
-        return kept
+        return n_kept
 
     def extend(
         self,
@@ -272,7 +271,7 @@ class TextSequence:
             self._seconds = time.perf_counter() - self._began
         return len(self.token_ids) - before
 
-    def _read(self, end: int) -> None:
+    def _detokenize(self, end: int) -> None:
         """Turn the first ``end`` tokens into text."""
         new = self.token_ids[len(self._pieces) : end]
         if self._detokenizer is None:
@@ -284,10 +283,10 @@ class TextSequence:
         """If a new token completes a stop string, drop the tokens after it and the characters from
         the stop string on."""
         for end in range(before + 1, len(self.token_ids) + 1):
-            self._read(end)
+            self._detokenize(end)
             searched = max(0, len(self._text) + 1 - self._longest_stop)
             self._text += self._pieces[-1]
-            places = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
+            places = [i for s in self.request.stop if (i := self._text.find(s, searched)) >= 0]
             if places:
                 del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
                 self._text = self._text[: min(places)]
@@ -303,9 +302,9 @@ class TextSequence:
         """The tokens since the last call that certainly belong to the text. Tokens that could begin
         a stop string are held back. If a stop string was found, the last token returned is the last
         one with characters before it, and its piece ends there."""
-        start, end = self._shown, max(self._shown, self._known_end())
-        self._shown = end
-        self._read(end)
+        start, end = self._n_returned, max(self._n_returned, self._known_end())
+        self._n_returned = end
+        self._detokenize(end)
         rejected: list[list[Rejected]] = [[] for _ in range(start, end)]
         for draft in self.rejected[bisect_left(self.rejected, start, key=attrgetter("at")) :]:
             if draft.at < end:
@@ -361,8 +360,8 @@ class TextSequence:
 
 
 def _logprobs(logits_TV: Tensor, tokens: list[int], n_top: int) -> list[LogProb]:
-    log_probs_TV = logits_TV[: len(tokens)].float().log_softmax(-1)
-    own_T = log_probs_TV.gather(1, torch.tensor(tokens, device=logits_TV.device).unsqueeze(1))[:, 0]
-    top = log_probs_TV.topk(min(n_top, log_probs_TV.shape[1]), dim=-1)
-    rows = zip(tokens, own_T.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-    return [LogProb(t, own, list(zip(ids, p, strict=True))) for t, own, ids, p in rows]
+    log_p_TV = logits_TV[: len(tokens)].float().log_softmax(-1)
+    log_p_T = log_p_TV.gather(1, torch.tensor(tokens, device=logits_TV.device).unsqueeze(1))[:, 0]
+    top = log_p_TV.topk(min(n_top, log_p_TV.shape[1]), dim=-1)
+    rows = zip(tokens, log_p_T.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [LogProb(t, log_p, list(zip(ids, p, strict=True))) for t, log_p, ids, p in rows]

@@ -94,10 +94,10 @@ class Session:
         tables = self._tables = self._tables_for(capacity)
         self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
         self._one_cache = one_cache or stack.one_cache
-        kept = min(max_draft, 1) if self._one_cache else max_draft
+        n_caches = min(max_draft, 1) if self._one_cache else max_draft
         blocks = stack.cached_blocks
         self.depth_caches: Sequence[KVCache] = [
-            self._cache(tables, blocks, slots) for _ in range(kept)
+            self._cache(tables, blocks, slots) for _ in range(n_caches)
         ]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
@@ -105,7 +105,7 @@ class Session:
         widths = [branch, *[stack.state_width(trunk.d_model)] * max_draft]
         self._states = [
             torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
-            for width in widths[:kept]
+            for width in widths[:n_caches]
         ]
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not stack.appended
@@ -191,8 +191,8 @@ class Session:
         self._resize()
         newest = []
         for part in read_together(lengths, self.tokens_BS.device):
-            read = slice(rows.start + part.start, rows.start + part.stop)
-            hidden = self._read_anew(read, lengths[part])
+            slots = slice(rows.start + part.start, rows.start + part.stop)
+            hidden = self._read_anew(slots, lengths[part])
             index = torch.tensor(lengths[part], device=hidden.device) - 1
             newest.append(hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])))
         return self.model.head(torch.cat(newest))[:, 0]
@@ -215,8 +215,8 @@ class Session:
         cache, width = self.trunk_cache, n_drafts + 1
         if self._fused_trunk is not None and width <= MAX_VERIFY_WIDTH:
             cache.open(self.n, width)
-            kept = self.states[0] if self._trunk_gives_branch else None
-            return self._fused_trunk(cache, self.tokens_BS, kept)
+            branch_states = self.states[0] if self._trunk_gives_branch else None
+            return self._fused_trunk(cache, self.tokens_BS, branch_states)
         return self.model.head(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
 
     def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
@@ -260,7 +260,7 @@ class Session:
         # The newest position is always computed, for its logits. (A row that has slid to its
         # pending token alone has no such position; its draft is arbitrary.)
         ends = [max(n, 1) for n in self.n]
-        starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
+        starts = [min(n, end - 1) for n, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
         # Rows with few new positions start earlier, so that none writes beyond the buffer.
         last = self._tables.capacity - self._widest - width
@@ -274,8 +274,8 @@ class Session:
         hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
-        at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
-        return hidden.gather(1, at.expand(-1, 1, hidden.shape[-1])), None
+        index_B11 = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
+        return hidden.gather(1, index_B11.expand(-1, 1, hidden.shape[-1])), None
 
     def _next(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
@@ -306,29 +306,29 @@ class Session:
         open are read by the next :meth:`draft`.
         """
         filled, cache = self.filled[k], self.depth_caches[k - 1]
-        usual = k + self.most_drafts + 1  # most open positions of a row that drafted last round
-        if max(map(sub, self.n, filled)) <= usual:
+        allowance = k + self.most_drafts + 1  # most open positions of a row that drafted last round
+        if max(map(sub, self.n, filled)) <= allowance:
             return
-        late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
-        known = [n - k for n in self.n]
+        late = [n - n_filled > allowance for n, n_filled in zip(self.n, filled, strict=True)]
+        ends = [n - k for n in self.n]
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:
                 continue
             group = list(places)
-            lengths = [known[row] - filled[row] for row in group]
+            lengths = [ends[row] - filled[row] for row in group]
             for part in read_together(lengths, self.tokens_BS.device):
                 rows = slice(group[0] + part.start, group[0] + part.stop)
                 width = max(lengths[part])
                 # Rows with less to read start earlier, so that none reads beyond its tokens.
-                starts = [max(end - width, 0) for end in known[rows]]
+                starts = [max(end - width, 0) for end in ends[rows]]
                 self._depth(k, width, cache.rows(rows), rows, starts)
-                cache.lengths[rows] = filled[rows] = known[rows]
+                cache.lengths[rows] = filled[rows] = ends[rows]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         ctx, runs = ForwardContext.of_cache(cache, starts, width), cache.runs
         first = self._stack.reads(k).start
-        read = runs if first == k else Runs(self._tables, starts, width + k - first)
-        tokens = read.read(self.tokens_BS[rows], first)
+        token_runs = runs if first == k else Runs(self._tables, starts, width + k - first)
+        tokens = token_runs.read(self.tokens_BS[rows], first)
         branch = runs.read(self.states[0][rows])
         previous = branch if k == 1 else runs.read(self.states[k - 1][rows])
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx)
@@ -382,14 +382,11 @@ class Session:
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
-            n = self.n[last]
             self._tokens[row] = self._tokens[last]
             # Copy as many states as the trunk or the depth has read.
-            for states, held in zip(
-                self._states, (n, *(f[last] for f in self.filled[1:])), strict=False
-            ):
-                if held:
-                    states[row, :held] = states[last, :held]
+            lengths = (self.n[last], *(filled[last] for filled in self.filled[1:]))
+            for states, n in zip(self._states, lengths, strict=False):
+                states[row, :n] = states[last, :n]
         for column in (self.n, *self.filled):
             column[row] = column[last]
             column.pop()

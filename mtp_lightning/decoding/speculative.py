@@ -177,14 +177,14 @@ class Decoder:
         if any(looked_up):
             drafts = self._replaced(drafts, looked_up, caps)
         if noise_BR is None:
-            done = self._greedy(drafts, caps)
+            result = self._greedy(drafts, caps)
         else:
-            done = self._sample(drafts, caps, noise_BR)
-        self.session.accept(done.accepted)
+            result = self._sample(drafts, caps, noise_BR)
+        self.session.accept(result.accepted)
         if any(looked_up):
-            rows = zip(done.rows, looked_up, strict=True)
-            done = done._replace(rows=[row._replace(looked_up=bool(own)) for row, own in rows])
-        return done
+            rows = zip(result.rows, looked_up, strict=True)
+            result = result._replace(rows=[row._replace(looked_up=bool(ids)) for row, ids in rows])
+        return result
 
     def _drafts(self, n_drafts: int, noise_BR: Tensor | None) -> Iterator[Draft]:
         """The modules' drafts, greedy without random numbers; they end when no row is confident
@@ -218,34 +218,34 @@ class Decoder:
         """
         most = max(map(len, looked_up))
         # After a row's own drafts any token will do: it is not accepted.
-        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in looked_up]
-        own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
+        padded = [[*ids, *[0] * (most - len(ids))] if ids else [-1] * most for ids in looked_up]
+        ids_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
         k = 0
         for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
-            own_B = own_BM[:, min(k, most) - 1]
-            token_B = torch.where(own_B < 0, token_B, own_B)
+            ids_B = ids_BM[:, min(k, most) - 1]
+            token_B = torch.where(ids_B < 0, token_B, ids_B)
             if q_BV is not None:
-                own_BV = certain(token_B, self._vocab)
-                q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-            yield Draft(token_B, q_BV, None if confident_B is None else confident_B | (own_B >= 0))
-        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, looked_up, strict=True)]
-        for own_B in own_BM.unbind(1)[k:]:
-            yield Draft(own_B.clamp(min=0))
+                certain_BV = certain(token_B, self._vocab)
+                q_BV = torch.where(ids_B.unsqueeze(1) < 0, q_BV, certain_BV)
+            yield Draft(token_B, q_BV, None if confident_B is None else confident_B | (ids_B >= 0))
+        caps[:] = [cap if ids else min(cap, k) for cap, ids in zip(caps, looked_up, strict=True)]
+        for ids_B in ids_BM.unbind(1)[k:]:
+            yield Draft(ids_B.clamp(min=0))
 
-    def _greedy(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
+    def _greedy(self, drafts: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session
-        drafts = []
-        for k, (token_B, *_) in enumerate(made, start=1):
-            drafts.append(token_B.unsqueeze(1))
-            session.put(drafts[-1], k)
-        n_drafts = len(drafts)
+        columns = []
+        for k, (token_B, *_) in enumerate(drafts, start=1):
+            columns.append(token_B.unsqueeze(1))
+            session.put(columns[-1], k)
+        n_drafts = len(columns)
         logits_BTV = session.verify(n_drafts)
         choice_BT = logits_BTV.argmax(dim=-1)
         # Up to the first mismatch the choices equal the drafts, and the next choice is the new
         # pending token: write them all before counting how many are accepted.
         session.put(choice_BT, 1)
         # The round's only device-to-host synchronization.
-        host = torch.cat((*drafts, choice_BT), dim=1).tolist()
+        host = torch.cat((*columns, choice_BT), dim=1).tolist()
         rows = []
         for row, cap in zip(host, caps, strict=True):
             draft, choice = row[: min(n_drafts, cap)], row[n_drafts:]
@@ -255,17 +255,17 @@ class Decoder:
             rows.append(RowResult.of_chain(choice[: a + 1], a, draft))
         return Round(rows, logits_BTV)
 
-    def _sample(self, made: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
+    def _sample(self, drafts: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
         limit_B = torch.full((len(caps),), self._most, device=noise_BR.device)
-        drafts, proposals = [], []
-        for k, (token_B, q_BV, confident_B) in enumerate(made, start=1):
-            drafts.append(token_B.unsqueeze(1))
+        columns, proposals = [], []
+        for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
+            columns.append(token_B.unsqueeze(1))
             proposals.append(certain(token_B, self._vocab) if q_BV is None else q_BV)
-            session.put(drafts[-1], k)
+            session.put(columns[-1], k)
             if confident_B is not None:
                 limit_B = torch.where(confident_B, limit_B, limit_B.clamp(max=k - 1))
-        n_drafts = len(drafts)
+        n_drafts = len(columns)
         # Only now: looked-up drafts lower the caps while they are made.
         limit_B = limit_B.minimum(torch.tensor(caps, device=limit_B.device)).clamp(max=n_drafts)
         logits_BTV = session.verify(n_drafts)
@@ -274,7 +274,7 @@ class Decoder:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
-        draft_BM = torch.cat(drafts, dim=1)
+        draft_BM = torch.cat(columns, dim=1)
         q_BMV = torch.stack(proposals, dim=1)
         # The numbers that decide over acceptance come after those that the drafts are drawn by.
         accept_BM = noise_BR[:, self._most : self._most + n_drafts]

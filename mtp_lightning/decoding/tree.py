@@ -31,16 +31,16 @@ class Tree:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        shown = list(self.widths) if isinstance(self.widths, Sequence) else []
-        if not shown or not all(is_whole(width) and width >= 1 for width in shown):
+        widths = list(self.widths) if isinstance(self.widths, Sequence) else []
+        if not widths or not all(is_whole(width) and width >= 1 for width in widths):
             raise UserError(
-                f"tree={shown or self.widths} must be a list of whole numbers of at least 1, as "
+                f"tree={widths or self.widths} must be a list of whole numbers of at least 1, as "
                 "[3,2]."
             )
-        object.__setattr__(self, "widths", tuple(shown))
+        object.__setattr__(self, "widths", tuple(widths))
         if len(self) >= MAX_VERIFY_WIDTH:
             raise UserError(
-                f"tree={shown} drafts {len(self)} tokens a round: use one of at most "
+                f"tree={widths} drafts {len(self)} tokens a round: use one of at most "
                 f"{MAX_VERIFY_WIDTH - 1}, as a pass of more than {MAX_VERIFY_WIDTH} tokens would "
                 "not give plain decoding's text."
             )

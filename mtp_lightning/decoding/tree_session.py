@@ -78,25 +78,25 @@ class TreeSession(Session):
         self._append(k)
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
-        known = [n - k + 1 for n in self.n]
-        caught_up = max((known[row] - self.filled[k][row] for row in long), default=1)
+        ends = [n - k + 1 for n in self.n]
+        caught_up = max((ends[row] - self.filled[k][row] for row in long), default=1)
         caught_up = max(caught_up, 1)
         # A short row reads from position 0, and its drafts are not verified.
         starts = [
-            0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(known)
+            0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(ends)
         ]
         cache = self.depth_caches[k - 1]
         ctx = ForwardContext.of_tree(cache, starts, self._branches(k - 1, caught_up))
         n_B1 = torch.tensor(self.n, device=self.tokens_BS.device).unsqueeze(1)
 
-        def read(buffer: Tensor, what: str, j: int = 0) -> Tensor:
-            column_BT = (n_B1 + self._columns(what, k, caught_up, j)).clamp_(min=0)
+        def take(buffer: Tensor, kind: str, j: int = 0) -> Tensor:
+            column_BT = (n_B1 + self._columns(kind, k, caught_up, j)).clamp_(min=0)
             return along(buffer, column_BT)
 
         first = self._stack.reads(k).start
-        tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
-        branch = read(self.states[0], "positions")
-        previous = branch if k == 1 else read(self.states[k - 1], "before")
+        tokens = torch.cat([take(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
+        branch = take(self.states[0], "positions")
+        previous = branch if k == 1 else take(self.states[k - 1], "before")
         width = caught_up + nodes.stop - 1
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx, tokens_apart=width)
         if k < len(self.states):
@@ -132,7 +132,7 @@ class TreeSession(Session):
         # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
         branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
         cache = self.depth_caches[0]
-        starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
+        starts = [min(n, length) for n, length in zip(self.n, cache.lengths, strict=True)]
         ctx = ForwardContext.of_tree(cache, starts, branches)
         before = self._outputs[:, parents]
         tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
@@ -153,9 +153,9 @@ class TreeSession(Session):
         """
         self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
-            read = self.trunk_cache.runs.read(self.states[0])
+            tree_states = self.trunk_cache.runs.read(self.states[0])
             runs = Runs(self._tables, self.n, path_BE.shape[1])
-            runs.write(self.states[0], along(read, path_BE))
+            runs.write(self.states[0], along(tree_states, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self._stack.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.
@@ -172,18 +172,18 @@ class TreeSession(Session):
         parents += [caught_up - 1 + parent for parent in self.tree.parents(depth)[1:]]
         return Branches(parents, self.tokens_BS.device)
 
-    def _columns_of(self, what: str, k: int, caught_up: int, j: int) -> Tensor:
+    def _columns_of(self, kind: str, k: int, caught_up: int, j: int) -> Tensor:
         """Columns [T], relative to position n, that the tokens of depth ``k``'s pass read.
 
-        ``what`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
+        ``kind`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
         ``tokens`` (the token ``j`` positions ahead; ``j`` is 0 for states).
         """
         parents = self.tree.parents(k - 1)
         columns = [place - k + j for place in range(1 - caught_up, 1)]
         for depth in range(1, k):
             for node in self.tree.level(depth):
-                token = ancestor(parents, node, k - j) if what == "tokens" else None
-                if what == "before":
+                token = ancestor(parents, node, k - j) if kind == "tokens" else None
+                if kind == "before":
                     columns.append(parents[node] - (k - 1))
                 else:
                     columns.append(depth - k + j if token is None else token)

@@ -61,18 +61,18 @@ class TreeDecoder(Decoder):
             path = [0]
             while len(path) <= limit:
                 children = tree.children(path[-1], len(path) - 1)
-                right = [node for node in children if draft[node] == choice[path[-1]]]
-                if not right:
+                matches = [node for node in children if draft[node] == choice[path[-1]]]
+                if not matches:
                     break
-                path.append(right[0])
+                path.append(matches[0])
             paths.append(path)
             results.append(_result(tree, [choice[node] for node in path], path, draft, limit))
         pad = tree.depth + 1
         device = logits_BTV.device
         path_BE = torch.tensor([p + [0] * (pad - len(p)) for p in paths], device=device)
-        tokens = [of.tokens + [0] * (pad - len(of.tokens)) for of in results]
+        tokens = [result.tokens + [0] * (pad - len(result.tokens)) for result in results]
         session.put(torch.tensor(tokens, device=device), 1)
-        session.accept_path(path_BE, [of.accepted for of in results])
+        session.accept_path(path_BE, [result.accepted for result in results])
         return Round(results, along(logits_BTV, path_BE))
 
     def _sample_tree(self, limits: list[int]) -> Round:
@@ -105,9 +105,9 @@ class TreeDecoder(Decoder):
         results, width = [], tree.depth + 1
         for (accepted, *row), limit in zip(host, limits, strict=True):
             tokens, path, draft = row[:width], row[width : 2 * width], [-1, *row[2 * width :]]
-            kept = slice(accepted + 1)
-            results.append(_result(tree, tokens[kept], path[kept], draft, limit))
-        session.accept_path(path_BE, [of.accepted for of in results])
+            valid = slice(accepted + 1)
+            results.append(_result(tree, tokens[valid], path[valid], draft, limit))
+        session.accept_path(path_BE, [result.accepted for result in results])
         return Round(results, along(logits_BTV, path_BE))
 
 
@@ -124,9 +124,9 @@ def _result(
         limit: the deepest level that could be accepted.
     """
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
-    left = {node: depth for depth, node in levels if node not in path}
-    number, parents = {node: i for i, node in enumerate(left)}, tree.parents()
-    rejected = [(depth, draft[node], number.get(parents[node])) for node, depth in left.items()]
+    depths = {node: depth for depth, node in levels if node not in path}
+    index, parents = {node: i for i, node in enumerate(depths)}, tree.parents()
+    rejected = [(depth, draft[node], index.get(parents[node])) for node, depth in depths.items()]
     return RowResult(tokens, len(path) - 1, min(len(path), limit), rejected)
 
 
@@ -141,15 +141,15 @@ def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, 
         The candidates [B, P, W] in the order of drawing, and the distribution that each was drawn
         from, [B, P, W, V]: all zeros if no token was left.
     """
-    left_BPV = q_BPV
+    rest_BPV = q_BPV
     drafts, proposals = [], []
     for j in range(noise_BPW.shape[-1]):
-        total_BP1 = left_BPV.sum(dim=-1, keepdim=True)
-        left_BPV = left_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
-        draft_BP = draw(left_BPV, noise_BPW[..., j])
+        total_BP1 = rest_BPV.sum(dim=-1, keepdim=True)
+        rest_BPV = rest_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
+        draft_BP = draw(rest_BPV, noise_BPW[..., j])
         drafts.append(draft_BP)
-        proposals.append(left_BPV)
-        left_BPV = left_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
+        proposals.append(rest_BPV)
+        rest_BPV = rest_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
     return torch.stack(drafts, dim=-1), torch.stack(proposals, dim=-2)
 
 
@@ -182,7 +182,7 @@ def accept_path_or_resample(
     for depth, q_BPWV in enumerate(proposals):
         place_B = (node_B - tree.level(depth).start).clamp(min=0)
         open_B = (accepted_B == depth) & (limit_B > depth)
-        went_B = torch.zeros_like(open_B)
+        advanced_B = torch.zeros_like(open_B)
         for j in range(q_BPWV.shape[2]):
             child_B = tree.level(depth + 1).start + place_B * q_BPWV.shape[2] + j
             token_B = draft_BN[rows, child_B - 1]
@@ -192,17 +192,17 @@ def accept_path_or_resample(
             judged_B = open_B & (q_B > 0)
             ok_B = judged_B & (accept_noise_BN[rows, child_B - 1] * q_B < p_B)
             node_B = torch.where(ok_B, child_B, node_B)
-            went_B |= ok_B
+            advanced_B |= ok_B
             open_B = open_B & ~ok_B
             rest_BV = (p_BV - q_BV).clamp(min=0)
             total_B1 = rest_BV.sum(dim=-1, keepdim=True)
             # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
             p_BV = torch.where(rejected_B1, rest_BV / total_B1.clamp(min=1e-45), p_BV)
-        accepted_B = accepted_B + went_B
+        accepted_B = accepted_B + advanced_B
         path.append(node_B)
         tokens.append(draft_BN[rows, (node_B - 1).clamp(min=0)])
-        p_BV = torch.where(went_B.unsqueeze(1), p_BTV[rows, node_B], p_BV)
+        p_BV = torch.where(advanced_B.unsqueeze(1), p_BTV[rows, node_B], p_BV)
     final_B1 = draw(p_BV, final_noise_B).unsqueeze(1)
     tokens_BE = torch.cat((torch.stack(tokens, dim=1), final_B1), dim=1)
     tokens_BE = tokens_BE.scatter(1, accepted_B.unsqueeze(1), final_B1)

@@ -52,7 +52,7 @@ def accept_or_resample(
     Returns:
         Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
     """
-    p_draft_BM, q_draft_BM = of_drafts(p_BTV, q_BMV, draft_BM)
+    p_draft_BM, q_draft_BM = draft_probs(p_BTV, q_BMV, draft_BM)
     # u < p / q without the division: p = 0 never accepts, p >= q always does.
     ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
     ok_BM &= torch.arange(draft_BM.shape[1], device=ok_BM.device) < limit_B.unsqueeze(1)
@@ -61,7 +61,7 @@ def accept_or_resample(
     return tokens_BT, accepted_B
 
 
-def of_drafts(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
+def draft_probs(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
     """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
     drawn from; arguments as :func:`accept_or_resample`."""
     index = draft_BM.unsqueeze(-1)
@@ -114,7 +114,7 @@ def accept_block(
     """Block verification. The arguments and the result are those of :func:`accept_or_resample`;
     draft number ``limit`` is the last one of its row."""
     n_drafts = draft_BM.shape[1]
-    p_draft_BM, q_draft_BM = (x.double() for x in of_drafts(p_BTV, q_BMV, draft_BM))
+    p_draft_BM, q_draft_BM = (x.double() for x in draft_probs(p_BTV, q_BMV, draft_BM))
     joint_B = torch.ones_like(final_noise_B, dtype=torch.float64)
     joints = [joint_B]
     for p_B, q_B in zip(p_draft_BM.unbind(1), q_draft_BM.unbind(1), strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.paying import told, with_measured_depth
+from mtp_lightning.decoding.paying import description, with_measured_depth
 from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.runtime import pick_accelerator, set_threads
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None
-        write_json({"said": told(measured), **asdict(measured)}, args.output)
+        write_json({"said": description(measured), **asdict(measured)}, args.output)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class AnswerRates(Metric):
     def update(
         self,
         right_B: Tensor,
-        said_BW: Tensor,
+        decoded_BW: Tensor,
         forced_BW: Tensor,
         tokens_BW: Tensor,
         position_BW: Tensor,
@@ -63,7 +63,7 @@ class AnswerRates(Metric):
 
         Args:
             right_B: whether each answer is right.
-            said_BW: the decoded tokens.
+            decoded_BW: the decoded tokens.
             forced_BW: the greedy choices, teacher-forced.
             tokens_BW: the examples' own tokens.
             position_BW: index of the token among the asked ones, from 0; -1 for other tokens.
@@ -72,24 +72,24 @@ class AnswerRates(Metric):
         self.answers += len(right_B)
         self.right += right_B.sum()
         hits_BWS = torch.stack(
-            (torch.ones_like(said_BW), said_BW == tokens_BW, forced_BW == tokens_BW), dim=-1
+            (torch.ones_like(decoded_BW), decoded_BW == tokens_BW, forced_BW == tokens_BW), dim=-1
         )
         for counts, index_BW in ((self.position, position_BW), (self.group, group_BW)):
-            there = index_BW >= 0
-            counts.index_add_(0, index_BW[there], hits_BWS[there])
+            counted = index_BW >= 0
+            counts.index_add_(0, index_BW[counted], hits_BWS[counted])
 
     def compute(self) -> dict[str, float]:
         """The values by name; a value without any count is left out."""
         rates = {"exact_match": float(self.right / self.answers)}
         for i, j in _spans(len(self.position)):
-            tokens, said, forced = self.position[i:j].sum(0).tolist()
+            tokens, decoded, forced = self.position[i:j].sum(0).tolist()
             name = str(i + 1) if j == i + 1 else f"{i + 1}-{j}"
             if tokens:
-                rates[f"accuracy_position_{name}"] = said / tokens
+                rates[f"accuracy_position_{name}"] = decoded / tokens
                 rates[f"forced_accuracy_position_{name}"] = forced / tokens
-        for name, (tokens, said, _) in zip(self.groups, self.group.tolist(), strict=True):
+        for name, (tokens, decoded, _) in zip(self.groups, self.group.tolist(), strict=True):
             if tokens:
-                rates[f"accuracy_{name}"] = said / tokens
+                rates[f"accuracy_{name}"] = decoded / tokens
         return rates
 
 

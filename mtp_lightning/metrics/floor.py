@@ -36,7 +36,7 @@ ENUMERATED = 512
 _ROWS = 64  # continuations read in one pass
 
 
-class Found(NamedTuple):
+class FloorValues(NamedTuple):
     """Means over continuations of a prompt.
 
     Attributes:
@@ -103,57 +103,59 @@ class Floors:
         self._vocabulary = model.config.trunk.vocab_size
 
     @torch.no_grad()
-    def found(self) -> dict[tuple[int, int], Found]:
+    def measure(self) -> dict[tuple[int, int], FloorValues]:
         """The values by depth k = 1 .. D and order m = 0 .. k - 1."""
         depths = range(1, self.model.depth + 1)
-        return {(k, m): self._found(k, m) for k in depths for m in range(k)}
+        return {(k, m): self._measure(k, m) for k in depths for m in range(k)}
 
-    def _found(self, k: int, m: int) -> Found:
+    def _measure(self, k: int, m: int) -> FloorValues:
         hidden_NK, weight_N = self._paths(k, k - m)
         if m == 0:
-            return self._of(hidden_NK, weight_N, k)[0]
+            return self._measure_paths(hidden_NK, weight_N, k)[0]
         totals = [0.0, 0.0, 0.0]
-        for seen_m, share in self._seen(k, m, hidden_NK, weight_N):
+        for seen_m, share in self._visible_tokens(k, m, hidden_NK, weight_N):
             tokens_NK = torch.cat([hidden_NK, seen_m.expand(len(weight_N), m)], 1)
-            found, likely = self._of(tokens_NK, weight_N, k, m)
+            values, likely = self._measure_paths(tokens_NK, weight_N, k, m)
             # The weights sum to the probability of what is seen.
             scale = 1.0 if share is None else share / likely if likely else 0.0
-            totals = [total + scale * value for total, value in zip(totals, found, strict=True)]
-        return Found(*totals)
+            totals = [total + scale * value for total, value in zip(totals, values, strict=True)]
+        return FloorValues(*totals)
 
-    def _seen(
+    def _visible_tokens(
         self, k: int, m: int, hidden_NK: Tensor, weight_N: Tensor
     ) -> list[tuple[Tensor, float | None]]:
         """The m tokens that a head can see, each time with their share among the samples; None if
         all of them are enumerated."""
         if self._vocabulary**k <= ENUMERATED:
             return [(seen_m, None) for seen_m in _all(self._vocabulary, m)]
-        drawn_N = self._drawn(weight_N, self.seen).bincount(minlength=len(weight_N))
-        tokens_NK, counts_N = self._continued(hidden_NK, drawn_N, m)
-        seen_Mm, at_N = tokens_NK[:, -m:].unique(dim=0, return_inverse=True)
-        counts_M = torch.zeros(len(seen_Mm), dtype=torch.int64).index_add_(0, at_N, counts_N)
+        draws_N = self._draw(weight_N, self.seen).bincount(minlength=len(weight_N))
+        tokens_NK, counts_N = self._continued(hidden_NK, draws_N, m)
+        seen_Mm, index_N = tokens_NK[:, -m:].unique(dim=0, return_inverse=True)
+        counts_M = torch.zeros(len(seen_Mm), dtype=torch.int64).index_add_(0, index_N, counts_N)
         return [(s, c / self.seen) for s, c in zip(seen_Mm, counts_M.tolist(), strict=True)]
 
-    def _drawn(self, probs_N: Tensor, n: int) -> Tensor:
+    def _draw(self, probs_N: Tensor, n: int) -> Tensor:
         return torch.multinomial(probs_N, n, replacement=True, generator=self.generator)
 
-    def _of(self, tokens_NK: Tensor, weight_N: Tensor, k: int, m: int = 0) -> tuple[Found, float]:
+    def _measure_paths(
+        self, tokens_NK: Tensor, weight_N: Tensor, k: int, m: int = 0
+    ) -> tuple[FloorValues, float]:
         """Measures continuations of k tokens that share their last m, which a head of order m sees.
         Multiplies each weight by the probability of those m tokens, and also returns the sum of the
         weights."""
-        p_NKV, q_NV = self._read(tokens_NK, k)
+        p_NKV, q_NV = self._predictions(tokens_NK, k)
         if m:
             seen_Nm1 = tokens_NK[:, k - m :].unsqueeze(-1)
             weight_N = weight_N * p_NKV[:, k - m : k].gather(-1, seen_Nm1).squeeze(-1).prod(1)
         p_NV = p_NKV[:, k]
         rejected_N = 1 - torch.minimum(p_NV, q_NV).sum(-1)
         first_NR = q_NV.topk(min(RECALL, self._vocabulary), dim=-1).indices
-        found = Found(
+        values = FloorValues(
             floor=least_rejection(p_NV, weight_N),
             rejection=float((weight_N * rejected_N).sum()),
             recall=float((weight_N * p_NV.gather(-1, first_NR).sum(-1)).sum()),
         )
-        return found, float(weight_N.sum())
+        return values, float(weight_N.sum())
 
     def _paths(self, k: int, n: int) -> tuple[Tensor, Tensor]:
         """Different continuations of n tokens, and their probabilities, which sum to 1: all of
@@ -163,7 +165,7 @@ class Floors:
             tokens_NK, counts_N = self._continued(none, torch.tensor([self.rollouts]), n)
             return tokens_NK, counts_N.double() / self.rollouts
         tokens_NK = _all(self._vocabulary, n)
-        p_NKV, _ = self._read(tokens_NK, 0)
+        p_NKV, _ = self._predictions(tokens_NK, 0)
         weight_NK = p_NKV[:, :n].gather(-1, tokens_NK.unsqueeze(-1)).squeeze(-1)
         return tokens_NK, weight_NK.prod(1)
 
@@ -172,15 +174,15 @@ class Floors:
         merged, and counted."""
         for _ in range(n):
             tokens_NK, counts_N = tokens_NK[counts_N > 0], counts_N[counts_N > 0]
-            p_NKV, _ = self._read(tokens_NK, 0)
+            p_NKV, _ = self._predictions(tokens_NK, 0)
             longer = []
-            for own_K, p_V, count in zip(tokens_NK, p_NKV[:, -1], counts_N.tolist(), strict=True):
-                drawn_N1 = self._drawn(p_V, count).unsqueeze(1)
-                longer.append(torch.cat([own_K.expand(count, -1), drawn_N1], 1))
+            for path_K, p_V, count in zip(tokens_NK, p_NKV[:, -1], counts_N.tolist(), strict=True):
+                next_N1 = self._draw(p_V, count).unsqueeze(1)
+                longer.append(torch.cat([path_K.expand(count, -1), next_N1], 1))
             tokens_NK, counts_N = torch.cat(longer).unique(dim=0, return_counts=True)
         return tokens_NK, counts_N
 
-    def _read(self, tokens_NK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _predictions(self, tokens_NK: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Main predictions after the prompt and after each token of a continuation
         [N, K + 1, V], and what depth k predicts at the prompt's end [N, V]; both fp64, on the CPU.
 
@@ -198,24 +200,24 @@ class Floors:
             assert batch.seq_len == n + width
             states = model(batch, [k] if k else [])
             main_MC = states[0][:, n - 1 :].flatten(0, 1)
-            own_NC = states[k][:, n - 1].to(weight_VC.dtype)
+            state_NC = states[k][:, n - 1].to(weight_VC.dtype)
             with torch.autocast(weight_VC.device.type, enabled=False):
                 p_MV = model.head.log_probs(main_MC.to(weight_VC.dtype))
-                q_NV = model.head_of(k).log_probs(own_NC)
+                q_NV = model.head_of(k).log_probs(state_NC)
                 if k:
-                    q_NV = model.mtp.rescore(k, own_NC, q_NV, batch.tokens[:, n - 1 + k])
+                    q_NV = model.mtp.rescore(k, state_NC, q_NV, batch.tokens[:, n - 1 + k])
             p_NKV = _probabilities(p_MV).unflatten(0, (rows, width + 1))
             parts.append((p_NKV, _probabilities(q_NV)))
         p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
         return p_NKV, q_NV
 
 
-def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
+def floors(by_prompt: Sequence[dict[tuple[int, int], FloorValues]]) -> dict[str, float]:
     """The values to log, without ``val/``, from those of all prompts; see docs/logged.md."""
     values: dict[str, float] = {}
-    for k, m in found[0]:
-        of_all = zip(*(one[k, m] for one in found), strict=True)
-        floor, rejection, recall = (math.fsum(values) / len(found) for values in of_all)
+    for k, m in by_prompt[0]:
+        columns = zip(*(prompt_values[k, m] for prompt_values in by_prompt), strict=True)
+        floor, rejection, recall = (math.fsum(values) / len(by_prompt) for values in columns)
         if m == 0:
             values[f"rejection_depth_{k}"] = rejection
             values[f"recall_{RECALL}_depth_{k}"] = recall

@@ -77,8 +77,8 @@ def _through_head(
     # The head is computed in the weight's precision, as in DepthRates.
     with torch.autocast(weight_VC.device.type, enabled=False):
         for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, model.head_of(k).log_probs):
-            found_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))
-            loss_M[rows] = -found_R1.squeeze(-1).double()
+            log_prob_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))
+            loss_M[rows] = -log_prob_R1.squeeze(-1).double()
             choice_M[rows] = chunk_RV.argmax(-1)
     return loss_M, choice_M
 
@@ -150,8 +150,7 @@ class PositionLoss(Metric):
             for k, means in enumerate(mean_KN)
             for bucket, mean in zip(self.buckets, means, strict=True)
         }
-        early = early_bucket(self.buckets)
-        if early is not None:
+        if (early := early_bucket(self.buckets)) is not None:
             values["context_score"] = mean_KN[0][-1] - mean_KN[0][early]
         return values
 
@@ -250,31 +249,31 @@ def repeat_distances(
     pieces = [token_bytes[token] for token in tokens]
     lengths = np.array([len(piece) for piece in pieces])
     stream = np.frombuffer(b"".join(pieces), np.uint8)
-    found = np.full(len(pieces), -1)
+    distances = np.full(len(pieces), -1)
     if len(stream) < N_BYTES:
-        return found
+        return distances
     owner = np.repeat(np.arange(len(pieces)), lengths)
     views = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, N_BYTES))
     key = views.view(np.uint64).reshape(-1)
     # A stable sort keeps equal keys in order, so the one before is the last occurrence.
     order = np.argsort(key, kind="stable")
-    same = key[order[1:]] == key[order[:-1]]
+    repeated = key[order[1:]] == key[order[:-1]]
     before = np.full(len(key), -1)
-    before[order[1:][same]] = order[:-1][same]
+    before[order[1:][repeated]] = order[:-1][repeated]
     # The 8 bytes that end with a token start here.
     start = np.cumsum(lengths) - N_BYTES
-    at = np.flatnonzero((start >= 0) & (lengths > 0))
-    earlier = before[start[at]]
+    places = np.flatnonzero((start >= 0) & (lengths > 0))
+    earlier = before[start[places]]
     occurred = earlier >= 0
     ends = owner[np.maximum(earlier, 0) + N_BYTES - 1]
-    distance = np.where(occurred, np.maximum(at - ends, 1), 0)
+    distance = np.where(occurred, np.maximum(places - ends, 1), 0)
     if documents is not None:
         ids = np.asarray(documents)
-        first = owner[start[at]]
-        distance[occurred & (ids[owner[np.maximum(earlier, 0)]] != ids[at])] = 0
-        distance[ids[first] != ids[at]] = -1
-    found[at] = distance
-    return found
+        first = owner[start[places]]
+        distance[occurred & (ids[owner[np.maximum(earlier, 0)]] != ids[places])] = 0
+        distance[ids[first] != ids[places]] = -1
+    distances[places] = distance
+    return distances
 
 
 class NaturalRepeats(Metric):
@@ -300,11 +299,11 @@ class NaturalRepeats(Metric):
         documents = [None] * len(read_BT)
         if batch.documents is not None:
             documents = batch.documents[:, : batch.seq_len].tolist()
-        found = [
+        distances = [
             repeat_distances(tokens, self.token_bytes, ids)
             for tokens, ids in zip(read_BT, documents, strict=True)
         ]
-        distance_BT = torch.from_numpy(np.stack(found)).to(reading.right_BT.device)
+        distance_BT = torch.from_numpy(np.stack(distances)).to(reading.right_BT.device)
         valid_BT = reading.valid_KBT[0]
         low = 0
         classes = []

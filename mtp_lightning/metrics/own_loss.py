@@ -50,8 +50,8 @@ class OwnLossRates(DepthRates):
     def compute(self) -> dict[str, float]:
         """As :meth:`DepthRates.compute`, with ``loss_depth_k``."""
         means = (self.own_loss / self.own_count).tolist()
-        own = {f"loss_depth_{k}": loss for k, loss in enumerate(means, start=1)}
-        return {**super().compute(), **own}
+        losses = {f"loss_depth_{k}": loss for k, loss in enumerate(means, start=1)}
+        return {**super().compute(), **losses}
 
 
 @torch.no_grad()

@@ -126,13 +126,12 @@ class DepthRates(Metric):
         start, end, stride = chunk.start, chunk.stop, batch.stride
         # Depth k is compared with the main prediction k strides later.
         main = _log_probs(model, 0, hidden[0][row, start : end + stride * self.depth])
-        main_choice = main.argmax(-1)
-        main_probs = main.exp()
+        main_choice, main_probs = main.argmax(-1), main.exp()
         for k in range(self.depth + 1):
             log_q = main[: end - start]
             if k > 0:
                 log_q = _log_probs(model, k, hidden[k][row, start:end])
-            target_P, scored_P = (found[row, start:end] for found in targets[k])
+            target_P, scored_P = (field[row, start:end] for field in targets[k])
             valid_P = target_P >= 0
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             # Masked by zeros instead of an index, whose length the host would wait for.
@@ -152,11 +151,11 @@ class DepthRates(Metric):
             if k == 0:
                 nll_of_main = nll_P
                 continue
-            on = stride * k
-            seen = max(min(end - start, main.shape[0] - on), 0)
-            paired = valid_P[:seen]
-            agrees = choice_P[:seen] == main_choice[on : on + seen]
-            shared = torch.minimum(log_q[:seen].exp(), main_probs[on : on + seen]).sum(-1)
+            shift = stride * k
+            n = max(min(end - start, main.shape[0] - shift), 0)
+            paired = valid_P[:n]
+            agrees = choice_P[:n] == main_choice[shift : shift + n]
+            shared = torch.minimum(log_q[:n].exp(), main_probs[shift : shift + n]).sum(-1)
             self.pairs[k] += paired.sum()
             self.agreement[k] += (agrees & paired).sum()
             self.overlap[k] += exact(shared).where(paired, 0).sum()
@@ -229,4 +228,4 @@ def bits_per_byte_se(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
     """
     generator, n = np.random.default_rng(0), len(nats_N)
     draws = (generator.integers(n, size=n) for _ in range(_RESAMPLES))
-    return float(np.std([bits_per_byte(nats_N[drawn], bytes_N[drawn]) for drawn in draws], ddof=1))
+    return float(np.std([bits_per_byte(nats_N[draw], bytes_N[draw]) for draw in draws], ddof=1))

@@ -128,8 +128,8 @@ class MTPStack(nn.Module, ABC):
         every_token = not k or self.own_head is None or self.own_head.is_whole
         if batch.every_target_counts and every_token:  # known without reading tensors
             return None
-        own = self.own_loss(k, batch) if k else None
-        return self.targets(k, batch) != IGNORE_INDEX if own is None else own.valid_BT
+        loss = self.own_loss(k, batch) if k else None
+        return self.targets(k, batch) != IGNORE_INDEX if loss is None else loss.valid_BT
 
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
         """The loss of depth ``k`` over some windows, used instead of the objective's; None for
@@ -154,12 +154,12 @@ class MTPStack(nn.Module, ABC):
             batch: the windows.
             depths: the depths that are trained, in order.
         """
-        own = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
+        losses = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
         states, head = list(self.states(inputs, depths)), self.own_head
         if head is None:
-            return Together(final_BTC, states, own)
+            return Together(final_BTC, states, losses)
         tokens_N = None if head.is_whole else head.tokens
-        return Together(final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
+        return Together(final_BTC, states, losses, HeadWeight(head.weight, tokens_N=tokens_N))
 
     # Its states over whole windows.
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -189,8 +189,8 @@ class MTPStack(nn.Module, ABC):
         return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
 
     def reads(self, k: int) -> range:
-        """How far ahead of a position the true tokens are that depth ``k`` is given (teacher
-        forcing); ``range(k, k)`` for none."""
+        """How far ahead of a position depth ``k`` reads true tokens (teacher forcing); the empty
+        ``range(k, k)`` for none."""
         return range(k, k)
 
     def ahead(self, k: int) -> int:
@@ -199,8 +199,8 @@ class MTPStack(nn.Module, ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether a depth is given true tokens. If not, depth k predicts k tokens beyond the next
-        without seeing those between."""
+        """Whether a depth reads true tokens. If not, depth k predicts k tokens beyond the next
+        without the tokens between."""
         return self.rescorer is not None or any(map(self.reads, range(1, self.depth + 1)))
 
     def state_width(self, d_model: int) -> int:

@@ -78,8 +78,8 @@ class MTPConfig(Registered, ABC, family="mtp"):
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
         if self.fixed_depth is not None:
-            wanted = f"{self.fixed_depth} with mtp={self.variant}"
-            require(self.depth == self.fixed_depth, "mtp.depth", self.depth, wanted)
+            expected = f"{self.fixed_depth} with mtp={self.variant}"
+            require(self.depth == self.fixed_depth, "mtp.depth", self.depth, expected)
         for name, choices in _CHOICES.items():
             if hasattr(self, name):  # not every stack concatenates
                 require_choice(f"mtp.{name}", getattr(self, name), get_args(choices))

@@ -69,10 +69,10 @@ class SideBySideConfig(BranchConfig):
         if self.correction_rank is not None:
             require_whole("mtp.correction_rank", self.correction_rank, least=1)
             if self.columns is None:
-                ranked = " or ".join(word for word, (_, rank) in CORRECTIONS.items() if rank)
+                words = " or ".join(word for word, (_, rank) in CORRECTIONS.items() if rank)
                 raise UserError(
                     f"mtp.correction_rank={self.correction_rank} has no meaning with "
-                    f"mtp.correction={self.correction}: set mtp.correction to {ranked}, or "
+                    f"mtp.correction={self.correction}: set mtp.correction to {words}, or "
                     "mtp.correction_rank=null."
                 )
         require_whole("mtp.stride", self.stride, least=1)
@@ -93,8 +93,8 @@ class SideBySideConfig(BranchConfig):
     @property
     def columns(self) -> int | None:
         """r; None for a correction without a rank."""
-        _, usual = CORRECTIONS.get(self.correction, ("", None))
-        return usual if usual is None or self.correction_rank is None else self.correction_rank
+        _, default = CORRECTIONS.get(self.correction, ("", None))
+        return default if default is None or self.correction_rank is None else self.correction_rank
 
     def build_correction(self, trunk: TrunkConfig) -> tuple[list[Correction], Rescorer | None]:
         """The corrections of the depths' hidden states, one per depth, and the correction of the

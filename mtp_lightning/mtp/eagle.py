@@ -207,10 +207,10 @@ def attend_steps(query_BTNH: Tensor, steps: Sequence[Entry], mask: Tensor | None
         sees = mask.unsqueeze(1)
     scores = scores.masked_fill(~sees, -math.inf)
     # [B, M, G, T, K - 1]: one score for every later step.
-    own = torch.stack([(query * key.unsqueeze(3)).sum(-1) for key, _ in later], -1)
-    own = own.permute(0, 2, 3, 1, 4)
+    later_scores = torch.stack([(query * key.unsqueeze(3)).sum(-1) for key, _ in later], -1)
+    later_scores = later_scores.permute(0, 2, 3, 1, 4)
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.cat((scores, own.to(scores.dtype)), dim=-1).softmax(-1, dtype=dtype)
+    weights = torch.cat((scores, later_scores.to(scores.dtype)), dim=-1).softmax(-1, dtype=dtype)
     weights = weights.to(first_value.dtype)
     mixed = torch.einsum("bmgts,bsmh->btmgh", weights[..., :seq_len], first_value)
     for i, (_, value) in enumerate(later):
@@ -247,8 +247,8 @@ class DraftLayer(nn.Module):
         """One step over whole windows, and its entry; see :meth:`DraftAttention.step`."""
         if self.recompute and self.training and torch.is_grad_enabled():
             # A copy of the list, which the caller extends before the backward pass.
-            given = hidden, embedded_BTC, ctx, [*before]
-            return checkpoint(self._step, *given, use_reentrant=False, preserve_rng_state=False)
+            arguments = hidden, embedded_BTC, ctx, [*before]
+            return checkpoint(self._step, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self._step(hidden, embedded_BTC, ctx, before)
 
     def _step(

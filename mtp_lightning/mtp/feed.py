@@ -131,7 +131,7 @@ class Prediction:
         return any(target.needs_teacher for target in self.targets)
 
     def trains_head(self, shared: HeadWeight) -> bool:
-        """Whether its head gets a gradient from it; ``shared`` is the head unless it has one."""
+        """Whether the prediction trains its head, which is ``shared`` unless it has its own."""
         head = shared if self.head is None else self.head
         return head.needs_gradient and self.train_head
 
@@ -197,7 +197,7 @@ class Together(Feed):
     Args:
         final: the main prediction's hidden state.
         depths: (k, hidden state) of the depths, in order.
-        own: the depths' own losses, by k.
+        losses: the depths' own losses, by k.
         head: the depths' own head; None for the shared head.
     """
 
@@ -205,12 +205,12 @@ class Together(Feed):
         self,
         final: Tensor,
         depths: Sequence[tuple[int, Tensor]],
-        own: Mapping[int, OwnLoss],
+        losses: Mapping[int, OwnLoss],
         head: HeadWeight | None = None,
     ) -> None:
-        self.depths, self.own = depths, own
+        self.depths, self.losses = depths, losses
         # The heads of depths that do not go through the shared one.
-        self.heads = {k: HeadWeight(loss.weight) for k, loss in own.items()}
+        self.heads = {k: HeadWeight(loss.weight) for k, loss in losses.items()}
         if head is not None:
             self.heads |= {k: head for k, _ in depths}
         self.weights = list(dict.fromkeys(self.heads.values()))
@@ -221,20 +221,20 @@ class Together(Feed):
         yield self.depths
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
-        head, loss = self.heads.get(k), self.own.get(k)
+        head, loss = self.heads.get(k), self.losses.get(k)
         return Prediction(hidden, targets, train_head=False, head=head, loss=loss)
 
     def input_gradients(
         self, request: LossRequest, through_head: ThroughHead
     ) -> Sequence[Tensor | None]:
         states = [(0, self.main), *self.depths]
-        for weight, needed in zip(self.weights, request.needs[len(states) :], strict=True):
-            weight.needs_gradient = needed
+        for weight, needs_gradient in zip(self.weights, request.needs[len(states) :], strict=True):
+            weight.needs_gradient = needs_gradient
         predictions = []
-        for (k, hidden), needed in zip(states, request.needs, strict=False):
+        for (k, hidden), needs_gradient in zip(states, request.needs, strict=False):
             prediction = self.prediction(k, hidden, request.targets[k])
             prediction.train_head = k == 0 or k in self.heads or request.train_head
-            prediction.needs_gradient = needed
+            prediction.needs_gradient = needs_gradient
             predictions.append(prediction)
         through_head(predictions)
         return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
@@ -262,13 +262,13 @@ class OneState(Feed):
     def input_gradients(
         self, request: LossRequest, through_head: ThroughHead
     ) -> Sequence[Tensor | None]:
-        parts = [(k == 0 or request.train_head, own) for k, own in request.targets.items()]
-        targets = [target for _, own in parts for target in own]
+        parts = [(k == 0 or request.train_head, group) for k, group in request.targets.items()]
+        targets = [target for _, group in parts for target in group]
         if request.train_head and not any(target.needs_teacher for target in targets):
             parts = [(True, targets)]
         predictions = [
-            Prediction(self.main, own, train_head=trained, needs_gradient=request.needs[0])
-            for trained, own in parts
+            Prediction(self.main, group, train_head=trains, needs_gradient=request.needs[0])
+            for trains, group in parts
         ]
         through_head(predictions)
         return [added(prediction.gradient for prediction in predictions)]

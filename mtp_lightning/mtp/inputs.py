@@ -43,12 +43,12 @@ class StackInputs:
 
     def tokens_at(self, k: int) -> Tensor:
         """The tokens ``k`` positions ahead, ``w[k : T + k]`` [B, T]."""
-        return self._at(k, self.tokens)
+        return self._slice(k, self.tokens)
 
     def embedded_at(self, k: int) -> Tensor:
         """The embeddings of :meth:`tokens_at`, [B, T, C]."""
-        return self._at(k, self.embedded)
+        return self._slice(k, self.embedded)
 
-    def _at(self, k: int, field: Tensor) -> Tensor:
+    def _slice(self, k: int, field: Tensor) -> Tensor:
         start = (k - self.first) * self.tokens_apart
         return field[:, start : start + self.hidden.shape[1]]

@@ -57,14 +57,14 @@ class JointMTP(MTPStack):
 
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         if active:
-            hidden_BTJC = self._read(inputs, max(active) + 1)
+            hidden_BTJC = self._hidden_states(inputs, max(active) + 1)
             for k in self.with_prerequisites(active):
                 yield k, hidden_BTJC[:, :, k]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        return self._read(inputs, k + 1)[:, :, k]
+        return self._hidden_states(inputs, k + 1)[:, :, k]
 
-    def _read(self, inputs: StackInputs, places: int) -> Tensor:
+    def _hidden_states(self, inputs: StackInputs, places: int) -> Tensor:
         """The hidden states ``h^0 .. h^(places - 1)``, [B, T, J, C]."""
         tokens_BTJC = torch.stack([inputs.embedded_at(j) for j in range(places)], dim=2)
         if self.config.detach == "all":

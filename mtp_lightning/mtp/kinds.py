@@ -105,8 +105,8 @@ class SideBySide(MTPStack):
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """The parameters of depth ``k``."""
-        modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
-        return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
+        lists = (self.depths, self.corrections) if self.corrections else (self.depths,)
+        return [p for by_depth in lists for p in by_depth[k - 1].parameters()]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)
@@ -151,8 +151,8 @@ class HeadByHead(Feed):
         self.common = {"hidden": stack_inputs.hidden}
         if stack.corrections and depths:
             self.common["embedded"] = stack_inputs.embedded
-        used = [p for k in depths for p in stack.parameters_of(k)]
-        super().__init__([final_BTC, *self.common.values(), *used])
+        parameters = [p for k in depths for p in stack.parameters_of(k)]
+        super().__init__([final_BTC, *self.common.values(), *parameters])
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # A second forward pass of each head, which reports no router loads: input_gradients() does.
@@ -165,13 +165,13 @@ class HeadByHead(Feed):
     ) -> Sequence[Tensor | None]:
         main = Prediction(self.main, request.targets[0], needs_gradient=request.needs[0])
         through_head([main])
-        of_common: list[Tensor | None] = [None] * len(self.common)
-        of_heads: list[Tensor | None] = []
+        d_common: list[Tensor | None] = [None] * len(self.common)
+        d_heads: list[Tensor | None] = []
         for k in self.depths:
-            d_common, d_own = self._one_head(k, request, through_head)
-            of_heads += d_own
-            of_common = [added(pair) for pair in zip(of_common, d_common, strict=True)]
-        return [main.gradient, *of_common, *of_heads]
+            d_common_k, d_head = self._one_head(k, request, through_head)
+            d_heads += d_head
+            d_common = [added(pair) for pair in zip(d_common, d_common_k, strict=True)]
+        return [main.gradient, *d_common, *d_heads]
 
     def _one_head(
         self, k: int, request: LossRequest, through_head: ThroughHead
@@ -181,15 +181,15 @@ class HeadByHead(Feed):
         Returns:
             The gradients of the shared inputs, and those of the head's own parameters.
         """
-        own, ctx = self.stack.parameters_of(k), self.stack_inputs.ctx
-        reported = None if ctx.auxiliary is None else AuxiliaryOutputs()
+        parameters, ctx = self.stack.parameters_of(k), self.stack_inputs.ctx
+        auxiliary = None if ctx.auxiliary is None else AuxiliaryOutputs()
         with torch.set_grad_enabled(any(request.needs)):
             needs = zip(self.common.items(), request.needs[1:], strict=False)
             leaves: dict[str, Any] = {
-                name: tensor.detach().requires_grad_(wanted) for (name, tensor), wanted in needs
+                name: tensor.detach().requires_grad_(needed) for (name, tensor), needed in needs
             }
             stack_inputs = replace(
-                self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=reported)
+                self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=auxiliary)
             )
             ((_, hidden),) = self.stack.states(stack_inputs, [k])
         prediction = Prediction(
@@ -200,19 +200,19 @@ class HeadByHead(Feed):
         )
         through_head([prediction])
         losses: list[Tensor] = []
-        if ctx.auxiliary is not None and reported is not None:
-            losses = reported.losses
-            ctx.auxiliary.add(reported)  # detached: their backward pass is the one below
+        if ctx.auxiliary is not None and auxiliary is not None:
+            losses = auxiliary.losses
+            ctx.auxiliary.add(auxiliary)  # detached: their backward pass is the one below
         if prediction.gradient is None:
-            return [None] * len(leaves), [None] * len(own)
-        inputs = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own]
+            return [None] * len(leaves), [None] * len(parameters)
+        inputs = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *parameters]
         # The balance losses of the head's own experts share this backward pass.
-        of_losses = [torch.full_like(loss, request.auxiliary_factor) for loss in losses]
+        loss_factors = [torch.full_like(loss, request.auxiliary_factor) for loss in losses]
         gradients = torch.autograd.grad(
-            [hidden, *losses], inputs, [prediction.gradient, *of_losses], allow_unused=True
+            [hidden, *losses], inputs, [prediction.gradient, *loss_factors], allow_unused=True
         )
-        found = dict(zip(inputs, gradients, strict=True))
-        return [found.get(leaf) for leaf in leaves.values()], [found[p] for p in own]
+        by_input = dict(zip(inputs, gradients, strict=True))
+        return [by_input.get(leaf) for leaf in leaves.values()], [by_input[p] for p in parameters]
 
 
 class NoModules(MTPStack):

@@ -52,7 +52,7 @@ class TrunkText:
     before: Tensor
     documents: Tensor | None
 
-    def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
+    def projection_pairs(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of depth k's projection, and the states that its block should receive.
 
         Args:
@@ -88,12 +88,12 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
 
     tokens = batch.tokens[:, :end].to(weight.device)
     embedded = trunk.embedding(tokens)
-    own, before = trunk.kept, max(len(trunk.blocks) - stack.config.blocks, 0)
-    trunk.kept = {*own, before}
+    keep_after, before = trunk.keep_after, max(len(trunk.blocks) - stack.config.blocks, 0)
+    trunk.keep_after = {*keep_after, before}
     try:
         output = trunk(embedded, context(end))
     finally:
-        trunk.kept = own
+        trunk.keep_after = keep_after
     hidden = stack.branch(trunk, output)[:, :seq_len]
     inputs = StackInputs(hidden, tokens, embedded, context(seq_len))
     return TrunkText(inputs, output.after[before], documents)
@@ -110,9 +110,9 @@ def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:
             f"mtp.init=last_block has {len(trunk.blocks)} blocks of the trunk to copy, and a "
             f"module has mtp.blocks={len(blocks)}: set mtp.init=random, or fewer blocks."
         )
-    for own, theirs in zip(blocks, trunk.blocks[-len(blocks) :], strict=True):
+    for block, trunk_block in zip(blocks, trunk.blocks[-len(blocks) :], strict=True):
         try:
-            own.load_state_dict(theirs.state_dict())
+            block.load_state_dict(trunk_block.state_dict())
         except RuntimeError as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
             raise UserError(

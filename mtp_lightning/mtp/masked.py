@@ -143,7 +143,7 @@ class MaskCache:
         self.masks = masks
         self.sees = None if sees is None else sees[:, :, None, None]
         self._tokens: dict[int, Tensor] = {}
-        self._own: Tensor | None = None
+        self._own_entry: Tensor | None = None
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
         """Take one layer's keys and values of the tokens."""
@@ -151,14 +151,14 @@ class MaskCache:
 
     def append(self, layer: int, entry_BPMH: Tensor) -> None:
         """Take one layer's keys and values of the masks, P = T D, for the next :meth:`attend`."""
-        self._own = entry_BPMH.unflatten(1, (-1, self.masks))
+        self._own_entry = entry_BPMH.unflatten(1, (-1, self.masks))
 
     def attend(self, layer: int, query_BPNH: Tensor, mask: None) -> Tensor:
         """Attention of the masks' queries, [B, P, N, H]. All masks after a token attend to the keys
         that the token attends to; each also attends to its own block up to itself."""
-        assert self._own is not None
+        assert self._own_entry is not None
         key, value = self._tokens[layer].chunk(2, dim=2)
-        own_key, own_value = self._own.chunk(2, dim=3)
+        own_key, own_value = self._own_entry.chunk(2, dim=3)
         query = query_BPNH.unflatten(1, (-1, self.masks)).unflatten(3, (key.shape[2], -1))
         query = query / math.sqrt(query.shape[-1])
         seq_len, device = key.shape[1], key.device
@@ -167,13 +167,13 @@ class MaskCache:
             sees = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
         sees_own = torch.ones(self.masks, self.masks, dtype=torch.bool, device=device).tril()
         scores = torch.einsum("btdmgh,bsmh->bmgdts", query, key).masked_fill(~sees, -math.inf)
-        own = torch.einsum("btdmgh,btemh->bmgdte", query, own_key)
-        own = own.masked_fill(~sees_own.unsqueeze(1), -math.inf)
+        own_scores = torch.einsum("btdmgh,btemh->bmgdte", query, own_key)
+        own_scores = own_scores.masked_fill(~sees_own.unsqueeze(1), -math.inf)
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.cat((scores, own), dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
-        scores, own = weights.split([seq_len, self.masks], dim=-1)
-        mixed = torch.einsum("bmgdts,bsmh->btdmgh", scores, value)
-        mixed = mixed + torch.einsum("bmgdte,btemh->btdmgh", own, own_value)
+        weights = torch.cat((scores, own_scores), dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
+        token_weights, own_weights = weights.split([seq_len, self.masks], dim=-1)
+        mixed = torch.einsum("bmgdts,bsmh->btdmgh", token_weights, value)
+        mixed = mixed + torch.einsum("bmgdte,btemh->btdmgh", own_weights, own_value)
         return mixed.flatten(3, 4).flatten(1, 2)
 
 

@@ -39,7 +39,7 @@ class OwnHead(nn.Module):
         self.vocab_size = vocab_size
         self.weight = nn.Parameter(torch.empty(rows, d_model))
         self.register_buffer("tokens", torch.arange(rows))
-        self._elsewhere: tuple[int, Tensor] | None = None
+        self._tokens_copy: tuple[int, Tensor] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -74,9 +74,9 @@ class OwnHead(nn.Module):
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The row of every token, in the same shape; -100 for tokens without a row."""
-        known_N = self._tokens_on(tokens.device)
-        row = torch.searchsorted(known_N, tokens.contiguous()).clamp_(max=len(known_N) - 1)
-        return row.masked_fill_(known_N[row] != tokens, IGNORE_INDEX)
+        tokens_N = self._tokens_on(tokens.device)
+        row = torch.searchsorted(tokens_N, tokens.contiguous()).clamp_(max=len(tokens_N) - 1)
+        return row.masked_fill_(tokens_N[row] != tokens, IGNORE_INDEX)
 
     def _tokens_on(self, device: torch.device) -> Tensor:
         """``tokens``, copied only once: targets are counted on the host, and a copy in every step
@@ -84,9 +84,9 @@ class OwnHead(nn.Module):
         if device == self.tokens.device:
             return self.tokens
         version = self.tokens._version
-        if self._elsewhere is None or self._elsewhere[0] != version:
-            self._elsewhere = version, self.tokens.to(device)
-        return self._elsewhere[1]
+        if self._tokens_copy is None or self._tokens_copy[0] != version:
+            self._tokens_copy = version, self.tokens.to(device)
+        return self._tokens_copy[1]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C]; -inf for tokens without a row."""

@@ -59,8 +59,8 @@ def check_rank(config: MTPConfig) -> None:
     require_whole("mtp.rank", config.rank, least=1)
     if config.rank == 1:
         return
-    joined = f"mtp.rank={config.rank}"
-    for name, why in (
+    rank = f"mtp.rank={config.rank}"
+    for name, reason in (
         ("branch", "whose next token is predicted from the whole trunk"),
         ("detach", "whose depths share their components' weights with the next token"),
         ("freeze_trunk", "whose next token learns with the depths"),
@@ -70,12 +70,12 @@ def check_rank(config: MTPConfig) -> None:
         default = getattr(MTPConfig, name, "none")
         if getattr(config, name) != default:
             raise UserError(
-                f"mtp.{name}={_word(getattr(config, name))} has no meaning with {joined}, {why}: "
+                f"mtp.{name}={_word(getattr(config, name))} has no meaning with {rank}, {reason}: "
                 f"set mtp.{name}={_word(default)}, or mtp.rank=1."
             )
     if config.depth == 0:
         raise UserError(
-            f"{joined} has no tokens to join at mtp.depth=0: set mtp.depth to 1 or more, or "
+            f"{rank} has no tokens to join at mtp.depth=0: set mtp.depth to 1 or more, or "
             "mtp.rank=1."
         )
 
@@ -116,8 +116,8 @@ class JointLinearMTP(MTPStack):
         """The hidden states [B, T, A, C] of depth ``k``, 0 for the next token."""
         matrices = self.next if k == 0 else self.depths[k - 1]
         assert isinstance(matrices, nn.ModuleList)
-        moved = [hidden_BTC + F.silu(matrix(hidden_BTC)) for matrix in matrices]
-        return torch.stack(moved if k else [hidden_BTC, *moved], dim=-2)
+        states = [hidden_BTC + F.silu(matrix(hidden_BTC)) for matrix in matrices]
+        return torch.stack(states if k else [hidden_BTC, *states], dim=-2)
 
     def log_weights(self, hidden_BTC: Tensor) -> Tensor:
         """``log w`` [B, T, A], fp32 at least."""
@@ -185,7 +185,7 @@ class JointFeed(Feed):
         loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
         prediction = Prediction(
             parts_MKAC,
-            [target for own in request.targets.values() for target in own],
+            [target for depth_targets in request.targets.values() for target in depth_targets],
             needs_gradient=request.needs[0],
             loss=loss,
         )
@@ -218,8 +218,8 @@ class JointLoss(Loss):
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         shape = (-1, self.depths, log_w_RA.shape[1], logits_NV.shape[1])
         log_p_RKAV = log_softmax_(logits_NV, dtype).view(shape)
-        learn = _cross_entropy if all(target.of_token for target in targets) else _by_autograd
-        d_logits_RKAV, d_log_w_RA = learn(log_p_RKAV, log_w_RA, between_R, targets)
+        gradients = _cross_entropy if all(target.of_token for target in targets) else _by_autograd
+        d_logits_RKAV, d_log_w_RA = gradients(log_p_RKAV, log_w_RA, between_R, targets)
         self.d_log_weights_MA[rows] = d_log_w_RA.to(self.d_log_weights_MA.dtype)
         return d_logits_RKAV.flatten(0, 2), None
 

@@ -77,8 +77,8 @@ class Registers(TrainingOnly):
 
     def offset(self, key: RandomKey) -> int:
         """d, the same for all windows of a step, on every rank."""
-        drawn = generator(key.seed, f"registers:{key.step}")
-        return int(torch.randint(1, self.config.lookahead + 1, (), generator=drawn))
+        rng = generator(key.seed, f"registers:{key.step}")
+        return int(torch.randint(1, self.config.lookahead + 1, (), generator=rng))
 
     def targets(self, k: int, batch: WindowBatch) -> Tensor:
         if k == 0:

@@ -93,12 +93,12 @@ class Selector(Rescorer):
         for rows in self._parts(chunk):
             with torch.enable_grad():
                 value_R, ids_RK, leaves = self._part(chunk, rows)
-                d_unary_RK, of_before_Rr, of_after_RKr, d_hidden_RC, of_gate = torch.autograd.grad(
+                d_unary_RK, d_before_Rr, d_after_RKr, d_hidden_RC, d_gate_rC = torch.autograd.grad(
                     (value_R * factor_R[rows]).sum(), leaves
                 )
-            d_before.index_add_(0, chunk.before_R[rows], of_before_Rr)
-            d_after.index_add_(0, ids_RK.flatten(), of_after_RKr.flatten(0, 1))
-            d_gate.add_(of_gate)
+            d_before.index_add_(0, chunk.before_R[rows], d_before_Rr)
+            d_after.index_add_(0, ids_RK.flatten(), d_after_RKr.flatten(0, 1))
+            d_gate.add_(d_gate_rC)
             results.append((value_R.detach(), d_hidden_RC, ids_RK, d_unary_RK))
         value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*results, strict=True))
         return StateGradient(value_R, d_hidden_RC, (ids_RK, d_unary_RK))
@@ -117,7 +117,7 @@ class Selector(Rescorer):
         log_q_RV, target_R1 = chunk.log_probs_RV[rows], chunk.targets_R[rows].unsqueeze(-1)
         ids_RK = candidates(log_q_RV, target_R1)
         table_A, table_B, gate = self._weights
-        read = (
+        tensors = (
             log_q_RV.gather(-1, ids_RK),
             F.embedding(chunk.before_R[rows], table_A),
             F.embedding(ids_RK, table_B),
@@ -125,7 +125,7 @@ class Selector(Rescorer):
             gate,
         )
         needs_gradient = torch.is_grad_enabled()
-        leaves = [tensor.detach().requires_grad_(needs_gradient) for tensor in read]
+        leaves = [tensor.detach().requires_grad_(needs_gradient) for tensor in tensors]
         log_p_RK = _scores(*leaves).log_softmax(-1)
         return -(log_p_RK * (ids_RK == target_R1)).sum(-1), ids_RK, leaves
 

@@ -168,7 +168,7 @@ class SequentialMTP(Chain):
             tokens = self.tokens_of(k, text.inputs)
             if k - 1 in fresh:
                 copy_last_blocks(module.blocks, trunk)
-                x, y = text.wanted(k, module.joined(hidden, tokens))
+                x, y = text.projection_pairs(k, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
             hidden = module(hidden, tokens, text.inputs.ctx)
 
@@ -185,7 +185,7 @@ class SequentialMTP(Chain):
         if inputs.key is None or p == 1:
             return blank_BTC
         batch, seq_len, _ = embedded_BTC.shape
-        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, inputs.key), embedded_BTC.device)
+        dropped_BT = _to_device(draw_dropped(k, p, batch, seq_len, inputs.key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
     def module(self, k: int) -> SequentialModule:
@@ -215,7 +215,7 @@ def _mixed(k: int, history: Sequence[Tensor], key: RandomKey) -> Tensor:
     if k == 1:
         return newest
     batch, seq_len, _ = newest.shape
-    back_BT = _sent(draw_states_back(k, batch, seq_len, key), newest.device)
+    back_BT = _to_device(draw_states_back(k, batch, seq_len, key), newest.device)
     for back in range(1, k):
         # Depth k - 1 at i has read the tokens up to i + k - 1, and so has the depth `back` levels
         # shallower at i + back. Beyond the window's end, the newest state is used.
@@ -224,17 +224,17 @@ def _mixed(k: int, history: Sequence[Tensor], key: RandomKey) -> Tensor:
     return mixed
 
 
-def _sent(drawn: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor drawn on the CPU to a device without waiting for it."""
     if device.type == "cuda":
-        drawn = drawn.pin_memory()
-    return drawn.to(device, non_blocking=True)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
-def _generators(key: RandomKey, what: str, k: int, rows: int) -> list[torch.Generator]:
-    """A generator for each of the micro-batch's windows; ``what`` names the purpose, ``k`` the
+def _generators(key: RandomKey, purpose: str, k: int, rows: int) -> list[torch.Generator]:
+    """A generator for each of the micro-batch's windows, named by ``purpose``; ``k`` is the
     depth that it is for."""
-    names = (f"{what}:{key.step}:{k}:{key.first_row + row}" for row in range(rows))
+    names = (f"{purpose}:{key.step}:{k}:{key.first_row + row}" for row in range(rows))
     return [generator(key.seed, name) for name in names]
 
 

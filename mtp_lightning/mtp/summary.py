@@ -126,12 +126,12 @@ class LookAhead:
         """
         width = self.tokens_BW.shape[1]
         index_R1 = torch.arange(place.start, place.stop, device=self.stop_BT.device).unsqueeze(1)
-        row_R1, at_R1 = index_R1 // self.seq_len, index_R1 % self.seq_len
+        row_R1, position_R1 = index_R1 // self.seq_len, index_R1 % self.seq_len
         ahead_S = torch.arange(self.first, self.last + 1, device=index_R1.device)
-        seen_RS = at_R1 + ahead_S
-        inside_RS = seen_RS <= self.stop_BT.reshape(-1)[place].unsqueeze(1)
-        flat_RS = row_R1 * width + seen_RS.clamp_(max=width - 1)
-        nearest_RS = self.before_BW.reshape(-1)[flat_RS] < at_R1 + self.first
+        place_RS = position_R1 + ahead_S
+        inside_RS = place_RS <= self.stop_BT.reshape(-1)[place].unsqueeze(1)
+        flat_RS = row_R1 * width + place_RS.clamp_(max=width - 1)
+        nearest_RS = self.before_BW.reshape(-1)[flat_RS] < position_R1 + self.first
         return self.tokens_BW.reshape(-1)[flat_RS], inside_RS & nearest_RS
 
 

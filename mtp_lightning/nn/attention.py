@@ -18,7 +18,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.components import AttentionConfig, check_whole
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mask, of_blocks
+from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mask, to_dense
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
@@ -103,7 +103,7 @@ class ForwardContext:
 
     def dense_mask(self) -> Tensor | None:
         """``mask`` as a tensor, also if it is a block mask."""
-        return of_blocks(self.mask) if isinstance(self.mask, BlockMask) else self.mask
+        return to_dense(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
     def repeated(self) -> ForwardContext:
         """The context for repeating this pass under activation recomputation: layers compute the
@@ -127,11 +127,11 @@ class _OpenPass(ForwardContext):
     """The open pass of a cache. Tables and mask are computed when the first layer reads them: fused
     passes never do, and they would take a tenth of a small model's round."""
 
-    def __init__(self, cache: KVCache, **given: Any) -> None:
-        """``given`` are the fields that :func:`dataclasses.replace` passes; they replace the
-        cache's own."""
+    def __init__(self, cache: KVCache, **fields: Any) -> None:
+        """``fields`` are those that :func:`dataclasses.replace` passes; they replace the cache's
+        own."""
         # Bypasses the setters of a frozen dataclass.
-        self.__dict__.update({"auxiliary": None, **given}, cache=cache, _open=cache)
+        self.__dict__.update({"auxiliary": None, **fields}, cache=cache, _open=cache)
 
     _open: KVCache
 
@@ -211,9 +211,9 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
             yield MappedWeight(own="qkv_bias", parts=biases, order=qkv_order)
         yield renamed("out.weight", "o_proj.weight", (d_model, trunk.n_heads * d_head))
         if self.qk_norm:
-            for own, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
-                gains = ((f"{theirs}.weight", (d_head,)),)
-                yield MappedWeight(own=f"{own}.weight", parts=gains, order=order)
+            for norm, hf_norm in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                gains = ((f"{hf_norm}.weight", (d_head,)),)
+                yield MappedWeight(own=f"{norm}.weight", parts=gains, order=order)
 
     def _orders(self, trunk: TrunkConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """The order of the dimensions in Hugging Face's layout: of one head, and of all heads of
@@ -231,7 +231,7 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
             for j in range(pairs)
         )
         n_rotary_heads = trunk.n_heads + trunk.n_kv_heads
-        heads = [head * size + at for head in range(n_rotary_heads) for at in order]
+        heads = [head * size + j for head in range(n_rotary_heads) for j in order]
         return order, (*heads, *range(n_rotary_heads * size, qkv_width(trunk)))
 
 

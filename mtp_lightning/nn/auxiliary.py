@@ -35,7 +35,7 @@ class AuxiliaryOutputs:
     @property
     def losses(self) -> list[Tensor]:
         """The losses of all names."""
-        return [loss for of_tag in self.by_tag.values() for loss in of_tag]
+        return [loss for losses in self.by_tag.values() for loss in losses]
 
     def add_loss(self, loss: Tensor, tag: str = "moe/sequence_loss") -> None:
         """Add an auxiliary loss, which is logged as ``tag``."""
@@ -50,8 +50,8 @@ class AuxiliaryOutputs:
 
     def add(self, other: AuxiliaryOutputs) -> None:
         """Add the loads and the losses, detached, of another pass of the same step."""
-        for tag, of_tag in other.by_tag.items():
-            for loss in of_tag:
+        for tag, losses in other.by_tag.items():
+            for loss in losses:
                 self.add_loss(loss.detach(), tag)
         for router, load_E in other.loads.items():
             self._add(router, load_E)

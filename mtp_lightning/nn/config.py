@@ -104,8 +104,8 @@ class TrunkConfig:
         """Dotted keys of settings that change how the trunk is trained, not what its weights
         compute."""
         layers = (self.attention, self.feed_forward)
-        own = [f"{layer.family}.{key}" for layer in layers for key in layer.training_keys]
-        return ["recompute", *own]
+        layer_keys = [f"{layer.family}.{key}" for layer in layers for key in layer.training_keys]
+        return ["recompute", *layer_keys]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""

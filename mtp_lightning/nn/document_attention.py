@@ -29,8 +29,8 @@ def dense_mask(documents_BT: Tensor) -> Tensor:
     later."""
     places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     causal = places_T.unsqueeze(0) <= places_T.unsqueeze(1)
-    same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
-    return (causal & same).unsqueeze(1)
+    same_document = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
+    return (causal & same_document).unsqueeze(1)
 
 
 def block_mask(documents_BT: Tensor) -> BlockMask:
@@ -44,7 +44,7 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
     return create_block_mask(sees, batch, None, seq_len, seq_len, device=documents_BT.device)
 
 
-def of_blocks(mask: BlockMask) -> Tensor:
+def to_dense(mask: BlockMask) -> Tensor:
     """The dense mask of a block mask."""
     batch, _, queries, keys = mask.shape
     device = mask.kv_num_blocks.device

@@ -44,13 +44,13 @@ def initialize(model: nn.Module, *, std: float, seed: int) -> None:
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        drawn = torch.empty(parameter.shape, dtype=torch.float32)
-        drawn.normal_(0.0, std, generator=generator(seed, name))
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        values.normal_(0.0, std, generator=generator(seed, name))
         # For sharded parameters, every rank draws the full tensor and keeps its shard.
-        parameter.copy_(processes.tensors().own_part(drawn, parameter))
+        parameter.copy_(processes.tensors().own_part(values, parameter))
 
 
-def drawn_anew(model: nn.Module) -> bool:
+def sets_everything(model: nn.Module) -> bool:
     """Whether :func:`initialize` sets every parameter and buffer of a model; if not, the buffers
     must be set when the model is built."""
     return all(

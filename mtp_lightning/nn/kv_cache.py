@@ -98,10 +98,10 @@ class KVCache:
 
     def grow(self, tables: PositionTables) -> None:
         """Move to larger tables, with storage of their capacity."""
-        used = self.tables.capacity
+        old_capacity = self.tables.capacity
         for layer, old in enumerate(self._stored):
             self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
-            self._stored[layer][:, :used] = old
+            self._stored[layer][:, :old_capacity] = old
         self.tables = tables
         # The open pass's positions index storage of the old capacity.
         self.runs = Runs(tables, [0], 0)
@@ -120,7 +120,7 @@ class KVCache:
                 "shorten the prompt, or ask for fewer new tokens."
             )
         assert len(starts) == self.batch_size
-        assert all(0 <= start <= held for start, held in zip(starts, self.lengths, strict=True))
+        assert all(0 <= start <= length for start, length in zip(starts, self.lengths, strict=True))
         self.lengths = [start + n_new for start in starts]
         self.runs = Runs(self.tables, starts, n_new)
         self._width = round_up(longest)
@@ -145,7 +145,7 @@ class KVCache:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
         self.runs.write(self.entries_L_BSMH[layer], entry_BTMH)
 
-    def _read(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,
         expanded to [T, M, P, H]. They are cached by width."""
         copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
@@ -155,8 +155,8 @@ class KVCache:
                 self._views.clear()
             views = []
             for entries in self.entries_L_BSMH:
-                used = entries.narrow(1, 0, self._width).transpose(1, 2)
-                keys, values = self.entry.split(used)
+                stored = entries.narrow(1, 0, self._width).transpose(1, 2)
+                keys, values = self.entry.split(stored)
                 if copies > 1:
                     keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
                 views.append((keys, values))
@@ -177,7 +177,7 @@ class KVCache:
             query_BTNH: the new queries.
             mask: the result of :meth:`mask`, or another additive mask [B, T, P].
         """
-        key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
+        key_BMPH, value_BMPH = self._keys_and_values(layer, query_BTNH.shape[1])
         if is_batch_invariant():
             assert mask is not None
             return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask)

@@ -74,8 +74,8 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         return self.kv_rank + self.d_rope
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
-        own = type(self) is LatentAttentionConfig
-        return own and min(self.d_head, self.d_value) >= MIN_WIDTH
+        wide = min(self.d_head, self.d_value) >= MIN_WIDTH
+        return type(self) is LatentAttentionConfig and wide
 
     def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return LatentAttention(trunk, self)
@@ -102,8 +102,8 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         return CacheEntry(1, self.d_cached, shared=True)
 
     def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
-        for own, theirs, shape in self._matrices(trunk):
-            yield renamed(f"{own}.weight", f"{theirs}.weight", shape)
+        for name, hf_name, shape in self._matrices(trunk):
+            yield renamed(f"{name}.weight", f"{hf_name}.weight", shape)
         if self.q_rank is not None:
             yield renamed("query_norm.weight", "q_a_layernorm.weight", (self.q_rank,))
         yield renamed("kv_norm.weight", "kv_a_layernorm.weight", (self.kv_rank,))
@@ -141,8 +141,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, eps)
         self.kv_up = Linear(config.kv_rank, trunk.n_heads * (config.d_nope + config.d_value))
         self.out = Linear(trunk.n_heads * config.d_value, trunk.d_model)
-        stretch = trunk.rope_scaling
-        self.score_factor = 1.0 if stretch is None else stretch.score_factor
+        scaling = trunk.rope_scaling
+        self.score_factor = 1.0 if scaling is None else scaling.score_factor
 
     def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``ctx.cache``."""

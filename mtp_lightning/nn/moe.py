@@ -145,17 +145,17 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             [place.under("", f"experts.{i}.") for place in swiglu_weights(d_model, self.d_expert)]
             for i in range(self.n_routed)
         ]
-        for same in zip(*experts, strict=True):  # gate_up of every expert, then down
-            parts = tuple(part for place in same for part in place.parts)
-            own = f"experts.{same[0].own.removesuffix('.weight')}"
-            yield MappedWeight(own=own, parts=parts, stacked=self.n_routed)
+        for places in zip(*experts, strict=True):  # gate_up of every expert, then down
+            parts = tuple(part for place in places for part in place.parts)
+            name = f"experts.{places[0].own.removesuffix('.weight')}"
+            yield MappedWeight(own=name, parts=parts, stacked=self.n_routed)
         if self.n_shared:
             for place in swiglu_weights(d_model, self.n_shared * self.d_expert):
                 yield place.under("shared.", "shared_experts.")
 
-    def rate(self, done: float) -> float:
-        """gamma after the fraction ``done`` of the run."""
-        return 0.0 if done >= 1.0 - self.bias_frozen else self.bias_rate
+    def rate(self, fraction: float) -> float:
+        """gamma after a ``fraction`` of the run."""
+        return 0.0 if fraction >= 1.0 - self.bias_frozen else self.bias_rate
 
 
 class Router(Linear):
@@ -171,8 +171,8 @@ class Router(Linear):
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__(d_model, config.n_routed)
         self.config = config
-        kept = config.scoring == "sigmoid"  # else it is always 0
-        self.register_buffer("expert_bias", torch.zeros(config.n_routed), persistent=kept)
+        persistent = config.scoring == "sigmoid"  # else it is always 0
+        self.register_buffer("expert_bias", torch.zeros(config.n_routed), persistent=persistent)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
@@ -191,8 +191,8 @@ class Router(Linear):
         with no_autocast(x_MC):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
             # Vectorized code rounds the last numbers of a tensor differently from the others.
-            law = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
-            scores_ME = by_token(law, logits_ME)
+            scoring = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
+            scores_ME = by_token(scoring, logits_ME)
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
@@ -208,10 +208,10 @@ class Router(Linear):
         biased_ME = scores_ME + self.expert_bias if c.scoring == "sigmoid" else scores_ME
         if c.n_groups > 1:
             grouped = biased_ME.unflatten(-1, (c.n_groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
-            shut = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
-            shut.scatter_(1, best, False)
-            biased_ME = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
+            best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
+            excluded = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
+            excluded.scatter_(1, best_groups, False)
+            biased_ME = grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
         # Without sorting, their order depends on the number of tokens, and so would the rounding.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
 
@@ -233,8 +233,8 @@ class MoE(nn.Module):
 
     def idle_params(self) -> int:
         """Weights of the experts that a token is not sent to."""
-        of_one = sum(weight[0].numel() for weight in self.experts.parameters())
-        return (self.config.n_routed - self.config.top_k) * of_one
+        expert_params = sum(weight[0].numel() for weight in self.experts.parameters())
+        return (self.config.n_routed - self.config.top_k) * expert_params
 
     def forward(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``ctx.auxiliary``."""
@@ -258,9 +258,9 @@ def sequence_balance_loss(scores_BTE: Tensor, top_k: int) -> Tensor:
     """
     batch, seq_len, n_experts = scores_BTE.shape
     highest = scores_BTE.detach().topk(top_k, dim=-1, sorted=False).indices.flatten(1)
-    one = scores_BTE.new_full((), n_experts / (top_k * seq_len))
+    share = scores_BTE.new_full((), n_experts / (top_k * seq_len))
     share_BE = scores_BTE.new_zeros(batch, n_experts).scatter_add_(
-        1, highest, one.expand_as(highest)
+        1, highest, share.expand_as(highest)
     )
     affinity_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
     return (share_BE * affinity_BE).sum(-1)

@@ -227,14 +227,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 _CODE: dict[str, Callable[[], tuple[str, str]]] = {}
 
 
-def register_code(device: str, says: Callable[[], tuple[str, str]]) -> None:
-    """Let ``says`` return the result of :func:`code` for a type of device."""
-    _CODE[device] = says
+def register_code(device: str, describe: Callable[[], tuple[str, str]]) -> None:
+    """Let ``describe`` return the result of :func:`code` for a type of device."""
+    _CODE[device] = describe
 
 
 def code(device: str = "cpu") -> tuple[str, str]:
     """Name (stored in checkpoints) and description of the code that computes the ops on a type of
     device. Other code may give other last bits of a run."""
     parts.load()
-    says = _CODE.get(device)
-    return ("plain", "PyTorch's operators") if says is None else says()
+    describe = _CODE.get(device)
+    return ("plain", "PyTorch's operators") if describe is None else describe()

@@ -63,8 +63,8 @@ class Runs:
         if self.uniform:
             return buffer.narrow(1, self.starts[0] + ahead, self.width)
         flat = self._flat + ahead if ahead else self._flat
-        found = buffer.flatten(0, 1).index_select(0, flat)
-        return found.view(len(self.starts), self.width, *buffer.shape[2:])
+        rows = buffer.flatten(0, 1).index_select(0, flat)
+        return rows.view(len(self.starts), self.width, *buffer.shape[2:])
 
     def write(self, buffer: Tensor, values: Tensor, ahead: int = 0) -> None:
         """Write [B, T, ..] to the run, moved ``ahead`` positions, of a buffer [B, S, ..]."""

@@ -54,8 +54,8 @@ class RopeScaling:
         """The frequencies ``theta^(-2j/R)`` for the longer context."""
         turns = frequency * self.original_positions / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequency * (kept + (1 - kept) / self.factor)
+        kept_share = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequency * (kept_share + (1 - kept_share) / self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ def rope_table(
     dtype = torch.promote_types(dtype, torch.float32)
     magnitude = 1.0 if scaling is None else scaling.magnitude
     cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
-    at_rest = (0, (d_head - rotary_dim) // 2)
-    cos, sin = F.pad(cos, at_rest, value=1.0), F.pad(sin, at_rest)
+    padding = (0, (d_head - rotary_dim) // 2)
+    cos, sin = F.pad(cos, padding, value=1.0), F.pad(sin, padding)
     return cos.to(dtype), sin.to(dtype)
 
 

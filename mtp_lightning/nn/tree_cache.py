@@ -47,7 +47,7 @@ class Branches:
         sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)
         sees_TW[:, 0] = True
         for token, path in enumerate(paths):
-            sees_TW[token, [seen + 1 for seen in path]] = True
+            sees_TW[token, [ancestor + 1 for ancestor in path]] = True
         self.sees_TW = sees_TW.to(device)
         inner = set(parents)
         leaves = sorted(path for path in paths if path[-1] not in inner)
@@ -77,7 +77,7 @@ class TreeCache(KVCache):
         :meth:`open`."""
         super().open(starts, branches.width)
         self._branches = branches
-        self._kept: dict[int, Tensor] = {}
+        self._new_entries: dict[int, Tensor] = {}
 
     def _starts_B1(self) -> Tensor:
         return torch.tensor(self.runs.starts, device=self.tables.device).unsqueeze(1)
@@ -105,7 +105,7 @@ class TreeCache(KVCache):
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         super().append(layer, entry_BTMH)
         if self._branches is not None:
-            self._kept[layer] = entry_BTMH
+            self._new_entries[layer] = entry_BTMH
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """See :meth:`KVCache.attend`. In a batch-invariant pass, each path is computed with its
@@ -114,19 +114,19 @@ class TreeCache(KVCache):
         if self._branches is None or not is_batch_invariant():
             return super().attend(layer, query_BTNH, mask)
         assert mask is not None
-        entries, kept = self.entries_L_BSMH[layer], self._kept[layer]
+        entries, new_entries = self.entries_L_BSMH[layer], self._new_entries[layer]
         mask = mask.expand(query_BTNH.shape[0], -1, -1)
         mixed: Tensor | None = None
         for runs, index in self._tails:
-            runs.write(entries, kept.index_select(1, index))
-            found = attend_by_query(
+            runs.write(entries, new_entries.index_select(1, index))
+            mixed_path = attend_by_query(
                 query_BTNH.index_select(1, index),
-                *self._read(layer, len(index)),
+                *self._keys_and_values(layer, len(index)),
                 mask.index_select(1, index),
             )
             if mixed is None:
-                mixed = found.new_empty(*query_BTNH.shape[:3], found.shape[-1])
-            mixed.index_copy_(1, index, found)
+                mixed = mixed_path.new_empty(*query_BTNH.shape[:3], mixed_path.shape[-1])
+            mixed.index_copy_(1, index, mixed_path)
         assert mixed is not None
         return mixed
 
@@ -137,16 +137,16 @@ class TreeCache(KVCache):
             path_BE: indices of the path's tokens, the tree's first token first; entries after a
                 path's end are arbitrary.
         """
-        read, runs = self.runs, Runs(self.tables, self.runs.starts, path_BE.shape[1])
+        tree_runs, runs = self.runs, Runs(self.tables, self.runs.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
             # Fused passes do not call append: their entries are read from the storage.
-            kept = self._kept.pop(layer, None)
-            runs.write(entries, along(read.read(entries) if kept is None else kept, path_BE))
+            entry = self._new_entries.pop(layer, None)
+            runs.write(entries, along(tree_runs.read(entries) if entry is None else entry, path_BE))
 
 
 def along(values: Tensor, path_BE: Tensor) -> Tensor:
     """The values of the tokens of a path: [B, T, ..] -> [B, E, ..]."""
     batch, width = values.shape[:2]
     first_B1 = torch.arange(batch, device=path_BE.device).unsqueeze(1) * width
-    found = values.flatten(0, 1).index_select(0, (path_BE + first_B1).flatten())
-    return found.view(*path_BE.shape, *values.shape[2:])
+    values_E = values.flatten(0, 1).index_select(0, (path_BE + first_B1).flatten())
+    return values_E.view(*path_BE.shape, *values.shape[2:])

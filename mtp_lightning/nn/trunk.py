@@ -23,8 +23,8 @@ class TrunkOutput:
         final: after all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
         last_block: after all blocks, before the final norm.
         before_last: after all blocks except the last, before any norm.
-        after: number of blocks -> the state after them, for the numbers in ``Trunk.kept``; 0 is the
-            embedding.
+        after: number of blocks -> the state after them, for the numbers in ``Trunk.keep_after``; 0
+            is the embedding.
     """
 
     final: Tensor
@@ -45,13 +45,13 @@ class Trunk(nn.Module):
     """A pre-norm decoder without its output head.
 
     Attributes:
-        kept: after how many blocks a pass keeps the state, in :attr:`TrunkOutput.after`.
+        keep_after: after how many blocks a pass keeps the state, in :attr:`TrunkOutput.after`.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.config = config
-        self.kept: Collection[int] = ()
+        self.keep_after: Collection[int] = ()
         self.embedding = embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -63,10 +63,10 @@ class Trunk(nn.Module):
         shifted: one lookup serves all.
         """
         h_BTC = before_last = embedded_BTC
-        after = {0: h_BTC} if 0 in self.kept else {}
+        after = {0: h_BTC} if 0 in self.keep_after else {}
         for layer, block in enumerate(self.blocks):
             before_last, h_BTC = h_BTC, block(h_BTC, ctx, layer)
-            if layer + 1 in self.kept:
+            if layer + 1 in self.keep_after:
                 after[layer + 1] = h_BTC
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last, after)
 

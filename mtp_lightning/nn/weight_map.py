@@ -29,12 +29,12 @@ class MappedWeight:
     copy: bool = False
     precise: bool = False
 
-    def under(self, own: str, theirs: str) -> MappedWeight:
+    def under(self, prefix: str, hf_prefix: str) -> MappedWeight:
         """The same with prefixes before the names."""
-        parts = tuple((f"{theirs}{name}", shape) for name, shape in self.parts)
-        return replace(self, own=f"{own}{self.own}", parts=parts)
+        parts = tuple((f"{hf_prefix}{name}", shape) for name, shape in self.parts)
+        return replace(self, own=f"{prefix}{self.own}", parts=parts)
 
 
-def renamed(own: str, theirs: str, shape: Shape, *, copy: bool = False) -> MappedWeight:
+def renamed(name: str, hf_name: str, shape: Shape, *, copy: bool = False) -> MappedWeight:
     """A weight that the folder holds unchanged under another name."""
-    return MappedWeight(own=own, parts=((theirs, shape),), copy=copy)
+    return MappedWeight(own=name, parts=((hf_name, shape),), copy=copy)

@@ -25,12 +25,10 @@ class WeightScales:
     group: int
     bits: int
 
-    def of_groups(self, group: int) -> WeightScales:
+    def regrouped(self, group: int) -> WeightScales:
         """The same scales, repeated for smaller blocks."""
         times = self.group // group
-        steps, offsets = (
-            each.repeat_interleave(times, dim=1) for each in (self.steps, self.offsets)
-        )
+        steps, offsets = (x.repeat_interleave(times, dim=1) for x in (self.steps, self.offsets))
         return replace(self, steps=steps, offsets=offsets, group=group)
 
     @staticmethod
@@ -38,8 +36,8 @@ class WeightScales:
         """The scales of several matrices, one below the other, as one; row i is row ``order[i]``
         of all their rows."""
         group = min(part.group for part in parts)
-        same = [part.of_groups(group) for part in parts]
-        steps, offsets = (torch.cat([getattr(p, n) for p in same]) for n in ("steps", "offsets"))
+        scales = [part.regrouped(group) for part in parts]
+        steps, offsets = (torch.cat([getattr(p, n) for p in scales]) for n in ("steps", "offsets"))
         if order is not None:
             steps, offsets = steps[list(order)], offsets[list(order)]
         bits = max(part.bits for part in parts)

@@ -46,13 +46,13 @@ class FlopCount(TorchDispatchMode):
         self._inferred: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._computed(func, args, kwargs or {})
+        out = self._result(func, args, kwargs or {})
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an operator. PyTorch infers shapes on ``meta`` in Python, which takes most
         of a count's time, so the result for equal operands is inferred once."""
         try:
@@ -111,7 +111,7 @@ class StepCost:
         # Recomputed activations do not count: they bring no progress.
         self.config = replace(config, trunk=replace(config.trunk, recompute=False))
         self.objective = objective
-        self._known: dict[tuple[Any, ...], int] = {}
+        self._flops: dict[tuple[Any, ...], int] = {}
 
     def per_token(
         self, seq_len: int, active: Sequence[int] | None = None, *, scope: Scope | None = None
@@ -151,7 +151,7 @@ class StepCost:
             UserError: a layer cannot run on the ``meta`` device.
         """
         kind = seq_len, tuple(active), main, stored, scope
-        if kind not in self._known:
+        if kind not in self._flops:
             # A profiler or counter around the step would see the operators of this one too.
             with (
                 _disable_current_modes(),
@@ -160,8 +160,8 @@ class StepCost:
                 counted_flops() as count,
             ):
                 self._run(*kind)
-            self._known[kind] = count.total
-        return self._known[kind]
+            self._flops[kind] = count.total
+        return self._flops[kind]
 
     def _run(
         self, seq_len: int, active: Sequence[int], main: bool, stored: bool, scope: Scope | None

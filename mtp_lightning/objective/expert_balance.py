@@ -16,7 +16,7 @@ from mtp_lightning.objective.ranks import sum_over_ranks
 
 @torch.no_grad()
 def balance_experts(
-    model: nn.Module, auxiliary: AuxiliaryOutputs, *, done: float
+    model: nn.Module, auxiliary: AuxiliaryOutputs, *, fraction: float
 ) -> dict[str, Tensor]:
     """``b += gamma * sign(mean load - load)`` for every router, after an optimizer step.
 
@@ -28,7 +28,7 @@ def balance_experts(
     Args:
         model: its routers are those of the trunk and of the MTP modules.
         auxiliary: the loads of all micro-batches of this rank's step.
-        done: fraction of the run that was done before the step.
+        fraction: the fraction of the run before the step.
 
     Returns:
         Values to log: ``moe/max_violation_layer_l`` for trunk layer l and
@@ -37,17 +37,17 @@ def balance_experts(
     """
     if not auxiliary.loads:
         return {}
-    used = {name: layer for name, layer in model.named_modules() if layer in auxiliary.loads}
+    routers = {name: layer for name, layer in model.named_modules() if layer in auxiliary.loads}
     # All routers have the same number of experts, and all ranks used the same routers.
-    load_LE = sum_over_ranks(torch.stack([auxiliary.loads[router] for router in used.values()]))
-    for router, load_E in zip(used.values(), load_LE, strict=True):
+    load_LE = sum_over_ranks(torch.stack([auxiliary.loads[router] for router in routers.values()]))
+    for router, load_E in zip(routers.values(), load_LE, strict=True):
         # Compare E * load with the total in whole numbers, so that equality is exact.
         direction_E = torch.sign(load_E.sum() - load_E * load_E.shape[0])
-        router.expert_bias.add_(direction_E, alpha=router.config.rate(done))
+        router.expert_bias.add_(direction_E, alpha=router.config.rate(fraction))
     violation_L = load_LE.amax(-1) / load_LE.float().mean(-1) - 1
     values = {
         f"moe/max_violation_{label(name)}": value
-        for name, value in zip(used, violation_L, strict=True)
+        for name, value in zip(routers, violation_L, strict=True)
     }
     return {**values, "moe/max_violation": violation_L.mean()}
 

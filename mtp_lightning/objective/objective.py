@@ -22,7 +22,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.objective.plan import PositionCounts, StepPlan
-from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen, chosen
+from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule, select_rules
 from mtp_lightning.objective.targets import DepthTarget, targets_of
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -86,9 +86,9 @@ class Objective:
         self.term, self.draft_vocab = term, draft_vocab
         self.terms = list(term.parts())
         self.rules: list[Rule] = [
-            *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
-            *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
-            *(rule for _, one in self.terms for rule in one.rules(self.setting)),
+            *select_rules("mask", mask, _MASKS, tau=tau, quantile=quantile),
+            *select_rules("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
+            *(rule for _, part in self.terms for rule in part.rules(self.setting)),
         ]
 
     @classmethod
@@ -137,13 +137,13 @@ class Objective:
         """
         factors, counts = plan.factors, plan.counts
         main = factors[0] / counts.valid[0]
-        targets = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
+        targets = [DepthTarget(0, self._among_drafted(batch.targets(0)), main, _MAIN_TERM)]
         for k in plan.active:
             for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
                 if not count:
                     continue
-                tokens_BT = self._kept(targets_of(term, stack, k, batch))
+                tokens_BT = self._among_drafted(targets_of(term, stack, k, batch))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 coefficient, shift = factors[k] * weight / count, batch.stride * k
@@ -154,17 +154,17 @@ class Objective:
                 )
         return targets
 
-    def _kept(self, tokens_BT: Tensor) -> Tensor:
+    def _among_drafted(self, tokens_BT: Tensor) -> Tensor:
         """Targets among the first ``draft_vocab`` ids; -100 for others."""
         if self.draft_vocab is None:
             return tokens_BT
         return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)
 
-    def apply_rules(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        """The targets after all rules have changed them; ``seen`` holds :attr:`measures`."""
+    def apply_rules(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
+        """The targets after all rules; ``values`` are those of :attr:`measures`."""
         targets = list(targets)
         for rule in self.rules:
-            targets = rule.apply(targets, seen)
+            targets = rule.apply(targets, values)
         return targets
 
     def after_backward(self) -> dict[str, float]:

@@ -25,17 +25,17 @@ class PositionCounts:
     Attributes:
         valid: [D + 1], positions with a valid target.
         taught: [D + 1], those of them that have a teacher.
-        every: all positions.
+        total: all positions.
     """
 
     valid: Sequence[int]
     taught: Sequence[int] = ()
-    every: int = 0
+    total: int = 0
 
     def of(self, k: int, term: Term) -> int:
         """Number of positions of depth ``k`` that count for a term."""
         if term.counts_padding:
-            return self.every
+            return self.total
         return (self.taught if term.needs_teacher else self.valid)[k]
 
 
@@ -60,8 +60,8 @@ def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
         if world_size() > 1:  # ranks communicate through their devices
             total = sum_over_ranks(total.to(batch.device))
         counts = total.tolist()
-    every = len(batch) * batch.seq_len * world_size()
-    return PositionCounts(counts[: len(masks)], counts[len(masks) :], every)
+    positions = len(batch) * batch.seq_len * world_size()
+    return PositionCounts(counts[: len(masks)], counts[len(masks) :], positions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class OptimizerStep:
         self.objective.check(model.config.mtp)
         balance.check(model.config)
         if balance.scope is not None:
-            require_separable(self.objective, what=f"balance={balance.name}")
+            require_separable(self.objective, setting=f"balance={balance.name}")
         for rule in self.objective.rules:
             if balance.skips and not all(measure.of_main for measure in rule.measures):
                 raise UserError(
@@ -195,10 +195,10 @@ class OptimizerStep:
         optimizer.zero_grad(set_to_none=True)
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
-        values |= balance_experts(self.model, auxiliary, done=progress.fraction)
+        values |= balance_experts(self.model, auxiliary, fraction=progress.fraction)
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
-        for tag, of_tag in auxiliary.by_tag.items():
-            values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
+        for tag, tag_values in auxiliary.by_tag.items():
+            values[tag] = sum_over_ranks((torch.stack(tag_values) * (1 / plan.windows)).sum())
         values |= self.objective.log_values(losses_KP.to(dtype), plan.active)
         loss = plan.factors[0] * losses[0] + sum(plan.factors[k] * losses[k] for k in plan.active)
         values["train/loss"] = loss.to(dtype)
@@ -227,13 +227,13 @@ class OptimizerStep:
         for index, micro in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
-                loss, micro_sums, reported = run(self.loss, plan, micro)
+                loss, micro_sums, micro_auxiliary = run(self.loss, plan, micro)
                 # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; here they must add up.
                     backward(loss * world_size())
             sums.append(micro_sums)
-            auxiliary.add(reported)
+            auxiliary.add(micro_auxiliary)
         return sum_over_ranks(sum(sums[1:], sums[0])), auxiliary
 
     def _measure(self, plan: StepPlan, progress: Progress) -> TaskGradients | None:
@@ -247,11 +247,11 @@ class OptimizerStep:
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
         """Clip the gradients, if a bound is given; returns their norm before, to log."""
         # A balance rule's parameters have no gradient yet, so the norm leaves them out.
-        every = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.clip_norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in every if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
-            norm = nn.utils.clip_grad_norm_(every, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         return {"train/grad_norm": processes.tensors().whole(norm)}
 
     def loss(self, plan: StepPlan, micro: WindowBatch) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:

@@ -23,7 +23,7 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.plan import StepPlan
-from mtp_lightning.objective.rules.base import PositionMeasure, Seen
+from mtp_lightning.objective.rules.base import Measures, PositionMeasure
 from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
 from mtp_lightning.objective.through_head import through_head
 
@@ -70,9 +70,9 @@ def micro_batch_loss(
     """
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
-    seen = prepass(weight_VC, feed, targets, objective.measures)
+    measure_values = prepass(weight_VC, feed, targets, objective.measures)
     if not weight_VC.is_meta:  # meta tensors have no values for the rules
-        targets = objective.apply_rules(targets, seen)
+        targets = objective.apply_rules(targets, measure_values)
     total, sums = stream_loss(
         weight_VC,
         feed,
@@ -85,8 +85,8 @@ def micro_batch_loss(
         if loss.requires_grad:  # the losses of heads side by side are already backpropagated
             total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
-    for target, own_sum in zip(targets, sums, strict=True):
-        sums_KP[target.depth, target.index] = own_sum
+    for target, target_sum in zip(targets, sums, strict=True):
+        sums_KP[target.depth, target.index] = target_sum
     return total, sums_KP
 
 
@@ -96,7 +96,7 @@ def prepass(
     feed: Feed,
     targets: Sequence[DepthTarget],
     measures: Collection[PositionMeasure],
-) -> Seen:
+) -> Measures:
     """Compute the rules' measures of all hidden states before any of them learns.
 
     The states go through the head in the same chunks as when they learn; one number per position,
@@ -110,31 +110,31 @@ def prepass(
     """
     if not measures:
         return {}
-    of_main = [measure for measure in measures if measure.of_main]
-    of_depths = [measure for measure in measures if not measure.of_main]
-    seen: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in measures}
+    main_measures = [measure for measure in measures if measure.of_main]
+    depth_measures = [measure for measure in measures if not measure.of_main]
+    values: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in measures}
     dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
     tokens, shifts = tokens_of(targets), {target.depth: target.shift for target in targets}
 
-    def measured(k: int, hidden: Tensor) -> Prediction:
-        measured_targets = []
-        for measure in of_depths if k else of_main:
+    def measure_prediction(k: int, hidden: Tensor) -> Prediction:
+        measure_targets = []
+        for measure in depth_measures if k else main_measures:
             values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
-            seen[measure.name][k] = values_BT
-            measured_targets.append(
+            values[measure.name][k] = values_BT
+            measure_targets.append(
                 DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=values_BT)
             )
-        prediction = feed.prediction(k, hidden, measured_targets)
+        prediction = feed.prediction(k, hidden, measure_targets)
         prediction.needs_gradient = False
         return prediction
 
-    due = [(0, feed.main)] if of_main else []
-    for group in itertools.chain(feed.states() if of_depths else (), [()]):
-        predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
+    due = [(0, feed.main)] if main_measures else []
+    for group in itertools.chain(feed.states() if depth_measures else (), [()]):
+        predictions = [measure_prediction(k, hidden) for k, hidden in (*due, *group)]
         due = []
         if predictions:
             through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)
-    return seen
+    return values
 
 
 def stream_loss(
@@ -164,33 +164,34 @@ def stream_loss(
     """
     parameters = list(dict.fromkeys(p for target in targets for p in target.term.parameters))
     inputs = [weight_VC, *feed.inputs, *parameters]
-    needs_weight, *needs = (torch.is_grad_enabled() and one.requires_grad for one in inputs)
+    needs_weight, *needs = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
     head = HeadWeight(weight_VC, needs_gradient=needs_weight)
     sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
-    targets = [replace(one, total=part) for one, part in zip(targets, sums, strict=True)]
-    of_terms: dict[nn.Parameter, Tensor] = {}
+    targets = [replace(t, total=total) for t, total in zip(targets, sums, strict=True)]
+    term_gradients: dict[nn.Parameter, Tensor] = {}
 
     def send(predictions: Sequence[Prediction]) -> None:
         main = feed.main if any(p.needs_teacher for p in predictions) else None
-        through_head(head, predictions, main_hidden=main, compiled=compiled, of_terms=of_terms)
+        through_head(head, predictions, term_gradients, main_hidden=main, compiled=compiled)
 
     needs = needs[: len(feed.inputs)]
     request = LossRequest(by_depth(targets), needs, train_head, auxiliary_factor)
     with torch.no_grad():
         gradients = feed.input_gradients(request, send)
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.
-        weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
+        weighted = [total * t.coefficient for total, t in zip(sums, targets, strict=True)]
         total = torch.stack(weighted).sum().to(torch.promote_types(weight_VC.dtype, torch.float32))
-    of_inputs = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
-    return _WithGradients.apply((total, of_inputs), *inputs), sums
+    input_gradients = [head.gradient, *gradients, *(term_gradients.get(p) for p in parameters)]
+    return _WithGradients.apply((total, input_gradients), *inputs), sums
 
 
 class _WithGradients(torch.autograd.Function):
     """Connects a loss, whose gradients with respect to the inputs are known, to the graph."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Tensor, list[Tensor | None]], *inputs: Tensor) -> Tensor:
-        loss, ctx.gradients = known
+    def forward(ctx: Any, result: tuple[Tensor, list[Tensor | None]], *inputs: Tensor) -> Tensor:
+        # One tuple: autograd would take a loss passed alone for one of the inputs.
+        loss, ctx.gradients = result
         return loss
 
     @staticmethod

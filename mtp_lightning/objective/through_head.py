@@ -47,21 +47,21 @@ def chunks(total: int, rows: int) -> Iterator[slice]:
 
 
 def log_probs_by_chunk(
-    h_MC: Tensor, weight_VC: Tensor, of: Callable[[Tensor], Tensor] | None = None
+    h_MC: Tensor, weight_VC: Tensor, project: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
 
     Args:
         h_MC: the states.
         weight_VC: the shared head's weight.
-        of: computes one chunk [R, V] from its states, by another head; None for the shared one.
+        project: computes one chunk [R, V] by another head; None for the shared one.
 
     Yields:
         The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
         overwrite.
     """
     for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
-        chunk_RV = log_probs(h_MC[rows], weight_VC) if of is None else of(h_MC[rows])
+        chunk_RV = log_probs(h_MC[rows], weight_VC) if project is None else project(h_MC[rows])
         yield rows, chunk_RV
         del chunk_RV
 
@@ -70,19 +70,19 @@ def log_probs_by_chunk(
 def through_head(
     head: HeadWeight,
     predictions: Sequence[Prediction],
+    term_gradients: dict[nn.Parameter, Tensor] | None = None,
     *,
     main_hidden: Tensor | None = None,
     compiled: bool = False,
-    of_terms: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
     """Add losses to the targets' totals, and compute the gradients of their weighted sum.
 
     Args:
         head: the shared head; its gradient is accumulated in place.
         predictions: their gradients are set where they are needed.
+        term_gradients: accumulates the gradients of the terms' own parameters; None to drop them.
         main_hidden: the main prediction's hidden state [..., C], from which teachers are computed.
         compiled: whether plain cross-entropy uses one compiled kernel.
-        of_terms: accumulates the gradients of the terms' own parameters; None to drop them.
     """
     dtype = compute_dtype(predictions[0].hidden)
     weight, main_MC = head.weight_VC.detach().to(dtype), None
@@ -90,41 +90,37 @@ def through_head(
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
-    def begun(prediction: Prediction) -> _HeadPass:
-        return _HeadPass(head, weight, prediction, of_terms)
+    def head_pass(prediction: Prediction) -> _HeadPass:
+        return _HeadPass(head, weight, prediction, term_gradients)
 
     due = [
-        one
-        for one in predictions
-        if one.needs_gradient
-        or one.trains_head(head)
-        or any(target.coefficient for target in one.targets)
+        p
+        for p in predictions
+        if p.needs_gradient or p.trains_head(head) or any(t.coefficient for t in p.targets)
     ]
     with no_autocast(weight):
-        alone = due if main_MC is None else [one for one in due if one.loss is not None]
+        alone = due if main_MC is None else [p for p in due if p.loss is not None]
         if main_MC is not None and len(alone) < len(due):
-            _with_teacher(main_MC, weight, [begun(one) for one in due if one.loss is None])
-        for one in alone:  # begun one after another, so that their copies do not add up
-            begun(one).run(main_MC, compiled=compiled)
+            _with_teacher(main_MC, weight, [head_pass(p) for p in due if p.loss is None])
+        for prediction in alone:  # begun one after another, so that their copies do not add up
+            head_pass(prediction).run(main_MC, compiled=compiled)
 
 
 def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) -> None:
     """Compute each chunk of the main prediction and train every depth with it as the teacher."""
     for rows, main_RV in log_probs_by_chunk(main_MC, weight):
         teacher = Teacher(main_RV, main_MC[rows])
-        for one in passes:
-            if one.depth:
-                left = rows_left(rows, one.targets[0].shift, main_MC)
+        for p in passes:
+            if p.depth:
+                left = rows_left(rows, p.targets[0].shift, main_MC)
                 # The chunk has no name here, so that run_chunk can free it.
-                one.run_chunk(
-                    left, log_probs(one.h_NC[left], one.weight), one.teacher_of_rows(teacher)
-                )
+                p.run_chunk(left, log_probs(p.h_NC[left], p.weight), p.teacher_of_rows(teacher))
         del teacher
-        for one in passes:  # last, since it overwrites the teacher's log-probabilities
-            if not one.depth:
-                one.run_chunk(rows, main_RV)
-    for one in passes:
-        one.finish()
+        for p in passes:  # last, since it overwrites the teacher's log-probabilities
+            if not p.depth:
+                p.run_chunk(rows, main_RV)
+    for p in passes:
+        p.finish()
 
 
 def rows_left(rows: slice, shift: int, h_MC: Tensor) -> slice | Tensor:
@@ -145,19 +141,19 @@ class _HeadPass:
         shared: HeadWeight,
         weight: Tensor,
         prediction: Prediction,
-        of_terms: dict[nn.Parameter, Tensor] | None,
+        term_gradients: dict[nn.Parameter, Tensor] | None,
     ) -> None:
-        self.prediction, self.of_terms = prediction, of_terms
+        self.prediction, self.term_gradients = prediction, term_gradients
         self.head, self.weight = shared, weight
         if prediction.head is not None:
             self.head = prediction.head
             self.weight = self.head.weight_VC.detach().to(weight.dtype)
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
-        h, needed = prediction.hidden, prediction.needs_gradient
+        h, trains_hidden = prediction.hidden, prediction.needs_gradient
         self.trains_weight = prediction.trains_head(shared)
-        self.needs_gradient = needed or self.trains_weight
+        self.needs_gradient = trains_hidden or self.trains_weight
         self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
-        self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if needed else None
+        self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if trains_hidden else None
 
     @property
     def depth(self) -> int:
@@ -171,12 +167,12 @@ class _HeadPass:
 
     def run(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
-        own = self.prediction.loss
-        width, states = (1, 1) if own is None else (own.width, own.states)
+        loss = self.prediction.loss
+        width, states = (1, 1) if loss is None else (loss.width, loss.states)
         size = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
         for rows in chunks(self.h_NC.shape[0] // states, max(1, size // states)):
-            if own is not None:
-                self._run_own_loss(rows, own, main_MC)
+            if loss is not None:
+                self._run_own_loss(rows, loss, main_MC)
             elif compiled and self.is_plain:
                 self._run_compiled(rows)
             else:
@@ -211,7 +207,7 @@ class _HeadPass:
             for target in targets:
                 target.note(target.value(log_q_RV, h_RC))
             return
-        d_hidden_RC, of_some_logits = self._of_state(targets, log_q_RV, h_RC)
+        d_hidden_RC, logit_gradients = self._state_gradient(targets, log_q_RV, h_RC)
         if len(targets) == 1 and not targets[0].term.of_state:
             (single,) = targets
             value_R, d_logits_RV = single.term.gradient(single.chunk(log_q_RV, h_RC))
@@ -219,10 +215,10 @@ class _HeadPass:
             # Apply mask and coefficient to the C-wide factors instead of the V-wide one.
             scale_R1, factor = single.counts_R.unsqueeze(-1), single.coefficient
         else:
-            d_logits_RV = self._of_several(targets, log_q_RV, h_RC)
+            d_logits_RV = self._logit_grad(targets, log_q_RV, h_RC)
             scale_R1, factor = None, 1.0
         del log_q_RV
-        for ids_RK, d_some_RK in of_some_logits:
+        for ids_RK, d_some_RK in logit_gradients:
             d_logits_RV.scatter_add_(1, ids_RK, d_some_RK)
         d_logits_RV = d_logits_RV.to(self.weight.dtype)
         self._propagate(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
@@ -244,10 +240,10 @@ class _HeadPass:
         if main_MC is not None:
             self._teach(targets, rows, main_MC)
         logits_NV = matmul_transposed(h_NC, self.weight)
-        learned = loss(rows, logits_NV, targets, self.needs_gradient)
+        gradient = loss(rows, logits_NV, targets, self.needs_gradient)
         del logits_NV
-        if learned is not None:
-            d_logits_NV, scale_N1 = learned
+        if gradient is not None:
+            d_logits_NV, scale_N1 = gradient
             self._propagate(inner, h_NC, d_logits_NV.to(self.weight.dtype), scale_N1)
 
     def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
@@ -257,8 +253,8 @@ class _HeadPass:
             k, shift = target.depth, target.shift
             if k not in teachers:
                 # Positions whose teacher lies beyond the window get another one, and do not count.
-                at = torch.arange(rows.start + shift, rows.stop + shift, device=main_MC.device)
-                main_RC = main_MC[at % main_MC.shape[0]]
+                right = torch.arange(rows.start + shift, rows.stop + shift, device=main_MC.device)
+                main_RC = main_MC[right % main_MC.shape[0]]
                 log_p_RV = log_probs(main_RC, self.weight)
                 teachers[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
             target.teacher = teachers[k]
@@ -298,7 +294,7 @@ class _HeadPass:
             scaled_NC = h_NC if scale_N1 is None else (h_NC * scale_N1).to(h_NC.dtype)
             self.head.add(d_logits_NV, scaled_NC, factor)
 
-    def _of_state(
+    def _state_gradient(
         self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
         """The gradient of terms that read the hidden state, with mask and coefficients.
@@ -308,21 +304,21 @@ class _HeadPass:
             tokens' logits: ids [R, K] and gradient [R, K].
         """
         total_RC: Tensor | None = None
-        of_logits: list[tuple[Tensor, Tensor]] = []
+        logit_gradients: list[tuple[Tensor, Tensor]] = []
         for target in (target for target in targets if target.term.of_state):
             if not target.coefficient:  # only logged
                 target.note(target.value(log_q_RV, h_RC))
                 continue
             factor_R = target.scale_R1(log_q_RV.dtype).squeeze(-1)
-            into = {} if self.of_terms is None else self.of_terms
-            learned = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
-            target.note(learned.value_R)
-            total_RC = learned.hidden_RC if total_RC is None else total_RC + learned.hidden_RC
-            if learned.logits is not None:
-                of_logits.append(learned.logits)
-        return total_RC, of_logits
+            into = {} if self.term_gradients is None else self.term_gradients
+            gradient = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
+            target.note(gradient.value_R)
+            total_RC = gradient.hidden_RC if total_RC is None else total_RC + gradient.hidden_RC
+            if gradient.logits is not None:
+                logit_gradients.append(gradient.logits)
+        return total_RC, logit_gradients
 
-    def _of_several(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:
+    def _logit_grad(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:
         """The total gradient of all targets with respect to their common logits, with mask and
         coefficients.
 

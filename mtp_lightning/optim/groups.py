@@ -84,25 +84,25 @@ class GroupedConfig(OptimizerConfig):
             UserError: for a parameter that no group takes, a group without parameters, or an
                 algorithm that refuses its settings.
         """
-        taken: dict[str, list[nn.Parameter]] = {name: [] for name in self._groups}
-        named = set()  # groups of all parameters, frozen ones included
+        by_group: dict[str, list[nn.Parameter]] = {name: [] for name in self._groups}
+        nonempty = set()  # groups of all parameters, frozen ones included
         for parameter_name, parameter in model.named_parameters():
             group = self._group_of(parameter_name, parameter)
-            named.add(group)
+            nonempty.add(group)
             if parameter.requires_grad:
-                taken[group].append(parameter)
+                by_group[group].append(parameter)
         if others:
             group = self._group_of("what the balance rule learns", others[0])
-            named.add(group)
-            taken[group] += others
+            nonempty.add(group)
+            by_group[group] += others
         for name, unused in self._groups.items():
-            if name not in named and unused.parameters != "rest":
+            if name not in nonempty and unused.parameters != "rest":
                 raise UserError(
                     f"optimizer.groups.{name}.parameters={unused.parameters} takes no parameter of "
                     f"this model: give {', '.join(_KINDS)} or a regular expression on their names, "
                     "or leave the group out."
                 )
-        return Combined({name: self._build(name, p) for name, p in taken.items() if p})
+        return Combined({name: self._build(name, p) for name, p in by_group.items() if p})
 
     def _group_of(self, name: str, parameter: nn.Parameter) -> str:
         for group_name, group in self._groups.items():
@@ -115,13 +115,13 @@ class GroupedConfig(OptimizerConfig):
     def _build(self, name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         group = self._groups[name]
         try:
-            made = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
+            optimizer = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.groups.{name} is refused: {error}.") from error
-        if "momentum" in made.defaults:  # not every class of torch.optim checks it
+        if "momentum" in optimizer.defaults:  # not every class of torch.optim checks it
             key = f"optimizer.groups.{name}.algorithm.momentum"
-            require_number(key, made.defaults["momentum"], least=0, below=1)
-        return made
+            require_number(key, optimizer.defaults["momentum"], least=0, below=1)
+        return optimizer
 
 
 class Combined(torch.optim.Optimizer):

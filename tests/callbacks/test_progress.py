@@ -62,10 +62,11 @@ def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
 def test_how_long_the_rest_takes() -> None:
     progress = StepProgressBar()
     progress._began = (100, 1000.0)
-    assert progress._left(109, 350, 1009.0) == "" != progress._left(110, 350, 1010.0)
-    assert progress._left(150, 350, 1050.0) == "3 min left"  # 200 steps of a second each
-    assert progress._left(150, 180, 1050.0) == "30 s left"
-    assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
+    remaining = progress._remaining_time
+    assert remaining(109, 350, 1009.0) == "" != remaining(110, 350, 1010.0)
+    assert remaining(150, 350, 1050.0) == "3 min left"  # 200 steps of a second each
+    assert remaining(150, 180, 1050.0) == "30 s left"
+    assert remaining(100, 350, 1000.0) == remaining(350, 350, 1250.0) == ""
 
 
 def test_the_bar_estimates_from_the_tenth_step_on(capsys, monkeypatch) -> None:

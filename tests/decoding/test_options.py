@@ -115,7 +115,7 @@ REFUSED = [
 REFUSED_OF_A_MODEL = [
     ({"depth": 2}, {"draft_depth": 3}, "draft_depth=3, but the model drafts 2"),
     ({"depth": 2}, {"tree": [3, 2, 1]}, "[3, 2, 1] drafts 3 tokens deep, but the model drafts 2"),
-    ({"depth": 1, "vocab": 5}, {"tree": [6]}, "more candidates than the model has tokens, 5"),
+    ({"depth": 1, "vocab": 5}, {"tree": [6]}, "more candidates than the model's 5 tokens"),
     ({"depth": 2, "vocab": 5}, {"draft_vocab": 6}, "draft_vocab=6, but the model has 5 tokens"),
     (RANK_2, {"draft_vocab": 9}, "not go together with mtp.rank=2"),
     ({"depth": 0}, {"draft_vocab": 9}, "no MTP depth to draft with"),

@@ -18,7 +18,7 @@ from mtp_lightning.decoding import generate, paying
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
-from mtp_lightning.decoding.paying import measure, told, with_measured_depth
+from mtp_lightning.decoding.paying import description, measure, with_measured_depth
 from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.opening import OpenedModel
 from tests.decoding.models import finished, opened_model, random_prompts, small_model
@@ -295,7 +295,7 @@ def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
 
 def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     slow = Payoff((1.0, 2.0, 3.0), (0.5, 0.0))
-    assert told(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
+    assert description(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
         "Measured once, for this machine: 2 drafts per pass (2.71 x plain) for greedy text, "
         "no draft (one makes 0.75 x plain) for samples; a gain below 10% is not used. "
         "draft_depth=N sets another number."

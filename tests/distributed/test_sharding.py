@@ -27,7 +27,7 @@ from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.init import drawn_anew
+from mtp_lightning.nn.init import sets_everything
 from tests import deepseek
 
 RANK, WORLD = 1, 3
@@ -44,7 +44,7 @@ def group() -> Iterator[None]:
 def _sharded(config: ModelConfig, *, seed: int) -> MTPModel:
     with torch.device("meta"):
         model = MTPModel(config)
-    assert drawn_anew(model)
+    assert sets_everything(model)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     shard(model, build_mesh("cpu", WORLD, None), blocks)
     model.to_empty(device="cpu")
@@ -87,7 +87,7 @@ def test_biases_of_experts_start_anew(group: None) -> None:
 def test_buffers_that_nothing_sets_again_are_not_deferred(tiny_trunk: TrunkConfig) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1)))
     model.register_buffer("table", torch.ones(3))
-    assert not drawn_anew(model)
+    assert not sets_everything(model)
 
 
 def test_copies_of_a_sharded_model(group: None) -> None:

@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
 from mtp_lightning.metrics import floor
-from mtp_lightning.metrics.floor import Floors, Found, floors, least_rejection
+from mtp_lightning.metrics.floor import Floors, FloorValues, floors, least_rejection
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
@@ -86,7 +86,7 @@ def draft(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
     return model.head(model(batch)[k])[0, -1].softmax(-1).numpy()
 
 
-def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> Found:
+def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
     groups: dict[tuple[int, ...], list[tuple[float, np.ndarray]]] = {}
     rejection = recall = 0.0
     for path in itertools.product(range(VOCAB), repeat=k):
@@ -100,14 +100,14 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> Found:
         by_linear_program(np.stack([p for _, p in group]), np.array([w for w, _ in group]))
         for group in groups.values()
     )
-    return Found(least, float(rejection), recall)
+    return FloorValues(least, float(rejection), recall)
 
 
 @pytest.mark.parametrize("stack", HEADS)
 def test_floors_against_loops(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floor, "RECALL", 2)
     model = tiny(stack=stack)
-    found = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).found()
+    found = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
     assert list(found) == [(1, 0), (2, 0), (2, 1)]
     for (k, m), one in found.items():
         reference = by_loops(model, PROMPT.tolist(), k, m)
@@ -133,7 +133,7 @@ def test_a_head_that_reads_no_token_is_never_below_a_floor(
         monkeypatch.setattr(floor, "ENUMERATED", 0)
     model = tiny(stack=stack, seed=seed, **more)
     generator = torch.Generator().manual_seed(seed)
-    for one in Floors(model, PROMPT, generator, rollouts=16, seen=4).found().values():
+    for one in Floors(model, PROMPT, generator, rollouts=16, seen=4).measure().values():
         assert 0 <= one.floor <= one.rejection + 1e-12 and one.rejection <= 1
         assert one.recall == pytest.approx(1)  # of fewer than 16 tokens
 
@@ -149,20 +149,20 @@ def test_one_token_is_enough_on_a_markov_source(
         for name, weight in model.trunk.named_parameters():
             if "attention" in name or "attn" in name:
                 weight.zero_()
-    found = Floors(model, PROMPT, torch.Generator(), rollouts=32, seen=4).found()
+    found = Floors(model, PROMPT, torch.Generator(), rollouts=32, seen=4).measure()
     assert min(found[k, 0].floor for k in (1, 2, 3)) > 0.02
     assert max(found[k, m].floor for k in (2, 3) for m in range(1, k)) < 1e-9
 
 
 def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    exact = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).found()
+    exact = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
     monkeypatch.setattr(floor, "ENUMERATED", 0)
     many, few = (
         [
             Floors(
                 model, PROMPT, torch.Generator().manual_seed(seed), rollouts=n, seen=seen
-            ).found()
+            ).measure()
             for seed in range(seeds)
         ]
         for n, seen, seeds in ((2000, 200, 1), (4, 8, 40))
@@ -178,18 +178,26 @@ def test_nothing_after_a_position_is_read(stack: Any) -> None:
     measure = Floors(tiny(stack=stack), PROMPT, torch.Generator(), rollouts=1, seen=1)
     tokens = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 4, 0]])
     for k in (1, 2):
-        p_NKV, q_NV = measure._read(tokens, k)
+        p_NKV, q_NV = measure._predictions(tokens, k)
         for i in range(4):
-            alone, _ = measure._read(tokens[:, :i], 0)
+            alone, _ = measure._predictions(tokens[:, :i], 0)
             torch.testing.assert_close(p_NKV[:, i], alone[:, -1])
         # Depth 1 reads one token of the text, depth 2 two.
         torch.testing.assert_close(q_NV[0], q_NV[1])
-        torch.testing.assert_close(q_NV, measure._read(tokens[:, :k], k)[1])
+        torch.testing.assert_close(q_NV, measure._predictions(tokens[:, :k], k)[1])
 
 
 def test_values_are_means_over_prompts() -> None:
-    one = {(1, 0): Found(0.1, 0.4, 0.9), (2, 0): Found(0.2, 0.5, 0.8), (2, 1): Found(0, 0.5, 0.8)}
-    other = {(1, 0): Found(0.3, 0.6, 0.7), (2, 0): Found(0.4, 0.7, 0), (2, 1): Found(0.15, 0.7, 0)}
+    one = {
+        (1, 0): FloorValues(0.1, 0.4, 0.9),
+        (2, 0): FloorValues(0.2, 0.5, 0.8),
+        (2, 1): FloorValues(0, 0.5, 0.8),
+    }
+    other = {
+        (1, 0): FloorValues(0.3, 0.6, 0.7),
+        (2, 0): FloorValues(0.4, 0.7, 0),
+        (2, 1): FloorValues(0.15, 0.7, 0),
+    }
     values = floors([one, other])
     expected = {
         "rejection_depth_1": 0.5,

@@ -105,7 +105,7 @@ def test_floors_see_the_whole_distribution() -> None:
     trunk = replace(TRUNK, vocab_size=7, n_layers=2)
     sizes = {"rollouts": 4, "seen": 1}
     found = [
-        Floors(model, prompt, torch.Generator().manual_seed(0), **sizes).found()[1, 0]
+        Floors(model, prompt, torch.Generator().manual_seed(0), **sizes).measure()[1, 0]
         for model in (drafting(trunk, draft_vocab=rows) for rows in (1, 6))
     ]
     assert 0 <= found[0].floor <= found[0].rejection < 1
@@ -113,9 +113,9 @@ def test_floors_see_the_whole_distribution() -> None:
 
 
 def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> None:
-    assert set(drafting(tiny_trunk).trunk.kept) == {0, 1, 2}
-    assert not build(tiny_trunk, "eagle", depth=0).trunk.kept
-    assert not build(tiny_trunk, "joint", depth=2).trunk.kept
+    assert set(drafting(tiny_trunk).trunk.keep_after) == {0, 1, 2}
+    assert not build(tiny_trunk, "eagle", depth=0).trunk.keep_after
+    assert not build(tiny_trunk, "joint", depth=2).trunk.keep_after
 
 
 def test_the_vocabulary_is_chosen_from_the_training_text() -> None:

@@ -203,7 +203,7 @@ def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
 def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
     model = small_model(1, 2, vocab=20, stack="linear", **SELECTOR)
     prompt, k = torch.tensor([3, 1, 2]), 1
-    found = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).found()
+    found = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).measure()
     tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
     hidden = model(WindowBatch(tokens, 2))
     p = model.head(hidden[0]).double().softmax(-1)

@@ -21,7 +21,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.document_attention import block_mask, dense_mask, of_blocks
+from mtp_lightning.nn.document_attention import block_mask, dense_mask, to_dense
 from tests import deepseek
 from tests.models import build, windows
 
@@ -42,7 +42,7 @@ def test_blocks_are_the_dense_mask(rows: int, seq_len: int, per_text: int, seed:
     generator = torch.Generator().manual_seed(seed)
     documents = torch.rand(rows, seq_len, generator=generator).mul(per_text + 1).long()
     documents = (documents == 0).cumsum(1)
-    found = of_blocks(block_mask(documents))
+    found = to_dense(block_mask(documents))
     assert torch.equal(found, dense_mask(documents))
     for row, ids in enumerate(documents.tolist()):
         for q in {0, seq_len // 2, seq_len - 1}:

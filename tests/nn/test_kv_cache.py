@@ -179,7 +179,7 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
             kept = object.__new__(TreeCache)
             kept.__dict__.update(cache.__dict__)
             kept._stored = [s.clone() for s in cache._stored]
-            kept._kept = dict(cache._kept)
+            kept._new_entries = dict(cache._new_entries)
             kept.resize(rows)
             kept.keep_path(torch.tensor([path] * rows))
             ends = [start + len(path) for start in starts]

@@ -128,12 +128,12 @@ def test_one_update_by_hand() -> None:
     router = Router(32, config.feed_forward)
     auxiliary = AuxiliaryOutputs()
     auxiliary.loads[router] = torch.tensor([5, 3, 4, 4])
-    values = balance_experts(router, auxiliary, done=0.0)
+    values = balance_experts(router, auxiliary, fraction=0.0)
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
     assert values["moe/max_violation"].item() == pytest.approx(0.25)
     # An unused router keeps its biases, and so do all routers at the end of the run.
-    assert balance_experts(router, AuxiliaryOutputs(), done=0.0) == {}
-    assert balance_experts(router, auxiliary, done=0.9).keys() == values.keys()
+    assert balance_experts(router, AuxiliaryOutputs(), fraction=0.0) == {}
+    assert balance_experts(router, auxiliary, fraction=0.9).keys() == values.keys()
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
 
 
@@ -147,7 +147,7 @@ def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
     before = {name: r.expert_bias.clone() for name, r in routers_of(model).items()}
     batch = WindowBatch(torch.randint(0, 37, (2, 19)), 2)
     _, _, auxiliary = reported_loss(model, batch, [0.3, 0.0], [32] * 3)
-    values = balance_experts(model, auxiliary, done=0.0)
+    values = balance_experts(model, auxiliary, fraction=0.0)
     assert "moe/max_violation_depth_1" in values and "moe/max_violation_depth_2" not in values
     for name, router in routers_of(model).items():
         assert torch.equal(router.expert_bias, before[name]) == (".depths.1." in name)
@@ -170,7 +170,8 @@ def train_router(rate: float) -> float:
         x[..., 0] += 3.0
         auxiliary = AuxiliaryOutputs()
         layer.router(x[0], auxiliary)
-        violations.append(balance_experts(layer, auxiliary, done=0.0)["moe/max_violation"].item())
+        values = balance_experts(layer, auxiliary, fraction=0.0)
+        violations.append(values["moe/max_violation"].item())
     return sum(violations[-20:]) / 20
 
 

@@ -56,7 +56,7 @@ def test_the_running_quantile_is_one() -> None:
     assert mask.tau == math.inf
     tokens = {0: torch.zeros(8, 500).long(), 1: torch.zeros(8, 500).long()}
     for _ in range(3):
-        mask.keep(torch.randn(8, 500, generator=generator), tokens)
+        mask.keep_masks(torch.randn(8, 500, generator=generator), tokens)
         values = mask.after_backward()
     exact = torch.randn(100_000, generator=generator) * math.sqrt(2)
     assert mask.tau == pytest.approx(exact.quantile(0.9).item(), abs=0.15)

@@ -108,7 +108,7 @@ class Balance:
             UserError: naming the reason.
         """
         if self.scope is not None:
-            require_trunk_gradients(config, what=f"balance={self.name}")
+            require_trunk_gradients(config, setting=f"balance={self.name}")
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
         """The sets of MTP depths that a step may compute, each with its probability."""

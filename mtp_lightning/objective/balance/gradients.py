@@ -66,9 +66,9 @@ class TaskGradients:
     def log_values(self, group: str) -> dict[str, float]:
         """Norms and cosines by log tag: ``grad/norm_depth_k`` for the last shared block, and
         ``grad/GROUP_norm_depth_k`` for other groups."""
-        where = "" if group == "last_block" else f"{group}_"
-        norms = {f"grad/{where}norm_depth_{k}": value for k, value in self.norms.items()}
-        cosines = {f"grad/{where}cosine_depth_{k}": value for k, value in self.cosines.items()}
+        prefix = "" if group == "last_block" else f"{group}_"
+        norms = {f"grad/{prefix}norm_depth_{k}": value for k, value in self.norms.items()}
+        cosines = {f"grad/{prefix}cosine_depth_{k}": value for k, value in self.cosines.items()}
         return norms | cosines
 
     @torch.no_grad()
@@ -94,12 +94,12 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
     return [*parameters, *model.trunk.norm.parameters()] if normed else parameters
 
 
-def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
+def require_trunk_gradients(config: ModelConfig, *, setting: str) -> None:
     """Refuse a model whose depths have no separate gradient on the trunk.
 
     Args:
         config: the model's.
-        what: the setting that measures, for the message: ``balance=gradnorm``.
+        setting: the setting that measures, for the message: ``balance=gradnorm``.
 
     Raises:
         UserError: the trunk is frozen or detached, no block of it is shared, or the depths are
@@ -119,15 +119,15 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
             "set mtp.branch=final, or take more layers"
         )
     if reason is not None:
-        raise UserError(f"{what} measures every depth's gradient on the trunk, but {reason}.")
+        raise UserError(f"{setting} measures every depth's gradient on the trunk, but {reason}.")
 
 
-def require_separable(objective: Objective, *, what: str) -> None:
+def require_separable(objective: Objective, *, setting: str) -> None:
     """Refuse an objective with a rule that needs a prepass over all depths.
 
     Args:
         objective: the objective of the depths.
-        what: the setting that measures, for the message.
+        setting: the setting that measures, for the message.
 
     Raises:
         UserError: naming the rule.
@@ -135,8 +135,8 @@ def require_separable(objective: Objective, *, what: str) -> None:
     for rule in objective.rules:
         if rule.measures:
             raise UserError(
-                f"{what} measures one depth after another, but {rule.setting} needs all of them, "
-                "or the main prediction's entropy, beforehand: leave one of the two out."
+                f"{setting} measures one depth after another, but {rule.setting} needs all of "
+                "them, or the main prediction's entropy, beforehand: leave one of the two out."
             )
 
 
@@ -185,8 +185,8 @@ def task_gradients(
 def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Disable the gradients of all other parameters: this project's kernels compute the gradient of
     a weight that requires one even if it was not asked for."""
-    wanted = set(parameters)
-    others = [p for p in model.parameters() if p.requires_grad and p not in wanted]
+    selected = set(parameters)
+    others = [p for p in model.parameters() if p.requires_grad and p not in selected]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
@@ -210,10 +210,10 @@ def add_gradients(
     plan = replace(plan, factors=[float(k in totals) for k in range(model.depth + 1)])
     with torch.enable_grad(), _only(model, parameters):
         feed, targets = feed_and_targets(model, objective, plan, batch)
-        of_task = by_depth(objective.apply_rules(targets, {}))
+        task_targets = by_depth(objective.apply_rules(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):
-            prediction = feed.prediction(k, hidden, of_task[k])
+            prediction = feed.prediction(k, hidden, task_targets[k])
             through_head(shared, [prediction], main_hidden=feed.main)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True

@@ -64,8 +64,8 @@ class GradNorm(Balance):
         self._first[tasks] = torch.where(first.isnan(), losses, first)
         if step.gradients is not None:
             norms = torch.tensor(list(step.gradients.norms.values()), dtype=torch.float64)
-            learned = losses / self._first[tasks]
-            rate = learned / learned.mean()
+            ratios = losses / self._first[tasks]
+            rate = ratios / ratios.mean()
             weights = self._weights[tasks]
             weighted = weights * norms
             target = weighted.mean() * rate**self.alpha

@@ -36,6 +36,6 @@ class RandomWeights(Balance):
         self.seed = seed
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        drawn = generator(self.seed, f"balance:{self.name}:{progress.step}")
-        scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=drawn)
+        rng = generator(self.seed, f"balance:{self.name}:{progress.step}")
+        scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=rng)
         return multiplied(base, softmax_weights(scores, tasks_of(base)))

@@ -51,13 +51,13 @@ class SampledDepths(Balance):
         self, depth: int, *, seed: int, probabilities: str | Sequence[float] = "uniform"
     ) -> None:
         super().__init__(depth)
-        wanted = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
+        expected = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
         if isinstance(probabilities, str):
             fits = probabilities in ("uniform", "loss_ratio")
         else:
-            listed = isinstance(probabilities, Sequence) and len(probabilities) == depth
-            fits = listed and all(is_number(p) and p > 0 for p in probabilities)
-        require(fits, "balance.probabilities", probabilities, wanted)
+            has_length = isinstance(probabilities, Sequence) and len(probabilities) == depth
+            fits = has_length and all(is_number(p) and p > 0 for p in probabilities)
+        require(fits, "balance.probabilities", probabilities, expected)
         self.seed = seed
         self.probabilities = probabilities
         # L_k(0), and the moving average of L_k; NaN before a depth was drawn.
@@ -80,9 +80,9 @@ class SampledDepths(Balance):
         factors = [base[0], *[0.0] * self.depth]
         if len(tasks_of(base)) > 1:
             chances = self.chances(base)
-            random = generator(self.seed, f"balance:{self.name}:{progress.step}")
-            drawn = int(torch.multinomial(chances, 1, generator=random))
-            factors[drawn] = base[drawn] / float(chances[drawn])
+            rng = generator(self.seed, f"balance:{self.name}:{progress.step}")
+            k = int(torch.multinomial(chances, 1, generator=rng))
+            factors[k] = base[k] / float(chances[k])
         return factors
 
     def update(self, step: Observed) -> dict[str, float]:

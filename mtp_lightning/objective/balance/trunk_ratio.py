@@ -62,8 +62,8 @@ class TrunkRatio(Balance):
         self._ratios: dict[int, float] = {}
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        own = [self._lambdas.get(k, _clipped(b)) if b else 0.0 for k, b in enumerate(base)]
-        return [base[0], *own[1:]]
+        lambdas = [self._lambdas.get(k, _clipped(b)) if b else 0.0 for k, b in enumerate(base)]
+        return [base[0], *lambdas[1:]]
 
     def rests_at(self, progress: Progress) -> bool:
         return progress.fraction >= 1 - self.frozen

@@ -20,7 +20,7 @@ from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_choice
 
-Seen = Mapping[str, Mapping[int, Tensor]]
+Measures = Mapping[str, Mapping[int, Tensor]]
 """A measure's name -> depth -> its values [B, T], at least fp32; arbitrary at positions without a
 target, or without a teacher that the measure needs."""
 
@@ -50,12 +50,12 @@ class Rule(ABC):
     of_drafts: ClassVar[bool] = True
     measures: tuple[PositionMeasure, ...] = ()
 
-    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+    def apply(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
         """The targets after the rule has changed them, in the same order.
 
         Args:
             targets: the main prediction's, then the depths'.
-            seen: values of the measures.
+            values: values of the measures.
         """
         return list(targets)
 
@@ -71,8 +71,8 @@ class Rule(ABC):
         """The inverse of :meth:`state_dict`; ``state`` holds the keys of all rules."""
 
 
-def chosen(
-    setting: str, word: str, classes: Mapping[str, tuple[str, Sequence[str]]], **given: Any
+def select_rules(
+    setting: str, word: str, classes: Mapping[str, tuple[str, Sequence[str]]], **settings: Any
 ) -> list[Rule]:
     """The rule that a setting of the objective selects, imported on demand; empty for ``none``.
 
@@ -81,7 +81,7 @@ def chosen(
         word: its value.
         classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it
             reads.
-        given: the values of these settings; None if not set.
+        settings: the values of these settings; None if not set.
 
     Raises:
         UserError: the word is unknown, or a setting is out of range or not read by the rule.
@@ -89,13 +89,13 @@ def chosen(
     require_choice(f"objective.{setting}", word, ("none", *classes))
     for reader, (_, keys) in classes.items():
         for key in keys:
-            if given[key] is not None and reader != word:
+            if settings[key] is not None and reader != word:
                 raise UserError(
-                    f"objective.{key}={given[key]} is read by objective.{setting}={reader} alone: "
-                    "set that, or leave it null."
+                    f"objective.{key}={settings[key]} is read by objective.{setting}={reader} "
+                    "alone: set that, or leave it null."
                 )
     if word == "none":
         return []
     name, keys = classes[word]
     kind = imported(f"{__package__}.{name}")
-    return [kind(**{key: given[key] for key in keys if given[key] is not None})]
+    return [kind(**{key: settings[key] for key in keys if settings[key] is not None})]

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
+from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_number
@@ -69,8 +69,8 @@ class EntropyMask(Rule):
         quantile = 0.95 if quantile is None else quantile
         self.quantile = require_number("objective.quantile", quantile, above=0, below=1)
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
-        # Of the current step: counts of changes by bin, then for every depth the number of valid
-        # positions and of those that are kept.
+        # Of the current step: counts of changes by bin, then for every depth the number of its
+        # valid positions and of those that count.
         self._pending: Tensor | None = None
 
     @property
@@ -85,16 +85,16 @@ class EntropyMask(Rule):
         bin_ = int(torch.searchsorted(below, self.quantile * total))
         return (min(bin_, _BINS - 1) + 1) * 2 * _REACH / _BINS - _REACH
 
-    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        kept = self.keep(seen["entropy"][0], tokens_of(targets))
+    def apply(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
+        masks = self.keep_masks(values["entropy"][0], tokens_of(targets))
         return [
-            replace(t, tokens=t.tokens.masked_fill(~kept[t.depth], IGNORE_INDEX))
+            replace(t, tokens=t.tokens.masked_fill(~masks[t.depth], IGNORE_INDEX))
             if t.depth and t.term.follows_mask
             else t
             for t in targets
         ]
 
-    def keep(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+    def keep_masks(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
         """Depth -> bool [B, T], whether the depth counts at a position.
 
         Args:
@@ -104,24 +104,24 @@ class EntropyMask(Rule):
         jump_BT = torch.zeros_like(entropy_BT, dtype=torch.bool)
         change_BT = entropy_BT[:, 1:] - entropy_BT[:, :-1]
         jump_BT[:, :-1] = change_BT > self.tau
-        kept = {}
+        masks = {}
         for k in tokens:
             if k:
                 broken_BT = jump_BT.clone()
                 for ahead in range(1, min(k, jump_BT.shape[1] - 1) + 1):
                     broken_BT[:, :-ahead] |= jump_BT[:, ahead:]
-                kept[k] = ~broken_BT
-        self._count(change_BT[tokens[0][:, :-1] >= 0], kept, tokens)
-        return kept
+                masks[k] = ~broken_BT
+        self._count(change_BT[tokens[0][:, :-1] >= 0], masks, tokens)
+        return masks
 
-    def _count(self, changes: Tensor, kept: dict[int, Tensor], tokens: dict[int, Tensor]) -> None:
+    def _count(self, changes: Tensor, masks: dict[int, Tensor], tokens: dict[int, Tensor]) -> None:
         bins = ((changes + _REACH) * (_BINS / (2 * _REACH))).long().clamp_(0, _BINS - 1)
         counts = torch.zeros(_BINS + 2 * (max(tokens) + 1), dtype=torch.int64, device=bins.device)
         counts[:_BINS] = torch.bincount(bins, minlength=_BINS)
-        for k, kept_BT in kept.items():
+        for k, mask_BT in masks.items():
             valid_BT = tokens[k] >= 0
             counts[_BINS + 2 * k] = valid_BT.sum()
-            counts[_BINS + 2 * k + 1] = (valid_BT & kept_BT).sum()
+            counts[_BINS + 2 * k + 1] = (valid_BT & mask_BT).sum()
         self._pending = counts if self._pending is None else self._pending + counts
 
     def after_backward(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
+from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_number
@@ -35,17 +35,17 @@ class TargetProb(PositionMeasure):
 class PositionWeights(Rule):
     """A rule that multiplies losses and gradients of every depth's positions."""
 
-    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+    def apply(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
         tokens = tokens_of(targets)
         valid = {k: tokens_BT != IGNORE_INDEX for k, tokens_BT in tokens.items() if k}
-        weights = self.of_depths(valid, seen.get(TargetProb.name, {}))
+        weights = self.depth_weights(valid, values.get(TargetProb.name, {}))
         return [
             replace(t, weights=weights[t.depth]) if t.depth and t.term.follows_weights else t
             for t in targets
         ]
 
     @abstractmethod
-    def of_depths(
+    def depth_weights(
         self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
         """Depth -> weights [B, T], without a gradient.
@@ -69,7 +69,7 @@ class ExpDecay(PositionWeights):
     def __init__(self, decay: float = 4.0) -> None:
         self.g = require_number("objective.decay", decay, above=0)
 
-    def of_depths(
+    def depth_weights(
         self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
         return {
@@ -95,7 +95,7 @@ class Acceptance(PositionWeights):
     def __init__(self, smoothing: float = 0.5) -> None:
         self.a = require_number("objective.smoothing", smoothing, least=0, most=1)
 
-    def of_depths(
+    def depth_weights(
         self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
         reached, product = {}, None

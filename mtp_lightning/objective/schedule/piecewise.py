@@ -7,6 +7,7 @@ that a sweep over ``mtp_lambda`` works under every preset.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,13 +61,13 @@ class Piecewise(LambdaSchedule):
                 f"'{{0: 1, 0.5: [0.3, 0.1]}}', not {knots!r}."
             )
         most = 1 if unit == "fraction" else None
-        for at in knots:
+        for position in knots:
             key = f"A key of lambda_schedule.knots (in unit={unit})"
-            require_number(key, at, least=0, most=most)
+            require_number(key, position, least=0, most=most)
         self.unit, self.interpolation = unit, interpolation
         points = sorted(knots.items(), key=lambda point: point[0])
-        self.positions = tuple(float(at) for at, _ in points)
-        self.knot_weights = tuple(_effective(*point, weights, shares) for point in points)
+        self.positions = tuple(float(position) for position, _ in points)
+        self.knot_weights = tuple(_knot(*point, weights, shares) for point in points)
 
     @property
     def moves(self) -> bool:
@@ -78,17 +79,17 @@ class Piecewise(LambdaSchedule):
 
     def lambdas(self, progress: Progress) -> list[float]:
         """The D effective multipliers of L_1 .. L_D at this progress."""
-        now = self._position(progress)
-        if now <= self.positions[0]:
+        position = self._position(progress)
+        if position <= self.positions[0]:
             return list(self.knot_weights[0])
-        if now >= self.positions[-1]:
+        if position >= self.positions[-1]:
             return list(self.knot_weights[-1])
-        right = next(i for i, position in enumerate(self.positions) if position > now)
-        before, after = self.knot_weights[right - 1], self.knot_weights[right]
+        upper = bisect.bisect_right(self.positions, position)
+        before, after = self.knot_weights[upper - 1], self.knot_weights[upper]
         if self.interpolation == "step":
             return list(before)
-        start, end = self.positions[right - 1], self.positions[right]
-        share = (now - start) / (end - start)
+        start, end = self.positions[upper - 1], self.positions[upper]
+        share = (position - start) / (end - start)
         if self.interpolation == "cosine":
             share = 0.5 - 0.5 * math.cos(math.pi * share)
         return [_between(a, b, share) for a, b in zip(before, after, strict=True)]
@@ -115,13 +116,13 @@ def preset(
         mtp_lambda: float | Sequence[float],
         unit: str = "fraction",
         length: float | None = None,
-        **own: Any,
+        **settings: Any,
     ) -> Piecewise:
         require_whole("mtp.depth", depth, least=0)
         if shared:
             weights, shares = _weights(depth, mtp_lambda)
             mtp_lambda = [weight / shares for weight in weights]
-        points = scaled(knots(depth, **own), unit, length)
+        points = scaled(knots(depth, **settings), unit, length)
         return Piecewise(depth, mtp_lambda, points, unit, interpolation)
 
     return schedule
@@ -143,7 +144,7 @@ def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[
             f"(a number > 0), not {length!r}."
         )
     # rounded, so that a third of 300 steps is step 100 and not one ulp after it
-    return {round(at * length, 6): value for at, value in knots.items()}
+    return {round(position * length, 6): value for position, value in knots.items()}
 
 
 def _between(before: float, after: float, share: float) -> float:
@@ -159,17 +160,17 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _weight(value: Any, what: str) -> float:
-    return float(require_number(what, value, least=0))
+def _weight(value: Any, key: str) -> float:
+    return float(require_number(key, value, least=0))
 
 
-def _weight_list(values: Any, what: str, depth: int) -> list[float]:
+def _weight_list(values: Any, key: str, depth: int) -> list[float]:
     if len(values) != depth:
         raise UserError(
-            f"{what} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is "
+            f"{key} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is "
             f"{depth}: give {depth} numbers, or one number for all depths."
         )
-    return [_weight(value, f"{what}, entry {i + 1},") for i, value in enumerate(values)]
+    return [_weight(value, f"{key}, entry {i + 1},") for i, value in enumerate(values)]
 
 
 def _weights(depth: int, mtp_lambda: float | Sequence[float]) -> tuple[list[float], int]:
@@ -181,11 +182,11 @@ def _weights(depth: int, mtp_lambda: float | Sequence[float]) -> tuple[list[floa
     return [_weight(mtp_lambda, "mtp_lambda")] * depth, max(depth, 1)
 
 
-def _effective(at: float, value: Any, weights: Sequence[float], shares: int) -> tuple[float, ...]:
+def _knot(position: float, value: Any, weights: Sequence[float], shares: int) -> tuple[float, ...]:
     """One knot's multiples as D effective weights."""
-    what = f"The knot at {at:g} of lambda_schedule.knots"
+    key = f"The knot at {position:g} of lambda_schedule.knots"
     if _is_list(value):
-        multiples = _weight_list(value, what, len(weights))
+        multiples = _weight_list(value, key, len(weights))
         return tuple(m * weight for m, weight in zip(multiples, weights, strict=True))
-    multiple = _weight(value, what)
+    multiple = _weight(value, key)
     return tuple(multiple * weight / shares for weight in weights)

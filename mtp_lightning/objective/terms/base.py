@@ -87,10 +87,10 @@ class Term(ABC):
             hidden_RC = chunk.hidden_RC.detach().requires_grad_()
             value_R = self.value(replace(chunk, hidden_RC=hidden_RC))
             loss = (value_R * factor_R).sum()
-            d_hidden_RC, *own = torch.autograd.grad(loss, [hidden_RC, *parameters])
-        for parameter, part in zip(parameters, own, strict=True):
+            d_hidden_RC, *parameter_gradients = torch.autograd.grad(loss, [hidden_RC, *parameters])
+        for parameter, gradient in zip(parameters, parameter_gradients, strict=True):
             before = into.get(parameter)
-            into[parameter] = part if before is None else before + part
+            into[parameter] = gradient if before is None else before + gradient
         return StateGradient(value_R.detach(), d_hidden_RC)
 
     def for_model(self, model: MTPModel) -> Term:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
+from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Chunk, Term
 
@@ -59,20 +59,20 @@ class Coupled(Term):
             prod_{l<=j, l!=i} s_l`` [B, T], over the depths j that count.
         """
         depths = list(accepted)
-        passed = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
-        values, scales = {}, {}
+        chances = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
+        losses, scales = {}, {}
         product = torch.ones_like(accepted[depths[0]])
         for k in depths:
-            product = product * passed[k]
-            values[k] = 1 - product
+            product = product * chances[k]
+            losses[k] = 1 - product
         for i in depths:
             # Without a division: an s may be 0.
-            others, scales[i] = torch.ones_like(product), torch.zeros_like(product)
+            others_product, scales[i] = torch.ones_like(product), torch.zeros_like(product)
             for j in depths:
-                others = others if j == i else others * passed[j]
+                others_product = others_product if j == i else others_product * chances[j]
                 if j >= i:
-                    scales[i] = scales[i] + coefficients[j] * valid[j] * others
-        return values, scales
+                    scales[i] = scales[i] + coefficients[j] * valid[j] * others_product
+        return losses, scales
 
 
 class Accepted(PositionMeasure):
@@ -95,23 +95,23 @@ class Coupling(Rule):
         self.term, self.setting = term, setting
         self.measures = (Accepted(term),)
 
-    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        own = {t.depth: t for t in targets if t.term is self.term}
-        if not own:
+    def apply(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
+        coupled = {t.depth: t for t in targets if t.term is self.term}
+        if not coupled:
             return list(targets)
         (measure,) = self.measures
-        accepted = {k: seen[measure.name][k] for k in own}
-        valid = {k: t.tokens != IGNORE_INDEX for k, t in own.items()}
+        accepted = {k: values[measure.name][k] for k in coupled}
+        valid = {k: t.tokens != IGNORE_INDEX for k, t in coupled.items()}
         weights = {
             k: torch.ones_like(accepted[k])
             if t.weights is None
             else t.weights.to(accepted[k].dtype)
-            for k, t in own.items()
+            for k, t in coupled.items()
         }
-        coefficients = {k: t.coefficient * weights[k] for k, t in own.items()}
-        values, scales = self.term.together(accepted, valid, coefficients)
-        settled = {
-            k: replace(t, weights=scales[k] / t.coefficient, values=values[k] * weights[k])
-            for k, t in own.items()
+        coefficients = {k: t.coefficient * weights[k] for k, t in coupled.items()}
+        losses, scales = self.term.together(accepted, valid, coefficients)
+        replacements = {
+            k: replace(t, weights=scales[k] / t.coefficient, values=losses[k] * weights[k])
+            for k, t in coupled.items()
         }
-        return [settled[t.depth] if t.term is self.term else t for t in targets]
+        return [replacements[t.depth] if t.term is self.term else t for t in targets]

@@ -39,8 +39,8 @@ class Mixture(Term):
             )
         self._parts: dict[str, tuple[float, Term]] = {}
         self._words = ", ".join(map(str, terms))
-        for word, given in terms.items():
-            weight, term = _term(str(word), given)
+        for word, entry in terms.items():
+            weight, term = _term(str(word), entry)
             for share, part in term.parts():
                 if part.name in self._parts:
                     raise UserError(
@@ -67,8 +67,8 @@ class Mixture(Term):
 def known_terms() -> dict[str, type[Term]]:
     """The project's own terms, and those of imported modules, by name."""
     package = importlib.import_module(_PACKAGE)
-    for found in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
-        importlib.import_module(found.name)
+    for module in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
+        importlib.import_module(module.name)
     kinds = _subclasses(Term)  # type: ignore[type-abstract]
     return {kind.name: kind for kind in kinds if kind is not Mixture}
 
@@ -80,25 +80,25 @@ def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
         yield from _subclasses(sub)
 
 
-def _term(word: str, given: Any) -> tuple[float, Term]:
+def _term(word: str, entry: Any) -> tuple[float, Term]:
     """A term and its weight, from an entry of the config."""
-    settings = dict(given) if isinstance(given, Mapping) else {"weight": given}
+    settings = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
     weight = settings.pop("weight", None)
     weight = require_number(f"the weight of {word} in objective.terms", weight, above=0)
-    own = settings.pop("term", None)
-    if own is not None:
-        if not isinstance(own, Term) or settings:
+    term = settings.pop("term", None)
+    if term is not None:
+        if not isinstance(term, Term) or settings:
             raise UserError(
                 f"objective.terms.{word} must be {{weight: .., term: {{_target_: .., ..}}}}, with "
                 "the settings next to the term's own _target_."
             )
-        return weight, own
-    known = known_terms()
-    if word not in known:
+        return weight, term
+    terms = known_terms()
+    if word not in terms:
         raise UserError(
-            f"objective.terms has {word}, which is unknown: choose among {', '.join(known)}."
+            f"objective.terms has {word}, which is unknown: choose among {', '.join(terms)}."
         )
     try:
-        return weight, known[word](**settings)
+        return weight, terms[word](**settings)
     except TypeError as error:
         raise UserError(f"objective.terms.{word} refuses its settings: {error}.") from error

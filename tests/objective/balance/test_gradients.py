@@ -200,7 +200,7 @@ def test_refuses_where_no_depth_reaches_the_trunk(
     trunk = replace(tiny_trunk, n_layers=layers)
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=1, **switches))
     with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{wording}"):
-        require_trunk_gradients(config, what="balance=gradnorm")
+        require_trunk_gradients(config, setting="balance=gradnorm")
 
 
 @pytest.mark.parametrize(
