@@ -81,8 +81,8 @@ class Blocks(StoredTensor):
         if others or len(self.size) != 2 or quant is None:
             return None
         portions = _portions(self.file, tensor, i)
-        found = [steps_and_offsets(stored, tensor.kind) for _, stored in portions]
-        steps, offsets = (np.concatenate(each) for each in zip(*found, strict=True))
+        pairs = [steps_and_offsets(stored, tensor.kind) for _, stored in portions]
+        steps, offsets = (np.concatenate(column) for column in zip(*pairs, strict=True))
         return WeightScales(
             steps=entry.unpack(torch.from_numpy(steps)),
             offsets=entry.unpack(torch.from_numpy(offsets)),
@@ -92,8 +92,8 @@ class Blocks(StoredTensor):
 
     def read(self) -> Tensor:
         portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.held]
-        found = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
-        return found.reshape(self.size).contiguous()
+        joined = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
+        return joined.reshape(self.size).contiguous()
 
 
 def numbers(
@@ -112,9 +112,9 @@ def numbers(
     shape = tensor.shape if i is None else tensor.shape[1:]
     out = torch.empty(shape) if out is None else out
     rows = out.view(-1, shape[-1])
-    for at, stored in _portions(file, tensor, i):
-        found = dequantize(stored, tensor.kind)
-        rows[at : at + len(stored)] = torch.from_numpy(np.ascontiguousarray(found))
+    for row, stored in _portions(file, tensor, i):
+        portion = dequantize(stored, tensor.kind)
+        rows[row : row + len(stored)] = torch.from_numpy(np.ascontiguousarray(portion))
     return out
 
 
@@ -125,11 +125,11 @@ def _portions(file: Path, tensor: FileTensor, i: int | None) -> Iterator[tuple[i
     rows, size = math.prod(shape[:-1]), tensor.row_bytes
     begin = tensor.offset + (i or 0) * rows * size
     step = max(1, _SLAB // size)
-    for at in range(0, rows, step):
-        count = min(step, rows - at)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
         # Not through a memory map, whose pages stay in memory.
-        read = np.fromfile(file, np.uint8, count * size, offset=begin + at * size)
-        yield at, read.reshape(count, size)
+        stored = np.fromfile(file, np.uint8, count * size, offset=begin + row * size)
+        yield row, stored.reshape(count, size)
 
 
 def steps_and_offsets(stored: Any, kind: Any) -> tuple[Any, Any]:

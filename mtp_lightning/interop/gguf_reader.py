@@ -94,8 +94,8 @@ class _Reader:
         if max(n_tensors, n_fields) > _LARGEST_COUNT:
             raise ValueError(f"it states {n_tensors:,} tensors and {n_fields:,} fields")
         fields = {self._text(): self._value() for _ in range(n_fields)}
-        found = [self._tensor() for _ in range(n_tensors)]
-        tensors = {tensor.name: tensor for tensor in self._placed(found, fields)}
+        unplaced = [self._tensor() for _ in range(n_tensors)]
+        tensors = {tensor.name: tensor for tensor in self._placed(unplaced, fields)}
         if len(fields) < n_fields or len(tensors) < n_tensors:
             raise ValueError("it has two fields or two tensors of one name")
         return Header(fields, tensors)

@@ -219,8 +219,8 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
     ends += [i for i, token in enumerate(tokens) if token in _END_NAMES]
-    told = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
-    (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
+    generation = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     template = get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -266,13 +266,13 @@ def _byte_level(
     rule = _RULES.get(name) if isinstance(name, str) else None
     if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
         return None
-    known = enumerate(zip(tokens, types, strict=True))
+    typed_tokens = enumerate(zip(tokens, types, strict=True))
     return {
         "pre_tokenizer": rule,
         "decoder": _BYTES,
         "model": {
             "type": "BPE",
-            "vocab": {token: i for i, (token, kind) in known if kind != _UNUSED},
+            "vocab": {token: i for i, (token, kind) in typed_tokens if kind != _UNUSED},
             "merges": merges,
             "ignore_merges": name == "llama-bpe" and get("tokenizer.ggml.pre") not in _MERGED,
         },
