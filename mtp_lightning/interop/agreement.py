@@ -63,7 +63,7 @@ class Agreement(Generic[Key]):
         return any(clearly_more(before.rights[key], now) for key, now in self.rights.items())
 
 
-def _joined(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
+def _join(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
     """The agreement on several texts: for each, the trunk's choices, ids [T], and the ``rights`` of
     every module."""
     chosen, rights = zip(*texts, strict=True)
@@ -106,7 +106,7 @@ def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[i
         chosen = choices.pop(0)
         return chosen, {k: drafted[:-k] == chosen[k:] for k, drafted in choices.items()}
 
-    return _joined(map(compare, texts))
+    return _join(map(compare, texts))
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreem
             rights[input_norm, concat] = drafted == chosen
         return chosen, rights
 
-    return _joined(map(compare, texts))
+    return _join(map(compare, texts))
 
 
 def clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:

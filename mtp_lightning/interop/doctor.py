@@ -128,11 +128,11 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
         unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
         needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
-        diagnosis = _measured(diagnosis, config, needed, new_tokens, whole=lost is None)
-    return _concluded(diagnosis, *_judged(diagnosis, declared, stored, lost))
+        diagnosis = _measure(diagnosis, config, needed, new_tokens, whole=lost is None)
+    return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
 
 
-def _concluded(diagnosis: Diagnosis, sound: bool, reason: str) -> Diagnosis:
+def _conclude(diagnosis: Diagnosis, sound: bool, reason: str) -> Diagnosis:
     verdict = f"{diagnosis.folder} is {'' if sound else 'not '}sound: {reason}."
     return replace(diagnosis, verdict=verdict, sound=sound)
 
@@ -144,7 +144,7 @@ def _stored_depth(prefix: str, tensors: Collection[str]) -> int:
     return max([0, *(int(layer[1]) - int(first) + 1 for layer in layers if layer)])
 
 
-def _measured(
+def _measure(
     diagnosis: Diagnosis,
     config: ModelConfig,
     parts: dict[str, StoredTensor],
@@ -153,14 +153,13 @@ def _measured(
     whole: bool,
 ) -> Diagnosis:
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
-    first_depth = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
+    first = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
     source = str(diagnosis.folder)
-    weights = from_folder(weight_map(first_depth), parts, source=source)
-    model = build_model(first_depth, weights, source=source)
+    model = build_model(first, from_folder(weight_map(first), parts, source=source), source=source)
     prompts = prompts_of(model, _tokenizer(diagnosis.folder, model))
     texts = own_texts(model, prompts, new_tokens)
-    assert isinstance(first_depth.mtp, SequentialConfig)
-    meant = (first_depth.mtp.input_norm, first_depth.mtp.concat)
+    assert isinstance(first.mtp, SequentialConfig)
+    meant = (first.mtp.input_norm, first.mtp.concat)
     agreement = agreement_of_conventions(model, texts)
     return replace(
         diagnosis,
@@ -188,7 +187,7 @@ def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
     return rates(generations).get("acceptance_position_1")
 
 
-def _judged(
+def _judge(
     diagnosis: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
 ) -> tuple[bool, str]:
     """Whether the folder is sound, and the reason."""
@@ -203,10 +202,10 @@ def _judged(
             f"its config.json declares {declared} MTP layer(s) but it has tensors of {stored}, so "
             "that readers skip some"
         )
-    return _judged_by_drafts(diagnosis, stored)
+    return _judge_drafts(diagnosis, stored)
 
 
-def _judged_by_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
+def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
     meant, best, shares = diagnosis.meant, diagnosis.best, diagnosis.agreement
     assert meant is not None and best is not None
     if shares[best] <= diagnosis.constant + ABOVE:
@@ -242,4 +241,4 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
     sound = acceptance is not None and acceptance > constant
-    return _concluded(diagnosis, sound, f"the trunk accepts {accepted} drafts")
+    return _conclude(diagnosis, sound, f"the trunk accepts {accepted} drafts")

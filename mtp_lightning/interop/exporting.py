@@ -83,8 +83,8 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
 def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -> MTPModel:
     """The run's model, or its trunk alone; says what is left out."""
     model, mtp = run.model, run.model.config.mtp
-    if why := mtp.export_obstacle():
-        raise UserError(f"a model of mtp={mtp.variant} {why}: it cannot be exported.")
+    if obstacle := mtp.export_obstacle():
+        raise UserError(f"a model of mtp={mtp.variant} {obstacle}: it cannot be exported.")
     if apart:
         speculators.kind(model.config)  # refuses before anything is written
     if apart or cfg.depth == 0:
@@ -139,14 +139,8 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
     if unchanged and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
         shutil.copyfile(old_card, partial / card.FILE)
     else:
-        text = card.render(
-            folder.name,
-            drafting.config,
-            contents,
-            model_type=kind,
-            dtype=cfg.dtype,
-            **_training(run),
-        )
+        facts = {"model_type": kind, "dtype": cfg.dtype, **_training(run)}
+        text = card.render(folder.name, drafting.config, contents, **facts)
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
     extra = "" if apart else contents.heads

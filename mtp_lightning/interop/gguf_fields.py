@@ -160,8 +160,8 @@ def _architecture(get: Callable[[str], Any], source: str) -> tuple[str, str, boo
 
 
 def _count(get: Callable[[str], Any], arch: str, source: str, key: str, default: Any = None) -> Any:
-    """The value of ``ARCH.KEY``, which must be there unless there is a default: a number of
-    something, or one of the fractional ones."""
+    """The value of ``ARCH.KEY``: a count, or a fraction for a key of :data:`_DECIMAL`. The key must
+    be there unless there is a default."""
     value = get(f"{arch}.{key}")
     if value is None and default is None:
         raise UserError(f"{source} has no {arch}.{key}: the trunk's shape is unknown.")

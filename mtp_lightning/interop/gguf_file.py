@@ -55,7 +55,7 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
             belong to it.
     """
     _refuse_stretched(path, header)
-    fields, layout = _described(path, header)
+    fields, layout = _describe(path, header)
     counts = Counter(tensor.kind.name for tensor in header.tensors.values())
     if counts.keys() - _EXACT and _state(path) not in _REPORTED:
         keep_quiet(path)
@@ -69,7 +69,7 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
     return fields, layout.config, _parts(path, layout, header.tensors)
 
 
-def _described(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
+def _describe(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
     """The fields of a config.json, and the layout of the file."""
     get, tensors = header.fields.get, header.tensors
     if "token_embd.weight" not in tensors:
@@ -149,8 +149,9 @@ def _tokenizer_of_transformers(path: Path, folder: str) -> None:
         )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the files may have any values
-        cause = briefly(error)
-        raise UserError(f"transformers reads no tokenizer from {path}: {cause}.") from error
+        raise UserError(
+            f"transformers reads no tokenizer from {path}: {briefly(error)}."
+        ) from error
 
 
 def _refuse_stretched(path: Path, header: Header) -> None:

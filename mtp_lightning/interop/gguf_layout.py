@@ -92,7 +92,7 @@ class GGUFEntry:
     unpack: Callable[[Tensor], Tensor] = lambda stored: stored
     copy: bool = False
 
-    def made_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, from those in Hugging Face's layout."""
         if not self.parts:
             return torch.zeros(self.shape)
@@ -124,10 +124,9 @@ class Layout:
         """The mixture in the file, with the shared expert that ``glm4moe`` always has. If the
         layers are dense, that of a module is the shared expert of a mixture."""
         trunk = self.config.trunk
-        mixture = trunk.feed_forward
-        if isinstance(mixture, ExpertsConfig):
-            adds_shared = self.arch == "glm4moe" and not mixture.n_shared
-            return replace(mixture, n_shared=1) if adds_shared else mixture
+        e = trunk.feed_forward
+        if isinstance(e, ExpertsConfig):
+            return e if e.n_shared or self.arch != "glm4moe" else replace(e, n_shared=1)
         n = math.gcd(trunk.d_ff, _NARROW)
         return ExpertsConfig(
             n_routed=1, n_shared=trunk.d_ff // n, top_k=1, d_expert=n, first_k_dense=trunk.n_layers

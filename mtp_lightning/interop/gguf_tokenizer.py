@@ -92,7 +92,7 @@ _LINES = [*_SAMPLE.split("\n"), _SAMPLE]
 
 
 def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The values of the tokenizer's keys, and what differs in llama.cpp, in a sentence or empty.
+    """The values of the tokenizer's keys, and a sentence about what differs in llama.cpp, if any.
 
     Args:
         tokenizer: with ``library_json()``, ``eot_id``, ``special_ids()`` and maybe ``beside``.
@@ -136,7 +136,7 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
     else:
         spaced = tokens[_ids(text, ["a"])[0][0]].startswith("\u2581")
         fields |= gguf_sentencepiece.to_fields(model, tokens, types, spaced=spaced)
-        rule, equal = "SentencePiece", _equal(text, _described(fields.get, tokens) or text)
+        rule, equal = "SentencePiece", _equal(text, _tokenizer_json(fields.get, tokens) or text)
     for name, i in zip(_MORE_ENDS, tokenizer.end_ids[1:], strict=False):
         fields[f"tokenizer.ggml.{name}_token_id"] = i
     specials = tokenizer.special_ids()
@@ -206,7 +206,7 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
-    if not isinstance(whole, str) and (whole := _described(get, tokens)) is None:
+    if not isinstance(whole, str) and (whole := _tokenizer_json(get, tokens)) is None:
         return False
     (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
     config: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     return True
 
 
-def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
+def _tokenizer_json(get: Callable[[str], Any], tokens: list[str]) -> str | None:
     """The tokenizer.json that gives the ids that llama.cpp gives. None for a kind of tokenizer, or
     a rule, that is not known here."""
     types, model = get("tokenizer.ggml.token_type"), get("tokenizer.ggml.model")

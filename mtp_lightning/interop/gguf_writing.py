@@ -83,7 +83,7 @@ def write_file(
         if entry.copy:
             continue
         kind = gguf.GGMLQuantizationType[_kind_of(entry, dtype)]
-        numbers = entry.made_of(tensors).float().contiguous().numpy()
+        numbers = entry.assemble(tensors).float().contiguous().numpy()
         count += numbers.size
         writer.add_tensor(entry.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file(file)
@@ -138,15 +138,15 @@ def check_file(
     """
     gguf_file.keep_quiet(file)
     yield check_tensors(file, model, written, dtype)
-    back = open_model(file)
+    reread = open_model(file)
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
-    ids, wanted_ids = back.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
-    if ids != wanted_ids or back.tokenizer.eot_id != tokenizer.eot_id:
+    ids, wanted_ids = reread.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
+    if ids != wanted_ids or reread.tokenizer.eot_id != tokenizer.eot_id:
         raise CheckFailed(f"the tokenizer in {file} gives {ids[:8]}..., not {wanted_ids[:8]}...")
     yield f"its tokenizer gives the same {len(wanted_ids)} ids for a text"
     if llama_cpp.is_there():
         yield from llama_cpp.check(
-            file, back.model, back.tokenizer, dtype=dtype, context=back.seq_len
+            file, reread.model, reread.tokenizer, dtype=dtype, context=reread.seq_len
         )
     else:
         yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
@@ -166,7 +166,7 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
     for name in names ^ stored.keys():
         raise CheckFailed(f"{name} is {'missing' if name in names else 'unknown'} in {file}.")
     for entry in stored_entries:
-        wanted, read_back = entry.made_of(tensors), entry.made_of(stored)
+        wanted, read_back = entry.assemble(tensors), entry.assemble(stored)
         if not _equal(wanted, read_back, _kind_of(entry, dtype)):
             raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
     return f"{len(stored_entries)} tensors, read back, are the model's ({fields['model_type']})"

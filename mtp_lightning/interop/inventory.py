@@ -97,11 +97,9 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
             name, _ = place.parts[0]
             # A tied head is the embedding.
             tied = place.own != "head.weight" or "lm_head.weight" not in parts
-            trunk_tensor = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
+            base = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
-            if name not in parts or trunk_tensor is None:
-                continue
-            if not equal(parts[name].read(), trunk_tensor.read()):
+            if name in parts and base is not None and not equal(parts[name].read(), base.read()):
                 modules[depth][name] = "different"
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]

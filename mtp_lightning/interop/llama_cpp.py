@@ -34,7 +34,7 @@ _ACCEPTANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continuation:
     """llama.cpp's continuation of a prompt.
 
     Attributes:
@@ -55,9 +55,9 @@ def is_there() -> bool:
     return find_spec("xllamacpp") is not None
 
 
-def continued(
+def continue_prompts(
     file: Path, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, drafts: int = 0
-) -> list[Continued]:
+) -> list[Continuation]:
     """Continue prompts greedily, one at a time; no token ends a text.
 
     Args:
@@ -84,7 +84,7 @@ def continued(
     return [_ask(server, ids, n) for ids, n in zip(prompts, lengths, strict=True)]
 
 
-def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
+def _ask(server: Any, ids: Sequence[int], length: int) -> Continuation:
     body = llama_server.request(ids, length) | {"n_probs": 1, "return_tokens": True}
     # Over HTTP, since only this answer has the ids of all tokens.
     request = urllib.request.Request(
@@ -96,7 +96,7 @@ def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
         completion = json.load(answer)
     tokens = [int(token) for token in completion["tokens"]]
     reported = completion.get("completion_probabilities") or ()
-    return Continued(
+    return Continuation(
         ids=tokens,
         # Tokens that are part of a character are reported without one: the lengths may differ.
         logprobs=[float(t["logprob"]) for t in reported] if len(reported) == len(tokens) else None,
@@ -139,10 +139,9 @@ def check(
         return
     prompts, plain = [prompts[i] for i in nonempty], [plain[i] for i in nonempty]
     lengths = [text_lens[i] for i in nonempty]
-    theirs = continued(file, prompts, lengths)
-    compared = [_compared(model, p, c) for p, c in zip(prompts, theirs, strict=True)]
-    differences, spreads = zip(*compared, strict=True)
-    share = float(torch.cat(differences).mean() / torch.cat(spreads).mean())
+    theirs = continue_prompts(file, prompts, lengths)
+    deltas, spreads = zip(*map(lambda p, c: _compare(model, p, c), prompts, theirs), strict=True)
+    share = float(torch.cat(deltas).mean() / torch.cat(spreads).mean())
     n_same = sum(c.ids == p.token_ids[:n] for c, p, n in zip(theirs, plain, lengths, strict=True))
     if not share <= _ALLOWED[dtype]:  # also true for NaN
         raise CheckFailed(
@@ -155,7 +154,7 @@ def check(
     )
     if model.depth == 0:
         return
-    their_texts = continued(file, prompts, lengths, drafts=1)
+    their_texts = continue_prompts(file, prompts, lengths, drafts=1)
     our_texts = [
         text
         for prompt, n in zip(prompts, lengths, strict=True)
@@ -182,7 +181,7 @@ def _prompts(model: MTPModel, length: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _compared(model: MTPModel, prompt: Sequence[int], text: Continued) -> tuple[Tensor, Tensor]:
+def _compare(model: MTPModel, prompt: Sequence[int], text: Continuation) -> tuple[Tensor, Tensor]:
     """For each new token, the larger of two differences, and the standard deviation of the logits.
 
     The differences are between the log-probabilities of the token in llama.cpp (if reported) and in

@@ -259,14 +259,13 @@ def from_folder(
         message=f"The tensors in {source} do not match its config.json",
     )
     weights: dict[str, Stored] = {}
-    trunk_tensors: dict[str, StoredTensor] = {}
+    originals: dict[str, StoredTensor] = {}
     for place in needed:
         parts = tuple(tensors[name] for name, _ in place.parts if name in tensors)
         if place.copy:
-            # A tied head is the embedding.
-            trunk_tensor = trunk_tensors.setdefault(place.own, trunk_tensors[_EMBEDDING])
+            original = originals.setdefault(place.own, originals[_EMBEDDING])  # a tied head
             weights.setdefault(place.own, weights[_EMBEDDING])
-            if parts and not equal(parts[0].read(), trunk_tensor.read()):
+            if parts and not equal(parts[0].read(), original.read()):
                 raise UserError(
                     f"{place.parts[0][0]} in {source} differs from the trunk's, but every "
                     "prediction shares the trunk's embedding and head here."
@@ -274,5 +273,5 @@ def from_folder(
             continue
         weights[place.own] = Assembled(place, parts)
         if place.own in (_EMBEDDING, _HEAD):
-            trunk_tensors[place.own] = parts[0]
+            originals[place.own] = parts[0]
     return weights

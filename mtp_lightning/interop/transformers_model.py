@@ -83,8 +83,7 @@ class Loaded:
         try:
             return MtpModel.from_pretrained(self.model).eval()
         except Exception as error:  # such as a missing tensor; the message names it
-            cause = briefly(error)
-            raise UserError(f"transformers cannot load the MTP layers: {cause}.") from error
+            raise UserError(f"transformers cannot load MTP layers: {briefly(error)}.") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:

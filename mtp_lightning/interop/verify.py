@@ -116,11 +116,10 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
     wanted_ids = [int(token) for token in tokenizer.encode(text)]
     for reader in ("AutoTokenizer", "PreTrainedTokenizerFast"):
+        kind = getattr(transformers, reader)
         try:
             # By default, AutoTokenizer asks whether to run code that tokenizer_config.json names.
-            theirs = getattr(transformers, reader).from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             ids = theirs(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # a tokenizer_config.json from elsewhere may have any values
             problem = f"cannot be read: {briefly(error)}"
@@ -178,8 +177,8 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
-        back = build_model(config, weights, source=str(folder))
-        yield from _check_heads(back, own_logits, tokens, heads.where(model.config))
+        reread = build_model(config, weights, source=str(folder))
+        yield from _check_heads(reread, own_logits, tokens, heads.where(model.config))
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])
 
 
@@ -189,9 +188,9 @@ def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
     return [model.head_of(k)(h_BTC) for k, h_BTC in hidden.items()]
 
 
-def _check_heads(back: MTPModel, wanted: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
-    for k, logits in enumerate(_logits(back, tokens)):
-        if not torch.equal(logits, wanted[k]):
+def _check_heads(model: MTPModel, ours: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
+    for k, logits in enumerate(_logits(model, tokens)):
+        if not torch.equal(logits, ours[k]):
             raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
     yield f"{where}, read back, gives the same logits at every depth"
 

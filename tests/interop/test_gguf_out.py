@@ -235,7 +235,7 @@ def test_llama_cpp_accepts_as_many_drafts(
     # llama.cpp's module has one cache for all drafts of a round.
     own = generate(model, prompts, draft_depth=drafts, cache="single", **options)
     plain = generate(model, prompts, speculative=False, **options)
-    found = llama_cpp.continued(file, prompts, [40] * 16, drafts=drafts)
+    found = llama_cpp.continue_prompts(file, prompts, [40] * 16, drafts=drafts)
     assert [text.ids for text in found] == [text.token_ids for text in plain]
     ours = sum(sum(text.drafts_accepted) for text in own) / sum(text.drafts for text in own)
     theirs = sum(text.accepted for text in found) / sum(text.drafted for text in found)
@@ -281,13 +281,13 @@ def test_texts_are_compared_up_to_any_token_that_ends_one(
     model, kept = learn("llama"), []
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
 
-    def continued(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
+    def continue_prompts(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
         plain = generate(model, prompts, max_new_tokens=32, speculative=False, eot_id=None)
         ids = [text.token_ids[:n] for text, n in zip(plain, lengths, strict=True)]
         kept.extend(ids)
-        return [llama_cpp.Continued(text, None, 0, 0) for text in ids]
+        return [llama_cpp.Continuation(text, None, 0, 0) for text in ids]
 
-    monkeypatch.setattr(llama_cpp, "continued", continued)
+    monkeypatch.setattr(llama_cpp, "continue_prompts", continue_prompts)
     assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
     assert min(map(len, kept)) < 32 and not any(23 in ids for ids in kept)
 
