@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/decoding": 4_847,
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_813,
-    "mtp_lightning/heads": 905,
+    "mtp_lightning/heads": 906,
     "mtp_lightning/interop": 5_249,
     "mtp_lightning/loggers": 674,
     "mtp_lightning/metrics": 1_035,

@@ -39,7 +39,7 @@ class Greedy:
         Args:
             number: the text's number.
             wanted: the text of plain decoding.
-            found: the cell's text, which begins at token ``start`` of ``wanted``.
+            decoded: the cell's text, which begins at token ``start`` of ``wanted``.
         """
         ids = wanted.ids[start : start + len(decoded.ids)]
         pairs = zip(ids, decoded.ids, strict=True)

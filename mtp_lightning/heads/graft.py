@@ -115,7 +115,8 @@ def _run(args: Any, output: Path) -> None:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
             f"({agreement.shares[1]:.1%}; {agreement.constant:.1%} with one token everywhere): "
-            "nothing is exported; give more --hours, with another --output, or mtp-lightning heads."
+            "nothing is exported; give more --hours and another --output, or try mtp-lightning "
+            "heads."
         )
     run_export(checkpoint, output, tuned.seq_len)
     say("written to", str(output / EXPORT))

@@ -54,13 +54,13 @@ class Blocks(StoredTensor):
 
     Attributes:
         file: the file.
-        held: the file's tensor, its entry in the layout, and its index if the file's tensor stacks
-            several, else None. Two entries hold the key and value halves of kv_b_proj.
+        pieces: a tensor of the file, its entry in the layout, and the index of the matrix if it
+            stacks several, else None. kv_b_proj has two pieces, for keys and for values.
         size: its shape.
     """
 
     file: Path
-    held: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
+    pieces: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
     size: tuple[int, ...]
     dtype = torch.float32
 
@@ -69,14 +69,14 @@ class Blocks(StoredTensor):
         return torch.Size(self.size)
 
     def copy_to(self, target: Tensor) -> None:
-        (tensor, entry, i), *others = self.held
+        (tensor, entry, i), *others = self.pieces
         if others or entry.unpack is not GGUFEntry.unpack or not target.is_contiguous():
             super().copy_to(target)
         else:  # without a second copy in memory
             numbers(self.file, tensor, i, out=target)
 
     def scales(self) -> WeightScales | None:
-        (tensor, entry, i), *others = self.held
+        (tensor, entry, i), *others = self.pieces
         quant = KQUANTS.get(tensor.kind.name)
         if others or len(self.size) != 2 or quant is None:
             return None
@@ -91,7 +91,7 @@ class Blocks(StoredTensor):
         )
 
     def read(self) -> Tensor:
-        portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.held]
+        portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.pieces]
         joined = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
         return joined.reshape(self.size).contiguous()
 

@@ -204,7 +204,7 @@ def keep(folder: Path, choice: str) -> None:
 
     Args:
         folder: the folder of the checkpoints.
-        what: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
+        choice: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
             optimizer's state: a third of the bytes, but no run can continue from them. A damaged
             file is reported and left as it is. ``none`` keeps no file.
     """

@@ -63,8 +63,8 @@ class BodyParser:
                     f"max_prompt={cfg.max_prompt}, but the model was trained on {run.seq_len} "
                     f"tokens: use at most {run.seq_len}, or set long=slide."
                 )
-        # encode_specials sets a switch of the tokenizer for a moment, which decoding does not read:
-        # one thread encodes at a time.
+        # One thread encodes at a time, since encode_specials changes a setting of the tokenizer
+        # during the call. Decoding does not read that setting.
         self._encoding = threading.Lock()
 
     def parse(self, sent: bytes, *, chat: bool) -> tuple[Body, Request]:
