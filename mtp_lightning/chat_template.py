@@ -98,8 +98,8 @@ class ChatTemplate:
             ) from error
 
     def around(self) -> tuple[str, str] | None:
-        """The texts before a first question, and between it and the answer; None where the template
-        takes no single question as it is."""
+        """The texts before a first question, and between it and the answer; None if the template
+        refuses a single question or changes it."""
         question = "What is it?"
         with suppress(UserError):
             before, *after = self.render([{"role": "user", "content": question}]).split(question)

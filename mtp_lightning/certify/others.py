@@ -119,7 +119,7 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
     """The ways of decoding of transformers' model."""
     import transformers
 
-    # generate() takes what is not given from here, such as an end of text.
+    # generate() would read missing settings from here, such as an end of text.
     model.generation_config = transformers.GenerationConfig()
 
     def generate(rows: Prompts, length: int, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def _opened(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _llama_cpp(path: Path) -> Iterator[list[Way]]:
-    """llama.cpp's server, on the file as it is."""
+    """llama.cpp's server, in the precision of the file."""
     import xllamacpp
 
     def decode(prompts: Prompts, length: int, *, batch: int = 1, drafts: Any = None) -> list[str]:
@@ -183,7 +183,7 @@ class OtherProgram:
         package: the Python package that brings it.
         extra: this project's extra that installs the package.
         reads: whether it reads a path.
-        wanted: what it reads, in words.
+        wanted: the paths that it reads, in words.
         ways: a path -> the ways of decoding, the plain one first, for each precision.
     """
 

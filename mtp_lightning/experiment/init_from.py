@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
+# Tokens on which mtp.init=last_block measures the trunk. More would cost more time than they save.
 _BEGINNING_TOKENS = 8192
 # Keys of a stack that change how its modules are trained, not their tensors.
 _TRAINING = ("init", "freeze_trunk", "detach")

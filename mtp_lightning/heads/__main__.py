@@ -74,7 +74,7 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
     Args:
         parser: the command's parser.
         output: name of the folder if none is given.
-        hours: what the hours are for.
+        hours: the help of ``--hours``.
     """
     parser.add_argument("overrides", nargs="*", help="settings of training, as for train.py")
     parser.add_argument("--output", type=Path, help=f"folder of all results ({output})")
@@ -172,7 +172,7 @@ def make_plan(
 
 
 def run_training(plan: Any, folder: Path) -> Path:
-    """Train what is planned; returns the run's folder."""
+    """Train as planned; return the run's folder."""
     run = folder / RUN
     command = ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"]
     run_phase("training", run / "summary.json", command)
@@ -220,7 +220,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     if code and forwarded:
         raise Stopped(f"the {name} was ended; the same command continues here.", forwarded[0])
     if code:
-        if result.is_file():  # such as a certificate that names what it found broken
+        if result.is_file():  # such as a certificate of broken guarantees
             result.replace(result.with_name(f"failed_{result.name}"))
         raise UserError(
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "

@@ -54,7 +54,7 @@ def render(
     Args:
         name: name of the export.
         config: config of the model.
-        contents: what was written.
+        contents: the contents of the folder.
         model_type: model type in config.json.
         dtype: dtype of the tensors.
         step: optimizer steps of the checkpoint.

@@ -38,7 +38,7 @@ def export(cfg: Any) -> Path:
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
-        CheckFailed: what was written is not the model.
+        CheckFailed: the written folder or file is not the model.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     check_config.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
 
 
 def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -> MTPModel:
-    """The run's model, or its trunk alone; says what is left out."""
+    """The run's model, or its trunk alone; prints what is left out."""
     model, mtp = run.model, run.model.config.mtp
     if obstacle := mtp.export_obstacle():
         raise UserError(f"a model of mtp={mtp.variant} {obstacle}: it cannot be exported.")

@@ -202,7 +202,7 @@ def _unread(config: ModelConfig) -> str:
 
 
 def _require_plain(trunk: TrunkConfig) -> None:
-    """Refuse what the architectures do not compute."""
+    """Refuse a trunk that the architectures do not compute."""
     if trunk.rope_scaling is not None:
         raise UserError(
             "a trunk with model.rope_scaling cannot be written as GGUF here: export it as a folder."

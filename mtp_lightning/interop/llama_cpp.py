@@ -112,7 +112,7 @@ def check(
 
     Args:
         file: a GGUF file.
-        model: what the file holds, with its rounded values, on the CPU.
+        model: the file's model, with its rounded values, on the CPU.
         tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.
         context: tokens that the file states as its context, which llama.cpp does not exceed.

@@ -36,7 +36,7 @@ _OF_MODULES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types")
 
 
 def kind(config: ModelConfig) -> str:
-    """The library's name for the model that computes what the heads compute.
+    """The library's name for the model that computes the same as the heads.
 
     Raises:
         UserError: it has none; the message names the setting and the reason.
