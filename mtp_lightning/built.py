@@ -48,15 +48,15 @@ def open_built(
     if not file.exists():
         return None, "no C++ was built; pip install -e . does where there is g++"
     try:
-        found = ctypes.CDLL(str(file))
+        library = ctypes.CDLL(str(file))
         for name, (takes, gives) in {**functions, "built_from": ((), ctypes.c_char_p)}.items():
-            function = getattr(found, name)
+            function = getattr(library, name)
             function.argtypes, function.restype = takes, gives
-        fits = digest(sources) in ("", found.built_from().decode())
+        is_current = digest(sources) in ("", library.built_from().decode())
     except (OSError, AttributeError):
-        fits = False
-    if fits:
-        return found, ""
+        is_current = False
+    if is_current:
+        return library, ""
     log.warning(
         "%s was not built from the C++ in %s, and is not used: pip install -e . builds it again.",
         file,

@@ -72,8 +72,8 @@ class ChatTemplate:
         files = tokenizer_state.get("beside", {})
         if (source := source_of(files)) is None:
             return None
-        named = {role: special_token(files, role) for role in _SPECIAL}
-        return cls(source, {role: text for role, text in named.items() if text is not None})
+        specials = {role: special_token(files, role) for role in _SPECIAL}
+        return cls(source, {role: text for role, text in specials.items() if text is not None})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for the model's answer.
@@ -92,14 +92,14 @@ class ChatTemplate:
                 **self._specials,
             )
         except Exception as error:  # an untrusted program may raise anything
-            told = str(error).strip().rstrip(".") or type(error).__name__
+            reason = str(error).strip().rstrip(".") or type(error).__name__
             raise UserError(
-                f"The model's chat template does not take these messages: {told}."
+                f"The model's chat template does not take these messages: {reason}."
             ) from error
 
     def around(self) -> tuple[str, str] | None:
-        """The texts before a first question, and between it and the answer; None where the template
-        takes no single question as it is."""
+        """The texts before a first question, and between it and the answer; None if the template
+        refuses a single question or changes it."""
         question = "What is it?"
         with suppress(UserError):
             before, *after = self.render([{"role": "user", "content": question}]).split(question)
@@ -115,8 +115,8 @@ def source_of(files: Mapping[str, str]) -> str | None:
     if source is None:
         source = kept_json(files, "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):
-        named = (entry for entry in reversed(source) if isinstance(entry, dict))
-        source = next((e.get("template") for e in named if e.get("name") == "default"), None)
+        templates = (entry for entry in reversed(source) if isinstance(entry, dict))
+        source = next((e.get("template") for e in templates if e.get("name") == "default"), None)
     return source if isinstance(source, str) and source else None
 
 

@@ -55,6 +55,6 @@ def main() -> None:
 
 
 def _help() -> str:
-    told = {**APPS, **{name: text for name, (_, text) in TOOLS.items()}}
-    lines = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
+    descriptions = {**APPS, **{name: text for name, (_, text) in TOOLS.items()}}
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in descriptions.items())
     return f"usage: {_NAME} COMMAND ...\n\n{lines}\n\n{_NAME} COMMAND --help explains each."

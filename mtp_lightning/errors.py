@@ -39,8 +39,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most similar to a misspelt one; None if none is similar."""
     from difflib import get_close_matches
 
-    found = get_close_matches(word.lower(), list(known), n=1, cutoff=0.65)
-    return found[0] if found else None
+    matches = get_close_matches(word.lower(), list(known), n=1, cutoff=0.65)
+    return matches[0] if matches else None
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -23,10 +23,10 @@ def is_called(header: str | None, names: Collection[str] = ()) -> bool:
     """
     if header is None or "*" in names:
         return True
-    found = _HOST.fullmatch(header.strip().lower())
-    if found is None:
+    match = _HOST.fullmatch(header.strip().lower())
+    if match is None:
         return False
-    name = found[1].strip("[]").removesuffix(".")
+    name = match[1].strip("[]").removesuffix(".")
     if name == "localhost" or name in names:
         return True
     try:

@@ -186,21 +186,21 @@ def total_flops(
         if kind not in costs:
             scope = None if rests else balance.scope
             costs[kind] = sum(
-                chance * _of_step(cost, length.seq_len, active, scope, balance.every_n_steps)
+                chance * _step_flops(cost, length.seq_len, active, scope, balance.every_n_steps)
                 for chance, active in balance.active_sets(base)
             )
         total += costs[kind]
     return total / samples * steps * length.tokens_per_step
 
 
-def _of_step(
-    cost: StepCost, seq_len: int, active: Sequence[int], scope: Scope | None, every: int
+def _step_flops(
+    cost: StepCost, seq_len: int, active: Sequence[int], scope: Scope | None, interval: int
 ) -> float:
-    """FLOPs per position of a step, if one in ``every`` steps measures gradients."""
+    """FLOPs per position of a step, if one in ``interval`` steps measures gradients."""
     plain = cost.per_token(seq_len, active)
     if scope is None:
         return plain
-    return plain + 1 / every * (cost.per_token(seq_len, active, scope=scope) - plain)
+    return plain + 1 / interval * (cost.per_token(seq_len, active, scope=scope) - plain)
 
 
 def match_steps(

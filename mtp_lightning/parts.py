@@ -155,9 +155,9 @@ def missing(name: str, what: str) -> str:
 def absent(target: str) -> str | None:
     """The missing part that a ``_target_`` or a module belongs to; None if none is missing."""
     package, _, name = target.rpartition(".")
-    for part, of in PARTS.items():
-        inside = f"{target}.".startswith(f"{of.module}.")
-        added = bool(of.extends) and package == of.extends and name not in homes(package)
+    for part, entry in PARTS.items():
+        inside = f"{target}.".startswith(f"{entry.module}.")
+        added = bool(entry.extends) and package == entry.extends and name not in homes(package)
         if (inside or added) and not is_there(part):
             return part
     return None
@@ -187,12 +187,12 @@ def homes(package: str) -> dict[str, str]:
     add."""
     packages = [package]
     packages += [p.module for n, p in PARTS.items() if p.extends == package and is_there(n)]
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name in packages:
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.origin is not None
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{name}."):
-                found |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+                paths |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return paths

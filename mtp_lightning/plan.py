@@ -230,25 +230,25 @@ class Plan:
     def _kept(self) -> float:
         """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
         trunk, mtp = self.model.trunk, self.model.mtp
-        own = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
+        blocks = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
         outputs = _SINGLE * trunk.d_model * (1 + mtp.depth)
         # The one block that is being recomputed.
-        again = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
-        return own + self._stack_in_blocks() * kept_bytes(trunk) + outputs + again
+        recomputed = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
+        return blocks + self._stack_in_blocks() * kept_bytes(trunk) + outputs + recomputed
 
     @torch.no_grad()
     def _stack_in_blocks(self) -> float:
         """FLOPs that the stack adds to a forward pass, as a multiple of a module's block's."""
         trunk, depths, meta = self.model.trunk, range(1, self.model.mtp.depth + 1), self._on_meta
         window = window_on_meta(self.model, self.seq_len)
-        with counted_flops() as of_trunk:
+        with counted_flops() as trunk_flops:
             meta.run_trunk(window, ())
-        with counted_flops() as of_all:
+        with counted_flops() as all_flops:
             _, inputs = meta.run_trunk(window, depths)
             list(meta.mtp.states(inputs, depths))
-        with torch.device("meta"), counted_flops() as of_block:
+        with torch.device("meta"), counted_flops() as block_flops:
             Block(trunk)(inputs.hidden[..., : trunk.d_model], inputs.ctx)
-        return (of_all.total - of_trunk.total) / of_block.total
+        return (all_flops.total - trunk_flops.total) / block_flops.total
 
     @cached_property
     def cost(self) -> StepCost:
@@ -315,14 +315,14 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     from mtp_lightning.experiment.build import build_model_config
     from mtp_lightning.experiment.compose import compose_config
 
-    own = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
-    own |= {field.name: str(field.default) for field in fields(Machines)}
-    given = dict(a.split("=", 1) for a in arguments if a.split("=", 1)[0] in own and "=" in a)
-    rest = [a for a in arguments if a.split("=", 1)[0] not in given]
-    own |= given
+    values = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
+    values |= {field.name: str(field.default) for field in fields(Machines)}
+    typed = dict(a.split("=", 1) for a in arguments if a.split("=", 1)[0] in values and "=" in a)
+    rest = [a for a in arguments if a.split("=", 1)[0] not in typed]
+    values |= typed
     try:
-        numbers = {key: float(value) for key, value in own.items() if key != "devices"}
-        devices = [int(n) for n in own["devices"].split(",")]
+        numbers = {key: float(value) for key, value in values.items() if key != "devices"}
+        devices = [int(n) for n in values["devices"].split(",")]
     except ValueError as error:
         raise UserError(
             f"devices, tokens, vocab_size and the assumptions must be numbers: {error}."

@@ -101,10 +101,10 @@ def tensors() -> Tensors:
     return _tensors
 
 
-def attach(found: Tensors) -> None:
+def attach(access: Tensors) -> None:
     """Set the access to tensors; the part calls this when it is imported."""
     global _tensors
-    _tensors = found
+    _tensors = access
 
 
 def find(trainer: Mapping[str, Any] | None = None) -> Peers:
@@ -119,8 +119,8 @@ def find(trainer: Mapping[str, Any] | None = None) -> Peers:
     """
     if trainer is not None:
         check(trainer)
-    asked = _asks_for_several(trainer)
-    peers = parts.need("distributed", asked).find_peers() if asked else Peers()
+    setting = _asks_for_several(trainer)
+    peers = parts.need("distributed", setting).find_peers() if setting else Peers()
     if trainer is not None:
         peers.check(trainer)
     return peers
@@ -136,8 +136,8 @@ def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
     Raises:
         UserError: there are several processes without the part.
     """
-    if asked := _asks_for_several(trainer):
-        return parts.need("distributed", asked).choose_strategy(trainer, may_skip=may_skip)
+    if setting := _asks_for_several(trainer):
+        return parts.need("distributed", setting).choose_strategy(trainer, may_skip=may_skip)
     return "auto"
 
 
@@ -181,8 +181,8 @@ def require_whole_gradients(trainer: Mapping[str, Any], what: str) -> None:
 def _asks_for_several(trainer: Mapping[str, Any] | None) -> str:
     """The setting or environment variable that asks for several processes; empty if none does."""
     if trainer is not None:
-        for key, alone in (("strategy", ("auto",)), ("num_nodes", (1, "1"))):
-            if trainer[key] not in alone:
+        for key, single in (("strategy", ("auto",)), ("num_nodes", (1, "1"))):
+            if trainer[key] not in single:
                 return f"trainer.{key}={trainer[key]}"
     env = os.environ
     for name in (DECISIONS, "TORCHELASTIC_RUN_ID", "NODE_RANK"):

@@ -54,11 +54,11 @@ class Registered:
             cls.family, cls._variants = family, {}
         if variant is None:
             return
-        known = cls._variants.get(variant)
+        registered = cls._variants.get(variant)
         # A reloaded module may define the same class again.
-        if known is not None and _place(known) != _place(cls):
+        if registered is not None and _place(registered) != _place(cls):
             raise UserError(
-                f"{cls.family}={variant} is {_place(known)} already: give {_place(cls)} "
+                f"{cls.family}={variant} is {_place(registered)} already: give {_place(cls)} "
                 "another variant name."
             )
         cls.variant = variant
@@ -122,25 +122,25 @@ class Registered:
                     f"({error}): put its folder on PYTHONPATH."
                 ) from error
         if variant not in cls._variants:
-            known = ", ".join(cls._variants)
-            raise UserError(f"{cls.family}={variant} is unknown here; known are {known}.")
+            names = ", ".join(cls._variants)
+            raise UserError(f"{cls.family}={variant} is unknown here; known are {names}.")
         return cls._variants[variant]
 
 
 def imported(name: str) -> Any:
     """The object of a dotted name, imported on demand: for tables of an option's words."""
-    module, _, found = name.rpartition(".")
-    return getattr(importlib.import_module(module), found)
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _place(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _import_siblings(module: str, named: str | None = None) -> None:
+def _import_siblings(module: str, only: str | None = None) -> None:
     """Import the modules in the folder of a family's base, or only the one that is named, which
     register their variants."""
     package = importlib.import_module(module.rpartition(".")[0])
-    for found in pkgutil.iter_modules(package.__path__):
-        if named in (None, found.name):
-            importlib.import_module(f"{package.__name__}.{found.name}")
+    for sibling in pkgutil.iter_modules(package.__path__):
+        if only in (None, sibling.name):
+            importlib.import_module(f"{package.__name__}.{sibling.name}")

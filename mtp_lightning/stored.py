@@ -174,13 +174,13 @@ def _defined_in(target: str, allow: Collection[str]) -> bool:
     if target.partition(".")[0] not in allow:
         return False
     try:
-        found = pydoc.locate(target)
+        located = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
         raise UserError(not_importable(target, error)) from error
-    if found is None:
+    if located is None:
         raise UserError(not_importable(target, "there is none"))
-    module = getattr(found, "__module__", "")
-    return isinstance(found, type) and module.partition(".")[0] in allow
+    module = getattr(located, "__module__", "")
+    return isinstance(located, type) and module.partition(".")[0] in allow
 
 
 def not_importable(target: str, reason: object) -> str:
@@ -270,9 +270,9 @@ def require_fits(
         UserError: it does not fit.
     """
     if needed > (memory := memory_bytes() * machines):
-        told = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())
+        settings = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())
         raise UserError(
-            f"{what} {told} takes {_gigabytes(needed)} for {holds}, and there are "
+            f"{what} {settings} takes {_gigabytes(needed)} for {holds}, and there are "
             f"{_gigabytes(memory)} of memory: make it smaller."
         )
 
@@ -289,12 +289,12 @@ def kept_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        found = json.loads(files.get(name, "{}"))
+        content = json.loads(files.get(name, "{}"))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the tokenizer's {name} is damaged: {error}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"the tokenizer's {name} is damaged: it holds no object.")
-    return found
+    return content
 
 
 def special_token(files: Mapping[str, str], role: str) -> str | None:
@@ -303,6 +303,6 @@ def special_token(files: Mapping[str, str], role: str) -> str | None:
     config = kept_json(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= kept_json(files, "special_tokens_map.json")
-    named = config.get(role)
-    named = named.get("content") if isinstance(named, dict) else named
-    return named if isinstance(named, str) else None
+    token = config.get(role)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

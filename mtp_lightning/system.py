@@ -104,9 +104,9 @@ def cores() -> int:
     Affinity alone is not enough: a container with a quota of two cores sees all cores of its
     machine.
     """
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
-    return seen if quota is None else max(1, min(seen, int(quota)))
+    return n if quota is None else max(1, min(n, int(quota)))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -107,8 +107,8 @@ def app(
     def task(cfg: DictConfig) -> None:
         module, _, function = work.rpartition(".")
         with imports():
-            found = parts.need(part, program(name)) if part else importlib.import_module(module)
-        getattr(found, function)(cfg)
+            home = parts.need(part, program(name)) if part else importlib.import_module(module)
+        getattr(home, function)(cfg)
 
     task.__module__ = f"{__name__}.{name}"  # from which Hydra takes the job's name
     return lambda: start(name, task, ends_with_reader=ends_with_reader)
@@ -150,11 +150,11 @@ def _explain(arguments: list[str]) -> None:
     parser.add_argument("--help", "-h", dest="word", nargs="?")
     parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("--version", action="store_true")
-    known, _ = parser.parse_known_args(arguments)
-    if known.word or known.version:
+    args, _ = parser.parse_known_args(arguments)
+    if args.word or args.version:
         from mtp_lightning.command_line.conf_comments import help_for
 
-        print(version() if known.version else help_for(known.word, known.config_dir))
+        print(version() if args.version else help_for(args.word, args.config_dir))
         sys.exit(0)
 
 
@@ -166,7 +166,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     the command line or a config from elsewhere can do that.
     """
     foreign = any(word.startswith(("hydra.mode=", "--config-", "-cd", "-cn")) for word in arguments)
-    before = utils.run_and_report, Hydra.get_mode
+    originals = utils.run_and_report, Hydra.get_mode
     utils.run_and_report = lambda func: func()
     if not foreign:
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
@@ -174,7 +174,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
         with composing(arguments):
             yield
     finally:
-        utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]
+        utils.run_and_report, Hydra.get_mode = originals  # type: ignore[method-assign]
 
 
 def _options_first(arguments: list[str]) -> list[str]:
@@ -187,10 +187,10 @@ def _options_first(arguments: list[str]) -> list[str]:
 
     parser.error = refuse  # type: ignore[method-assign]
     options = list(arguments)
-    known, unknown = parser.parse_known_intermixed_args(arguments)
+    args, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         refuse(f"unrecognized arguments: {' '.join(w for w in unknown if w.startswith('-'))}")
-    overrides = known.overrides
+    overrides = args.overrides
     for override in overrides:
         options.remove(override)
     return [*options, *overrides]

@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
         _require_layout(args.folder)
         # Imported here, so that --help does not wait for torch.
         interop = parts.need("interop", program)
-        found = interop.examine(args.folder, new_tokens=args.new_tokens)
-        print("\n".join(found.lines()))
-    sys.exit(0 if found.sound else 2)
+        diagnosis = interop.examine(args.folder, new_tokens=args.new_tokens)
+        print("\n".join(diagnosis.lines()))
+    sys.exit(0 if diagnosis.sound else 2)
 
 
 def _require_layout(folder: Path) -> None:

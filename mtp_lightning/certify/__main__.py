@@ -68,8 +68,8 @@ def main(
             raise UserError(f"--minutes={args.minutes} must be above 0.")
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
         with _folder(args.output):
-            found = _certificate(args, minutes)
-    sys.exit(2 if found.broken() else 0)
+            certificate = _certificate(args, minutes)
+    sys.exit(2 if certificate.broken() else 0)
 
 
 @contextmanager
@@ -96,13 +96,13 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
 
     def keep(so_far: Certificate) -> None:
         print("\n".join(so_far.lines()))
-        told = "interrupted: the table shows the texts until then"
+        notice = "interrupted: the table shows the texts until then"
         if args.output is not None:
             write_json(so_far.plain(), args.output / UNFINISHED)
-            told += f", and {args.output / UNFINISHED} has them"
-        raise Stopped(f"{told}.", getattr(sys.exception(), "signum", signal.SIGINT))
+            notice += f", and {args.output / UNFINISHED} has them"
+        raise Stopped(f"{notice}.", getattr(sys.exception(), "signum", signal.SIGINT))
 
-    found = certify(
+    certificate = certify(
         args.model,
         count=args.prompts,
         length=args.new_tokens,
@@ -116,13 +116,13 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         say=lambda line: print(line, file=sys.stderr, flush=True),
         interrupted=keep,
     )
-    print("\n".join(found.lines()))
+    print("\n".join(certificate.lines()))
     if args.output is not None:
-        write_json(found.plain(), args.output / "certificate.json")
-        write_bytes(found.badge().encode(), args.output / "badge.svg")
+        write_json(certificate.plain(), args.output / "certificate.json")
+        write_bytes(certificate.badge().encode(), args.output / "badge.svg")
         (args.output / UNFINISHED).unlink(missing_ok=True)
         print(f"written to {args.output}: certificate.json, badge.svg")
-    return found
+    return certificate
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ PLAIN = Cell(drafts="none", options=DecodingOptions(speculative=False))
 def ways(model: MTPModel) -> dict[str, DecodingOptions]:
     """The ways of drafting that a model is capable of, by name; the first is plain decoding."""
     depth, vocab = model.depth, model.config.trunk.vocab_size
-    asked = {
+    candidates = {
         PLAIN.drafts: PLAIN.options,
         **{f"depth {k}": DecodingOptions(draft_depth=k) for k in sorted({1, 2, 4, depth} - {0})},
         "deeper": DecodingOptions(draft_depth=depth + 2),
@@ -55,16 +55,16 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
         "confident": DecodingOptions(min_confidence=0.5),
         "looked up": DecodingOptions(lookup=6),
     }
-    found: dict[str, DecodingOptions] = {}
-    for name, options in asked.items():
+    possible: dict[str, DecodingOptions] = {}
+    for name, options in candidates.items():
         try:
             drafted = options.max_draft(model) or options.lookup
         except UserError:  # this model cannot draft that way
             continue
         # "deeper" may equal one of the depths before it.
-        if (name == "none" or drafted) and options not in found.values():
-            found[name] = options
-    return found
+        if (name == "none" or drafted) and options not in possible.values():
+            possible[name] = options
+    return possible
 
 
 def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> Iterator[Cell]:

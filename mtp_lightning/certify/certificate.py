@@ -83,43 +83,43 @@ class Certificate:
 
     def broken(self) -> list[str]:
         """The broken promises, one sentence each."""
-        found = []
+        sentences = []
         for row in self.rows:
             where, greedy = _where(row), row.greedy
             if greedy.first is not None:
                 text, token = greedy.first
-                found.append(
+                sentences.append(
                     f"{where}: {greedy.texts - greedy.equal:,} of {greedy.texts:,} greedy texts "
                     f"differ, text {text} first, from its token {token} on"
                 )
             elif self.promises_bits(row.cell) and greedy.same_bits < greedy.tokens:
-                found.append(
+                sentences.append(
                     f"{where}: the logits of {greedy.tokens - greedy.same_bits:,} of "
                     f"{greedy.tokens:,} tokens differ, by up to {greedy.largest:.1e}"
                 )
             if row.sampled is not None and row.sampled.p < self.least_p:
-                found.append(
+                sentences.append(
                     f"{where}: {row.sampled.tokens:,} sampled tokens do not follow the trunk's "
                     f"distribution (p = {row.sampled.p:.0e})"
                 )
-        return found
+        return sentences
 
     def verdict(self) -> str:
         """The result in one sentence."""
         total, ps = _total(self.rows)
-        told = (
+        text = (
             f"{total.equal:,} of {total.texts:,} greedy texts in {len(self.rows)} cells are plain "
             "decoding's"
         )
         if total.same_bits == total.tokens:
-            told += ", all logits to the last bit"
+            text += ", all logits to the last bit"
         elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
-            told += ", all logits to the last bit where prompts are read alone and whole"
+            text += ", all logits to the last bit where prompts are read alone and whole"
         if ps:
-            told += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
+            text += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
         if all(row.cell.drafts in ("none", "looked up") for row in self.rows):
-            told += "; the model has no heads that draft"
-        return f"{'BROKEN' if self.broken() else 'lossless'}: {told}."
+            text += "; the model has no heads that draft"
+        return f"{'BROKEN' if self.broken() else 'lossless'}: {text}."
 
     def lines(self) -> Iterator[str]:
         """A table with one line per precision and way of drafting, and the verdict."""
@@ -200,7 +200,7 @@ def _where(row: Row) -> str:
 
 def _plain(row: Row) -> dict[str, Any]:
     cell, greedy, sampled = row.cell, row.greedy, row.sampled
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "weights": row.precision,
         "drafts": cell.drafts,
         "batch": cell.batch,
@@ -214,9 +214,9 @@ def _plain(row: Row) -> dict[str, Any]:
         "largest_difference": greedy.largest,
     }
     if sampled is not None:
-        found |= {
+        fields |= {
             "sampled_tokens": sampled.tokens,
             "chi_square": sampled.chi_square,
             "p": sampled.p,
         }
-    return found
+    return fields

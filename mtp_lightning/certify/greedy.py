@@ -33,24 +33,24 @@ class Greedy:
     largest: float = 0.0
     first: tuple[int, int] | None = None
 
-    def compare(self, number: int, wanted: DecodedText, found: DecodedText, start: int) -> None:
+    def compare(self, number: int, wanted: DecodedText, decoded: DecodedText, start: int) -> None:
         """Count a text.
 
         Args:
             number: the text's number.
             wanted: the text of plain decoding.
-            found: the cell's text, which begins at token ``start`` of ``wanted``.
+            decoded: the cell's text, which begins at token ``start`` of ``wanted``.
         """
-        ids = wanted.ids[start : start + len(found.ids)]
-        pairs = zip(ids, found.ids, strict=True)
-        parts = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        ids = wanted.ids[start : start + len(decoded.ids)]
+        pairs = zip(ids, decoded.ids, strict=True)
+        fork = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         self.texts += 1
-        self.equal += parts is None
-        if parts is not None and self.first is None:
-            self.first = number, start + parts
+        self.equal += fork is None
+        if fork is not None and self.first is None:
+            self.first = number, start + fork
         # The logits compare up to the first different token, where both have read the same.
-        T = len(ids) if parts is None else parts + 1
-        a_TV, b_TV = wanted.logits_TV[start : start + T], found.logits_TV[:T]
+        T = len(ids) if fork is None else fork + 1
+        a_TV, b_TV = wanted.logits_TV[start : start + T], decoded.logits_TV[:T]
         self.tokens += T
         self.same_bits += int((a_TV == b_TV).all(dim=-1).sum())
         self.largest = max(self.largest, float((a_TV - b_TV).abs().max()))
@@ -75,10 +75,10 @@ class Greedy:
         """
         length = len(wanted[0].ids)
         start = length // 2 if cell.reads == RESUMED else 0
-        read = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
+        prefixes = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
         # In a batch the rows end at different times, and others take their slots.
         spread = 1 if cell.batch == 1 else max((length - start) // 2, 1)
-        lengths = [length - start - i % spread for i in range(len(read))]
-        found = decode(model, cell, read, lengths)
-        for i, (mine, other) in enumerate(zip(wanted, found, strict=True)):
-            self.compare(first + i, mine, other, start)
+        lengths = [length - start - i % spread for i in range(len(prefixes))]
+        decoded = decode(model, cell, prefixes, lengths)
+        for i, (plain, theirs) in enumerate(zip(wanted, decoded, strict=True)):
+            self.compare(first + i, plain, theirs, start)

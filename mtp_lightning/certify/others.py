@@ -72,17 +72,17 @@ def compare_others(
         length: new tokens per prompt.
         say: called with a line after every program and precision.
     """
-    found: list[Count] = []
+    counts: list[Count] = []
     for name in names:
         for ways in PROGRAMS[name].ways(path):
             plain, *others = ways
             wanted = plain.decode(prompts, length)
             for way in others:
-                got = way.decode(prompts, length)
-                equal = sum(a == b for a, b in zip(wanted, got, strict=True))
-                found.append(Count(way, len(prompts), equal))
+                texts = way.decode(prompts, length)
+                equal = sum(a == b for a, b in zip(wanted, texts, strict=True))
+                counts.append(Count(way, len(prompts), equal))
             say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
-    return found
+    return counts
 
 
 def require_programs(names: Sequence[str], path: Path) -> None:
@@ -106,7 +106,7 @@ def _ways(
     """Plain decoding, with drafts and in a batch, by a function that takes ``batch`` and the
     settings ``drafted``."""
     settings = {"plain": {}, f"drafts by {by}": drafted, f"batch of {_BATCH}": {"batch": _BATCH}}
-    return [Way(program, weights, name, partial(decode, **own)) for name, own in settings.items()]
+    return [Way(program, weights, name, partial(decode, **kws)) for name, kws in settings.items()]
 
 
 def _transformers(path: Path) -> Iterator[list[Way]]:
@@ -119,18 +119,18 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
     """The ways of decoding of transformers' model."""
     import transformers
 
-    # generate() takes what is not given from here, such as an end of text.
+    # generate() would read missing settings from here, such as an end of text.
     model.generation_config = transformers.GenerationConfig()
 
     def generate(rows: Prompts, length: int, **kwargs: Any) -> Any:
         """Continue rows, filled up on the left to the longest."""
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
-        seen = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
         greedy = transformers.GenerationConfig(
             max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
         )
-        out = model.generate(ids, attention_mask=seen, generation_config=greedy)
+        out = model.generate(ids, attention_mask=mask, generation_config=greedy)
         return out[:, longest:].tolist()
 
     def decode(prompts: Prompts, length: int, *, batch: int = 1, **kwargs: Any) -> list[list[int]]:
@@ -146,19 +146,19 @@ def _opened(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    alone = {"local_files_only": True, "trust_remote_code": False}  # None would ask for code
+    local = {"local_files_only": True, "trust_remote_code": False}  # None would ask for code
     if not is_gguf(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **alone).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **local).eval()
     # from_pretrained needs one more package for a GGUF file.
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **alone)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **local)
     model = AutoModelForCausalLM.from_config(config)
-    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
-    model.load_state_dict(found["tensors"], strict=False)  # a tied head is not in the file
+    checkpoint = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    model.load_state_dict(checkpoint["tensors"], strict=False)  # a tied head is not in the file
     return model.to(dtype).eval()
 
 
 def _llama_cpp(path: Path) -> Iterator[list[Way]]:
-    """llama.cpp's server, on the file as it is."""
+    """llama.cpp's server, in the precision of the file."""
     import xllamacpp
 
     def decode(prompts: Prompts, length: int, *, batch: int = 1, drafts: Any = None) -> list[str]:
@@ -183,7 +183,7 @@ class OtherProgram:
         package: the Python package that brings it.
         extra: this project's extra that installs the package.
         reads: whether it reads a path.
-        wanted: what it reads, in words.
+        wanted: the paths that it reads, in words.
         ways: a path -> the ways of decoding, the plain one first, for each precision.
     """
 

@@ -79,13 +79,14 @@ def certify(
     require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
     seconds = None if minutes is None else 60 * minutes / len(precisions)
-    asked: list[list[int]] = []  # the same for every precision
+    beginnings: list[list[int]] = []  # the same for every precision
     result: Certificate | None = None
     try:
         for precision in precisions:
             run = _opened(path, precision, length, allow)
-            longest = run.seq_len - length
-            asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
+            if not beginnings:
+                longest = run.seq_len - length
+                beginnings = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
             facts = {"prompts": count, "new_tokens": length, "seed": seed}
             result = result or _empty_certificate(path, run.model, facts)
             rows = [
@@ -93,11 +94,11 @@ def certify(
                 for cell in cells(run.model, threads, few=few)
             ]
             result.rows += rows
-            _run_cells(run.model, rows, asked, length, seed=seed, seconds=seconds, say=say)
+            _run_cells(run.model, rows, beginnings, length, seed=seed, seconds=seconds, say=say)
         assert result is not None
         if against:
-            read = asked[: max(row.greedy.texts for row in result.rows)]
-            result.others = compare_others(against, path, read, length, say)
+            compared = beginnings[: max(row.greedy.texts for row in result.rows)]
+            result.others = compare_others(against, path, compared, length, say)
     except KeyboardInterrupt:
         if result is not None and (tried := result.tried()).rows:
             interrupted(tried)
@@ -119,13 +120,13 @@ def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> Op
     return run
 
 
-def _empty_certificate(path: Path, model: MTPModel, asked: dict[str, int]) -> Certificate:
-    """A certificate without rows, with the facts of this machine and the options ``asked``."""
+def _empty_certificate(path: Path, model: MTPModel, options: dict[str, int]) -> Certificate:
+    """A certificate without rows, with the facts of this machine and the ``options``."""
     code, layers = ops.code()
     machine = {"machine": platform.machine(), "processor": processor(), "torch": torch.__version__}
     return Certificate(
         model=str(path),
-        facts={**machine, "layers": layers, **asked},
+        facts={**machine, "layers": layers, **options},
         same_bits=code.startswith("native"),  # the C++ for CPUs
         prompts_alike=_reads_alike(model),
     )
@@ -134,30 +135,30 @@ def _empty_certificate(path: Path, model: MTPModel, asked: dict[str, int]) -> Ce
 def _run_cells(
     model: MTPModel,
     rows: Sequence[Row],
-    asked: Sequence[list[int]],
+    beginnings: Sequence[list[int]],
     length: int,
     *,
     seed: int,
     seconds: float | None,
     say: Callable[[str], None],
 ) -> None:
-    """Try the rows of one precision on the prompts ``asked``, a part at a time, until ``seconds``
-    have passed; other arguments as of :func:`certify`."""
+    """Try the rows of one precision on the prompts ``beginnings``, a part at a time, until
+    ``seconds`` have passed; other arguments as of :func:`certify`."""
     step, end = _PART, float("inf")
     if seconds is not None:
         # A batch is the least that every cell can be tried on.
         step, end = BATCH, time.monotonic() + seconds
-    for first in range(0, len(asked), step):
-        part = asked[first : first + step]
+    for first in range(0, len(beginnings), step):
+        part = beginnings[first : first + step]
         wanted = decode(model, PLAIN, part, [length] * len(part))
         for row in rows:
             row.greedy.try_on(model, row.cell, part, wanted, first=first)
             if row.sampled is not None:
                 row.sampled.draw(model, row.cell, part, length, first=first, seed=seed)
-        tried = first + len(part)
+        done = first + len(part)
         late = time.monotonic() > end
-        why = ", as many as the given time holds" if late and tried < len(asked) else ""
-        say(f"{rows[0].precision}: {tried:,} of {len(asked):,} prompts{why}, {len(rows)} cells")
+        why = ", as many as the given time holds" if late and done < len(beginnings) else ""
+        say(f"{rows[0].precision}: {done:,} of {len(beginnings):,} prompts{why}, {len(rows)} cells")
         if late:
             break
 
@@ -166,8 +167,7 @@ def _reads_alike(model: MTPModel) -> bool:
     """Whether a prompt token's results have the same bits in any batch. PyTorch's products in
     latent attention and experts round differently for other numbers of rows."""
     trunk = model.config.trunk
-    layers = trunk.attention, trunk.feed_forward
-    return all(layer.same_bits_in_wide_passes for layer in layers)
+    return all(layer.same_bits_in_wide_passes for layer in (trunk.attention, trunk.feed_forward))
 
 
 def _is_sampled(cell: Cell) -> bool:

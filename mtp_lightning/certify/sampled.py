@@ -70,9 +70,9 @@ class Sampled:
             seed: the seed of all random numbers.
         """
         lengths = [length] * len(beginnings)
-        found = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
+        texts = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
         noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
-        for text in found:
+        for text in texts:
             u_T = transform(text.logits_TV.cpu(), text.ids, noise)
             counts = torch.histc(u_T, bins=_BINS, min=0.0, max=1.0).long().tolist()
             self.tokens += len(text.ids)

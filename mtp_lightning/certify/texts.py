@@ -66,24 +66,24 @@ def prompts(
         files = [path for _, path in StdlibSource().files]
     else:
         files = [file]
-    found: list[list[int]] = []
-    tries, read = 0, cache(partial(Path.read_text, encoding="utf-8"))
-    while len(found) < count:
+    beginnings: list[list[int]] = []
+    tries, read_text = 0, cache(partial(Path.read_text, encoding="utf-8"))
+    while len(beginnings) < count:
         if (tries := tries + 1) > 20 * count + 100:
             raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
         path = chance.choice(files)
         try:
-            text = read(path)
+            text = read_text(path)
         except UnicodeDecodeError as error:
             if file is None:
                 continue
             raise UserError(f"{file} is not UTF-8: {error}; convert it.") from error
-        at = chance.randrange(max(len(text) - _SLICE, 1))
-        ids = list(tokenizer.encode(text[at : at + _SLICE]))
-        wanted = chance.randint(min(_SHORTEST, longest), min(_LONGEST, longest))
-        if len(ids) >= wanted:
-            found.append([int(token) for token in ids[:wanted]])
-    return found
+        start = chance.randrange(max(len(text) - _SLICE, 1))
+        ids = list(tokenizer.encode(text[start : start + _SLICE]))
+        length = chance.randint(min(_SHORTEST, longest), min(_LONGEST, longest))
+        if len(ids) >= length:
+            beginnings.append([int(token) for token in ids[:length]])
+    return beginnings
 
 
 def decode(
@@ -105,10 +105,10 @@ def decode(
         first: the number of the first text, on which its random numbers depend.
         sampling: ``temperature`` and ``seed``, for texts that are not greedy.
     """
-    found = [DecodedText() for _ in beginnings]
+    texts = [DecodedText() for _ in beginnings]
 
     def keep(index: int, logits_TV: Tensor) -> None:
-        found[index - first].parts.append(logits_TV.clone())
+        texts[index - first].parts.append(logits_TV.clone())
 
     options = replace(cell.options, batch_size=cell.batch, eot_id=-1, **sampling)
     requests = (
@@ -117,5 +117,5 @@ def decode(
     )
     with threads(cell.threads), Engine(model, options, on_logits=keep) as engine:
         for sequence in engine.run(requests):
-            found[sequence.request.index - first].ids = sequence.token_ids
-    return found
+            texts[sequence.request.index - first].ids = sequence.token_ids
+    return texts

@@ -64,20 +64,20 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
     Raises:
         UserError: a value is not allowed.
     """
-    for inner, found in _nodes(node, path):
-        target = str(found.get("_target_", ""))
-        said = keys.of_class(target)
-        for key, comment in (said.keys if said is not None else {}).items():
-            if key in found:
-                keys.require_allowed(_join(inner, key), found[key], comment, _option(inner, target))
+    for inner, child in _nodes(node, path):
+        target = str(child.get("_target_", ""))
+        rules = keys.of_class(target)
+        for key, comment in (rules.keys if rules is not None else {}).items():
+            if key in child:
+                keys.require_allowed(_join(inner, key), child[key], comment, _option(inner, target))
 
 
 def check_settings(built: Any, path: str) -> None:
     """Check an object's attributes as :func:`check_values` checks a node at ``path``. An object of
     a class that ``conf/`` does not build is checked as one of its nearest base class."""
-    targets = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(built).__mro__]
-    known = next((target for target in targets if keys.of_class(target) is not None), "")
-    check_values({**vars(built), "_target_": known}, path)
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(built).__mro__]
+    nearest = next((name for name in names if keys.of_class(name) is not None), "")
+    check_values({**vars(built), "_target_": nearest}, path)
 
 
 def _option(path: str, target: str) -> str:
@@ -85,24 +85,24 @@ def _option(path: str, target: str) -> str:
     return f"{path}={target.split('.')[-2]}" if "." in target else "this option"
 
 
-def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = False) -> None:
+def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool) -> None:
     target = str(node.get("_target_", ""))
-    if (lost := parts.absent(target)) is not None:
-        raise UserError(parts.missing(lost, f"{path}._target_={target}"))
-    said = keys.of_class(target) if target else keys.of_node(path, app)
-    if said is None:
+    if (missing_part := parts.absent(target)) is not None:
+        raise UserError(parts.missing(missing_part, f"{path}._target_={target}"))
+    rules = keys.of_class(target) if target else keys.of_node(path, app)
+    if rules is None:
         return
-    closed = not (open or said.open) and (bool(target) or path == "trainer")
+    closed = not (open or rules.open) and (bool(target) or path == "trainer")
     for key, value in node.items():
         name = _join(path, key)
-        if closed and key not in said.keys and not str(key).startswith("_"):
-            raise _unknown(name, said.keys)
-        if key in said.keys:
+        if closed and key not in rules.keys and not str(key).startswith("_"):
+            raise _unknown(name, rules.keys)
+        if key in rules.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
-            keys.require_allowed(name, value, said.keys[key], _option(path, target))
-    if said.needs is not None:
-        what, package, extra = said.needs
+            keys.require_allowed(name, value, rules.keys[key], _option(path, target))
+    if rules.needs is not None:
+        what, package, extra = rules.needs
         require_package(package, what=what, extra=extra)
 
 
@@ -188,9 +188,9 @@ def require_reach(config: Mapping[str, Any]) -> None:
     stride = _value(config, "mtp.stride")
     stride = 1 if stride is None else stride
     if is_whole(depth) and is_whole(stride) and is_whole(length) and depth * stride > length:
-        asked = f"mtp.depth={depth}" + ("" if stride == 1 else f" x mtp.stride={stride}")
+        reach = f"mtp.depth={depth}" + ("" if stride == 1 else f" x mtp.stride={stride}")
         raise UserError(
-            f"{asked} is larger than the window, data.seq_len={length}: predict fewer tokens, or "
+            f"{reach} is larger than the window, data.seq_len={length}: predict fewer tokens, or "
             "lengthen the window."
         )
 
@@ -208,10 +208,10 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
     """Refuse input paths that do not exist, and output paths that cannot be written."""
     for key in sorted(INPUTS - _NOT_ONLY_PATHS):
-        given = _value(config, key)
-        for path in given if isinstance(given, list) and key in LISTS else [given]:
+        value = _value(config, key)
+        for path in value if isinstance(value, list) and key in LISTS else [value]:
             if isinstance(path, str) and path != "???" and "${" not in path:
-                _require_there(key, path)
+                _require_exists(key, path)
     output = _value(config, "output")
     if app == "config":
         _require_folder("run_dir", Path(folder))
@@ -226,19 +226,19 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
             raise UserError(f"output={output} is not empty: choose another folder or clear it.")
 
 
-def _require_there(key: str, given: str) -> None:
+def _require_exists(key: str, text: str) -> None:
     # branch_from is RUN@STEP.
-    run = given.rpartition("@")[0] if key == "branch_from" else ""
-    path = Path(run or given).expanduser()
+    run = text.rpartition("@")[0] if key == "branch_from" else ""
+    path = Path(run or text).expanduser()
     if path.exists():
         if key == "prompts":
             require_prompts(path)
         if key == "compare.reference" and not path.is_dir():
-            raise UserError(f"{key}={given} is a file: give the folder of a finished run.")
+            raise UserError(f"{key}={text} is a file: give the folder of a finished run.")
         return
-    named = key != "tokenizer.path" or path.suffix == ".json" or given[:1] in "./~"
-    if named and not has_magic(given):
-        raise UserError(f"{key}={given} does not exist (looked from {Path.cwd()}): check the path.")
+    is_path = key != "tokenizer.path" or path.suffix == ".json" or text[:1] in "./~"
+    if is_path and not has_magic(text):
+        raise UserError(f"{key}={text} does not exist (looked from {Path.cwd()}): check the path.")
 
 
 def require_prompts(path: Path) -> str:
@@ -258,9 +258,9 @@ def require_prompts(path: Path) -> str:
 
 def _require_folder(key: str, folder: Path) -> None:
     """Refuse a folder that cannot be created or written to."""
-    there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
-    if not there.is_dir():
-        what = "a file" if there.is_file() else "not a folder"
-        raise UserError(f"{key}={folder} cannot be a folder, for {there} is {what}: take another.")
-    if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
-        raise UserError(f"{key}={folder} cannot be made: {there} is read-only; take another.")
+    parent = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
+    if not parent.is_dir():
+        kind = "a file" if parent.is_file() else "not a folder"
+        raise UserError(f"{key}={folder} cannot be a folder, for {parent} is {kind}: take another.")
+    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise UserError(f"{key}={folder} cannot be made: {parent} is read-only; take another.")

@@ -61,17 +61,17 @@ class Option:
     def brief(self) -> str:
         """The first sentence of the comment, with its mark if it is a question."""
         text = " ".join(self.comment.split())
-        found = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
-        return (found.group() if found else text).rstrip(".:; ")
+        match = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
+        return (match.group() if match else text).rstrip(".:; ")
 
 
 def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
     """A file, followed by the files of its group that it includes."""
-    found = [option]
+    options = [option]
     for name in option.content.get("defaults", []):
         if isinstance(name, str) and name in files and name != option.name:
-            found += included(files[name], files)
-    return found
+            options += included(files[name], files)
+    return options
 
 
 @cache
@@ -85,11 +85,11 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
     files = [
         (f.parent.relative_to(root).as_posix(), f) for root in roots for f in root.rglob("*.yaml")
     ]
-    found: dict[str, list[Option]] = {}
-    for group, file in sorted(files, key=lambda found: (found[0], found[1].name)):
+    by_group: dict[str, list[Option]] = {}
+    for group, file in sorted(files, key=lambda by_group: (by_group[0], by_group[1].name)):
         name = "" if group == "." else group
-        found.setdefault(name, []).append(read_option(file, name))
-    return found
+        by_group.setdefault(name, []).append(read_option(file, name))
+    return by_group
 
 
 def read_option(file: Path, group: str) -> Option:
@@ -117,16 +117,16 @@ def help_for(word: str, added: Path | None = None) -> str:
         UserError: there is no such group or option.
     """
     group, _, name = word.partition("=")
-    known = groups(added)
-    if not group or group not in known:
-        names = ", ".join(filter(None, known))
+    all_options = groups(added)
+    if not group or group not in all_options:
+        names = ", ".join(filter(None, all_options))
         raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
-    options = {option.name: option for option in known[group]}
+    options = {option.name: option for option in all_options[group]}
     if not name:
         width = max(map(len, options)) + 2
         rows = (_wrapped(option.brief, f"  {n:<{width}}") for n, option in options.items())
-        told = f"--help {group}={next(iter(options))} explains an option's keys."
-        return "\n".join([f"{group}=NAME, one of", "", *rows, "", told])
+        hint = f"--help {group}={next(iter(options))} explains an option's keys."
+        return "\n".join([f"{group}=NAME, one of", "", *rows, "", hint])
     if name not in options:
         raise UserError(
             f"--help {word}: {group} has no option {name!r}; choose one of {', '.join(options)}."
@@ -158,9 +158,9 @@ def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
         if (stripped := line.strip()).startswith("#"):
             comment.append(stripped.removeprefix("#").strip())
             continue
-        if found := _KEY.match(line):
-            indent = len(found.group(1))
-            path = [(at, name) for at, name in path if at < indent] + [(indent, found.group(2))]
+        if match := _KEY.match(line):
+            indent = len(match.group(1))
+            path = [(n, name) for n, name in path if n < indent] + [(indent, match.group(2))]
             yield tuple(name for _, name in path), " ".join(comment)
         comment = []
 

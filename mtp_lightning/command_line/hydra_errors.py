@@ -28,7 +28,7 @@ def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if not kinds & {"HydraException", "OmegaConfBaseException"}:
         return ""
-    said, cause = str(error), error.__cause__
+    text, cause = str(error), error.__cause__
     if file := getattr(error, "missing_cfg_file", None):
         group, _, name = file.rpartition("/")
         options = getattr(error, "options", None) or [o.name for o in groups().get(group, [])]
@@ -40,28 +40,28 @@ def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
         if not equals and ("/" in key or Path(key).exists()):
             return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
         if not equals:
-            given = [*overrides]
-            before = given[given.index(key) - 1] if key in given[1:] else ""
-            one = f", or put '{before} {key}' in quotes if it is one value"
-            quoted = one if "=" in before else ""
+            words = [*overrides]
+            before = words[words.index(key) - 1] if key in words[1:] else ""
+            hint = f", or put '{before} {key}' in quotes if it is one value"
+            quoted = hint if "=" in before else ""
             return f"{key} has no value: give it as {key.partition(':')[0]}=...{quoted}"
         return (
             f"{override} cannot be read: put the value in quotes of its own, "
             f"""'{key}="{value}"'."""
         )
-    if found := re.match(r"Could not override '([^']*)'", said):
-        name = found[1]
+    if match := re.match(r"Could not override '([^']*)'", text):
+        name = match[1]
         return unknown_key(*_last_known(name, getattr(cause, "parent_node", None)))
-    if found := re.match(r"Could not delete from config\. '([^']*)' does not exist", said):
-        return f"~{found[1]} deletes nothing: there is no {found[1]}. (--cfg job shows all)"
-    if found := re.match(r"Could not append to config\. An item is already at '([^']*)'", said):
-        return f"{found[1]} is a key already: give it as {found[1]}=..., without a plus sign."
-    if found := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", said):
+    if match := re.match(r"Could not delete from config\. '([^']*)' does not exist", text):
+        return f"~{match[1]} deletes nothing: there is no {match[1]}. (--cfg job shows all)"
+    if match := re.match(r"Could not append to config\. An item is already at '([^']*)'", text):
+        return f"{match[1]} is a key already: give it as {match[1]}=..., without a plus sign."
+    if match := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", text):
         return (
-            f"{found[1]} is several values: add -m for a run with each, or give a list, "
-            f"'{found[2]}=[{found[3]}]'."
+            f"{match[1]} is several values: add -m for a run with each, or give a list, "
+            f"'{match[2]}=[{match[3]}]'."
         )
-    return _first(error if cause is None else cause, said)
+    return _first(error if cause is None else cause, text)
 
 
 def _not_a_name(overrides: Iterable[str]) -> str:
@@ -79,22 +79,22 @@ def _not_a_name(overrides: Iterable[str]) -> str:
 
 def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
     """The shortest unknown part of a dotted key, and the keys that exist at its place."""
-    here: Any = node._get_root() if hasattr(node, "_get_root") else {}
+    level: Any = node._get_root() if hasattr(node, "_get_root") else {}
     parts = name.split(".")
     for end, part in enumerate(parts):
-        keys = [str(key) for key in here] if hasattr(here, "keys") else []
+        keys = [str(key) for key in level] if hasattr(level, "keys") else []
         if part not in keys:
             return ".".join(parts[: end + 1]), [key for key in keys if key != "hydra"]
-        here = here._get_node(part)
+        level = level._get_node(part)
     return name, []
 
 
-def _first(error: BaseException, said: str) -> str:
+def _first(error: BaseException, text: str) -> str:
     key = getattr(error, "full_key", None)
-    line = " ".join(said.partition("\n")[0].split()).removesuffix(".")
+    line = " ".join(text.partition("\n")[0].split()).removesuffix(".")
     cause = " ".join(str(error).partition("\n")[0].split()).removesuffix(".")
-    told = cause if cause == line or not cause else f"{line} ({cause})"
-    return f"{key}: {told}. (--help)" if key and key not in told else f"{told}. (--help)"
+    reason = cause if cause == line or not cause else f"{line} ({cause})"
+    return f"{key}: {reason}. (--help)" if key and key not in reason else f"{reason}. (--help)"
 
 
 def unknown_key(name: str, siblings: Collection[str]) -> str:
@@ -121,15 +121,15 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
             f"{name} is a key of {group}={', '.join(options)}: choose one, or leave it out. "
             f"(--help {group})"
         )
-    told = [f"{prefix}{sibling}" for sibling in siblings]
+    choices = [f"{prefix}{sibling}" for sibling in siblings]
     near = nearest(key, siblings)
     meant = f"{prefix}{near}" if near else _elsewhere(key)
     group = _group_of(name)
     hint = f"--help {group}" if group else "--help"
     if meant and meant != name:  # another program's
         return f"{name} is not a key: did you mean {meant}? ({hint})"
-    if parent and told:
-        return f"{name} is not a key: choose one of {', '.join(sorted(told))}. ({hint})"
+    if parent and choices:
+        return f"{name} is not a key: choose one of {', '.join(sorted(choices))}. ({hint})"
     return f"{name} is not a key: --help names the groups, --cfg job shows every key."
 
 

@@ -69,8 +69,8 @@ def of_node(path: str, app: str) -> KeyRules:
         path: the node's dotted path in the config; empty for the root.
         app: the app's root config in conf/.
     """
-    found = _read_conf()
-    rules = found.get(f"{app}:{path}") or found.get(path) or KeyRules()
+    rules_by_name = _read_conf()
+    rules = rules_by_name.get(f"{app}:{path}") or rules_by_name.get(path) or KeyRules()
     if path == "trainer":
         return KeyRules(dict.fromkeys(_trainer_arguments(), "") | rules.keys)
     return rules
@@ -79,7 +79,7 @@ def of_node(path: str, app: str) -> KeyRules:
 @cache
 def _read_conf() -> dict[str, KeyRules]:
     """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
-    found: dict[str, KeyRules] = {}
+    rules_by_name: dict[str, KeyRules] = {}
     for group, options in groups().items():
         if group.partition("/")[0] in _ELSEWHERE:
             continue
@@ -91,14 +91,14 @@ def _read_conf() -> dict[str, KeyRules]:
                     target = _target(option, owner, files)
                     path = ".".join(filter(None, [group.replace("/", "."), owner]))
                     path = path if group else f"{option.name}:{owner}"
-                    rules = found.setdefault(target or path, KeyRules())
+                    rules = rules_by_name.setdefault(target or path, KeyRules())
                     rules.keys[name] = comment or rules.keys.get(name, "")
                     if target:
                         rules.open |= not target.startswith(OWN) or "More keys" in part.comment
                     needs = NEEDS.search(part.comment)
                     if needs is not None and name == "_target_":  # the file's own class
                         rules.needs = (f"{group}={option.name}", needs[1], needs[2])
-    return found
+    return rules_by_name
 
 
 def _rules(option: Option) -> Iterator[tuple[str, str]]:
@@ -153,15 +153,15 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         return
     if value is None and re.search(r"\bnull\b", comment):
         return
-    if fixed := re.match(r"always (\d+) here", comment):
-        require(value == int(fixed[1]), name, value, f"{fixed[1]} with {option}")
-    found = _TYPE.search(comment)
-    if found is None:
+    if constant := re.match(r"always (\d+) here", comment):
+        require(value == int(constant[1]), name, value, f"{constant[1]} with {option}")
+    match = _TYPE.search(comment)
+    if match is None:
         choices = _choices(comment)
         if choices and isinstance(value, str):
             require_choice(name, value, choices)
         return
-    kind, lower, low, high, closed, rest = found.groups()
+    kind, lower, low, high, closed, rest = match.groups()
     words = re.findall(r", or (\w+)", rest)
     if word := _WORD.search(comment):
         name = f"{name} ({word[1]} for {word[2]})"

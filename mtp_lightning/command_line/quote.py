@@ -113,12 +113,12 @@ def _literal(argument: str, *, multirun: bool) -> str:
 
 
 def _value(key: str, value: str, quote: Callable[[str], str]) -> str:
-    listed = key in LISTS and value[:1] + value[-1:] == "[]" and not os.path.exists(value)
-    if listed or value[:1] in ("'", '"', "{"):
+    is_list = key in LISTS and value[:1] + value[-1:] == "[]" and not os.path.exists(value)
+    if is_list or value[:1] in ("'", '"', "{"):
         kind = _kind(value)
-        if kind == "quoted" or kind == "list" and listed or kind == "mapping" and key in MAPPINGS:
+        if kind == "quoted" or kind == "list" and is_list or kind == "mapping" and key in MAPPINGS:
             return value
-    return f"[{_each(value[1:-1], quote)}]" if listed else quote(value)
+    return f"[{_each(value[1:-1], quote)}]" if is_list else quote(value)
 
 
 def _each(values: str, quote: Callable[[str], str]) -> str:

@@ -35,14 +35,14 @@ def printable(text: str) -> str:
     """Make a text of a file or a model safe to print: its control characters could change a
     terminal's title, colors or input. They are replaced by Python's notation, except for line ends
     and tabs."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser for a tool's options, with the apps' ``--version`` and errors of one line."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_argument(
             "--version", action=_ShowVersion, nargs=0, help="show the version and exit"
         )
@@ -88,11 +88,11 @@ def sigterm_interrupts() -> Iterator[None]:
     def stop(signum: int, _: Any) -> None:
         raise Stopped("terminated.", signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main_module() -> str | None:
@@ -157,8 +157,8 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
         yield
         return
     out = cast(TextIO, _PipeSafe(sys.stdout, ends=but_of_stdout))
-    told = cast(TextIO, _PipeSafe(sys.stderr))
-    with redirect_stdout(out), redirect_stderr(told):
+    err = cast(TextIO, _PipeSafe(sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
         finally:
@@ -189,10 +189,10 @@ def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            told = _told(error)
-            if told is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            message = _message(error)
+            if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(f"error: {printable(told)}", file=sys.stderr)
+            print(f"error: {printable(message)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
             print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
@@ -211,21 +211,21 @@ def composing(overrides: Iterable[str]) -> Iterator[None]:
     except Exception as error:
         from mtp_lightning.command_line.hydra_errors import sentence
 
-        told = sentence(error, overrides)
-        if not told or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        message = sentence(error, overrides)
+        if not message or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
 
 
-def _told(error: Exception) -> str | None:
+def _message(error: Exception) -> str | None:
     """The message for an error; None for a defect."""
     # Compared by name, since importing OmegaConf takes time.
-    omegaconf = {kind.__name__ for kind in type(error).__mro__}
-    if "OmegaConfBaseException" in omegaconf:
+    classes = {kind.__name__ for kind in type(error).__mro__}
+    if "OmegaConfBaseException" in classes:
         key = getattr(error, "full_key", None)
-        if "MissingMandatoryValue" in omegaconf:
+        if "MissingMandatoryValue" in classes:
             return f"{key} has no value: give it as {key}=..."
-        typed = {"InterpolationResolutionError", "GrammarParseError"} & omegaconf
+        typed = {"InterpolationResolutionError", "GrammarParseError"} & classes
         return f"{str(error).splitlines()[0]}: check what is typed as ${{...}}." if typed else None
     if isinstance(error, UserError):
         return str(error)

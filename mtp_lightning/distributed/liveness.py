@@ -53,20 +53,20 @@ def errors_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
         raise gone_peer(str(error).strip().partition("\n")[0], folder) from error
 
 
-def gone_peer(said: str, folder: Path | None = None) -> UserError:
+def gone_peer(evidence: str, folder: Path | None = None) -> UserError:
     """The error for a process that has ended early, with the evidence for it."""
-    again = "Start all of them again."
+    remedy = "Start all of them again."
     if folder is not None:
-        again = f"With run_dir={folder} the same command continues from the last checkpoint."
+        remedy = f"With run_dir={folder} the same command continues from the last checkpoint."
     return UserError(
-        f"another process of this run has ended ({said}), so this one ends too: the last lines of "
-        f"its output say why. {again}"
+        f"another process of this run has ended ({evidence}), so this one ends too: the last lines "
+        f"of its output say why. {remedy}"
     )
 
 
-def _end(said: str, folder: Path) -> None:
+def _end(evidence: str, folder: Path) -> None:
     """End this process from a thread. Its main thread would wait in a library forever."""
-    print(f"error: {gone_peer(said, folder)}", file=sys.stderr, flush=True)
+    print(f"error: {gone_peer(evidence, folder)}", file=sys.stderr, flush=True)
     leave(folder)
     os._exit(1)
 
@@ -96,15 +96,15 @@ class Pulse(threading.Thread):
         self.waits_in: Path | None = None
 
     def run(self) -> None:
-        beats, told = 0, False
+        beats, reported = 0, False
         try:
             while not (self.met.is_set() or dist.is_initialized()):
                 beats += 1
                 self._store.set(f"pulse {self._rank}", str(beats))
                 self._look()
                 missing = [r for r in range(self._size()) if r not in self._signs]
-                if missing and not told and time.monotonic() - self._began > SILENCE:
-                    told = True
+                if missing and not reported and time.monotonic() - self._began > SILENCE:
+                    reported = True
                     names = ", ".join(map(str, missing))
                     self._say(
                         f"waiting for process {names} of {self._size()}, which has not come in "
@@ -152,12 +152,12 @@ def looking_after_children(folder: Path) -> Iterator[None]:
     def observe(children: Sequence[subprocess.Popen[bytes]]) -> None:
         threading.Thread(target=_look_after, args=(list(children), folder), daemon=True).start()
 
-    before = subprocess_script._launch_process_observer
+    lightnings_own = subprocess_script._launch_process_observer
     subprocess_script._launch_process_observer = observe  # type: ignore[assignment]
     try:
         yield
     finally:
-        subprocess_script._launch_process_observer = before
+        subprocess_script._launch_process_observer = lightnings_own
 
 
 def _look_after(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
@@ -170,8 +170,8 @@ def _look_after(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
                     time.sleep(_SAVING if code in _ASKED else _GRACE)
                 for child in children:
                     child.kill()
-                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-                _end(f"process {rank} {how}", folder)
+                ending = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+                _end(f"process {rank} {ending}", folder)
         if None not in codes:
             return
         time.sleep(0.5)

@@ -145,11 +145,11 @@ class Rendezvous(Peers):
             self._set(f"{name} is there", "")
         self._get(f"{name} is there")
         until = time.monotonic() + _SHOWN_SECONDS
-        while not (seen := folder.is_dir() and name in os.listdir(folder)):
+        while not (is_visible := folder.is_dir() and name in os.listdir(folder)):
             if time.monotonic() > until:
                 break
             time.sleep(_POLL_SECONDS)
-        self._set(f"{name} by {self.rank}", "" if seen else socket.gethostname())
+        self._set(f"{name} by {self.rank}", "" if is_visible else socket.gethostname())
         try:
             hosts = [self._get(f"{name} by {rank}") for rank in range(self.size)]
         finally:
@@ -175,22 +175,22 @@ class Rendezvous(Peers):
         """
         devices = _whole(trainer["devices"])
         nodes = require_whole("trainer.num_nodes", trainer["num_nodes"], least=1)
-        ranks = _of_all()
+        ranks = _launched_ranks()
         if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
             started = ranks[1] if ranks is not None else 1
-            here = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
+            local_size = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
             if devices is not None and (
-                started != devices * nodes or (here is not None and here != devices)
+                started != devices * nodes or (local_size is not None and local_size != devices)
             ):
-                on_this = "" if here is None else f", {here} of them on this machine"
+                local_part = "" if local_size is None else f", {local_size} of them on this machine"
                 raise UserError(
-                    f"{started} processes were started{on_this}, and trainer.devices={devices} "
+                    f"{started} processes were started{local_part}, and trainer.devices={devices} "
                     f"with trainer.num_nodes={nodes} asks for {devices * nodes}: set "
                     "trainer.devices to the processes of a machine, trainer.num_nodes to the "
                     "machines, and trainer.strategy=ddp or fsdp."
                 )
         elif nodes > 1 and not (
-            _by_hand() or DECISIONS in os.environ or "LOCAL_RANK" in os.environ
+            _started_by_hand() or DECISIONS in os.environ or "LOCAL_RANK" in os.environ
         ):
             raise UserError(
                 f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start "
@@ -245,10 +245,10 @@ def find_peers() -> Rendezvous:
     if DECISIONS in os.environ:
         if not end_with_starter():
             raise gone_peer("the process that started this one")
-    elif (ranks := _of_all()) is not None:
+    elif (ranks := _launched_ranks()) is not None:
         if ranks[1] > 1:
             return _connected(*ranks)
-    elif _by_hand():  # one process per machine
+    elif _started_by_hand():  # one process per machine
         node = int(os.environ["NODE_RANK"])
         return _connected(node, 0, 0, node)
     return Rendezvous()
@@ -257,15 +257,15 @@ def find_peers() -> Rendezvous:
 @cache
 def _connected(rank: int, size: int, local_rank: int, node: int) -> Rendezvous:
     env = os.environ
-    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = _main_address()
-    hosts = rank == 0 and not agent
-    if not hosts:
+    hosts_store = rank == 0 and not has_agent
+    if not hosts_store:
         _reach(host, port)
     tcp = dist.TCPStore(
         host,
         port,
-        is_master=hosts,
+        is_master=hosts_store,
         timeout=timedelta(minutes=1),
         wait_for_workers=False,
         # The process group's own store will use the same port.
@@ -285,7 +285,7 @@ def _reach(host: str, port: int) -> None:
     Raises:
         UserError: it does not start.
     """
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host, port), timeout=SILENCE).close()
@@ -294,8 +294,8 @@ def _reach(host: str, port: int) -> None:
             waited = time.monotonic() - began
             if waited > PATIENCE:
                 raise gone_peer(f"no answer from {host}:{port}: {error}") from error
-            if waited > SILENCE and not told:
-                told = True
+            if waited > SILENCE and not reported:
+                reported = True
                 log.warning(
                     "waiting for process 0 at %s:%d (MASTER_ADDR, MASTER_PORT), which has not "
                     "come in %.0f s; this one ends after %.0f minutes",
@@ -308,7 +308,7 @@ def _whole(value: Any) -> int | None:
     return int(value) if str(value).isdigit() else None
 
 
-def _of_all() -> tuple[int, int, int, int] | None:
+def _launched_ranks() -> tuple[int, int, int, int] | None:
     """(rank, processes, rank on this machine, machine) under torchrun or srun; otherwise None."""
     env = os.environ
     if "SLURM_STEP_NUM_TASKS" in env and not dist.is_torchelastic_launched():
@@ -321,7 +321,7 @@ def _of_all() -> tuple[int, int, int, int] | None:
     return rank, size, local_rank, node
 
 
-def _by_hand() -> bool:
+def _started_by_hand() -> bool:
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     return all(name in os.environ for name in names) and "LOCAL_RANK" not in os.environ
 

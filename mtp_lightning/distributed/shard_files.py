@@ -55,13 +55,13 @@ class Pieces:
             FileNotFoundError: the file of a shard is missing.
             UserError: it is damaged, or holds something else.
         """
-        found = []
+        shards = []
         size = max(1, -(-self.shape[0] // self._parts))
         for part in range(start // size, -(-stop // size)):
             first, end = rows_of(part, self._parts, self.shape[0])
             piece = self._piece(part)
-            found.append(piece[max(start, first) - first : min(stop, end) - first])
-        return torch.cat(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+            shards.append(piece[max(start, first) - first : min(stop, end) - first])
+        return torch.cat(shards) if shards else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
 
 def part_file(folder: Path, key: str, part: int, parts: int) -> Path:
@@ -100,18 +100,18 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
         def piece(part: int) -> Tensor:
             key, *inner = where
             file = part_file(folder, key, part, parts)
-            found = read(file)
+            value = read(file)
             try:
                 for step in inner:
-                    found = found[step]
+                    value = value[step]
             except (KeyError, IndexError, TypeError) as error:
                 raise damaged(file) from error
             first, end = rows_of(part, parts, outline.shape[0])
             shape = (end - first, *outline.shape[1:])
             # An expanded tensor could be small in the file and fill the memory.
-            if not (isinstance(found, Tensor) and found.shape == shape and found.is_contiguous()):
+            if not (isinstance(value, Tensor) and value.shape == shape and value.is_contiguous()):
                 raise damaged(file)
-            return found
+            return value
 
         return Pieces(outline, parts, piece)
 
@@ -166,14 +166,14 @@ def _listed(folder: Path) -> list[Path]:
 
 def _described(content: dict[str, Any], path: Path) -> tuple[Path, int]:
     """(the folder of the shards, their number)."""
-    said = content[SHARDS]
-    named = isinstance(said, dict) and said.keys() == {"folder", "parts"}
-    if not named or type(said["parts"]) is not int or not 1 <= said["parts"] <= _MOST_SHARDS:
+    entry = content[SHARDS]
+    is_entry = isinstance(entry, dict) and entry.keys() == {"folder", "parts"}
+    if not is_entry or type(entry["parts"]) is not int or not 1 <= entry["parts"] <= _MOST_SHARDS:
         raise damaged(path)
     # A plain name, so that a stored file cannot point outside its folder.
-    if not isinstance(said["folder"], str) or not re.fullmatch(r"[0-9a-f-]+", said["folder"]):
+    if not isinstance(entry["folder"], str) or not re.fullmatch(r"[0-9a-f-]+", entry["folder"]):
         raise damaged(path)
-    return path.parent / SHARDS / said["folder"], said["parts"]
+    return path.parent / SHARDS / entry["folder"], entry["parts"]
 
 
 def _read(file: Path, index: Path) -> Any:

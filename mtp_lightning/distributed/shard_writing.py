@@ -47,16 +47,16 @@ class ShardWriting:
         name = [f"{checkpoint['global_step']:08d}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
         self._folder = target.parent / SHARDS / name[0]
-        part, of, first_copy = place_in(mesh)
+        part, parts, first_copy = place_in(mesh)
         self._contents: dict[Path, Any] = {}
         large = [key for key in shard_files.KINDS if key in checkpoint]
         if first_copy:
             for key in large:
-                file = shard_files.part_file(self._folder, key, part, of)
+                file = shard_files.part_file(self._folder, key, part, parts)
                 self._contents[file] = own_parts(checkpoint[key])
         if self._leads:
             index = checkpoint | {key: outlined_parts(checkpoint[key]) for key in large}
-            index[SHARDS] = {"folder": name[0], "parts": of}
+            index[SHARDS] = {"folder": name[0], "parts": parts}
             checkpoints.save(index, self._folder / _INDEX)
         self._error: Exception | None = None
         self._thread = Thread(target=self._write)
@@ -80,8 +80,8 @@ class ShardWriting:
         """
         if wait:
             self._thread.join()
-        own = _AT_WORK if self._thread.is_alive() else _FAILED if self._error else _DONE
-        state = torch.tensor(own)
+        own_state = _AT_WORK if self._thread.is_alive() else _FAILED if self._error else _DONE
+        state = torch.tensor(own_state)
         dist.all_reduce(state, dist.ReduceOp.MIN, group=self._group)
         if int(state) == _AT_WORK:
             return False

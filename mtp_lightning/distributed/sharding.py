@@ -174,9 +174,9 @@ def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return rows(0, like.shape[0])
     part, parts, _ = place_in(like.device_mesh)
-    own = rows(*rows_of(part, parts, like.shape[0])).to(local(like).device)
+    rows_here = rows(*rows_of(part, parts, like.shape[0])).to(local(like).device)
     return DTensor.from_local(
-        own,
+        rows_here,
         like.device_mesh,
         like.placements,
         run_check=False,
@@ -222,9 +222,9 @@ class Sharded(Tensors):
             return
         # Heads that are trained one after the other are gathered with the root, because their
         # gradients are computed during a forward pass (mtp/kinds.py).
-        alone = run.model.mtp.trains_in_forward
-        inside = (run.model.trunk if alone else run.model).modules()
-        units = [module for module in inside if isinstance(module, Block)]
+        in_forward = run.model.mtp.trains_in_forward
+        gathered_modules = (run.model.trunk if in_forward else run.model).modules()
+        units = [module for module in gathered_modules if isinstance(module, Block)]
         shard(
             run,
             run.device_mesh,

@@ -171,31 +171,31 @@ class ShardedStrategy(ModelParallelStrategy):
             UserError: the checkpoint's weights have other names than the model's.
         """
         assert self.lightning_module is not None
-        own, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
-        if own.keys() != stored.keys():
-            names = ", ".join(sorted(own.keys() ^ stored.keys()))
+        weights, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        if weights.keys() != stored.keys():
+            names = ", ".join(sorted(weights.keys() ^ stored.keys()))
             raise UserError(f"The checkpoint's weights are not the model's: {names}.")
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(_own(stored[name], tensor))
+            for name, tensor in weights.items():
+                tensor.copy_(_own_shard(stored[name], tensor))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Distribute the optimizer's state over the processes. A tensor with a parameter's shape is
         sharded as the parameter is."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            own: dict[str, Any]
+            sharded: dict[str, Any]
             if "param_groups" in state:
-                own = _spread_state(state, optimizer)
+                sharded = _spread_state(state, optimizer)
             else:  # of an optimizer that combines several, by name
                 parts = optimizer.optimizers  # type: ignore[attr-defined]
-                own = {name: _spread_state(part, parts[name]) for name, part in state.items()}
-            optimizer.load_state_dict(own)
+                sharded = {name: _spread_state(part, parts[name]) for name, part in state.items()}
+            optimizer.load_state_dict(sharded)
 
 
 def _spread_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
-        number: {key: _spread_entry(value, own[number]) for key, value in entry.items()}
+        number: {key: _spread_entry(value, parameters[number]) for key, value in entry.items()}
         for number, entry in state["state"].items()
     }
     return {**state, "state": entries}
@@ -205,11 +205,11 @@ def _spread_entry(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor | shard_files.Pieces):
         return value
     if value.shape == parameter.shape:
-        return _own(value, parameter)
-    return _own(value, local(parameter).new_empty(0))
+        return _own_shard(value, parameter)
+    return _own_shard(value, local(parameter).new_empty(0))
 
 
-def _own(stored: Tensor | shard_files.Pieces, like: Tensor) -> Tensor:
+def _own_shard(stored: Tensor | shard_files.Pieces, like: Tensor) -> Tensor:
     """This process's shard of a checkpoint's tensor."""
     if isinstance(stored, shard_files.Pieces):
         return own_rows(stored.rows, like)

@@ -49,18 +49,18 @@ def branch_checkpoint(branch_from: str) -> Path:
     folder, step = Path(run) / CHECKPOINTS, int(number)
     if not folder.is_dir():
         raise FileNotFoundError(f"branch_from={branch_from}: there is no run in {run}.")
-    named = folder / kept_at(step)
-    if checkpoints.inspect(named)[1] == step:
-        return named
+    kept = folder / kept_at(step)
+    if checkpoints.inspect(kept)[1] == step:
+        return kept
     # This is slow: it reads all checkpoints whole, for their checksums.
-    found = {checkpoints.inspect(path)[1]: path for path in sorted(folder.glob("*.ckpt"))}
-    if step not in found:
-        there = ", ".join(str(known) for known in sorted(found) if known >= 0) or "none"
+    by_step = {checkpoints.inspect(path)[1]: path for path in sorted(folder.glob("*.ckpt"))}
+    if step not in by_step:
+        steps = ", ".join(str(n) for n in sorted(by_step) if n >= 0) or "none"
         raise UserError(
             f"branch_from={branch_from}: that run has no intact checkpoint of step {step} "
-            f"(there are: {there}); callbacks.checkpoints.keep_steps=[{step}] keeps one."
+            f"(there are: {steps}); callbacks.checkpoints.keep_steps=[{step}] keeps one."
         )
-    return found[step]
+    return by_step[step]
 
 
 def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:
@@ -110,34 +110,34 @@ def _require_same_schedules(
     stored: dict[str, Any], cfg: DictConfig, allow: Collection[str], begin: str
 ) -> None:
     """Refuse schedules that give other values than the stored ones in the steps that are done."""
-    before = OmegaConf.create(stored["config"])
+    old_config = OmegaConf.create(stored["config"])
     done, tokens = int(stored["global_step"]), stored["progress"]["tokens"]
     rates = (
-        rebuild(before.optimizer.schedule, allow=allow, groups=_SCHEDULES),
+        rebuild(old_config.optimizer.schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.optimizer.schedule),
     )
     lambdas: tuple[LambdaSchedule, LambdaSchedule] = (
-        rebuild(before.lambda_schedule, allow=allow, groups=_SCHEDULES),
+        rebuild(old_config.lambda_schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
     )
-    lengths = before.trainer.max_steps, cfg.trainer.max_steps
+    lengths = old_config.trainer.max_steps, cfg.trainer.max_steps
     for step in np.linspace(0, done - 1, min(done, _COMPARED)).astype(int).tolist():
-        there, here = (rate(step, length) for rate, length in zip(rates, lengths, strict=True))
-        if there != here:
+        old, new = (rate(step, length) for rate, length in zip(rates, lengths, strict=True))
+        if old != new:
             raise UserError(
-                f"{begin}: the learning rate of step {step} was {there:.6g} of its peak, and under "
-                f"this run's schedule it would have been {here:.6g}. Give a schedule that agrees "
+                f"{begin}: the learning rate of step {step} was {old:.6g} of its peak, and under "
+                f"this run's schedule it would have been {new:.6g}. Give a schedule that agrees "
                 "up to there: optimizer.schedule.warmup_steps rather than a fraction, and a decay "
                 "that begins later."
             )
-        read = step * (tokens // max(done, 1))
-        old, new = (
-            schedule.lambdas(Progress(step=step, max_steps=length, tokens=read))
+        tokens_read = step * (tokens // max(done, 1))
+        old_lambdas, new_lambdas = (
+            schedule.lambdas(Progress(step=step, max_steps=length, tokens=tokens_read))
             for schedule, length in zip(lambdas, lengths, strict=True)
         )
-        if old != new:
+        if old_lambdas != new_lambdas:
             raise UserError(
-                f"{begin}: the lambdas of step {step} were {old}, and under this run's schedule "
-                f"they would have been {new}. Give a schedule that agrees up to there, such as "
-                "lambda_schedule=knots in steps."
+                f"{begin}: the lambdas of step {step} were {old_lambdas}, and under this run's "
+                f"schedule they would have been {new_lambdas}. Give a schedule that agrees up to "
+                "there, such as lambda_schedule=knots in steps."
             )

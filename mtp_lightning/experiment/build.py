@@ -68,13 +68,13 @@ def build_data(
 
 def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
     """Refuse a config whose tokenizer settings differ from the tokenizer of ``init_from``."""
-    asked = instantiate(cfg.tokenizer)
-    same = asked.kind == tokenizer.kind and all(
+    configured = instantiate(cfg.tokenizer)
+    same = configured.kind == tokenizer.kind and all(
         state.get(key) == cfg.tokenizer[key]
         for key in ("vocab_size", "train_bytes", "eot_id")
         if key in cfg.tokenizer
     )
-    if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
+    if not same or (configured.kind == "pretrained" and configured.spec() != tokenizer.spec()):
         stored = {k: v for k, v in state.items() if k not in _LONG}
         raise UserError(
             f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
@@ -99,10 +99,10 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
-    more: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
+    options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
     if cfg.mtp.get("weights", "") is None:  # of mtp=bag
-        more["weights"] = "none" if "task" in cfg.data else "idf"
-    mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
+        options["weights"] = "none" if "task" in cfg.data else "idf"
+    mtp = instantiate(cfg.mtp, kind=MTPConfig, **options)
     require_reach(
         {
             "mtp": {"depth": mtp.depth, "stride": mtp.stride},
@@ -220,9 +220,9 @@ def _refuse_unfit(
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
     mtp.check_window(data.seq_len)
-    taught = any(term.needs_teacher for _, term in objective.terms)
-    if (taught or mtp.confidence) and mtp.depth and mtp.depth * mtp.stride >= data.seq_len:
-        setting = objective.setting if taught else "objective.confidence=true"
+    has_teacher = any(term.needs_teacher for _, term in objective.terms)
+    if (has_teacher or mtp.confidence) and mtp.depth and mtp.depth * mtp.stride >= data.seq_len:
+        setting = objective.setting if has_teacher else "objective.confidence=true"
         raise UserError(
             f"{setting} compares depth {mtp.depth} with the main prediction of the same token, "
             f"which lies after the window of data.seq_len={data.seq_len}: predict fewer tokens, or "

@@ -44,8 +44,8 @@ def overridden(group: str) -> list[str]:
     """The overrides of a config group on the command line of the running app."""
     if not HydraConfig.initialized():
         return []
-    given = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
-    return [o for o in given if lies_in(key_of(o), [group])]
+    overrides = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
+    return [o for o in overrides if lies_in(key_of(o), [group])]
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:

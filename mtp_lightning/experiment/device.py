@@ -32,8 +32,8 @@ def resolve_auto(cfg: DictConfig) -> DictConfig:
     """
     cfg = cfg.copy()
     trainer = cfg.trainer
-    known = trainer.compile in (AUTO, True, False)
-    require(known, "trainer.compile", trainer.compile, "auto, true or false")
+    is_known = trainer.compile in (AUTO, True, False)
+    require(is_known, "trainer.compile", trainer.compile, "auto, true or false")
     trainer.accelerator = pick_accelerator(trainer.accelerator)
     gpu = trainer.accelerator == "cuda"
     if trainer.precision == AUTO:
@@ -67,7 +67,7 @@ def holds_in_bf16(trainer: DictConfig, mtp: MTPConfig) -> bool:
     return True
 
 
-def kernels_told(device: str) -> str | None:
+def kernels_line(device: str) -> str | None:
     """One line about the CPU code that computes the layers and its threads; None on a GPU and with
     ``--quiet``."""
     if device != "cpu" or os.environ.get(QUIET) == "1":

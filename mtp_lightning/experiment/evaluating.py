@@ -21,7 +21,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
-from mtp_lightning.experiment.device import MIXED, kernels_told
+from mtp_lightning.experiment.device import MIXED, kernels_line
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.metrics.long_range import LongRange
 from mtp_lightning.metrics.rates import rates_of
@@ -76,8 +76,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     use_activations(run.model, cfg.activations)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     weight = run.model.head.weight
-    if told := kernels_told(weight.device.type):
-        print(told)
+    if kernels := kernels_line(weight.device.type):
+        print(kernels)
     data = validation_data(
         run,
         data=cfg.get("data"),
@@ -89,8 +89,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
     with precision_of(run), as_decoded, torch.inference_mode():
         for batch in data.val_dataloader():
-            moved = batch.to(weight.device)
-            rates.update(run.model, moved, run.model(moved))
+            batch = batch.to(weight.device)
+            rates.update(run.model, batch, run.model(batch))
     if not rates.update_called:
         raise UserError("There is nothing to evaluate: the data gave no batch.")
     metrics = {
@@ -131,9 +131,9 @@ def evaluate_long_range(
     with precision_of(run):
         for batch in data.val_dataloader():
             measure.update(batch.to(run.model.head.weight.device))
-        found = {f"val/{name}": value for name, value in measure.compute().items()}
+        metrics = {f"val/{name}": value for name, value in measure.compute().items()}
     texts = acceptance_on_long_texts(run.model, data, n_prompts=cfg.decode.n_prompts)
-    return found | {f"decode/{name}": value for name, value in texts.items()}
+    return metrics | {f"decode/{name}": value for name, value in texts.items()}
 
 
 def validation_data(
@@ -175,8 +175,8 @@ def validation_data(
         allow = [*allow, *NETWORK.values()]  # the user's own data group may use the network
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
-        how = _HOW_TASK if "task" in config.data else _HOW
-        for key in how & stored.keys() & config.data.keys():
+        shared_keys = _HOW_TASK if "task" in config.data else _HOW
+        for key in shared_keys & stored.keys() & config.data.keys():
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]
     if eval_bytes is not None and "task" in config.data:
@@ -192,9 +192,9 @@ def validation_data(
         if cache_dir or not is_cache(node.get("cache_dir") or ""):
             node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
     mtp = run.model.config.mtp
-    further: dict[str, Any] = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
+    arguments: dict[str, Any] = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
     module: WindowDataModule = rebuild(
-        config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **further
+        config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **arguments
     )
     module.allow = allow
     module.prepare("validate")

@@ -25,8 +25,8 @@ from mtp_lightning.experiment.text_stream import (
     Brackets,
     Colors,
     TextStream,
+    cost_line,
     ends_at_once,
-    told,
 )
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
@@ -74,11 +74,11 @@ def generate_text(cfg: Any) -> list[Generation]:
     marks: Colors | Brackets | None = None
     if cfg.show_drafts:
         marks = Colors() if terminal else Brackets()
-    alone = len(prompts) == 1
+    single = len(prompts) == 1
     # A single text is printed while it grows, several only when all of them are finished.
     streams = [
         TextStream(
-            run.tokenizer, sys.stdout if alone else StringIO(), p, terminal=terminal, marks=marks
+            run.tokenizer, sys.stdout if single else StringIO(), p, terminal=terminal, marks=marks
         )
         for p in (prompts if cfg.output == "text" else ())
     ]
@@ -88,7 +88,7 @@ def generate_text(cfg: Any) -> list[Generation]:
             cfg, run, prompts, on_tokens=lambda i, fresh: streams[i].add(fresh) if streams else None
         )
     except BaseException:
-        if alone and streams and streams[0].begun:
+        if single and streams and streams[0].begun:
             streams[0].write("\n")  # the error message begins on its own line
         raise
     seconds = time.perf_counter() - began
@@ -102,33 +102,33 @@ def generate_text(cfg: Any) -> list[Generation]:
     deepest = max(len(generations[0].drafts_reached), cfg.lookup)
     if marks is not None and streams and deepest:
         print(marks.legend(deepest, lookups=cfg.lookup > 0), file=sys.stderr)
-    if not alone:
+    if not single:
         print(job_line(generations, seconds), file=sys.stderr)
     elif streams:
         if reason := ends_at_once(generations[0]):
             print(reason, file=sys.stderr)
         if terminal:
-            print(told(generations[0]), file=sys.stderr)
+            print(cost_line(generations[0]), file=sys.stderr)
     return generations
 
 
 def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
     """The JSON object of a generated text."""
-    found = {name: getattr(generation, name) for name in _REPORTED}
+    values = {name: getattr(generation, name) for name in _REPORTED}
     if drafts:
-        found["accepted_mask"] = generation.accepted_mask
-        found["lookup_mask"] = generation.lookup_mask
-        found["rejected"] = [draft._asdict() for draft in generation.rejected]
-    return found
+        values["accepted_mask"] = generation.accepted_mask
+        values["lookup_mask"] = generation.lookup_mask
+        values["rejected"] = [draft._asdict() for draft in generation.rejected]
+    return values
 
 
 def job_line(generations: Sequence[Generation], seconds: float) -> str:
     """One line about several prompts: total tokens, time, tokens per second, tokens per pass."""
     tokens = sum(generation.new_tokens for generation in generations)
-    told = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
-    told += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
+    line = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
+    line += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
     per_step = rates(generations).get("tokens_per_step", 1.0)
-    return f"{told}, {per_step:.2f} per pass" if per_step > 1 else told
+    return f"{line}, {per_step:.2f} per pass" if per_step > 1 else line
 
 
 def open_from_config(cfg: Any) -> OpenedModel:
@@ -142,8 +142,8 @@ def open_from_config(cfg: Any) -> OpenedModel:
         cfg.precision, cfg.head_precision, activations=cfg.activations, compile=cfg.compile
     )
     set_threads(cfg.num_threads)
-    given = {name: getattr(cfg, name) for name in ("allow", *_PRECISION, "compile")}
-    return open_for_decoding(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
+    options = {name: getattr(cfg, name) for name in ("allow", *_PRECISION, "compile")}
+    return open_for_decoding(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **options)
 
 
 def open_for_decoding(
@@ -172,8 +172,8 @@ def open_for_decoding(
     rounds = precision != "fp32" or head_precision not in ("fp32", None)
     packs = device == "cpu" and not compile
     # A weight is rounded before it is packed, and so after the whole model is read.
-    at_once = packer_for if packs and not rounds else None
-    run = open_model(path, device=device, allow=allow, packer_for=at_once)
+    pack_while_reading = packer_for if packs and not rounds else None
+    run = open_model(path, device=device, allow=allow, packer_for=pack_while_reading)
     use_precision(run.model, precision, head_precision)
     if packs and rounds and (packer := packer_for(run.model)) is not None:
         for weight in run.model.parameters():
@@ -205,11 +205,11 @@ def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> 
     Raises:
         UserError: an option is out of range.
     """
-    known: dict[str, Any] = {"max_context": run.seq_len}
+    defaults: dict[str, Any] = {"max_context": run.seq_len}
     drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
     if cfg.draft_vocab is None and drafts and not cfg.compile:
-        known["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
-    options = DecodingOptions.from_config(cfg, **known)
+        defaults["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
+    options = DecodingOptions.from_config(cfg, **defaults)
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
@@ -231,17 +231,17 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None and prompts is not None:
         raise UserError(f"Give prompt= or prompts={prompts}, not both.")
     if prompt is not None:
-        found = [str(prompt)]
+        texts = [str(prompt)]
     elif prompts is not None:
-        found = [line for line in require_prompts(Path(prompts)).splitlines() if line]
+        texts = [line for line in require_prompts(Path(prompts)).splitlines() if line]
     elif stdin.isatty():
         raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:
         try:
-            found = [stdin.read().rstrip("\n")]
+            texts = [stdin.read().rstrip("\n")]
         except UnicodeDecodeError as error:
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
-        quote.require_utf8([f"prompt={found[0]}"])
-    if not found or not all(found):
+        quote.require_utf8([f"prompt={texts[0]}"])
+    if not texts or not all(texts):
         raise UserError("The prompt is empty: give prompt=TEXT or prompts=FILE.")
-    return found
+    return texts

@@ -36,31 +36,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
+# Tokens on which mtp.init=last_block measures the trunk. More would cost more time than they save.
 _BEGINNING_TOKENS = 8192
 # Keys of a stack that change how its modules are trained, not their tensors.
 _TRAINING = ("init", "freeze_trunk", "detach")
 
 
-def with_model(found: Origin, config: DictConfig) -> Origin:
+def with_model(origin: Origin, config: DictConfig) -> Origin:
     """Add the model of ``init_from`` to the origin. A run that has a checkpoint takes the model
     from there, since the original may have changed or be gone."""
     allow = trusted_packages(config)
     start: StoredModel | None = None
-    if found.content is None:
+    if origin.content is None:
         start = read_model(config.init_from, allow=allow)
         state, brings, trunk = start.tokenizer_state, start.brings_trunk, start.config.trunk
     else:
-        state, brings = found.content.get("tokenizer"), brought_trunk(found.content)
+        state, brings = origin.content.get("tokenizer"), brought_trunk(origin.content)
         if brings:
-            trunk = ModelConfig.from_dict(found.content["model_config"], allow=allow).trunk
+            trunk = ModelConfig.from_dict(origin.content["model_config"], allow=allow).trunk
     if start is not None and brings and state is None:
         log.warning(
             "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
             "which must be those that the model was trained with.",
             start.path,
         )
-    return replace(found, start=start, tokenizer_state=state, trunk=trunk if brings else None)
+    return replace(origin, start=start, tokenizer_state=state, trunk=trunk if brings else None)
 
 
 def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
@@ -77,15 +77,15 @@ def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
     if foreign := targets(asdict(trunk)):
         raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
     shape, free = _with_targets(trunk), free_keys(trunk)
-    asked = OmegaConf.create({"model": shape})
+    imported = OmegaConf.create({"model": shape})
     for override in overridden("model"):
         key = override.split("=")[0]
-        found = OmegaConf.select(asked, key) if key != "model" else None
-        if key.removeprefix("model.") in free or found == OmegaConf.select(config, key):
+        value_there = OmegaConf.select(imported, key) if key != "model" else None
+        if key.removeprefix("model.") in free or value_there == OmegaConf.select(config, key):
             continue
         raise UserError(
             f"{override} does not fit init_from={source}, which brings its own trunk"
-            + (f" with {key}={found}" if key != "model" else "")
+            + (f" with {key}={value_there}" if key != "model" else "")
             + f": leave {key}= out."
         )
     for key in free:
@@ -142,11 +142,11 @@ def start_from(
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
-    own = model.state_dict()
+    fresh_weights = model.state_dict()
     old_modules = _modules(start.weights)
-    own_modules = _modules(own)
+    own_modules = _modules(fresh_weights)
     kept = [name for name in own_modules if same_stack and name in old_modules]
-    _check_shapes(start, wanted, own, kept)
+    _check_shapes(start, wanted, fresh_weights, kept)
     new = [name for name in own_modules if name not in kept]
     if wanted.mtp.init != "random" and not new:
         raise UserError(
@@ -158,7 +158,7 @@ def start_from(
         for name, tensor in start.weights.items()
         if _module(name) is None or _module(name) in kept
     }
-    stored |= {name: tensor for name, tensor in own.items() if _module(name) in new}
+    stored |= {name: tensor for name, tensor in fresh_weights.items() if _module(name) in new}
     load_weights(model, stored, source=str(start.path))
     text = None
     if wanted.mtp.init != "random":
@@ -175,8 +175,8 @@ def free_keys(trunk: TrunkConfig) -> list[str]:
 
 
 def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
-    before, now = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
-    differences = describe_differences(before, now, ignore=free_keys(wanted.trunk))
+    stored, configured = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
+    differences = describe_differences(stored, configured, ignore=free_keys(wanted.trunk))
     if differences:
         raise UserError(
             f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "
@@ -186,32 +186,32 @@ def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
 
 def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     for name in wanted.mtp.meaning:
-        before, now = getattr(old.mtp, name), getattr(wanted.mtp, name)
-        if before != now and old.mtp.depth and wanted.mtp.depth:
+        stored, configured = getattr(old.mtp, name), getattr(wanted.mtp, name)
+        if stored != configured and old.mtp.depth and wanted.mtp.depth:
             raise UserError(
-                f"init_from={path} was trained with mtp.{name}={before}, and its modules mean "
-                f"something else under mtp.{name}={now}: set mtp.{name}={before}."
+                f"init_from={path} was trained with mtp.{name}={stored}, and its modules mean "
+                f"something else under mtp.{name}={configured}: set mtp.{name}={stored}."
             )
 
 
 def _check_shapes(
-    start: StoredModel, wanted: ModelConfig, own: Mapping[str, torch.Tensor], kept: Sequence[str]
+    start: StoredModel, wanted: ModelConfig, fresh: Mapping[str, torch.Tensor], kept: Sequence[str]
 ) -> None:
     """Refuse modules that a setting of the stack made of other tensors, with that setting."""
-    before, now = start.config.to_dict()["mtp"], wanted.to_dict()["mtp"]
+    old, new = start.config.to_dict()["mtp"], wanted.to_dict()["mtp"]
     # The depth is the size of some modules, and of others only their number.
     differences = describe_differences(
-        before, now, ignore=[*_TRAINING, "depth"]
-    ) or describe_differences(before, now, ignore=_TRAINING)
+        old, new, ignore=[*_TRAINING, "depth"]
+    ) or describe_differences(old, new, ignore=_TRAINING)
     for module in kept:
-        held, needed = (
+        stored_shapes, shapes = (
             {name: tensor.shape for name, tensor in weights.items() if _module(name) == module}
-            for weights in (start.weights, own)
+            for weights in (start.weights, fresh)
         )
-        if held != needed and differences:
-            told = "; ".join(f"mtp.{difference}" for difference in differences)
+        if stored_shapes != shapes and differences:
+            settings = "; ".join(f"mtp.{difference}" for difference in differences)
             raise UserError(
-                f"init_from={start.path} has {module} of another form than this run ({told}): "
+                f"init_from={start.path} has {module} of another form than this run ({settings}): "
                 "set these keys as it was trained with."
             )
 
@@ -222,5 +222,5 @@ def _module(name: str) -> str | None:
 
 
 def _modules(weights: Iterable[str]) -> list[str]:
-    found = [_module(name) for name in weights]
-    return list(dict.fromkeys(name for name in found if name is not None))
+    modules = [_module(name) for name in weights]
+    return list(dict.fromkeys(name for name in modules if name is not None))

@@ -59,11 +59,11 @@ def _print_answer(model: MTPModel, data: WindowDataModule, length: int) -> None:
 def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     pieces = data.held_out_prompts(_SEARCHED, min(_PIECE, data.seq_len), fewer=True)
     texts = [data.tokenizer.decode(piece.tolist()) for piece in pieces]
-    found: list[tuple[str, Prompt]] = [
+    prompts: list[tuple[str, Prompt]] = [
         (kind, data.tokenizer.encode(text)) for kind, text in beginnings(texts)
     ]
-    if not found:
-        found = [("a text", piece) for piece in pieces[:1]]
+    if not prompts:
+        prompts = [("a text", piece) for piece in pieces[:1]]
     # Color codes would be unreadable in a file or a pipe.
     marks = Colors() if sys.stdout.isatty() and model.mtp.max_draft_depth != 0 else None
     streams = [
@@ -74,16 +74,16 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
             terminal=True,  # a job's log, too, is read in a terminal
             marks=marks,
         )
-        for _, prompt in found
+        for _, prompt in prompts
     ]
 
     def add(i: int, fresh: Fresh) -> None:
         # Rejected drafts would make the text hard to read; generate.py show_drafts=true shows them.
         streams[i].add(fresh._replace(rejected=[[] for _ in fresh.token_ids]))
 
-    made = generate(
+    generations = generate(
         model,
-        [prompt for _, prompt in found],
+        [prompt for _, prompt in prompts],
         max_new_tokens=_NEW_TOKENS,
         temperature=_TEMPERATURE,
         seed=seed,
@@ -94,9 +94,9 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     )
     legend = ""
     if marks is not None:
-        legend = f"; {marks.legend(len(made[0].drafts_reached), rejected=False)}"
+        legend = f"; {marks.legend(len(generations[0].drafts_reached), rejected=False)}"
     print(f"Samples (held-out beginnings, temperature {_TEMPERATURE:g}{legend})")
-    for (kind, _), stream, generation in zip(found, streams, made, strict=True):
+    for (kind, _), stream, generation in zip(prompts, streams, generations, strict=True):
         stream.end(generation)
         print(f"--- {kind}\n{stream.out.getvalue()}")  # type: ignore[attr-defined]
 

@@ -164,38 +164,38 @@ class SelfGenerated(TokenDataModule):
             )
         device = pick_accelerator(self.accelerator)
         run = open_model(self.model, device=device, allow=self.allow)
-        own, theirs = self._tokenizer, run.tokenizer
+        ours, theirs = self._tokenizer, run.tokenizer
         if theirs.kind == "symbols":
             raise UserError(
                 f"data.model={self.model} was trained on a task, whose symbols are not text: give "
                 "a model of text."
             )
-        if own.needs_training and _would_be(own, theirs):
-            own = self._tokenizer = theirs
-        if own.needs_training or _vocabulary(own) != _vocabulary(theirs):
+        if ours.needs_training and _would_be(ours, theirs):
+            ours = self._tokenizer = theirs
+        if ours.needs_training or _vocabulary(ours) != _vocabulary(theirs):
             raise UserError(
                 f"data.model={self.model} speaks another vocabulary (tokenizer {theirs.kind}, "
-                f"{theirs.vocab_size} ids) than this run ({own.kind}): use the model's tokenizer "
+                f"{theirs.vocab_size} ids) than this run ({ours.kind}): use the model's tokenizer "
                 "in this run."
             )
         begin, chat = len(self._begin(theirs)), sum(map(len, self._chat_ids(theirs)))
         # The model does not read the last token.
         total = self.prompt_tokens + max(begin, chat) + self.new_tokens - 1
         if total > run.seq_len:
-            around = f", the beginning of a text ({begin})" if begin else ""
-            around = f", the chat format ({chat})" if chat > begin else around
+            extra = f", the beginning of a text ({begin})" if begin else ""
+            extra = f", the chat format ({chat})" if chat > begin else extra
             raise UserError(
-                f"data.prompt_tokens={self.prompt_tokens}{around} and "
+                f"data.prompt_tokens={self.prompt_tokens}{extra} and "
                 f"data.new_tokens={self.new_tokens} make {total} tokens to read, and "
                 f"data.model={self.model} was trained on {run.seq_len}: lower one of them."
             )
-        found = trunk_digest(run.model)
-        if self.weights not in (None, found):
+        weights = trunk_digest(run.model)
+        if self.weights not in (None, weights):
             raise UserError(
                 f"data.model={self.model} has other weights now than when this run's texts were "
                 "generated, and the cache does not have these texts: give the model as it was."
             )
-        self.weights = found
+        self.weights = weights
         use_activations(run.model, self.activations)
         return run
 
@@ -211,13 +211,15 @@ class SelfGenerated(TokenDataModule):
         )
         begin = np.asarray(self._begin(speaker.tokenizer), np.int64)
         prompts = [(name, np.concatenate([begin, prompt])) for name, prompt in prompts]
-        asked = self._questions(speaker, sum(chats.values()), kept)
-        prompts += zip([name for name, n in chats.items() for _ in range(n)], asked, strict=True)
-        given = [prompt.tolist() for _, prompt in prompts]
-        said = self._say(speaker, given, self.new_tokens, kept, part="texts", seed=self.sample_seed)
+        dialogs = self._questions(speaker, sum(chats.values()), kept)
+        prompts += zip([name for name, n in chats.items() for _ in range(n)], dialogs, strict=True)
+        prompt_ids = [prompt.tolist() for _, prompt in prompts]
+        continued = self._continue(
+            speaker, prompt_ids, self.new_tokens, kept, part="texts", seed=self.sample_seed
+        )
         texts = [
             np.concatenate([prompt, ids]).astype(np.int64)
-            for (_, prompt), ids in zip(prompts, said, strict=True)
+            for (_, prompt), ids in zip(prompts, continued, strict=True)
         ]
         pieces = speaker.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
@@ -229,12 +231,7 @@ class SelfGenerated(TokenDataModule):
             overlap.add(name, text.decode("utf-8", "replace"))
             encoded.append(encoded_piece(name, ids, text, True))
         meta = write_documents(
-            folder,
-            speaker.tokenizer,
-            self.split,
-            encoded,
-            overlap,
-            vocab_size=len(pieces),
+            folder, speaker.tokenizer, self.split, encoded, overlap, vocab_size=len(pieces)
         )
         meta["bytes_defined"] = all(pieces[i] for ids in texts for i in np.unique(ids).tolist())
         meta["source"] = {
@@ -266,11 +263,13 @@ class SelfGenerated(TokenDataModule):
             return []
         seed = parameter_seed(self.sample_seed, "chat")
         prompts = [before] * n
-        said = self._say(speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed)
-        asked = [_until(self.chat[1].strip(), ids, speaker.tokenizer) for ids in said]
-        return [np.asarray([*before, *question, *after], np.int64) for question in asked]
+        texts = self._continue(
+            speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed
+        )
+        questions = [_until(self.chat[1].strip(), ids, speaker.tokenizer) for ids in texts]
+        return [np.asarray([*before, *question, *after], np.int64) for question in questions]
 
-    def _say(
+    def _continue(
         self,
         speaker: OpenedModel,
         prompts: list[list[int]],
@@ -283,14 +282,14 @@ class SelfGenerated(TokenDataModule):
         """Continue each prompt by up to ``n`` tokens; the token that ends a text is left out. Texts
         of this part that a stopped process has finished are not generated again."""
         ends, done = speaker.tokenizer.end_ids, kept.of(part)
-        left = [i for i in range(len(prompts)) if i not in done]
-        before = f" ({len(done):,} were there)" if done else ""
-        what = f"{part} of {speaker.path}{before}"
-        with progress(what, len(left) * n, unit=" tokens") as bar:
+        unfinished = [i for i in range(len(prompts)) if i not in done]
+        resumed = f" ({len(done):,} were there)" if done else ""
+        title = f"{part} of {speaker.path}{resumed}"
+        with progress(title, len(unfinished) * n, unit=" tokens") as bar:
             generate(
                 speaker.model,
-                [prompts[i] for i in left],
-                indices=left,
+                [prompts[i] for i in unfinished],
+                indices=unfinished,
                 max_new_tokens=n,
                 speculative=False,
                 temperature=self.sampling.temperature,
@@ -301,17 +300,17 @@ class SelfGenerated(TokenDataModule):
                 on_tokens=lambda _, fresh: bar.update(len(fresh.token_ids)),
                 on_end=lambda i, text: kept.add(part, i, text.token_ids),
             )
-        found = kept.of(part)
-        return [[token for token in found[i] if token not in ends] for i in range(len(prompts))]
+        texts = kept.of(part)
+        return [[token for token in texts[i] if token not in ends] for i in range(len(prompts))]
 
 
 def _until(mark: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """The ids before the first ``mark``: where no token ends a question, the model continues with
     the format's text after it, and an answer."""
-    at = tokenizer.decode(ids).find(mark) if mark else -1
-    if at < 0:
+    position = tokenizer.decode(ids).find(mark) if mark else -1
+    if position < 0:
         return ids
-    return ids[: next(n for n in range(len(ids)) if len(tokenizer.decode(ids[: n + 1])) > at)]
+    return ids[: next(n for n in range(len(ids)) if len(tokenizer.decode(ids[: n + 1])) > position)]
 
 
 class KeptTexts:
@@ -324,25 +323,25 @@ class KeptTexts:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[tuple[str, int], list[int]] = {}
-        content, whole = file.read_bytes() if file.is_file() else b"", 0
+        self._texts: dict[tuple[str, int], list[int]] = {}
+        content, intact = file.read_bytes() if file.is_file() else b"", 0
         for line in content.splitlines(keepends=True):
             try:
                 part, index, ids = json.loads(line)
-                self._known[str(part), int(index)] = [int(i) for i in ids]
+                self._texts[str(part), int(index)] = [int(i) for i in ids]
             except (ValueError, TypeError):  # the process was killed while it wrote the line
                 break
-            whole += len(line)
-        if whole < len(content):
-            write_bytes(content[:whole], file)
+            intact += len(line)
+        if intact < len(content):
+            write_bytes(content[:intact], file)
 
     def of(self, part: str) -> dict[int, list[int]]:
         """The ids of the finished texts of a part, by index."""
-        return {index: ids for (name, index), ids in self._known.items() if name == part}
+        return {index: ids for (name, index), ids in self._texts.items() if name == part}
 
     def add(self, part: str, index: int, ids: list[int]) -> None:
         """Append a finished text."""
-        self._known[part, index] = ids
+        self._texts[part, index] = ids
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as file:
             file.write(json.dumps([part, index, ids]).encode() + b"\n")
@@ -364,7 +363,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
     return {k: v for k, v in tokenizer.state().items() if k not in ("path", "beside")}
 
 
-def _would_be(asked: Tokenizer, trained: Tokenizer) -> bool:
-    """Whether ``trained`` has the settings of ``asked``, a tokenizer that is not trained yet."""
+def _would_be(untrained: Tokenizer, trained: Tokenizer) -> bool:
+    """Whether ``trained`` has the settings of ``untrained``, a tokenizer still to be trained."""
     state = trained.state()
-    return all(state.get(key, value) == value for key, value in asked.spec().items())
+    return all(state.get(key, value) == value for key, value in untrained.spec().items())

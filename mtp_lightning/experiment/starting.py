@@ -77,12 +77,12 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         )
     # mapped skips the checksums, which _newest or branch_checkpoint has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
-    found = Origin(checkpoint=checkpoint, content=content, branches=branches)
+    origin = Origin(checkpoint=checkpoint, content=content, branches=branches)
     if config.init_from is None:
-        return found
+        return origin
     from mtp_lightning.experiment.init_from import with_model
 
-    return with_model(found, config)
+    return with_model(origin, config)
 
 
 def _newest(folder: Path) -> str | None:
@@ -94,8 +94,8 @@ def _kept_none(folder: Path) -> bool:
     """Whether a folder holds a finished run with ``callbacks.checkpoints.keep=none``."""
     if not ((folder / SUMMARY_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
         return False
-    own = read_yaml(folder / CONFIG_FILE)
-    return isinstance(own, dict) and flatten(own).get("callbacks.checkpoints.keep") == "none"
+    config = read_yaml(folder / CONFIG_FILE)
+    return isinstance(config, dict) and flatten(config).get("callbacks.checkpoints.keep") == "none"
 
 
 def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
@@ -103,12 +103,12 @@ def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
 
     With the digest, the model itself need not be read: it may be gone, or trained further.
     """
-    before = {} if origin.content is None else origin.content.get("config", {}).get("data", {})
-    same = "weights" in config.data and before.get("model") == config.data.model
-    if same and config.data.weights is None:
-        require_text(before.get("weights"), source="the run's checkpoint")
+    stored = {} if origin.content is None else origin.content.get("config", {}).get("data", {})
+    same_model = "weights" in config.data and stored.get("model") == config.data.model
+    if same_model and config.data.weights is None:
+        require_text(stored.get("weights"), source="the run's checkpoint")
         config = config.copy()
-        config.data.weights = before.get("weights")
+        config.data.weights = stored.get("weights")
     return config
 
 
@@ -166,8 +166,8 @@ def load_start(
         begins = module.model.config.mtp.init != "random"
         windows = beginning_windows(data) if begins else None
         modules = start_from(module.model, origin.start, windows)
-        told = [f"; {what}: {', '.join(names)}" for what, names in modules.items() if names]
-        log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(told))
+        remarks = [f"; {state}: {', '.join(names)}" for state, names in modules.items() if names]
+        log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(remarks))
     return None
 
 
@@ -203,10 +203,10 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
             "run can continue: start another run with init_from."
         )
     kinds = (c["optimizer"]["_target_"] for c in (checkpoint["config"], module.extra["config"]))
-    was, now = (kind.rpartition(".")[2] for kind in kinds)
-    if was != now:
+    before, now = (kind.rpartition(".")[2] for kind in kinds)
+    if before != now:
         raise UserError(
-            f"{source} holds the state of another optimizer ({was}, not {now}): go back to "
+            f"{source} holds the state of another optimizer ({before}, not {now}): go back to "
             "optimizer= as the run began, or start in another run_dir."
         )
     rule = checkpoint["balance"]["rule"]

@@ -25,12 +25,12 @@ class Colors:
 
     def legend(self, depths: int, *, rejected: bool = True, lookups: bool = False) -> str:
         shown = " ".join(self.accepted(k, str(k)) for k in range(1, depths + 1))
-        said = f"drafts of depth {shown}"
+        text = f"drafts of depth {shown}"
         if rejected:
-            said += f"; {self.rejected(1, 'struck through')}: rejected"
+            text += f"; {self.rejected(1, 'struck through')}: rejected"
         if lookups:
-            said += f"; {self.accepted(1, 'underlined', looked_up=True)}: {_LOOKED_UP}"
-        return said
+            text += f"; {self.accepted(1, 'underlined', looked_up=True)}: {_LOOKED_UP}"
+        return text
 
     def _style(self, depth: int, looked_up: bool) -> str:
         color = self._COLORS[(depth - 1) % len(self._COLORS)]
@@ -48,11 +48,11 @@ class Brackets:
         return f"[-{depth}{'*' if looked_up else ''}:{text}-]"
 
     def legend(self, depths: int, *, lookups: bool = False) -> str:
-        said = (
+        text = (
             f"{self.accepted(1, 'text')} is an accepted draft of depth 1, "
             f"{self.rejected(depths, 'text')} a rejected one of depth {depths}"
         )
-        return f"{said}; *: {_LOOKED_UP}" if lookups else said
+        return f"{text}; *: {_LOOKED_UP}" if lookups else text
 
 
 @dataclass
@@ -81,8 +81,8 @@ class TextStream:
     def add(self, fresh: Fresh) -> None:
         """Write new tokens. An incomplete character waits for the rest of its bytes."""
         marks = self.marks
-        told = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
-        for piece, depth, from_text, rejected in told:
+        annotated = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
+        for piece, depth, from_text, rejected in annotated:
             if marks is not None:
                 for draft in rejected:
                     text, looked_up = self._rejected(draft.token), draft.looked_up
@@ -116,7 +116,7 @@ class TextStream:
         return printable(text) if self.terminal else text
 
 
-def told(generation: Generation) -> str:
+def cost_line(generation: Generation) -> str:
     """One line about the cost of a text: ``80 tokens in 37 passes, 2.16 per pass; 43 drafts
     accepted of 72``. The passes are the trunk's, including the one that reads the prompt."""
     tokens, passes = generation.new_tokens, generation.verify_passes + 1
@@ -127,8 +127,8 @@ def told(generation: Generation) -> str:
     line += f", {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
     if not generation.lookups:
         return line
-    kept = generation.lookups_accepted
-    return f"{line}; {kept} of the {generation.lookups} looked up in the text were accepted"
+    n = generation.lookups_accepted
+    return f"{line}; {n} of the {generation.lookups} looked up in the text were accepted"
 
 
 def ends_at_once(generation: Generation) -> str | None:

@@ -151,9 +151,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             plugins=plugins,
         )
     except (TypeError, MisconfigurationException) as error:
-        told = str(error).rstrip(".")
+        reason = str(error).rstrip(".")
         raise UserError(
-            f"The trainer group has a key that Lightning refuses: {told}: leave it out."
+            f"The trainer group has a key that Lightning refuses: {reason}: leave it out."
         ) from error
     stop_together(trainer)
     for callback in run_callbacks(trainer):

@@ -28,7 +28,7 @@ from mtp_lightning.experiment.build import (
     match_reference,
 )
 from mtp_lightning.experiment.compose import hyperparameters
-from mtp_lightning.experiment.device import kernels_told, resolve_auto, use_tensor_cores
+from mtp_lightning.experiment.device import kernels_line, resolve_auto, use_tensor_cores
 from mtp_lightning.experiment.starting import find_origin, load_start, restore_data_digest
 from mtp_lightning.experiment.trainer import build_trainer
 from mtp_lightning.loggers.guard import GuardedLogger
@@ -72,8 +72,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with peers.watched(folder), ExitStack() as claim:
         if peers.leads:
             claim.enter_context(claimed(folder))
-        together = devices if isinstance(devices, int) and devices > 0 else 1
-        set_threads(cfg.trainer.num_threads, processes=together)
+        n_local = devices if isinstance(devices, int) and devices > 0 else 1
+        set_threads(cfg.trainer.num_threads, processes=n_local)
         peers.require_shared(folder)
         run = prepare(cfg, folder, peers)
         params = hyperparameters(cfg)
@@ -138,8 +138,8 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         assert isinstance(data, StoreDataModule), "tasks keep no states"
         if origin.content is not None:  # Lightning loads the trunk's weights only later
             assert origin.checkpoint is not None
-            whole = checkpoints.filled(origin.content, origin.checkpoint)
-            module.model.load_state_dict(model_weights(whole))
+            filled = checkpoints.filled(origin.content, origin.checkpoint)
+            module.model.load_state_dict(model_weights(filled))
         with peers.in_turn():
             data.states = keep_states(module.model, data, config.trainer)
     # ``origin``, the loaded checkpoint, ends here, which frees its memory before training.
@@ -164,10 +164,10 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
 
 def _as_trained(run: PreparedRun) -> DictConfig:
     """The config to store: a run that has more steps than are asked for now keeps them."""
-    stored, done = run.stored, run.resume_step or 0
-    if stored.compare.match == "none" and done > stored.trainer.max_steps:
+    stored, steps_done = run.stored, run.resume_step or 0
+    if stored.compare.match == "none" and steps_done > stored.trainer.max_steps:
         stored = stored.copy()
-        stored.trainer.max_steps = done
+        stored.trainer.max_steps = steps_done
     return stored
 
 
@@ -186,8 +186,8 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
         run.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(_as_trained(run), run.folder / CONFIG_FILE, resolve=True)
         data.tokenizer.save(run.folder)
-        if told := kernels_told(run.config.trainer.accelerator):
-            log.info(told)
+        if kernels := kernels_line(run.config.trainer.accelerator):
+            log.info(kernels)
     for logger in trainer.loggers:
         logger.log_hyperparams(params)
     try:

@@ -98,8 +98,8 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                 numbers = np.arange(start, start + data.batch_size) % len(windows)
                 with mixed:
                     batch = windows[numbers].to(device)
-                    final, at = model.run_trunk(batch, range(1, model.depth + 1))
-                branch = () if at.hidden is final else at.hidden.chunk(mtp.n_states, dim=-1)
+                    final, inputs = model.run_trunk(batch, range(1, model.depth + 1))
+                branch = () if inputs.hidden is final else inputs.hidden.chunk(mtp.n_states, dim=-1)
                 states = torch.stack([final, *branch], dim=1).cpu()
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
                 if start == 0:
@@ -123,9 +123,9 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """The beginning of a ``.npy`` file."""
-    said = np.lib.format.dtype_to_descr(dtype)
+    descr = np.lib.format.dtype_to_descr(dtype)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        header, {"descr": said, "fortran_order": False, "shape": shape}
+        header, {"descr": descr, "fortran_order": False, "shape": shape}
     )
     return header.getvalue()

@@ -52,20 +52,20 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
 
 def _run(args: Any, folder: Path) -> None:
     """All phases."""
-    found = make_plan(args.model, folder, args, [args.model], keep=True)
-    run = run_training(found, folder)
+    plan = make_plan(args.model, folder, args, [args.model], keep=True)
+    run = run_training(plan, folder)
     run_phase(
         "certificate",
         folder / CERTIFICATE / "certificate.json",
         ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
     )
-    run_export(run, folder, found.context)
-    way = [f"--activations={found.activations}"]
-    way += [f"--draft-vocab={found.draft_vocab}"] if found.draft_vocab else []
+    run_export(run, folder, plan.context)
+    drafting = [f"--activations={plan.activations}"]
+    drafting += [f"--draft-vocab={plan.draft_vocab}"] if plan.draft_vocab else []
     model, speed = str(folder / EXPORT), folder / SPEED
-    command = ["mtp_lightning.heads.speed", model, *way, "--output", str(speed)]
+    command = ["mtp_lightning.heads.speed", model, *drafting, "--output", str(speed)]
     run_phase("speed", speed, command)
-    _say_result(folder, found)
+    _say_result(folder, plan)
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
@@ -74,7 +74,7 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
     Args:
         parser: the command's parser.
         output: name of the folder if none is given.
-        hours: what the hours are for.
+        hours: the help of ``--hours``.
     """
     parser.add_argument("overrides", nargs="*", help="settings of training, as for train.py")
     parser.add_argument("--output", type=Path, help=f"folder of all results ({output})")
@@ -122,8 +122,8 @@ def make_plan(
     keep: bool,
     further: bool = False,
 ) -> Any:
-    """The folder's plan, or a new one for the options ``args``, which is printed. A plan that no
-    training has begun is made again for other options.
+    """Return the folder's plan, or a new one for the options ``args``, and print it. Other options
+    replace a plan as long as no training has begun.
 
     Args:
         model: the model that gets heads.
@@ -142,20 +142,20 @@ def make_plan(
 
     file = folder / PLAN
     texts = [str(Path(text).resolve()) for text in args.text]
-    asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
+    options = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     states = [cache_key(source, "") for source in sources]
-    found, wanted = None, {"model": str(model.resolve()), **asked, "sources": states}
+    heads_plan, wanted = None, {"model": str(model.resolve()), **options, "sources": states}
     if file.is_file():
         try:
-            found = HeadsPlan(**read_json(file))
+            heads_plan = HeadsPlan(**read_json(file))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
-    changed = [name for name, value in wanted.items() if found and getattr(found, name) != value]
-    if found is None or (changed and not (folder / RUN).exists()):
-        found = replace(plan(model, further=further, **asked), sources=states)
+    changed = [name for name in wanted if heads_plan and getattr(heads_plan, name) != wanted[name]]
+    if heads_plan is None or (changed and not (folder / RUN).exists()):
+        heads_plan = replace(plan(model, further=further, **options), sources=states)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(asdict(found), file)
+            write_json(asdict(heads_plan), file)
     elif changed == ["sources"]:
         raise UserError(
             f"{folder} was begun with other files than {' and '.join(map(str, sources))} has "
@@ -164,15 +164,15 @@ def make_plan(
     elif changed:
         option = "--text" if changed[0] == "files" else changed[0]
         raise UserError(
-            f"{folder} was begun with {option}={getattr(found, changed[0])}, not "
+            f"{folder} was begun with {option}={getattr(heads_plan, changed[0])}, not "
             f"{wanted[changed[0]]}: repeat that command, or give another --output."
         )
-    print("\n".join(found.lines()), flush=True)
-    return found
+    print("\n".join(heads_plan.lines()), flush=True)
+    return heads_plan
 
 
 def run_training(plan: Any, folder: Path) -> Path:
-    """Train what is planned; returns the run's folder."""
+    """Train as planned; return the run's folder."""
     run = folder / RUN
     command = ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"]
     run_phase("training", run / "summary.json", command)
@@ -183,16 +183,15 @@ def run_export(checkpoint: Path, folder: Path, context: int) -> None:
     """Export and verify a run or a folder. The export states ``context`` positions, since the
     windows of training are shorter than the model's own context."""
     target = folder / EXPORT
-    command = ["mtp_lightning.apps.export", f"checkpoint={checkpoint}", f"output={target}"]
-    command.append(f"max_positions={context}")
-    run_phase("export", target / "config.json", command)
+    settings = [f"checkpoint={checkpoint}", f"output={target}", f"max_positions={context}"]
+    run_phase("export", target / "config.json", ["mtp_lightning.apps.export", *settings])
 
 
 def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
-    """Run a module unless it has left its result.
+    """Run a module, unless its result is there already.
 
     Raises:
-        UserError: it failed; it has said why itself.
+        UserError: it failed; its own output says why.
         Stopped: SIGTERM ended it.
     """
     if result.is_file():
@@ -210,18 +209,18 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             forwarded.append(number)
             phase.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, forward)
+        previous_handler = signal.signal(signal.SIGTERM, forward)
         try:
             code = phase.wait()
         except KeyboardInterrupt:
             phase.wait()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous_handler)
     if code and forwarded:
         raise Stopped(f"the {name} was ended; the same command continues here.", forwarded[0])
     if code:
-        if result.is_file():  # such as a certificate that names what it found broken
+        if result.is_file():  # such as a certificate of broken guarantees
             result.replace(result.with_name(f"failed_{result.name}"))
         raise UserError(
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "
@@ -246,10 +245,10 @@ def _say_result(folder: Path, plan: Any) -> None:
     say("speed", read_json(folder / SPEED)["said"])
     say("certificate", read_json(folder / CERTIFICATE / "certificate.json")["verdict"])
     say("written to", str(folder / EXPORT))
-    way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
-    way += "" if plan.activations == "fp32" else f" activations={plan.activations}"
+    drafting = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
+    drafting += "" if plan.activations == "fp32" else f" activations={plan.activations}"
     checkpoint = shlex.quote(f"checkpoint={folder / EXPORT}")
-    say("try it", f"mtp-lightning generate {checkpoint} prompt='...'{way}")
+    say("try it", f"mtp-lightning generate {checkpoint} prompt='...'{drafting}")
 
 
 if __name__ == "__main__":

@@ -86,16 +86,16 @@ def _run(args: Any, output: Path) -> None:
     for line in differences(base.config, model.config):
         say("differs", line)
     prompts = prompts_of(model, tuned.tokenizer)
-    room = max(8, tuned.seq_len - max(map(len, prompts)))
-    texts = own_texts(model, prompts, min(args.new_tokens, room))
-    found = agreement_of_depths(model, texts)
-    say("agreement", f"{_said(found)} with the tuned trunk, on its own texts")
-    fell = True
+    max_new = max(8, tuned.seq_len - max(map(len, prompts)))
+    texts = own_texts(model, prompts, min(args.new_tokens, max_new))
+    agreement = agreement_of_depths(model, texts)
+    say("agreement", f"{_shares(agreement)} with the tuned trunk, on its own texts")
+    has_fallen = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
         before = agreement_of_depths(base.build(), texts)
-        say("", f"{_said(before)} with the base's trunk, on the same texts")
-        fell = found.fell_from(before)
-    say("", f"{found.constant:.1%} the same token everywhere")
+        say("", f"{_shares(before)} with the base's trunk, on the same texts")
+        has_fallen = agreement.fell_from(before)
+    say("", f"{agreement.constant:.1%} the same token everywhere")
     folder = output / GRAFTED
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
     write_folder(
@@ -106,33 +106,33 @@ def _run(args: Any, output: Path) -> None:
         max_positions=tuned.seq_len,
         shard_bytes=5 * 10**9,
     )
-    chosen = folder
-    if fell and args.hours:
-        chosen, found = _trained_on(folder, output, args, texts, found)
-    elif fell:
+    checkpoint = folder
+    if has_fallen and args.hours:
+        checkpoint, agreement = _trained_on(folder, output, args, texts, agreement)
+    elif has_fallen:
         say("", "it fell, and --hours=0 leaves the layers as they are")
-    if found.shares[1] <= found.constant + ABOVE:
+    if agreement.shares[1] <= agreement.constant + ABOVE:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
-            f"({found.shares[1]:.1%}; {found.constant:.1%} with one token everywhere): nothing "
-            "is exported; give more --hours and another --output, or try mtp-lightning heads."
+            f"({agreement.shares[1]:.1%}; {agreement.constant:.1%} with one token everywhere): "
+            "nothing is exported; give more --hours and another --output, or try mtp-lightning "
+            "heads."
         )
-    run_export(chosen, output, tuned.seq_len)
+    run_export(checkpoint, output, tuned.seq_len)
     say("written to", str(output / EXPORT))
 
 
 def _trained_on(
-    folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement[int]
+    folder: Path, output: Path, args: Any, texts: list[Tensor], before: Agreement[int]
 ) -> tuple[Path, Agreement[int]]:
     """Train the layers on, and choose the better of before and after."""
-    run = run_training(
-        make_plan(folder, output, args, [args.base, args.tuned], keep=True, further=True), output
-    )
+    plan = make_plan(folder, output, args, [args.base, args.tuned], keep=True, further=True)
+    run = run_training(plan, output)
     after = agreement_of_depths(open_model(run).model, texts)
-    say("agreement", f"{_said(after)} after training on")
-    if after.shares[1] <= found.shares[1]:
+    say("agreement", f"{_shares(after)} after training on")
+    if after.shares[1] <= before.shares[1]:
         say("", "training on did not help: the layers stay as they were")
-        return folder, found
+        return folder, before
     return run, after
 
 
@@ -147,19 +147,19 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     config = ModelConfig(trunk=tuned.model.config.trunk, mtp=base.config.mtp)
     with torch.device("meta"):
         wanted = {n: t.shape for n, t in MTPModel(config).state_dict().items() if _is_module(n)}
-    held = _modules(base)
-    shapes = {name: weight.shape for name, weight in held.items()}
+    modules = _modules(base)
+    shapes = {name: weight.shape for name, weight in modules.items()}
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
     require_fitting(wanted, shapes, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
     trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
-    return replace(base, config=config, weights={**trunk, **held}).build()
+    return replace(base, config=config, weights={**trunk, **modules}).build()
 
 
-def _said(found: Agreement[int]) -> str:
-    return ", ".join(f"{share:.1%} at depth {k}" for k, share in found.shares.items())
+def _shares(agreement: Agreement[int]) -> str:
+    return ", ".join(f"{share:.1%} at depth {k}" for k, share in agreement.shares.items())
 
 
 def _is_module(name: str) -> bool:

@@ -112,8 +112,8 @@ class HeadsPlan:
     def lines(self) -> Iterator[str]:
         """The plan in sentences, printed before training."""
         yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
-        many = f"one {self.head} module" if self.depth == 1 else f"{self.depth} {self.head} modules"
-        yield f"head       {many} of {self.head_weights / 1e6:,.1f} M weights"
+        head = f"one {self.head} module" if self.depth == 1 else f"{self.depth} {self.head} modules"
+        yield f"head       {head} of {self.head_weights / 1e6:,.1f} M weights"
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
@@ -131,17 +131,15 @@ class HeadsPlan:
         )
         # The model, its packed copy while it writes, and the module with gradients and two moments.
         memory = 4 * (1.5 * self.weights + 4 * self.head_weights)
-        # Checkpoints hold the model and the module's state; the export holds both once; and there
-        # are the trunk's states of the texts.
+        # Checkpoints with the module's optimizer state, the export, and the trunk's states.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
         yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
-        whole = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
-        over = f", more than --hours={self.hours:g}" if whole > 1.02 * self.hours else ""
-        others = f", with {_minutes(self.others)} for start, certificate, export and speed"
-        yield (
-            f"time       about {_minutes(whole)} in all on this machine{over}"
-            + (others if self.others else "")
-        )
+        hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
+        over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
+        later = ""
+        if self.others:
+            later = f", with {_minutes(self.others)} for start, certificate, export and speed"
+        yield f"time       about {_minutes(hours)} in all on this machine{over}{later}"
 
     def train(self) -> list[str]:
         """The overrides of train.py."""
@@ -240,11 +238,11 @@ def _plan(
 ) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
-    trunk, own = run.model.config.trunk, run.model.config.mtp
-    _require_trainable(path, own, further)
+    trunk, mtp = run.model.config.trunk, run.model.config.mtp
+    _require_trainable(path, mtp, further)
     window = min(_WINDOW, run.seq_len)
-    chat, around = ([], 0) if files else _chat(run, window)
-    first = HeadsPlan(
+    chat, n_around = ([], 0) if files else _chat(run, window)
+    sketch = HeadsPlan(
         model=str(path.resolve()),
         hours=hours,
         window=window,
@@ -252,62 +250,65 @@ def _plan(
         weights=run.model.config.num_trunk_params(),
         overrides=overrides,
         context=run.seq_len,
-        depth=max(own.depth, 1),
-        switches=_switches(own) if further else [],
+        depth=max(mtp.depth, 1),
+        switches=_switches(mtp) if further else [],
         rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
         draft_vocab=_VOCAB if trunk.vocab_size >= 4 * _VOCAB else None,
         chat=chat,
         chat_share=_CHATS if chat else 0.0,
     )
-    cfg = checked_config(first.train())
-    found, data = first.as_in(cfg), cfg.data
+    cfg = checked_config(sketch.train())
+    configured, data = sketch.as_in(cfg), cfg.data
     config = ModelConfig(trunk=trunk, mtp=instantiate(cfg.mtp, kind=MTPConfig))
     require_whole("mtp.depth", config.mtp.depth, least=1)
-    cost = StepCost(config, Objective(term=KL(), draft_vocab=found.draft_vocab))
-    with_trunk, alone = (
-        cost(found.window, range(1, found.depth + 1), main=False, stored=stored)
+    cost = StepCost(config, Objective(term=KL(), draft_vocab=configured.draft_vocab))
+    with_trunk, with_stored = (
+        cost(configured.window, range(1, configured.depth + 1), main=False, stored=stored)
         for stored in (False, True)
     )
     precision, speed = fastest_precision(run, window, on_cpu=device == "cpu")
-    step = (alone if data.cache_states else with_trunk) * found.batch / speed
-    others = 0.0 if further else other_seconds(found.weights, speed)  # a graft is only exported
-    # Seconds that the other phases leave; at least half of the hours.
-    left, share = max(3600 * hours - others, 1800 * hours), _TRAINING + (_TEXTS if files else 0)
-    written = each = read = 0.0
-    integers = False
+    step_seconds = (with_stored if data.cache_states else with_trunk) * configured.batch / speed
+    # After training, a graft is only exported.
+    other_phases = 0.0 if further else other_seconds(configured.weights, speed)
+    seconds_left = max(3600 * hours - other_phases, 1800 * hours)  # at least half of the hours
+    training_share = _TRAINING + (_TEXTS if files else 0)
+    writing_rate = text_seconds = text_tokens = 0.0
+    activations = "fp32"
     if not files:
         # After the speed is measured, since it changes the model's products.
-        integers = device == "cpu" and "data.activations=fp32" not in overrides
-        integers = integers and multiply_integers(run.model) is None
-        written = writing_speed(run)
-        read = data.prompt_tokens + data.new_tokens + data.chat_share * around  # tokens, per text
-        each = (data.new_tokens + data.chat_share * data.prompt_tokens) / written
-        each += (with_trunk - alone) * read / found.window / speed if data.cache_states else 0
-    steps, texts = int(left * share / step), int(left * _TEXTS / each) if each else 0
-    typed = {key_of(word) for word in overrides}
-    least = max(
-        0 if "trainer.max_steps" in typed else _FEWEST_STEPS * step / share,
-        0 if "data.n_prompts" in typed else _FEWEST * each / _TEXTS,
+        may_round = device == "cpu" and "data.activations=fp32" not in overrides
+        if may_round and multiply_integers(run.model) is None:
+            activations = "int8"
+        writing_rate = writing_speed(run)
+        text_tokens = data.prompt_tokens + data.new_tokens + data.chat_share * n_around
+        text_seconds = (data.new_tokens + data.chat_share * data.prompt_tokens) / writing_rate
+        if data.cache_states:  # the trunk reads every text once
+            text_seconds += (with_trunk - with_stored) * text_tokens / configured.window / speed
+    steps = int(seconds_left * training_share / step_seconds)
+    texts = int(seconds_left * _TEXTS / text_seconds) if text_seconds else 0
+    overridden = {key_of(word) for word in overrides}
+    least_seconds = max(
+        0 if "trainer.max_steps" in overridden else _FEWEST_STEPS * step_seconds / training_share,
+        0 if "data.n_prompts" in overridden else _FEWEST * text_seconds / _TEXTS,
     )
-    if least > left:
-        enough = 1.1 * min(least + others, 2 * least) / 3600
+    if least_seconds > seconds_left:
+        enough = 1.1 * min(least_seconds + other_phases, 2 * least_seconds) / 3600
         raise UserError(
             f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
             f"machine, and heads need {_FEWEST_STEPS} and {_FEWEST}: give --hours={enough:.2g}."
         )
-    activations = "int8" if integers else "fp32"
-    final = replace(first, steps=steps, texts=texts, precision=precision, activations=activations)
+    final = replace(sketch, steps=steps, texts=texts, precision=precision, activations=activations)
     final = final.as_in(checked_config(final.train()))
     return replace(
         final,
-        tokens_per_second=written,
+        tokens_per_second=writing_rate,
         flops_per_second=speed,
         head=config.mtp.variant,
-        head_weights=config.num_params() - first.weights,
-        state_bytes=int(4 * final.texts * read * trunk.d_model) if data.cache_states else 0,
-        writing=final.texts * each / 3600,
-        training=final.steps * step / 3600,
-        others=others / 3600,
+        head_weights=config.num_params() - sketch.weights,
+        state_bytes=int(4 * final.texts * text_tokens * trunk.d_model) if data.cache_states else 0,
+        writing=final.texts * text_seconds / 3600,
+        training=final.steps * step_seconds / 3600,
+        others=other_phases / 3600,
     )
 
 

@@ -53,16 +53,16 @@ def _reading_speed(run: OpenedModel, window: int, *, half: bool, batch: int = 8)
 
 def writing_speed(run: OpenedModel) -> float:
     """Tokens per second of texts that are written together."""
-    n, new = 32, 8
+    n, n_new = 32, 8
     prompts: list[Any] = [[i % run.model.config.trunk.vocab_size] for i in range(n)]
 
     def write() -> None:
         generate(
-            run.model, prompts, batch_size=n, max_new_tokens=new, temperature=1.0, eot_id=-1,
+            run.model, prompts, batch_size=n, max_new_tokens=n_new, temperature=1.0, eot_id=-1,
             speculative=False,
         )  # fmt: skip
 
-    return n * new / _seconds(write)
+    return n * n_new / _seconds(write)
 
 
 def _seconds(work: Callable[[], None]) -> float:

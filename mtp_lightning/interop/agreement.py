@@ -27,7 +27,7 @@ _BEGINNINGS = (
 )
 _PROMPT = 8
 _CONVENTIONS = tuple(itertools.product(get_args(InputNorm), get_args(Concat)))
-_SAID = {
+_WORDS = {
     "post": "the state after the final norm",
     "pre": "the state before the final norm",
     "embedding_first": "embedding first",
@@ -63,37 +63,37 @@ class Agreement(Generic[Key]):
         return any(clearly_more(before.rights[key], now) for key, now in self.rights.items())
 
 
-def _joined(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
+def _join(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
     """The agreement on several texts: for each, the trunk's choices, ids [T], and the ``rights`` of
     every module."""
     chosen, rights = zip(*texts, strict=True)
     counts = torch.cat(chosen).bincount()
-    found = {key: torch.cat([right[key] for right in rights]) for key in rights[0]}
-    return Agreement(found, int(counts.max()) / int(counts.sum()))
+    joined = {key: torch.cat([right[key] for right in rights]) for key in rights[0]}
+    return Agreement(joined, int(counts.max()) / int(counts.sum()))
 
 
 def described(convention: Convention) -> str:
     """A convention in words."""
-    return ", ".join(_SAID[part] for part in convention)
+    return ", ".join(_WORDS[part] for part in convention)
 
 
 def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
     """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
     vocab_size = model.config.trunk.vocab_size
     if tokenizer is not None and tokenizer.reads_text:
-        found = [[int(i) for i in tokenizer.encode_prompt(text)] for text in _BEGINNINGS]
-        if max(map(max, found)) < vocab_size:
-            return found
+        prompts = [[int(i) for i in tokenizer.encode_prompt(text)] for text in _BEGINNINGS]
+        if max(map(max, prompts)) < vocab_size:
+            return prompts
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
 
 
 def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
     """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
-    said = generate(
+    continuations = generate(
         model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
     )
-    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, said, strict=True)]
+    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, continuations, strict=True)]
 
 
 @torch.inference_mode()
@@ -106,7 +106,7 @@ def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[i
         chosen = choices.pop(0)
         return chosen, {k: drafted[:-k] == chosen[k:] for k, drafted in choices.items()}
 
-    return _joined(map(compare, texts))
+    return _join(map(compare, texts))
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreem
             rights[input_norm, concat] = drafted == chosen
         return chosen, rights
 
-    return _joined(map(compare, texts))
+    return _join(map(compare, texts))
 
 
 def clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:

@@ -54,7 +54,7 @@ def render(
     Args:
         name: name of the export.
         config: config of the model.
-        contents: what was written.
+        contents: the contents of the folder.
         model_type: model type in config.json.
         dtype: dtype of the tensors.
         step: optimizer steps of the checkpoint.
@@ -64,7 +64,7 @@ def render(
     return _page(
         name,
         ["library_name: transformers", "pipeline_tag: text-generation"],
-        what=_what(config, contents, dtype),
+        description=_description(config, contents, dtype),
         use=_use(config, contents, model_type),
         training=_training(config, step, run_config, summary),
     )
@@ -82,21 +82,21 @@ def render_file(
 ) -> str:
     """The card of a GGUF file; arguments as of :func:`render`."""
     modules = written.layout.config.mtp.depth
-    held = f", and {modules} MTP module of DeepSeek-V3's form" if modules else ""
-    what = (
+    with_module = f", and {modules} MTP module of DeepSeek-V3's form" if modules else ""
+    description = (
         f"A GGUF file for llama.cpp, architecture `{written.layout.arch}`, {written.parameters:,} "
         f"values in {dtype}: a decoder of {config.trunk.n_layers} layers (d_model "
-        f"{config.trunk.d_model}){held}."
+        f"{config.trunk.d_model}){with_module}."
     )
     training = _training(config, step, run_config, summary)
-    return _page(name, [], what=[what], use=written.said, training=training)
+    return _page(name, [], description=[description], use=written.notes, training=training)
 
 
 def _page(
     name: str,
     tags: Iterable[str],
     *,
-    what: Iterable[str],
+    description: Iterable[str],
     use: Iterable[str],
     training: Iterable[str],
 ) -> str:
@@ -108,7 +108,7 @@ def _page(
         "---",
         f"# {plain(name)}",
         "",
-        *what,
+        *description,
         "",
         "## Use",
         "",
@@ -121,7 +121,7 @@ def _page(
     return "\n".join(parts) + "\n"
 
 
-def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
+def _description(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     trunk = config.trunk
     kind = trunk.attention.variant.replace("_", "-")
     mixture = trunk.feed_forward.variant == "experts"
@@ -180,18 +180,18 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
 def _count(config: ModelConfig, contents: Contents) -> str:
     """What the stored values are."""
     trunk, whole = config.num_trunk_params(), config.num_params()
-    told = f"{contents.parameters:,} values are stored: {trunk:,} of the trunk and its head"
+    text = f"{contents.parameters:,} values are stored: {trunk:,} of the trunk and its head"
     if whole > trunk:
-        told += f", {whole - trunk:,} of the MTP modules"
+        text += f", {whole - trunk:,} of the MTP modules"
     beyond = contents.parameters - whole
     if beyond > 0:
-        told += (
+        text += (
             f", {beyond:,} that repeat others (each module's embedding and head), balance experts "
             "or translate token ids"
         )
     elif beyond < 0:
-        told += f", without {-beyond:,} that only training or min_confidence needs"
-    return told
+        text += f", without {-beyond:,} that only training or min_confidence needs"
+    return text
 
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:

@@ -29,8 +29,8 @@ def check(path: Path) -> None:
     if depth and fields["model_type"] not in STANDS_FOR:
         line = one_line(fields["model_type"], config.trunk.n_layers, depth)
         print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")
-    for found in check_with_transformers(path, build_model(config, weights, source=str(path))):
-        print(f"  {found}")
+    for result in check_with_transformers(path, build_model(config, weights, source=str(path))):
+        print(f"  {result}")
     print("all equal")
 
 

@@ -89,10 +89,10 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
 
 def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
     kind = fields["model_type"]
-    given = {name: value for name, value in fields.items() if value is not None}
-    heads = given.get("num_attention_heads")
+    present = {name: value for name, value in fields.items() if value is not None}
+    heads = present.get("num_attention_heads")
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
-    fields = defaults | _DEFAULTS_OF.get(kind, {}) | given
+    fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
     fields["rope_theta"], scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
@@ -115,9 +115,9 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
             shape["feed_forward"] = _mixture(fields, need, source)
         if kind == "glm4_moe":
             shape["feed_forward"] = _deepseek_experts(fields, need)
-            d_head = _given(fields, "head_dim", shape["d_model"] // shape["n_heads"])
+            d_head = _value_or(fields, "head_dim", shape["d_model"] // shape["n_heads"])
             name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
-            share = _given(_rotary(fields)[1], name, fields[name])
+            share = _value_or(_rotary(fields)[1], name, fields[name])
             rotary_dim = int(d_head * float(share))  # as transformers rounds
             shape["attention"] |= {
                 "qk_norm": bool(fields.get("use_qk_norm")),
@@ -137,7 +137,7 @@ def max_positions(fields: Mapping[str, Any]) -> int:
     return int(fields.get("max_position_embeddings") or 2048)
 
 
-def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
+def _value_or(fields: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if fields.get(name) is None else fields[name]
 
 
@@ -222,8 +222,8 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
     windowed = kind == "mistral" and fields.get("sliding_window", 4096) is not None
     kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
     if windowed or kinds:
-        what = f"layer_types {', '.join(sorted(kinds))}" if kinds else "a sliding_window"
-        raise UserError(f"{source} has {what}: only full attention can be imported.")
+        setting = f"layer_types {', '.join(sorted(kinds))}" if kinds else "a sliding_window"
+        raise UserError(f"{source} has {setting}: only full attention can be imported.")
 
 
 def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -251,23 +251,23 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         )
     # transformers prefers the field, and takes the whole context where both are missing.
     key, positions = "original_max_position_embeddings", fields.get("max_position_embeddings")
-    original = _given(fields, key, _given(rope, key, positions))
+    original = _value_or(fields, key, _value_or(rope, key, positions))
     scaling = None
     if kind == "yarn":
         scaling = _yarn(rope, original, positions)
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
         scaling = {**{name: rope.get(name) for name in names}, "original_positions": original}
-    return float(_given(rope, "rope_theta", _given(fields, "rope_theta", 10_000.0))), scaling
+    return float(_value_or(rope, "rope_theta", _value_or(fields, "rope_theta", 10_000.0))), scaling
 
 
 def _yarn(rope: Mapping[str, Any], original: Any, positions: Any) -> dict[str, Any]:
     optional = ("mscale", "mscale_all_dim", "attention_factor")
     return {
-        "factor": _given(rope, "factor", positions / original if positions else None),
+        "factor": _value_or(rope, "factor", positions / original if positions else None),
         "original_positions": original,
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),
         **{name: rope[name] for name in optional if rope.get(name) is not None},
-        "truncate": bool(_given(rope, "truncate", True)),
+        "truncate": bool(_value_or(rope, "truncate", True)),
     }

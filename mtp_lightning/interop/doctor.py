@@ -72,20 +72,20 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """All findings, for a terminal."""
-        found = [f"layout      {self.layout or 'no MTP tensors'}"]
+        report = [f"layout      {self.layout or 'no MTP tensors'}"]
         for module in self.modules:
-            found.append(f"depth {module.depth}     {module}")
+            report.append(f"depth {module.depth}     {module}")
             for state, names in module.lost.items():
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                found.append(f"            {state}: {shown}")
+                report.append(f"            {state}: {shown}")
         for convention, share in self.agreement.items():
             mark = "  <- the layout's" if convention == self.meant else ""
-            found.append(f"agreement   {share:6.1%}  {described(convention)}{mark}")
+            report.append(f"agreement   {share:6.1%}  {described(convention)}{mark}")
         if self.agreement:
-            found.append(f"            {self.constant:6.1%}  the same token everywhere")
+            report.append(f"            {self.constant:6.1%}  the same token everywhere")
         if self.acceptance is not None:
-            found.append(f"accepted    {self.acceptance:6.1%}  of first drafts, decoding greedily")
-        return [*found, "", self.verdict]
+            report.append(f"accepted    {self.acceptance:6.1%}  of first drafts, decoding greedily")
+        return [*report, "", self.verdict]
 
 
 def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
@@ -109,32 +109,32 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     layout = module_layout(fields["model_type"])
     stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
     if not max(declared, stored):
-        said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
-        return Diagnosis(folder=path, layout=None, verdict=said)
+        reason = "holds no MTP tensors and declares no MTP layers: there is nothing to draft."
+        return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
     if not stored:
-        said = (
+        verdict = (
             f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
             "lost when it was written."
         )
-        return Diagnosis(folder=path, layout=None, verdict=said)
+        return Diagnosis(folder=path, layout=None, verdict=verdict)
     config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
     modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
-    named = f"{layout.title} ({layout.prefix(trunk.n_layers, 0)}* ..)"
-    found = Diagnosis(folder=path, layout=named, modules=modules)
+    title = f"{layout.title} ({layout.prefix(trunk.n_layers, 0)}* ..)"
+    diagnosis = Diagnosis(folder=path, layout=title, modules=modules)
     if not modules[0].lost.keys() & {"missing", "misshapen"}:  # depth 1 can be built
         # Without the other depths, and copies of embedding and head, which are checked already.
         prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
         unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
-        own = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
-        found = _measured(found, config, own, new_tokens, whole=lost is None)
-    return _concluded(found, *_judged(found, declared, stored, lost))
+        needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
+        diagnosis = _measure(diagnosis, config, needed, new_tokens, whole=lost is None)
+    return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
 
 
-def _concluded(found: Diagnosis, sound: bool, reason: str) -> Diagnosis:
-    verdict = f"{found.folder} is {'' if sound else 'not '}sound: {reason}."
-    return replace(found, verdict=verdict, sound=sound)
+def _conclude(diagnosis: Diagnosis, sound: bool, reason: str) -> Diagnosis:
+    verdict = f"{diagnosis.folder} is {'' if sound else 'not '}sound: {reason}."
+    return replace(diagnosis, verdict=verdict, sound=sound)
 
 
 def _stored_depth(prefix: str, tensors: Collection[str]) -> int:
@@ -144,8 +144,8 @@ def _stored_depth(prefix: str, tensors: Collection[str]) -> int:
     return max([0, *(int(layer[1]) - int(first) + 1 for layer in layers if layer)])
 
 
-def _measured(
-    found: Diagnosis,
+def _measure(
+    diagnosis: Diagnosis,
     config: ModelConfig,
     parts: dict[str, StoredTensor],
     new_tokens: int,
@@ -153,20 +153,20 @@ def _measured(
     whole: bool,
 ) -> Diagnosis:
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
-    one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
-    source = str(found.folder)
-    model = build_model(one, from_folder(weight_map(one), parts, source=source), source=source)
-    prompts = prompts_of(model, _tokenizer(found.folder, model))
+    first = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
+    source = str(diagnosis.folder)
+    model = build_model(first, from_folder(weight_map(first), parts, source=source), source=source)
+    prompts = prompts_of(model, _tokenizer(diagnosis.folder, model))
     texts = own_texts(model, prompts, new_tokens)
-    assert isinstance(one.mtp, SequentialConfig)
-    meant = (one.mtp.input_norm, one.mtp.concat)
-    measured = agreement_of_conventions(model, texts)
+    assert isinstance(first.mtp, SequentialConfig)
+    meant = (first.mtp.input_norm, first.mtp.concat)
+    agreement = agreement_of_conventions(model, texts)
     return replace(
-        found,
+        diagnosis,
         meant=meant,
-        best=clearly_best(measured.rights, meant),
-        agreement=measured.shares,
-        constant=measured.constant,
+        best=clearly_best(agreement.rights, meant),
+        agreement=agreement.shares,
+        constant=agreement.constant,
         acceptance=_accepted(model, prompts, new_tokens) if whole else None,
     )
 
@@ -183,12 +183,12 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
 
 
 def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
-    said = generate(model, prompts, max_new_tokens=new_tokens, eot_id=None)
-    return rates(said).get("acceptance_position_1")
+    generations = generate(model, prompts, max_new_tokens=new_tokens, eot_id=None)
+    return rates(generations).get("acceptance_position_1")
 
 
-def _judged(
-    found: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
+def _judge(
+    diagnosis: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
 ) -> tuple[bool, str]:
     """Whether the folder is sound, and the reason."""
     if lost is not None:
@@ -202,16 +202,17 @@ def _judged(
             f"its config.json declares {declared} MTP layer(s) but it has tensors of {stored}, so "
             "that readers skip some"
         )
-    return _judged_by_drafts(found, stored)
+    return _judge_drafts(diagnosis, stored)
 
 
-def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[bool, str]:
-    meant, best, shares = found.meant, found.best, found.agreement
+def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
+    meant, best, shares = diagnosis.meant, diagnosis.best, diagnosis.agreement
     assert meant is not None and best is not None
-    if shares[best] <= found.constant + ABOVE:
+    if shares[best] <= diagnosis.constant + ABOVE:
         return False, (
             f"its {depth} MTP layer(s) are there, but under no convention do they agree with the "
-            f"trunk ({shares[best]:.1%} at best, {found.constant:.1%} with one token everywhere)"
+            f"trunk ({shares[best]:.1%} at best, {diagnosis.constant:.1%} with one token "
+            "everywhere)"
         )
     if best != meant:
         return False, (
@@ -219,8 +220,8 @@ def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[bool, str]:
             f"its layout gives them {described(meant)} ({shares[meant]:.1%})"
         )
     accepted = ""
-    if found.acceptance is not None:
-        accepted = f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
+    if diagnosis.acceptance is not None:
+        accepted = f", and the trunk accepts {diagnosis.acceptance:.1%} of their first drafts"
     return True, (
         f"its {depth} MTP layer(s) are complete and trained, and match their layout's "
         f"{described(meant)} ({shares[meant]:.1%}){accepted}"
@@ -237,7 +238,7 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     counts = torch.cat(texts).bincount()
     constant = int(counts.max()) / int(counts.sum())
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
-    found = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
+    diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
     sound = acceptance is not None and acceptance > constant
-    return _concluded(found, sound, f"the trunk accepts {accepted} drafts")
+    return _conclude(diagnosis, sound, f"the trunk accepts {accepted} drafts")

@@ -93,10 +93,10 @@ def layer_tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the layer and its two tables, by the names of its release."""
     weights, vocab_size = weights_of(model), model.config.trunk.vocab_size
     tokens = weights[_TOKENS]
-    found = pieces(_weight_map(model.config), weights, dtype)
-    found["d2t"] = tokens - torch.arange(len(tokens))
-    found["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
-    return found
+    tensors = pieces(_weight_map(model.config), weights, dtype)
+    tensors["d2t"] = tokens - torch.arange(len(tokens))
+    tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
+    return tensors
 
 
 def read(
@@ -121,9 +121,9 @@ def read(
     wanted = _fields(config, torch.float32, max_positions=0)
     defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
     for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
-        if (found := fields.get(name, defaults.get(name))) != wanted[name]:
+        if (value := fields.get(name, defaults.get(name))) != wanted[name]:
             raise UserError(
-                f"{source} has {name}={found}, and a layer on this trunk has {wanted[name]}: it "
+                f"{source} has {name}={value}, and a layer on this trunk has {wanted[name]}: it "
                 "belongs to another model."
             )
     copy = tensors.pop("embed_tokens.weight", None)
@@ -170,18 +170,18 @@ def _stack(
     """The stack that a ``config.json`` describes: this project's own words, or a release's."""
     if _OWN in fields:
         try:
-            found = MTPConfig.from_dict(fields[_OWN], allow=allow)
+            mtp = MTPConfig.from_dict(fields[_OWN], allow=allow)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{source} does not describe its layer: {error}.") from error
-        if not isinstance(found, EagleConfig):
-            raise UserError(f"{source} describes mtp={found.variant}, and not EAGLE-3's layer.")
-        return found
+        if not isinstance(mtp, EagleConfig):
+            raise UserError(f"{source} describes mtp={mtp.variant}, and not EAGLE-3's layer.")
+        return mtp
     vocab = fields.get("draft_vocab_size")
     layers = fields.get("eagle_aux_hidden_state_layer_ids")
     if layers is None and isinstance(fields.get("eagle_config"), dict):
-        counted = fields["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
-        whole = isinstance(counted, list) and all(map(is_whole, counted))
-        layers = [n + 1 for n in counted] if whole else counted
+        indices = fields["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
+        whole = isinstance(indices, list) and all(map(is_whole, indices))
+        layers = [n + 1 for n in indices] if whole else indices
     if layers is not None and not (isinstance(layers, list) and all(map(is_whole, layers))):
         raise UserError(f"{source} names no layers of the trunk, but {layers}.")
     return EagleConfig(
@@ -207,7 +207,7 @@ def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
         "feed_forward_norm": "midlayer.post_attention_layernorm",
         "norm": "norm",
     }
-    found = [
+    places = [
         renamed("fuse.weight", "fc.weight", (width, mtp.n_states * width)),
         MappedWeight(own="attention.qkv.weight", parts=parts),
         renamed(
@@ -222,5 +222,5 @@ def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
         ),
         renamed("head.weight", "lm_head.weight", (mtp.draft_vocab or trunk.vocab_size, width)),
     ]
-    for place in found:
+    for place in places:
         yield place.under(_MODULE, "")

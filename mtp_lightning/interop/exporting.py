@@ -38,7 +38,7 @@ def export(cfg: Any) -> Path:
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
-        CheckFailed: what was written is not the model.
+        CheckFailed: the written folder or file is not the model.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     check_config.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
@@ -47,12 +47,12 @@ def export(cfg: Any) -> Path:
     _require_possible(cfg, target, as_file=as_file, apart=apart)
     run = open_model(cfg.checkpoint, allow=cfg.allow)
     model = _model_to_write(run, cfg, as_file=as_file, apart=apart)
-    whole = target.resolve()
-    partial = whole.with_name(f".{whole.name}.partial{whole.suffix if as_file else ''}")
+    final = target.resolve()
+    partial = final.with_name(f".{final.name}.partial{final.suffix if as_file else ''}")
     _remove(partial)
     try:
         (_fill_file if as_file else _fill)(partial, target, run, model, cfg)
-        partial.replace(whole)
+        partial.replace(final)
     except BaseException:  # such as a failed check, a full disk or Ctrl-C
         _remove(partial)
         raise
@@ -81,10 +81,10 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
 
 
 def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -> MTPModel:
-    """The run's model, or its trunk alone; says what is left out."""
+    """The run's model, or its trunk alone; prints what is left out."""
     model, mtp = run.model, run.model.config.mtp
-    if why := mtp.export_obstacle():
-        raise UserError(f"a model of mtp={mtp.variant} {why}: it cannot be exported.")
+    if obstacle := mtp.export_obstacle():
+        raise UserError(f"a model of mtp={mtp.variant} {obstacle}: it cannot be exported.")
     if apart:
         speculators.kind(model.config)  # refuses before anything is written
     if apart or cfg.depth == 0:
@@ -120,33 +120,27 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         max_positions=max_positions,
         shard_bytes=int(cfg.shard_gb * 1e9),
     )
-    whole = model
+    drafting = model
     if apart := cfg.layout == speculators.LAYOUT:
-        whole = run.model
-        more = speculators.write(
+        drafting = run.model
+        n_values = speculators.write(
             partial,
-            whole,
+            drafting,
             verifier=folder.resolve(),
             dtype=DTYPES[cfg.dtype],
             max_positions=max_positions,
             eot_id=run.tokenizer.eot_id,
         )
-        parameters = contents.parameters + more
+        parameters = contents.parameters + n_values
         contents = replace(contents, heads=speculators.FOLDER, parameters=parameters)
     kind = config_json.model_type(model.config)
     old_card = Path(cfg.checkpoint) / card.FILE
-    kept = cfg.depth is None and not apart
-    if kept and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
+    unchanged = cfg.depth is None and not apart
+    if unchanged and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
         shutil.copyfile(old_card, partial / card.FILE)
     else:
-        text = card.render(
-            folder.name,
-            whole.config,
-            contents,
-            model_type=kind,
-            dtype=cfg.dtype,
-            **_training(run),
-        )
+        facts = {"model_type": kind, "dtype": cfg.dtype, **_training(run)}
+        text = card.render(folder.name, drafting.config, contents, **facts)
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
     extra = "" if apart else contents.heads
@@ -162,7 +156,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         )
     for sentence in card.readers_of(kind, contents.layer_depths, extra=extra):
         print(sentence)
-    _verify(folder, cfg, _check_seed(run, whole), _check_folder(partial, run, model, cfg.dtype))
+    _verify(folder, cfg, _check_seed(run, drafting), _check_folder(partial, run, model, cfg.dtype))
 
 
 def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
@@ -171,7 +165,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     partial.parent.mkdir(parents=True, exist_ok=True)
     written = gguf_writing.write_file(partial, model, run.tokenizer, name=file.stem, **options)
     print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
-    for sentence in written.said:
+    for sentence in written.notes:
         print(sentence)
     checks = gguf_writing.check_file(partial, model, run.tokenizer, written, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
@@ -197,8 +191,8 @@ def _check_seed(run: OpenedModel, model: MTPModel) -> Iterator[str]:
     """Check that training has changed the weights of a run, which are random at first."""
     if run.step and "seed" in run.config:
         lambdas = run.config.get("mtp_lambda", 0)
-        listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
-        yield check_trained(model, run.config["seed"], listed)
+        weights = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
+        yield check_trained(model, run.config["seed"], weights)
 
 
 def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -> Iterator[str]:

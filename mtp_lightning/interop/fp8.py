@@ -67,13 +67,13 @@ def dequantize(tensors: dict[str, StoredTensor], block: tuple[int, int], *, sour
     """
     names = [name for name in tensors if name.endswith(SCALE)]
     for name in names:
-        own = name.removesuffix(SCALE)
+        matrix = name.removesuffix(SCALE)
         scale = tensors.pop(name)
-        if own not in tensors:
-            raise UserError(f"{name} in {source} scales {own}, which is not there.")
-        shape = tensors[own].shape
+        if matrix not in tensors:
+            raise UserError(f"{name} in {source} scales {matrix}, which is not there.")
+        shape = tensors[matrix].shape
         if len(shape) != 2:
-            raise UserError(f"{name} in {source} scales {own}, which is not a matrix.")
+            raise UserError(f"{name} in {source} scales {matrix}, which is not a matrix.")
         rows, columns = shape
         wanted = (-(-rows // block[0]), -(-columns // block[1]))
         if tuple(scale.shape) != wanted:
@@ -81,7 +81,7 @@ def dequantize(tensors: dict[str, StoredTensor], block: tuple[int, int], *, sour
                 f"{name} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
                 f"needed, one per block of {block[0]} x {block[1]}."
             )
-        tensors[own] = Scaled(tensors[own], scale, block)
+        tensors[matrix] = Scaled(tensors[matrix], scale, block)
     if names:
         log.warning("%s: %d matrices in fp8 are dequantized to float32.", source, len(names))
 
@@ -89,8 +89,8 @@ def dequantize(tensors: dict[str, StoredTensor], block: tuple[int, int], *, sour
 def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """One matrix [R, C] times its blocks' scales [R / b, C / b], float32."""
     rows, columns = weight.shape
-    found = weight.to(torch.float32)
+    product = weight.to(torch.float32)
     by_row = scale.float().repeat_interleave(block[0], 0)[:rows]
     for start in range(0, columns, block[1]):  # avoids a second matrix of the whole size
-        found[:, start : start + block[1]] *= by_row[:, start // block[1]].unsqueeze(1)
-    return found
+        product[:, start : start + block[1]] *= by_row[:, start // block[1]].unsqueeze(1)
+    return product

@@ -54,13 +54,13 @@ class Blocks(StoredTensor):
 
     Attributes:
         file: the file.
-        held: the file's tensor, its entry in the layout, and its index if the file's tensor stacks
-            several, else None. Two entries hold the key and value halves of kv_b_proj.
+        pieces: a tensor of the file, its entry in the layout, and the index of the matrix if it
+            stacks several, else None. kv_b_proj has two pieces, for keys and for values.
         size: its shape.
     """
 
     file: Path
-    held: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
+    pieces: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
     size: tuple[int, ...]
     dtype = torch.float32
 
@@ -69,20 +69,20 @@ class Blocks(StoredTensor):
         return torch.Size(self.size)
 
     def copy_to(self, target: Tensor) -> None:
-        (tensor, entry, i), *others = self.held
+        (tensor, entry, i), *others = self.pieces
         if others or entry.unpack is not GGUFEntry.unpack or not target.is_contiguous():
             super().copy_to(target)
         else:  # without a second copy in memory
             numbers(self.file, tensor, i, out=target)
 
     def scales(self) -> WeightScales | None:
-        (tensor, entry, i), *others = self.held
+        (tensor, entry, i), *others = self.pieces
         quant = KQUANTS.get(tensor.kind.name)
         if others or len(self.size) != 2 or quant is None:
             return None
         portions = _portions(self.file, tensor, i)
-        found = [steps_and_offsets(stored, tensor.kind) for _, stored in portions]
-        steps, offsets = (np.concatenate(each) for each in zip(*found, strict=True))
+        pairs = [steps_and_offsets(stored, tensor.kind) for _, stored in portions]
+        steps, offsets = (np.concatenate(column) for column in zip(*pairs, strict=True))
         return WeightScales(
             steps=entry.unpack(torch.from_numpy(steps)),
             offsets=entry.unpack(torch.from_numpy(offsets)),
@@ -91,9 +91,9 @@ class Blocks(StoredTensor):
         )
 
     def read(self) -> Tensor:
-        portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.held]
-        found = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
-        return found.reshape(self.size).contiguous()
+        portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.pieces]
+        joined = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
+        return joined.reshape(self.size).contiguous()
 
 
 def numbers(
@@ -112,9 +112,9 @@ def numbers(
     shape = tensor.shape if i is None else tensor.shape[1:]
     out = torch.empty(shape) if out is None else out
     rows = out.view(-1, shape[-1])
-    for at, stored in _portions(file, tensor, i):
-        found = dequantize(stored, tensor.kind)
-        rows[at : at + len(stored)] = torch.from_numpy(np.ascontiguousarray(found))
+    for row, stored in _portions(file, tensor, i):
+        portion = dequantize(stored, tensor.kind)
+        rows[row : row + len(stored)] = torch.from_numpy(np.ascontiguousarray(portion))
     return out
 
 
@@ -125,11 +125,11 @@ def _portions(file: Path, tensor: FileTensor, i: int | None) -> Iterator[tuple[i
     rows, size = math.prod(shape[:-1]), tensor.row_bytes
     begin = tensor.offset + (i or 0) * rows * size
     step = max(1, _SLAB // size)
-    for at in range(0, rows, step):
-        count = min(step, rows - at)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
         # Not through a memory map, whose pages stay in memory.
-        read = np.fromfile(file, np.uint8, count * size, offset=begin + at * size)
-        yield at, read.reshape(count, size)
+        stored = np.fromfile(file, np.uint8, count * size, offset=begin + row * size)
+        yield row, stored.reshape(count, size)
 
 
 def steps_and_offsets(stored: Any, kind: Any) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
     """
     trunk, depth = layout.config.trunk, layout.config.mtp.depth
     a = trunk.attention
-    found: dict[str, Value] = {
+    fields: dict[str, Value] = {
         "block_count": trunk.n_layers + depth,
         "context_length": max_positions,
         "vocab_size": trunk.vocab_size,
@@ -67,7 +67,7 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
         "rope.dimension_count": a.rotary_dim(trunk),
     }
     if isinstance(a, LatentAttentionConfig):
-        found |= {
+        fields |= {
             # llama.cpp computes with one head of keys, the latent with the rotary part.
             "attention.head_count_kv": 1,
             "attention.key_length": a.d_cached,
@@ -76,20 +76,20 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
             **_values(_LATENT, a),
         }
     if depth:
-        found["nextn_predict_layers"] = depth
+        fields["nextn_predict_layers"] = depth
     if layout.arch in ("glm4moe", "deepseek2", "qwen3moe"):
         e = layout.experts
-        found |= _values(_EXPERTS, e)
-        found["expert_weights_norm"] = True
-        found["expert_gating_func"] = _SIGMOID if e.scoring == "sigmoid" else _SOFTMAX
+        fields |= _values(_EXPERTS, e)
+        fields["expert_weights_norm"] = True
+        fields["expert_gating_func"] = _SIGMOID if e.scoring == "sigmoid" else _SOFTMAX
         if e.top_groups == e.n_groups:
-            del found["expert_group_count"], found["expert_group_used_count"]
-    return found
+            del fields["expert_group_count"], fields["expert_group_used_count"]
+    return fields
 
 
 def _values(keys: Mapping[str, str], config: Any) -> dict[str, Value]:
-    found = {key: getattr(config, own) or 0 for own, key in keys.items()}
-    return {key: float(value) if key in _DECIMAL else value for key, value in found.items()}
+    values = {key: getattr(config, own) or 0 for own, key in keys.items()}
+    return {key: float(value) if key in _DECIMAL else value for key, value in values.items()}
 
 
 def own_fields(layout: Layout) -> dict[str, str | float]:
@@ -160,22 +160,22 @@ def _architecture(get: Callable[[str], Any], source: str) -> tuple[str, str, boo
 
 
 def _count(get: Callable[[str], Any], arch: str, source: str, key: str, default: Any = None) -> Any:
-    """The value of ``ARCH.KEY``, which must be there unless there is a default: a number of
-    something, or one of the fractional ones."""
-    found = get(f"{arch}.{key}")
-    if found is None and default is None:
+    """The value of ``ARCH.KEY``: a count, or a fraction for a key of :data:`_DECIMAL`. The key must
+    be there unless there is a default."""
+    value = get(f"{arch}.{key}")
+    if value is None and default is None:
         raise UserError(f"{source} has no {arch}.{key}: the trunk's shape is unknown.")
-    found = default if found is None else found
-    if isinstance(found, float) and key in _DECIMAL:
-        return _decimal(found)
-    if not isinstance(found, int) or found < 0:
-        raise UserError(f"{source} has {arch}.{key}={str(found)[:40]}, which is not a count.")
-    return found
+    value = default if value is None else value
+    if isinstance(value, float) and key in _DECIMAL:
+        return _decimal(value)
+    if not isinstance(value, int) or value < 0:
+        raise UserError(f"{source} has {arch}.{key}={str(value)[:40]}, which is not a count.")
+    return value
 
 
-def _decimal(found: float) -> float:
+def _decimal(stored: float) -> float:
     """A number stored in 4 bytes: the shortest decimal that gives these bytes was meant."""
-    return float(str(np.float32(found)))
+    return float(str(np.float32(stored)))
 
 
 def _latent_json(need: Callable[..., Any]) -> dict[str, Any]:

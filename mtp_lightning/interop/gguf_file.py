@@ -35,12 +35,12 @@ _FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
 # Files, with their times of modification, whose dequantization this process does not log (again).
-_SAID: set[tuple[Path, int]] = set()
+_REPORTED: set[tuple[Path, int]] = set()
 
 
 def keep_quiet(path: Path) -> None:
     """Do not log the dequantization of a file: this process has written it to check it."""
-    _SAID.add(_state(path))
+    _REPORTED.add(_state(path))
 
 
 def _state(path: Path) -> tuple[Path, int]:
@@ -55,11 +55,11 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
             belong to it.
     """
     _refuse_stretched(path, header)
-    fields, layout = _described(path, header)
-    held = Counter(tensor.kind.name for tensor in header.tensors.values())
-    if held.keys() - _EXACT and _state(path) not in _SAID:
+    fields, layout = _describe(path, header)
+    counts = Counter(tensor.kind.name for tensor in header.tensors.values())
+    if counts.keys() - _EXACT and _state(path) not in _REPORTED:
         keep_quiet(path)
-        kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
+        kinds = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
         log.warning(
             "%s is dequantized to float32 (tensors: %s): from here on the model has these rounded "
             "values.",
@@ -69,7 +69,7 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
     return fields, layout.config, _parts(path, layout, header.tensors)
 
 
-def _described(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
+def _describe(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
     """The fields of a config.json, and the layout of the file."""
     get, tensors = header.fields.get, header.tensors
     if "token_embd.weight" not in tensors:
@@ -105,24 +105,24 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
             needs zeros.
     """
     needed = list(entries(layout))
-    described = f"The tensors in {path} do not match its description"
+    mismatch = f"The tensors in {path} do not match its description"
     require_fitting(
         {entry.name: entry.shape for entry in needed},
         {name: tensor.shape for name, tensor in tensors.items()},
         optional={entry.name for entry in needed if entry.copy},
-        message=described,
+        message=mismatch,
     )
-    held: dict[str, list[tuple[FileTensor, GGUFEntry, int | None]]] = {}
+    stored: dict[str, list[tuple[FileTensor, GGUFEntry, int | None]]] = {}
     for entry in needed:
         if (tensor := tensors.get(entry.name)) is None:
             continue
         if not entry.parts and numbers(path, tensor).any():
-            raise UserError(f"{described}: {entry.name} is not zero.")
+            raise UserError(f"{mismatch}: {entry.name} is not zero.")
         for i, name in enumerate(entry.parts):
-            held.setdefault(name, []).append((tensor, entry, i if len(entry.parts) > 1 else None))
+            stored.setdefault(name, []).append((tensor, entry, i if len(entry.parts) > 1 else None))
     mapped = weight_map(layout.config)
     shapes = {name: shape for place in mapped for name, shape in place.parts}
-    return {name: Blocks(path, tuple(found), shapes[name]) for name, found in held.items()}
+    return {name: Blocks(path, tuple(pieces), shapes[name]) for name, pieces in stored.items()}
 
 
 def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
@@ -149,8 +149,9 @@ def _tokenizer_of_transformers(path: Path, folder: str) -> None:
         )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the files may have any values
-        told = briefly(error)
-        raise UserError(f"transformers reads no tokenizer from {path}: {told}.") from error
+        raise UserError(
+            f"transformers reads no tokenizer from {path}: {briefly(error)}."
+        ) from error
 
 
 def _refuse_stretched(path: Path, header: Header) -> None:

@@ -92,7 +92,7 @@ class GGUFEntry:
     unpack: Callable[[Tensor], Tensor] = lambda stored: stored
     copy: bool = False
 
-    def made_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, from those in Hugging Face's layout."""
         if not self.parts:
             return torch.zeros(self.shape)
@@ -124,9 +124,9 @@ class Layout:
         """The mixture in the file, with the shared expert that ``glm4moe`` always has. If the
         layers are dense, that of a module is the shared expert of a mixture."""
         trunk = self.config.trunk
-        own = trunk.feed_forward
-        if isinstance(own, ExpertsConfig):
-            return own if own.n_shared or self.arch != "glm4moe" else replace(own, n_shared=1)
+        e = trunk.feed_forward
+        if isinstance(e, ExpertsConfig):
+            return e if e.n_shared or self.arch != "glm4moe" else replace(e, n_shared=1)
         n = math.gcd(trunk.d_ff, _NARROW)
         return ExpertsConfig(
             n_routed=1, n_shared=trunk.d_ff // n, top_k=1, d_expert=n, first_k_dense=trunk.n_layers
@@ -160,8 +160,8 @@ def layout_of(config: ModelConfig) -> Layout:
     trunk, mtp = config.trunk, config.mtp
     kind = trunk_type(trunk)
     _require_plain(trunk)
-    why = _unread(config)
-    if mtp.depth and not why:
+    unread = _unread(config)
+    if mtp.depth and not unread:
         assert isinstance(mtp, SequentialConfig)
         written = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1))
         further = " 2 is" if mtp.depth == 2 else f"s 2 to {mtp.depth} are"
@@ -170,10 +170,10 @@ def layout_of(config: ModelConfig) -> Layout:
             f"architecture such as {DRAFTING[kind]}, and drafts every token with it."
         )  # fmt: skip
         return Layout(arch=DRAFTING[kind], config=written, dropped=dropped)
-    alone = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
+    trunk_alone = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
     layers = trunk.feed_forward
     uneven = kind == "qwen3_moe" and isinstance(layers, ExpertsConfig) and layers.first_k_dense
-    return Layout(arch=(DRAFTING if uneven else PLAIN)[kind], config=alone, dropped=why)
+    return Layout(arch=(DRAFTING if uneven else PLAIN)[kind], config=trunk_alone, dropped=unread)
 
 
 def _unread(config: ModelConfig) -> str:
@@ -182,27 +182,27 @@ def _unread(config: ModelConfig) -> str:
     if not mtp.depth:
         return ""
     if not isinstance(mtp, SequentialConfig):
-        what = f"mtp={mtp.variant}"
+        setting = f"mtp={mtp.variant}"
     elif not mtp.reads_tokens:
-        what = f"mtp.token_dropout={mtp.token_dropout:g}"
+        setting = f"mtp.token_dropout={mtp.token_dropout:g}"
     elif mtp.blocks > 1:
-        what = f"mtp.blocks={mtp.blocks}"
+        setting = f"mtp.blocks={mtp.blocks}"
     elif mtp.branch != "final":
-        what = f"mtp.branch={mtp.branch}"
+        setting = f"mtp.branch={mtp.branch}"
     elif mtp.input_norm != "post":
-        what = f"mtp.input_norm={mtp.input_norm}"
+        setting = f"mtp.input_norm={mtp.input_norm}"
     elif getattr(config.trunk.attention, "q_rank", 1) is None:
-        what = "model.attention.q_rank=null"
+        setting = "model.attention.q_rank=null"
     else:
         return ""
     return (
-        f"The MTP heads are left out: llama.cpp has no architecture that drafts with {what} on "
+        f"The MTP heads are left out: llama.cpp has no architecture that drafts with {setting} on "
         "such a trunk."
     )
 
 
 def _require_plain(trunk: TrunkConfig) -> None:
-    """Refuse what the architectures do not compute."""
+    """Refuse a trunk that the architectures do not compute."""
     if trunk.rope_scaling is not None:
         raise UserError(
             "a trunk with model.rope_scaling cannot be written as GGUF here: export it as a folder."
@@ -217,13 +217,12 @@ def _require_plain(trunk: TrunkConfig) -> None:
 
 def entries(layout: Layout) -> Iterator[GGUFEntry]:
     """All tensors of a file: the model's, and zeros that the architecture needs besides."""
-    named = set()
+    names = set()
     for place in weight_map(layout.config):
-        found = _entries(layout, place) if place.stacked is None else _experts(place)
-        for entry in found:
-            named.add(entry.name)
+        for entry in _entries(layout, place) if place.stacked is None else _experts(place):
+            names.add(entry.name)
             yield replace(entry, copy=place.copy)
-    yield from (entry for entry in _mixtures(layout) if entry.name not in named)
+    yield from (entry for entry in _mixtures(layout) if entry.name not in names)
 
 
 def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
@@ -258,9 +257,9 @@ def _in_pairs(entry: GGUFEntry, heads: int) -> GGUFEntry:
 
 def _parsed(name: str) -> tuple[int, str, str]:
     """Layer, name within the layer, and ``weight`` or ``bias``."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
-    assert found is not None, name
-    return int(found[1]), found[2], found[3]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
+    assert match is not None, name
+    return int(match[1]), match[2], match[3]
 
 
 def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[GGUFEntry]:

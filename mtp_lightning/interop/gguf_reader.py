@@ -80,7 +80,7 @@ class _Reader:
     """One pass over the header, the fields and the tensors' descriptions."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self._content, self._at, self._entries = content, 0, 0
+        self._content, self._position, self._entries = content, 0, 0
 
     def header(self) -> Header:
         if self._take(4) != b"GGUF":
@@ -94,8 +94,8 @@ class _Reader:
         if max(n_tensors, n_fields) > _LARGEST_COUNT:
             raise ValueError(f"it states {n_tensors:,} tensors and {n_fields:,} fields")
         fields = {self._text(): self._value() for _ in range(n_fields)}
-        found = [self._tensor() for _ in range(n_tensors)]
-        tensors = {tensor.name: tensor for tensor in self._placed(found, fields)}
+        unplaced = [self._tensor() for _ in range(n_tensors)]
+        tensors = {tensor.name: tensor for tensor in self._placed(unplaced, fields)}
         if len(fields) < n_fields or len(tensors) < n_tensors:
             raise ValueError("it has two fields or two tensors of one name")
         return Header(fields, tensors)
@@ -121,7 +121,7 @@ class _Reader:
         alignment = fields.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"its general.alignment is {alignment}")
-        first = -(-self._at // alignment) * alignment
+        first = -(-self._position // alignment) * alignment
         placed = []
         for tensor in tensors:
             begin = first + tensor.offset
@@ -148,15 +148,15 @@ class _Reader:
 
     def _texts(self, count: int) -> list[str]:
         """As many texts: a tokenizer's tokens and merges, a hundred thousand in a small model."""
-        content, at, end, size_at = self._content, self._at, len(self._content), _SIZE.unpack_from
+        content, at, end = self._content, self._position, len(self._content)
         texts = []
         for _ in range(count):
-            (size,) = size_at(content, at)
+            (size,) = _SIZE.unpack_from(content, at)
             begin, at = at + _SIZE.size, at + _SIZE.size + size
             if at > end:
                 raise ValueError(f"it states {size:,} more bytes than it has")
             texts.append(content[begin:at].decode())
-        self._at = at
+        self._position = at
         return texts
 
     def _text(self) -> str:
@@ -167,10 +167,10 @@ class _Reader:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
     def _take(self, size: int) -> bytes:
-        begin, self._at = self._at, self._at + size
-        if self._at > len(self._content):
+        begin, self._position = self._position, self._position + size
+        if self._position > len(self._content):
             raise ValueError(f"it states {size:,} more bytes than it has")
-        return self._content[begin : self._at]
+        return self._content[begin : self._position]
 
 
 def _letter(kind: int) -> str:

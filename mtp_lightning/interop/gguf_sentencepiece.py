@@ -92,11 +92,11 @@ def parts(get: Callable[[str], Any], tokens: list[str], types: list[int]) -> dic
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[list[str]]:
     """All pairs of pieces that make up a piece, the piece with the highest score first."""
-    found = []
+    ranked = []
     for piece, i in vocab.items():
         if types[i] == _NORMAL and len(piece) <= _LONGEST:
-            for at in range(1, len(piece)):
-                left, right = piece[:at], piece[at:]
+            for cut in range(1, len(piece)):
+                left, right = piece[:cut], piece[cut:]
                 if left in vocab and right in vocab:
-                    found.append((-scores[i], vocab[left], vocab[right], [left, right]))
-    return [pair for *_, pair in sorted(found)]
+                    ranked.append((-scores[i], vocab[left], vocab[right], [left, right]))
+    return [pair for *_, pair in sorted(ranked)]

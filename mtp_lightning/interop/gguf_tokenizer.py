@@ -92,7 +92,7 @@ _LINES = [*_SAMPLE.split("\n"), _SAMPLE]
 
 
 def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The values of the tokenizer's keys, and what differs in llama.cpp, in a sentence or empty.
+    """The values of the tokenizer's keys, and a sentence about what differs in llama.cpp, if any.
 
     Args:
         tokenizer: with ``library_json()``, ``eot_id``, ``special_ids()`` and maybe ``beside``.
@@ -136,7 +136,7 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
     else:
         spaced = tokens[_ids(text, ["a"])[0][0]].startswith("\u2581")
         fields |= gguf_sentencepiece.to_fields(model, tokens, types, spaced=spaced)
-        rule, equal = "SentencePiece", _equal(text, _described(fields.get, tokens) or text)
+        rule, equal = "SentencePiece", _equal(text, _tokenizer_json(fields.get, tokens) or text)
     for name, i in zip(_MORE_ENDS, tokenizer.end_ids[1:], strict=False):
         fields[f"tokenizer.ggml.{name}_token_id"] = i
     specials = tokenizer.special_ids()
@@ -206,7 +206,7 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
-    if not isinstance(whole, str) and (whole := _described(get, tokens)) is None:
+    if not isinstance(whole, str) and (whole := _tokenizer_json(get, tokens)) is None:
         return False
     (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
     config: dict[str, Any] = {}
@@ -219,15 +219,15 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
     ends += [i for i, token in enumerate(tokens) if token in _END_NAMES]
-    told = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
-    (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
+    generation = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     template = get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return True
 
 
-def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
+def _tokenizer_json(get: Callable[[str], Any], tokens: list[str]) -> str | None:
     """The tokenizer.json that gives the ids that llama.cpp gives. None for a kind of tokenizer, or
     a rule, that is not known here."""
     types, model = get("tokenizer.ggml.token_type"), get("tokenizer.ggml.model")
@@ -266,13 +266,13 @@ def _byte_level(
     rule = _RULES.get(name) if isinstance(name, str) else None
     if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
         return None
-    known = enumerate(zip(tokens, types, strict=True))
+    typed_tokens = enumerate(zip(tokens, types, strict=True))
     return {
         "pre_tokenizer": rule,
         "decoder": _BYTES,
         "model": {
             "type": "BPE",
-            "vocab": {token: i for i, (token, kind) in known if kind != _UNUSED},
+            "vocab": {token: i for i, (token, kind) in typed_tokens if kind != _UNUSED},
             "merges": merges,
             "ignore_merges": name == "llama-bpe" and get("tokenizer.ggml.pre") not in _MERGED,
         },

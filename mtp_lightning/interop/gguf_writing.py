@@ -35,12 +35,12 @@ class Written:
     Attributes:
         layout: the layout of its tensors.
         parameters: number of values in the tensors.
-        said: sentences about what is left out, how llama.cpp drafts, and what differs there.
+        notes: sentences about what is left out, how llama.cpp drafts, and what differs there.
     """
 
     layout: Layout
     parameters: int
-    said: list[str]
+    notes: list[str]
 
 
 def write_file(
@@ -83,15 +83,15 @@ def write_file(
         if entry.copy:
             continue
         kind = gguf.GGMLQuantizationType[_kind_of(entry, dtype)]
-        numbers = entry.made_of(tensors).float().contiguous().numpy()
+        numbers = entry.assemble(tensors).float().contiguous().numpy()
         count += numbers.size
         writer.add_tensor(entry.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    said = [*layout.sentences(), *([split] if split else [])]
-    return Written(layout=layout, parameters=count, said=said)
+    notes = [*layout.sentences(), *([split] if split else [])]
+    return Written(layout=layout, parameters=count, notes=notes)
 
 
 def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
@@ -138,15 +138,15 @@ def check_file(
     """
     gguf_file.keep_quiet(file)
     yield check_tensors(file, model, written, dtype)
-    back = open_model(file)
+    reread = open_model(file)
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
-    found, wanted = back.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
-    if found != wanted or back.tokenizer.eot_id != tokenizer.eot_id:
-        raise CheckFailed(f"the tokenizer in {file} gives {found[:8]}..., not {wanted[:8]}...")
-    yield f"its tokenizer gives the same {len(wanted)} ids for a text"
+    ids, wanted_ids = reread.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
+    if ids != wanted_ids or reread.tokenizer.eot_id != tokenizer.eot_id:
+        raise CheckFailed(f"the tokenizer in {file} gives {ids[:8]}..., not {wanted_ids[:8]}...")
+    yield f"its tokenizer gives the same {len(wanted_ids)} ids for a text"
     if llama_cpp.is_there():
         yield from llama_cpp.check(
-            file, back.model, back.tokenizer, dtype=dtype, context=back.seq_len
+            file, reread.model, reread.tokenizer, dtype=dtype, context=reread.seq_len
         )
     else:
         yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
@@ -158,23 +158,23 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
     Raises:
         CheckFailed: one is not.
     """
-    own = _layout_tensors(written.layout, model)
+    tensors = _layout_tensors(written.layout, model)
     fields, _, parts = gguf_file.read(file, read_header(file))
-    found = {name: part.read() for name, part in parts.items()}
-    held = [entry for entry in entries(written.layout) if entry.parts and not entry.copy]
-    names = {name for entry in held for name in entry.parts}
-    for name in names ^ found.keys():
+    stored = {name: part.read() for name, part in parts.items()}
+    stored_entries = [entry for entry in entries(written.layout) if entry.parts and not entry.copy]
+    names = {name for entry in stored_entries for name in entry.parts}
+    for name in names ^ stored.keys():
         raise CheckFailed(f"{name} is {'missing' if name in names else 'unknown'} in {file}.")
-    for entry in held:
-        wanted, got = entry.made_of(own), entry.made_of(found)
-        if not _equal(wanted, got, _kind_of(entry, dtype)):
+    for entry in stored_entries:
+        wanted, read_back = entry.assemble(tensors), entry.assemble(stored)
+        if not _equal(wanted, read_back, _kind_of(entry, dtype)):
             raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
-    return f"{len(held)} tensors, read back, are the model's ({fields['model_type']})"
+    return f"{len(stored_entries)} tensors, read back, are the model's ({fields['model_type']})"
 
 
-def _equal(wanted: Tensor, found: Tensor, kind: str) -> bool:
+def _equal(wanted: Tensor, stored: Tensor, kind: str) -> bool:
     if kind != "Q8_0":
-        return torch.equal(found, wanted.to(_ROUNDED[kind]).float())
+        return torch.equal(stored, wanted.to(_ROUNDED[kind]).float())
     step = wanted.unflatten(-1, (-1, _BLOCK)).abs().amax(-1, keepdim=True) / 127
-    apart = (found - wanted).abs().unflatten(-1, (-1, _BLOCK))
-    return bool((apart <= step).all())
+    differences = (stored - wanted).abs().unflatten(-1, (-1, _BLOCK))
+    return bool((differences <= step).all())

@@ -41,12 +41,12 @@ def is_there(folder: Path) -> bool:
 def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The stack's part of a model's weights; experts' biases stay in float32, and ids as they
     are."""
-    found = {}
+    stack = {}
     for name, tensor in weights_of(model).items():
         if name.startswith("mtp."):
             kind = torch.float32 if name.endswith("expert_bias") else dtype
-            found[name] = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
-    return found
+            stack[name] = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
+    return stack
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
@@ -86,9 +86,9 @@ def read(
     """
     if eagle3.is_there(folder):
         return eagle3.read(folder, trunk, embedding, allow=allow)
-    found, described = tensor_files.parts(folder / FILE)
+    weights, metadata = tensor_files.parts(folder / FILE)
     try:
-        config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
+        config = MTPConfig.from_dict(json.loads(metadata.get(_KEY, "")), allow=allow)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder / FILE} does not describe its tensors: {error}.") from error
-    return config, found
+    return config, weights

@@ -61,8 +61,8 @@ class Module:
         counted = {n: s for n, s in self.states.items() if n not in experts or s != "fresh"}
         if experts and all(state == "fresh" for state in experts.values()):
             counted |= experts
-        found = {state: [n for n, own in counted.items() if own == state] for state in UNUSABLE}
-        return {state: names for state, names in found.items() if names}
+        by_state = {state: [n for n, s in counted.items() if s == state] for state in UNUSABLE}
+        return {state: names for state, names in by_state.items() if names}
 
     def __str__(self) -> str:
         counts = Counter(self.states.values())
@@ -97,9 +97,9 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
             name, _ = place.parts[0]
             # A tied head is the embedding.
             tied = place.own != "head.weight" or "lm_head.weight" not in parts
-            own = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
+            base = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
-            if name in parts and own is not None and not equal(parts[name].read(), own.read()):
+            if name in parts and base is not None and not equal(parts[name].read(), base.read()):
                 modules[depth][name] = "different"
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
@@ -128,11 +128,11 @@ def has_initial_size(matrix: Tensor, trunk: TrunkConfig) -> bool:
     initializer_range), also divided by the root of twice the layers (GPT-2), or PyTorch's. Short
     training keeps the shape of a distribution, but not its size."""
     assert trunk.init_std is not None  # the config fills it in
-    own = trunk.init_std
-    usual = (own, own / (2 * trunk.n_layers) ** 0.5, 0.02, (3 * matrix.shape[1]) ** -0.5)
-    found = float(matrix.std())
+    init_std = trunk.init_std
+    usual = (init_std, init_std / (2 * trunk.n_layers) ** 0.5, 0.02, (3 * matrix.shape[1]) ** -0.5)
+    std = float(matrix.std())
     chance = _ERRORS * (0.5 / matrix.numel()) ** 0.5  # of a normal distribution's
-    return any(abs(found / size - 1) < chance + _ROUNDED for size in usual)
+    return any(abs(std / size - 1) < chance + _ROUNDED for size in usual)
 
 
 def is_fresh(matrix: Tensor) -> bool:
@@ -153,7 +153,7 @@ def is_fresh(matrix: Tensor) -> bool:
         return False
     for means, size in ((square.mean(1), columns), (square.mean(0), rows)):
         expected = (kurtosis - 1) / size
-        found = float((means / variance).var())
-        if found > expected * (1 + _ERRORS * (2 / (len(means) - 1)) ** 0.5):
+        variation = float((means / variance).var())
+        if variation > expected * (1 + _ERRORS * (2 / (len(means) - 1)) ** 0.5):
             return False
     return True

@@ -34,7 +34,7 @@ _ACCEPTANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continuation:
     """llama.cpp's continuation of a prompt.
 
     Attributes:
@@ -55,9 +55,9 @@ def is_there() -> bool:
     return find_spec("xllamacpp") is not None
 
 
-def continued(
+def continue_prompts(
     file: Path, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, drafts: int = 0
-) -> list[Continued]:
+) -> list[Continuation]:
     """Continue prompts greedily, one at a time; no token ends a text.
 
     Args:
@@ -71,37 +71,37 @@ def continued(
     longest, threads = max(map(len, prompts)) + max(lengths) + drafts, torch.get_num_threads()
     params = llama_server.parameters(file, batch=1, tokens=longest, threads=threads)
     # The default rounds the cache to 16 bits.
-    whole = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.cache_type_k = params.cache_type_v = whole
+    float32 = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cache_type_k = params.cache_type_v = float32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if drafts:
         kinds = xllamacpp.common_speculative_type
         params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-        own = params.speculative.draft
-        own.n_max, own.n_min, own.p_min = drafts, 0, 0.0
-        own.cache_type_k = own.cache_type_v = whole
+        draft = params.speculative.draft
+        draft.n_max, draft.n_min, draft.p_min = drafts, 0, 0.0
+        draft.cache_type_k = draft.cache_type_v = float32
     server = xllamacpp.Server(params)
     return [_ask(server, ids, n) for ids, n in zip(prompts, lengths, strict=True)]
 
 
-def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
-    asked = llama_server.request(ids, length) | {"n_probs": 1, "return_tokens": True}
+def _ask(server: Any, ids: Sequence[int], length: int) -> Continuation:
+    body = llama_server.request(ids, length) | {"n_probs": 1, "return_tokens": True}
     # Over HTTP, since only this answer has the ids of all tokens.
     request = urllib.request.Request(
         f"{server.listening_address}/completion",
-        data=json.dumps(asked).encode(),
+        data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as answer:
-        found = json.load(answer)
-    tokens = [int(token) for token in found["tokens"]]
-    told = found.get("completion_probabilities") or ()
-    return Continued(
+        completion = json.load(answer)
+    tokens = [int(token) for token in completion["tokens"]]
+    reported = completion.get("completion_probabilities") or ()
+    return Continuation(
         ids=tokens,
         # Tokens that are part of a character are reported without one: the lengths may differ.
-        logprobs=[float(t["logprob"]) for t in told] if len(told) == len(tokens) else None,
-        drafted=int(found["timings"].get("draft_n", 0)),
-        accepted=int(found["timings"].get("draft_n_accepted", 0)),
+        logprobs=[float(t["logprob"]) for t in reported] if len(reported) == len(tokens) else None,
+        drafted=int(completion["timings"].get("draft_n", 0)),
+        accepted=int(completion["timings"].get("draft_n_accepted", 0)),
     )
 
 
@@ -112,7 +112,7 @@ def check(
 
     Args:
         file: a GGUF file.
-        model: what the file holds, with its rounded values, on the CPU.
+        model: the file's model, with its rounded values, on the CPU.
         tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.
         context: tokens that the file states as its context, which llama.cpp does not exceed.
@@ -123,51 +123,51 @@ def check(
     Raises:
         CheckFailed: a difference beyond what the file's rounding explains.
     """
-    begun = max(1, min(_PROMPT, context // 4))
-    new = min(_NEW, context - begun - 2)
-    if new < 1:
+    prompt_len = max(1, min(_PROMPT, context // 4))
+    n_new = min(_NEW, context - prompt_len - 2)
+    if n_new < 1:
         yield f"llama.cpp was not asked: a context of {context} tokens is too short for a text"
         return
-    prompts = _prompts(model, begun)
-    plain = generate(model, prompts, max_new_tokens=new, speculative=False, eot_id=None)
+    prompts = _prompts(model, prompt_len)
+    plain = generate(model, prompts, max_new_tokens=n_new, speculative=False, eot_id=None)
     # llama.cpp is told not to end a text, and then never chooses a token that would.
     ends = tokenizer.end_ids
-    ended = [[*(t in ends for t in text.token_ids), True].index(True) for text in plain]
-    kept = [i for i, n in enumerate(ended) if n]
-    if not kept:
+    text_lens = [[*(t in ends for t in text.token_ids), True].index(True) for text in plain]
+    nonempty = [i for i, n in enumerate(text_lens) if n]
+    if not nonempty:
         yield "llama.cpp was not asked: the model ends every text at once"
         return
-    prompts, plain = [prompts[i] for i in kept], [plain[i] for i in kept]
-    lengths = [ended[i] for i in kept]
-    theirs = continued(file, prompts, lengths)
-    apart, spread = zip(*map(lambda p, c: _compared(model, p, c), prompts, theirs), strict=True)
-    share = float(torch.cat(apart).mean() / torch.cat(spread).mean())
-    same = sum(c.ids == p.token_ids[:n] for c, p, n in zip(theirs, plain, lengths, strict=True))
+    prompts, plain = [prompts[i] for i in nonempty], [plain[i] for i in nonempty]
+    lengths = [text_lens[i] for i in nonempty]
+    theirs = continue_prompts(file, prompts, lengths)
+    deltas, spreads = zip(*map(lambda p, c: _compare(model, p, c), prompts, theirs), strict=True)
+    share = float(torch.cat(deltas).mean() / torch.cat(spreads).mean())
+    n_same = sum(c.ids == p.token_ids[:n] for c, p, n in zip(theirs, plain, lengths, strict=True))
     if not share <= _ALLOWED[dtype]:  # also true for NaN
         raise CheckFailed(
             f"llama.cpp computes something else from {file}: its log-probabilities differ by "
             f"{share:.1%} of the logits' spread, and at most {_ALLOWED[dtype]:.1%} is rounding."
         )
     yield (
-        f"llama.cpp decodes {same} of {len(prompts)} greedy texts the same (log-probabilities "
+        f"llama.cpp decodes {n_same} of {len(prompts)} greedy texts the same (log-probabilities "
         f"differ by {share:.1e} of the logits' spread)"
     )
     if model.depth == 0:
         return
-    drafted = continued(file, prompts, lengths, drafts=1)
-    own = [
+    their_texts = continue_prompts(file, prompts, lengths, drafts=1)
+    our_texts = [
         text
         for prompt, n in zip(prompts, lengths, strict=True)
         for text in generate(model, [prompt], max_new_tokens=n, eot_id=None, draft_depth=1)
     ]
-    n_ours, n_found = sum(text.drafts for text in own), sum(text.drafted for text in drafted)
-    ours = sum(text.drafts_accepted[0] for text in own) / max(n_ours, 1)
-    found = sum(text.accepted for text in drafted) / max(n_found, 1)
+    n_ours, n_theirs = sum(t.drafts for t in our_texts), sum(t.drafted for t in their_texts)
+    our_share = sum(t.drafts_accepted[0] for t in our_texts) / max(n_ours, 1)
+    their_share = sum(t.accepted for t in their_texts) / max(n_theirs, 1)
     line = (
-        f"llama.cpp accepts {found:.1%} of its {n_found} drafts (draft-mtp), this project "
-        f"{ours:.1%} of {n_ours}"
+        f"llama.cpp accepts {their_share:.1%} of its {n_theirs} drafts (draft-mtp), this project "
+        f"{our_share:.1%} of {n_ours}"
     )
-    if dtype == "float32" and abs(found - ours) > _ACCEPTANCE:
+    if dtype == "float32" and abs(their_share - our_share) > _ACCEPTANCE:
         raise CheckFailed(f"{line}: the MTP module in {file} computes something else.")
     yield line
 
@@ -181,18 +181,18 @@ def _prompts(model: MTPModel, length: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _compared(model: MTPModel, prompt: Sequence[int], said: Continued) -> tuple[Tensor, Tensor]:
+def _compare(model: MTPModel, prompt: Sequence[int], text: Continuation) -> tuple[Tensor, Tensor]:
     """For each new token, the larger of two differences, and the standard deviation of the logits.
 
     The differences are between the log-probabilities of the token in llama.cpp (if reported) and in
     the model, and between those of the model's most likely token and of this token in the model.
     """
-    read = [*prompt, *said.ids, *[0] * model.depth]  # the last ones are only predicted
-    batch = WindowBatch(torch.tensor([read]), model.depth)
+    tokens = [*prompt, *text.ids, *[0] * model.depth]  # the last ones are only predicted
+    batch = WindowBatch(torch.tensor([tokens]), model.depth)
     logits: Tensor = model.head(model(batch)[0])[0, len(prompt) - 1 :]
-    own = logits.float().log_softmax(-1)
-    chosen = own.gather(1, torch.tensor(said.ids).unsqueeze(1)).squeeze(1)
-    apart = own.amax(-1) - chosen
-    if said.logprobs is not None:
-        apart = (chosen - torch.tensor(said.logprobs)).abs().maximum(apart)
-    return apart, own.std(-1)
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(text.ids).unsqueeze(1)).squeeze(1)
+    difference = logprobs.amax(-1) - chosen
+    if text.logprobs is not None:
+        difference = (chosen - torch.tensor(text.logprobs)).abs().maximum(difference)
+    return difference, logprobs.std(-1)

@@ -160,10 +160,10 @@ def plain(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
 def in_layers(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The part of a model that a folder's layers hold, in the form of :func:`plain`: only the trunk
     if the stack has no layout."""
-    found, weights = plain(model)
+    laid_out, weights = plain(model)
     if has_layout(model.config):
-        return found, weights
-    return ModelConfig(trunk=found.trunk, mtp=NoMTPConfig()), weights
+        return laid_out, weights
+    return ModelConfig(trunk=laid_out.trunk, mtp=NoMTPConfig()), weights
 
 
 def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
@@ -222,25 +222,25 @@ def to_folder(
     """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`in_layers`."""
     # A tied head is left out: the folder's config says that it is tied.
     places = weight_map(config)
-    held = (p for p in places if not (p.copy and p.parts[0][0] == "lm_head.weight"))
-    return pieces(held, weights, dtype)
+    stored = (p for p in places if not (p.copy and p.parts[0][0] == "lm_head.weight"))
+    return pieces(stored, weights, dtype)
 
 
 def pieces(
     places: Iterable[MappedWeight], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of a layout, in order, from those of this project."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for place in places:
         tensor = weights[place.own]
         rows = tensor if place.stacked is None else tensor.flatten(0, 1)
         if place.order is not None:
             rows = rows[torch.tensor(place.order).argsort()]
-        pieces = rows.split([shape[0] for _, shape in place.parts])
-        for (name, shape), piece in zip(place.parts, pieces, strict=True):
+        row_groups = rows.split([shape[0] for _, shape in place.parts])
+        for (name, shape), piece in zip(place.parts, row_groups, strict=True):
             assert piece.shape == shape, name
-            found[name] = piece.to(torch.float32 if place.precise else dtype).contiguous()
-    return found
+            tensors[name] = piece.to(torch.float32 if place.precise else dtype).contiguous()
+    return tensors
 
 
 def from_folder(
@@ -259,13 +259,13 @@ def from_folder(
         message=f"The tensors in {source} do not match its config.json",
     )
     weights: dict[str, Stored] = {}
-    single: dict[str, StoredTensor] = {}
+    originals: dict[str, StoredTensor] = {}
     for place in needed:
         parts = tuple(tensors[name] for name, _ in place.parts if name in tensors)
         if place.copy:
-            own = single.setdefault(place.own, single[_EMBEDDING])  # a tied head
+            original = originals.setdefault(place.own, originals[_EMBEDDING])  # a tied head
             weights.setdefault(place.own, weights[_EMBEDDING])
-            if parts and not equal(parts[0].read(), own.read()):
+            if parts and not equal(parts[0].read(), original.read()):
                 raise UserError(
                     f"{place.parts[0][0]} in {source} differs from the trunk's, but every "
                     "prediction shares the trunk's embedding and head here."
@@ -273,5 +273,5 @@ def from_folder(
             continue
         weights[place.own] = Assembled(place, parts)
         if place.own in (_EMBEDDING, _HEAD):
-            single[place.own] = parts[0]
+            originals[place.own] = parts[0]
     return weights

@@ -54,8 +54,8 @@ def describe(
         trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
         config = ModelConfig(trunk=trunk, mtp=module_layout(fields["model_type"]).of_depth(depth))
     require_held(config, tensors, source=str(path))
-    found = from_folder(weight_map(config), tensors, source=str(path))
-    weights: dict[str, Stored | Tensor] = dict(found)
+    weights: dict[str, Stored | Tensor] = {}
+    weights |= from_folder(weight_map(config), tensors, source=str(path))
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
@@ -104,12 +104,12 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     block = fp8.block_size(fields, source=source)
     tensors: dict[str, StoredTensor] = {}
     for file, promised in files_of(folder).items():
-        found, _ = tensor_files.parts(file)
-        if promised is not None and promised != found.keys():
-            name = min(promised ^ found.keys())
+        in_file, _ = tensor_files.parts(file)
+        if promised is not None and promised != in_file.keys():
+            name = min(promised ^ in_file.keys())
             where = "the index" if name in promised else "the file"
             raise UserError(f"{file} does not agree with the index: {name} is only in {where}.")
-        tensors |= found
+        tensors |= in_file
     if block is not None:
         fp8.dequantize(tensors, block, source=str(folder))
     for name, tensor in tensors.items():

@@ -36,7 +36,7 @@ _OF_MODULES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types")
 
 
 def kind(config: ModelConfig) -> str:
-    """The library's name for the model that computes what the heads compute.
+    """The library's name for the model that computes the same as the heads.
 
     Raises:
         UserError: it has none; the message names the setting and the reason.
@@ -55,9 +55,9 @@ def _obstacle(config: ModelConfig) -> str:
             "which are those of mtp=sequential and mtp=eagle"
         )
     if isinstance(mtp, EagleConfig):
-        found = eagle3.obstacle(config)
-        return found and (
-            f"{found} has no place in it, since it has no estimates of acceptance, rotates whole "
+        setting = eagle3.obstacle(config)
+        return setting and (
+            f"{setting} has no place in it, since it has no estimates of acceptance, rotates whole "
             "heads, and reads three states in ascending order, none after the last block"
         )
     if mtp.n_modules > 1:
@@ -98,10 +98,10 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
         _, weights = plain(model)
         places = module_weights(config.trunk, "mtp.depths.0.", "mtp_layers.0.", MIMO)
         return pieces(places, weights, dtype)
-    found = eagle3.layer_tensors(model, dtype)
+    draft = eagle3.layer_tensors(model, dtype)
     if config.mtp.draft_vocab in (None, config.trunk.vocab_size):  # then it has no such tables
-        found = {name: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
-    layer = {name.replace("midlayer.", "layers.0.", 1): t for name, t in found.items()}
+        draft = {name: tensor for name, tensor in draft.items() if name not in ("d2t", "t2d")}
+    layer = {name.replace("midlayer.", "layers.0.", 1): t for name, t in draft.items()}
     # Without the copy, version 0.9.0 may leave its own embedding as it was allocated.
     embedding = model.trunk.embedding.weight.detach().cpu().to(dtype)
     return {"embed_tokens.weight": embedding, **layer}
@@ -128,9 +128,9 @@ def write(
 def check(folder: Path, model: MTPModel, dtype: torch.dtype) -> str:
     """Checks that the tensors of the folder inside ``folder`` are a model's, each rounded once; see
     :func:`check_tensors`."""
-    parts, _ = tensor_files.parts(folder / FOLDER / SINGLE)
-    found = {name: part.read() for name, part in parts.items()}
-    check_tensors(found, tensors(model, dtype), folder / FOLDER)
+    unread, _ = tensor_files.parts(folder / FOLDER / SINGLE)
+    stored = {name: part.read() for name, part in unread.items()}
+    check_tensors(stored, tensors(model, dtype), folder / FOLDER)
     return f"{FOLDER}, read back, holds the heads; speculators was not started"
 
 
@@ -148,9 +148,9 @@ def _fields(
             attention=GroupedQueryConfig(),
             feed_forward=DenseConfig(),
         )
-    alone = ModelConfig(trunk=layer, mtp=NoMTPConfig())
-    stored = str(dtype).removeprefix("torch.")
-    of_layer = config_json.to_json(alone, depth=0, dtype=stored, **stated)
+    one_layer = ModelConfig(trunk=layer, mtp=NoMTPConfig())
+    dtype_name = str(dtype).removeprefix("torch.")
+    layer_fields = config_json.to_json(one_layer, depth=0, dtype=dtype_name, **stated)
     fields: dict[str, Any] = {
         "architectures": [_CLASSES[name]],
         "speculators_model_type": name,
@@ -165,8 +165,8 @@ def _fields(
             },
         },
         "tie_word_embeddings": False,
-        "torch_dtype": stored,
-        "transformer_layer_config": {n: v for n, v in of_layer.items() if n not in _OF_MODULES},
+        "torch_dtype": dtype_name,
+        "transformer_layer_config": {n: v for n, v in layer_fields.items() if n not in _OF_MODULES},
     }
     if not isinstance(mtp, EagleConfig):
         return fields | {"num_nextn_predict_layers": 1}

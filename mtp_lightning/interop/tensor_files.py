@@ -63,21 +63,21 @@ class Assembled(Stored):
         rows = target if self.mapped.stacked is None else target.flatten(0, 1)
         assert rows.data_ptr() == target.data_ptr()
         order = self.mapped.order
-        where = None if order is None else torch.tensor(order).argsort()
-        at = 0
+        destinations = None if order is None else torch.tensor(order).argsort()
+        begin = 0
         for part in self.parts:
-            own = slice(at, at + part.shape[0])
-            if where is None:
-                part.copy_to(rows[own])
+            of_part = slice(begin, begin + part.shape[0])
+            if destinations is None:
+                part.copy_to(rows[of_part])
             else:
-                rows[where[own]] = part.read().to(rows.dtype)
-            at = own.stop
+                rows[destinations[of_part]] = part.read().to(rows.dtype)
+            begin = of_part.stop
 
     def scales(self) -> WeightScales | None:
-        found = [each for part in self.parts if (each := part.scales()) is not None]
-        if self.mapped.stacked is not None or len(found) < len(self.parts):
+        scales = [s for part in self.parts if (s := part.scales()) is not None]
+        if self.mapped.stacked is not None or len(scales) < len(self.parts):
             return None
-        return WeightScales.joined(found, self.mapped.order)
+        return WeightScales.joined(scales, self.mapped.order)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -105,8 +105,8 @@ class SafeTensor(StoredTensor):
 
     def read(self) -> Tensor:
         with _opened(self.file) as content:
-            found: Tensor = content.get_tensor(self.name)
-            return found
+            tensor: Tensor = content.get_tensor(self.name)
+            return tensor
 
 
 def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -118,10 +118,10 @@ def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """
     with _opened(file) as content:
         names = content.keys()
-        found: dict[str, StoredTensor] = {
+        tensors: dict[str, StoredTensor] = {
             name: SafeTensor(file, name, content.get_tensor(name)) for name in names
         }
-        return found, content.metadata() or {}
+        return tensors, content.metadata() or {}
 
 
 @contextmanager
@@ -147,12 +147,12 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, such as copies of the embedding.
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    unshared: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    file.write_bytes(save(apart, metadata=metadata))
+        unshared[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
+    file.write_bytes(save(unshared, metadata=metadata))
 
 
 def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -61,8 +61,8 @@ class Loaded:
         ignored = {"_keys_to_ignore_on_load_unexpected": names}
         with _quiet(transformers):
             try:
-                named: Any = type(kind.__name__, (kind,), ignored)
-                self.model, info = named.from_pretrained(
+                patched: Any = type(kind.__name__, (kind,), ignored)
+                self.model, info = patched.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
             except Exception as error:  # the folder's files may have any values
@@ -83,8 +83,7 @@ class Loaded:
         try:
             return MtpModel.from_pretrained(self.model).eval()
         except Exception as error:  # such as a missing tensor; the message names it
-            told = briefly(error)
-            raise UserError(f"transformers cannot load the MTP layers: {told}.") from error
+            raise UserError(f"transformers cannot load MTP layers: {briefly(error)}.") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:

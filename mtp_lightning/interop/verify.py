@@ -73,25 +73,25 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     """Checks that the folder's tensors are the model's, each rounded once; see
     :func:`check_tensors`."""
     wanted = to_folder(*in_layers(model), DTYPES[dtype])
-    _, parts = contents(folder)
-    found = {name: part.read() for name, part in parts.items()}
+    _, unread = contents(folder)
+    tensors = {name: part.read() for name, part in unread.items()}
     if has_extra_file(model.config):
         wanted |= heads.tensors(model, DTYPES[dtype])
-        _, stored = heads.read(folder, model.config.trunk)
-        found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
-    return f"{check_tensors(found, wanted, folder)} tensors are the model's"
+        _, stack = heads.read(folder, model.config.trunk)
+        tensors |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stack.items()}
+    return f"{check_tensors(tensors, wanted, folder)} tensors are the model's"
 
 
-def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> int:
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> int:
     """Checks that tensors of a folder have the wanted names and values; returns their number.
 
     Raises:
         CheckFailed: a tensor is missing, unknown or different; the message names it.
     """
-    for name in sorted(wanted.keys() ^ found.keys()):
+    for name in sorted(wanted.keys() ^ tensors.keys()):
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():
-        if not torch.equal(found[name].float(), tensor.float()):
+        if not torch.equal(tensors[name].float(), tensor.float()):
             raise CheckFailed(f"{name} in {folder} is not the model's tensor.")
     return len(wanted)
 
@@ -114,25 +114,25 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     """
     transformers = import_transformers()
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
-    wanted = [int(token) for token in tokenizer.encode(text)]
+    wanted_ids = [int(token) for token in tokenizer.encode(text)]
     for reader in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         kind = getattr(transformers, reader)
         try:
             # By default, AutoTokenizer asks whether to run code that tokenizer_config.json names.
             theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            found = theirs(text, add_special_tokens=False)["input_ids"]
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # a tokenizer_config.json from elsewhere may have any values
-            told = f"cannot be read: {briefly(error)}"
+            problem = f"cannot be read: {briefly(error)}"
             continue
-        if found == wanted and theirs.eos_token_id == tokenizer.eot_id:
+        if ids == wanted_ids and theirs.eos_token_id == tokenizer.eot_id:
             # For Qwen2's model type, AutoTokenizer splits text by a rule of its own.
             only = "" if reader == "AutoTokenizer" else f" in {reader}, but not in AutoTokenizer"
-            return f"tokenizer.json gives the same {len(wanted)} ids for a text{only}"
-        told = (
-            f"gives other ids: {found[:8]}... with end of text {theirs.eos_token_id}, not "
-            f"{wanted[:8]}... and {tokenizer.eot_id}"
+            return f"tokenizer.json gives the same {len(wanted_ids)} ids for a text{only}"
+        problem = (
+            f"gives other ids: {ids[:8]}... with end of text {theirs.eos_token_id}, not "
+            f"{wanted_ids[:8]}... and {tokenizer.eot_id}"
         )
-    raise CheckFailed(f"In transformers, the tokenizer in {folder} {told}.")
+    raise CheckFailed(f"In transformers, the tokenizer in {folder} {problem}.")
 
 
 def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
@@ -155,18 +155,18 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     foreign = kind in STANDS_FOR and config.mtp.depth > 0
     depth = 0 if extra or foreign else config.mtp.depth
     theirs = Loaded(folder, model_type=kind, n_layers=trunk.n_layers, depth=depth)
-    for what, names in (("is missing", theirs.missing), ("is not expected", theirs.unexpected)):
+    for problem, names in (("is missing", theirs.missing), ("is not expected", theirs.unexpected)):
         if names:
-            raise CheckFailed(f"{names[0]} {what} in {folder}, transformers says.")
+            raise CheckFailed(f"{names[0]} {problem} in {folder}, transformers says.")
 
     generator = torch.Generator().manual_seed(0)
     ahead = model.config.mtp.stride * model.depth + 1
     tokens = torch.randint(trunk.vocab_size, (_BATCH, _LENGTH + ahead), generator=generator)
-    own = _logits(model, tokens)
-    for k, found in enumerate(theirs.logits(tokens[:, : _LENGTH + depth])):
-        worst = (found - own[k]).abs().max().item()
+    own_logits = _logits(model, tokens)
+    for k, their_logits in enumerate(theirs.logits(tokens[:, : _LENGTH + depth])):
+        worst = (their_logits - own_logits[k]).abs().max().item()
         where = "trunk" if k == 0 else f"MTP depth {k}"
-        allowed = max(TOLERANCE, ROUNDING * own[k].abs().max().item())
+        allowed = max(TOLERANCE, ROUNDING * own_logits[k].abs().max().item())
         if not worst <= allowed:  # also true for NaN
             layer = "" if k == 0 else f" (model.layers.{trunk.n_layers + k - 1}.*)"
             raise CheckFailed(
@@ -177,8 +177,8 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
-        back = build_model(config, weights, source=str(folder))
-        yield from _check_heads(back, own, tokens, heads.where(model.config))
+        reread = build_model(config, weights, source=str(folder))
+        yield from _check_heads(reread, own_logits, tokens, heads.where(model.config))
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])
 
 
@@ -188,27 +188,27 @@ def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
     return [model.head_of(k)(h_BTC) for k, h_BTC in hidden.items()]
 
 
-def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
-    for k, found in enumerate(_logits(back, tokens)):
-        if not torch.equal(found, own[k]):
+def _check_heads(model: MTPModel, ours: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
+    for k, logits in enumerate(_logits(model, tokens)):
+        if not torch.equal(logits, ours[k]):
             raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
     yield f"{where}, read back, gives the same logits at every depth"
 
 
 def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str]:
-    (alone,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
-    (drafted,) = generate(model, [prompt], max_new_tokens=_NEW) if theirs.depth else (alone,)
-    wanted = alone.token_ids
+    (plain,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
+    (drafted,) = generate(model, [prompt], max_new_tokens=_NEW) if theirs.depth else (plain,)
+    wanted = plain.token_ids
     for use_mtp in (False, True) if theirs.depth else (False,):
-        found, passes = theirs.greedy(prompt, _NEW, use_mtp=use_mtp)
-        if found != wanted:
-            at = next(i for i, token in enumerate(wanted) if found[i : i + 1] != [token])
+        ids, passes = theirs.greedy(prompt, _NEW, use_mtp=use_mtp)
+        if ids != wanted:
+            i = next(i for i, token in enumerate(wanted) if ids[i : i + 1] != [token])
             raise CheckFailed(
                 f"generate(use_mtp={use_mtp}) of transformers differs from this project's plain "
-                f"greedy decoding at new token {at}: {found[at : at + 1]} instead of {wanted[at]}."
+                f"greedy decoding at new token {i}: {ids[i : i + 1]} instead of {wanted[i]}."
             )
-        own = 1 + (drafted if use_mtp else alone).verify_passes
+        own_passes = 1 + (drafted if use_mtp else plain).verify_passes
         yield (
             f"generate(use_mtp={use_mtp}) decodes the same {_NEW} tokens "
-            f"(passes of the trunk: {passes}, here {own})"
+            f"(passes of the trunk: {passes}, here {own_passes})"
         )

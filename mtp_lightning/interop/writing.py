@@ -65,13 +65,13 @@ def write_folder(
     """
     config = model.config
     extra = has_extra_file(config)
-    laid_out, own = in_layers(model)
+    laid_out, weights = in_layers(model)
     depth = laid_out.mtp.depth
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
     )
     fields |= tokenizer.special_ids()
-    tensors = to_folder(laid_out, own, DTYPES[dtype])
+    tensors = to_folder(laid_out, weights, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, fields)

@@ -60,8 +60,8 @@ class GuardedLogger:
     @property
     def experiment(self) -> Any:
         """The service's own object; one that does nothing if the logger has none or failed."""
-        found = self._try("experiment", getattr, self._logger, "experiment", None)
-        return DummyExperiment() if found is None else found
+        service = self._try("experiment", getattr, self._logger, "experiment", None)
+        return DummyExperiment() if service is None else service
 
     def finalize(self, status: str) -> None:
         """Tells the logger that the run failed; the end of ``fit`` only saves."""

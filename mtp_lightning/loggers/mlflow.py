@@ -64,9 +64,9 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
         """Begins the run, or finds it again, and sends its settings."""
         super().log_hyperparams(params)
-        known = self.experiment.get_run(self.run_id).data.params
+        stored = self.experiment.get_run(self.run_id).data.params
         # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
-        MLFlowLogger.log_hyperparams(self, {k: v for k, v in params.items() if k not in known})
+        MLFlowLogger.log_hyperparams(self, {k: v for k, v in params.items() if k not in stored})
 
     def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
         MLFlowLogger.log_metrics(self, metrics, step)

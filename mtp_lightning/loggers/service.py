@@ -53,16 +53,16 @@ class ServiceLogger(RunLogger):
         self._run_folder.mkdir(parents=True, exist_ok=True)
         run = self._begin(params)
         if self._recall() != run:
-            known = {**self._read_trackers(), self._service: run}
-            write_json(known, self._run_folder / TRACKERS_FILE)
+            trackers = {**self._read_trackers(), self._service: run}
+            write_json(trackers, self._run_folder / TRACKERS_FILE)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Sends the values that the service does not have yet."""
         sent = self._sent.get(-1 if step is None else step, frozenset())
-        news = {tag: value for tag, value in metrics.items() if tag not in sent}
-        if news:
-            self._send(news, step)
+        unsent = {tag: value for tag, value in metrics.items() if tag not in sent}
+        if unsent:
+            self._send(unsent, step)
 
     @abstractmethod
     def _begin(self, params: Mapping[str, Any]) -> str:
@@ -73,8 +73,8 @@ class ServiceLogger(RunLogger):
         """Sends values."""
 
     def _recall(self) -> str | None:
-        found = self._read_trackers().get(self._service)
-        return found if isinstance(found, str) else None
+        name = self._read_trackers().get(self._service)
+        return name if isinstance(name, str) else None
 
     def _read_trackers(self) -> dict[str, str]:
         try:

@@ -69,9 +69,9 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
         if new:
             self.log_metrics(new, step)
-        _, begun, done = _hparams(params)
-        self.experiment._get_file_writer().add_summary(begun, None)
-        self.experiment._get_file_writer().add_summary(done, None)
+        _, values_record, end_record = _hparams(params)
+        self.experiment._get_file_writer().add_summary(values_record, None)
+        self.experiment._get_file_writer().add_summary(end_record, None)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:

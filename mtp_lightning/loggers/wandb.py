@@ -97,6 +97,6 @@ def _must_stay_offline(folder: Path, run: str) -> bool:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if reason:
-        later = f"wandb sync --id {run} {folder}/wandb/offline-run-*"
-        log.info("wandb works offline (%s); to send it later: %s", reason, later)
+        command = f"wandb sync --id {run} {folder}/wandb/offline-run-*"
+        log.info("wandb works offline (%s); to send it later: %s", reason, command)
     return bool(reason)

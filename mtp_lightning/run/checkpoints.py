@@ -184,7 +184,7 @@ def newest_intact(folder: Path) -> Path | None:
     Returns:
         None if the folder is missing or holds no intact checkpoint.
     """
-    found = []
+    candidates = []
     for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
         reason, step = inspect(path)
         if reason is not None:
@@ -192,32 +192,32 @@ def newest_intact(folder: Path) -> Path | None:
         elif path.name == LAST:
             return path
         else:
-            found.append((step, path.stat().st_mtime_ns, path))
-    return max(found)[2] if found else None
+            candidates.append((step, path.stat().st_mtime_ns, path))
+    return max(candidates)[2] if candidates else None
 
 
 KEEP = ("all", "weights", "none")
 
 
-def keep(folder: Path, what: str) -> None:
+def keep(folder: Path, choice: str) -> None:
     """Remove those checkpoints of a finished run that are not wanted.
 
     Args:
         folder: the folder of the checkpoints.
-        what: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
+        choice: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
             optimizer's state: a third of the bytes, but no run can continue from them. A damaged
             file is reported and left as it is. ``none`` keeps no file.
     """
     last, best = folder / LAST, folder / BEST
     removed = {"all": (), "weights": (PREVIOUS,), "none": (PREVIOUS, LAST, BEST)}
-    for name in removed[what]:
+    for name in removed[choice]:
         (folder / name).unlink(missing_ok=True)
-    if what == "weights":
-        one = last.is_file() and best.is_file() and last.samefile(best)
-        for path in (last,) if one else (last, best):
+    if choice == "weights":
+        is_one_file = last.is_file() and best.is_file() and last.samefile(best)
+        for path in (last,) if is_one_file else (last, best):
             if path.is_file():
                 _drop_optimizer(path)
-        if one:
+        if is_one_file:
             link_or_copy(last, best)
     if (folder / SHARDS).is_dir():
         _shard_files(folder).sweep(folder)
@@ -292,13 +292,13 @@ def _broken_shards(content: Any, path: Path) -> str | None:
     """Why the shards of an index cannot be used; None if they can, or if there are none."""
     if not is_sharded(content):
         return None
-    there = []
+    files = []
     for file in _shard_files(path).files_of(content, path):
         if not file.is_file():
             return f"its part {file} is not there"
-        there.append(file)
+        files.append(file)
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        for file, reason in zip(there, pool.map(_broken_archive, there), strict=True):
+        for file, reason in zip(files, pool.map(_broken_archive, files), strict=True):
             if reason is not None:
                 return f"its part {file}: {reason}"
     return None
@@ -336,19 +336,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
-        disk = [link for link in chain if isinstance(link, OSError)]
-        full = [link for link in disk if link.errno in (errno.ENOSPC, errno.EDQUOT)]
-        if full:
+        disk_errors = [link for link in chain if isinstance(link, OSError)]
+        full_errors = [link for link in disk_errors if link.errno in (errno.ENOSPC, errno.EDQUOT)]
+        if full_errors:
             free = shutil.disk_usage(path.parent).free
-            kept = "the previous checkpoint there is intact"
+            state = "the previous checkpoint there is intact"
             if not path.exists():
-                kept = "no checkpoint was there before"
+                state = "no checkpoint was there before"
             raise OSError(
-                full[0].errno,
-                f"No space left to write the checkpoint {path} ({free:,} bytes free); {kept}: "
+                full_errors[0].errno,
+                f"No space left to write the checkpoint {path} ({free:,} bytes free); {state}: "
                 "free some space.",
             ) from error
-        if disk and isinstance(error, RuntimeError):
-            text = f"Cannot write the checkpoint {path}: {disk[0].strerror}."
-            raise OSError(disk[0].errno, text) from error
+        if disk_errors and isinstance(error, RuntimeError):
+            text = f"Cannot write the checkpoint {path}: {disk_errors[0].strerror}."
+            raise OSError(disk_errors[0].errno, text) from error
         raise

@@ -17,7 +17,7 @@ _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
-# Those that, if they are there before the run, a user or another program wrote.
+# Of these, the entries that a user or another program wrote if they are there before the run.
 _OTHERS = _BEGUN - {_LOCK_FILE, ".hydra", "train.log"}
 # The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0
@@ -40,24 +40,24 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
         BlockingIOError: another process trains in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = any((folder / name).exists() for name in _OTHERS)
+    had_files = any((folder / name).exists() for name in _OTHERS)
     lock = Lock(folder / _LOCK_FILE)
     try:
-        had = lock.wait(seconds=seconds)
+        acquired = lock.wait(seconds=seconds)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        had = True  # the file system has no locks
-    if not had:
+        acquired = True  # the file system has no locks
+    if not acquired:
         raise BlockingIOError(
             f"Another process trains in {folder}: wait for its end, or take another {option}."
         )
-    for left in (folder / CHECKPOINTS).glob(".*.tmp"):  # left by a kill during a save
-        left.unlink(missing_ok=True)
+    for temporary in (folder / CHECKPOINTS).glob(".*.tmp"):  # left by a kill during a save
+        temporary.unlink(missing_ok=True)
     try:
         yield
     except BaseException:
-        if not held:
+        if not had_files:
             leave(folder)
         raise
     finally:

@@ -43,5 +43,5 @@ def time_to_solve(
         return None
     spent = {name: row[f"progress/{name}"] for name in _COST if f"progress/{name}" in row}
     # Counts are logged as floats.
-    whole = {name: v if name == "seconds" else int(v) for name, v in spent.items()}
-    return {"step": int(row["step"]), **whole}
+    cost = {name: v if name == "seconds" else int(v) for name, v in spent.items()}
+    return {"step": int(row["step"]), **cost}

@@ -81,10 +81,10 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     console.print(cost)
     data = summary.get("data", {}).get("val", {})
     if "documents" in (text := summary.get("evaluation", {})):
-        held = f"{text['bytes']:,} bytes, " if "bytes" in text else ""
+        size = f"{text['bytes']:,} bytes, " if "bytes" in text else ""
         documents = "1 document" if (n := text["documents"]) == 1 else f"{n:,} documents"
         print(
-            f"evaluated     {documents}, {held}"
+            f"evaluated     {documents}, {size}"
             f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
         )
     if "gzip_bits_per_byte" in text:
@@ -164,14 +164,14 @@ def print_paths(folder: Path, *, writes: bool) -> None:
         writes: whether the model writes text, rather than a task's symbols.
     """
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    kept = (folder / CHECKPOINTS / LAST).is_file()
-    if kept:
+    has_checkpoint = (folder / CHECKPOINTS / LAST).is_file()
+    if has_checkpoint:
         best = f"{BEST}, " if (folder / CHECKPOINTS / BEST).is_file() else ""
         print(f"checkpoints   {shown / CHECKPOINTS}{os.sep}{best}{LAST}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     typed = shlex.quote(str(shown))
     print(f"charts        tensorboard --logdir {typed}")
-    if kept and writes:
+    if has_checkpoint and writes:
         print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
 
 

@@ -67,18 +67,18 @@ class Endpoint:
         self.max_body = cfg.max_body
         self.hosts = [str(host).lower() for host in (cfg.host, *cfg.hosts)]
         self.created = int(time.time())
-        options, longest, most = engine.options, cfg.max_new_tokens, engine.max_draft
-        known = options.measured
+        options, max_new, max_draft = engine.options, cfg.max_new_tokens, engine.max_draft
+        measured = options.measured
         self.facts = {  # about the model, next to OpenAI's fields
             "draft_depth": {  # of a request that sets none
-                "greedy": most if known is None else known.greedy.best,
-                "sampled": most if known is None else known.sampled.best,
+                "greedy": max_draft if measured is None else measured.greedy.best,
+                "sampled": max_draft if measured is None else measured.sampled.best,
             },
-            "max_draft_depth": most,
+            "max_draft_depth": max_draft,
             "lookup": options.lookup,
             "tree": None if options.tree is None else list(options.tree.widths),
             "chat": self.parser.template is not None,
-            "max_tokens": min(longest, run.seq_len) if cfg.long == "refuse" else longest,
+            "max_tokens": min(max_new, run.seq_len) if cfg.long == "refuse" else max_new,
         }
 
     def app(self) -> FastAPI:
@@ -100,8 +100,7 @@ class Endpoint:
     async def health(self) -> JSONResponse:
         """Whether the server accepts requests."""
         alive = self.worker.alive
-        told = {"status": "ok" if alive else "ending"}
-        return JSONResponse(told, status_code=200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "ending"}, 200 if alive else 503)
 
     async def metrics(self) -> Response:
         """The metrics for Prometheus."""
@@ -114,14 +113,14 @@ class Endpoint:
     async def model(self, name: str) -> dict[str, Any]:
         """The model with a given name."""
         if name != self.parser.name:
-            told = f"There is no model of that name, only {self.parser.name}."
-            raise Refusal(told, status=404, param="model", code="model_not_found")
+            message = f"There is no model of that name, only {self.parser.name}."
+            raise Refusal(message, status=404, param="model", code="model_not_found")
         return self._model()
 
     def _model(self) -> dict[str, Any]:
         name, owner = self.parser.name, "mtp-lightning"
-        told = {"id": name, "object": "model", "created": self.created, "owned_by": owner}
-        return {**told, "mtp": self.facts}
+        fields = {"id": name, "object": "model", "created": self.created, "owned_by": owner}
+        return {**fields, "mtp": self.facts}
 
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
@@ -146,9 +145,9 @@ class Endpoint:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         sent = await self._body(request)
-        body, asked = await asyncio.to_thread(self.parser.parse, sent, chat=chat)
-        served = ServedText(asked)
-        completion = Completion(body, asked, model=self.parser.name, token_texts=self.token_texts)
+        body, task = await asyncio.to_thread(self.parser.parse, sent, chat=chat)
+        served = ServedText(task)
+        completion = Completion(body, task, model=self.parser.name, token_texts=self.token_texts)
         self.worker.submit(served)
         watch = asyncio.create_task(self._watch(request, served))
         news = served.news()
@@ -178,8 +177,8 @@ class Endpoint:
         try:
             for chunk in completion.chunks(first):
                 yield _event(chunk)
-            async for more in news:
-                for chunk in completion.chunks(more):
+            async for item in news:
+                for chunk in completion.chunks(item):
                     yield _event(chunk)
             yield b"data: [DONE]\n\n"
             status = 200
@@ -207,11 +206,11 @@ class Endpoint:
                 async for part in request.stream():
                     body += part
                     if len(body) > self.max_body:
-                        told = f"The body has more than {self.max_body} bytes: shorten it."
-                        raise Refusal(told, status=413)
+                        message = f"The body has more than {self.max_body} bytes: shorten it."
+                        raise Refusal(message, status=413)
         except TimeoutError:
-            told = f"The body did not come within {_BODY_SECONDS} seconds."
-            raise Refusal(told, status=408) from None
+            message = f"The body did not come within {_BODY_SECONDS} seconds."
+            raise Refusal(message, status=408) from None
         except ClientDisconnect:
             raise Refusal("The client has hung up.", status=HUNG_UP) from None
         return bytes(body)
@@ -231,7 +230,7 @@ def _page() -> Response:
         "frame-ancestors": "'none'",
     }
     headers = {
-        "Content-Security-Policy": "; ".join(f"{name} {of}" for name, of in policy.items()),
+        "Content-Security-Policy": "; ".join(map(" ".join, policy.items())),
         "Cache-Control": "no-cache",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
@@ -246,9 +245,9 @@ def _digest(html: str, element: str) -> str:
 
 async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:
     logprobs, done = [], None
-    async for more in news:
-        logprobs += more.fresh.logprobs
-        done = more.done
+    async for item in news:
+        logprobs += item.fresh.logprobs
+        done = item.done
     assert done is not None
     return completion.whole(done, logprobs)
 
@@ -264,8 +263,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = f"{request.method} {shown(request.url.path)}: {error.detail}."
-    refusal = Refusal(told, status=error.status_code)
+    message = f"{request.method} {shown(request.url.path)}: {error.detail}."
+    refusal = Refusal(message, status=error.status_code)
     return JSONResponse(refusal.body, status_code=error.status_code, headers=error.headers)
 
 

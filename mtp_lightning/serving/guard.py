@@ -36,8 +36,8 @@ class OwnNames:
         if is_called(host, self._names):
             await self._app(scope, receive, send)
             return
-        told = f"The Host header {shown(host)} is not allowed: start the server with hosts=[NAME]."
-        await JSONResponse(Refusal(told, status=421).body, 421)(scope, receive, send)
+        text = f"The Host header {shown(host)} is not allowed: start the server with hosts=[NAME]."
+        await JSONResponse(Refusal(text, status=421).body, 421)(scope, receive, send)
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

@@ -23,35 +23,35 @@ class Meters:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        every: dict[str, Any] = {"registry": self._registry}
+        args: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
-            "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"], **every
+            "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"], **args
         )
-        self.queue = Gauge("mtp_queue_length", "Requests that wait for a slot.", **every)
-        self.rows = Gauge("mtp_rows", "Slots in use.", **every)
-        self.prompt_tokens = Counter("mtp_prompt_tokens", "Tokens read.", **every)
-        self.tokens = Counter("mtp_tokens", "Tokens emitted.", **every)
+        self.queue = Gauge("mtp_queue_length", "Requests that wait for a slot.", **args)
+        self.rows = Gauge("mtp_rows", "Slots in use.", **args)
+        self.prompt_tokens = Counter("mtp_prompt_tokens", "Tokens read.", **args)
+        self.tokens = Counter("mtp_tokens", "Tokens emitted.", **args)
         self._accepted = Counter(
             "mtp_drafts_accepted",
             "Modules' drafts accepted, texts that ended.",
             ["position"],
-            **every,
+            **args,
         )
         self._reached = Counter(
             "mtp_drafts_reached",
             "Modules' drafts judged, of texts that ended.",
             ["position"],
-            **every,
+            **args,
         )
         self._lookups = Counter(
-            "mtp_lookups", "Drafts looked up in the text, of texts that ended.", **every
+            "mtp_lookups", "Drafts looked up in the text, of texts that ended.", **args
         )
         self._lookups_accepted = Counter(
-            "mtp_lookups_accepted", "Looked-up drafts accepted, of texts that ended.", **every
+            "mtp_lookups_accepted", "Looked-up drafts accepted, of texts that ended.", **args
         )
-        self.round = Histogram("mtp_round_seconds", "A round.", buckets=_ROUNDS, **every)
+        self.round = Histogram("mtp_round_seconds", "A round.", buckets=_ROUNDS, **args)
         self.first_token = Histogram(
-            "mtp_first_token_seconds", "From a request to its first token.", buckets=_WAITS, **every
+            "mtp_first_token_seconds", "From a request to its first token.", buckets=_WAITS, **args
         )
 
     def ended(self, status: int) -> None:
@@ -60,8 +60,8 @@ class Meters:
 
     def drafts(self, done: Generation) -> None:
         """Count a finished text's drafts: the modules' by position, and the looked-up ones."""
-        both = zip(done.drafts_accepted, done.drafts_reached, strict=True)
-        for position, (accepted, reached) in enumerate(both, start=1):
+        pairs = zip(done.drafts_accepted, done.drafts_reached, strict=True)
+        for position, (accepted, reached) in enumerate(pairs, start=1):
             self._accepted.labels(str(position)).inc(accepted)
             self._reached.labels(str(position)).inc(reached)
         self._lookups.inc(done.lookups)

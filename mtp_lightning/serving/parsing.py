@@ -63,8 +63,8 @@ class BodyParser:
                     f"max_prompt={cfg.max_prompt}, but the model was trained on {run.seq_len} "
                     f"tokens: use at most {run.seq_len}, or set long=slide."
                 )
-        # encode_specials sets a switch of the tokenizer for a moment, which decoding does not read:
-        # one thread encodes at a time.
+        # One thread encodes at a time, since encode_specials changes a setting of the tokenizer
+        # during the call. Decoding does not read that setting.
         self._encoding = threading.Lock()
 
     def parse(self, sent: bytes, *, chat: bool) -> tuple[Body, Request]:
@@ -110,32 +110,32 @@ class BodyParser:
             param = name if name in type(body).model_fields else None
             raise Refusal(str(error), param=param) from error
         if body.stream_options.model_fields_set and not body.stream:
-            told = "stream_options is for stream=true: leave it out."
-            raise Refusal(told, param="stream_options")
+            message = "stream_options is for stream=true: leave it out."
+            raise Refusal(message, param="stream_options")
         return body, request
 
-    def _prompt(self, given: Any) -> list[int]:
-        if isinstance(given, str):
-            return self._checked(self._encoded(given, specials=False))
-        if not isinstance(given, list) or any(isinstance(part, str | list) for part in given):
-            wanted = "one string or one list of token ids: send a request for each prompt"
-            raise Refusal(f"prompt must be {wanted}.", param="prompt")
-        for token in given:
+    def _prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self._checked(self._encoded(prompt, specials=False))
+        if not isinstance(prompt, list) or any(isinstance(part, str | list) for part in prompt):
+            form = "one string or one list of token ids: send a request for each prompt"
+            raise Refusal(f"prompt must be {form}.", param="prompt")
+        for token in prompt:
             if not is_whole(token) or not 0 <= token < self._vocab:
-                ids = f"the model's are 0 to {self._vocab - 1}"
-                raise Refusal(f"{shown(token)} is not a token id: {ids}.", param="prompt")
-        return self._checked(given)
+                id_range = f"the model's are 0 to {self._vocab - 1}"
+                raise Refusal(f"{shown(token)} is not a token id: {id_range}.", param="prompt")
+        return self._checked(prompt)
 
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
         if self.template is None:
-            told = f"{self.name} has no chat template: ask it by /v1/completions."
-            raise Refusal(told, param="model", code="no_chat")
+            message = f"{self.name} has no chat template: ask it by /v1/completions."
+            raise Refusal(message, param="model", code="no_chat")
         try:
             # Templates know the role by its older name.
             roles = {"developer": "system"}
-            said = [m.model_dump(exclude_none=True) for m in messages]
+            fields = [m.model_dump(exclude_none=True) for m in messages]
             text = self.template.render(
-                [{**m, "role": roles.get(m["role"], m["role"])} for m in said]
+                [{**m, "role": roles.get(m["role"], m["role"])} for m in fields]
             )
         except UserError as error:
             raise Refusal(str(error), param="messages") from error
@@ -153,33 +153,33 @@ class BodyParser:
         if not ids:
             raise Refusal(f"{param} is empty: give at least one token.", param=param)
         if len(ids) > self._max_prompt:
-            told = f"has {len(ids)} tokens, and at most {self._max_prompt} are read"
+            excess = f"has {len(ids)} tokens, and at most {self._max_prompt} are read"
             raise Refusal(
-                f"The prompt {told}: shorten it.", param=param, code="context_length_exceeded"
+                f"The prompt {excess}: shorten it.", param=param, code="context_length_exceeded"
             )
         return ids
 
-    def _new_tokens(self, body: Body, prompt: int) -> int:
+    def _new_tokens(self, body: Body, prompt_len: int) -> int:
         # The model never reads the last new token.
-        room = self._max_tokens if self._room is None else self._room - prompt + 1
-        name, wanted, default = "max_tokens", body.max_tokens, _SHORT
+        room = self._max_tokens if self._room is None else self._room - prompt_len + 1
+        name, n_new, default = "max_tokens", body.max_tokens, _SHORT
         if isinstance(body, ChatBody):
             default = self._max_tokens
             if body.max_completion_tokens is not None:
-                if wanted not in (None, body.max_completion_tokens):
-                    told = "max_tokens and max_completion_tokens differ: give one of them."
-                    raise Refusal(told, param="max_completion_tokens")
-                name, wanted = "max_completion_tokens", body.max_completion_tokens
-        if wanted is None:
+                if n_new not in (None, body.max_completion_tokens):
+                    message = "max_tokens and max_completion_tokens differ: give one of them."
+                    raise Refusal(message, param="max_completion_tokens")
+                name, n_new = "max_completion_tokens", body.max_completion_tokens
+        if n_new is None:
             return min(default, self._max_tokens, room)
-        if wanted > room:
+        if n_new > room:
             raise Refusal(
-                f"The prompt has {prompt} tokens and {name}={wanted} more are asked for, but there "
-                f"is room for {room}: shorten it or lower {name}.",
+                f"The prompt has {prompt_len} tokens and {name}={n_new} more are asked for, but "
+                f"there is room for {room}: shorten it or lower {name}.",
                 param=name,
                 code="context_length_exceeded",
             )
-        return wanted
+        return n_new
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:

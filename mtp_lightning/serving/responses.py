@@ -88,37 +88,37 @@ class Completion:
         first, self._begun = not self._begun, True
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
-        told = bool(
+        has_content = bool(
             news.text or logprobs or (self._options.include_drafts and news.fresh.token_ids)
         )
-        if not self._chat and (told or done):
+        if not self._chat and (has_content or done):
             choices.append(self._choice({"text": news.text}, logprobs, done))
         if self._chat and first:
             choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
-        if self._chat and told:
+        if self._chat and has_content:
             choices.append(self._choice({"delta": {"content": news.text}}, logprobs))
         if self._chat and done:
             choices.append(self._choice({"delta": {}}, done=done))
-        counted: dict[str, Any] = {"usage": None} if self._options.include_usage else {}
-        found = [{**self._head, "choices": [choice], **counted} for choice in choices]
-        if told and self._options.include_drafts:
-            found[1 if self._chat and first else 0]["mtp"] = self._drafts(news)
+        usage: dict[str, Any] = {"usage": None} if self._options.include_usage else {}
+        objects = [{**self._head, "choices": [choice], **usage} for choice in choices]
+        if has_content and self._options.include_drafts:
+            objects[1 if self._chat and first else 0]["mtp"] = self._drafts(news)
         if done and self._options.include_usage:
-            found.append({**self._head, "choices": [], "usage": self._usage(done)})
-        return found
+            objects.append({**self._head, "choices": [], "usage": self._usage(done)})
+        return objects
 
     def _drafts(self, news: News) -> dict[str, Any]:
         """Which tokens of a chunk were drafted: an extension of OpenAI's object."""
         fresh, tokens = news.fresh, []
-        told = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
-        for text, depth, looked_up, rejected in told:
-            left = [
+        annotated = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
+        for text, depth, looked_up, rejected in annotated:
+            refused = [
                 {"depth": d.depth, "text": self._token_texts.drafted(d.token), "after": d.after}
                 | _origin(d.looked_up)
                 for d in rejected
             ]
             token = {"text": text, "depth": depth, **_origin(looked_up)}
-            tokens.append(token | ({"rejected": left} if left else {}))
+            tokens.append(token | ({"rejected": refused} if refused else {}))
         return {"seconds": news.seconds, "tokens": tokens}
 
     def _choice(
@@ -128,12 +128,12 @@ class Completion:
         done: Generation | None = None,
     ) -> dict[str, Any]:
         # A token that ends the text does not belong to it.
-        known = [logprob for logprob in logprobs if logprob.token not in self._token_texts.ends]
-        told = None
-        if self._request.logprobs is not None and (known or not self._stream):
-            told = self._chat_logprobs(known) if self._chat else self._logprobs(known)
+        in_text = [logprob for logprob in logprobs if logprob.token not in self._token_texts.ends]
+        shown = None
+        if self._request.logprobs is not None and (in_text or not self._stream):
+            shown = self._chat_logprobs(in_text) if self._chat else self._logprobs(in_text)
         reason = None if done is None else _REASONS[done.finish_reason]
-        return {"index": 0, **content, "logprobs": told, "finish_reason": reason}
+        return {"index": 0, **content, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
         text, offsets = self._token_texts.text, []
@@ -141,8 +141,8 @@ class Completion:
             raw, begin = self._token_texts.raw(logprob.token), self._offset
             self._offset += len(self._characters.decode(raw))
             # A character that earlier tokens left incomplete comes before this token's text.
-            alone = type(self._characters)("replace").decode(raw)
-            offsets.append(max(begin, self._offset - len(alone)))
+            token_text = type(self._characters)("replace").decode(raw)
+            offsets.append(max(begin, self._offset - len(token_text)))
         return {
             "tokens": [text(logprob.token) for logprob in logprobs],
             "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
@@ -152,9 +152,9 @@ class Completion:
 
     def _chat_logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
         content = []
-        for own in logprobs:
-            top = [self._token(token, value) for token, value in own.top]
-            content.append({**self._token(own.token, own.logprob), "top_logprobs": top})
+        for chosen in logprobs:
+            top = [self._token(token, value) for token, value in chosen.top]
+            content.append({**self._token(chosen.token, chosen.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:

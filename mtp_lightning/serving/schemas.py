@@ -108,7 +108,7 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, fields: Any) -> Any:
+    def _without_nulls(cls, fields: Any) -> Any:
         """The fields that are not null."""
         if not isinstance(fields, dict):
             return fields
@@ -157,7 +157,7 @@ class Body(_Strict):
     @classmethod
     def _asks_for_nothing(cls, fields: Any) -> Any:
         """Drop fields that do not change the text, and refuse unsupported ones that would."""
-        known, choice = {}, fields.get("tool_choice")
+        supported, choice = {}, fields.get("tool_choice")
         unused = {"tools"} if choice == "none" else set()
         if choice == "auto" and not fields.get("tools"):
             unused = {"tool_choice"}
@@ -165,17 +165,17 @@ class Body(_Strict):
             if value is None or name in _IGNORED | unused:
                 continue
             if name in cls.model_fields:
-                known[name] = value
+                supported[name] = value
             elif name not in _NEUTRAL:
                 remedy = suggestion(name, cls.model_fields, "leave it out.")
                 if name == "max_completion_tokens":  # a chat's
                     remedy = "give max_tokens."
-                told = f"The field {shown(name)} is not known here: {remedy}"
-                raise Refusal(told, param=shown(name).strip('"'))
+                message = f"The field {shown(name)} is not known here: {remedy}"
+                raise Refusal(message, param=shown(name).strip('"'))
             elif not _same(value, _NEUTRAL[name]):
-                told = f"{shown(value)} is not supported, only {json.dumps(_NEUTRAL[name])}"
-                raise Refusal(f"{name}={told}.", param=name)
-        return known
+                message = f"{shown(value)} is not supported, only {json.dumps(_NEUTRAL[name])}"
+                raise Refusal(f"{name}={message}.", param=name)
+        return supported
 
 
 class CompletionBody(Body):
@@ -242,36 +242,36 @@ def _same(value: Any, neutral: Any) -> bool:
 def _refusal(kind: type[Body], errors: ValidationError) -> Refusal:
     """The first of pydantic's errors as a sentence."""
     error = errors.errors(include_url=False)[0]
-    what, (field, *inside) = error["type"], error["loc"]
-    value: Any = None if what == "missing" else error["input"]
+    code, (field, *inside) = error["type"], error["loc"]
+    value: Any = None if code == "missing" else error["input"]
     name = str(inside[-1] if field in ("messages", "stream_options") and inside else field)
-    if what in ("value_error", "string_unicode"):
-        told = f"{name} holds half of a surrogate pair, no character."
+    if code in ("value_error", "string_unicode"):
+        message = f"{name} holds half of a surrogate pair, no character."
     elif field == "messages" and not inside:
-        told = "messages must be a list of at least one message."
+        message = "messages must be a list of at least one message."
     elif field == "messages" and len(inside) == 1:
-        told = f"A message must be an object, not {shown(value)}."
-    elif field == "messages" and what == "extra_forbidden":
-        told = f"A message's field {shown(name)} is not known here: leave it out."
+        message = f"A message must be an object, not {shown(value)}."
+    elif field == "messages" and code == "extra_forbidden":
+        message = f"A message's field {shown(name)} is not known here: leave it out."
     elif name == "role":
-        told = f"A role must be one of {', '.join(get_args(Role))}, not {shown(value)}."
-    elif field == "stream_options" and (not inside or what == "extra_forbidden"):
-        told = "stream_options must be an object with include_usage or include_drafts."
-    elif field == "stop" and what == "too_long":
-        told = f"stop holds {len(value)} strings: give at most {_MOST_STOPS}."
+        message = f"A role must be one of {', '.join(get_args(Role))}, not {shown(value)}."
+    elif field == "stream_options" and (not inside or code == "extra_forbidden"):
+        message = "stream_options must be an object with include_usage or include_drafts."
+    elif field == "stop" and code == "too_long":
+        message = f"stop holds {len(value)} strings: give at most {_MOST_STOPS}."
     else:
-        told = f"{name} must be {_WANTED.get(what) or _number(kind, name)}, not {shown(value)}."
-    return Refusal(told, param=str(field))
+        message = f"{name} must be {_WANTED.get(code) or _number(kind, name)}, not {shown(value)}."
+    return Refusal(message, param=str(field))
 
 
 def _number(kind: type[Body], name: str) -> str:
     """The numbers that a field accepts, in words."""
-    said = kind.model_json_schema()["properties"][name]
-    said = next((part for part in said.get("anyOf", ()) if part["type"] != "null"), said)
-    if name == "draft_depth" and said["maximum"] == 0:
+    schema = kind.model_json_schema()["properties"][name]
+    schema = next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
+    if name == "draft_depth" and schema["maximum"] == 0:
         return "0 on this server, which makes no drafts"
-    number = "a whole number" if said["type"] == "integer" else "a number"
-    return f"{number} from {said['minimum']} to {said['maximum']}"
+    number = "a whole number" if schema["type"] == "integer" else "a number"
+    return f"{number} from {schema['minimum']} to {schema['maximum']}"
 
 
 def shown(value: Any) -> str:
@@ -280,5 +280,5 @@ def shown(value: Any) -> str:
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     if is_whole(value) and abs(value) >= 10**_SHOWN:
         return "a number of more digits than fit here"
-    told = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
-    return told if len(told) <= _SHOWN else f"{told[:_SHOWN]}.."
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."

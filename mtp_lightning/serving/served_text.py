@@ -51,7 +51,7 @@ class ServedText:
         self.length = 0  # characters sent
         self.tokens = 0  # tokens counted
         self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[News | Refusal] = asyncio.Queue()
+        self._sent: asyncio.Queue[News | Refusal] = asyncio.Queue()
 
     def tell(self, news: News | Refusal) -> None:
         """Send news to the event loop, from any thread."""
@@ -60,7 +60,7 @@ class ServedText:
         self.over = isinstance(news, Refusal) or news.done is not None
         # The loop may have been closed by force.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._told.put_nowait, news)
+            self._loop.call_soon_threadsafe(self._sent.put_nowait, news)
 
     async def news(self) -> AsyncIterator[News]:
         """All news, to the end of the text.
@@ -70,8 +70,8 @@ class ServedText:
         """
         done = False
         while not done:
-            told = await self._told.get()
-            if isinstance(told, Refusal):
-                raise told
-            done = told.done is not None
-            yield told
+            item = await self._sent.get()
+            if isinstance(item, Refusal):
+                raise item
+            done = item.done is not None
+            yield item

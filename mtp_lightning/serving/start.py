@@ -11,7 +11,7 @@ from typing import Any
 from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError, require_package
-from mtp_lightning.experiment.device import kernels_told
+from mtp_lightning.experiment.device import kernels_line
 from mtp_lightning.experiment.generating import open_from_config
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.run.layout import CHECKPOINTS
@@ -40,15 +40,15 @@ def serve(cfg: Any) -> None:
         server = Server(cfg, run, name=name)
         print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)
         print(_context(run), flush=True)
-        if told := kernels_told(run.model.head.weight.device.type):
-            print(told, flush=True)
+        if kernels := kernels_line(run.model.head.weight.device.type):
+            print(kernels, flush=True)
         server.run([listening])
     if server.worker.failure is not None:
         raise server.worker.failure
-    cut = server.worker.cut
-    told = {0: "no text was", 1: "1 text was"}.get(cut, f"{cut} texts were")
+    n_cut = server.worker.cut
+    texts = {0: "no text was", 1: "1 text was"}.get(n_cut, f"{n_cut} texts were")
     number = signal.SIGINT if server.signum is None else server.signum
-    raise Stopped(f"ended; {told} cut short.", number)
+    raise Stopped(f"ended; {texts} cut short.", number)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,9 +65,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:  # no label of a name may be empty or long
-        told = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"host={host} port={port} is not available ({told}): give another port= or host=."
+            f"host={host} port={port} is not available ({reason}): give another port= or host=."
         ) from error
 
 
@@ -80,8 +80,8 @@ def _check(cfg: Any) -> None:
     require_number("port", cfg.port, most=65535)
     require_number("grace", cfg.grace, least=0, most=3600)
     listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
-    named = listed and all(isinstance(name, str) for name in cfg.hosts)
-    require(named, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
+    are_names = listed and all(isinstance(name, str) for name in cfg.hosts)
+    require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
     DecodingOptions.from_config(cfg)
 
 
@@ -97,11 +97,11 @@ def _name(cfg: Any, file: Path) -> str:
 
 def _context(run: OpenedModel) -> str:
     """One line about the model's context."""
-    told = f"context: {run.seq_len} tokens"
+    text = f"context: {run.seq_len} tokens"
     if not (run.brings_trunk and run.step):  # not a training that began with an imported trunk
-        return told
+        return text
     return (
-        f"{told}, the window of its training; exported with max_positions=N, as mtp-lightning "
+        f"{text}, the window of its training; exported with max_positions=N, as mtp-lightning "
         "heads does, it reads up to the context of its trunk"
     )
 

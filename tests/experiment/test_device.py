@@ -85,6 +85,6 @@ def test_the_start_says_what_computes_the_layers(
     few = ("decode.n_prompts=0", "long_range=false")
     evaluated(tmp_path / "run", f"paths.cache_dir={tmp_path}", *few)
     assert capsys.readouterr().out.startswith(f"{line}\n")
-    assert device.kernels_told("cuda") is None
+    assert device.kernels_line("cuda") is None
     monkeypatch.setenv("MTP_LIGHTNING_QUIET", "1")
-    assert device.kernels_told("cpu") is None
+    assert device.kernels_line("cpu") is None

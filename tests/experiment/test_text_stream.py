@@ -18,7 +18,13 @@ from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import generating
-from mtp_lightning.experiment.text_stream import Brackets, Colors, TextStream, ends_at_once, told
+from mtp_lightning.experiment.text_stream import (
+    Brackets,
+    Colors,
+    TextStream,
+    cost_line,
+    ends_at_once,
+)
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
 from tests.decoding.models import generation, opened_model
@@ -109,9 +115,9 @@ def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
 def test_a_text_in_a_line() -> None:
     done = generation([25, 18], [36, 25], 36, 80, drafts=72)
     done = replace(done, text="x", accepted_mask=[True] * 43 + [False] * 37)
-    assert told(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
+    assert cost_line(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
     plain = replace(done, token_ids=[0], verify_passes=0, drafts=0)
-    assert told(plain) == "1 token in 1 pass"
+    assert cost_line(plain) == "1 token in 1 pass"
     assert ends_at_once(done) is None
     assert "first token is the end" in (
         ends_at_once(replace(done, text="", finish_reason="eot")) or ""

@@ -171,7 +171,7 @@ def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
         folder=tmp_path, layout="x", verdict="", sound=True, meant=meant, best=other,
         agreement={meant: 0.58, other: 1.0}, constant=0.1,
     )  # fmt: skip
-    sound, reason = doctor._judged_by_drafts(found, 1)
+    sound, reason = doctor._judge_drafts(found, 1)
     assert not sound and reason == (
         "its weights were trained on the state before the final norm, embedding first (agreement "
         "100.0%), but its layout gives them the state after the final norm, embedding first "

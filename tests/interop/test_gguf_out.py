@@ -63,7 +63,7 @@ def test_a_file_read_back_is_the_model(name: str, depth: int, tmp_path: Path) ->
     written = write(tmp_path / "m.gguf", model)
     arch = "glm4moe" if depth and ARCHS[name] != "deepseek2" else ARCHS[name]
     assert written.layout.arch == arch
-    assert ("modules 2 to 3 are left out" in " ".join(written.said)) == (depth > 1)
+    assert ("modules 2 to 3 are left out" in " ".join(written.notes)) == (depth > 1)
     back = read_folder(tmp_path / "m.gguf").build()
     if name != "deepseek-no-mixture-in-trunk" or depth:  # alone it is a dense trunk
         spread = float(np.float32(model.config.trunk.init_std))
@@ -91,7 +91,7 @@ def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
     """One shared module is written once, and the state's half of its projection second."""
     mtp = SequentialConfig(depth=2, share_layers=True, concat="hidden_first")
     model = models.build(TRUNKS["llama"], mtp)
-    assert "left out" not in " ".join(write(tmp_path / "m.gguf", model).said)
+    assert "left out" not in " ".join(write(tmp_path / "m.gguf", model).notes)
     found = read_folder(tmp_path / "m.gguf").build().mtp.state_dict()["depths.0.eh_proj.weight"]
     first, second = model.mtp.state_dict()["depths.0.eh_proj.weight"].chunk(2, dim=1)
     assert torch.equal(found, torch.cat((second, first), dim=1))
@@ -112,8 +112,8 @@ def test_heads_that_llama_cpp_does_not_read_are_named(
     trunk: str, arch: str, mtp: Any, said: str, tmp_path: Path
 ) -> None:
     written = write(tmp_path / "m.gguf", models.build(TRUNKS[trunk], mtp))
-    assert written.layout.arch == arch and "heads are left out" in written.said[0]
-    assert said in written.said[0]
+    assert written.layout.arch == arch and "heads are left out" in written.notes[0]
+    assert said in written.notes[0]
     assert read_folder(tmp_path / "m.gguf").config.mtp.depth == 0
 
 
@@ -235,7 +235,7 @@ def test_llama_cpp_accepts_as_many_drafts(
     # llama.cpp's module has one cache for all drafts of a round.
     own = generate(model, prompts, draft_depth=drafts, cache="single", **options)
     plain = generate(model, prompts, speculative=False, **options)
-    found = llama_cpp.continued(file, prompts, [40] * 16, drafts=drafts)
+    found = llama_cpp.continue_prompts(file, prompts, [40] * 16, drafts=drafts)
     assert [text.ids for text in found] == [text.token_ids for text in plain]
     ours = sum(sum(text.drafts_accepted) for text in own) / sum(text.drafts for text in own)
     theirs = sum(text.accepted for text in found) / sum(text.drafted for text in found)
@@ -281,13 +281,13 @@ def test_texts_are_compared_up_to_any_token_that_ends_one(
     model, kept = learn("llama"), []
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
 
-    def continued(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
+    def continue_prompts(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
         plain = generate(model, prompts, max_new_tokens=32, speculative=False, eot_id=None)
         ids = [text.token_ids[:n] for text, n in zip(plain, lengths, strict=True)]
         kept.extend(ids)
-        return [llama_cpp.Continued(text, None, 0, 0) for text in ids]
+        return [llama_cpp.Continuation(text, None, 0, 0) for text in ids]
 
-    monkeypatch.setattr(llama_cpp, "continued", continued)
+    monkeypatch.setattr(llama_cpp, "continue_prompts", continue_prompts)
     assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
     assert min(map(len, kept)) < 32 and not any(23 in ids for ids in kept)
 
