@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Folder of the cache with the names of stores by the keys of tokenizers that were trained for them.
+_NAMES = "store_names"
+
 
 def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -> Tokenizer:
     """The tokenizer, trained on the training documents once per cache folder if it needs training.
@@ -41,7 +45,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
     """
     if not tokenizer.needs_training:
         return tokenizer
-    target = cache / "tokenizers" / _key("tokenizer", split, tokenizer)
+    target = cache / "tokenizers" / _key("tokenizer", split.source.fingerprint(), split, tokenizer)
 
     def build(folder: Path) -> None:
         start = time.perf_counter()
@@ -72,8 +76,12 @@ def prepare_store(
         OSError: if a file cannot be read or written.
     """
     # An untrained tokenizer's options determine its ids for a given corpus, so the key needs no
-    # training.
-    key = _key("store", split, tokenizer)
+    # training. The trained tokenizer has another key, under which the store's name is remembered.
+    documents = split.source.fingerprint()
+    key = _key("store", documents, split, tokenizer)
+    name = _read(cache / _NAMES / key)
+    if name.isalnum() and (cache / "stores" / name).is_dir():
+        key = name
 
     def write(folder: Path) -> dict[str, Any]:
         ready = prepare_tokenizer(tokenizer, split, cache)
@@ -82,8 +90,16 @@ def prepare_store(
         return write_documents(folder, ready, split, encoded, overlap)
 
     store = keep_store(cache, key, write)
+    if not tokenizer.needs_training:
+        return store, tokenizer
     # The stored tokenizer is the one that made the ids, even if another was trained since.
-    return store, Tokenizer.load(store.folder) if tokenizer.needs_training else tokenizer
+    trained = Tokenizer.load(store.folder)
+    remembered = cache / _NAMES / _key("store", documents, split, trained)
+    with suppress(OSError):  # it only saves time
+        if not remembered.exists():
+            remembered.parent.mkdir(exist_ok=True)
+            remembered.write_text(key, encoding="utf-8")
+    return store, trained
 
 
 def keep_store(
@@ -111,11 +127,17 @@ def keep_store(
     return TokenStore(build_once(cache / kind / key, build), shards)
 
 
-def _key(kind: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
+def _key(kind: str, documents: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
     spec = json.dumps(tokenizer.spec(), sort_keys=True)
-    return digest(
-        kind, FORMAT, split.source.fingerprint(), split.val_fraction, split.seed, spec, PIECE
-    )
+    return digest(kind, FORMAT, documents, split.val_fraction, split.seed, spec, PIECE)
+
+
+def _read(file: Path) -> str:
+    """The text of a file; empty without one."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def write_documents(

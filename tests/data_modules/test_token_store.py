@@ -69,6 +69,20 @@ def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch
         prepare_store(BPETokenizer(291), split, tmp_path)
 
 
+def test_a_trained_tokenizer_finds_the_store_that_it_was_trained_for(tmp_path, monkeypatch):
+    split = DocumentSplit(Listed(["some words " * 40, "and others " * 40] * 5))
+    store, trained = prepare_store(BPETokenizer(290), split, tmp_path)
+    stored = BPETokenizer.from_state(trained.state())
+    with monkeypatch.context() as patch:
+        patch.setattr("data_modules.store_builder._encoded", None)  # nothing is encoded again
+        assert prepare_store(stored, split, tmp_path)[0].folder == store.folder
+    (name,) = (tmp_path / "store_names").iterdir()
+    name.write_text("..")
+    again, _ = prepare_store(stored, split, tmp_path)
+    assert again.folder != store.folder
+    assert np.array_equal(again["train"].tokens(), store["train"].tokens())
+
+
 def test_long_documents_in_pieces_give_the_ids_of_the_whole():
     text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
     tokenizer = BPETokenizer(300).train([text])
