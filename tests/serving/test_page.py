@@ -302,7 +302,7 @@ def test_drafts_start_at_the_servers_default(
         assert model["mtp"]["max_draft_depth"] == 2
         opened(browser, found)
         about = "document.getElementById('about').textContent"
-        assert "up to 2 tokens, by default 1 (in samples 0)," in browser.run(about)
+        assert "up to 2 tokens, by default 1 (in samples 0); " in browser.run(about)
         for value, depth in ((0, "1"), (1, "0"), (0, "1")):
             browser.run(f"""(() => {{
                 document.getElementById("temperature").value = {value};
