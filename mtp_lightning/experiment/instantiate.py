@@ -43,7 +43,8 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
     """
     target = config.get("_target_")
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    check_config.check_values(plain, config._get_full_key(""))
+    path = config._get_full_key("")
+    check_config.check_values(plain, path)
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")
     except InstantiationException as error:
@@ -59,7 +60,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         raise UserError(
             f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
         )
-    _require_annotated(type(built), plain, config._get_full_key(""))
+    _require_annotated(type(built), plain, path)
     return built
 
 

@@ -200,8 +200,7 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     run.reason = str(status.get("reason") or "")
     if state is not None and state != "done":
         run.state = state
-        seconds = silence(folder)
-        if state == "running" and not run.reason and seconds > SILENT_SECONDS:
+        if state == "running" and not run.reason and (seconds := silence(folder)) > SILENT_SECONDS:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
     summary, problem = _read_summary(folder / SUMMARY_FILE)
