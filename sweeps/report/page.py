@@ -68,7 +68,6 @@ def render(
     # Runs that belong to no setting come last.
     options = {name: labels.get(name, name) for name in [*labels, *by_run] if name in by_run}
     data = {"settings": [setting.name for setting in settings.all], "configs": by_run}
-    not_done = [run for run in runs if run.state != "done"]
     return jinja.get_template("report.html.jinja").render(
         # A "<" could end the script element.
         data=Markup(json.dumps(data).replace("<", "\\u003c")),
@@ -91,7 +90,7 @@ def render(
             tables.of_floors(settings),
             tables.of_differences(comparisons, settings, warnings),
         ],
-        jobs=tables.of_jobs(not_done, folder),
+        jobs=tables.of_jobs(runs, folder),
         task=settings.is_task,
         level=f"{settings.level:g}",
         figures=figures,

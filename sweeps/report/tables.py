@@ -157,14 +157,16 @@ def of_differences(
 
 
 def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
-    """Jobs that are not done; links to logs are relative to the page's ``folder``."""
+    """Jobs that are not done, with the overrides that not all jobs share; links to logs are relative
+    to the page's ``folder``."""
     table = _table("jobs")
-    for run in runs:
+    shared = set.intersection(*(set(run.overrides.items()) for run in runs)) if runs[1:] else set()
+    for run in (run for run in runs if run.state != "done"):
         log = run.folder / LOG_FILE
         steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
         # Quoting prevents that a name is read as a scheme or a query.
         link = quote(os.path.relpath(log, folder)) if log.is_file() else ""
-        overrides = " ".join(f"{k}={v}" for k, v in run.overrides.items())
+        overrides = " ".join(f"{k}={v}" for k, v in run.overrides.items() if (k, v) not in shared)
         table.rows.append(
             [
                 _text(run.name),

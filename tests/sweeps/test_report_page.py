@@ -229,6 +229,14 @@ def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     assert 'href="../s/a/job.log"' in elsewhere.read_text()
 
 
+def test_unfinished_jobs_are_listed_with_the_overrides_that_distinguish_them(tmp_path: Path) -> None:
+    for seed, state in ((1, "done"), (2, "pending")):
+        status = {"state": state, "overrides": ["data=packages", f"seed={seed}"]}
+        write_run(tmp_path / f"{seed}", {"seed": seed}, status=status, done=state == "done")
+    ((name, state, _, _, overrides),) = of_jobs(read_sweep(tmp_path).runs, tmp_path).rows
+    assert (name.text, state.text, overrides.text) == ("2", "pending", "seed=2")
+
+
 def variants(folder: Path, readers: dict[str, bool | None]) -> None:
     for name, reads in readers.items():
         rates = {"val/loss_depth_1": 2.5, "val/agreement_depth_1": 0.6, "mtp_reads_tokens": reads}
