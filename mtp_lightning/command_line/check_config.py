@@ -18,7 +18,7 @@ from mtp_lightning.command_line.conf_comments import groups, value_at
 from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
-from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, values
+from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, require_sizes, values
 
 # Nodes without a class that take no other keys than the known ones.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
@@ -54,6 +54,7 @@ def check(
     for path, node in _nodes(config, ""):
         _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
     _check_together(config)
+    require_sizes(config.get("data"))
     if folder is not None:
         _check_paths(config, app, folder)
 
