@@ -116,8 +116,8 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
     if dtype is None and _upper_half_is_zero(head, "<u2"):
         wide = "int64" if _upper_half_is_zero(head, "<u4") else "uint32"
         raise UserError(
-            f"{path} has no header and looks like ids of {wide[-2:]} bits: set data.dtype={wide}, or "
-            "data.dtype=uint16 if every second id is really 0"
+            f"{path} has no header and looks like ids of {wide[-2:]} bits: set data.dtype={wide}, "
+            "or data.dtype=uint16 if every second id is really 0"
         )
     id_dtype = np.dtype(dtype or "uint16").newbyteorder("<")
     shard = Shard(path, id_dtype.str, 0, _count(path, id_dtype))

@@ -152,7 +152,8 @@ def load_start(
             if step >= steps and idle:
                 raise UserError(
                     f"{folder} has all its {step} steps, so a change would have no effect "
-                    f"({'; '.join(idle)}): start in another run_dir, or give more trainer.max_steps."
+                    f"({'; '.join(idle)}): start in another run_dir, or give more "
+                    "trainer.max_steps."
                 )
             log.warning("Continuing with changed settings: %s.", "; ".join(changed))
         # Checkpoints from before this check do not say what they were trained on.
