@@ -82,6 +82,7 @@ export.py ouput=x  [*] => ouput is not a key: did you mean output?
 train.py mtp=sequentail  [*] => mtp has no option 'sequentail': did you mean sequential?
 train.py logger=null  [*] => logger=null is not the name of an option: choose one of --help logger
 train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave mtp= out
+train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
 train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_schedule
 train.py 'callbacks=[default,nan_gard]' => 'nan_gard': did you mean nan_guard?
 train.py -m +sweeps=dept => sweeps has no option 'dept': did you mean depth?
