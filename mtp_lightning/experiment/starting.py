@@ -147,7 +147,6 @@ def load_start(
         elif changed := describe_differences(
             origin.content["config"], module.extra["config"], ignore=NOT_TRAINING
         ):
-            # A changed default of a newer version is no setting of the user.
             idle = [line for line in changed if lies_in(line.partition(":")[0], _ONLY_TRAINING)]
             if step >= steps and idle:
                 raise UserError(
