@@ -246,6 +246,7 @@ def _encoded(
         for piece in encode_documents(split, tokenizer, overlap, workers=n):
             yield piece
             bar.update(piece.n_bytes)
+        bar.total = bar.n  # of .jsonl, only the field is text
 
 
 def progress(description: str, total: int | None, unit: str = "B") -> tqdm:

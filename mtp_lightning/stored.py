@@ -110,8 +110,13 @@ def require_text(node: Any, *, source: object) -> None:
         raise UserError(f"{source} is refused: its lists are nested too deeply.") from error
 
 
-def require_sizes(node: Any, *, source: object) -> None:
-    """Refuse stored data settings of implausible size.
+def require_sizes(node: Any, *, source: object = None) -> None:
+    """Refuse data settings of implausible size.
+
+    Args:
+        node: the settings.
+        source: the file that stores them; None for those of a command line, so that no run begins
+            that could not be evaluated.
 
     Raises:
         UserError: a whole number exceeds the largest one for its key.
@@ -121,6 +126,8 @@ def require_sizes(node: Any, *, source: object) -> None:
         if "seed" in parts[-1] or not isinstance(value, int):
             continue
         most = LARGEST.get(parts[-1], LARGEST_OF_TASK if "task" in parts else LARGEST_ELSE)
+        if value > most and source is None:
+            raise UserError(f"data.{key}={brief(value)} is too large: give at most {most:,}.")
         if value > most:
             raise UserError(
                 f"{source} is refused: its data.{key} is {brief(value)}, and a stored value may be "

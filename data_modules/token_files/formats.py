@@ -113,19 +113,20 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
             raise UserError(f"{path} holds no token ids but is {description}")
     if item_offsets(path) is not None:
         raise UserError(f"{path} is a chunk of litdata without its {INDEX}: copy that file, too")
-    if dtype is None and _looks_wide(head):
+    if dtype is None and _upper_half_is_zero(head, "<u2"):
+        wide = "int64" if _upper_half_is_zero(head, "<u4") else "uint32"
         raise UserError(
-            f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "
-            "data.dtype=uint16 if every second id is really 0"
+            f"{path} has no header and looks like ids of {wide[-2:]} bits: set data.dtype={wide}, "
+            "or data.dtype=uint16 if every second id is really 0"
         )
     id_dtype = np.dtype(dtype or "uint16").newbyteorder("<")
     shard = Shard(path, id_dtype.str, 0, _count(path, id_dtype))
     return TokenSource("raw", shard, None, (path,))
 
 
-def _looks_wide(head: bytes) -> bool:
-    """Whether every upper half of 32 bits is 0, as in ids below 65,536 written as int32."""
-    halves = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+def _upper_half_is_zero(head: bytes, half: str) -> bool:
+    """Whether every second number of the type ``half`` is 0, as in small ids of twice its width."""
+    halves = np.frombuffer(head[: len(head) // 8 * 8], half)
     return len(halves) >= 32 and not halves[1::2].any() and bool(halves[::2].any())
 
 
@@ -172,7 +173,9 @@ def _numpy(path: Path) -> TokenSource:
             f"{path} is not a .npy file of ids, or is truncated ({reason}): write it again with "
             "numpy.save"
         ) from None
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+    if not array.size:
+        raise UserError(f"{path} is empty: leave the file out of data.path")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}, not a one-dimensional array of "
             "integers: save ids.reshape(-1) of an integer type"

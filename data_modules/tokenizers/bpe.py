@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 from mtp_lightning.stored import LARGEST_VOCAB
+
+log = logging.getLogger(__name__)
 
 CACHED_WORDS = 500_000
 
@@ -76,7 +79,14 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
         )
         library.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
-        return self._with(library.to_str())
+        trained = self._with(library.to_str())
+        if trained.vocab_size < self.requested_vocab_size:
+            log.warning(
+                "The training text has pairs for %d ids only, not for tokenizer.vocab_size=%d.",
+                trained.vocab_size,
+                self.requested_vocab_size,
+            )
+        return trained
 
     def _with(self, json_text: str) -> BPETokenizer:
         copy = BPETokenizer(self.requested_vocab_size, train_bytes=self.train_bytes)

@@ -14,11 +14,12 @@ from typing import Any
 
 from mtp_lightning import parts
 from mtp_lightning.command_line import keys
-from mtp_lightning.command_line.conf_comments import groups, value_at
+from mtp_lightning.command_line.conf_comments import PARTS, groups, value_at
+from mtp_lightning.command_line.hydra_errors import unknown_option
 from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
-from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, values
+from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, require_sizes, values
 
 # Nodes without a class that take no other keys than the known ones.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
@@ -42,6 +43,9 @@ def check(
             or a part is missing, or a path is wrong.
     """
     for override in typed:
+        group, _, name = override.lstrip("+").partition("=")
+        if name in PARTS and group in groups():
+            raise UserError(unknown_option(group, name, [o.name for o in groups()[group]]))
         if override.startswith("+"):
             _require_read(override, config, app)
         if override.lstrip("+").startswith("data.tokenizer="):
@@ -54,6 +58,7 @@ def check(
     for path, node in _nodes(config, ""):
         _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
     _check_together(config)
+    require_sizes(config.get("data"))
     if folder is not None:
         _check_paths(config, app, folder)
 

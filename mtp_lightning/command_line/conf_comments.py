@@ -22,6 +22,8 @@ _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
 # libyaml, if it is there, reads conf/ ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WIDTH = 100
+PARTS = ("base", "task", "deepseek_base")
+"""Files that options include, and that are not options themselves."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ def help_for(word: str, added: Path | None = None) -> str:
         raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
     options = {option.name: option for option in all_options[group]}
     if not name:
-        width = max(map(len, options)) + 2
-        rows = (_wrapped(option.brief, f"  {n:<{width}}") for n, option in options.items())
-        hint = f"--help {group}={next(iter(options))} explains an option's keys."
+        briefs = {n: option.brief for n, option in options.items() if n not in PARTS}
+        width = max(map(len, briefs)) + 2
+        rows = (_wrapped(brief, f"  {n:<{width}}") for n, brief in briefs.items())
+        hint = f"--help {group}={next(iter(briefs))} explains an option's keys."
         return "\n".join([f"{group}=NAME, one of", "", *rows, "", hint])
     if name not in options:
         raise UserError(

@@ -7,11 +7,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.conf_comments import groups, included
+from mtp_lightning.command_line.conf_comments import PARTS, groups, included
 from mtp_lightning.errors import nearest, suggestion
 
-# Files that options include, and that are not options themselves.
-_PARTS = ("base", "task", "deepseek_base")
 # Values that Hydra does not read as words.
 _NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
@@ -135,9 +133,9 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
 
 def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     """The sentence that refuses an option of a group."""
-    names = ", ".join(option for option in options if option not in _PARTS)
-    listed = f"choose one of {names}; one of your own needs --config-dir."
-    remedy = suggestion(name, [option for option in options if option != name], listed)
+    known = [option for option in options if option not in (*PARTS, name)]
+    listed = f"choose one of {', '.join(known)}; one of your own needs --config-dir."
+    remedy = suggestion(name, known, listed)
     return f"{group} has no option {name!r}: {remedy} (--help {group})"
 
 
@@ -149,7 +147,7 @@ def _options_with(name: str) -> list[str]:
     return [
         name
         for name, option in files.items()
-        if name not in _PARTS
+        if name not in PARTS
         and any(inside in (key.name for key in part.keys) for part in included(option, files))
     ]
 

@@ -57,7 +57,7 @@ def prompts_that_fit(
     if room < 1:
         raise UserError(
             f"data.seq_len={data.seq_len} leaves no room for a prompt and new_tokens={new_tokens}: "
-            "lower new_tokens"
+            "lower callbacks.speculative_eval.new_tokens (evaluate.py: decode.new_tokens)"
         )
     return data.held_out_prompts(n_prompts, min(prompt_tokens, room), fewer=True), new_tokens
 

@@ -106,7 +106,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "data": data.summary(),
         **environment(),
     }
-    print_summary(metrics, depth=run.model.depth)
+    print_summary(metrics, depth=run.model.depth, own_text=cfg.get("data") is None)
     if cfg.output is not None:
         Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(metrics, Path(cfg.output))

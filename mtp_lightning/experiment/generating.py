@@ -66,6 +66,12 @@ def generate_text(cfg: Any) -> list[Generation]:
     DecodingOptions.from_config(cfg)  # checks the options before a large model is read
     if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
         raise not_together("show_drafts=true", "speculative=false")
+    for name in ("top_k", "top_p"):
+        if cfg[name] is not None and cfg.temperature == 0:
+            raise UserError(
+                f"{name}={cfg[name]} chooses among samples, and temperature=0 draws none: set "
+                f"temperature=1, or leave {name} out."
+            )
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_from_config(cfg)
     if cfg.show_drafts and not cfg.lookup:

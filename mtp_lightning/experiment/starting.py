@@ -19,7 +19,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten, read_yaml
+from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten, lies_in, read_yaml
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, LAST, SUMMARY_FILE
 from mtp_lightning.stored import require_text
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Settings that act in training steps alone.
+_ONLY_TRAINING = ("seed", "mtp_lambda", "lambda_schedule", "balance", "objective", "optimizer")
 # Most differences of two architectures that one message lists.
 _SHOWN = 3
 
@@ -145,6 +147,13 @@ def load_start(
         elif changed := describe_differences(
             origin.content["config"], module.extra["config"], ignore=NOT_TRAINING
         ):
+            idle = [line for line in changed if lies_in(line.partition(":")[0], _ONLY_TRAINING)]
+            if step >= steps and idle:
+                raise UserError(
+                    f"{folder} has all its {step} steps, so a change would have no effect "
+                    f"({'; '.join(idle)}): start in another run_dir, or give more "
+                    "trainer.max_steps."
+                )
             log.warning("Continuing with changed settings: %s.", "; ".join(changed))
         # Checkpoints from before this check do not say what they were trained on.
         if origin.content.get("data") not in (None, module.extra["data"]):

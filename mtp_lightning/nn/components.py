@@ -129,7 +129,8 @@ class AttentionConfig(LayerConfig, family="attention"):
             )
         d_head = trunk.d_model // trunk.n_heads if trunk.d_head is None else trunk.d_head
         if d_head < 2 or d_head % 2:
-            raise UserError(f"model.d_head={d_head} must be even: RoPE rotates pairs of it.")
+            unset = " (model.d_model / model.n_heads)" if trunk.d_head is None else ""
+            raise UserError(f"model.d_head={d_head}{unset} must be even: RoPE rotates pairs of it.")
         return d_head
 
     def rope_head_dim(self, trunk: TrunkConfig) -> int:

@@ -65,8 +65,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def print_summary(summary: dict[str, Any], *, depth: int) -> None:
-    """Print a table of the final metrics by depth, and one of the run's other numbers."""
+def print_summary(summary: dict[str, Any], *, depth: int, own_text: bool = True) -> None:
+    """Print a table of the final metrics by depth, and one of the run's other numbers.
+
+    Args:
+        summary: the numbers.
+        depth: D.
+        own_text: whether the model was trained on the other part of the text. Only then do the
+            lines that both parts share say something about the model.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -92,7 +99,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
             f"              gzip -9 needs {text['gzip_bits_per_byte']:.3f} bits per byte of it, "
             f"xz -9 {text['xz_bits_per_byte']:.3f}"
         )
-    if (share := data.get("lines_in_training")) is not None:
+    if own_text and (share := data.get("lines_in_training")) is not None:
         print(
             f"              {share:.1%} of the validation split's long lines also occur in training"
         )
@@ -104,7 +111,8 @@ def _rates(summary: dict[str, Any], depth: int) -> Any:
 
     rates = Table(title="Validation", title_justify="left", caption_justify="left")
     for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
-        rates.add_column(column, justify="left" if column == "predicts" else "right")
+        first = column == "predicts"  # the only one with two words to break a line at
+        rates.add_column(column, justify="left" if first else "right", no_wrap=not first)
     rates.add_column("accepted", justify="right", no_wrap=True)
     # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
     expected = "decode/expected_tokens_per_step" in summary

@@ -67,6 +67,7 @@ def test_help_for_groups_and_options() -> None:
         "  navigation      Find a shortest path on a graph that no prompt shows (Zhong et al. 2026)"
         in help_for("data")
     )
+    assert "  base " not in help_for("data")
     with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
         help_for("nope")
     with pytest.raises(ValueError, match="mtp has no option 'nope'; choose one of .*sequential"):

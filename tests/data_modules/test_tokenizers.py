@@ -94,6 +94,11 @@ def test_bpe_training_is_deterministic_and_compresses(trained):
     assert BPETokenizer(300).train(documents).fingerprint() != trained.fingerprint()
 
 
+def test_a_text_with_fewer_merges_than_asked_for_is_said(caplog):
+    n_ids = BPETokenizer(400).train(["abab"]).vocab_size
+    assert f"pairs for {n_ids} ids only, not for tokenizer.vocab_size=400" in caplog.text
+
+
 def test_bpe_trains_on_the_first_bytes_only():
     one = BPETokenizer(270, train_bytes=9).train(["abababab ", "xyxyxyxyxyxy"])
     known = {"kind": "bpe", "vocab_size": 270, "train_bytes": 9}

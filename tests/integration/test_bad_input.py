@@ -44,6 +44,7 @@ mtp.depth=-1 => mtp.depth | -1
 mtp.depth=17 => mtp.depth | 17 | data.seq_len | 16
 model.n_heads=4 model.n_kv_heads=3 => n_heads | 4 | n_kv_heads | 3
 model.d_model=33 => d_model | 33 | n_heads
+model.d_model=36 model.n_heads=4 => model.d_head=9 (model.d_model / model.n_heads) must be even
 mtp_lambda=[0.3,0.2,0.1] => mtp_lambda | 3 | 2
 lambda_schedule=knots lambda_schedule.knots='{0:[1,2,3]}' => knots | 3
 +trainer.no_such_key=1 => no_such_key

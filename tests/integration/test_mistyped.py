@@ -82,6 +82,7 @@ export.py ouput=x  [*] => ouput is not a key: did you mean output?
 train.py mtp=sequentail  [*] => mtp has no option 'sequentail': did you mean sequential?
 train.py logger=null  [*] => logger=null is not the name of an option: choose one of --help logger
 train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave mtp= out
+train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
 train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_schedule
 train.py 'callbacks=[default,nan_gard]' => 'nan_gard': did you mean nan_guard?
 train.py -m +sweeps=dept => sweeps has no option 'dept': did you mean depth?
@@ -106,6 +107,7 @@ train.py tokenizer.vocab_size=1000000000000  [*] =>
     tokenizer.vocab_size=1,000,000,000,000 | GB of memory: make it smaller
 train.py data.seq_len=1000000000000  [*] =>
     data.seq_len=1,000,000,000,000 | GB of memory: make it smaller
+train.py data.num_workers=65 => data.num_workers=65 is too large: give at most 64
 train.py trainer.devices=2 => trainer.devices=2 needs trainer.strategy=ddp
 train.py sweeps=depth => a prepared sweep is added, as in +sweeps=depth
 train.py hydra.launcher.n_job=2 => hydra.launcher.n_job is not a key of Hydra
@@ -121,6 +123,8 @@ evaluate.py checkpoint=FOLDER decode.new_tokens=1 => decode.new_tokens must be |
 generate.py checkpoint=FOLDER prompt=a draft_depth=0  [15 s] =>
     draft_depth=0 must be | at least 1 | speculative=false is plain decoding
 serve.py checkpoint=FOLDER draft_depth=0  [15 s] => speculative=false is plain decoding
+generate.py checkpoint=FOLDER prompt=a top_k=5  [15 s] =>
+    top_k=5 chooses among samples | set temperature=1
 generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in [0, 1], not 2
 serve.py checkpoint=FOLDER port=99999 => port must be a number in [0, 65535], not 99999
 export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one of float32

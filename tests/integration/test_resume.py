@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mtp_lightning.command_line.shell import Stopped
+from mtp_lightning.errors import UserError
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
 from mtp_lightning.run.config import read_yaml
@@ -117,6 +118,11 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
     fewer = train_here(tmp_path, cache, {"trainer.max_steps": 5})
     assert fewer["step"] == 12 and read_yaml(tmp_path / "config.yaml")["trainer"]["max_steps"] == 12
+    with pytest.raises(
+        UserError, match=r"has all its 12 steps.*\(seed: 0 -> 1\): start in another"
+    ):
+        train_here(tmp_path, cache, {"trainer.max_steps": 12, "seed": 1})
+    assert read_yaml(tmp_path / "config.yaml")["seed"] == helpers.summary_of(tmp_path)["seed"] == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])

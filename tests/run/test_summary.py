@@ -19,6 +19,7 @@ def test_acceptance_is_shown_with_its_interval_and_setting(
     rates = {f"val/{name}_depth_{k}": 0.5 for name in ("loss", "accuracy") for k in (0, 1)}
     rates |= {f"val/{name}_depth_1": 0.4 for name in ("agreement", "overlap")}
     accepted = {"": 0.5843, "_low": 0.55, "_high": 0.6168}
+    rates["val/loss_depth_0"] = 3.6382
     steps = {"": 1.98, "_low": 1.9, "_high": 2.05}
     print_summary(
         {
@@ -36,6 +37,17 @@ def test_acceptance_is_shown_with_its_interval_and_setting(
     assert "1.98 [1.90, 2.05]" in shown
     assert "[55.0, 61.7]" in shown and (expected or "58.4 % [55.0, 61.7]" in shown)
     assert "64 prompts x 64 tokens, greedy" in shown
+    assert "…" not in shown
+
+
+def test_shared_lines_are_shown_of_the_model_s_own_text_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = {"data": {"val": {"lines_in_training": 0.026}}}
+    print_summary(summary, depth=0)
+    assert "2.6% of the validation split's long lines" in capsys.readouterr().out
+    print_summary(summary, depth=0, own_text=False)
+    assert "long lines" not in capsys.readouterr().out
 
 
 def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
