@@ -44,6 +44,9 @@ from sweeps.process import Job
 RunJobs = Callable[[list[Job]], None]
 Configs = dict[Job, dict[str, Any]]
 
+# Keys of a run's folder, which a sweep gives each of its jobs.
+_RUN_FOLDERS = ("run_dir", "paths.output_dir")
+
 # Hydra's settings that are about the sweep and not about a job.
 _SWEEP_SETTINGS = (
     "hydra/launcher",
@@ -136,6 +139,11 @@ def _checked(
         raise UserError(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
+        )
+    if given := [o for overrides in batch for o in overrides if key_of(o) in _RUN_FOLDERS]:
+        raise UserError(
+            f"{given[0]} is the folder of one run: give the folder of a sweep as sweep_dir=..., in "
+            "which every job has its own."
         )
     planned_jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
