@@ -36,6 +36,7 @@ from sweeps.plan import (
     SweepPlan,
     must_run,
     name_of_program,
+    refuse_run_folder,
     varied_labels,
     without_housekeeping,
 )
@@ -43,9 +44,6 @@ from sweeps.process import Job
 
 RunJobs = Callable[[list[Job]], None]
 Configs = dict[Job, dict[str, Any]]
-
-# Keys of a run's folder, which a sweep gives each of its jobs.
-_RUN_FOLDERS = ("run_dir", "paths.output_dir")
 
 # Hydra's settings that are about the sweep and not about a job.
 _SWEEP_SETTINGS = (
@@ -140,11 +138,8 @@ def _checked(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
-    if given := [o for overrides in batch for o in overrides if key_of(o) in _RUN_FOLDERS]:
-        raise UserError(
-            f"{given[0]} is the folder of one run: give the folder of a sweep as sweep_dir=..., in "
-            "which every job has its own."
-        )
+    for overrides in batch:
+        refuse_run_folder(overrides, "give the folder of a sweep as sweep_dir=...")
     planned_jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(planned_jobs)

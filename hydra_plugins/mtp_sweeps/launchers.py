@@ -51,37 +51,21 @@ class SweepLauncher(Launcher):
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own sweeper, except that it refuses keys without values, and leaves composing to a
-    launcher that composes all jobs' configs: otherwise each config would be composed twice."""
+    """Hydra's own sweeper, except that it refuses keys without values, quotes paths, and leaves
+    composing to a launcher that composes all jobs' configs: otherwise each config would be composed
+    twice."""
 
     @staticmethod
     def split_arguments(
         overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
+        from sweeps.compose import prepare_values
+
         for override in overrides:
-            if override.is_sweep_override():
-                _require_values(override)
+            prepare_values(override)
         return BasicSweeper.split_arguments(overrides, max_batch_size)
 
     def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
         # An attribute, not isinstance: Hydra imports its plugins twice.
         if not getattr(self.launcher, "composes", False):
             super().validate_batch_is_legal(batch)
-
-
-def _require_values(override: Override) -> None:
-    """Refuse a key whose values are none, or cannot be listed."""
-    from mtp_lightning.errors import UserError
-
-    text, key = override.input_line, override.key_or_group
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"{text} has no single values: list some, as in {key}=A,B, or let "
-            "python -m sweeps.search choose them."
-        )
-    try:
-        first = next(override.sweep_string_iterator(), None)
-    except ValueError:  # a range whose step is 0
-        first = None
-    if first is None:
-        raise UserError(f"{text} has no values: list some, as in {key}=A,B.")
