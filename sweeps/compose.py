@@ -79,32 +79,22 @@ class Composer:
 
 
 def prepare_values(override: Override) -> None:
-    """Quote the paths of an override with several values: a job takes them literally, so a space
-    must not get Hydra's backslash.
-
-    Raises:
-        UserError: it has no values, or they cannot be listed.
-    """
+    """Quote the paths of an override with several values, which a job takes literally: a space must
+    not get Hydra's backslash. Raises a UserError if it has no values, or they cannot be listed."""
     from hydra.core.override_parser.types import ChoiceSweep
     from hydra.errors import HydraException
 
     if not override.is_sweep_override():
         return
-    text, key = override.input_line, override.key_or_group
+    text, remedy = override.input_line, f"list some, as in {override.key_or_group}=A,B"
     if not override.is_discrete_sweep():
-        raise UserError(
-            f"{text} has no single values: list some, as in {key}=A,B, or let "
-            "python -m sweeps.search choose them."
-        )
-    values = override._value
-    if key in INPUTS and isinstance(values, ChoiceSweep):
-        values.list = [_as_path(value) for value in values.list]
+        raise UserError(f"{text} has no single values: {remedy}, or use python -m sweeps.search.")
+    if override.key_or_group in INPUTS and isinstance(override._value, ChoiceSweep):
+        override._value.list = [_as_path(value) for value in override._value.list]
     try:
-        first = next(override.sweep_string_iterator(), None)
-    except (ValueError, HydraException):  # a range whose step is 0, a glob outside of a sweep
-        first = None
-    if first is None:
-        raise UserError(f"{text} has no values: list some, as in {key}=A,B.")
+        next(override.sweep_string_iterator())
+    except (StopIteration, ValueError, HydraException):  # a step of 0, a glob outside of a sweep
+        raise UserError(f"{text} has no values: {remedy}.") from None
 
 
 def _as_path(value: Any) -> Any:

@@ -139,7 +139,7 @@ def _checked(
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
     for overrides in batch:
-        refuse_run_folder(overrides, "give the folder of a sweep as sweep_dir=...")
+        refuse_run_folder(overrides, "give sweep_dir=..., the folder of the sweep")
     planned_jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(planned_jobs)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -56,9 +55,7 @@ class GridSweeper(BasicSweeper):
     twice."""
 
     @staticmethod
-    def split_arguments(
-        overrides: list[Override], max_batch_size: int | None
-    ) -> list[list[list[str]]]:
+    def split_arguments(overrides: Any, max_batch_size: int | None) -> Any:
         from sweeps.compose import prepare_values
 
         for override in overrides:

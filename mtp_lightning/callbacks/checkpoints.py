@@ -130,14 +130,11 @@ class Checkpoints(RunCallback, Checkpoint):
             self.best_score = state_dict["best_score"]
             self.best_step = state_dict["best_step"]
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the run's folder."""
-        self.folder = Path(trainer.default_root_dir).absolute() / self.folder
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
         step = trainer.global_step
+        self.folder = Path(trainer.default_root_dir).absolute() / self.folder
         self._last_is_good = False
         self._saved_step = step or None
         self._interrupted = self._terminated = False

@@ -107,7 +107,7 @@ WRONG = {
     "a range": (
         {"optimizer.lr": "interval(0.1,1)"},
         (),
-        "has no single values: list some, as in optimizer.lr=A,B, or let python -m sweeps.search",
+        "has no single values: list some, as in optimizer.lr=A,B, or use python -m sweeps.search",
     ),
     "the folder of one run": ({"run_dir": "mine", "seed": "0,1"}, (), "mine is the folder of one"),
     "module": ({"seed": "0,1"}, ("hydra.launcher.module=sweeps.pol",), "sweeps.pol cannot be used"),
