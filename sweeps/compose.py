@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from mtp_lightning.command_line.quote import quoted
+from mtp_lightning.command_line.quote import INPUTS, quoted
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
@@ -76,6 +76,36 @@ class Composer:
             value = not grouped or isinstance(override.value(), dict)
             self._parsed[text] = override, value and not override.is_hydra_override()
         return self._parsed[text]
+
+
+def prepare_values(override: Override) -> None:
+    """Quote the paths of an override with several values, which a job takes literally: a space must
+    not get Hydra's backslash. Raises a UserError if it has no values, or they cannot be listed."""
+    from hydra.core.override_parser.types import ChoiceSweep
+    from hydra.errors import HydraException
+
+    if not override.is_sweep_override():
+        return
+    text, remedy = override.input_line, f"list some, as in {override.key_or_group}=A,B"
+    if not override.is_discrete_sweep():
+        raise UserError(f"{text} has no single values: {remedy}, or use python -m sweeps.search.")
+    if override.key_or_group in INPUTS and isinstance(override._value, ChoiceSweep):
+        override._value.list = [_as_path(value) for value in override._value.list]
+    try:
+        next(override.sweep_string_iterator())
+    except (StopIteration, ValueError, HydraException):  # a step of 0, a glob outside of a sweep
+        raise UserError(f"{text} has no values: {remedy}.") from None
+
+
+def _as_path(value: Any) -> Any:
+    """A parsed value whose texts are in quotes where Hydra would escape a letter of them."""
+    from hydra._internal.grammar.utils import escape_special_characters
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if isinstance(value, list):
+        return [_as_path(item) for item in value]
+    escaped = isinstance(value, str) and escape_special_characters(value) != value
+    return QuotedString(value, Quote.single) if escaped else value
 
 
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:

@@ -36,6 +36,7 @@ from sweeps.plan import (
     SweepPlan,
     must_run,
     name_of_program,
+    refuse_run_folder,
     varied_labels,
     without_housekeeping,
 )
@@ -137,6 +138,8 @@ def _checked(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
+    for overrides in batch:
+        refuse_run_folder(overrides, "give sweep_dir=..., the folder of the sweep")
     planned_jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(planned_jobs)

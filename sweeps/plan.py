@@ -200,6 +200,13 @@ def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
     return tuple(o for o in overrides if not lies_in(key_of(o), PLACES))
 
 
+def refuse_run_folder(overrides: Iterable[str], remedy: str) -> None:
+    """Raises a UserError for an override of the folder of a run, which every job has by itself."""
+    for override in overrides:
+        if key_of(override) in ("run_dir", "paths.output_dir"):
+            raise UserError(f"{override} is the folder of one run: {remedy}.")
+
+
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Keys that do not have the same override in every job, in order of appearance."""
     by_key: dict[str, list[str]] = {}

@@ -32,7 +32,7 @@ from mtp_lightning.stored import read_json
 from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
 from sweeps.interrupts import alone
-from sweeps.plan import SweepPlan, job_of
+from sweeps.plan import SweepPlan, job_of, refuse_run_folder
 from sweeps.pool import make_pool
 from sweeps.process import Job
 from sweeps.search_space import Space, examples, parse, shown
@@ -284,6 +284,7 @@ def main(
             raise UserError(f"--trials must be at least 1, not {args.trials}.")
         require_package("optuna", what="sweeps.search", extra="search")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
+        refuse_run_folder(fixed, "leave it out, since every trial has one in the search's folder")
         folder = Path(args.folder).absolute()
         if "?" in str(folder) or "%" in str(folder):
             raise UserError(

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of
+from sweeps.compose import prepare_values
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -73,6 +74,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         if match is not None:
             space[key] = _interval(argument, match)
         elif override is not None and override.is_discrete_sweep():
+            prepare_values(override)
             space[key] = CategoricalDistribution(tuple(map(str, override.sweep_string_iterator())))
         else:
             raise UserError(f"{argument}: write it as {key}=interval(a,b), or with ,log.")

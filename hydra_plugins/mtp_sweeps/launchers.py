@@ -50,8 +50,17 @@ class SweepLauncher(Launcher):
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own sweeper, except that it leaves composing to a launcher that composes all jobs'
-    configs: otherwise each config would be composed twice."""
+    """Hydra's own sweeper, except that it refuses keys without values, quotes paths, and leaves
+    composing to a launcher that composes all jobs' configs: otherwise each config would be composed
+    twice."""
+
+    @staticmethod
+    def split_arguments(overrides: Any, max_batch_size: int | None) -> Any:
+        from sweeps.compose import prepare_values
+
+        for override in overrides:
+            prepare_values(override)
+        return BasicSweeper.split_arguments(overrides, max_batch_size)
 
     def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
         # An attribute, not isinstance: Hydra imports its plugins twice.

@@ -20,7 +20,7 @@ from mtp_lightning.callbacks.base import RunCallback, WritesBeside, monitored, r
 from mtp_lightning.callbacks.termination import termination_of
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
-from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
+from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require, require_choice, require_whole
 
 
@@ -66,7 +66,7 @@ class Checkpoints(RunCallback, Checkpoint):
     some steps later, and before the next save begins.
 
     Args:
-        folder: where the files go.
+        folder: where the files go; a relative path begins at the run's folder.
         every_n_steps: optimizer steps between two `last.ckpt`, >= 1.
         monitor: the logged validation value that decides the best file; null keeps no best file.
         mode: `min` or `max`.
@@ -78,7 +78,7 @@ class Checkpoints(RunCallback, Checkpoint):
         UserError: for a wrong setting, or if no validation logged `monitor`.
     """
 
-    folder: Path
+    folder: Path = Path(CHECKPOINTS)
     every_n_steps: int = 100
     monitor: str | None = "val/loss_depth_0"
     mode: str = "min"
@@ -87,7 +87,6 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.folder = Path(self.folder)
         require_choice("callbacks.checkpoints.mode", self.mode, ("min", "max"))
         require_choice("callbacks.checkpoints.keep", self.keep, KEEP)
         key, steps = "callbacks.checkpoints.keep_steps", self.keep_steps
@@ -135,6 +134,7 @@ class Checkpoints(RunCallback, Checkpoint):
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
         step = trainer.global_step
+        self.folder = Path(trainer.default_root_dir).absolute() / self.folder
         self._last_is_good = False
         self._saved_step = step or None
         self._interrupted = self._terminated = False

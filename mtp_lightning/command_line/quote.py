@@ -25,7 +25,6 @@ TEXTS = frozenset({"prompt", "stop"})
 # Keys of paths that are written to. A sweep never varies them.
 PLACES = frozenset(
     {
-        "callbacks.checkpoints.folder",
         "data.cache_dir",
         "data.source.cache_dir",
         "output",

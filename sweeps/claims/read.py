@@ -117,7 +117,7 @@ class _ClaimReader:
                 where = f" in {place}" if place else ""
                 self._refuse(f"the key {key}{where}", f"known are {', '.join(sorted(allowed))}")
         if missing := sorted(key for key in required if value.get(key) is None):
-            problem = f"{place or 'the file'} without {missing[0]}"
+            problem = f"no {missing[0]}" + (f" in {place}" if place else "")
             self._refuse(problem, f"{', '.join(sorted(required))} are needed")
         prefix = f"{place}." if place else ""
         return {

@@ -46,6 +46,12 @@ def test_the_files_and_their_steps(tmp_path: Path) -> None:
     assert module.val_steps == [4, 8, 12]
 
 
+def test_they_lie_in_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the run's folder, by default
+    fit(TinyModule(), [saved := Checkpoints()])
+    assert saved.last_path == tmp_path / "checkpoints" / "last.ckpt" and saved.last_path.exists()
+
+
 @pytest.mark.parametrize("epoch_steps", [6, 8])
 def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
     tmp_path: Path, epoch_steps: int

@@ -65,6 +65,7 @@ TABLE = """\
 train.py mtp.dept=4  [*] => mtp.dept is not a key: did you mean mtp.depth? (--help mtp)
 train.py +mtp.dept=4  [*] => mtp.dept is not a key: did you mean mtp.depth? (--help mtp)
 train.py +mtp.depth=4 => mtp.depth is a key already | mtp.depth=...
+train.py callbacks.checkpoints.folder=/x => callbacks.checkpoints.folder is not a key
 train.py modle=nano => modle is not a key: did you mean model?
 train.py lr=0.1 => lr is not a key: did you mean optimizer.lr?
 train.py data.tokenizer=bpe => data.tokenizer=bpe does not set the tokenizer

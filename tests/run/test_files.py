@@ -67,7 +67,7 @@ def test_bearing() -> None:
     }
     others = {
         *("run_dir", "sweep.retry_failed", "logger.wandb.project", "data.cache_dir"),
-        *("callbacks.progress.refresh_seconds", "callbacks.checkpoints.folder"),
+        *("callbacks.progress.refresh_seconds", "callbacks.checkpoints.keep"),
     }
     assert {key for key in keys | others if affects_training(key)} == keys
 

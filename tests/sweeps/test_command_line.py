@@ -102,6 +102,14 @@ WRONG = {
     "added key": ({"+swep": "depth"}, (), "swep is not a key: did you mean sweeps?"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices must be a whole number"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
+    "no values": ({"seed": "range(0)"}, (), "seed=range(0) has no values"),
+    "no step": ({"seed": "range(0,2,0)"}, (), "seed=range(0,2,0) has no values"),
+    "a range": (
+        {"optimizer.lr": "interval(0.1,1)"},
+        (),
+        "has no single values: list some, as in optimizer.lr=A,B, or use python -m sweeps.search",
+    ),
+    "the folder of one run": ({"run_dir": "mine", "seed": "0,1"}, (), "mine is the folder of one"),
     "module": ({"seed": "0,1"}, ("hydra.launcher.module=sweeps.pol",), "sweeps.pol cannot be used"),
     "launcher": (
         {"seed": "0,1"},

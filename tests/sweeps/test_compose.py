@@ -11,15 +11,17 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtp_lightning.command_line.hydra_errors import sentence
+from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
-from sweeps.compose import Composer, settle
+from sweeps.compose import Composer, prepare_values, settle
 from sweeps.plan import Recipe, count_processes
 
 # Overrides of a job: they choose files, set, add, remove or interpolate values.
@@ -133,6 +135,23 @@ def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyP
             composed = composer.compose([f"mtp={mtp}", f"seed={seed}", "mtp.depth=1"])
             assert composed.seed == seed and mtp in composed.mtp._target_
     assert sorted(calls) == [["mtp=linear"], ["mtp=parallel"]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("init_from=a b/c,d", ["a b/c", "d"]),
+        ("branch_from=it's@1,12:30@2", ["it's@1", "12:30@2"]),
+        ("init_from=choice(a b,d)", ["a b", "d"]),
+        ("data.paths=[a b],[c,d e]", [["a b"], ["c", "d e"]]),
+    ],
+)
+def test_a_job_reads_the_paths_that_were_typed(typed: str, read: list[Any]) -> None:
+    parser = OverridesParser.create()
+    override = parser.parse_override(literal(["-m", typed])[1])
+    prepare_values(override)
+    jobs = literal([f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()])
+    assert [parser.parse_override(job).value() for job in jobs] == read
 
 
 def test_the_sweeper_leaves_composing_to_the_launcher() -> None:

@@ -143,7 +143,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
 @pytest.mark.parametrize(
     ("measure", "prediction", "says"),
     [
-        ({"equivalent": TAG}, {}, "measure without curve"),
+        ({"equivalent": TAG}, {}, "no curve in measure"),
         ({**GAIN, "curve": ["short"]}, {}, "give at least two arms of plain runs"),
         ({**GAIN, "curve": ["short", "nowhere"]}, {}, "give at least two arms of plain runs"),
         ({**GAIN, "part": "price"}, {}, "choose one of total, effect"),
