@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.heads import planning, timing
 from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase
 from mtp_lightning.opening import open_model
@@ -40,6 +42,15 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed speeds of reading and writing in place of measurements."""
     monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
     monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+
+
+_config_of = cache(lambda words: checked_config(list(words)))
+
+
+@pytest.fixture(autouse=True)
+def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composes a config only once for the same words: most plans begin with the same ones."""
+    monkeypatch.setattr(planning, "checked_config", lambda words: _config_of(tuple(words)))
 
 
 def plan_of(model: Path, *overrides: str, hours: float = 1.0) -> planning.HeadsPlan:
@@ -131,7 +142,8 @@ def test_overrides_change_the_plan(
     with pytest.raises(UserError, match="data.seq_len must be a whole"):
         lines("data.seq_len=none")
     # The later phases take ten minutes: they leave 50 minutes of an hour, and half of six minutes.
-    assert "about 22 minutes at" in lines() and "about 60 minutes in all on" in lines()
+    text = lines()
+    assert "about 22 minutes at" in text and "about 60 minutes in all on" in text
     assert "about 13 minutes in all on this machine, more than --hours=0.1," in lines(hours=0.1)
 
 

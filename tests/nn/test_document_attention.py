@@ -117,7 +117,10 @@ def states(model: MTPModel, batch: WindowBatch) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
+)
 def test_compiled_blocks_are_traced_once_for_all_masks(
     tiny_trunk: TrunkConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

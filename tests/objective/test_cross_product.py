@@ -224,7 +224,10 @@ def test_all_steps_equal_their_definitions(name: str, monkeypatch: pytest.Monkey
     check_all(product(*HEADS_BY_NAME[name]), monkeypatch)
 
 
-@pytest.mark.parametrize("name", HEADS_BY_NAME)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "=" in n else []) for n in HEADS_BY_NAME],
+)
 def test_steps_in_bf16_have_about_the_gradients_of_fp32(name: str) -> None:
     similarities = []
     for objective, weights in zip(OBJECTIVES, itertools.cycle(WEIGHTS), strict=False):

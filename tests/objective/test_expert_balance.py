@@ -16,7 +16,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
-from mtp_lightning.objective.expert_balance import balance_experts, label
+from mtp_lightning.objective.expert_balance import balance_experts
 from tests import deepseek
 from tests.integration.helpers import checkpoint, command, execute, rows, train_here, weights
 from tests.losses import gradients, mtp_loss, reported_loss
@@ -138,11 +138,6 @@ def test_an_update_of_biases_equals_one_by_hand() -> None:
     assert balance_experts(router, AuxiliaryOutputs(), fraction=0.0) == {}
     assert balance_experts(router, auxiliary, fraction=0.9).keys() == values.keys()
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
-
-
-def test_the_label_of_a_router_names_its_layer_or_depth() -> None:
-    assert label("model.trunk.blocks.3.feed_forward.router") == "layer_3"
-    assert label("model.mtp.depths.0.block.feed_forward.router") == "depth_1"
 
 
 def test_a_depth_of_weight_zero_keeps_its_biases() -> None:

@@ -125,23 +125,6 @@ def test_a_feed_may_send_its_depths_in_any_order() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_the_loss_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(50, 8, requires_grad=True)
-    hidden = torch.randn(300, 8)
-    targets = torch.randint(0, 50, (300,))
-    results = []
-    for rows in (300, 128, 7):
-        monkeypatch.setattr(through_head, "chunk_rows", lambda *_, rows=rows: rows)
-        h = hidden.clone().requires_grad_()
-        total, sums = chunked_loss(weight, [(h, target(0, targets, 0.01))])
-        total.backward()
-        results.append((total.detach(), sums, h.grad, weight.grad))
-        weight.grad = None
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_no_tensor_is_larger_than_one_chunk_of_logits() -> None:
     vocab, rows = 20_000, 700
     weight = torch.randn(vocab, 8, requires_grad=True)
@@ -153,14 +136,6 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits() -> None:
         chunked_loss(weight, depths)[0].backward()
     chunk = through_head.chunk_rows(vocab, torch.device("cpu")) * vocab
     assert vocab * 8 < memory.largest <= chunk < rows * vocab
-
-
-def test_the_loss_under_no_grad_has_no_graph() -> None:
-    weight = torch.randn(30, 8, requires_grad=True)
-    with torch.no_grad():
-        depth = torch.randn(5, 8), target(0, torch.zeros(5).long(), 1.0)
-        total, _ = chunked_loss(weight, [depth])
-    assert not total.requires_grad
 
 
 @pytest.mark.slow
