@@ -247,7 +247,7 @@ def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
     assert ("broken" in badge) == broken and ("1,000 of 1,000 texts" in badge) != broken
 
 
-def test_different_logits_break_the_certificate_only_where_bits_are_promised() -> None:
+def test_different_logits_break_only_a_certificate_that_promises_bits() -> None:
     row = Row("fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, 9, 8, 1e-6))
     assert Certificate("m", {}, False, rows=[row]).broken() == []
     assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1

@@ -14,7 +14,7 @@ from mtp_lightning.certify.others import PROGRAMS, Count, OtherProgram, Way, com
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
 
-def test_texts_of_another_program_that_differ_from_its_plain_ones_are_counted(
+def test_texts_that_differ_from_the_programs_plain_ones_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def plain(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:

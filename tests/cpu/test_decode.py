@@ -199,8 +199,8 @@ def test_blocks_in_one_call_equal_the_layers_in_float64(name, starts, width):
         torch.testing.assert_close(
             getattr(out, value).double(), getattr(expected, value), rtol=1e-4, atol=1e-4
         )
-    for actual, wanted in zip(entries, expected_entries, strict=True):
-        torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4)
+    for a, b in zip(entries, expected_entries, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 class UsersAttention(Attention):

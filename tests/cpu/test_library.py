@@ -122,16 +122,16 @@ def test_attention_and_norm_have_the_same_bits_on_two_threads() -> None:
 def test_norm_and_gate_equal_float64(rows: int, width: int) -> None:
     x, gain = (torch.randn(rows, width) * 3).requires_grad_(), torch.randn(width).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in (x, gain)]
-    found = rms_norm(x, gain, 1e-5)
-    assert found.grad_fn is not None
-    compare(found, reference.rms_norm(*exact, 1e-5), [x, gain], exact)
+    normed = rms_norm(x, gain, 1e-5)
+    assert normed.grad_fn is not None
+    compare(normed, reference.rms_norm(*exact, 1e-5), [x, gain], exact)
 
     gate_up = (torch.randn(rows, 2 * width) * 4).requires_grad_()
     both = gate_up.detach().double().requires_grad_()
     gate, up = both.chunk(2, dim=-1)
-    found = gated(gate_up)
-    assert found.grad_fn is not None and "Native" in found.grad_fn.name()
-    compare(found, F.silu(gate) * up, [gate_up], [both])
+    out = gated(gate_up)
+    assert_native(out, "Native")
+    compare(out, F.silu(gate) * up, [gate_up], [both])
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 16), (3, 61), (2, 5000), (0, 7)])

@@ -183,9 +183,9 @@ def test_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
     assert torch.equal(outputs.forced_BW, choose(model, batch))
     for row, scored in enumerate(batch.scored.tolist()):
         text = batch.tokens[row].tolist()
-        for i, asked in enumerate(scored):
+        for i, is_scored in enumerate(scored):
             nats = float(outputs.nats_BW[row, i])
-            if asked:
+            if is_scored:
                 logits = logits_after(model, text[:i])
                 expected = -float(logits.double().log_softmax(-1)[text[i]])
                 assert nats == pytest.approx(expected, abs=1e-4)

@@ -154,7 +154,7 @@ def test_recorded_passes_are_compiled_once(name, monkeypatch):
         assert ids_of(compiled_texts) == expected
 
 
-def test_gathered_experts_compute_what_experts_compute():
+def test_gathered_experts_equal_the_layer_of_experts():
     torch.manual_seed(0)
     layer = Experts(8, 6, 5)
     for parameter in layer.parameters():

@@ -155,7 +155,7 @@ def test_an_error_during_the_measurement_is_raised_and_not_retried(
     assert len(calls) == 1
 
 
-def test_draft_vocab_defaults_to_the_tokens_that_the_modules_were_trained_on(
+def test_draft_vocab_defaults_to_that_of_the_modules_training(
     measured_models: list[Any], tmp_path: Path
 ) -> None:
     opened = opened_at(tmp_path)
@@ -239,7 +239,7 @@ MEASURED = Measured(
 )
 
 
-def test_samples_use_the_measured_number_whatever_the_other_texts_use() -> None:
+def test_samples_use_the_measured_number_of_drafts_among_other_texts() -> None:
     """Samples depend on their seed and the measurement, and not on the clock."""
     model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
     assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)

@@ -102,9 +102,7 @@ def test_a_missing_compiler_is_named(cache, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_program_is_built_once_reads_new_weights_and_is_rebuilt_if_damaged(
-    cache, monkeypatch, caplog
-):
+def test_a_program_is_built_once_reads_new_weights_and_is_repaired(cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     function, x, counter = Scaled(), torch.randn(2, 8), torch.zeros(3)
 

@@ -129,7 +129,7 @@ def test_floors_rejections_and_recalls_equal_those_of_loops(
         (LinearConfig, {"rank": 2}, False, 3),
     ],
 )
-def test_a_head_that_reads_no_token_is_rejected_at_least_as_often_as_the_floor(
+def test_the_rejection_of_a_head_that_reads_no_token_is_above_the_floor(
     stack: Any, more: dict[str, Any], sampled: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if sampled:

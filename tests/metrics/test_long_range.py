@@ -111,7 +111,7 @@ def test_the_gain_of_a_longer_context_equals_brute_force(documents: bool) -> Non
         assert all(abs(values[f"context_gain_{c}"]) > 1e-3 for c in (8, 16))
 
 
-def test_the_effective_context_is_the_shortest_whose_gain_is_small_from_there_on() -> None:
+def test_the_effective_context_is_the_shortest_with_small_gains_beyond() -> None:
     assert effective_context({8: 0.5, 16: 0.02, 32: 0.009}, 64) == 32
     assert effective_context({8: 0.5, 16: 0.0, 32: 0.1}, 64) == 64
     assert effective_context({8: -0.1, 16: 0.0, 32: 0.0}, 64) == 8

@@ -132,7 +132,7 @@ def test_bits_per_byte_are_pooled_over_documents() -> None:
     assert bits_per_byte(np.array([8.0, 1.0]) * math.log(2), np.array([8, 2])) == 0.9
 
 
-def test_the_standard_error_of_bits_per_byte_is_about_that_of_the_delta_method() -> None:
+def test_the_standard_error_of_bits_per_byte_is_near_the_delta_method() -> None:
     """The bootstrap approaches it with many documents."""
     rng = np.random.default_rng(1)
     bytes_N = rng.integers(100, 5000, 400)

@@ -131,7 +131,7 @@ def test_the_draft_vocabulary_is_chosen_by_the_training_text() -> None:
         model.mtp.observe_training_text(SimpleNamespace(training_text=None))
 
 
-def test_options_and_objectives_that_do_not_fit_a_draft_vocabulary_are_refused() -> None:
+def test_settings_that_do_not_fit_a_draft_vocabulary_are_refused() -> None:
     model = eagle_model(draft_vocab=11)
     for options, message in (
         ({"compile": True}, "compile=true has passes for a cache per draft"),

@@ -191,18 +191,18 @@ def test_an_output_matrix_of_the_heads_gets_its_gradient(tiny_trunk: TrunkConfig
     model = build(tiny_trunk, "parallel", depth=2).double()
     model.mtp = ParallelWithOwnHead(ParallelConfig(depth=2), tiny_trunk).double()
     model.initialize(0)
-    batch, own = windows(2, seq_len=9, depth=2), model.mtp.own
-    rows = {k: own.rows_of(batch.targets(k)) for k in (1, 2)}
+    batch, head = windows(2, seq_len=9, depth=2), model.mtp.own_head
+    rows = {k: head.rows_of(batch.targets(k)) for k in (1, 2)}
     final, inputs = model.run_trunk(batch, [1, 2])
     for k, hidden in model.mtp.states(inputs, [1, 2]):
-        log_q_BTN = (hidden @ own.weight.T).log_softmax(-1)[rows[k] >= 0]
+        log_q_BTN = (hidden @ head.weight.T).log_softmax(-1)[rows[k] >= 0]
         targets_M = rows[k][rows[k] >= 0]
         (-log_q_BTN[torch.arange(len(targets_M)), targets_M].sum()).backward(retain_graph=True)
-    expected, own.weight.grad = own.weight.grad, None
+    expected, head.weight.grad = head.weight.grad, None
 
     final, inputs = model.run_trunk(batch, [1, 2])
     targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
     targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
     feed = model.mtp.feed(final, inputs, batch, [1, 2])
     stream_loss(model.head.weight, feed, targets)[0].backward()
-    torch.testing.assert_close(own.weight.grad, expected)
+    torch.testing.assert_close(head.weight.grad, expected)

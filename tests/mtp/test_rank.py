@@ -75,7 +75,7 @@ def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkC
             torch.testing.assert_close(predicted[k][t], exact[k], rtol=1e-6, atol=1e-9)
 
 
-def test_components_start_different_and_the_first_equals_the_main_prediction(
+def test_components_start_different_and_the_first_as_the_main_prediction(
     tiny_trunk: TrunkConfig,
 ) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2, rank=3)))

@@ -143,7 +143,7 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
     ("variant", "switches"),
     [("sequential", {}), ("parallel", {"correction": "mlp"}), ("masked", {"freeze_trunk": True})],
 )
-def test_flops_without_depths_that_lack_a_target_are_those_of_pytorchs_operators(
+def test_flops_of_depths_with_a_target_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, switches: dict[str, Any]
 ) -> None:
     """``test_cross_product.py`` compares every head where all depths have targets."""
@@ -156,7 +156,7 @@ def test_flops_without_depths_that_lack_a_target_are_those_of_pytorchs_operators
 
 
 @pytest.mark.parametrize(("variant", "rule"), [("sequential", "none"), ("parallel", "dwa")])
-def test_a_frozen_trunks_main_prediction_is_computed_only_for_rules_that_need_it(
+def test_a_frozen_trunk_has_a_main_prediction_only_for_rules_that_need_it(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
     """The losses of the modules are the same."""

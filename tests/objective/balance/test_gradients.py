@@ -199,7 +199,7 @@ def test_norms_and_cosines_of_gradients_and_their_tags() -> None:
         ("parallel", {}, 1, "model.n_layers=1"),
     ],
 )
-def test_rules_that_measure_gradients_are_refused_if_no_depth_reaches_the_trunk(
+def test_measuring_rules_are_refused_if_no_depth_reaches_the_trunk(
     tiny_trunk: TrunkConfig, variant: str, switches: dict, layers: int, message: str
 ) -> None:
     trunk = replace(tiny_trunk, n_layers=layers)

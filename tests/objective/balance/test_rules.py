@@ -121,7 +121,7 @@ def test_uncertainty_has_the_gradient_of_the_published_objective() -> None:
     torch.testing.assert_close(gradient, s.grad, rtol=1e-12, atol=0)
 
 
-def test_uncertainty_converges_to_its_optimum_and_ignores_a_depth_of_weight_0() -> None:
+def test_uncertainty_converges_and_ignores_a_depth_of_weight_0() -> None:
     rule = Uncertainty(2)
     optimizer = torch.optim.AdamW(rule.parameters(), lr=0.05, weight_decay=0.0)
     for step in range(600):

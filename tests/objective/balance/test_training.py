@@ -132,7 +132,7 @@ def test_with_matched_flops_a_rule_that_measures_gets_fewer_steps(
     assert steps["cosine_gate"] < steps["none"] == steps["random"] < steps["sampled_depths"]
 
 
-def test_a_resumed_run_with_another_rule_and_a_rule_without_gradients_are_refused(
+def test_another_rule_on_resume_and_one_without_gradients_are_refused(
     tmp_path: Path, cache: Path
 ) -> None:
     train_here(tmp_path, cache, {"trainer.max_steps": 2})
