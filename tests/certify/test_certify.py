@@ -1,4 +1,4 @@
-"""The certificate: what it says of sound decoding, and four defects that it must find."""
+"""The certificate: sound decoding passes, four planted defects are found, and the command."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mtp_lightning.certify.cells import Cell, cells, ways
 from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.sampled import Sampled, transform
+from mtp_lightning.certify.texts import DecodedText
 from mtp_lightning.decoding import verification
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.session import Session
@@ -30,7 +31,7 @@ from tests.decoding.models import small_model
 
 
 class Words:
-    """A tokenizer of the model's 37 ids."""
+    """A tokenizer of 37 ids, as many as the model has."""
 
     eot_id, end_ids = 36, (36,)
 
@@ -39,10 +40,10 @@ class Words:
 
 
 @pytest.fixture
-def put(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let ``mine`` be a model of this test's own."""
+def open_as_mine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``open_as_mine(model)``: the path ``mine`` then opens this model."""
 
-    def of(model: MTPModel) -> None:
+    def patch(model: MTPModel) -> None:
         opened = OpenedModel(
             model=model,
             tokenizer_state={},
@@ -53,37 +54,37 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Any:
         opened.__dict__["tokenizer"] = Words()
         monkeypatch.setattr(run, "open_model", lambda path, *, allow: opened)
 
-    return of
+    return patch
 
 
 @pytest.fixture
-def certify(put: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Certify a model of this test's own, in all cells or those of some drafts."""
+def certify(open_as_mine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``certify(model, *drafts)``: its certificate, in all cells or only those of these drafts."""
 
-    def of(model: MTPModel, *drafts: str, **options: Any) -> Certificate:
-        put(model)
+    def certificate_of(model: MTPModel, *drafts: str, **options: Any) -> Certificate:
+        open_as_mine(model)
         if drafts:
             batches = options.pop("batches", (1, 8))
-            kept = [c for c in cells(model, (1,)) if c.drafts in drafts and c.batch in batches]
-            kept = [c for c in kept if c.reads == "whole"]
-            monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
+            some = [c for c in cells(model, (1,)) if c.drafts in drafts and c.batch in batches]
+            some = [c for c in some if c.reads == "whole"]
+            monkeypatch.setattr(run, "cells", lambda *_, **__: some)
         options = {"count": 8, "length": 12, "precisions": ["fp32"], "few": True} | options
         return run.certify(Path("mine"), **options)
 
-    return of
+    return certificate_of
 
 
-def test_sound_decoding(certify: Any) -> None:
-    found = certify(small_model(0, 2), few=False, count=12, length=6)
-    assert found.broken() == [] and found.verdict().startswith("lossless: ")
-    assert {row.cell.batch for row in found.rows} == {1, 8}
-    assert {row.cell.reads for row in found.rows} == {"whole", "resumed"}
-    assert all(row.greedy.texts == 12 for row in found.rows)
-    drawn = [row.sampled for row in found.rows if row.sampled is not None]
-    assert len(drawn) == len(ways(small_model(0, 2))) and all(s.tokens == 72 for s in drawn)
+def test_sound_decoding_is_certified_lossless(certify: Any) -> None:
+    certificate = certify(small_model(0, 2), few=False, count=12, length=6)
+    assert certificate.broken() == [] and certificate.verdict().startswith("lossless: ")
+    assert {row.cell.batch for row in certificate.rows} == {1, 8}
+    assert {row.cell.reads for row in certificate.rows} == {"whole", "resumed"}
+    assert all(row.greedy.texts == 12 for row in certificate.rows)
+    sampled = [row.sampled for row in certificate.rows if row.sampled is not None]
+    assert len(sampled) == len(ways(small_model(0, 2))) and all(s.tokens == 72 for s in sampled)
 
 
-def test_cells_are_those_that_a_model_is_capable_of() -> None:
+def test_cells_are_those_that_a_model_supports() -> None:
     assert list(ways(small_model(0, 1))) == [
         *("none", "depth 1", "depth 2", "depth 4", "deeper", "one cache", "auto", "tree"),
         *("short head", "block", "confident", "looked up"),
@@ -94,10 +95,12 @@ def test_cells_are_those_that_a_model_is_capable_of() -> None:
     assert len(set(map(repr, all_))) == len(all_)
 
 
-def test_two_threads_write_the_same(certify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_on_two_threads_is_certified(
+    certify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = certify(small_model(1, 1), count=4, length=5)
-    assert {row.cell.threads for row in found.rows} == {1, 2} and not found.broken()
+    certificate = certify(small_model(1, 1), count=4, length=5)
+    assert {row.cell.threads for row in certificate.rows} == {1, 2} and not certificate.broken()
 
 
 # -------------------------------------------------------------------------------------- defects
@@ -106,11 +109,11 @@ def test_two_threads_write_the_same(certify: Any, monkeypatch: pytest.MonkeyPatc
 def test_sums_that_depend_on_the_number_of_rows_are_found(
     certify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Passes of several tokens add up the head's products from the other end."""
+    """Passes of several tokens sum the head's products in reverse."""
     verify = Session.verify
     monkeypatch.setattr(ops, "code", lambda: ("native", "as on a CPU with AVX-512"))
 
-    def other_order(session: Session, n_drafts: int) -> Tensor:
+    def reversed_sums(session: Session, n_drafts: int) -> Tensor:
         states, head = [], session.model.head
         hook = session.model.head.register_forward_pre_hook(lambda _, read: states.append(read[0]))
         monkeypatch.setattr(session, "_fused_trunk", None)
@@ -121,24 +124,24 @@ def test_sums_that_depend_on_the_number_of_rows_are_found(
         products = (states[-1].unsqueeze(-2) * head.weight).flip(-1)
         return products.cumsum(-1)[..., -1]
 
-    monkeypatch.setattr(Session, "verify", other_order)
-    found = certify(small_model(0, 2), "none", "depth 2")
-    assert any("logits of" in line and "differ, by up to" in line for line in found.broken())
-    assert found.verdict().startswith("BROKEN: ")
+    monkeypatch.setattr(Session, "verify", reversed_sums)
+    certificate = certify(small_model(0, 2), "none", "depth 2")
+    assert any("logits of" in line and "differ, by up to" in line for line in certificate.broken())
+    assert certificate.verdict().startswith("BROKEN: ")
 
 
-def test_a_rejected_drafts_cache_entry_that_stays_is_found(
+def test_a_stale_cache_entry_of_a_rejected_draft_is_found(
     certify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify, accept = Session.verify, Session.accept
     stale: dict[int, bool] = {}
 
-    def noticing(session: Session, accepted: Sequence[int]) -> None:
+    def record_rejections(session: Session, accepted: Sequence[int]) -> None:
         n_drafted = session._n_drafted
         accept(session, accepted)
         stale[id(session)] = n_drafted > accepted[0]
 
-    def keeping(session: Session, n_drafts: int) -> Tensor:
+    def restore_stale_entry(session: Session, n_drafts: int) -> Tensor:
         at, layers = session.n[0], session.trunk_cache.entries_L_BSMH
         old = [entries[0, at].clone() for entries in layers]
         logits = verify(session, n_drafts)
@@ -147,34 +150,33 @@ def test_a_rejected_drafts_cache_entry_that_stays_is_found(
                 entries[0, at] = entry
         return logits
 
-    monkeypatch.setattr(Session, "accept", noticing)
-    monkeypatch.setattr(Session, "verify", keeping)
-    found = certify(small_model(0, 2), "none", "depth 2")
-    assert any("greedy texts differ" in line for line in found.broken())
+    monkeypatch.setattr(Session, "accept", record_rejections)
+    monkeypatch.setattr(Session, "verify", restore_stale_entry)
+    certificate = certify(small_model(0, 2), "none", "depth 2")
+    assert any("greedy texts differ" in line for line in certificate.broken())
 
 
-def test_a_residual_that_is_not_renormalised_is_found(
+def test_a_residual_that_is_not_renormalized_is_found(
     certify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unnormalised(probs: Tensor, uniform: Tensor) -> Tensor:
-        cumulative = probs.double().cumsum(dim=-1)
-        # The total is taken to be 1, which it is of everything but a residual.
-        behind = cumulative <= uniform.double().unsqueeze(-1)
-        return behind.sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
+    def draw_unnormalized(probs: Tensor, uniform: Tensor) -> Tensor:
+        """Assumes that the sum is 1, which is wrong only for a residual."""
+        below = probs.double().cumsum(dim=-1) <= uniform.double().unsqueeze(-1)
+        return below.sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
-    monkeypatch.setattr(verification, "draw", unnormalised)
-    found = certify(small_model(0, 2), "none", "depth 2", batches=(8,), count=120)
-    broken = found.broken()
+    monkeypatch.setattr(verification, "draw", draw_unnormalized)
+    certificate = certify(small_model(0, 2), "none", "depth 2", batches=(8,), count=120)
+    broken = certificate.broken()
     assert broken and all("sampled tokens do not follow" in line for line in broken)
     assert not any("drafts: none" in line for line in broken)
 
 
-def test_ties_that_are_broken_by_another_rule_are_found(
+def test_ties_that_verify_passes_break_otherwise_are_found(
     certify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(0, 2)
     with torch.no_grad():
-        model.head.weight[18:36] = model.head.weight[:18]  # every token has a twin
+        model.head.weight[18:36] = model.head.weight[:18]  # tokens have equal logits in pairs
     assert certify(model, "none", "depth 2").broken() == []
     first = Tensor.argmax
 
@@ -187,20 +189,20 @@ def test_ties_that_are_broken_by_another_rule_are_found(
     assert any("greedy texts differ" in line for line in certify(model, "depth 2").broken())
 
 
-# ------------------------------------------------------------------------------------- its parts
+# ----------------------------------------------------------------------------------------- parts
 
 
-def test_the_transform_is_uniform_and_only_for_the_right_distribution() -> None:
+def test_the_transform_is_uniform_only_for_the_right_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(5, generator=generator, dtype=torch.float64)
     p = logits.softmax(-1)
     ids = torch.multinomial(p, 40_000, replacement=True, generator=generator).tolist()
     u = transform(logits.expand(40_000, 5), ids, generator)
     order = p.argsort(descending=True).tolist()
-    for x in range(5):  # token x's numbers fill its own stretch
+    for x in range(5):  # the numbers of token x lie in an interval of length p(x)
         low = sum(float(p[y]) for y in order[: order.index(x)])
-        mine = u[torch.tensor(ids) == x]
-        assert low <= float(mine.min()) and float(mine.max()) <= low + float(p[x]) + 1e-12
+        u_x = u[torch.tensor(ids) == x]
+        assert low <= float(u_x.min()) and float(u_x.max()) <= low + float(p[x]) + 1e-12
     even = Sampled(40_000, torch.histc(u, 16, 0.0, 1.0).long().tolist())
     assert even.p > 0.001
     wrong = transform((logits * 1.1).expand(40_000, 5), ids, generator)
@@ -212,129 +214,124 @@ def test_the_p_value_is_that_of_a_chi_square() -> None:
     for statistic, p in ((24.9958, 0.05), (30.5779, 0.01)):
         spread = (statistic * 1000 / 2) ** 0.5
         counts = [1000 + spread, 1000 - spread, *[1000] * 14]
-        found = Sampled(16_000, counts)  # type: ignore[arg-type]
-        assert found.chi_square == pytest.approx(statistic) and found.p == pytest.approx(
-            p, rel=1e-4
-        )
+        sampled = Sampled(16_000, counts)  # type: ignore[arg-type]
+        assert sampled.chi_square == pytest.approx(statistic)
+        assert sampled.p == pytest.approx(p, rel=1e-4)
 
 
-def test_a_difference_is_counted_up_to_where_texts_part() -> None:
-    from mtp_lightning.certify.texts import DecodedText
-
-    wanted = DecodedText([1, 2, 3, 4], [torch.zeros(4, 2)])
-    found = DecodedText([2, 9, 4], [torch.tensor([[0.0, 0], [0, 0.5], [7, 7]])])
-    counted = Greedy()
-    counted.compare(5, wanted, found, 1)
-    assert counted == Greedy(texts=1, equal=0, tokens=2, same_bits=1, largest=0.5, first=(5, 2))
+def test_logits_are_compared_up_to_the_first_different_token() -> None:
+    plain = DecodedText([1, 2, 3, 4], [torch.zeros(4, 2)])
+    drafted = DecodedText([2, 9, 4], [torch.tensor([[0.0, 0], [0, 0.5], [7, 7]])])
+    greedy = Greedy()
+    greedy.compare(5, plain, drafted, 1)
+    assert greedy == Greedy(texts=1, equal=0, tokens=2, same_bits=1, largest=0.5, first=(5, 2))
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_table_json_and_badge(broken: bool) -> None:
+def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
     cell = Cell(drafts="<b>depth 1</b>", options=DecodingOptions(), batch=8, threads=2)
     greedy = Greedy(texts=1000, equal=1000 - broken, tokens=5000, same_bits=5000)
     greedy.first = (7, 3) if broken else None
-    found = Certificate(
-        "m", {"seed": 0}, True, rows=[Row("fp32", cell, greedy, Sampled(32, [2] * 16))]
-    )
-    lines = list(found.lines())
+    rows = [Row("fp32", cell, greedy, Sampled(32, [2] * 16))]
+    certificate = Certificate("m", {"seed": 0}, True, rows=rows)
+    lines = list(certificate.lines())
     assert f"{1000 - broken:,}/1,000" in lines[1] and "5,000/5,000" in lines[1]
-    plain = json.loads(json.dumps(found.plain()))
-    assert plain["cells"][0]["p"] == 1 and len(plain["broken"]) == broken
+    stored = json.loads(json.dumps(certificate.plain()))
+    assert stored["cells"][0]["p"] == 1 and len(stored["broken"]) == broken
     if broken:
-        assert plain["broken"][0] == (
+        assert stored["broken"][0] == (
             "fp32, drafts: <b>depth 1</b>, batch 8, 2 threads, whole prefix: 1 of 1,000 greedy "
             "texts differ, text 7 first, from its token 3 on"
         )
-    shown = "".join(ElementTree.fromstring(found.badge()).itertext())
-    assert ("broken" in shown) == broken and ("1,000 of 1,000 texts" in shown) != broken
+    badge = "".join(ElementTree.fromstring(certificate.badge()).itertext())
+    assert ("broken" in badge) == broken and ("1,000 of 1,000 texts" in badge) != broken
 
 
-def test_logits_are_judged_only_where_they_are_promised() -> None:
+def test_different_logits_break_only_a_certificate_that_promises_bits() -> None:
     row = Row("fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, 9, 8, 1e-6))
     assert Certificate("m", {}, False, rows=[row]).broken() == []
     assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1
-    # A model that reads prompts otherwise in a batch and in parts promises less.
-    for cell, promised in (({}, 1), ({"batch": 8}, 0), ({"reads": "resumed"}, 0)):
-        other = replace(row, cell=replace(row.cell, **cell))
-        found = Certificate("m", {}, True, prompts_alike=False, rows=[other])
-        assert len(found.broken()) == promised
+    # Some models read a prompt with other kernels in a batch or in parts.
+    for changes, promised in (({}, 1), ({"batch": 8}, 0), ({"reads": "resumed"}, 0)):
+        changed = replace(row, cell=replace(row.cell, **changes))
+        certificate = Certificate("m", {}, True, prompts_alike=False, rows=[changed])
+        assert len(certificate.broken()) == promised
 
 
 # ---------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture
-def three_cells(put: Any, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """Let ``mine`` be a small model with three cells."""
-    put(model := small_model(0, 2))
-    kept = list(cells(model, (1,), few=True))[:3]
-    monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
-    return kept
+def three_cells(open_as_mine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """The cells of the small model that ``mine`` opens."""
+    open_as_mine(model := small_model(0, 2))
+    first = list(cells(model, (1,), few=True))[:3]
+    monkeypatch.setattr(run, "cells", lambda *_, **__: first)
+    return first
 
 
-def test_the_command(
+def test_the_command_writes_a_certificate_and_exits_by_its_verdict(
     three_cells: list[Cell],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "text").write_text("a text of one's own, which is long enough. " * 30)
-    few = ["mine", "--prompts", "4", "--new-tokens", "4", "--weights", "fp32", "--quick"]
-    asked = [*few, "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    (tmp_path / "text").write_text("a text of the user, which is long enough. " * 30)
+    quick = ["mine", "--prompts", "4", "--new-tokens", "4", "--weights", "fp32", "--quick"]
     with pytest.raises(SystemExit) as ended:
-        main(asked)
-    said = capsys.readouterr()
-    assert ended.value.code == 0 and "lossless: " in said.out and "4 of 4 prompts" in said.err
+        main([*quick, "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")])
+    output = capsys.readouterr()
+    assert ended.value.code == 0 and "lossless: " in output.out and "4 of 4 prompts" in output.err
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["new_tokens"] == 4 and stored["processor"]
     assert (tmp_path / "out" / "badge.svg").read_text().startswith("<svg ")
     monkeypatch.setattr(Certificate, "broken", lambda self: ["a promise"])
     with pytest.raises(SystemExit) as ended:
-        main(few)
+        main(quick)
     assert ended.value.code == 2 and "BROKEN" in capsys.readouterr().out
-    monkeypatch.setattr(run, "certify", lambda *_, **__: pytest.fail("it worked for hours"))
+    monkeypatch.setattr(run, "certify", lambda *_, **__: pytest.fail("it would work for hours"))
     with pytest.raises(SystemExit) as ended:
-        main([*few, "--output", str(tmp_path / "text")])
+        main([*quick, "--output", str(tmp_path / "text")])
     assert ended.value.code == 1 and "cannot be used (File exists)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_what_was_tried(
+def test_an_interrupted_command_writes_the_cells_that_it_tried(
     signum: int,
     three_cells: list[Cell],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ["mine", "--prompts", "9", "--new-tokens", "4", "--weights", "fp32", "--quick"]
-    asked += ["--output", str(tmp_path / "new" / "out")]
-    tried = Greedy.try_on
+    words = ["mine", "--prompts", "9", "--new-tokens", "4", "--weights", "fp32", "--quick"]
+    words += ["--output", str(tmp_path / "new" / "out")]
+    try_on = Greedy.try_on
 
-    def ended(greedy: Greedy, model: MTPModel, cell: Cell, *given: Any, first: int) -> None:
-        if first == stopping_at and cell is three_cells[1]:
+    def interrupted(greedy: Greedy, model: MTPModel, cell: Cell, *args: Any, first: int) -> None:
+        if first == interrupt_at and cell is three_cells[1]:
             signal.raise_signal(signum)
-        tried(greedy, model, cell, *given, first=first)
+        try_on(greedy, model, cell, *args, first=first)
 
-    monkeypatch.setattr(Greedy, "try_on", ended)
+    monkeypatch.setattr(Greedy, "try_on", interrupted)
     file = tmp_path / "new" / "out" / "unfinished_certificate.json"
-    for first_tried, texts in ((0, [8]), (8, [9, 8, 8])):
-        stopping_at = first_tried
-        with pytest.raises(SystemExit) as stopped:
-            main(asked)
-        said = capsys.readouterr()
-        assert stopped.value.code == 128 + signum and "interrupted: the table shows" in said.err
-        assert f"{file} has them.\n" in said.err and f"{sum(texts)} of {sum(texts)}" in said.out
+    for first_prompt, texts in ((0, [8]), (8, [9, 8, 8])):
+        interrupt_at = first_prompt
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        output = capsys.readouterr()
+        assert ended.value.code == 128 + signum and "interrupted: the table shows" in output.err
+        assert f"{file} has them.\n" in output.err and f"{sum(texts)} of {sum(texts)}" in output.out
         stored = json.loads(file.read_text())
         assert [cell["texts"] for cell in stored["cells"]] == texts
         assert [path.name for path in file.parent.iterdir()] == [file.name]
-    stopping_at = -1
-    with pytest.raises(SystemExit) as stopped:
-        main(asked)
+    interrupt_at = -1
+    with pytest.raises(SystemExit) as ended:
+        main(words)
     names = {path.name for path in file.parent.iterdir()}
-    assert stopped.value.code == 0 and names == {"certificate.json", "badge.svg"}
+    assert ended.value.code == 0 and names == {"certificate.json", "badge.svg"}
 
 
-def test_a_folder_for_nothing_is_not_left(
+def test_a_command_that_fails_at_once_leaves_no_empty_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old").mkdir()
@@ -346,7 +343,7 @@ def test_a_folder_for_nothing_is_not_left(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["mine", "--prompts", "1"], "--prompts=1 shows nothing"),
         (["mine", "--new-tokens", "1"], "--new-tokens=1 shows nothing"),
@@ -357,25 +354,30 @@ def test_a_folder_for_nothing_is_not_left(
             ["mine", "--against", "vllm"],
             "--against vllm is unknown: give transformers or llama.cpp.",
         ),
-        (["mine", "--against", "llama.cpp"], "llama.cpp"),  # it is missing, or reads no runs
+        (["mine", "--against", "llama.cpp"], "llama.cpp"),  # is missing, or cannot read a run
         (["mine", "--text", "TINY", "--weights", "fp32"], "too little text"),
         (["mine", "--text", "LATIN", "--weights", "fp32"], "is not UTF-8"),
     ],
 )
-def test_mistakes(
-    words: list[str], told: str, put: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_refused_in_one_line(
+    words: list[str],
+    message: str,
+    open_as_mine: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    put(small_model(0, 2))
+    open_as_mine(small_model(0, 2))
     (tmp_path / "TINY").write_text("a")
     (tmp_path / "LATIN").write_bytes("café ".encode("latin-1") * 200)
     words = [str(tmp_path / word) if word.isupper() else word for word in words]
     with pytest.raises(SystemExit) as ended:
         main(words)
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and told in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and message in error and error.count("\n") == 1
 
 
-def test_a_model_without_heads_is_tried_in_batches_and_on_threads(certify: Any) -> None:
-    found = certify(small_model(0, 0), count=8, few=False)
-    assert {row.cell.drafts for row in found.rows} == {"none", "looked up"} and not found.broken()
-    assert found.verdict().endswith("; the model has no heads that draft.")
+def test_a_model_without_heads_is_certified_with_lookups_alone(certify: Any) -> None:
+    certificate = certify(small_model(0, 0), count=8, few=False)
+    assert {row.cell.drafts for row in certificate.rows} == {"none", "looked up"}
+    assert not certificate.broken()
+    assert certificate.verdict().endswith("; the model has no heads that draft.")

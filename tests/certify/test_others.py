@@ -1,4 +1,4 @@
-"""Texts of other programs, counted by the same rule."""
+"""``--against``: texts of other programs, compared with their plain ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_lightning.certify.others import PROGRAMS, Count, OtherProgram, Way, com
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
 
-def test_texts_that_differ_from_the_programs_own_plain_ones_are_counted(
+def test_texts_that_differ_from_the_programs_plain_ones_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def plain(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
@@ -28,19 +28,19 @@ def test_texts_that_differ_from_the_programs_own_plain_ones_are_counted(
     monkeypatch.setitem(PROGRAMS, "p", program)
     (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4)
     assert (count.texts, count.equal, count.way.name) == (3, 2, "drafts")
-    found = Certificate("m", {}, False, [], [count])
-    assert "p 1, fp32, drafts: 2/3 texts equal its plain ones" in list(found.lines())
-    (stored,) = json.loads(json.dumps(found.plain()))["others"]
+    certificate = Certificate("m", {}, False, [], [count])
+    assert "p 1, fp32, drafts: 2/3 texts equal its plain ones" in list(certificate.lines())
+    (stored,) = json.loads(json.dumps(certificate.plain()))["others"]
     assert stored == {
         **{"program": "p 1", "weights": "fp32", "way": "drafts"},
         **{"texts": 3, "texts_equal": 2},
     }
-    assert found.broken() == []  # they promise nothing here
+    assert certificate.broken() == []  # the certificate is about this project's decoding
 
 
 @pytest.mark.extras
-def test_transformers_on_a_small_llama(tmp_path: Path) -> None:
-    """In float32 on so small a model, its ways give the same texts; the drafts are really made."""
+def test_transformers_decodes_the_same_texts_in_fp32_on_a_small_llama(tmp_path: Path) -> None:
+    """With real drafts by prompt lookup."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=48,
@@ -52,40 +52,40 @@ def test_transformers_on_a_small_llama(tmp_path: Path) -> None:
     )
     transformers.set_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    found = compare_others(["transformers"], tmp_path, PROMPTS, 12)
-    assert [(count.way.weights, count.way.name) for count in found] == [
+    counts = compare_others(["transformers"], tmp_path, PROMPTS, 12)
+    assert [(count.way.weights, count.way.name) for count in counts] == [
         (weights, name)
         for weights in ("fp32", "bf16")
         for name in ("drafts by prompt lookup", "batch of 8")
     ]
-    assert all(count.texts == 3 for count in found)
-    assert all(count.equal == 3 for count in found[:2])
+    assert all(count.texts == 3 for count in counts)
+    assert all(count.equal == 3 for count in counts[:2])
     (plain, looked_up, _), _ = PROGRAMS["transformers"].ways(tmp_path)
     texts = plain.decode(PROMPTS, 5)
     assert [len(ids) for ids in texts] == [5, 5, 5] and looked_up.decode(PROMPTS, 5) == texts
     ends = {"eos_token_id": texts[0][1], "repetition_penalty": 1.5}
     transformers.GenerationConfig(**ends).save_pretrained(tmp_path)
     (plain, *_), _ = PROGRAMS["transformers"].ways(tmp_path)
-    assert plain.decode(PROMPTS, 5) == texts  # no text ends, none is changed
+    assert plain.decode(PROMPTS, 5) == texts  # the model's generation settings are not used
 
 
 @pytest.mark.extras
-def test_transformers_on_a_gguf_file(tmp_path: Path) -> None:
+def test_transformers_decodes_a_gguf_file(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     from tests.interop.gguf_files import write_gguf
 
-    found = compare_others(["transformers"], write_gguf(tmp_path / "small.gguf"), PROMPTS, 8)
-    assert [count.equal for count in found[:2]] == [3, 3]
+    counts = compare_others(["transformers"], write_gguf(tmp_path / "small.gguf"), PROMPTS, 8)
+    assert [count.equal for count in counts[:2]] == [3, 3]
 
 
 @pytest.mark.extras
-def test_llama_cpp_on_a_small_llama(tmp_path: Path) -> None:
+def test_llama_cpp_decodes_a_gguf_file(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs pip install -e '.[engines]'")
     pytest.importorskip("gguf")
     from tests.interop.gguf_files import write_gguf
 
     file = write_gguf(tmp_path / "small.gguf")
-    found = compare_others(["llama.cpp"], file, PROMPTS, 8)
-    assert [count.way.name for count in found] == ["drafts by n-grams", "batch of 8"]
-    assert all(isinstance(count, Count) and count.texts == 3 for count in found)
+    counts = compare_others(["llama.cpp"], file, PROMPTS, 8)
+    assert [count.way.name for count in counts] == ["drafts by n-grams", "batch of 8"]
+    assert all(isinstance(count, Count) and count.texts == 3 for count in counts)

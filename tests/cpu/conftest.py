@@ -14,28 +14,32 @@ from mtp_lightning.model import MTPModel
 from tests.decoding.models import small_model
 from tests.kernels import CAPABILITY, use_library
 
-# A CPU with AVX-512 computes by the code for AVX2, too.
+# A CPU with AVX-512 also runs the code for AVX2.
 OTHERS = [pytest.param("AVX2", marks=pytest.mark.slow)] if CAPABILITY == "AVX512" else []
 
 
 @pytest.fixture(params=[CAPABILITY, *OTHERS])
-def own(
+def built_library(
     libraries: Callable[[str], ctypes.CDLL],
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Computes by the libraries of this checkout."""
+    """Lets a test use the library that is built from this checkout."""
     use_library(monkeypatch, libraries(request.param))
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MTPModel]:
-    """A small model as ``generate.py`` opens it with some settings."""
-    plain = {"precision": "fp32", "head_precision": None, "activations": "fp32", "compile": False}
-    plain |= {"num_threads": 1, "accelerator": "cpu", "checkpoint": "x", "allow": []}
+    """``opened(setting=..)``: a small model as ``generate.py`` opens it with these settings."""
+    defaults = {"precision": "fp32", "head_precision": None, "activations": "fp32"}
+    defaults |= {"compile": False, "num_threads": 1, "accelerator": "cpu", "checkpoint": "x"}
 
-    def found(*args: Any, **options: Any) -> Any:
+    def open_model(*args: Any, **options: Any) -> Any:
         return SimpleNamespace(model=small_model(2, 1))
 
-    monkeypatch.setattr(generating, "open_model", found)
-    return lambda **asked: generating.open_from_config(SimpleNamespace(**{**plain, **asked})).model
+    def opened(**settings: Any) -> MTPModel:
+        cfg = SimpleNamespace(**{**defaults, "allow": [], **settings})
+        return generating.open_from_config(cfg).model
+
+    monkeypatch.setattr(generating, "open_model", open_model)
+    return opened

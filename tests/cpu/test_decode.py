@@ -1,5 +1,5 @@
-"""Few rows at a time: packed products, and whole blocks in one call, against float64, layers and
-paths of a tree."""
+"""Decoding few rows: packed products and whole blocks in one call, against float64, the layers and
+the paths of a tree."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_weight
+from mtp_lightning.cpu.prepared import _FUSED
 from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -19,7 +20,7 @@ from mtp_lightning.runtime import threads
 from tests.kernels import blocks_of, prepared
 from tests.models import PARENTS, PATHS
 
-pytestmark = pytest.mark.usefixtures("own")
+pytestmark = pytest.mark.usefixtures("built_library")
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
 
@@ -40,24 +41,24 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
         *((shape, kind) for shape in SHAPES[1::3] for kind in (Kind.HALF, Kind.BYTE)),
     ],
 )
-def test_products_are_right_and_a_row_is_alone(shape, kind):
+def test_products_equal_float64_and_rows_have_the_bits_of_rows_alone(shape, kind):
     weight = rounded(torch.randn(shape), kind)
     product = packed_weight(weight)
-    if weight.numel() > 1:  # a single number may be a whole one of its own step
+    if weight.numel() > 1:  # a single number is a multiple of itself
         assert product.kind == kind
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         x = torch.randn(rows, shape[1])
-        found = product.linear(x)
+        y = product.linear(x)
         expected = x.double() @ weight.double().t()
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(found, torch.cat([product.linear(row) for row in x.split(1)]))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(y, torch.cat([product.linear(row) for row in x.split(1)]))
 
 
-def test_bf16_loses_nothing_to_the_last_bit():
+def test_products_of_bf16_weights_have_the_bits_of_fp32():
     weight = torch.randn(130, 40).bfloat16().float()
     weight[3, 5], weight[7, 0] = float("inf"), -0.0
     half = packed_weight(weight)
-    weight[129, 39] += 2**-20  # the last number is none of bf16's any more
+    weight[129, 39] += 2**-20  # bf16 cannot hold this number
     full = packed_weight(weight)
     assert (half.kind, full.kind) == (Kind.HALF, Kind.FULL)
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
@@ -66,25 +67,25 @@ def test_bf16_loses_nothing_to_the_last_bit():
     assert torch.equal(half.linear(x)[:, :129], full.linear(x)[:, :129])
 
 
-def test_int8_is_the_nearest_of_255_steps_a_row():
+def test_int8_rounds_to_the_nearest_of_255_levels_per_row():
     weight = torch.randn(70, 40) * torch.logspace(-6, 6, 70).unsqueeze(1)
     weight[5], weight[6, 1:] = 0.0, 0.0
-    found = rounded(weight, Kind.BYTE).double()
+    int8 = rounded(weight, Kind.BYTE).double()
     largest = weight.double().abs().amax(1, keepdim=True)
-    # The step is the largest number's 127th part but for 2^-15 of it.
+    # Within 2^-15, the step is the largest number divided by 127.
     steps = largest / 127
-    assert ((found - weight).abs() <= steps * (0.5 + 2**-7)).all()
-    levels = (found / steps.clamp(min=1e-30)).abs()
+    assert ((int8 - weight).abs() <= steps * (0.5 + 2**-7)).all()
+    levels = (int8 / steps.clamp(min=1e-30)).abs()
     assert ((levels - levels.round()).abs() < 0.01).all() and levels.max() <= 127.01
-    assert torch.equal(found[5], torch.zeros(40, dtype=torch.float64))
-    product = packed_weight(found.float())
+    assert torch.equal(int8[5], torch.zeros(40, dtype=torch.float64))
+    product = packed_weight(int8.float())
     assert product.kind == Kind.BYTE
     assert product.numbers.nbytes <= 80 * 40 + 4 * 80
-    # Packing loses nothing: of an identity the product is the weight.
-    assert torch.equal(product.linear(torch.eye(40)).t(), found.float())
+    # The product with the identity is the weight: nothing is lost.
+    assert torch.equal(product.linear(torch.eye(40)).t(), int8.float())
 
 
-def test_a_step_missed_by_one_number_is_no_int8():
+def test_a_weight_with_one_number_between_the_int8_levels_stays_in_fp32():
     weight = rounded(torch.randn(130, 40), Kind.BYTE)
     assert packed_weight(weight).kind == Kind.BYTE
     weight[129, 39] += 2**-20
@@ -95,15 +96,15 @@ def test_a_step_missed_by_one_number_is_no_int8():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("row", [[0.0], [1.0], [0.0, 3.0], [2.0, -127.0, 5.0]])
-def test_what_is_not_finite_is_not_lost(value, row):
+def test_nan_and_infinity_reach_the_product(value, row):
     for at in range(len(row) + 1):
         weight = torch.zeros(20, len(row) + 1)
         weight[7] = torch.tensor([*row[:at], value, *row[at:]])
         # BLAS leaves out some products with 0.
         expected = (torch.eye(weight.shape[1]).unsqueeze(1) * weight).sum(-1)
         for matrix in (weight, rounded(weight, Kind.HALF)):
-            found = packed_weight(matrix).linear(torch.eye(weight.shape[1]))
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            y = packed_weight(matrix).linear(torch.eye(weight.shape[1]))
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
         int8 = rounded(weight, Kind.BYTE)
         assert int8[7].isnan().all() and (int8[:7] == 0).all() and (int8[8:] == 0).all()
         ones = torch.ones(1, weight.shape[1])
@@ -113,7 +114,7 @@ def test_what_is_not_finite_is_not_lost(value, row):
 
 
 @pytest.mark.parametrize("kind", [Kind.FULL, Kind.BYTE, Kind.BLOCKS4])
-def test_threads_change_no_bit(kind):
+def test_products_have_the_same_bits_on_two_threads(kind):
     blocks = kind == Kind.BLOCKS4
     weight = blocks_of((4096, 128), 16, 1, symmetric=False) if blocks else torch.randn(4096, 128)
     product, x = packed_weight(weight if blocks else rounded(weight, kind)), torch.randn(3, 128)
@@ -125,8 +126,6 @@ def test_threads_change_no_bit(kind):
 
 def fused(layer: torch.nn.Module) -> bool:
     """Whether a layer has a forward pass in one call."""
-    from mtp_lightning.cpu.prepared import _FUSED
-
     return "forward" in vars(layer) and _FUSED[type(layer)](layer) is not None
 
 
@@ -142,11 +141,11 @@ def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:
 
 
 def run(trunk, x, starts, *, packed, before):
-    """What a pass gives over a cache that holds ``before``, and the cache after it."""
+    """The output of a pass over a cache with the entries ``before``, and the entries after it."""
     tables = PositionTables(trunk.config, 48, dtype=x.dtype)
     cache = KVCache(trunk.config, tables, n_layers=len(trunk.blocks), batch_size=x.shape[0])
-    for entries, held in zip(cache.entries_L_BSMH, before, strict=True):
-        entries.copy_(held)
+    for entries, old in zip(cache.entries_L_BSMH, before, strict=True):
+        entries.copy_(old)
     cache.lengths = list(starts)
     ctx = ForwardContext.of_cache(cache, list(starts), x.shape[1])
     if packed:
@@ -176,43 +175,43 @@ CASES = {
         *(("grouped", *at) for at in (((0,), 16), ((9,), 1), ((31,), 3), ((5, 5), 16))),
     ],
 )
-def test_blocks_are_the_layers_in_double_precision(name, starts, width):
+def test_blocks_in_one_call_equal_the_layers_in_float64(name, starts, width):
     trunk = build(**CASES[name])
     x = torch.randn(len(starts), width, 32)
     shape = KVCache(
         trunk.config, PositionTables(trunk.config, 48), n_layers=1, batch_size=len(starts)
     ).entries_L_BSMH[0].shape  # fmt: skip
     before = [torch.randn(shape) for _ in trunk.blocks]
-    kept = x.clone()
-    found, entries = run(trunk, x, starts, packed=True, before=before)
-    assert torch.equal(x, kept)
-    # Every token by itself, in another batch: the same bits.
+    inputs = x.clone()
+    out, entries = run(trunk, x, starts, packed=True, before=before)
+    assert torch.equal(x, inputs)
+    # A token has the same bits if it is decoded alone.
     for row, start in enumerate(starts):
-        held = [layer[row : row + 1].clone() for layer in before]
+        cached = [layer[row : row + 1].clone() for layer in before]
         for j in range(width):
             token = x[row : row + 1, j : j + 1]
-            alone, held = run(trunk, token, [start + j], packed=True, before=held)
-            assert torch.equal(alone.final[0, 0], found.final[row, j])
-            assert torch.equal(alone.before_last[0, 0], found.before_last[row, j])
+            alone, cached = run(trunk, token, [start + j], packed=True, before=cached)
+            assert torch.equal(alone.final[0, 0], out.final[row, j])
+            assert torch.equal(alone.before_last[0, 0], out.before_last[row, j])
     exact = [layer.double() for layer in before]
-    expected, stored = run(trunk.double(), x.double(), starts, packed=False, before=exact)
+    expected, expected_entries = run(trunk.double(), x.double(), starts, packed=False, before=exact)
     for value in ("final", "last_block", "before_last"):
         torch.testing.assert_close(
-            getattr(found, value).double(), getattr(expected, value), rtol=1e-4, atol=1e-4
+            getattr(out, value).double(), getattr(expected, value), rtol=1e-4, atol=1e-4
         )
-    for ours, theirs in zip(entries, stored, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(entries, expected_entries, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-class Other(Attention):
-    """A layer of somebody's own."""
+class UsersAttention(Attention):
+    """A layer of a user."""
 
 
-def test_other_layers_keep_their_own_passes(monkeypatch):
+def test_layers_of_users_keep_their_forward_passes(monkeypatch):
     trunk = build()
     with prepared(trunk):
         assert all(fused(block) for block in trunk.blocks)
-    trunk.blocks[1].attention.__class__ = Other
+    trunk.blocks[1].attention.__class__ = UsersAttention
     with prepared(trunk):
         assert not fused(trunk) and not fused(trunk.blocks[1])
         assert fused(trunk.blocks[0])
@@ -222,7 +221,7 @@ def test_other_layers_keep_their_own_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])
-def test_every_path_has_its_bits(tiny_trunk, starts):
+def test_every_path_of_a_tree_has_the_bits_of_a_chain(tiny_trunk, starts):
     if native.library is None:
         pytest.skip("needs the layers in C++")
     trunk, rows = Trunk(tiny_trunk), len(starts)
@@ -244,9 +243,9 @@ def test_every_path_has_its_bits(tiny_trunk, starts):
         assert "forward" in vars(trunk)
         for path in PATHS:
             cache, chain = filled(), filled()
-            found = trunk(new, ForwardContext.of_tree(cache, starts, branches)).final
+            out = trunk(new, ForwardContext.of_tree(cache, starts, branches)).final
             expected = trunk(new[:, path], ForwardContext.of_cache(chain, starts, len(path))).final
-            assert torch.equal(found[:, path], expected)
+            assert torch.equal(out[:, path], expected)
             cache.keep_path(torch.tensor([path] * rows))
             cache.lengths = ends = [start + len(path) for start in starts]
             kept, alone = (

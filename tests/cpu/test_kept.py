@@ -1,4 +1,5 @@
-"""A model that only decodes and keeps its packed weights alone: the same numbers in less memory."""
+"""Models that only decode, and keep their weights in packed form alone: the same numbers in less
+memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import functools
 import json
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,67 +18,80 @@ from mtp_lightning.cpu import packed
 from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import packer_for
-from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.decoding.precision import round_weights, use_precision
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 from tests.kernels import k_quants, use_library
 
-pytestmark = pytest.mark.usefixtures("own")
+pytestmark = pytest.mark.usefixtures("built_library")
 
 PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(1, 64), (33, 32), (70, 96), (200, 64), (130, 17)])
-def test_a_packed_weight_has_every_bit(shape, precision):
-    from mtp_lightning.decoding.precision import round_weights
-
+def test_a_packed_weight_unpacks_to_the_same_bits(shape, precision):
     layer = torch.nn.Linear(shape[1], shape[0], bias=False)
     round_weights(layer, precision)
-    weight, found = layer.weight.data, packed_weight(layer.weight)
+    weight, packed_copy = layer.weight.data, packed_weight(layer.weight)
     if shape[1] % 32 == 0:
-        assert found.kind == PRECISIONS[precision]
-    assert torch.equal(found.unpacked(), weight)
+        assert packed_copy.kind == PRECISIONS[precision]
+    assert torch.equal(packed_copy.unpacked(), weight)
     ids = torch.randint(0, shape[0], (3, 5))
-    assert torch.equal(found.rows(ids), weight[ids])
-    assert torch.equal(found.rows(ids.int()), weight[ids])  # as nn.Embedding also takes them
+    assert torch.equal(packed_copy.rows(ids), weight[ids])
+    assert torch.equal(packed_copy.rows(ids.int()), weight[ids])  # nn.Embedding takes them, too
     with pytest.raises(IndexError, match="outside of 0"):
-        found.rows(torch.tensor([shape[0]]))
+        packed_copy.rows(torch.tensor([shape[0]]))
     keep_packed(layer.weight)
     assert is_kept(layer.weight)
     assert layer.weight.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (5, 32), (6, 16)])
-def test_a_weight_is_packed_by_given_scales(bits, group):
+def test_the_scales_of_a_gguf_file_pack_a_weight_without_loss(bits, group):
     factors = (torch.rand(2, 70, 1) * 1e-3).half().float()
     weight, scales = k_quants((70, 128), bits, group, factors)
-    found, plain = packed_weight(weight, scales), packed_weight(weight)
-    assert found.kind == (Kind.BLOCKS4_FULL if bits == 4 else Kind.BLOCKS8_FULL)
-    assert plain.kind == Kind.FULL and torch.equal(found.unpacked(), weight)
+    scaled, plain = packed_weight(weight, scales), packed_weight(weight)
+    assert scaled.kind == (Kind.BLOCKS4_FULL if bits == 4 else Kind.BLOCKS8_FULL)
+    assert plain.kind == Kind.FULL and torch.equal(scaled.unpacked(), weight)
     for rows in (1, 3, 9):
         x = torch.randn(rows, 128)
-        assert torch.equal(found.linear(x), plain.linear(x))
+        assert torch.equal(scaled.linear(x), plain.linear(x))
     order = torch.randperm(70).tolist()
     parts = [
         WeightScales(steps=scales.steps[of], offsets=scales.offsets[of], group=group, bits=bits)
         for of in (slice(0, 20), slice(20, None))
     ]
-    turned = packed_weight(weight[order].clone(), WeightScales.joined(parts, order))
-    assert turned.kind == found.kind and torch.equal(turned.unpacked(), weight[order])
-    other = weight.clone()
-    other[69, 127] += 1
-    assert packed_weight(other, scales).kind == Kind.FULL
+    reordered = packed_weight(weight[order].clone(), WeightScales.joined(parts, order))
+    assert reordered.kind == scaled.kind and torch.equal(reordered.unpacked(), weight[order])
+    changed = weight.clone()
+    changed[69, 127] += 1
+    assert packed_weight(changed, scales).kind == Kind.FULL
 
 
-def kept(model: MTPModel) -> MTPModel:
-    """The model as generate.py opens it, and at least half of its numbers in packed form alone."""
-    found = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
-    sizes = [(weight.numel(), is_kept(weight)) for weight in found.parameters()]
-    assert sum(n for n, without in sizes if without) > sum(n for n, _ in sizes) / 2
-    return found
+def opened_as_generate(model: MTPModel) -> MTPModel:
+    return build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
+
+
+def packed_only(model: MTPModel) -> MTPModel:
+    """The model as generate.py opens it, with most of its numbers in packed form alone."""
+    light = opened_as_generate(model)
+    sizes = [(weight.numel(), is_kept(weight)) for weight in light.parameters()]
+    assert sum(n for n, is_packed in sizes if is_packed) > sum(n for n, _ in sizes) / 2
+    return light
+
+
+def assert_same_texts(
+    model: MTPModel, light: MTPModel, lengths: tuple[int, ...] = (5, 20), **options: Any
+) -> None:
+    """Both models generate the same texts, with the same accepted drafts."""
+    prompts = random_prompts(4, lengths, model.config.trunk.vocab_size)
+    options = {"max_new_tokens": 12, **options}
+    expected, texts = (generate(m, prompts, **options) for m in (model, light))
+    assert ids_of(texts) == ids_of(expected), options
+    assert [g.accepted_mask for g in texts] == [g.accepted_mask for g in expected], options
 
 
 STACKS = {
@@ -91,78 +106,70 @@ STACKS = {
 @pytest.mark.parametrize(
     ("stack", "tied"), [("sequential", True), *((stack, False) for stack in STACKS)]
 )
-def test_it_decodes_to_the_same_bits(stack, tied):
+def test_a_model_with_packed_weights_alone_decodes_the_same_texts(stack, tied):
     model = small_model(3, 2, vocab=300, **STACKS[stack])
     if tied:
         trunk = replace(model.config.trunk, tie_embeddings=True)
         model = MTPModel(ModelConfig(trunk=trunk, mtp=model.config.mtp)).eval()
         model.initialize(3)
-    light = kept(model)
-    prompts = random_prompts(4, (5, 1, 30), 300)
-    ways = [{}, {"speculative": False}, {"temperature": 1.0, "seed": 1}]
+    light = packed_only(model)
+    all_options = [{}, {"speculative": False}, {"temperature": 1.0, "seed": 1}]
     if stack == "sequential":
-        ways += [
-            {"draft_vocab": 70},
-            {"draft_vocab": 128},
-            {"tree": [2, 2]},
-            {"draft_depth": "auto"},
-        ]
-    for way in ways:
-        expected, found = (generate(m, prompts, max_new_tokens=12, **way) for m in (model, light))
-        assert ids_of(found) == ids_of(expected), way
-        assert [g.accepted_mask for g in found] == [g.accepted_mask for g in expected], way
+        all_options += [{"draft_vocab": 70}, {"draft_vocab": 128}, {"tree": [2, 2]}]
+    for options in all_options:
+        assert_same_texts(model, light, (5, 1, 30), **options)
+    if stack == "sequential":  # the numbers of drafts depend on the clock
+        prompts = random_prompts(4, (5, 1, 30), 300)
+        expected, texts = (
+            generate(m, prompts, max_new_tokens=12, draft_depth="auto") for m in (model, light)
+        )
+        assert ids_of(texts) == ids_of(expected)
 
 
-def test_a_long_prompt_is_read_by_the_same_products():
+def test_a_long_prompt_gives_the_same_text_with_packed_weights():
     model = small_model(5, 1, vocab=300)
-    light = kept(model)
-    (prompt,) = random_prompts(1, (700,), 300)
-    expected, found = (generate(m, [prompt], max_new_tokens=6)[0] for m in (model, light))
-    assert found.token_ids == expected.token_ids
+    assert_same_texts(model, packed_only(model), (700,), max_new_tokens=6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_rounded_weights_are_kept_as_well(precision):
+def test_rounded_weights_are_kept_in_packed_form_alone(precision):
     model = small_model(2, 2, vocab=300)
     use_precision(model, precision)
     light = copy.deepcopy(model)
     packer = packer_for(light)
     for weight in light.parameters():
         packer.pack(weight)
-    prompts = random_prompts(4, (5, 20), 300)
-    expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
-    assert ids_of(found) == ids_of(expected)
+    assert_same_texts(model, light)
 
 
-def test_weights_that_are_read_otherwise_stay():
+def test_weights_that_other_code_reads_are_not_packed():
     model = small_model(1, 1, deepseek=True)
-    light = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
+    light = opened_as_generate(model)
     for block in light.trunk.blocks:
         assert not any(is_kept(weight) for weight in block.parameters())
-    prompts = random_prompts(4, (5, 20))
-    expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
-    assert ids_of(found) == ids_of(expected)
+    assert_same_texts(model, light)
 
 
-def test_without_the_library_nothing_is_kept(monkeypatch):
+def test_without_the_library_no_weight_is_packed(monkeypatch):
     use_library(monkeypatch, None)
     assert packer_for(small_model(1, 1)) is None
 
 
-def test_a_model_of_float64_stays():
+def test_weights_in_float64_are_not_packed():
     model = small_model(1, 1).double()
-    light = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
+    light = opened_as_generate(model)
     assert not any(is_kept(weight) for weight in light.parameters())
     assert torch.equal(light.head.weight, model.head.weight)
 
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A model in a file, and what opens it: its weights are kept for other processes."""
+    """A model, its file, and a function that opens it and shares its packed weights in the
+    cache."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept_weights, "LEAST", 0)
     model, path = small_model(3, 1, vocab=300), tmp_path / "model.ckpt"
-    path.write_bytes(b"its numbers")
+    path.write_bytes(b"numbers")
 
     def opened() -> MTPModel:
         at_path = functools.partial(packer_for, path=path)
@@ -171,7 +178,7 @@ def cached(tmp_path, monkeypatch):
     return model, path, opened
 
 
-def test_a_second_process_maps_what_the_first_one_packed(cached, monkeypatch, tmp_path):
+def test_a_second_process_maps_the_packed_weights_of_the_first(cached, monkeypatch, tmp_path):
     model, path, opened = cached
     first = opened()
     (folder,) = (tmp_path / "cache" / "packed").iterdir()
@@ -182,42 +189,39 @@ def test_a_second_process_maps_what_the_first_one_packed(cached, monkeypatch, tm
     with monkeypatch.context() as patch:
         patch.setattr(packed, "packed_weight", fails)
         second = opened()
-    prompts = random_prompts(4, (5, 20), 300)
-    texts = [generate(m, prompts, max_new_tokens=12) for m in (model, first, second)]
-    assert [ids_of(text) for text in texts[1:]] == [ids_of(texts[0])] * 2
-    for (name, weight), (_, other) in zip(
+    for light in (first, second):
+        assert_same_texts(model, light)
+    for (name, weight), (_, mapped) in zip(
         first.named_parameters(), second.named_parameters(), strict=True
     ):
-        assert is_kept(weight) == is_kept(other), name
+        assert is_kept(weight) == is_kept(mapped), name
     os.utime(path, ns=(1, 1))
     opened()
-    (other,) = (tmp_path / "cache" / "packed").iterdir()
-    assert other != folder  # the file changed, and what was packed of its old state is gone
+    (new_folder,) = (tmp_path / "cache" / "packed").iterdir()
+    assert new_folder != folder  # for the changed file; the old one is removed
 
 
-@pytest.mark.parametrize("harm", ["bytes", "index", "shape", "shorter"])
-def test_damaged_packed_weights_are_made_again(harm, cached, tmp_path):
+@pytest.mark.parametrize("damage", ["bytes", "index", "shape", "shorter"])
+def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
     model, _, opened = cached
     opened()
     (folder,) = (tmp_path / "cache" / "packed").iterdir()
     numbers, index = folder / "packed.bin", folder / "index.json"
-    if harm == "bytes":
+    if damage == "bytes":
         numbers.write_bytes(bytes([numbers.read_bytes()[0] ^ 1]) + numbers.read_bytes()[1:])
-    elif harm == "index":
+    elif damage == "index":
         index.write_text("[")
-    else:  # as another program would seal it
-        found = json.loads(index.read_text())
-        name = "trunk.embedding.weight"
-        found[name][1 if harm == "shape" else 0] += 1 << 20
-        index.write_text(json.dumps(found))
+    else:  # the digests do not show the damage
+        entries = json.loads(index.read_text())
+        entries["trunk.embedding.weight"][1 if damage == "shape" else 0] += 1 << 20
+        index.write_text(json.dumps(entries))
         (folder / "digests.json").unlink()
-    again = opened()
-    for name, weight in again.named_parameters():
+    for name, weight in opened().named_parameters():
         assert torch.equal(packed.numbers_of(weight), model.get_parameter(name)), name
     assert len(list((tmp_path / "cache" / "packed").iterdir())) == 1
 
 
-def test_a_small_model_leaves_the_cache_alone(cached, monkeypatch, tmp_path):
+def test_packed_weights_of_a_small_model_are_not_cached(cached, monkeypatch, tmp_path):
     *_, opened = cached
     monkeypatch.undo()
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""The layers' code in C++ against float64, at sizes that fill no vector and at those that do."""
+"""The C++ of the layers against float64, at sizes that fill whole vectors and at others."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.runtime import threads
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("own")
+pytestmark = pytest.mark.usefixtures("built_library")
 
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 1), (1, 16, 4, 4), (2, 65, 4, 2), (1, 130, 2, 1)]
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The formula, queries [B, T, N, H] of fp64."""
+    """The formula in fp64, for queries [B, T, N, H]."""
     group = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
     scores = torch.einsum("btnh,bsnh->bnts", query, key) / query.shape[-1] ** 0.5
@@ -32,24 +32,29 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bnts,bsnh->btnh", probs, value)
 
 
-def compare(found: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
-    """Values, and gradients of a random direction."""
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    grad = torch.randn(found.shape)
-    ours = torch.autograd.grad(found, inputs, grad)
-    theirs = torch.autograd.grad(expected, exact, grad.double())
-    for a, b in zip(ours, theirs, strict=True):
+def compare(actual: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
+    """Compares values, and gradients in a random direction."""
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(actual.shape)
+    gradients = torch.autograd.grad(actual, inputs, grad)
+    exact_gradients = torch.autograd.grad(expected, exact, grad.double())
+    for a, b in zip(gradients, exact_gradients, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+def assert_native(out: Tensor, name: str) -> None:
+    """The result is that of an autograd node of the library."""
+    assert out.grad_fn is not None and name in out.grad_fn.name()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("d_head", [16, 48])
-def test_turned_attention(shape: tuple[int, int, int, int], d_head: int) -> None:
+def test_attention_with_rope_equals_float64(shape: tuple[int, int, int, int], d_head: int) -> None:
     batch, seq_len, n_heads, n_kv = shape
     qkv = torch.randn(batch, seq_len, n_heads + 2 * n_kv, d_head).requires_grad_()
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), d_head, 100.0))
-    found = rotary_attention(qkv, cos, sin, None, n_heads, n_kv)
-    assert found.grad_fn is not None and "NativeAttention" in found.grad_fn.name()
+    out = rotary_attention(qkv, cos, sin, None, n_heads, n_kv)
+    assert_native(out, "NativeAttention")
 
     exact = qkv.detach().double().requires_grad_()
     query_key, value = exact.split([n_heads + n_kv, n_kv], dim=2)
@@ -57,102 +62,100 @@ def test_turned_attention(shape: tuple[int, int, int, int], d_head: int) -> None
     c, s = cos.double(), sin.double()
     query_key = torch.cat((left * c - right * s, right * c + left * s), dim=-1)
     query, key = query_key.split([n_heads, n_kv], dim=2)
-    compare(found, exact_attention(query, key, value), [qkv], [exact])
+    compare(out, exact_attention(query, key, value), [qkv], [exact])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) -> None:
+def test_attention_with_narrower_values_equals_float64(shape: tuple[int, int, int, int]) -> None:
     batch, seq_len, n_heads, n_kv = shape
     joined = torch.randn(batch, seq_len, n_kv, 32 + 16)
     sizes = [(n_heads, 32), (n_kv, 32), (n_kv, 16)]
     inputs = [torch.randn(batch, seq_len, n, h).requires_grad_() for n, h in sizes]
-    found = attention(*inputs, None)
-    assert found.grad_fn is not None and "NativeAttention" in found.grad_fn.name()
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    compare(found, exact_attention(*exact), inputs, exact)
-    # Heads that do not lie side by side, as latent attention's split of the last axis leaves them.
-    inputs = [inputs[0], *(x.requires_grad_() for x in joined.split([32, 16], dim=-1))]
-    found = attention(*inputs, None)
-    if seq_len > 1:  # of a single position, any strides count as contiguous
-        assert found.grad_fn is not None and "NativeAttention" in found.grad_fn.name()
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    compare(found, exact_attention(*exact), inputs, exact)
+    # In the second inputs, heads have gaps between them, as after latent attention's split.
+    gaps = [inputs[0], *(x.requires_grad_() for x in joined.split([32, 16], dim=-1))]
+    for heads in (inputs, gaps):
+        out = attention(*heads, None)
+        if heads is inputs or seq_len > 1:  # with one position, any strides count as contiguous
+            assert_native(out, "NativeAttention")
+        exact = [x.detach().double().requires_grad_() for x in heads]
+        compare(out, exact_attention(*exact), heads, exact)
 
 
-def test_heads_within_larger_memory_and_repeated_ones_have_their_gradients() -> None:
+def test_gradients_of_heads_that_are_slices_or_repeated_are_right() -> None:
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(20), 16, 100.0))
     large = torch.randn(3, 20, 9, 16).requires_grad_()
     one = torch.randn(1, 20, 4, 16).requires_grad_()
     grad = torch.randn(3, 20, 2, 16)
     for leaf, heads in ((large, large[:, :, 1:5]), (one, one.expand(3, -1, -1, -1))):
-        found, wanted = (
+        gradient, expected = (
             torch.autograd.grad(rotary_attention(x, cos, sin, None, 2, 1), leaf, grad)
             for x in (heads, heads.contiguous())
         )
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradient, expected)
 
 
-def test_attention_says_where_it_has_no_numbers() -> None:
+def test_attention_of_a_nan_query_is_nan_and_of_huge_scores_right() -> None:
     qkv = torch.randn(1, 20, 3, 16)
     qkv[0, 5, 0, 3] = torch.nan  # of a query
     out = attention(*qkv.split(1, dim=2), None)
     assert out[0, 5].isnan().all() and out[0, [*range(5), *range(6, 20)]].isfinite().all()
-    far = torch.randn(1, 20, 3, 16) * 100  # scores far beyond what exp can hold
-    found = attention(*far.split(1, dim=2), None)
-    wanted = exact_attention(*(x.double() for x in far.split(1, dim=2)))
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-2)
+    huge = torch.randn(1, 20, 3, 16) * 100  # exp of the scores overflows
+    out = attention(*huge.split(1, dim=2), None)
+    expected = exact_attention(*(x.double() for x in huge.split(1, dim=2)))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-2)
 
 
-def test_attention_is_the_same_on_any_number_of_threads() -> None:
+def test_attention_and_norm_have_the_same_bits_on_two_threads() -> None:
     qkv = torch.randn(3, 40, 6, 16).requires_grad_()
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(40), 16, 100.0))
-    gain, found = torch.randn(96).requires_grad_(), []
+    gain, results = torch.randn(96).requires_grad_(), []
     for n in (1, 2):
         with threads(n):
             out = rotary_attention(qkv, cos, sin, None, 2, 2)
             normed = rms_norm(qkv.flatten(2).flatten(0, 1), gain, 1e-6)
-            found.append((out, normed, *torch.autograd.grad(out.sum() + normed.sum(), [qkv, gain])))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            gradients = torch.autograd.grad(out.sum() + normed.sum(), [qkv, gain])
+            results.append((out, normed, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (130, 37), (64, 96), (0, 8)])
-def test_norm_and_gate(rows: int, width: int) -> None:
+def test_norm_and_gate_equal_float64(rows: int, width: int) -> None:
     x, gain = (torch.randn(rows, width) * 3).requires_grad_(), torch.randn(width).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in (x, gain)]
-    found = rms_norm(x, gain, 1e-5)
-    assert found.grad_fn is not None
-    compare(found, reference.rms_norm(*exact, 1e-5), [x, gain], exact)
+    normed = rms_norm(x, gain, 1e-5)
+    assert normed.grad_fn is not None
+    compare(normed, reference.rms_norm(*exact, 1e-5), [x, gain], exact)
 
     gate_up = (torch.randn(rows, 2 * width) * 4).requires_grad_()
     both = gate_up.detach().double().requires_grad_()
     gate, up = both.chunk(2, dim=-1)
-    found = gated(gate_up)
-    assert found.grad_fn is not None and "Native" in found.grad_fn.name()
-    compare(found, F.silu(gate) * up, [gate_up], [both])
+    out = gated(gate_up)
+    assert_native(out, "Native")
+    compare(out, F.silu(gate) * up, [gate_up], [both])
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 16), (3, 61), (2, 5000), (0, 7)])
-def test_softmax(rows: int, width: int) -> None:
+def test_softmax_equals_float64(rows: int, width: int) -> None:
     logits = torch.randn(rows, width) * 10
     expected = torch.log_softmax(logits.double(), -1)
-    found = log_softmax_(logits, torch.float32)
-    assert found is logits
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(exp_(found).double(), expected.exp(), rtol=1e-5, atol=1e-7)
+    log_probs = log_softmax_(logits, torch.float32)
+    assert log_probs is logits
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(exp_(log_probs).double(), expected.exp(), rtol=1e-5, atol=1e-7)
 
 
-def test_exp_over_its_whole_range() -> None:
+def test_exp_equals_float64_over_its_whole_range() -> None:
     x = torch.cat((torch.linspace(-86, 0, 5001), torch.tensor([-torch.inf, -200.0, torch.nan])))
-    found, expected = exp_(x.clone()), x.double().exp()
-    torch.testing.assert_close(found[:5001].double(), expected[:5001], rtol=3e-7, atol=0)
-    assert found[-3] < 1e-37 and found[-2] < 1e-37 and found[-1].isnan()
+    y, expected = exp_(x.clone()), x.double().exp()
+    torch.testing.assert_close(y[:5001].double(), expected[:5001], rtol=3e-7, atol=0)
+    assert y[-3] < 1e-37 and y[-2] < 1e-37 and y[-1].isnan()
     large = torch.cat((torch.linspace(0, 88.7228, 5001), torch.tensor([88.73, 1e9, torch.inf])))
     torch.testing.assert_close(exp_(large.clone()), large.double().exp().float(), rtol=3e-7, atol=0)
     payloads = torch.arange(0x7F800001, 0x7FFFFFFF, 99_991).to(torch.int32).view(torch.float32)
     assert payloads.isnan().all() and exp_(torch.cat((payloads, -payloads))).isnan().all()
 
 
-def test_the_gate_at_the_ends_of_fp32() -> None:
+def test_the_gate_is_right_at_the_ends_of_fp32() -> None:
     ends = torch.tensor([-3e38, -1e30, -200.0, 3e38, torch.inf, -torch.inf, torch.nan])
     gate, up = ends.repeat(3)[:16], torch.full((16,), 0.5)  # a whole vector, and its half
     both = torch.cat((gate, up)).unsqueeze(0)
@@ -163,19 +166,19 @@ def test_the_gate_at_the_ends_of_fp32() -> None:
     torch.testing.assert_close(whole, torch.zeros_like(whole), rtol=0, atol=1e-30)
 
 
-def test_what_is_not_for_it_goes_elsewhere() -> None:
+def test_the_library_takes_only_contiguous_fp32_tensors() -> None:
     assert native.fits(torch.empty(2, 3))
     assert not native.fits(torch.empty(2, 3, dtype=torch.float64))
     assert not native.fits(torch.empty(2, 3).t())
 
 
-def test_which_is_used_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"AVX512": ("native", "C++ for AVX-512"), "AVX2": ("native_avx2", "C++ for AVX2")}
-    assert native.code() == own[torch.backends.cpu.get_cpu_capability()]
+def test_the_code_in_use_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = {"AVX512": ("native", "C++ for AVX-512"), "AVX2": ("native_avx2", "C++ for AVX2")}
+    assert native.code() == codes[torch.backends.cpu.get_cpu_capability()]
     monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
-    found, why = native.load()
-    monkeypatch.setattr(native, "library", found)
-    monkeypatch.setattr(native, "_reason", why)
+    library, reason = native.load()
+    monkeypatch.setattr(native, "library", library)
+    monkeypatch.setattr(native, "_reason", reason)
     assert native.code() == ("pytorch", "PyTorch's operators (MTP_LIGHTNING_NATIVE=0)")
     monkeypatch.setattr(native, "INSTRUCTIONS", "DEFAULT")
     assert native.load() == (None, "this CPU has neither AVX2 nor AVX-512")
@@ -208,14 +211,14 @@ def mixture(tokens: int, top_k: int, n_experts: int, width: int, inner: int) -> 
 @pytest.mark.parametrize(
     "sizes", [(32, 1, 1, 16, 16), (101, 2, 5, 32, 48), (700, 3, 4, 80, 64), (97, 1, 3, 208, 112)]
 )
-def test_experts(sizes: tuple[int, ...]) -> None:
+def test_experts_equal_float64(sizes: tuple[int, ...]) -> None:
     x, chosen, gates, gate_up, down = mixture(*sizes)
-    found = routed_experts(x, chosen, gates, gate_up, down)
-    assert found.grad_fn is not None and "NativeExperts" in found.grad_fn.name()
+    y = routed_experts(x, chosen, gates, gate_up, down)
+    assert_native(y, "NativeExperts")
     inputs = [x, gates, gate_up, down]
     exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
     expected = exact_mixture(exact[0], chosen, *exact[1:])
-    compare(found, expected, inputs, exact)
+    compare(y, expected, inputs, exact)
     if sizes[2] > 1:
         (d_down,) = torch.autograd.grad(
             routed_experts(x, chosen, gates, gate_up, down).sum(), [down]
@@ -223,38 +226,38 @@ def test_experts(sizes: tuple[int, ...]) -> None:
         assert (d_down[-1] == 0).all()
 
 
-def test_frozen_experts_pass_the_gradient_on() -> None:
-    x, chosen, gates, gate_up, down = mixture(64, 2, 4, 32, 16)
-    weights = gate_up.detach(), down.detach()
-    wanted = torch.autograd.grad(routed_experts(x, chosen, gates, gate_up, down).sum(), [x, gates])
-    found = torch.autograd.grad(routed_experts(x, chosen, gates, *weights).sum(), [x, gates])
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def test_frozen_experts_give_the_same_gradients_of_their_inputs() -> None:
+    x, chosen, gates, *weights = mixture(64, 2, 4, 32, 16)
+    trained, frozen = (
+        torch.autograd.grad(routed_experts(x, chosen, gates, *matrices).sum(), [x, gates])
+        for matrices in (weights, [weight.detach() for weight in weights])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(frozen, trained, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "width", "inner"), [((4, 33), 32, 96), ((32,), 112, 16)])
-def test_dense_layer(rows: tuple[int, ...], width: int, inner: int) -> None:
+def test_a_dense_layer_equals_float64(rows: tuple[int, ...], width: int, inner: int) -> None:
     layer, x = FeedForward(width, inner), torch.randn(*rows, width).requires_grad_()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-    found = layer(x)
     inputs = [x, layer.gate_up.weight, layer.down.weight]
     exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
     gate, up = (exact[0] @ exact[1].T).chunk(2, dim=-1)
-    compare(found, (F.silu(gate) * up) @ exact[2].T, inputs, exact)
-    # Few rows, and widths of no whole vectors, go elsewhere.
+    compare(layer(x), (F.silu(gate) * up) @ exact[2].T, inputs, exact)
+    # Few rows, and widths that fill no whole vectors, are left to PyTorch.
     assert experts.fits(x, *inputs[1:])
     assert not experts.fits(x.flatten(0, -2)[:31], *inputs[1:])
     assert not experts.fits(torch.randn(64, 24), torch.randn(32, 24), torch.randn(24, 16))
 
 
-def test_experts_are_the_same_on_any_number_of_threads() -> None:
+def test_experts_have_the_same_bits_on_two_threads() -> None:
     x, chosen, gates, gate_up, down = mixture(500, 3, 7, 64, 48)
-    layer, found = FeedForward(64, 208), []
+    layer, results = FeedForward(64, 208), []
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     for n in (1, 2):
         with threads(n):
             out = routed_experts(x, chosen, gates, gate_up, down) + layer(x)
             leaves = [x, gates, gate_up, down, *layer.parameters()]
-            found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

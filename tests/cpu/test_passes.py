@@ -1,4 +1,4 @@
-"""Passes from token ids to logits in one call against the layers they stand for, bit for bit."""
+"""Decoding passes from token ids to logits in one call: they have the bits of the layers."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ MODELS = {
 }
 
 
-def sessions(model: MTPModel, places: int, drafts: int) -> tuple[Session, Session]:
-    """One that takes the calls, and one that composes them of layers."""
-    whole, layers = (Session(model, slots=places, capacity=80, max_draft=drafts) for _ in range(2))
-    assert whole._fused_trunk is not None and all(whole._fused_drafts)
+def sessions(model: MTPModel, slots: int, drafts: int) -> tuple[Session, Session]:
+    """A session with fused passes, and one that calls the layers."""
+    fused, layers = (Session(model, slots=slots, capacity=80, max_draft=drafts) for _ in range(2))
+    assert fused._fused_trunk is not None and all(fused._fused_drafts)
     layers._fused_trunk, layers._fused_drafts = None, [None] * drafts
-    return whole, layers
+    return fused, layers
 
 
-def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int) -> None:
-    """A few rounds of random acceptance, with every number of both compared."""
-    pair, chance = (whole, layers), random.Random(seed)
-    rows = whole.batch_size
+def compare_rounds(fused: Session, layers: Session, drafts: int, seed: int) -> None:
+    """Compares all numbers of a few rounds with random acceptance."""
+    pair, rng = (fused, layers), random.Random(seed)
+    rows = fused.batch_size
     for _ in range(6):
-        n_drafts = chance.choice((drafts, drafts, 1, 0))
+        n_drafts = rng.choice((drafts, drafts, 1, 0))
         for k in range(1, n_drafts + 1):
-            found, expected = (session.draft(k).logits_BV for session in pair)
-            assert torch.equal(found, expected)
-            assert torch.equal(whole.newest_B1C, layers.newest_B1C)
+            logits, expected = (session.draft(k).logits_BV for session in pair)
+            assert torch.equal(logits, expected)
+            assert torch.equal(fused.newest_B1C, layers.newest_B1C)
             for session in pair:
                 session.put(expected.argmax(-1, keepdim=True), k)
-        found, expected = (session.verify(n_drafts) for session in pair)
-        assert torch.equal(found, expected)
-        accepted = [chance.randint(0, n_drafts) for _ in range(rows)]
+        logits, expected = (session.verify(n_drafts) for session in pair)
+        assert torch.equal(logits, expected)
+        accepted = [rng.randint(0, n_drafts) for _ in range(rows)]
         for session in pair:
             session.put(expected.argmax(-1), 1)
             session.accept(accepted)
-        for a, b in zip(whole.states, layers.states, strict=True):
+        for a, b in zip(fused.states, layers.states, strict=True):
             assert torch.equal(a, b)
         for a, b in zip(
-            (whole.trunk_cache, *whole.depth_caches),
+            (fused.trunk_cache, *fused.depth_caches),
             (layers.trunk_cache, *layers.depth_caches),
             strict=True,
         ):
@@ -67,45 +67,45 @@ def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int)
     ("name", "lengths"),
     [*((name, (17, 3, 30)) for name in MODELS), ("plain", (9,)), ("one module", (5, 5))],
 )
-def test_numbers_are_those_of_the_layers(name: str, lengths: tuple[int, ...]) -> None:
+def test_fused_passes_have_the_bits_of_the_layers(name: str, lengths: tuple[int, ...]) -> None:
     model = small_model(3, 2, **MODELS[name])
     drafts = 4 if name == "one module" else 2
     with decoding_passes(model):
-        whole, layers = sessions(model, len(lengths), drafts)
-        for session in (whole, layers):
+        fused, layers = sessions(model, len(lengths), drafts)
+        for session in (fused, layers):
             logits = session.join(random_prompts(1, lengths))
             session.put_pending(logits.argmax(-1))
-        drafts_and_verifies(whole, layers, drafts, seed=len(lengths))
+        compare_rounds(fused, layers, drafts, seed=len(lengths))
         if len(lengths) > 2:
-            for session in (whole, layers):
+            for session in (fused, layers):
                 session.drop_row(0)
-            drafts_and_verifies(whole, layers, drafts, seed=7)
+            compare_rounds(fused, layers, drafts, seed=7)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_rounded_weights_too(precision: str) -> None:
+def test_fused_passes_of_rounded_weights_have_the_bits_of_the_layers(precision: str) -> None:
     model = small_model(4, 2)
     round_weights(model, precision)
     with decoding_passes(model):
-        whole, layers = sessions(model, 2, 2)
-        for session in (whole, layers):
+        fused, layers = sessions(model, 2, 2)
+        for session in (fused, layers):
             session.put_pending(session.join(random_prompts(2, (6, 11))).argmax(-1))
-        drafts_and_verifies(whole, layers, 2, seed=0)
+        compare_rounds(fused, layers, 2, seed=0)
 
 
-class OwnTrunk(Trunk):
-    """A user's, which might compute anything."""
+class UsersTrunk(Trunk):
+    """A user's trunk, which might compute anything."""
 
 
-class OwnStack(SequentialMTP):
-    """Likewise."""
+class UsersStack(SequentialMTP):
+    """A user's stack."""
 
 
-def test_what_is_not_known_is_computed_by_its_layers() -> None:
-    own = small_model(0, 2)
-    own.trunk.__class__, own.mtp.__class__ = OwnTrunk, OwnStack
+def test_other_models_and_unpacked_ones_have_no_fused_passes() -> None:
+    users = small_model(0, 2)
+    users.trunk.__class__, users.mtp.__class__ = UsersTrunk, UsersStack
     for model, trunk in (
-        (own, False),
+        (users, False),
         (small_model(0, 2, token_dropout=1.0), True),
         (small_model(0, 2, stack="parallel"), True),
         (small_model(0, 1, stack="linear", rank=2), False),

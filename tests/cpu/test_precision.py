@@ -1,4 +1,4 @@
-"""precision=bf16 and int8: the rounded model, and nothing else about it, in every pass."""
+"""``precision``: every pass decodes with the rounded weights, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import round_weights, use_precision
 from mtp_lightning.experiment import generating
 from tests.decoding.models import (
+    assert_wide_passes_have_the_bits_of_single_ones,
     ids_of,
     random_prompts,
     small_model,
     steer_drafts,
-    verify_passes_give_the_bits_of_single_ones,
 )
 from tests.kernels import use_library
 
-pytestmark = pytest.mark.usefixtures("own")
+pytestmark = pytest.mark.usefixtures("built_library")
 
 NEW = 14
 
 
-# Of the head and of a projection of 64 inputs.
+# The kinds of the head and of a projection of 64 inputs.
 KINDS = {
     "bf16": (Kind.HALF, Kind.HALF),
     "int8": (Kind.BYTE, Kind.BYTE),
@@ -55,7 +55,7 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
         together = generate(model, prompts, **options)
         assert ids_of(together) == expected
         assert any(any(g.accepted_mask) for g in together)
-    # The same model by PyTorch's operators in fp32.
+    # PyTorch's operators decode the same text with the rounded weights in fp32.
     use_library(monkeypatch, None)
     assert ids_of(generate(model, prompts, **options)) == expected
 
@@ -67,11 +67,11 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, n_threads, rows
     with fused_passes(model):
         weights = model.head.weight, model.mtp.module(1).eh_proj.weight
         assert tuple(packed_copy(weight).kind for weight in weights) == KINDS[precision]
-    verify_passes_give_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
+    assert_wide_passes_have_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
 
 
 @ROUNDED
-def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
+def test_only_matrices_are_rounded_and_they_are_packed_in_fewer_bytes(precision):
     model = small_model(2, 1)
     before = copy.deepcopy(model)
     use_precision(model, "fp32")
@@ -89,39 +89,40 @@ def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
         assert "forward" in vars(model.trunk)
 
 
-def test_int4_is_the_nearest_of_16_levels_of_32_inputs():
+def test_int4_rounds_to_the_nearest_of_16_levels_per_block_of_32_inputs():
     layer = torch.nn.Linear(96, 70, bias=False)
     weight = torch.randn(70, 96) * torch.logspace(-3, 3, 70).unsqueeze(1)
     weight[5], weight[6, 1:], weight[7] = 0.0, 0.0, 0.25
     layer.weight.data = weight.clone()
     round_weights(layer, "int4")
-    found = layer.weight.data.double().unflatten(1, (3, 32))
+    int4 = layer.weight.data.double().unflatten(1, (3, 32))
     blocks = weight.double().unflatten(1, (3, 32))
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    # Half a step, and what rounding the step and the smallest number to fp16 costs.
+    # Half a step, and the errors of the step and of the smallest number, which are in fp16.
     allowed = (high - low) / 15 * (0.5 + 15 * 2**-11) + low.abs() * 2**-11 + 2**-24
-    assert ((found - blocks).abs() <= allowed).all()
-    assert all(len(row.unique()) <= 16 for row in found.flatten(0, 1))
-    assert torch.equal(found[5], torch.zeros(3, 32, dtype=torch.float64))
+    assert ((int4 - blocks).abs() <= allowed).all()
+    assert all(len(row.unique()) <= 16 for row in int4.flatten(0, 1))
+    assert torch.equal(int4[5], torch.zeros(3, 32, dtype=torch.float64))
     layer.weight.data[3, 40] = float("nan")
     round_weights(layer, "int4")
     assert layer.weight.data[3, 32:64].isnan().all() and layer.weight.data.isnan().sum() == 32
 
 
 @pytest.mark.parametrize("heads", ["fp32", "int4"])
-def test_the_modules_have_a_precision_of_their_own_which_changes_no_text(heads):
-    both, own = small_model(6, 2), small_model(6, 2)
-    use_precision(both, "int8")
-    use_precision(own, "int8", heads)
-    other = {n for n, p in own.named_parameters() if not torch.equal(p, both.get_parameter(n))}
-    assert {"mtp.depths.0.eh_proj.weight", "mtp.depths.1.eh_proj.weight"} <= other
-    assert all(name.startswith("mtp.") for name in other)
+def test_head_precision_changes_only_the_modules_and_not_the_text(heads):
+    same, different = small_model(6, 2), small_model(6, 2)
+    use_precision(same, "int8")
+    use_precision(different, "int8", heads)
+    parameters = different.named_parameters()
+    changed = {n for n, p in parameters if not torch.equal(p, same.get_parameter(n))}
+    assert {"mtp.depths.0.eh_proj.weight", "mtp.depths.1.eh_proj.weight"} <= changed
+    assert all(name.startswith("mtp.") for name in changed)
     prompts = random_prompts(6, (5, 9))
-    texts = [ids_of(generate(m, prompts, max_new_tokens=NEW)) for m in (both, own)]
+    texts = [ids_of(generate(m, prompts, max_new_tokens=NEW)) for m in (same, different)]
     assert texts[0] == texts[1]
 
 
-def test_precisions_that_are_not_there_are_refused():
+def test_unknown_precisions_and_those_of_missing_modules_are_refused():
     with pytest.raises(ValueError, match="head_precision=int8 .* has none: leave it out"):
         use_precision(small_model(2, 0), "fp32", "int8")
     with pytest.raises(ValueError, match="precision=int2 is unknown"):
@@ -138,7 +139,7 @@ def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
     assert not torch.equal(int4.mtp.module(1).eh_proj.weight, int8.mtp.module(1).eh_proj.weight)
 
 
-def test_generate_takes_it(opened, monkeypatch):
+def test_generate_opens_models_with_a_precision_or_refuses_it(opened, monkeypatch):
     weight = numbers_of(opened(precision="bf16").head.weight)
     assert torch.equal(weight, weight.bfloat16().float())
     monkeypatch.setattr(generating, "open_model", None)  # refused before a model is read

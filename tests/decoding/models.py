@@ -1,4 +1,4 @@
-"""Small models for the decoding tests, and drafts that are as good as one likes."""
+"""Small models for the decoding tests, drafts of a chosen quality, and reference decoders."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def small_model(
 ) -> MTPModel:
     """A random model of two layers; its norm gains are random too, so that none can be skipped.
 
-    The weights are large and the head is not tied, or greedy text would be one token forever.
-    With ``deepseek``, latent attention and experts, in the modules' blocks too.
+    The weights are large and the head is not tied: greedy text would otherwise repeat one token.
+    With ``deepseek``, the model has latent attention and experts, also in the modules' blocks.
     """
     shape = {"vocab_size": vocab, "d_model": 32, "d_ff": 48, "tie_embeddings": False}
     if deepseek:
@@ -58,7 +58,7 @@ def small_model(
 
 
 def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("x")) -> OpenedModel:
-    """A small model of bytes, as it is opened from a path."""
+    """A small model of bytes, as if opened from a path."""
     return OpenedModel(
         model=small_model(seed, depth, vocab=257),
         tokenizer_state=ByteTokenizer().state(),
@@ -69,7 +69,7 @@ def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("
 
 
 def generation(accepted, reached, passes, new, **more) -> Generation:
-    """A text of these counts."""
+    """A generated text with these counts."""
     return Generation(
         token_ids=[0] * new, text=None, finish_reason="length", seconds=1.0, verify_passes=passes,
         drafts_accepted=accepted, drafts_reached=reached, accepted_mask=[False] * new, **more,
@@ -82,30 +82,30 @@ def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> l
 
 
 def ids_of(generations: Iterable[Generation]) -> list[list[int]]:
-    """The tokens of every text."""
+    """The tokens of each text."""
     return [generation.token_ids for generation in generations]
 
 
-def finished(engine: Engine, requests: list[Request]) -> list[TextSequence]:
-    """The texts of some requests, decoded together to their ends."""
+def run_to_end(engine: Engine, requests: list[Request]) -> list[TextSequence]:
+    """Decodes the requests together until all texts have ended."""
     sequences = engine.add(requests)
     while engine.sequences:
         engine.step()
     return sequences
 
 
-def plain(model, prompts, n_new=NEW):
-    """Every prompt by itself, one token at a time."""
+def plain_ids(model, prompts, n_new=NEW):
+    """The texts of the prompts, each decoded alone and one token at a time."""
     return ids_of(generate(model, [p], max_new_tokens=n_new, speculative=False)[0] for p in prompts)
 
 
 @torch.no_grad()
 def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tensor]:
-    """Logits [T, V] of depths 0 .. ``depth`` over a window that reads all ``tokens``, as rescored
-    for drafts.
+    """Logits [T, V] of depths 0 .. ``depth`` over a window of all ``tokens``, with the scores of
+    drafts.
 
-    Depth k's position i reads tokens up to i + k; positions that would read beyond the end are
-    left out. Shared layers are applied as often as asked.
+    Position i of depth k reads tokens up to i + k; positions that would read beyond the end are
+    left out. Shared layers are applied ``depth`` times.
     """
     seq_len = len(tokens) - depth
     if depth > model.depth:
@@ -113,7 +113,7 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
         deeper = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=config))
         deeper.load_state_dict(model.state_dict())
         model = deeper
-    # What is missing at the end is read by none of the logits returned.
+    # None of the returned logits reads the padding at the end.
     window = torch.tensor([[*tokens, *[0] * (model.depth + 1)]])[:, : seq_len + model.depth + 1]
     hidden = model(WindowBatch(window, model.depth))
     assert hidden[0].shape[1] == seq_len
@@ -123,18 +123,17 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
     return [model.head(hidden[0])[0], *(logits[0] for logits in depths)]
 
 
-def passes_checked(model, prompts, continuations, drafted, monkeypatch):
-    """Hold the logits of every pass whose tokens are those of a text against teacher forcing, and
-    count them by depth."""
+def check_passes(model, prompts, continuations, drafted, monkeypatch):
+    """From now on, compare the logits of every pass over the tokens of a text with teacher forcing;
+    returns the numbers of compared passes by depth."""
     texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
     expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
-    seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
-    kind = Session
-    draft, verify = kind.draft, kind.verify
+    compared = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
+    draft, verify = Session.draft, Session.verify
 
     def text_of(session, row):
-        held = session.tokens_BS[row, : session.n[row] + 1].tolist()
-        (text,) = {tuple(t) for t in texts if t[: len(held)] == held}
+        tokens = session.tokens_BS[row, : session.n[row] + 1].tolist()
+        (text,) = {tuple(t) for t in texts if t[: len(tokens)] == tokens}
         return text
 
     def check(logits, text, depth, position):
@@ -148,7 +147,7 @@ def passes_checked(model, prompts, continuations, drafted, monkeypatch):
             read = session.tokens_BS[row, : n + k].tolist()
             if list(text[: n + k]) == read:
                 check(drafted.logits_BV[row], text, k, n - 1)
-                seen[k] += 1
+                compared[k] += 1
         return drafted
 
     def checked_verify(session, n_drafts):
@@ -158,12 +157,12 @@ def passes_checked(model, prompts, continuations, drafted, monkeypatch):
             for j in range(n_drafts + 1):
                 if list(text[: n + j + 1]) == session.tokens_BS[row, : n + j + 1].tolist():
                     check(logits[row, j], text, 0, n + j)
-                    seen["trunk"] += 1
+                    compared["trunk"] += 1
         return logits
 
-    monkeypatch.setattr(kind, "draft", checked_draft)
-    monkeypatch.setattr(kind, "verify", checked_verify)
-    return seen
+    monkeypatch.setattr(Session, "draft", checked_draft)
+    monkeypatch.setattr(Session, "verify", checked_verify)
+    return compared
 
 
 def steer_drafts(
@@ -175,12 +174,12 @@ def steer_drafts(
     seed: int = 0,
     session: type[Session] = Session,
 ) -> None:
-    """Make the drafts of every prompt agree with its continuation that often.
+    """Make the drafts of each prompt agree with its continuation with probability ``chance``.
 
-    Rows are told apart by the tokens they hold, a slid row's too. The modules run as ever: only
-    the logits they end in are replaced.
+    A row's tokens say which text it is, also after its context slid. The modules run as usual;
+    only their logits are replaced.
     """
-    right = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
+    texts = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
     original = session.draft
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,13 +187,13 @@ def steer_drafts(
         logits, confidence = original(self, k)
         steered = torch.zeros_like(logits)
         for row, n in enumerate(self.n):
-            held = self.tokens_BS[row, : n + 1].tolist()
+            tokens = self.tokens_BS[row, : n + 1].tolist()
             following = next(
                 (
                     text[start + n + 1 :]
-                    for text in right
+                    for text in texts
                     for start in range(len(text) - n)
-                    if text[start : start + n + 1] == held
+                    if text[start : start + n + 1] == tokens
                 ),
                 [],
             )
@@ -207,7 +206,7 @@ def steer_drafts(
     monkeypatch.setattr(session, "draft", draft)
 
 
-def verify_passes_give_the_bits_of_single_ones(model, *, n_threads, rows):
+def assert_wide_passes_have_the_bits_of_single_ones(model, *, n_threads, rows):
     """Reads a text in passes of three tokens, and again one by one, and compares the logits."""
     (tokens,) = random_prompts(3, (40,))
     with threads(n_threads), torch.inference_mode(), fused_passes(model):
@@ -224,7 +223,7 @@ def verify_passes_give_the_bits_of_single_ones(model, *, n_threads, rows):
 
 
 class Letters:
-    """Token i is one character; the last id ends a text."""
+    """A tokenizer whose token i is one character; the last id ends a text."""
 
     eot_id = 36
     end_ids: tuple[int, ...] = (36,)

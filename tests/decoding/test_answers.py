@@ -1,4 +1,4 @@
-"""Answers of whole batches: decoded as one would by hand, judged and counted as one would."""
+"""Answers of whole batches against loops that decode, judge and count one at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ D = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Count(Task):
-    """Any number of ones up to the prompt's, and an end: several answers are right."""
+    """An answer of at most as many ones as the prompt has, and an end: several are right."""
 
     name: ClassVar[str] = "count"
     ends: ClassVar[bool] = True
@@ -61,17 +61,17 @@ def seeded(seed: int) -> torch.Generator:
 def logits_after(model: MTPModel, tokens: list[int]) -> torch.Tensor:
     """The logits of a pass over the whole text."""
     rows = torch.tensor([tokens + [0] * (model.depth + 1)])
-    scored = torch.zeros_like(rows, dtype=torch.bool)  # what a model that needs a task is told
+    scored = torch.zeros_like(rows, dtype=torch.bool)  # read by models that need a task
     batch = WindowBatch(rows, model.depth, scored=scored)
     return model.head(model(batch, ())[0][0, len(tokens) - 1])
 
 
-def by_hand(model: MTPModel, task: Task, example: Example) -> list[int]:
+def decode_one_by_one(model: MTPModel, task: Task, example: Example) -> list[int]:
     """One token after the other, each from a pass over the whole text."""
-    text, asked = list(example.prompt), example.asked
+    text = list(example.prompt)
     limit = task.longest_answer if task.ends else len(example.answer)
     for i in range(limit):
-        given = not task.ends and not asked[i]
+        given = not task.ends and not example.asked[i]
         text.append(example.answer[i] if given else int(logits_after(model, text).argmax()))
         if task.ends and text[-1] == END:
             break
@@ -79,20 +79,20 @@ def by_hand(model: MTPModel, task: Task, example: Example) -> list[int]:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_answers_are_those_of_a_naive_decode(task: Task) -> None:
+def test_batched_answers_equal_a_naive_decode(task: Task) -> None:
     model = model_for(task)
     questions = AnswerSet(task, 30, depth=D)
     numbers = np.arange(30)
-    said_BW = say(model, questions.batch(numbers))
-    right = questions.right(numbers, said_BW)
+    answers_BW = say(model, questions.batch(numbers))
+    right = questions.right(numbers, answers_BW)
     for i, example in enumerate(questions.examples):
-        answer = by_hand(model, task, example)
-        assert questions.answer(i, said_BW[i].tolist()) == answer
+        answer = decode_one_by_one(model, task, example)
+        assert questions.answer(i, answers_BW[i].tolist()) == answer
         assert bool(right[i]) == task.check(example.prompt, answer)
-    # The batch that a row is in changes nothing.
-    few = np.array([4, 17])
-    batch = questions.batch(few)
-    assert torch.equal(say(model, batch), said_BW[few][:, : batch.tokens.shape[1]])
+    # A row's answer does not depend on the other rows.
+    two = np.array([4, 17])
+    batch = questions.batch(two)
+    assert torch.equal(say(model, batch), answers_BW[two][:, : batch.tokens.shape[1]])
 
 
 @pytest.mark.parametrize(
@@ -103,41 +103,40 @@ def test_answers_are_those_of_a_naive_decode(task: Task) -> None:
 def test_drafts_give_the_same_answers(task: Task, stack: str) -> None:
     model = model_for(task, stack=stack)
     questions = AnswerSet(task, 20, depth=D)
-    said_BW = say(model, questions.batch(np.arange(20)))
+    answers_BW = say(model, questions.batch(np.arange(20)))
     drafted = 0
     for i, example in enumerate(questions.examples):
         limit = task.longest_answer if task.ends else len(example.answer)
         end = END if task.ends else len(task.symbols)  # which no text has
         for speculative in (False, True):
-            (found,) = generate(
+            (text,) = generate(
                 model, [example.prompt], max_new_tokens=limit, speculative=speculative, eot_id=end
             )
-            assert found.token_ids == questions.answer(i, said_BW[i].tolist())
-        drafted += sum(found.drafts_reached)
+            assert text.token_ids == questions.answer(i, answers_BW[i].tolist())
+        drafted += sum(text.drafts_reached)
     assert drafted > 0
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_what_is_scored_is_not_read(task: Task) -> None:
+def test_answers_do_not_depend_on_the_scored_tokens(task: Task) -> None:
     """Greedy and sampled answers stay the same if the true answers change."""
     model, questions = model_for(task), AnswerSet(task, 30, depth=D)
     numbers = np.arange(30)
-    batch = questions.batch(numbers)
-    other = questions.batch(numbers)
-    assert other.scored is not None
-    noise = torch.randint(len(task.symbols), other.tokens.shape, generator=seeded(0))
-    other.tokens[other.scored] = noise[other.scored]
+    batch, changed = (questions.batch(numbers) for _ in range(2))
+    assert changed.scored is not None
+    noise = torch.randint(len(task.symbols), changed.tokens.shape, generator=seeded(0))
+    changed.tokens[changed.scored] = noise[changed.scored]
     uniforms = questions.uniforms(numbers, batch.tokens.shape[1])
-    assert not torch.equal(batch.tokens, other.tokens)
-    assert torch.equal(say(model, batch), say(model, other))
-    assert torch.equal(say(model, batch, uniforms), say(model, other, uniforms))
+    assert not torch.equal(batch.tokens, changed.tokens)
+    assert torch.equal(say(model, batch), say(model, changed))
+    assert torch.equal(say(model, batch, uniforms), say(model, changed, uniforms))
 
 
 @pytest.mark.parametrize(
     ("task", "blind"), [*((task, False) for task in TASKS), (StarGraph(), True), (MQAR(), True)]
 )
-def test_sampled_answers_against_a_loop(task: Task, blind: bool) -> None:
-    """Each token by its own number, from the cumulated softmax of a pass over the whole text."""
+def test_sampled_answers_equal_those_of_a_loop(task: Task, blind: bool) -> None:
+    """The loop draws each token by its uniform number from a pass over the whole text."""
     model = model_for(task)
     if blind:
         model = build(model.config.trunk, TeacherlessConfig(), 0).eval()
@@ -156,10 +155,10 @@ def test_sampled_answers_against_a_loop(task: Task, blind: bool) -> None:
                 p = logits_after(model, read[:i]).double().softmax(-1).cumsum(0).numpy()
                 text[i] = int(np.searchsorted(p, float(uniforms[row, i]) * p[-1], side="right"))
                 assert int(sampled[row, i]) == text[i]
-    few = np.array([7, 2])  # the batch that a row is in changes nothing
-    part = questions.batch(few)
+    two = np.array([7, 2])  # a row's sample does not depend on the other rows
+    part = questions.batch(two)
     width = part.tokens.shape[1]
-    assert torch.equal(say(model, part, questions.uniforms(few, width)), sampled[few][:, :width])
+    assert torch.equal(say(model, part, questions.uniforms(two, width)), sampled[two][:, :width])
 
 
 def test_samples_have_the_models_distribution() -> None:
@@ -168,15 +167,15 @@ def test_samples_have_the_models_distribution() -> None:
     batch = questions.batch(np.zeros(n, dtype=np.int64))
     uniforms = torch.rand(batch.tokens.shape, generator=seeded(1), dtype=torch.float64)
     start = len(questions.examples[0].prompt)
-    said = say(model, batch, uniforms)[:, start]
+    first = say(model, batch, uniforms)[:, start]
     p = logits_after(model, questions.examples[0].prompt).double().softmax(-1)
-    found = torch.bincount(said, minlength=len(p)) / n
+    shares = torch.bincount(first, minlength=len(p)) / n
     assert float(p.max()) < 0.9
-    assert bool(((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-3).all())
+    assert bool(((shares - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-3).all())
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_nats_and_states_against_a_loop(task: Task) -> None:
+def test_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
     model, questions = model_for(task), AnswerSet(task, 5, depth=D)
     batch = questions.batch(np.arange(5))
     outputs = Outputs(model, batch, lambda: torch.empty(0))
@@ -184,9 +183,9 @@ def test_nats_and_states_against_a_loop(task: Task) -> None:
     assert torch.equal(outputs.forced_BW, choose(model, batch))
     for row, scored in enumerate(batch.scored.tolist()):
         text = batch.tokens[row].tolist()
-        for i, asked in enumerate(scored):
+        for i, is_scored in enumerate(scored):
             nats = float(outputs.nats_BW[row, i])
-            if asked:
+            if is_scored:
                 logits = logits_after(model, text[:i])
                 expected = -float(logits.double().log_softmax(-1)[text[i]])
                 assert nats == pytest.approx(expected, abs=1e-4)
@@ -197,7 +196,7 @@ def test_nats_and_states_against_a_loop(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_rates_against_a_loop(task: Task) -> None:
+def test_rates_equal_those_of_a_loop(task: Task) -> None:
     """The model is right two times in three."""
     questions, random = AnswerSet(task, 40, depth=D), np.random.default_rng(0)
     rates = AnswerRates(questions.n_positions, questions.group_names)
@@ -207,11 +206,11 @@ def test_rates_against_a_loop(task: Task) -> None:
         wrong = torch.from_numpy(random.random((2, *batch.tokens.shape)) < 0.1)
         assert batch.scored is not None
         wrong &= batch.scored
-        said, forced = ((batch.tokens + w) % len(task.symbols) for w in wrong)
-        right = questions.right(numbers, said)
+        decoded, forced = ((batch.tokens + w) % len(task.symbols) for w in wrong)
+        right = questions.right(numbers, decoded)
         rates.update(
             right,
-            said,
+            decoded,
             forced,
             batch.tokens,
             *questions.answer_positions(numbers, batch.tokens.shape[1]),
@@ -224,15 +223,15 @@ def test_rates_against_a_loop(task: Task) -> None:
                     continue
                 ordinal += 1
                 at = len(example.prompt) + j
-                for key, given in (("", said), ("forced_", forced)):
+                for key, tokens in (("", decoded), ("forced_", forced)):
                     tag = f"{key}accuracy_position_{ordinal}"
-                    counts.setdefault(tag, []).append(bool(given[row, at] == example.answer[j]))
+                    counts.setdefault(tag, []).append(bool(tokens[row, at] == example.answer[j]))
                 if names:
-                    hit = bool(said[row, at] == example.answer[j])
+                    hit = bool(decoded[row, at] == example.answer[j])
                     counts.setdefault(f"accuracy_{names[j]}", []).append(hit)
-            answer = questions.answer(i, said[row].tolist())
+            answer = questions.answer(i, decoded[row].tolist())
             counts.setdefault("exact_match", []).append(task.check(example.prompt, answer))
-    expected = {tag: sum(found) / len(found) for tag, found in counts.items()}
+    expected = {tag: sum(hits) / len(hits) for tag, hits in counts.items()}
     assert rates.compute() == pytest.approx(expected)
     assert 0.1 < expected["exact_match"] < 1
 
@@ -240,15 +239,15 @@ def test_rates_against_a_loop(task: Task) -> None:
 def test_far_positions_share_a_tag() -> None:
     rates = AnswerRates(40, [])
     tokens = torch.zeros(1, 40, dtype=torch.int64)
-    said = (torch.arange(40) >= 20).long().unsqueeze(0)
+    answers = (torch.arange(40) >= 20).long().unsqueeze(0)
     place = torch.arange(40).unsqueeze(0)
-    rates.update(torch.tensor([False]), said, said, tokens, place, torch.full_like(place, -1))
+    rates.update(torch.tensor([False]), answers, answers, tokens, place, torch.full_like(place, -1))
     values = rates.compute()
     assert values["accuracy_position_16"] == 1 and values["accuracy_position_17-32"] == 4 / 16
     assert values["accuracy_position_33-40"] == 0 and "accuracy_position_17" not in values
 
 
-def test_ranks_together_count_what_one_counts() -> None:
+def test_two_ranks_together_give_the_rates_of_one() -> None:
     task = StarGraph()
     model, sets = model_for(task), {"": AnswerSet(task, 21, depth=D)}
     whole = answer_all(model, sets)
@@ -259,16 +258,15 @@ def test_ranks_together_count_what_one_counts() -> None:
 
 @pytest.mark.parametrize("task", [StarGraph(), Copy(shortest=3, periods=3, letters=3)], ids=repr)
 def test_right_answers_to_other_questions_are_at_chance(task: Task) -> None:
-    """A judge that looked at anything but the question's own answer would show here."""
+    """A judge that compares with anything but the question's own answer would fail here."""
     n = 2000
     questions = AnswerSet(task, n, depth=0)
     numbers = np.arange(n)
     batch = questions.batch(numbers)
     assert bool(questions.right(numbers, batch.tokens).all())
-    asked = batch.scored
-    assert asked is not None
-    dealt = batch.tokens.clone()
-    dealt[asked] = batch.tokens.roll(1, 0)[asked]
-    share = float(questions.right(numbers, dealt).float().mean())
-    # One string in 27; paths of other graphs lead nowhere.
+    assert batch.scored is not None
+    swapped = batch.tokens.clone()
+    swapped[batch.scored] = batch.tokens.roll(1, 0)[batch.scored]
+    share = float(questions.right(numbers, swapped).float().mean())
+    # One string in 27 is the same; a path of another graph is never right.
     assert abs(share - (1 / 27 if isinstance(task, Copy) else 0)) < 0.015

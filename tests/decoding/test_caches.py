@@ -1,4 +1,4 @@
-"""Which keys and values a session stores, and one cache for all drafts (``cache=single``)."""
+"""The keys and values that a session stores, and one cache for all drafts (``cache=single``)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 
 DEPTH, CAPACITY, NEW = 3, 40, 14
-ATTENDING: dict[str, dict[str, Any]] = {
+HEADS_WITH_ATTENTION: dict[str, dict[str, Any]] = {
     "sequential": {},
     "parallel": {"stack": "parallel"},
     "parallel mlp": {"stack": "parallel", "correction": "mlp"},
 }
-OTHERS: dict[str, dict[str, Any]] = {
+HEADS_WITHOUT_ATTENTION: dict[str, dict[str, Any]] = {
     "linear": {"stack": "linear"},
     "linear markov": {"stack": "linear", "correction": "markov"},
     "linear selector": {"stack": "linear", "correction": "selector"},
@@ -34,8 +34,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def stored(cache: KVCache) -> int:
-    """Bytes of keys and values."""
+def stored_bytes(cache: KVCache) -> int:
+    """Of keys and values."""
     return sum(x.untyped_storage().nbytes() for x in cache.entries_L_BSMH)
 
 
@@ -45,20 +45,19 @@ def sessions(model: Any) -> list[Session]:
     return [chain, tree]
 
 
-@pytest.mark.parametrize("head", OTHERS)
+@pytest.mark.parametrize("head", HEADS_WITHOUT_ATTENTION)
 def test_heads_without_attention_store_no_more_than_the_trunk(head: str) -> None:
-    model = small_model(0, DEPTH, **OTHERS[head])
+    model = small_model(0, DEPTH, **HEADS_WITHOUT_ATTENTION[head])
     for session in sessions(model):
-        session.reserve(2 * CAPACITY)  # which grows what there is
+        session.reserve(2 * CAPACITY)  # the caches grow
         caches = [session.trunk_cache, *session.depth_caches]
         assert len(caches) == 1 + DEPTH
-        assert sum(map(stored, caches)) == stored(session.trunk_cache) > 0
+        assert sum(map(stored_bytes, caches)) == stored_bytes(session.trunk_cache) > 0
 
 
-@pytest.mark.parametrize("head", ATTENDING)
-def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
-    """A depth has a cache if and only if it writes to it."""
-    model = small_model(0, DEPTH, **ATTENDING[head])
+@pytest.mark.parametrize("head", HEADS_WITH_ATTENTION)
+def test_every_cache_of_a_depth_with_attention_is_written(head: str) -> None:
+    model = small_model(0, DEPTH, **HEADS_WITH_ATTENTION[head])
     with decoding_passes(model):
         session = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
         logits = session.join(random_prompts(0, (6, 9)))
@@ -72,25 +71,28 @@ def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
 
 @pytest.mark.parametrize(
     ("head", "tree"),
-    [*((head, None) for head in OTHERS), ("linear markov", [2, 2, 1]), ("masked", [2, 2, 1])],
+    [
+        *((head, None) for head in HEADS_WITHOUT_ATTENTION),
+        ("linear markov", [2, 2, 1]),
+        ("masked", [2, 2, 1]),
+    ],
 )
-def test_texts_and_drafts_are_those_with_caches(
+def test_texts_and_drafts_do_not_change_if_every_depth_has_a_cache(
     head: str, tree: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = OTHERS[head]
-    model = small_model(1, DEPTH, vocab=4, **options)
+    model = small_model(1, DEPTH, vocab=4, **HEADS_WITHOUT_ATTENTION[head])
     prompts = random_prompts(1, (5, 1, 13), 4)
-    # Rows come, grow, are dropped and slide.
-    asked: dict[str, Any] = {"max_new_tokens": NEW, "batch_size": 2, "tree": tree}
-    asked |= {"max_context": 16, "long": "slide"}
-    bare = generate(model, prompts, **asked)
+    # Rows join, grow, are dropped and slide.
+    options: dict[str, Any] = {"max_new_tokens": NEW, "batch_size": 2, "tree": tree}
+    options |= {"max_context": 16, "long": "slide"}
+    uncached = generate(model, prompts, **options)
     monkeypatch.setattr(type(model.mtp), "cached_blocks", 1)
-    assert stored(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
-    held = generate(model, prompts, **asked)
-    assert ids_of(bare) == ids_of(held)
-    assert [x.verify_passes for x in bare] == [x.verify_passes for x in held]
-    plain = generate(model, prompts, **{**asked, "tree": None, "speculative": False})
-    assert ids_of(bare) == ids_of(plain)
+    assert stored_bytes(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
+    cached = generate(model, prompts, **options)
+    assert ids_of(uncached) == ids_of(cached)
+    assert [x.verify_passes for x in uncached] == [x.verify_passes for x in cached]
+    plain = generate(model, prompts, **{**options, "tree": None, "speculative": False})
+    assert ids_of(uncached) == ids_of(plain)
 
 
 VOCAB = 4  # random heads are right now and then
@@ -106,7 +108,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @torch.no_grad()
 def drafts_of(model: MTPModel, text: list[int], n_drafts: int) -> list[int]:
-    """Drafts without a cache: the module reads all true states, and after them its own."""
+    """Drafts without a cache: the module reads all states of the trunk, then its own."""
     ctx = ForwardContext.of_window(
         model.config.trunk, len(text) - 1, device="cpu", dtype=torch.float32
     )
@@ -124,14 +126,14 @@ def drafts_of(model: MTPModel, text: list[int], n_drafts: int) -> list[int]:
 
 
 @every_model
-def test_the_loop_drafts_what_naive_recomputation_drafts(name: str) -> None:
+def test_a_single_cache_gives_the_drafts_of_naive_recomputation(name: str) -> None:
     right = 0
     for seed in range(2):
         model = small_model(seed, vocab=VOCAB, **MODELS[name])
         for prompt in random_prompts(seed, (1, 6), VOCAB):
             (plain,) = generate(model, [prompt], max_new_tokens=16, speculative=False)
-            (found,) = generate(model, [prompt], max_new_tokens=16, draft_depth=3, **SINGLE)
-            assert found.token_ids == plain.token_ids
+            (drafted,) = generate(model, [prompt], max_new_tokens=16, draft_depth=3, **SINGLE)
+            assert drafted.token_ids == plain.token_ids
             accepted, judged, done = [0] * 3, [0] * 3, 1
             while done < 16:
                 text = prompt + plain.token_ids[:done]
@@ -143,7 +145,7 @@ def test_the_loop_drafts_what_naive_recomputation_drafts(name: str) -> None:
                     accepted[j] += 1
                     done += 1
                 done += 1
-            assert (found.drafts_accepted, found.drafts_reached) == (accepted, judged)
+            assert (drafted.drafts_accepted, drafted.drafts_reached) == (accepted, judged)
             right += sum(accepted[1:])
     assert right > 0
 
@@ -151,7 +153,7 @@ def test_the_loop_drafts_what_naive_recomputation_drafts(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "chance"), [("one module", 0.6), ("shared", 0.0), ("shared", 1.0), ("deepseek", 0.6)]
 )
-def test_greedy_text_is_that_of_plain_decoding(
+def test_a_single_cache_gives_the_greedy_text_of_plain_decoding(
     name: str, chance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that accept different lengths, and a context that slides."""
@@ -164,5 +166,5 @@ def test_greedy_text_is_that_of_plain_decoding(
             if "long" not in options:
                 steer_drafts(patched, prompts, plain, chance=chance)
             for depth in (3, "auto"):
-                found = generate(model, prompts, draft_depth=depth, **SINGLE, **options)
-                assert ids_of(found) == plain
+                drafted = generate(model, prompts, draft_depth=depth, **SINGLE, **options)
+                assert ids_of(drafted) == plain

@@ -1,4 +1,4 @@
-"""Compiled passes: the functions that are compiled, run as they are; and, slowly, compiled."""
+"""Compiled decoding: its functions without a compiler, and (in slow tests) compiled."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def uncompiled(monkeypatch):
 
 
 @pytest.fixture
-def passes(how, monkeypatch, uncompiled):
-    """``called`` as by a CPU, or ``recorded`` and played as by a GPU."""
-    if how == "recorded":
+def passes(mode, monkeypatch, uncompiled):
+    """Passes are ``called`` as on a CPU, or ``recorded`` and replayed as on a GPU."""
+    if mode == "recorded":
         play_recordings(monkeypatch)
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 def play_recordings(monkeypatch):
-    """Passes of a CPU from the inputs' own places to the outputs', as those of a GPU."""
+    """Passes of a CPU read and write fixed memory, as those of a GPU do."""
 
     def record(function):
         outputs = [torch.full_like(x, torch.nan) for x in function()]
 
         def replay():
-            for own, new in zip(outputs, function(), strict=True):
-                own.copy_(new)
+            for output, new in zip(outputs, function(), strict=True):
+                output.copy_(new)
 
         return replay, outputs
 
@@ -60,22 +60,22 @@ def play_recordings(monkeypatch):
     monkeypatch.setattr(compiled, "_RECORDED", ("cpu",))
 
 
-def recorded(monkeypatch, session):
-    """Logits of every pass, by the row's length and depth; a session's own, then steered ones."""
+def logits_of_passes(monkeypatch, session):
+    """The logits of every pass from now on, by depth and tokens, before drafts are steered."""
     logits = {}
     draft, verify = session.draft, session.verify
 
     def recording_draft(self, k):
-        found = draft(self, k)
-        logits[self.n[0], k, tuple(self.tokens_BS[0, : self.n[0] + k].tolist())] = found.logits_BV[
-            0
-        ]
-        return found
+        drafted = draft(self, k)
+        tokens = self.tokens_BS[0, : self.n[0] + k].tolist()
+        logits[self.n[0], k, tuple(tokens)] = drafted.logits_BV[0]
+        return drafted
 
     def recording_verify(self, n_drafts):
-        found = verify(self, n_drafts)
-        logits[self.n[0], 0, tuple(self.tokens_BS[0, : self.n[0] + 1].tolist())] = found[0, 0]
-        return found
+        logits_BTV = verify(self, n_drafts)
+        tokens = self.tokens_BS[0, : self.n[0] + 1].tolist()
+        logits[self.n[0], 0, tuple(tokens)] = logits_BTV[0, 0]
+        return logits_BTV
 
     monkeypatch.setattr(session, "draft", recording_draft)
     monkeypatch.setattr(session, "verify", recording_verify)
@@ -83,7 +83,7 @@ def recorded(monkeypatch, session):
 
 
 @pytest.mark.parametrize(
-    ("name", "chance", "how"),
+    ("name", "chance", "mode"),
     [
         *((name, 0.6, "called") for name in VARIANTS),
         *((name, 0.6, "recorded") for name in ("deepseek", "linear, markov", "plain")),
@@ -91,30 +91,32 @@ def recorded(monkeypatch, session):
         ("dense", 1.0, "recorded"),
     ],
 )
-def test_passes_are_those_of_eager_decoding(name, chance, how, passes, monkeypatch):
+def test_compiled_passes_give_the_logits_and_texts_of_eager_ones(
+    name, chance, mode, passes, monkeypatch
+):
     settings = dict(VARIANTS[name])
     model = small_model(5, settings.pop("depth"), **settings)
-    # The modules' first pass is wider than a program where the prompt is long.
+    # With the long prompt, the modules' first pass is wider than a program.
     prompts = random_prompts(5, (1, 2, 4, 21))
     options = {"max_new_tokens": NEW, "batch_size": 1}
     expected = ids_of(generate(model, prompts, **options))
     logits, texts = [], []
     for session, compile in ((Session, False), (CompiledSession, True)):
         with monkeypatch.context() as patch:
-            logits.append(recorded(patch, session))
+            logits.append(logits_of_passes(patch, session))
             steer_drafts(patch, prompts, expected, chance=chance, session=session)
             texts.append(generate(model, prompts, compile=compile, **options))
-    assert [ids_of(found) for found in texts] == [expected, expected]
-    same = logits[0].keys() & logits[1].keys()
-    assert {k for _, k, _ in same} == set(range(model.depth + 1))
-    for key in same:
+    assert [ids_of(generations) for generations in texts] == [expected, expected]
+    shared = logits[0].keys() & logits[1].keys()
+    assert {k for _, k, _ in shared} == set(range(model.depth + 1))
+    for key in shared:
         torch.testing.assert_close(logits[1][key], logits[0][key], rtol=1e-4, atol=1e-4)
     if chance == 1.0 and model.depth:
         assert min(g.tokens_per_step for g in texts[1]) > 1.5
 
 
-@pytest.mark.parametrize("how", ["called", "recorded"])
-def test_sliding_and_sampling_are_as_without(how, passes):
+@pytest.mark.parametrize("mode", ["called", "recorded"])
+def test_compiled_passes_slide_and_sample_as_eager_ones(mode, passes):
     model = small_model(4, 2)
     prompts = random_prompts(4, (5, 30))
     for options in (
@@ -134,7 +136,7 @@ def test_sliding_and_sampling_are_as_without(how, passes):
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
 @pytest.mark.parametrize("name", ["deepseek", "linear, markov"])
 def test_recorded_passes_are_compiled_once(name, monkeypatch):
-    """The compiler's front end traces each pass as a whole, once for all sessions of a model."""
+    """The compiler's front end traces each pass without graph breaks, once for all sessions."""
     use_library(monkeypatch, None)
     play_recordings(monkeypatch)
     compile = torch.compile
@@ -148,11 +150,11 @@ def test_recorded_passes_are_compiled_once(name, monkeypatch):
     expected = ids_of(generate(model, prompts, max_new_tokens=NEW))
     for again in (False, True):
         with torch._dynamo.config.patch(error_on_recompile=again):
-            found = generate(model, prompts, max_new_tokens=NEW, compile=True)
-        assert ids_of(found) == expected
+            compiled_texts = generate(model, prompts, max_new_tokens=NEW, compile=True)
+        assert ids_of(compiled_texts) == expected
 
 
-def test_gathered_experts_are_experts():
+def test_gathered_experts_equal_the_layer_of_experts():
     torch.manual_seed(0)
     layer = Experts(8, 6, 5)
     for parameter in layer.parameters():
@@ -160,8 +162,8 @@ def test_gathered_experts_are_experts():
     x, gates = torch.randn(4, 8), torch.rand(4, 2)
     chosen = torch.tensor([[0, 1], [4, 2], [3, 0], [2, 1]])
     with torch.no_grad():
-        found = gathered(x, chosen, gates, layer.gate_up, layer.down)
-        torch.testing.assert_close(found, layer(x, chosen, gates), rtol=1e-5, atol=1e-5)
+        y = gathered(x, chosen, gates, layer.gate_up, layer.down)
+        torch.testing.assert_close(y, layer(x, chosen, gates), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.long  # test_programs.py builds one for .ci/run
@@ -183,19 +185,19 @@ def test_gathered_experts_are_experts():
     ],
     ids=str,
 )
-def test_compiled_for_real(mtp, tmp_path, monkeypatch):
+def test_compiled_programs_decode_as_eager_passes(mtp, tmp_path, monkeypatch):
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path))
     model = small_model(5, 2, **mtp)
     prompts = random_prompts(5, (1, 4, 21))
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
-    for way in ({"speculative": False}, {}):
-        found = generate(model, prompts, max_new_tokens=NEW, compile=True, **way)
-        assert ids_of(found) == ids_of(expected)
-    # The weights are read again in every pass.
+    for options in ({"speculative": False}, {}):
+        texts = generate(model, prompts, max_new_tokens=NEW, compile=True, **options)
+        assert ids_of(texts) == ids_of(expected)
+    # Every pass reads the current weights.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.1)
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
-    found = generate(model, prompts, max_new_tokens=NEW, compile=True)
-    assert ids_of(found) == ids_of(expected)
+    texts = generate(model, prompts, max_new_tokens=NEW, compile=True)
+    assert ids_of(texts) == ids_of(expected)
     assert min(pass_costs(model, prompts[2], compile=True, repeats=2).verify) > 0

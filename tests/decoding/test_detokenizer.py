@@ -1,4 +1,4 @@
-"""Text in pieces against the text of all tokens at once."""
+"""The detokenizer: text in pieces against the text of all tokens at once."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=30)
 @given(data=strategies.data())
-def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> None:
-    """Any ids are joined, of which few are characters; an incomplete end is left out."""
+def test_the_pieces_of_any_ids_join_to_the_text(name: str, data: strategies.DataObject) -> None:
+    """Few of the ids are whole characters; an incomplete end is left out."""
     tokenizer = TOKENIZERS[name]
     ids = data.draw(strategies.lists(strategies.integers(0, tokenizer.vocab_size - 1)))
     if data.draw(strategies.booleans()) and tokenizer.reads_text:
@@ -45,22 +45,14 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
 def test_a_character_comes_with_the_last_of_its_tokens() -> None:
     tokenizer = ByteTokenizer()
     detokenizer = Detokenizer(tokenizer, [], tokenizer.end_ids)
-    told = [detokenizer.add(byte) for byte in "a\u4f60b".encode()]
-    assert told == ["a", "", "", "\u4f60", "b"]
-
-
-def test_drafts_are_told_apart() -> None:
-    detokenizer = Detokenizer(ByteTokenizer(), [], [])
-    told = [
-        (detokenizer.add(token), draft) for token, draft in zip(b"ab", (True, False), strict=True)
-    ]
-    assert told == [("a", True), ("b", False)]
+    pieces = [detokenizer.add(byte) for byte in "a\u4f60b".encode()]
+    assert pieces == ["a", "", "", "\u4f60", "b"]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> PretrainedTokenizer:
-    """A tokenizer as Llama 2 and Mistral have it: words begin with a space, the first one's is
-    dropped, and other characters are spelled in bytes."""
+    """A tokenizer like those of Llama 2 and Mistral: words begin with a space, which the first
+    word drops, and other characters are spelled in bytes."""
     words = ["\u2581", "\u2581is", "\u2581Paris", *"aisPrb"]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocab = {name: i for i, name in enumerate(names)}
@@ -90,11 +82,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> PretrainedTokenizer:
 def sequence(tokenizer: Any, prompt: list[int], ids: list[int], *stop: str) -> TextSequence:
     """The text of tokens that come one by one."""
     request = Request(prompt=prompt, max_new_tokens=len(ids), stop=stop)
-    found = TextSequence(request, 0, tokenizer)
+    text = TextSequence(request, 0, tokenizer)
     for token in ids:
-        if found.finish_reason is None:
-            found.extend([token], 0, torch.zeros(1, 1, tokenizer.vocab_size), 0)
-    return found
+        if text.finish_reason is None:
+            text.extend([token], 0, torch.zeros(1, 1, tokenizer.vocab_size), 0)
+    return text
 
 
 PIECES = ["a", " is", " Paris", "\n", "\u4f60", "\U0001f600"]
@@ -106,10 +98,10 @@ PIECES = ["a", " is", " Paris", "\n", "\u4f60", "\U0001f600"]
     text=strategies.lists(strategies.sampled_from(PIECES), min_size=1, max_size=6).map("".join),
     stop=strategies.sampled_from([*PIECES, " Paris is", "\n\u4f60"]),
 )
-def test_a_continuation_in_bytes_and_words(
+def test_a_continuation_keeps_its_first_space_and_ends_before_a_stop_string(
     llama: PretrainedTokenizer, before: str, text: str, stop: str
 ) -> None:
-    """A continuation keeps its first space, is streamed as it is, and ends before a stop string."""
+    """The streamed pieces join to the same text."""
     whole = llama.encode(before + text).tolist()
     prompt, ids = next(
         (whole[:n], whole[n:]) for n in range(len(whole)) if llama.decode(whole[:n]) == before
@@ -118,23 +110,24 @@ def test_a_continuation_in_bytes_and_words(
     done = sequence(llama, prompt, ids)
     assert done.generation().text == "".join(done.fresh().pieces) == text
     done = sequence(llama, prompt, ids, stop)
-    wanted, found, _ = text.partition(stop)
-    assert done.generation().text == "".join(done.fresh().pieces) == wanted
-    assert done.finish_reason == ("stop" if found else "length")
+    expected, stopped, _ = text.partition(stop)
+    assert done.generation().text == "".join(done.fresh().pieces) == expected
+    assert done.finish_reason == ("stop" if stopped else "length")
 
 
 def test_a_token_that_begins_before_the_stop_string_is_cut_there() -> None:
     tokenizer = TOKENIZERS["bpe"]
     ids = tokenizer.encode("a text ").tolist()
-    whole = [tokenizer.decode([i]) for i in ids]
-    word, number = next((piece, n) for n, piece in enumerate(whole) if len(piece) > 2)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    word, number = next((piece, n) for n, piece in enumerate(pieces) if len(piece) > 2)
     done = sequence(tokenizer, [1], ids, word[1:])
     fresh = done.fresh()
-    assert fresh.pieces == [*whole[:number], word[0]] and done.generation().new_tokens == number + 1
+    assert fresh.pieces == [*pieces[:number], word[0]]
+    assert done.generation().new_tokens == number + 1
     assert fresh.token_ids == ids[: number + 1]
 
 
-def test_tokens_without_text_hide_no_stop_string() -> None:
+def test_a_stop_string_is_found_after_tokens_without_text() -> None:
     class Padded(ByteTokenizer):
         def decode(self, ids: Any) -> str:
             return super().decode([i for i in ids if i < 257])

@@ -1,4 +1,4 @@
-"""Drafts from the first tokens of the vocabulary alone, against those of the whole head."""
+"""``draft_vocab``: drafts from the first rows of the head, against those of the whole head."""
 
 from __future__ import annotations
 
@@ -22,62 +22,70 @@ HEADS: list[dict[str, Any]] = [
     {"stack": "parallel", "correction": "selector"},
     {"stack": "joint"},
 ]
-WAYS: list[dict[str, Any]] = [{}, {"tree": [3, 2]}, {"temperature": 0.8}, {"draft_depth": "auto"}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"tree": [3, 2]},
+    {"temperature": 0.8},
+    {"draft_depth": "auto"},
+]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The logits of all drafts from now on."""
-    seen: list[torch.Tensor] = []
+def record_draft_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The list that gets the logits of all drafts from now on."""
+    recorded: list[torch.Tensor] = []
     for kind, name in ((Session, "draft"), (TreeSession, "draft_tree")):
         real = getattr(kind, name)
 
         def draft(self: Session, k: int, real: Any = real) -> Any:
             drafted = real(self, k)
-            seen.append(getattr(drafted, "logits_BV", drafted))
+            recorded.append(getattr(drafted, "logits_BV", drafted))
             return drafted
 
         monkeypatch.setattr(kind, name, draft)
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize(
-    ("mtp", "way"),
-    [*((head, WAYS[i % 2]) for i, head in enumerate(HEADS)), *((HEADS[0], w) for w in WAYS[1:])],
+    ("mtp", "draft_options"),
+    [
+        *((head, OPTIONS[i % 2]) for i, head in enumerate(HEADS)),
+        *((HEADS[0], options) for options in OPTIONS[1:]),
+    ],
     ids=str,
 )
 def test_drafts_are_of_the_first_tokens_and_change_no_text(
-    mtp: dict[str, Any], way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    mtp: dict[str, Any], draft_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(4, 2, **mtp)
     prompts = random_prompts(4, (9, 3, 14))
     options: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 2, "seed": 3}
-    seen = watched(monkeypatch)
-    found = generate(model, prompts, draft_vocab=ROWS, **options, **way)
-    assert seen or way.get("draft_depth") == "auto"
-    for logits in seen:
+    draft_logits = record_draft_logits(monkeypatch)
+    texts = generate(model, prompts, draft_vocab=ROWS, **options, **draft_options)
+    assert draft_logits or draft_options.get("draft_depth") == "auto"
+    for logits in draft_logits:
         candidates = CANDIDATES if mtp.get("correction") == "selector" else ROWS
         assert logits.shape[-1] == ROWS
         assert (logits.isfinite().sum(-1) == candidates).all()
-    if "temperature" not in way:
+    if "temperature" not in draft_options:
         plain = generate(model, prompts, speculative=False, **options)
-        assert ids_of(found) == ids_of(plain)
-    # All of the rows are the whole head's, to the bit.
-    whole = generate(model, prompts, **options, **way)
-    all_rows = generate(model, prompts, draft_vocab=VOCAB, **options, **way)
+        assert ids_of(texts) == ids_of(plain)
+    # With all rows, drafts have the bits of the whole head's.
+    whole = generate(model, prompts, **options, **draft_options)
+    all_rows = generate(model, prompts, draft_vocab=VOCAB, **options, **draft_options)
     assert ids_of(whole) == ids_of(all_rows)
-    if way.get("draft_depth") != "auto":
+    if draft_options.get("draft_depth") != "auto":
         assert [g.drafts_accepted for g in whole] == [g.drafts_accepted for g in all_rows]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_what_the_first_tokens_are_worth_is_what_the_whole_head_says(
+def test_draft_logits_have_the_bits_of_the_whole_heads(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(4, 1)
     if precision != "fp32":
         round_weights(model, precision)
     (prompt,) = random_prompts(4, (9,))
-    seen = watched(monkeypatch)
+    logits = record_draft_logits(monkeypatch)
     for vocab in (None, ROWS):
         generate(model, [prompt], max_new_tokens=3, draft_vocab=vocab)
-    assert torch.equal(seen[0][..., :ROWS], seen[len(seen) // 2][..., :ROWS])
+    assert torch.equal(logits[0][..., :ROWS], logits[len(logits) // 2][..., :ROWS])

@@ -1,4 +1,4 @@
-"""Rows that come and go, each with settings of its own, against the same rows by themselves."""
+"""The engine: rows that join and leave a batch, each with its settings, against rows alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
 from tests.decoding.models import (
     Letters,
-    finished,
     ids_of,
     random_prompts,
+    run_to_end,
     small_model,
     teacher_forced,
 )
@@ -35,7 +35,7 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 
 
 def requests_of(seed: int, n: int) -> list[Request]:
-    """All lengths and settings, in no order."""
+    """Requests of random lengths, with each of the samplings in turn."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 24, (n,), generator=generator).tolist()
     new = torch.randint(1, 30, (n,), generator=generator).tolist()
@@ -51,9 +51,9 @@ def requests_of(seed: int, n: int) -> list[Request]:
     ]
 
 
-def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
+def decoded_alone(model: Any, request: Request, **options: Any) -> list[int]:
     with Engine(model, DecodingOptions(batch_size=1, **options)) as engine:
-        (row,) = finished(engine, [request])
+        (row,) = run_to_end(engine, [request])
     return row.token_ids
 
 
@@ -69,31 +69,30 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
     ],
     ids=str,
 )
-def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
-    """Greedy and sampled side by side; some are removed halfway, and change nothing."""
+def test_rows_that_join_and_leave_have_the_texts_of_rows_alone(mtp, options):
+    """Greedy and sampled rows share a batch; rows that are removed halfway change no other."""
     model = small_model(3, **mtp)
     requests = requests_of(3, 16)
-    expected = [by_itself(model, request, **options) for request in requests]
+    expected = [decoded_alone(model, request, **options) for request in requests]
     generator = torch.Generator().manual_seed(0)
-    waiting, found, removed = deque(requests), {}, set()
+    waiting, texts, removed = deque(requests), {}, set()
     with Engine(model, DecodingOptions(batch_size=4, **options)) as engine:
         while waiting or engine.sequences:
-            wanted = int(torch.randint(0, 3, (1,), generator=generator))
-            some = [waiting.popleft() for _ in range(min(wanted, len(waiting), engine.free))]
-            rows = [*engine.add(some), *engine.step()]
-            for row in rows:
+            most = int(torch.randint(0, 3, (1,), generator=generator))
+            joining = [waiting.popleft() for _ in range(min(most, len(waiting), engine.free))]
+            for row in [*engine.add(joining), *engine.step()]:
                 if row.finish_reason is not None:
-                    found[row.request.index] = row.token_ids
+                    texts[row.request.index] = row.token_ids
             if engine.sequences and torch.rand((), generator=generator) < 0.05:
                 engine.remove(engine.sequences[0])
                 removed.add(len(waiting))
-    assert removed and len(found) > 9
-    for index, token_ids in found.items():
+    assert removed and len(texts) > 9
+    for index, token_ids in texts.items():
         assert token_ids == expected[index], index
 
 
-def test_a_place_is_taken_by_the_next_prompt():
-    """Nobody waits for the longest text of his batch: 4 places are full until none waits."""
+def test_a_free_slot_is_taken_by_the_next_prompt():
+    """A prompt does not wait for the longest text of a batch: 4 slots are full until none waits."""
     model = small_model(2, 1)
     new = [3, 30, 3, 3, 12, 3, 3, 3, 9, 3]
     requests = [Request(prompt=[i], max_new_tokens=n, index=i) for i, n in enumerate(new)]
@@ -105,33 +104,33 @@ def test_a_place_is_taken_by_the_next_prompt():
         storage = engine._decoder.session.trunk_cache._stored[0]
         assert storage.shape[0] == 4
     assert all(alive == 4 for alive, left in rounds if left)
-    assert len(rounds) == 29  # the longest text's alone: all others were decoded in the same rounds
+    assert len(rounds) == 29  # those of the longest text; the others shared them
 
 
-def test_log_probabilities_are_the_trunks():
+def test_log_probabilities_equal_the_trunks():
     model = small_model(9, 2)
     prompts = random_prompts(9, (1, 6, 17))
     for options in ({}, {"temperature": 0.8, "top_k": 4, "seed": 1}):
-        done = generate(model, prompts, max_new_tokens=12, batch_size=2, logprobs=3, **options)
-        for prompt, g in zip(prompts, done, strict=True):
+        texts = generate(model, prompts, max_new_tokens=12, batch_size=2, logprobs=3, **options)
+        for prompt, g in zip(prompts, texts, strict=True):
             (logits_TV,) = teacher_forced(model, prompt + g.token_ids[:-1], 0)
             log_probs_TV = logits_TV[len(prompt) - 1 :].log_softmax(-1)
-            assert [said.token for said in g.logprobs] == g.token_ids
-            for said, log_probs_V in zip(g.logprobs, log_probs_TV, strict=True):
-                assert said.logprob == pytest.approx(float(log_probs_V[said.token]), abs=1e-4)
+            assert [entry.token for entry in g.logprobs] == g.token_ids
+            for entry, log_probs_V in zip(g.logprobs, log_probs_TV, strict=True):
+                assert entry.logprob == pytest.approx(float(log_probs_V[entry.token]), abs=1e-4)
                 best = log_probs_V.topk(3)
-                assert [token for token, _ in said.top] == best.indices.tolist()
-                values = [value for _, value in said.top]
+                assert [token for token, _ in entry.top] == best.indices.tolist()
+                values = [value for _, value in entry.top]
                 assert values == pytest.approx(best.values.tolist(), abs=1e-4)
-    (own,) = generate(model, prompts[:1], max_new_tokens=3, logprobs=0)
-    assert all(said.top == [] and said.logprob < 0 for said in own.logprobs)
+    (chosen_only,) = generate(model, prompts[:1], max_new_tokens=3, logprobs=0)
+    assert all(entry.top == [] and entry.logprob < 0 for entry in chosen_only.logprobs)
     (none,) = generate(model, prompts[:1], max_new_tokens=3)
     assert none.logprobs is None
 
 
 @given(st.text("a\u00e9\u4e16", max_size=9), st.text("a\u00e9\u4e16", min_size=1, max_size=3))
 def test_no_part_of_a_stop_string_is_shown(text: str, stop: str) -> None:
-    """Bytes as tokens: a part of a character does not say yet whether a stop string begins."""
+    """A token is a byte: a part of a character may or may not begin a stop string."""
     request = Request(prompt=[1], max_new_tokens=99, stop=(stop,))
     row, shown = TextSequence(request, 0, ByteTokenizer()), b""
     for byte in (text + stop).encode():
@@ -167,24 +166,24 @@ def test_fresh_tokens_make_up_the_text():
             shown[row.request.index] += fresh.token_ids
             drafted[row.request.index] += [depth > 0 for depth in fresh.depths]
             logprobs[row.request.index] += fresh.logprobs
-    for row, ids, said, accepted in zip(rows, shown, logprobs, drafted, strict=True):
+    for row, ids, entries, accepted in zip(rows, shown, logprobs, drafted, strict=True):
         done = row.generation()
         assert accepted == done.accepted_mask[: len(ids)]
         assert Letters().decode(ids) == done.text
-        assert [s.token for s in said] == ids and done.logprobs[: len(ids)] == said
+        assert [entry.token for entry in entries] == ids and done.logprobs[: len(ids)] == entries
         assert len(done.logprobs) == len(done.token_ids)
 
 
-def test_room_is_made_for_longer_requests():
+def test_storage_grows_for_longer_requests():
     model = small_model(4, 2)
     requests = [
         Request(prompt=prompt, max_new_tokens=20 * (i + 1), index=i)
         for i, prompt in enumerate(random_prompts(4, (3, 40, 90)))
     ]
-    expected = [by_itself(model, request) for request in requests]
+    expected = [decoded_alone(model, request) for request in requests]
     rows = []
     with Engine(model, DecodingOptions(batch_size=3)) as engine:
-        for request in requests:  # each joins while the shorter ones are decoded
+        for request in requests:  # each joins during the decoding of shorter ones
             rows += engine.add([request])
             engine.step()
         while engine.sequences:
@@ -192,25 +191,25 @@ def test_room_is_made_for_longer_requests():
     assert ids_of(rows) == expected
 
 
-def test_rows_may_ask_for_fewer_drafts():
-    """A row keeps its own text and number of drafts among rows that draft more."""
+def test_a_request_may_ask_for_fewer_drafts():
+    """Its text and number of drafts stay the same among rows with more drafts."""
     model = small_model(21, 3)
     prompts = random_prompts(21, (5, 5, 5, 5))
     options = {"temperature": 1.0, "max_new_tokens": 30, "eot_id": -1}
-    asked = [
+    requests = [
         Request(prompt=p, index=i, draft_depth=depth, **options)
         for i, (p, depth) in enumerate(zip(prompts, (0, 1, 2, None), strict=True))
     ]
-    expected = [by_itself(model, request) for request in asked]
+    expected = [decoded_alone(model, request) for request in requests]
     with Engine(model, DecodingOptions(batch_size=4)) as engine:
-        rows = finished(engine, asked)
+        rows = run_to_end(engine, requests)
     assert ids_of(rows) == expected
     assert [max(row.depths) for row in rows[:3]] == [0, 1, 2]
     with pytest.raises(ValueError, match="draft_depth must be a whole number of at least 0"):
         Request(prompt=[1], draft_depth=-1)
 
 
-def test_what_does_not_fit_is_refused():
+def test_requests_that_do_not_fit_the_engine_are_refused():
     model = small_model(0, 1)
     request = Request(prompt=[1, 2], max_new_tokens=4)
     with Engine(model, DecodingOptions(batch_size=1, max_context=8)) as engine:
@@ -229,19 +228,19 @@ def test_what_does_not_fit_is_refused():
         ):
             with pytest.raises(ValueError, match=message):
                 engine.add([request, wrong][1:])
-            assert engine.free == 1  # nothing of it is here
+            assert engine.free == 1  # the slot was not taken
         assert len(engine.add([request])) == 1
 
 
-@pytest.mark.parametrize("first_goes_first", [True, False])
-def test_two_at_a_time_over_one_model(first_goes_first):
-    """Packed weights last until the later of two threads' engines ends."""
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_two_threads_decode_with_one_model(first_ends_first):
+    """Packed weights are kept until the later of the two engines ends."""
     model = small_model(7, depth=2)
     requests = requests_of(7, 2)
-    expected = [by_itself(model, request) for request in requests]
+    expected = [decoded_alone(model, request) for request in requests]
     engines = [Engine(model, DecodingOptions(batch_size=1)) for _ in range(2)]
 
-    def goes_on(engine):
+    def finish(engine):
         while engine.sequences:
             engine.step()
         engine.__exit__(None, None, None)
@@ -252,19 +251,19 @@ def test_two_at_a_time_over_one_model(first_goes_first):
         for (thread, engine), request in zip(threads, requests, strict=True):
             thread.submit(engine.__enter__).result()
             rows += thread.submit(engine.add, [request]).result()
-        for thread, engine in threads if first_goes_first else reversed(threads):
-            thread.submit(goes_on, engine).result()
-            # Whatever was freed is somebody else's now.
+        for thread, engine in threads if first_ends_first else reversed(threads):
+            thread.submit(finish, engine).result()
+            # Overwrite memory that was freed.
             sizes = {parameter.numel() for parameter in model.parameters()}
-            taken = [torch.full((n,), torch.nan) for n in sizes for _ in range(20)]
-            assert taken
+            overwritten = [torch.full((n,), torch.nan) for n in sizes for _ in range(20)]
+            assert overwritten
     assert ids_of(rows) == expected
     assert all(getattr(layer, "packed", None) is None for layer in model.modules())
 
 
 @pytest.mark.parametrize("seed", [2, 21, 25, 37, 38])
-def test_drafts_after_the_storage_has_grown(seed: int) -> None:
-    """A row joins where the row before it began, and the storage grows for it."""
+def test_drafts_are_right_after_the_storage_has_grown(seed: int) -> None:
+    """A row joins in the slot of a row that ended, and the storage grows for it."""
     model = small_model(seed, 2, vocab=4)
     first, moves, joins = random_prompts(seed, (5, 4, 4), 4)
     with Engine(model, DecodingOptions(batch_size=2)) as engine:

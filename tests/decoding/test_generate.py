@@ -1,4 +1,4 @@
-"""The interface: ends of texts, streaming, counts, refused input."""
+"""``generate``: ends of texts, counts, types of input, the module's example; ``AutoDepth``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.decoding.models import Letters, random_prompts, small_model, steer_dr
 
 
 @pytest.fixture
-def known(monkeypatch):
-    """A model, a prompt and its continuation, which drafts then get right 2 times in 3."""
+def continued(monkeypatch):
+    """A model, a prompt and its greedy continuation, with which 2 in 3 drafts agree."""
     model = small_model(21, 3)
     (prompt,) = random_prompts(21, (5,))
     tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
@@ -25,8 +25,8 @@ def known(monkeypatch):
     return model, prompt, tokens
 
 
-def test_stop_strings_are_found_wherever_blocks_end(known):
-    model, prompt, tokens = known
+def test_a_stop_string_may_begin_and_end_anywhere_in_a_block(continued):
+    model, prompt, tokens = continued
     text = Letters().decode(tokens)
     for speculative in (False, True):
         for start in range(2, 20):
@@ -45,8 +45,8 @@ def test_stop_strings_are_found_wherever_blocks_end(known):
             assert g.token_ids == tokens[: at + 3] and len(g.accepted_mask) == at + 3
 
 
-def test_a_stop_string_in_the_prompt_does_not_count(known):
-    model, prompt, tokens = known
+def test_a_stop_string_that_begins_in_the_prompt_does_not_count(continued):
+    model, prompt, tokens = continued
     end = Letters().decode(prompt)[-1]
     stop = end + Letters().decode(tokens)[:2]
     (g,) = generate(model, [prompt], max_new_tokens=9, stop=stop, tokenizer=Letters(), eot_id=-1)
@@ -54,8 +54,8 @@ def test_a_stop_string_in_the_prompt_does_not_count(known):
 
 
 @pytest.mark.parametrize("ends_by", ["eot", "stop", "length"])
-def test_a_text_ends_where_it_should_and_drafts_after_the_end_are_not_counted(monkeypatch, ends_by):
-    """Every draft is right: each round would emit four tokens, and the last one is cut."""
+def test_drafts_after_the_end_of_a_text_are_cut_and_not_counted(monkeypatch, ends_by):
+    """All drafts are right: each round would emit four tokens, and the last round is cut."""
     model = small_model(21, 3)
     (prompt,) = random_prompts(21, (5,))
     tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
@@ -74,7 +74,7 @@ def test_a_text_ends_where_it_should_and_drafts_after_the_end_are_not_counted(mo
         assert g.token_ids == tokens[: g.new_tokens] and (ends_by != "length" or g.new_tokens == n)
         ending = {"length": 0, "eot": 1, "stop": len(end.get("stop", ""))}[ends_by]
         assert g.text == Letters().decode(tokens[: g.new_tokens - ending])
-        emitted = len(g.token_ids) - 1  # the first one is the prompt's pass's
+        emitted = len(g.token_ids) - 1  # the pass of the prompt gives the first one
         assert g.tokens_per_step * g.verify_passes == pytest.approx(emitted)
         assert sum(g.drafts_accepted) == sum(g.drafts_reached) == sum(g.accepted_mask)
         whole, rest = divmod(emitted, 4)
@@ -83,8 +83,8 @@ def test_a_text_ends_where_it_should_and_drafts_after_the_end_are_not_counted(mo
     assert cut > 5
 
 
-def test_any_of_the_tokenizers_ends_ends_a_text(known):
-    model, prompt, tokens = known
+def test_each_end_token_of_the_tokenizer_ends_a_text(continued):
+    model, prompt, tokens = continued
     for n in range(1, 20):
         letters = Letters()
         letters.end_ids = (36, tokens[n - 1], tokens[n])
@@ -97,25 +97,25 @@ def test_any_of_the_tokenizers_ends_ends_a_text(known):
             assert g.text == Letters().decode(tokens[:at])
 
 
-def test_numbers_of_numpy_and_torch_are_whole_numbers_too():
-    model, whole = small_model(0, 2), np.int64
-    ids, options = [3, 1, 4], {"max_new_tokens": 5, "draft_depth": 2, "seed": 1, "top_k": 3}
-    expected = generate(model, [ids], temperature=0.5, batch_size=1, **options)[0].token_ids
-    given = {name: whole(value) for name, value in options.items()}
+def test_numbers_of_numpy_and_torch_are_taken_as_whole_numbers():
+    model, ids = small_model(0, 2), [3, 1, 4]
+    options = {"max_new_tokens": 5, "draft_depth": 2, "seed": 1, "top_k": 3, "batch_size": 1}
+    expected = generate(model, [ids], temperature=0.5, **options)[0].token_ids
+    options = {name: np.int64(value) for name, value in options.items()}
     for prompt in (
         np.array(ids),
         np.array(ids, np.uint16),
-        list(map(whole, ids)),
+        list(map(np.int64, ids)),
         torch.tensor(ids),
     ):
-        (g,) = generate(model, [prompt], temperature=0.5, batch_size=whole(1), **given)
+        (g,) = generate(model, [prompt], temperature=0.5, **options)
         assert g.token_ids == expected and Request(prompt=prompt, max_new_tokens=1).prompt == ids
     for wrong in (np.array([0.0, 1.0]), np.array([True]), torch.tensor([True]), [None]):
         with pytest.raises(ValueError, match="Prompt 0 holds .*, not a token id"):
             generate(model, [wrong], max_new_tokens=2)
 
 
-def test_the_snippet_above_the_module_runs(capsys):
+def test_the_example_of_the_module_docstring_runs(capsys):
     snippet = (
         sys.modules[generate.__module__]
         .__doc__.partition("\n\n")[2]
@@ -130,7 +130,8 @@ def test_the_snippet_above_the_module_runs(capsys):
 def simulate(
     auto: AutoDepth, costs: list[float], chances: list[float], rounds: int, rows: int = 1
 ) -> list[int]:
-    """Feed measured costs, and acceptance by a fixed rule of the round's number."""
+    """The numbers of drafts that ``auto`` chooses if it is given these costs, and a fixed pattern
+    of acceptance with these chances."""
     chosen = []
     for r in range(rounds):
         m, a = auto.depth(rows), 0
@@ -141,7 +142,7 @@ def simulate(
     return chosen
 
 
-def test_auto_depth_finds_what_pays():
+def test_auto_depth_finds_the_fastest_number_of_drafts():
     costs = [1.0, 1.3, 1.6, 1.9]
     late = simulate(AutoDepth(3), costs, [0.95, 0.95, 0.9], 1000)[-100:]
     assert late.count(3) > 75
@@ -151,7 +152,8 @@ def test_auto_depth_finds_what_pays():
 
 @pytest.mark.parametrize("rounds", [64, 256, 2000, 20_000])
 def test_auto_depth_costs_little_where_no_draft_is_right(rounds):
-    """Three tokens for 3.9 times the time of one, and something to catch up with in every probe."""
+    """Three tokens take 3.9 times as long as one, and in each probe the modules first read the
+    tokens that were decoded without them."""
     auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
     chosen, seconds, unread = [], 0.0, 40
     for _ in range(rounds):
@@ -166,15 +168,15 @@ def test_auto_depth_costs_little_where_no_draft_is_right(rounds):
 
 
 def test_auto_depth_times_plain_passes_again_where_one_seemed_slow():
-    auto, costs = AutoDepth(2), [3.0, 3.1, 3.2]  # something else ran during plain rounds
+    auto, costs = AutoDepth(2), [3.0, 3.1, 3.2]  # another program ran during plain rounds
     assert simulate(auto, costs, [0.3, 0.0], 400)[-1] > 0
     late = simulate(auto, [1.0, 1.5, 2.0], [0.3, 0.0], 1500)
     assert late[-1] == 0 and late.count(0) > 750
     never = simulate(AutoDepth(2), [9.0, 1.3, 1.6], [0.0, 0.0], 1000)
-    assert never.count(0) > 850  # a round with drafts is never the shorter one
+    assert never.count(0) > 850  # a plain pass cannot take longer than one with drafts
 
 
-def test_auto_depth_notices_that_drafts_became_good():
+def test_auto_depth_drafts_again_when_drafts_become_right():
     auto = AutoDepth(2)
     costs = [1.0, 1.2, 1.4]
     simulate(auto, costs, [0.0, 0.0], 90)
@@ -184,15 +186,15 @@ def test_auto_depth_notices_that_drafts_became_good():
 
 
 def test_auto_depth_probes_seldom_where_drafting_is_slow():
-    """The main job's rounds of eight rows: three tokens for 3.9 times a plain round's time."""
+    """As in rounds of eight rows of the benchmark: three tokens take 3.9 times a plain round."""
     auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
     chosen = simulate(auto, costs, [1.0, 1.0], 3000, rows=8)
     assert 2 in chosen and chosen.count(0) > 2900
     late = simulate(auto, [1640.0, 1640.0, 1640.0], [1.0, 1.0], 5000, rows=8)
-    assert late[-1] == 2  # it does probe
+    assert late[-1] == 2  # a probe found it
 
 
-def test_auto_depth_compares_within_a_probe_alone():
+def test_auto_depth_compares_only_times_within_a_probe():
     """Rounds over long texts take longer than over short ones, with drafts and without."""
     auto = AutoDepth(2)
     for _ in range(40):
@@ -201,14 +203,14 @@ def test_auto_depth_compares_within_a_probe_alone():
             assert simulate(auto, costs, [0.9, 0.9], 60, rows=8).count(0) >= 54
 
 
-def test_auto_depth_of_a_batch_that_becomes_small():
+def test_auto_depth_drafts_once_a_batch_becomes_small():
     auto = AutoDepth(2)
     many, one = [420.0, 1050.0, 1640.0], [200.0, 250.0, 290.0]
     simulate(auto, many, [0.9, 0.9], 100, rows=8)
-    # It is soon over: what was right for many is not tried again.
+    # A shrinking batch soon ends: it keeps the number that was right for many rows.
     for rows in (7, 6, 4, 2):
         assert simulate(auto, many, [0.9, 0.9], 8, rows=rows).count(0) >= 6
     chosen = simulate(auto, one, [0.9, 0.9], 400)
-    assert set(chosen[:16]) == {0} and chosen[-1] == 2  # it was not
+    assert set(chosen[:16]) == {0} and chosen[-1] == 2  # one row that stays is probed
     assert simulate(auto, many, [0.9, 0.9], 50, rows=8).count(0) > 45
     assert simulate(auto, one, [0.9, 0.9], 50).count(2) > 35

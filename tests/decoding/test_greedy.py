@@ -10,14 +10,14 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from tests.decoding.models import (
     NEW,
+    assert_wide_passes_have_the_bits_of_single_ones,
+    check_passes,
     ids_of,
-    passes_checked,
-    plain,
+    plain_ids,
     random_prompts,
     small_model,
     steer_drafts,
     teacher_forced,
-    verify_passes_give_the_bits_of_single_ones,
 )
 from tests.kernels import BATCH_INVARIANT, LIBRARY, use_library
 
@@ -52,12 +52,11 @@ def uncached(model, prompt, n_new):
     return tokens[len(prompt) :]
 
 
-def test_plain_equals_decoding_without_a_cache():
-    """Of a model without modules, and so is all that it decodes."""
+def test_a_model_without_mtp_decodes_as_without_a_cache():
     model = small_model(0, 0)
     for prompt in random_prompts(0, LENGTHS):
         (g,) = generate(model, [prompt], max_new_tokens=NEW)
-        assert plain(model, [prompt]) == [g.token_ids] == [uncached(model, prompt, NEW)]
+        assert plain_ids(model, [prompt]) == [g.token_ids] == [uncached(model, prompt, NEW)]
         assert g.acceptance == [] and g.tokens_per_step == 1.0
 
 
@@ -73,13 +72,13 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
     trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
     model = small_model(seed, depth, **trunk, **VARIANTS[number])
     prompts = random_prompts(seed, LENGTHS)
-    expected = plain(model, prompts)
-    assert max(len(set(tokens)) for tokens in expected) > 3  # no trivial text
+    expected = plain_ids(model, prompts)
+    assert max(len(set(tokens)) for tokens in expected) > 3  # the texts are not trivial
     depths = [depth, depth + 2] if model.mtp.max_draft_depth is None else [depth]
     for drafted in depths:
         assert ids_of(generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)) == expected
         with monkeypatch.context() as patch:
-            # Random modules hardly ever agree with the trunk: here they do, half of the time.
+            # Random modules hardly ever agree with the trunk: make 60% of the drafts right.
             steer_drafts(patch, prompts, expected, chance=0.6, seed=seed)
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
             assert ids_of(together) == expected
@@ -89,11 +88,11 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 @pytest.mark.parametrize(("n_threads", "rows"), [(1, 1), (2, 1), (1, 24)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek):
-    """Near-ties are then decided as in plain decoding."""
+    """So that near-ties are decided as in plain decoding."""
     if not BATCH_INVARIANT:
         pytest.skip("needs oneDNN's AVX-512 kernels")
     model = small_model(3, 2, deepseek=deepseek)
-    verify_passes_give_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
+    assert_wide_passes_have_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +115,15 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
     """Compares the trunk and every module at every position whose tokens were accepted."""
     model = small_model(1, depth, **mtp)
     prompts = random_prompts(1, LENGTHS)
-    expected = plain(model, prompts)
-    seen = passes_checked(model, prompts, expected, drafted, monkeypatch)
+    expected = plain_ids(model, prompts)
+    compared = check_passes(model, prompts, expected, drafted, monkeypatch)
     steer_drafts(monkeypatch, prompts, expected, chance=0.7)
     generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
-    assert all(seen.values()), seen
+    assert all(compared.values()), compared
 
 
 @pytest.mark.parametrize(
-    ("mtp", "places"),
+    ("mtp", "batch_size"),
     [
         ({}, 1),
         ({"share_layers": True, "deepseek": True}, 2),
@@ -133,41 +132,43 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
         ({"stack": "masked"}, 3),
     ],
 )
-def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
-    """A few rounds draft and many do not, as with draft_depth="auto", while rows come and go."""
+def test_modules_first_read_the_tokens_that_were_decoded_without_drafts(
+    mtp, batch_size, monkeypatch
+):
+    """As with draft_depth="auto", few rounds draft; meanwhile rows join and leave."""
     model, new = small_model(1, 2, **mtp), 45
     prompts = random_prompts(1, (5, 1, 13, 9))
-    expected = plain(model, prompts, new)
-    seen = passes_checked(model, prompts, expected, 2, monkeypatch)
+    expected = plain_ids(model, prompts, new)
+    compared = check_passes(model, prompts, expected, 2, monkeypatch)
     steer_drafts(monkeypatch, prompts, expected, chance=0.7)
     rounds, real = [0], Decoder.round
 
-    def now_and_then(decoder, n_drafts, *asked):
+    def round_with_few_drafts(decoder, n_drafts, *more):
         rounds[0] += 1
-        return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, *asked)
+        return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, *more)
 
-    monkeypatch.setattr(Decoder, "round", now_and_then)
-    assert ids_of(generate(model, prompts, max_new_tokens=new, batch_size=places)) == expected
-    assert all(seen.values()), seen
+    monkeypatch.setattr(Decoder, "round", round_with_few_drafts)
+    assert ids_of(generate(model, prompts, max_new_tokens=new, batch_size=batch_size)) == expected
+    assert all(compared.values()), compared
 
 
 def test_perfect_drafts_are_all_accepted(monkeypatch):
     model = small_model(2, 2)
     (prompt,) = random_prompts(2, (6,))
-    right = ids_of(generate(model, [prompt], max_new_tokens=40))
-    steer_drafts(monkeypatch, [prompt], right, chance=1.0)
+    expected = ids_of(generate(model, [prompt], max_new_tokens=40))
+    steer_drafts(monkeypatch, [prompt], expected, chance=1.0)
     (g,) = generate(model, [prompt], max_new_tokens=13)
-    assert g.token_ids == right[0][:13]
+    assert g.token_ids == expected[0][:13]
     assert g.acceptance == [1.0, 1.0]
     assert g.verify_passes == 4 and g.tokens_per_step == 3.0
     assert g.tokens_per_second == pytest.approx(13 / g.seconds)
     assert g.accepted_mask == [False] + [True, True, False] * 4
 
 
-def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
+def test_wrong_drafts_are_rejected_and_do_not_change_the_text(monkeypatch):
     model = small_model(2, 2)
     prompts = random_prompts(2, LENGTHS)
-    expected = plain(model, prompts)
+    expected = plain_ids(model, prompts)
     steer_drafts(monkeypatch, prompts, expected, chance=0.0)
     generations = generate(model, prompts, max_new_tokens=NEW)
     assert ids_of(generations) == expected
@@ -176,19 +177,19 @@ def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("mtp", [{}, {"stack": "masked"}], ids=str)
-def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
+def test_a_sliding_context_gives_the_same_text_with_and_without_drafts(mtp, monkeypatch):
     model = small_model(4, 2, **mtp)
     prompts = random_prompts(4, (5, 1, 30))
     options = {"max_new_tokens": 40, "max_context": 16, "long": "slide"}
     expected = [generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts]
     assert ids_of(generate(model, prompts, **options)) == expected
     with monkeypatch.context() as patch:
-        # Blocks must end where plain decoding slides, however good the drafts.
+        # A block must end where plain decoding slides, also if its drafts are right.
         steer_drafts(patch, prompts, expected, chance=0.9)
         slid = generate(model, prompts, **options)
         assert ids_of(slid) == expected
         assert min(g.tokens_per_step for g in slid) > 1.5
-    # What the slid context holds is read again: the tokens until the next slide follow from it.
+    # After a slide the context is read again: the tokens until the next slide follow from it.
     for prompt, tokens in zip(prompts[:2], expected, strict=False):
         text = prompt + tokens
         assert text[17:26] == uncached(model, text[9:17], 9)
@@ -209,13 +210,15 @@ def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
     ],
     ids=str,
 )
-def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
-    """Packed weights and kernels are made for fp32: whatever else comes is not taken for it."""
+def test_models_of_other_precisions_decode_greedily_within_rounding(
+    dtype, deepseek, fast, monkeypatch
+):
+    """Packed weights and kernels are for fp32, and must not be used here."""
     use_library(monkeypatch, LIBRARY if fast else None)
     model, prompts = small_model(5, 2, deepseek=deepseek).to(dtype), random_prompts(5, LENGTHS)
-    texts = plain(model, prompts)
+    texts = plain_ids(model, prompts)
     assert ids_of(generate(model, prompts, max_new_tokens=NEW)) == texts
-    exact = model.double()  # of the same numbers
+    exact = model.double()  # the same weights
     for prompt, text in zip(prompts, texts, strict=True):
         (logits,) = teacher_forced(exact, prompt + text, 0)[:1]
         ends = logits[len(prompt) - 1 : -1]
@@ -223,27 +226,27 @@ def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
         assert float((ends.amax(1) - chosen).max()) < 0.1
 
 
-def is_as_it_was(model):
-    """Whether no weight is packed and every layer has its own forward pass."""
+def is_restored(model):
+    """Whether no weight is packed and no forward pass is replaced."""
     replaced = [m for m in model.modules() if "forward" in vars(m)]
     return not replaced and all(not vars(p) for p in model.parameters())
 
 
-def test_the_model_is_left_as_it_was():
+def test_decoding_restores_the_model_also_after_an_error():
     model = small_model(7, 1).train()
     model.trunk.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     generate(model, [[1, 2]], max_new_tokens=3)
     assert [module.training for module in model.modules()] == modes
-    assert is_as_it_was(model)
+    assert is_restored(model)
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError()))
         generate(model, [[1, 2]], max_new_tokens=3)
     assert [module.training for module in model.modules()] == modes
-    assert is_as_it_was(model)
+    assert is_restored(model)
 
 
-def test_a_stack_that_cannot_draft_decodes_plainly():
+def test_a_stack_that_cannot_draft_decodes_without_drafts():
     model = small_model(8, 2, stack="parameter_free")
     (prompt,) = random_prompts(8, (4,))
     (g,) = generate(model, [prompt], max_new_tokens=6)
@@ -254,7 +257,7 @@ def naive(model, prompt, n_new, depth):
     """Greedy drafting without a cache: tokens, and the drafts accepted and judged by position."""
 
     def choice(tokens, k):
-        """Depth k at the last position whose ``k`` tokens further on are given."""
+        """Depth k's token at the last position that has k tokens after it."""
         return int(teacher_forced(model, tokens + [0] * (depth - k), depth)[k][-1].argmax())
 
     text = [*prompt, choice(prompt, 0)]
@@ -284,14 +287,14 @@ def naive(model, prompt, n_new, depth):
     ],
     ids=str,
 )
-def test_heads_that_read_drafts_draft_what_naive_recomputation_drafts(mtp):
+def test_heads_that_read_drafts_give_those_of_naive_recomputation(mtp):
     right, vocab = 0, 4  # random heads are right now and then
     for seed, depth in ((1, 3), (2, 2)):
         model = small_model(seed, depth, vocab=vocab, **mtp)
         prompt = random_prompts(seed, (1, 6), vocab)[1]
-        (found,) = generate(model, [prompt], max_new_tokens=14)
+        (g,) = generate(model, [prompt], max_new_tokens=14)
         tokens, accepted, judged = naive(model, prompt, 14, depth)
-        assert found.token_ids == tokens
-        assert (found.drafts_accepted, found.drafts_reached) == (accepted, judged)
+        assert g.token_ids == tokens
+        assert (g.drafts_accepted, g.drafts_reached) == (accepted, judged)
         right += sum(accepted)
     assert right > 0

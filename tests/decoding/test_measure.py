@@ -1,5 +1,4 @@
-"""Rates and speed of drafting: what is counted, by position and entropy too, what is expected, and
-that defects are loud."""
+"""Acceptance rates and speed of drafting, their expected values, and the check of greedy texts."""
 
 from __future__ import annotations
 
@@ -40,11 +39,11 @@ from tests.decoding.models import (
 )
 
 
-def test_rates_are_pooled_not_averaged() -> None:
-    found = rates([generation([9, 3], [10, 9], 10, 23), generation([0, 0], [2, 1], 2, 3)])
-    assert found["acceptance_position_1"] == pytest.approx(9 / 12)
-    assert found["acceptance_position_2"] == pytest.approx(3 / 10)
-    assert found["tokens_per_step"] == pytest.approx((22 + 2) / 12)
+def test_rates_are_pooled_over_texts_and_not_averaged() -> None:
+    pooled = rates([generation([9, 3], [10, 9], 10, 23), generation([0, 0], [2, 1], 2, 3)])
+    assert pooled["acceptance_position_1"] == pytest.approx(9 / 12)
+    assert pooled["acceptance_position_2"] == pytest.approx(3 / 10)
+    assert pooled["tokens_per_step"] == pytest.approx((22 + 2) / 12)
 
 
 def test_intervals_are_those_of_a_bootstrap_over_prompts() -> None:
@@ -57,57 +56,56 @@ def test_intervals_are_those_of_a_bootstrap_over_prompts() -> None:
     for drawn in generator.integers(6, size=(1000, 6)):
         for name, value in rates([texts[i] for i in drawn]).items():
             draws.setdefault(name, []).append(value)
-    found = intervals(texts)
-    assert len(found) == 6
+    bounds = intervals(texts)
+    assert len(bounds) == 6
     for name, value in rates(texts).items():
         low, high = np.percentile(draws[name], (2.5, 97.5))
-        assert found[f"{name}_low"] == pytest.approx(low, rel=1e-6)
-        assert found[f"{name}_high"] == pytest.approx(high, rel=1e-6)
+        assert bounds[f"{name}_low"] == pytest.approx(low, rel=1e-6)
+        assert bounds[f"{name}_high"] == pytest.approx(high, rel=1e-6)
         assert low < value < high
 
 
-def test_intervals_of_equal_prompts_are_points_and_of_one_prompt_none() -> None:
+def test_intervals_of_equal_prompts_are_points_and_one_prompt_has_none() -> None:
     text = generation([3, 0], [4, 3], 4, 9)
-    same = rates([text])
-    found = intervals([text] * 5)
-    for name, value in same.items():
-        assert found[f"{name}_low"] == found[f"{name}_high"] == value
+    bounds = intervals([text] * 5)
+    for name, value in rates([text]).items():
+        assert bounds[f"{name}_low"] == bounds[f"{name}_high"] == value
     assert intervals([text]) == {}
-    # A position that no draft reached has none; one that few prompts reached, of the draws with it.
+    # Nor has a position that no draft reached.
     assert "acceptance_position_2_low" not in intervals([replace(text, drafts_reached=[4, 0])] * 2)
 
 
-def test_acceptance_does_not_depend_on_what_is_decoded_together() -> None:
+def test_acceptance_does_not_depend_on_the_batch() -> None:
     model = small_model(3, 2, vocab=3)
     prompts = random_prompts(3, (4, 1, 9, 6), vocab=3)
-    found, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
+    report, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
     alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     setting = {"n_prompts": 4.0, "new_tokens": 20.0}
-    assert found == rates(alone) | intervals(alone) | lookups_alone(prompts, alone) | setting
+    assert report == rates(alone) | intervals(alone) | lookups_alone(prompts, alone) | setting
     assert ids_of(plain) == ids_of(alone)
-    assert found["acceptance_position_1_low"] < found["acceptance_position_1_high"]
+    assert report["acceptance_position_1_low"] < report["acceptance_position_1_high"]
 
 
-def test_a_race_is_judged_by_its_median_pair() -> None:
+def test_the_speedup_of_a_race_is_that_of_its_median_pair() -> None:
     run = Race({}, {"plain": [2.0, 9.0, 3.0], "drafted": [1.0, 1.0, 2.0]})
     assert run.speedup("drafted") == 2.0
     assert run.speedup("plain", over="drafted") == 0.5
 
 
-def test_costs_bound_the_speedup() -> None:
+def test_costs_of_passes_give_the_expected_speedup() -> None:
     costs = PassCosts(verify=[4.0, 5.0, 6.0], draft=[1.0, 1.0])
     assert costs.speedup(3.0) == pytest.approx(3 * 4 / (6 + 2))
     measured = pass_costs(small_model(0, 2), [1, 2, 3], repeats=2)
     assert len(measured.verify) == 3 and len(measured.draft) == 2
     assert min(*measured.verify, *measured.draft) > 0
-    for n in (1, 2):  # fewer tokens than depths catch up with
+    for n in (1, 2):  # fewer tokens than depths
         assert min(pass_costs(small_model(0, 4), [1] * n, repeats=2).draft) > 0
 
 
 @pytest.mark.parametrize("share_layers", [False, True])
-def test_teacher_forced_rates_are_those_of_drafting_everywhere(share_layers: bool) -> None:
-    """The reference drafts from every position by itself, without a cache. The vocabulary has three
-    tokens, so that random modules are often right."""
+def test_teacher_forced_rates_are_those_of_drafting_at_every_position(share_layers: bool) -> None:
+    """The reference drafts from each position without a cache. The vocabulary has three tokens, so
+    that random modules are often right."""
     model = small_model(3, 3, vocab=3, share_layers=share_layers)
     prompts = random_prompts(3, (4, 1, 9), vocab=3)
     texts = generate(model, prompts, max_new_tokens=30, speculative=False)
@@ -116,22 +114,22 @@ def test_teacher_forced_rates_are_those_of_drafting_everywhere(share_layers: boo
         tokens = [*prompt, *text.token_ids]
         for pending in range(len(prompt), len(tokens) - 3):
             passes += 1
-            held = tokens[: pending + 1]
+            read = tokens[: pending + 1]
             for k in range(1, 4):
                 reached[k - 1] += 1
-                draft = int(teacher_forced(model, held, k)[k][-1].argmax())
+                draft = int(teacher_forced(model, read, k)[k][-1].argmax())
                 if draft != tokens[pending + k]:
                     break
                 right[k - 1] += 1
-                held.append(draft)
-    found = teacher_forced_rates(model, prompts, texts)
-    assert found.pop("expected_tokens_per_step") == pytest.approx(1 + sum(right) / passes)
+                read.append(draft)
+    values = teacher_forced_rates(model, prompts, texts)
+    assert values.pop("expected_tokens_per_step") == pytest.approx(1 + sum(right) / passes)
     expected = {f"agreement_position_{j + 1}": right[j] / reached[j] for j in range(3)}
-    assert found == pytest.approx(expected)
+    assert values == pytest.approx(expected)
     assert 0 < expected["agreement_position_2"] < 1
 
 
-def test_nothing_is_expected_of_texts_that_are_too_short() -> None:
+def test_texts_that_are_too_short_have_no_teacher_forced_rates() -> None:
     model = small_model(3, 2)
     texts = generate(model, [[1, 2]], max_new_tokens=2)
     assert teacher_forced_rates(model, [[1, 2]], texts) == {}
@@ -140,21 +138,21 @@ def test_nothing_is_expected_of_texts_that_are_too_short() -> None:
 def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
     """Both collapse if the drafts' targets are shifted by one."""
     options = DecodingOptions(max_new_tokens=40)
-    found = decoding_report(trained(shift=0), counting_prompts(), options, repeats=1)
-    assert found["acceptance_position_1"] > 0.9
+    report = decoding_report(trained(shift=0), counting_prompts(), options, repeats=1)
+    assert report["acceptance_position_1"] > 0.9
     for j in (1, 2):
-        gap = found[f"acceptance_position_{j}"] - found[f"agreement_position_{j}"]
+        gap = report[f"acceptance_position_{j}"] - report[f"agreement_position_{j}"]
         assert abs(gap) < 0.05
-    assert found["tokens_per_step"] == pytest.approx(found["expected_tokens_per_step"], abs=0.15)
-    assert found["speedup"] > 0 and found["expected_speedup"] > 0
+    assert report["tokens_per_step"] == pytest.approx(report["expected_tokens_per_step"], abs=0.15)
+    assert report["speedup"] > 0 and report["expected_speedup"] > 0
 
     shifted = decoding_report(trained(shift=1), counting_prompts(), options, repeats=1)
     assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_race_is_run_warm_and_in_turns(monkeypatch, batch_size: int) -> None:
-    """The first call of every way takes ten times as long, and all slow down on the way."""
+def test_a_race_warms_up_and_alternates_the_order(monkeypatch, batch_size: int) -> None:
+    """The first call of each way takes ten times as long, and each call is slower than the last."""
     calls: list[str] = []
     now = 0.0
 
@@ -170,8 +168,8 @@ def test_a_race_is_run_warm_and_in_turns(monkeypatch, batch_size: int) -> None:
     options = DecodingOptions(batch_size=batch_size)
     ways = {"plain": options.plain(), "drafted": options}
     run = measure.race(None, ["a", "b"], ways, repeats=2, clock=lambda: now)
-    there, back = ["plain", "drafted"], ["drafted", "plain"]
-    turns = [there, there, back, there, back] if batch_size == 1 else [there, there, back]
+    forward, back = ["plain", "drafted"], ["drafted", "plain"]
+    turns = [forward, forward, back, forward, back] if batch_size == 1 else [forward, forward, back]
     assert calls == [name for turn in turns for name in turn]
     assert run.outputs["drafted"] == ["drafted a", "drafted b"]
     assert len(run.seconds["plain"]) == 2 and max(run.seconds["drafted"]) < 5
@@ -183,7 +181,7 @@ def counting_prompts() -> list[torch.Tensor]:
 
 
 def trained(*, shift: int) -> MTPModel:
-    """Counts modulo 12; the modules' targets lie ``shift`` further on than they should."""
+    """A model that counts modulo 12; the targets of its modules are ``shift`` too far ahead."""
     trunk = TrunkConfig(vocab_size=12, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=48)
     model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
     model.initialize(0)
@@ -219,42 +217,42 @@ def test_every_way_of_a_race_decodes_the_same_prompts() -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_a_wrong_token_is_a_defect() -> None:
+def test_another_greedy_token_is_an_error_with_its_position() -> None:
     model = small_model(0, 2)
     prompt = [1, 2, 3]
-    (right,) = generate(model, [prompt], max_new_tokens=8, speculative=False)
-    require_same_greedy(model, [prompt], [right], [replace(right)])
-    wrong = list(right.token_ids)
+    (plain,) = generate(model, [prompt], max_new_tokens=8, speculative=False)
+    require_same_greedy(model, [prompt], [plain], [replace(plain)])
+    wrong = list(plain.token_ids)
     wrong[4] = (wrong[4] + 1) % 37
     with pytest.raises(RuntimeError, match="at new token 4 after the prompt"):
-        require_same_greedy(model, [prompt], [right], [replace(right, token_ids=wrong)])
-    short = replace(right, token_ids=right.token_ids[:-1])
+        require_same_greedy(model, [prompt], [plain], [replace(plain, token_ids=wrong)])
+    short = replace(plain, token_ids=plain.token_ids[:-1])
     with pytest.raises(RuntimeError, match="at new token 7"):
-        require_same_greedy(model, [prompt], [right], [short])
+        require_same_greedy(model, [prompt], [plain], [short])
 
 
-def test_a_tie_is_none(tiny_trunk: TrunkConfig) -> None:
-    """Where two tokens have the same logit, rounding may choose either."""
+def test_another_token_of_the_same_logit_is_not_an_error(tiny_trunk: TrunkConfig) -> None:
+    """Rounding may choose either of the two."""
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2)))
     model.initialize(0)
     prompt = [1, 2, 3]
-    (right,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
-    chosen = right.token_ids[2]
+    (text,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
+    chosen = text.token_ids[2]
     twin = (chosen + 1) % 37
     with torch.no_grad():
         model.trunk.embedding.weight[twin] = model.trunk.embedding.weight[chosen]
-    (again,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
-    at = next(i for i, token in enumerate(again.token_ids) if token in (chosen, twin))
-    other = list(again.token_ids)
-    other[at] = chosen if other[at] == twin else twin
-    require_same_greedy(model, [prompt], [again], [replace(again, token_ids=other)])
+    (tied,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
+    at = next(i for i, token in enumerate(tied.token_ids) if token in (chosen, twin))
+    ids = list(tied.token_ids)
+    ids[at] = chosen if ids[at] == twin else twin
+    require_same_greedy(model, [prompt], [tied], [replace(tied, token_ids=ids)])
 
 
 NEW = 40
 
 
 @pytest.mark.parametrize(("depth", "chance"), [(1, 1.0), (3, 0.0), (3, 0.6)])
-def test_against_the_loops_own_counts(
+def test_acceptance_by_position_and_entropy_equals_that_of_loops(
     monkeypatch: pytest.MonkeyPatch, depth: int, chance: float
 ) -> None:
     model = small_model(0, depth)
@@ -262,39 +260,36 @@ def test_against_the_loops_own_counts(
     plain = generate(model, prompts, max_new_tokens=NEW, speculative=False)
     texts = [[*p, *g.token_ids] for p, g in zip(prompts, plain, strict=True)]
     steer_drafts(monkeypatch, prompts, ids_of(plain), chance=chance)
-    found = generate(model, prompts, max_new_tokens=NEW)
-    drafts = [first_drafts(g, NEW) for g in found]
-    for text, places in zip(found, drafts, strict=True):
-        assert len(places) == text.drafts_reached[0]
-        assert sum(taken for _, taken in places) == text.drafts_accepted[0]
-    values = acceptance_by(model, prompts, found, max_new_tokens=NEW)
+    drafted = generate(model, prompts, max_new_tokens=NEW)
+    drafts = [first_drafts(g, NEW) for g in drafted]
+    for g, places in zip(drafted, drafts, strict=True):
+        assert len(places) == g.drafts_reached[0]
+        assert sum(accepted for _, accepted in places) == g.drafts_accepted[0]
+    values = acceptance_by(model, prompts, drafted, max_new_tokens=NEW)
 
-    at, entropy, taken, of_text = [], [], [], []
+    position, entropy, taken, of_text = [], [], [], []
     for number, (prompt, text, places) in enumerate(zip(prompts, texts, drafts, strict=True)):
         p_TV = teacher_forced(model, [*text, *[0] * depth], 0)[0].double().softmax(-1)
         for place, accepted in places:
-            at.append(len(prompt) + place + 1)
+            position.append(len(prompt) + place + 1)
             p_V = p_TV[len(prompt) + place - 1]
             entropy.append(-sum(float(p) * math.log(p) for p in p_V))
             taken.append(accepted)
             of_text.append(number)
-    for low in (4, 8, 16, 32):
-        inside = [t for a, t in zip(at, taken, strict=True) if low <= a < 2 * low]
-        if inside:
-            share = sum(inside) / len(inside)
-            assert values[f"acceptance_at_{low}-{2 * low - 1}"] == pytest.approx(share)
+    bins = [(f"at_{low}-{2 * low - 1}", position, low, 2 * low) for low in (4, 8, 16, 32)]
     for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 4)):
-        inside = [t for e, t in zip(entropy, taken, strict=True) if low <= e < high]
+        bins.append((f"entropy_{low}-{high}", entropy, low, high))
+    for name, x, low, high in bins:
+        inside = [t for v, t in zip(x, taken, strict=True) if low <= v < high]
         if inside:
-            share = sum(inside) / len(inside)
-            assert values[f"acceptance_entropy_{low}-{high}"] == pytest.approx(share)
+            assert values[f"acceptance_{name}"] == pytest.approx(sum(inside) / len(inside))
     ones = torch.ones(len(taken), dtype=torch.float64)
     y = torch.tensor(taken, dtype=torch.float64)
-    for name, x in (("entropy", entropy), ("position", [math.log2(a) for a in at])):
+    for name, x in (("entropy", entropy), ("position", [math.log2(p) for p in position])):
         table = torch.stack((ones, torch.tensor(x, dtype=torch.float64)), 1)
         line = torch.linalg.lstsq(table, y.unsqueeze(1)).solution
         assert values[f"acceptance_slope_{name}"] == pytest.approx(float(line[1]), abs=1e-5)
-        # The sandwich of Liang & Zeger 1986, text by text, with G / (G - 1).
+        # The sandwich estimator of Liang & Zeger 1986, clustered by text, with G / (G - 1).
         residual = y - (table @ line).squeeze(1)
         bread, meat = torch.linalg.inv(table.T @ table), torch.zeros(2, 2, dtype=torch.float64)
         for number in range(3):
@@ -307,17 +302,17 @@ def test_against_the_loops_own_counts(
         )
 
 
-def test_one_text_has_a_slope_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_text_has_a_slope_and_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = small_model(0, 1), random_prompts(0, (5,))
     plain = generate(model, prompts, max_new_tokens=NEW, speculative=False)
     steer_drafts(monkeypatch, prompts, ids_of(plain), chance=0.5)
-    found = generate(model, prompts, max_new_tokens=NEW)
-    values = acceptance_by(model, prompts, found, max_new_tokens=NEW)
+    drafted = generate(model, prompts, max_new_tokens=NEW)
+    values = acceptance_by(model, prompts, drafted, max_new_tokens=NEW)
     assert "acceptance_slope_position" in values
     assert "acceptance_slope_position_se" not in values
 
 
-def test_without_drafts_there_is_nothing() -> None:
+def test_texts_without_drafts_have_no_acceptance() -> None:
     model, prompts = small_model(0, 0), random_prompts(0, (3,))
-    found = generate(model, prompts, max_new_tokens=1)
-    assert acceptance_by(model, prompts, found, max_new_tokens=1) == {}
+    texts = generate(model, prompts, max_new_tokens=1)
+    assert acceptance_by(model, prompts, texts, max_new_tokens=1) == {}

@@ -1,4 +1,4 @@
-"""One table of options: from YAML to the engine, checked once."""
+"""Decoding options: their defaults in conf/, conversion from YAML, and refused combinations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from mtp_lightning.decoding import generate
@@ -17,30 +18,29 @@ from mtp_lightning.experiment.evaluating import evaluate_decoding
 from mtp_lightning.paths import CONF
 from tests.decoding.models import random_prompts, small_model
 
-# What the model decides, or who calls: no key of a config.
-UNTOLD = {"max_context", "eot_id", "logprobs", "measured"}
+# Set by the model or the calling code, and not in a config.
+NOT_IN_CONFIGS = {"max_context", "eot_id", "logprobs", "measured"}
 
 
 @pytest.mark.parametrize("app", ["generate", "serve", "evaluate"])
-def test_every_key_of_decoding_is_an_option_with_its_default(app: str) -> None:
+def test_the_decoding_keys_of_an_app_have_the_defaults_of_the_options(app: str) -> None:
     cfg = OmegaConf.load(CONF / f"{app}.yaml")
     node: Any = cfg.decode if app == "evaluate" else cfg
-    named = {field.name: field.default for field in fields(DecodingOptions)}
-    found = {name: node[name] for name in named if name in node}
-    own = {"long", "max_new_tokens"} if app == "serve" else {"long"}  # limits of the app's own
-    assert {k: list(v) if k == "stop" else v for k, v in found.items() if k not in own} == {
-        k: list(named[k]) if k == "stop" else named[k] for k in found if k not in own
-    }
+    defaults = {field.name: field.default for field in fields(DecodingOptions)}
+    values = {name: node[name] for name in defaults if name in node}
+    differ = {"long", "max_new_tokens"} if app == "serve" else {"long"}  # the app has its limits
+    for key in values.keys() - differ:
+        assert values[key] == (list(defaults[key]) if key == "stop" else defaults[key]), key
     drafting = {"draft_depth", "draft_vocab", "min_confidence", "cache", "tree"}
-    # evaluate.py measures the modules, greedily.
+    # evaluate.py measures the modules with greedy text.
     drafting |= set() if app == "evaluate" else {"verify", "lookup"}
-    assert drafting <= found.keys()
+    assert drafting <= values.keys()
     if app == "generate":
-        assert found.keys() == named.keys() - UNTOLD
+        assert values.keys() == defaults.keys() - NOT_IN_CONFIGS
     assert DecodingOptions.from_config(node).drafts_as_trained
 
 
-def test_values_of_yaml_become_the_options_own() -> None:
+def test_values_of_yaml_are_converted() -> None:
     cfg = OmegaConf.create({"stop": ["a", 5], "tree": [3, 2], "batch_size": None, "other": 1})
     options = DecodingOptions.from_config(cfg, max_context=7)
     assert options.stop == ("a", "5") and options.tree is not None and options.tree.depth == 2
@@ -59,7 +59,7 @@ def test_values_of_yaml_become_the_options_own() -> None:
 
 
 TREE = {"tree": [2, 1]}
-TARGETS: dict[str, Any] = {"depth": 2, "stack": "parameter_free"}
+PARAMETER_FREE: dict[str, Any] = {"depth": 2, "stack": "parameter_free"}
 RANK_2: dict[str, Any] = {"depth": 2, "stack": "linear", "rank": 2}
 # Models that do not draft by a single module.
 SEVERAL: list[dict[str, Any]] = [{"depth": 2}, {"depth": 2, "stack": "nextlat"}, {"depth": 0}]
@@ -120,37 +120,35 @@ REFUSED_OF_A_MODEL = [
     (RANK_2, {"draft_vocab": 9}, "not go together with mtp.rank=2"),
     ({"depth": 0}, {"draft_vocab": 9}, "no MTP depth to draft with"),
     ({"depth": 0}, {"draft_depth": 1}, "no MTP depth to draft with"),
-    (TARGETS, {"draft_depth": 1}, "no module to draft with"),
-    (TARGETS, {"tree": [2]}, "no module to draft with"),
+    (PARAMETER_FREE, {"draft_depth": 1}, "no module to draft with"),
+    (PARAMETER_FREE, {"tree": [2]}, "no module to draft with"),
     *((model, {"cache": "single"}, "cache=single is for a single module") for model in SEVERAL),
 ]
 
 
-@pytest.mark.parametrize(("asked", "told"), REFUSED, ids=str)
-def test_what_is_wrong_with_options_alone(asked: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
-        DecodingOptions(**asked)
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        DecodingOptions(**options)
 
 
-@pytest.mark.parametrize(("model", "asked", "told"), REFUSED_OF_A_MODEL)
-def test_what_a_model_does_not_support(
-    model: dict[str, Any], asked: dict[str, Any], told: str
+@pytest.mark.parametrize(("model", "options", "message"), REFUSED_OF_A_MODEL, ids=str)
+def test_options_that_a_model_does_not_support_are_refused(
+    model: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
-        generate(small_model(0, **model), [[1]], max_new_tokens=2, **asked)
+    with pytest.raises(UserError, match=re.escape(message)):
+        generate(small_model(0, **model), [[1]], max_new_tokens=2, **options)
 
 
-def test_evaluation_decodes_by_the_same_options() -> None:
+def test_evaluation_decodes_with_a_tree() -> None:
     class Data:
         seq_len, answer_length, tokenizer = 64, None, None
 
         def held_out_prompts(self, n: int, length: int, *, fewer: bool) -> Any:
-            import torch
-
             return [torch.tensor(p) for p in random_prompts(0, (length,) * n)]
 
     settings = OmegaConf.load(CONF / "evaluate.yaml").decode
     settings.merge_with({"n_prompts": 2, "prompt_tokens": 20, "new_tokens": 12, "tree": [3, 1]})
-    found = evaluate_decoding(small_model(2, 2), Data(), settings)  # type: ignore[arg-type]
-    assert "decode/acceptance_position_1" in found and "decode/speedup" in found
-    assert "decode/expected_speedup" not in found  # teacher forcing sees no tree
+    values = evaluate_decoding(small_model(2, 2), Data(), settings)  # type: ignore[arg-type]
+    assert "decode/acceptance_position_1" in values and "decode/speedup" in values
+    assert "decode/expected_speedup" not in values  # teacher forcing has no tree

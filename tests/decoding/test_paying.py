@@ -1,4 +1,4 @@
-"""As many drafts as pay: measured once, kept, and obeyed by samples."""
+"""``draft_depth=auto``: the number of drafts that pays is measured once, stored, and then used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.paying import description, measure, with_measured_depth
 from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.opening import OpenedModel
-from tests.decoding.models import finished, opened_model, random_prompts, small_model
+from tests.decoding.models import opened_model, random_prompts, run_to_end, small_model
 from tests.integration.helpers import composed
 from tests.models import checkpoint_of
 
@@ -55,7 +55,7 @@ def test_the_fastest_number_needs_a_margin() -> None:
     assert [auto.depth(1) for _ in range(9)] == [0] * 9
 
 
-def test_auto_depth_begins_with_what_is_known() -> None:
+def test_auto_depth_begins_with_the_measured_number() -> None:
     auto = AutoDepth(2, measured=Payoff((1.0, 1.1, 1.5), (0.6, 0.2)))
     assert auto.depth(1) == 1
     for _ in range(60):  # the drafts of this text are worse than those of the measurement
@@ -71,35 +71,36 @@ def opened_at(folder: Path, seed: int = 1) -> OpenedModel:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """The models that were measured, with the cache in a folder of its own."""
+def measured_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The list that gets each measured model; the cache is an empty folder."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(paying, "_SECONDS", 0.0)
-    found: list[Any] = []
+    measured: list[Any] = []
     real = paying.measure
 
-    def count(model: Any, *args: Any) -> Measured:
-        found.append(model)
+    def recorded(model: Any, *args: Any) -> Measured:
+        measured.append(model)
         return real(model, *args)
 
-    monkeypatch.setattr(paying, "measure", count)
-    return found
+    monkeypatch.setattr(paying, "measure", recorded)
+    return measured
 
 
-def test_it_is_measured_once_for_a_model_and_a_setting(
-    counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_is_measured_once_per_setting(
+    measured_models: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions(max_context=64)
-    settled = with_measured_depth(options, opened, rows=1, precision="fp32")
-    known = settled.measured
-    assert settled == replace(options, draft_depth="auto", measured=known) and known is not None
-    for payoff in (known.greedy, known.sampled):
+    first = with_measured_depth(options, opened, rows=1, precision="fp32")
+    measured = first.measured
+    assert measured is not None
+    assert first == replace(options, draft_depth="auto", measured=measured)
+    for payoff in (measured.greedy, measured.sampled):
         assert payoff.costs[0] == 1 and min(payoff.costs) >= 1 and len(payoff.accepted) == 2
     again = with_measured_depth(
         replace(options, draft_depth="auto"), opened, rows=1, precision="fp32"
     )
-    assert again == settled and len(counted) == 1
-    # Whatever changes the speed is measured by itself.
+    assert again == first and len(measured_models) == 1
+    # A setting that changes the speed has its own measurement.
     for number, (changed, more) in enumerate(
         [
             (options, {"rows": 4, "precision": "fp32"}),
@@ -109,17 +110,19 @@ def test_it_is_measured_once_for_a_model_and_a_setting(
         start=2,
     ):
         with_measured_depth(changed, opened, **more)  # type: ignore[arg-type]
-        assert len(counted) == number
+        assert len(measured_models) == number
     os.utime(opened.path, (1, 1))  # another file at the same path
     with_measured_depth(options, opened, rows=1, precision="fp32")
-    assert len(counted) == 5
+    assert len(measured_models) == 5
     monkeypatch.setattr(paying, "version", lambda device: f"faster code for {device}")
     with_measured_depth(options, opened, rows=1, precision="fp32")
-    assert len(counted) == 6
+    assert len(measured_models) == 6
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"greedy": 1}', "COSTS", "SHORT"])
-def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path) -> None:
+def test_a_damaged_measurement_is_made_again(
+    damage: str, measured_models: list[Any], tmp_path: Path
+) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions()
     first = with_measured_depth(options, opened, rows=1)
     (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
@@ -131,12 +134,12 @@ def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path
         stored["sampled"]["accepted"].pop()
         damage = json.dumps(stored)
     file.write_text(damage)
-    assert with_measured_depth(options, opened, rows=1).measured is not None and len(counted) == 2
-    assert first.measured is not None
-    assert with_measured_depth(options, opened, rows=1).measured is not None
+    again = with_measured_depth(options, opened, rows=1)
+    assert first.measured is not None and again.measured is not None
+    assert len(measured_models) == 2
 
 
-def test_an_error_of_measuring_is_not_taken_for_a_damaged_folder(
+def test_an_error_during_the_measurement_is_raised_and_not_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -152,28 +155,30 @@ def test_an_error_of_measuring_is_not_taken_for_a_damaged_folder(
     assert len(calls) == 1
 
 
-def test_drafts_are_of_the_tokens_that_the_modules_were_trained_on(
-    counted: list[Any], tmp_path: Path
+def test_draft_vocab_defaults_to_that_of_the_modules_training(
+    measured_models: list[Any], tmp_path: Path
 ) -> None:
     opened = opened_at(tmp_path)
     trained = replace(opened, config={**opened.config, "objective": {"draft_vocab": 64}})
-    leaps = small_model(1, 2, vocab=257, stack="linear", stride=2)  # does not draft
-    for run, asked, expected in (
+    strided = small_model(1, 2, vocab=257, stack="linear", stride=2)  # does not draft
+    for run, overrides, expected in (
         (opened, {}, None),
         (trained, {}, 64),
         (trained, {"draft_vocab": 257}, 257),
         (trained, {"speculative": False}, None),
         (trained, {"compile": True}, None),
-        (replace(trained, model=leaps), {}, None),
+        (replace(trained, model=strided), {}, None),
     ):
-        words = [f"{name}={value}".lower() for name, value in asked.items()]
+        words = [f"{name}={value}".lower() for name, value in overrides.items()]
         cfg = composed("generate", ["checkpoint=mine", *words])
         options = decoding_options(cfg, run)
         assert options.draft_vocab == expected
         assert generate(run.model, [[1]], options, max_new_tokens=1)
 
 
-def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> None:
+def test_a_number_of_drafts_in_the_options_is_not_measured(
+    measured_models: list[Any], tmp_path: Path
+) -> None:
     opened = opened_at(tmp_path)
     for options in (
         DecodingOptions(draft_depth=2),
@@ -184,21 +189,21 @@ def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> Non
         assert with_measured_depth(options, opened, rows=1) is options
     plain = replace(opened, model=small_model(1, 0, vocab=257))
     assert with_measured_depth(DecodingOptions(), plain, rows=1) == DecodingOptions()
-    assert not counted
+    assert not measured_models
 
 
-def test_where_nothing_can_be_kept_it_is_measured(
-    counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_writable_cache_every_run_measures(
+    measured_models: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "file" / "below"))
     opened = opened_at(tmp_path)
     for _ in range(2):
         assert with_measured_depth(DecodingOptions(), opened, rows=1).measured is not None
-    assert len(counted) == 2
+    assert len(measured_models) == 2
 
 
-def test_every_number_is_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_drafts_is_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paying, "_SECONDS", 0.0)
     made: list[paying._Turns] = []
     real = paying._Turns.__init__
@@ -209,8 +214,8 @@ def test_every_number_is_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(paying._Turns, "__init__", init)
     options = DecodingOptions(draft_depth="auto", batch_size=3, max_context=20)
-    found = measure(small_model(2, 2), options, random_prompts(2, (3, 5)))
-    assert [turns.payoff() for turns in made] == [found.sampled, found.greedy]
+    measured = measure(small_model(2, 2), options, random_prompts(2, (3, 5)))
+    assert [turns.payoff() for turns in made] == [measured.sampled, measured.greedy]
     for turns in made:
         assert [len(times) for times in turns._times] == [paying._LEAST] * 3
         (_, first), (_, second) = turns._counts
@@ -223,7 +228,7 @@ def test_drafts_beyond_a_short_window_are_not_measured(
 ) -> None:
     monkeypatch.setattr(paying, "_SECONDS", 0.0)
     options = DecodingOptions(draft_depth="auto", batch_size=1, max_context=max_context)
-    measured = measure(small_model(2, 3), options, [[0]])  # three of them never fit
+    measured = measure(small_model(2, 3), options, [[0]])  # three drafts never fit
     for payoff in (measured.greedy, measured.sampled):
         assert len(payoff.costs) == 4 and len(payoff.accepted) == 3
         assert payoff.accepted[2] == 0 and payoff.best < 3
@@ -234,21 +239,21 @@ MEASURED = Measured(
 )
 
 
-def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
+def test_samples_use_the_measured_number_of_drafts_among_other_texts() -> None:
     """Samples depend on their seed and the measurement, and not on the clock."""
     model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
     assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=4)
 
     def text(with_others: bool) -> list[int]:
-        mine = Request(prompt=prompts[0], max_new_tokens=30, temperature=1.0, seed=5)
+        sampled = Request(prompt=prompts[0], max_new_tokens=30, temperature=1.0, seed=5)
         others = [
             Request(prompt=prompts[1], max_new_tokens=20),
             Request(prompt=prompts[2], max_new_tokens=9, draft_depth=0),
             Request(prompt=prompts[3], max_new_tokens=40, temperature=0.7, draft_depth=2),
         ]
         with Engine(model, options) as engine:
-            (sequence, *_) = finished(engine, [mine, *(others if with_others else [])])
+            (sequence, *_) = run_to_end(engine, [sampled, *(others if with_others else [])])
         assert sequence.generation().drafts_reached[1:] in ([0], [])
         return sequence.generation().token_ids
 
@@ -256,10 +261,10 @@ def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
 
 
 @pytest.mark.parametrize("lookup", [0, 3])
-def test_a_sample_depends_on_its_own_number_of_drafts_alone(lookup: int) -> None:
-    """Whatever the engine's most drafts are, and whether the number is asked for or measured."""
+def test_a_sample_depends_only_on_its_number_of_drafts(lookup: int) -> None:
+    """The engine's largest number of drafts, and where the number comes from, do not count."""
     model, (prompt,) = small_model(3, 2), random_prompts(3, (4,))
-    asked: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "seed": 5}
+    sampling: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "seed": 5}
     shared: dict[str, Any] = {"lookup": lookup, "batch_size": 1}
     engines = [
         DecodingOptions(draft_depth=d, measured=MEASURED if d == "auto" else None, **shared)
@@ -268,32 +273,31 @@ def test_a_sample_depends_on_its_own_number_of_drafts_alone(lookup: int) -> None
     for drafts in (0, 1, 2, None):
         depth = drafts or (MEASURED.sampled.best if drafts is None else None)
         options = {"draft_depth": depth, "speculative": depth is not None, "lookup": lookup}
-        (wanted,) = generate(model, [prompt], **asked, **options)
-        able = [own for own in engines if own.max_draft(model) >= (depth or 0)]
-        for own in able[:1] if drafts is None else able:
-            with Engine(model, own) as engine:
-                (found,) = finished(engine, [Request(prompt=prompt, draft_depth=drafts, **asked)])
-            assert found.token_ids == wanted.token_ids, (drafts, own.draft_depth)
+        (expected,) = generate(model, [prompt], **sampling, **options)
+        able = [engine for engine in engines if engine.max_draft(model) >= (depth or 0)]
+        request = Request(prompt=prompt, draft_depth=drafts, **sampling)
+        for decoding in able[:1] if drafts is None else able:
+            with Engine(model, decoding) as engine:
+                (text,) = run_to_end(engine, [request])
+            assert text.token_ids == expected.token_ids, (drafts, decoding.draft_depth)
 
 
-def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
+def test_requests_with_their_number_of_drafts_have_the_same_greedy_text() -> None:
     model, prompts = small_model(4, 2), random_prompts(4, (4, 6, 3))
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=3)
     plain = generate(model, prompts, max_new_tokens=40, speculative=False)
-    asked = [None, 0, 1]
+    requests = [
+        Request(prompt=p, index=i, max_new_tokens=40, draft_depth=depth)
+        for i, (p, depth) in enumerate(zip(prompts, (None, 0, 1), strict=True))
+    ]
     with Engine(model, options) as engine:
-        requests = [
-            Request(prompt=p, index=i, max_new_tokens=40, draft_depth=asked[i])
-            for i, p in enumerate(prompts)
-        ]
-        found = finished(engine, requests)
-    for sequence, one in zip(found, plain, strict=True):
-        assert sequence.token_ids == one.token_ids
-    reached = [sequence.generation().drafts_reached for sequence in found]
+        texts = run_to_end(engine, requests)
+    assert [text.token_ids for text in texts] == [text.token_ids for text in plain]
+    reached = [text.generation().drafts_reached for text in texts]
     assert sum(reached[1]) == 0 and sum(reached[2][1:]) == 0 and reached[2][0] > 0
 
 
-def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_description_names_the_numbers_of_drafts_and_their_speed() -> None:
     slow = Payoff((1.0, 2.0, 3.0), (0.5, 0.0))
     assert description(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
         "Measured once, for this machine: 2 drafts per pass (2.71 x plain) for greedy text, "

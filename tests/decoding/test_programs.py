@@ -1,4 +1,4 @@
-"""Programs on disk: what they depend on, that they are found again, and follow weights."""
+"""Stored compiled programs: their keys, how they are loaded again, and new weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++
 
 
 class Scaled(nn.Module):
-    """Writes to an input, and returns what it read from a weight."""
+    """Writes to an input, and returns a product with its weight."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, width))
 
-    def forward(self, x, kept):
-        kept.add_(1.0)
+    def forward(self, x, counter):
+        counter.add_(1.0)
         return (x @ self.weight.t(),)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache folder and a memory of their own."""
+    """An empty cache folder, and no loaded programs."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path))
     monkeypatch.setattr(programs, "_loaded", {})
     return tmp_path / "programs"
@@ -49,12 +49,13 @@ def trunk_pass(**changes) -> _TrunkPass:
     return _TrunkPass(model, drafts=True)
 
 
-def test_whatever_a_program_depends_on_makes_another(monkeypatch):
+def test_the_key_changes_with_everything_that_a_program_depends_on(monkeypatch):
     inputs = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4))
     function = trunk_pass()
     key = programs._key(function, inputs)
     assert programs._key(trunk_pass(), inputs) == key
-    others = [
+    keys = [
+        key,
         programs._key(trunk_pass(d_ff=64), inputs),  # a weight's shape
         programs._key(trunk_pass(rope_theta=5e4), inputs),
         programs._key(_TrunkPass(function.model, drafts=False), inputs),
@@ -63,37 +64,34 @@ def test_whatever_a_program_depends_on_makes_another(monkeypatch):
         programs._key(function, (inputs[0][:, :2], inputs[1])),
         programs._key(function, (inputs[0], inputs[1].double())),
     ]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "9.9.9")
-        others.append(programs._key(function, inputs))
-    with monkeypatch.context() as patch:
-        patch.setattr(programs, "_machine", lambda: "another processor")
-        others.append(programs._key(function, inputs))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 7)
-        others.append(programs._key(function, inputs))
-    with monkeypatch.context() as patch:
-        patch.setattr(programs, "_source", lambda classes: "other code")
-        others.append(programs._key(function, inputs))
-    assert len({key, *others}) == 1 + len(others)
+    for module, name, value in (
+        (torch, "__version__", "9.9.9"),
+        (programs, "_machine", lambda: "another processor"),
+        (torch, "get_num_threads", lambda: 7),
+        (programs, "_source", lambda classes: "other code"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            keys.append(programs._key(function, inputs))
+    assert len(set(keys)) == len(keys)
 
 
-def test_the_source_is_the_platforms_and_that_of_classes_from_elsewhere(tmp_path, monkeypatch):
-    own = programs._source(frozenset({nn.Linear}))
-    assert programs._source(frozenset({Scaled})) != own
+def test_the_key_changes_with_the_code_of_the_package_and_of_a_users_class(tmp_path, monkeypatch):
+    package = programs._source(frozenset({nn.Linear}))
+    assert programs._source(frozenset({Scaled})) != package
     shutil.copytree(programs._PACKAGE / "nn", tmp_path / "nn")
     for name in ("mtp", "decoding"):
         shutil.copytree(programs._PACKAGE / name, tmp_path / name)
     shutil.copy(programs._PACKAGE / "model.py", tmp_path)
     monkeypatch.setattr(programs, "_PACKAGE", tmp_path)
     source = programs._source.__wrapped__
-    assert source(frozenset({nn.Linear})) == own
+    assert source(frozenset({nn.Linear})) == package
     with (tmp_path / "nn" / "kv_cache.py").open("a") as file:
         file.write("\n")
-    assert source(frozenset({nn.Linear})) != own
+    assert source(frozenset({nn.Linear})) != package
 
 
-def test_without_a_compiler_what_is_missing_is_named(cache, monkeypatch):
+def test_a_missing_compiler_is_named(cache, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none is on the PATH"):
         program(Scaled(), (torch.ones(2, 8), torch.zeros(3)))
@@ -104,23 +102,23 @@ def test_without_a_compiler_what_is_missing_is_named(cache, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_program_is_built_once_follows_its_weights_and_is_mended(cache, monkeypatch, caplog):
+def test_a_program_is_built_once_reads_new_weights_and_is_repaired(cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    function, x, kept = Scaled(), torch.randn(2, 8), torch.zeros(3)
+    function, x, counter = Scaled(), torch.randn(2, 8), torch.zeros(3)
 
     def check(function):
-        (found,) = program(function, (x, kept))(x, kept)
-        torch.testing.assert_close(found, x @ function.weight.detach().t())
+        (y,) = program(function, (x, counter))(x, counter)
+        torch.testing.assert_close(y, x @ function.weight.detach().t())
 
     check(function)
-    assert kept.tolist() == [1.0] * 3  # written to once: building has left it alone
+    assert counter.tolist() == [1.0] * 3  # building did not run it
     with torch.no_grad():
         function.weight.mul_(-2.0)
     check(function)
     check(Scaled())  # another model of the same shapes
     check(function)
     (folder,) = cache.iterdir()
-    # Another process: it needs no compiler.
+    # Another process needs no compiler.
     monkeypatch.setattr(programs, "_loaded", {})
     monkeypatch.setattr(programs, "_build", None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -141,13 +139,13 @@ from mtp_lightning.decoding import generate
 from tests.decoding.models import small_model
 model = small_model(5, 2)
 began = time.process_time()
-(found,) = generate(model, [[1, 2, 3, 4]], max_new_tokens=12, compile=True)
-print(time.process_time() - began, *found.token_ids, "torch._dynamo" in sys.modules)
+(text,) = generate(model, [[1, 2, 3, 4]], max_new_tokens=12, compile=True)
+print(time.process_time() - began, *text.token_ids, "torch._dynamo" in sys.modules)
 """
 
 
 @needs_compiler
-@pytest.mark.long  # the test above plays it
+@pytest.mark.long  # the test above imitates another process
 def test_a_second_process_compiles_nothing(cache):
     def decode() -> list[str]:
         run = subprocess.run(

@@ -1,5 +1,5 @@
-"""Distributions: the processors by hand, the rejection rule and the whole loop by counting; and
-random numbers that belong to their row."""
+"""Sampling: processors by hand, the rejection rule and the whole loop by counting samples, and the
+random numbers of each row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
 from mtp_lightning.decoding.verification import accept_or_resample
 from mtp_lightning.mtp import selector
-from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
+from tests.decoding.distributions import VOCAB, assert_samples_follow_the_model, chi_square
 from tests.decoding.models import ids_of, random_prompts, small_model
 
 
-def test_processors_by_hand():
+def test_processors_give_the_probabilities_computed_by_hand():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     close = torch.testing.assert_close
     close(Sampling(temperature=1.0).probabilities(logits), torch.tensor([0.4, 0.3, 0.2, 0.1]))
@@ -50,9 +50,9 @@ def kept_one_by_one(probs: list[float], top_k: int | None, top_p: float | None) 
 
 
 @pytest.mark.parametrize("vocab", [7, 60, 700, 1500])
-def test_the_largest_are_kept_as_one_by_one(vocab):
-    """Some have many equal logits, some have tokens that cannot be drawn, and some keep more tokens
-    than are sorted first."""
+def test_top_k_and_top_p_keep_the_tokens_of_a_loop(vocab):
+    """Some logits have many ties, some have tokens that cannot be drawn, and some settings keep
+    more tokens than are sorted first."""
     generator = torch.Generator().manual_seed(vocab)
     for trial in range(24):
         logits = (0.1, 1.0, 4.0)[trial % 3] * torch.randn(2, vocab, generator=generator)
@@ -63,33 +63,28 @@ def test_the_largest_are_kept_as_one_by_one(vocab):
         k, p = torch.rand(2, generator=generator).tolist()
         top_k = None if trial % 6 == 0 else 1 + int(k * vocab)
         top_p = None if trial % 6 == 5 else 0.02 + 0.97 * p
-        found = Sampling(temperature=1.0, top_k=top_k, top_p=top_p).probabilities(logits)
-        for row, probs in zip(found, torch.softmax(logits, dim=-1), strict=True):
+        truncated = Sampling(temperature=1.0, top_k=top_k, top_p=top_p).probabilities(logits)
+        for row, probs in zip(truncated, torch.softmax(logits, dim=-1), strict=True):
             expected = kept_one_by_one(probs.tolist(), top_k, top_p)
             torch.testing.assert_close(row, torch.tensor(expected))
 
 
-def test_a_tiny_temperature_is_finite():
-    probs = Sampling(temperature=1e-30).probabilities(torch.tensor([1.0, 2.0, 0.0]))
-    assert probs.tolist() == [0, 1, 0]
-
-
-def test_settings_that_are_nothing_in_single_precision_are_greedy():
+def test_tiny_settings_are_greedy():
+    """1e-320 is 0 in single precision."""
     logits = torch.tensor([[0.0, 2.0, 1.0]])
-    best = torch.tensor([[0.0, 1.0, 0.0]])
-    for options in ({"temperature": 1e-320}, {"top_p": 1e-320}, {"top_p": 0}):
+    tiny = ({"temperature": 1e-30}, {"temperature": 1e-320}, {"top_p": 1e-320}, {"top_p": 0})
+    for options in tiny:
         sampling = Sampling(**{"temperature": 1.0, **options})
-        assert torch.equal(sampling.probabilities(logits), best)
+        assert sampling.probabilities(logits).tolist() == [[0, 1, 0]], options
 
 
-def test_draw_inverts_the_distribution():
+def test_draw_inverts_the_cumulative_distribution():
     probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(5, -1)
     uniform = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2**-53], dtype=torch.float64)
     assert draw(probs, uniform).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_every_row_is_sampled_by_its_own_settings():
-    """A row has the same bits in any batch."""
+def test_rows_with_different_settings_have_the_bits_of_rows_alone():
     settings = [
         Sampling(temperature=1.0),
         Sampling(),
@@ -102,13 +97,14 @@ def test_every_row_is_sampled_by_its_own_settings():
         logits = 3 * torch.randn(shape, generator=generator)
         together = RowSampling(settings)
         assert not together.greedy and RowSampling(settings[1:2]).greedy
-        found = together.probabilities(logits)
-        for row, own in enumerate(settings):
-            assert torch.equal(found[row : row + 1], own.probabilities(logits[row : row + 1]))
+        probs = together.probabilities(logits)
+        for row, sampling in enumerate(settings):
+            alone = sampling.probabilities(logits[row : row + 1])
+            assert torch.equal(probs[row : row + 1], alone)
 
 
 @pytest.mark.parametrize("n_drafts", [1, 2])
-def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
+def test_the_rejection_rule_gives_p_for_any_q(n_drafts):
     n, generator = 100_000, torch.Generator().manual_seed(n_drafts)
     p = torch.rand(n_drafts + 1, VOCAB, generator=generator) ** 3
     q = torch.rand(n_drafts, VOCAB, generator=generator) ** 3
@@ -121,17 +117,17 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
     tokens, accepted = accept_or_resample(*inputs, *rest, torch.full((n,), n_drafts))
     for j in range(n_drafts + 1):
         emitted = tokens[accepted >= j, j]
-        # Position j given that it was reached: here p does not depend on the tokens before.
+        # The token at j, if j was reached: here p does not depend on the tokens before.
         assert chi_square(torch.bincount(emitted, minlength=VOCAB), p[j]) < 5
-    # Control: emitting the drafts as they are is noticed.
+    # Control: the drafts themselves follow q and no other distribution.
     assert chi_square(torch.bincount(drafts[:, 0] % VOCAB, minlength=VOCAB), q[0]) < 5
-    far = p[0].clone()
-    far[far == 0] = 1e-9
-    assert chi_square(torch.bincount(drafts[:, 0], minlength=VOCAB), far) > 50
+    positive = p[0].clone()
+    positive[positive == 0] = 1e-9
+    assert chi_square(torch.bincount(drafts[:, 0], minlength=VOCAB), positive) > 50
     # The expected acceptance is the overlap of the two.
     overlap = torch.minimum(p[0], q[0]).sum()
     assert abs((accepted >= 1).double().mean() - overlap) < 0.01
-    # A row may accept less than was drafted; its token then comes from p itself.
+    # A row that may accept no draft draws its token from p.
     tokens, accepted = accept_or_resample(*inputs, *rest, torch.zeros(n, dtype=torch.long))
     assert accepted.max() == 0
     assert chi_square(torch.bincount(tokens[:, 0], minlength=VOCAB), p[0]) < 5
@@ -165,26 +161,26 @@ SELECTOR = {"correction": "selector", "correction_rank": 5}
     ],
     ids=str,
 )
-def test_samples_of_the_loop_have_the_models_distribution(mtp, options, monkeypatch):
+def test_samples_with_drafts_have_the_models_distribution(mtp, options, monkeypatch):
     monkeypatch.setattr(selector, "CANDIDATES", 3)
     model = small_model(11, **{"depth": 2, "vocab": VOCAB, **mtp})
-    require_the_models_distribution(model, {"temperature": 1.0, **options})
+    assert_samples_follow_the_model(model, {"temperature": 1.0, **options})
 
 
-def test_how_rows_are_sampled_is_found_once_however_many_end(monkeypatch):
-    made = []
+def test_rows_are_grouped_by_settings_once_and_not_for_each_row_that_ends(monkeypatch):
+    sizes = []
 
     class Counted(RowSampling):
         def __init__(self, rows):
-            made.append(len(rows))
+            sizes.append(len(rows))
             super().__init__(rows)
 
     monkeypatch.setattr(speculative, "RowSampling", Counted)
     generate(small_model(12, 0), [[1]] * 20, max_new_tokens=3, temperature=1.0, batch_size=20)
-    assert made == [20, 20]  # for the first token, and for the two rounds
+    assert sizes == [20, 20]  # for the first token, and for the two rounds
 
 
-def test_samples_do_not_depend_on_neighbours():
+def test_samples_do_not_depend_on_the_other_rows():
     model = small_model(12, 2)
     prompts = random_prompts(12, (3, 8, 5))
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
@@ -192,11 +188,11 @@ def test_samples_do_not_depend_on_neighbours():
     for size in (1, 2):
         apart = generate(model, prompts, batch_size=size, **options)
         assert ids_of(apart) == ids_of(together)
-    # More tokens than a pass reads at once, prompts longer and shorter than that.
+    # Prompts longer and shorter than the tokens that a pass reads at once.
     many = random_prompts(12, (60, 41, 3, 530, 2) * 6)
-    few = {**options, "max_new_tokens": 6}
-    alone = ids_of(generate(model, many, batch_size=1, **few))
-    assert ids_of(generate(model, many, batch_size=30, **few)) == alone
+    short = {**options, "max_new_tokens": 6}
+    alone = ids_of(generate(model, many, batch_size=1, **short))
+    assert ids_of(generate(model, many, batch_size=30, **short)) == alone
     changed = generate(model, [[1], prompts[1], [2, 2]], **options)
     assert changed[1].token_ids == together[1].token_ids
     assert generate(model, prompts, **{**options, "seed": 4})[0].token_ids != together[0].token_ids
@@ -208,20 +204,20 @@ def rows_of(streams, rounds, *, seed=5, drafts=3, most=3):
     return torch.stack([first, *(noise.next().clone() for _ in range(rounds))], dim=1)
 
 
-def test_noise_belongs_to_the_prompt():
+def test_noise_depends_on_the_prompts_index_and_seed():
     together, apart = rows_of([0, 1, 2], 300), rows_of([2, 1], 300)
     assert torch.equal(together[1:], apart.flip(0))
     assert len(together.unique()) == together.numel()
     assert not torch.equal(rows_of([0], 3, seed=6), rows_of([0], 3))
 
 
-def test_noise_depends_on_the_rows_drafts_and_not_on_the_batchs():
+def test_noise_does_not_depend_on_the_largest_number_of_drafts():
     padded = rows_of([0, 1], 3, drafts=2, most=5)
     assert torch.equal(padded[..., [0, 1, 5, 6, 10]], rows_of([0, 1], 3, drafts=2, most=2))
     assert not padded[..., [2, 3, 4, 7, 8, 9]].any()
 
 
-def test_rows_come_and_go_without_a_trace():
+def test_noise_of_a_row_does_not_depend_on_rows_that_join_and_leave():
     expected = rows_of(range(40), 200)
     noise, alive, rounds = Noise(3, "cpu"), [], {}
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Several candidates a depth: what they are, what is accepted of them, and what comes out."""
+"""``tree``: several candidates per depth, the rule that accepts a path, and the texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VARIANTS = [
 ]
 
 
-def test_nodes_are_numbered_by_depth():
+def test_the_nodes_of_a_tree_are_numbered_by_depth():
     tree = Tree((3, 2, 1))
     assert len(tree) == 15 and tree.depth == 3
     assert [tree.level(e) for e in range(4)] == [
@@ -60,21 +60,20 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     """Compares the trunk and every depth over the text and the node's path, round after round."""
     model = small_model(1, 3, vocab=VOCAB, **mtp)
     prompts = random_prompts(1, lengths, VOCAB)
-    seen = dict.fromkeys(range(4), 0)
-    kind = TreeSession
-    draft, verify = kind.draft_tree, kind.verify_tree
+    compared = dict.fromkeys(range(4), 0)
+    draft, verify = TreeSession.draft_tree, TreeSession.verify_tree
 
     def check(session, row, node, k, logits_V):
-        """Depth k's logits after a node, which stands at depth k - 1, or the trunk's, k = 0."""
-        held = session.tokens_BS[row].tolist()
+        """Depth k's logits after a node of depth k - 1, or the trunk's if k is 0."""
+        tokens = session.tokens_BS[row].tolist()
         n, parents = session.n[row], session.tree.parents()
         path = [node]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
-        text = held[:n] + [held[n + i] for i in path]
+        text = tokens[:n] + [tokens[n + i] for i in path]
         (expected,) = teacher_forced(model, text, k)[k:]
         torch.testing.assert_close(logits_V, expected[-1], rtol=1e-3, atol=1e-3)
-        seen[k] += 1
+        compared[k] += 1
 
     def checked_draft(session, k):
         logits_BPV = draft(session, k)
@@ -89,27 +88,27 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
             check(session, row, node, 0, logits_BTV[row, node])
         return logits_BTV
 
-    monkeypatch.setattr(kind, "draft_tree", checked_draft)
-    monkeypatch.setattr(kind, "verify_tree", checked_verify)
+    monkeypatch.setattr(TreeSession, "draft_tree", checked_draft)
+    monkeypatch.setattr(TreeSession, "verify_tree", checked_verify)
     generate(model, prompts, max_new_tokens=5, tree=[2, 2, 1])
-    assert all(seen.values()), seen
+    assert all(compared.values()), compared
 
 
 @pytest.mark.parametrize("mtp", VARIANTS, ids=str)
-def test_greedy_text_is_that_of_plain_decoding(mtp):
-    """Rows join, are short at first, accept unequally."""
+def test_greedy_text_with_a_tree_is_that_of_plain_decoding(mtp):
+    """Rows join, some are shorter than the tree is deep, and they accept different numbers."""
     model = small_model(0, 3, vocab=VOCAB, **mtp)
     prompts = random_prompts(0, (5, 1, 13, 30), VOCAB)
     options = {"max_new_tokens": 20, "batch_size": 3}
     plain = generate(model, prompts, speculative=False, **options)
-    found = generate(model, prompts, tree=[3, 2, 1], **options)
-    assert ids_of(found) == ids_of(plain)
-    for g in found:
+    texts = generate(model, prompts, tree=[3, 2, 1], **options)
+    assert ids_of(texts) == ids_of(plain)
+    for g in texts:
         assert sum(g.drafts_accepted) == sum(g.accepted_mask)
         assert g.drafts_reached[1] <= g.drafts_accepted[0] <= g.drafts_reached[0]
 
 
-def test_more_is_accepted_than_of_a_chain():
+def test_a_wide_tree_gives_more_tokens_per_step_than_a_chain():
     wide = chain = 0.0
     for seed in range(2):
         model = small_model(seed, 3, vocab=VOCAB)
@@ -120,20 +119,20 @@ def test_more_is_accepted_than_of_a_chain():
     assert wide > chain > 0
 
 
-def test_a_chain_of_one_candidate_is_the_chain():
+def test_a_tree_of_one_candidate_per_depth_decodes_as_a_chain():
     model = small_model(4, 3, vocab=VOCAB)
     prompts = random_prompts(4, (12, 20), VOCAB)
     for options in ({}, {"temperature": 1.0, "seed": 2}):
         chain, tree = (
-            generate(model, prompts, max_new_tokens=30, **options, **way)
-            for way in ({}, {"tree": [1, 1, 1]})
+            generate(model, prompts, max_new_tokens=30, tree=tree, **options)
+            for tree in (None, [1, 1, 1])
         )
         assert ids_of(tree) == ids_of(chain)
         assert [g.drafts_accepted for g in tree] == [g.drafts_accepted for g in chain]
         assert [g.drafts_reached for g in tree] == [g.drafts_reached for g in chain]
 
 
-def test_ends_are_met_and_contexts_slide():
+def test_texts_with_a_tree_end_at_the_limit_and_slide_as_plain_ones():
     model = small_model(5, 2, vocab=VOCAB)
     prompts = random_prompts(5, (12, 3), VOCAB)
     plain = generate(model, prompts, max_new_tokens=60, speculative=False)
@@ -144,20 +143,20 @@ def test_ends_are_met_and_contexts_slide():
             assert g.token_ids == whole.token_ids[:n] and g.finish_reason == "length"
     slide = {"max_new_tokens": 60, "max_context": 24, "long": "slide"}
     expected = generate(model, prompts, speculative=False, **slide)
-    found = generate(model, prompts, tree=[3, 2], **slide)
-    assert ids_of(found) == ids_of(expected)
+    slid = generate(model, prompts, tree=[3, 2], **slide)
+    assert ids_of(slid) == ids_of(expected)
 
 
 def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fraction], Fraction]:
-    """What the rejection rule makes of a node, and how often it accepts a candidate, by going
-    through every possible draw."""
-    out, accepted = [Fraction(0)] * len(p), Fraction(0)
+    """The distribution of the token that the rejection rule gives for ``width`` candidates, and the
+    probability that it accepts one, by enumeration of all draws."""
+    result, accepted = [Fraction(0)] * len(p), Fraction(0)
 
     def judge(p: list[Fraction], q: list[Fraction], left: int, chance: Fraction) -> None:
         nonlocal accepted
         if not left or not sum(q):
             for token, value in enumerate(p):
-                out[token] += chance * value
+                result[token] += chance * value
             return
         q = [value / sum(q) for value in q]
         rest = [max(a - b, Fraction(0)) for a, b in zip(p, q, strict=True)]
@@ -165,7 +164,7 @@ def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fractio
             if not value:
                 continue
             accept = min(Fraction(1), p[token] / value)
-            out[token] += chance * value * accept
+            result[token] += chance * value * accept
             accepted += chance * value * accept
             if accept < 1:
                 after = [0 * v if i == token else v for i, v in enumerate(q)]
@@ -173,11 +172,11 @@ def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fractio
                 judge(norm, after, left - 1, chance * value * (1 - accept))
 
     judge(p, q, width, Fraction(1))
-    return out, accepted
+    return result, accepted
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_the_rule_is_exact_in_fractions(width):
+def test_the_rule_for_several_candidates_gives_p_in_exact_fractions(width):
     generator = torch.Generator().manual_seed(width)
     for _ in range(30):
         p, q = torch.randint(0, 7, (2, 4), generator=generator).tolist()
@@ -187,13 +186,11 @@ def test_the_rule_is_exact_in_fractions(width):
 
 
 @pytest.mark.parametrize("widths", [(3,), (2, 2), (3, 2, 1)])
-def test_what_is_accepted_has_the_trunks_distribution(widths):
-    """Counts every token given its path; the distributions differ from node to node."""
+def test_accepted_tokens_have_the_trunks_distribution(widths):
+    """Counts the tokens after each path; each path has another distribution."""
     tree, vocab, n = Tree(widths), 6, 60_000
     generator = torch.Generator().manual_seed(len(widths))
-    # Keyed by the tokens before, so that a path's distribution is known whichever node it is.
-    p_of = {}
-    q_of = {}
+    p_of, q_of = {}, {}  # by the tokens of the path
     for length in range(tree.depth + 1):
         for path in itertools.product(range(vocab), repeat=length):
             p, q = torch.rand(2, vocab, generator=generator) ** 3
@@ -212,8 +209,8 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
     for depth, width in enumerate(widths):
         level = tree.level(depth + 1)
         q = tables["q"][depth][number[depth]]
-        own = noise[:, level.start - 1 : level.stop - 1].unflatten(1, (q.shape[1], width))
-        draft, drawn_from = draw_without_replacement(q, own)
+        uniform = noise[:, level.start - 1 : level.stop - 1].unflatten(1, (q.shape[1], width))
+        draft, drawn_from = draw_without_replacement(q, uniform)
         assert all(len(set(row)) == width for row in draft[:50].flatten(0, 1).tolist())
         drafts.append(draft.flatten(1))
         proposals.append(drawn_from)
@@ -227,17 +224,17 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
         assert accepted.max() == limit
         before = torch.zeros(n, dtype=torch.long)
         for j in range(limit + 1):
-            there = accepted >= j
-            for number_before in before[there].unique().tolist():
-                some = there & (before == number_before)
-                if some.sum() > 500:
-                    counts = torch.bincount(tokens[some, j], minlength=vocab)
+            reached = accepted >= j
+            for number_before in before[reached].unique().tolist():
+                rows = reached & (before == number_before)
+                if rows.sum() > 500:
+                    counts = torch.bincount(tokens[rows, j], minlength=vocab)
                     assert chi_square(counts, tables["p"][j][number_before]) < 5
             before = before * vocab + tokens[:, j]
-        on = accepted > 0
+        some = accepted > 0
         chosen = torch.cat(drafts, dim=1).gather(1, path[:, 1:2].clamp(min=1) - 1)[:, 0]
-        assert torch.equal(chosen[on], tokens[on, 0])
+        assert torch.equal(chosen[some], tokens[some, 0])
     p, q = ([Fraction(v) for v in tables[name][0][0].tolist()] for name in "pq")
     expected = [float(rule(p, [v / sum(q) for v in q], w)[1]) for w in (widths[0], 1)]
-    found = (accepted >= 1).double().mean()
-    assert abs(found - expected[0]) < 0.007 < 0.01 < expected[0] - expected[1]
+    share = (accepted >= 1).double().mean()
+    assert abs(share - expected[0]) < 0.007 < 0.01 < expected[0] - expected[1]

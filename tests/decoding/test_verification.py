@@ -1,5 +1,5 @@
-"""Block verification: exact in fractions, against the rule that judges token by token; by counting
-what the code accepts and what the loop says."""
+"""Block verification: in exact fractions against the rule that judges token by token, and the code
+against both."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ V, D = 3, 2
 ZERO, ONE = Fraction(0), Fraction(1)
 Text = tuple[int, ...]
 Table = dict[Text, list[Fraction]]
-"""Tokens that were drafted -> the next token's distribution."""
+"""The next token's distribution after each beginning of a draft."""
 
 
 def tables(seed: int, depth: int = D) -> tuple[Table, Table]:
-    """The trunk's after 0 .. depth tokens, and the drafts' after 0 .. depth - 1; with zeros."""
+    """Random p of the trunk after 0 .. depth tokens, and q of the drafts after 0 .. depth - 1; some
+    probabilities are 0."""
     generator = torch.Generator().manual_seed(seed)
 
-    def one() -> list[Fraction]:
+    def distribution() -> list[Fraction]:
         counts = torch.randint(0, 5, (V,), generator=generator).tolist()
         counts[int(torch.randint(V, (1,), generator=generator))] += 1
         return [Fraction(n, sum(counts)) for n in counts]
 
-    p = {x: one() for n in range(depth + 1) for x in itertools.product(range(V), repeat=n)}
-    q = {x: one() for x in p if len(x) < depth}
-    return p, q
+    texts = [x for n in range(depth + 1) for x in itertools.product(range(V), repeat=n)]
+    p = {x: distribution() for x in texts}
+    return p, {x: distribution() for x in texts if len(x) < depth}
 
 
 def drafts(q: Table, depth: int = D) -> Iterator[tuple[Text, Fraction]]:
@@ -53,25 +54,25 @@ def rest_of(weight: Fraction, p: Sequence[Fraction], q: Sequence[Fraction]) -> l
 
 
 def token_rule(x: Text, p: Table, q: Table) -> dict[int, Fraction]:
-    """How likely so many drafts are kept: Leviathan et al. 2023, algorithm 1."""
-    found, reached = {}, ONE
+    """The probability of each number of kept drafts: Leviathan et al. 2023, algorithm 1."""
+    chances, reached = {}, ONE
     for i, token in enumerate(x):
         accept = min(ONE, p[x[:i]][token] / q[x[:i]][token])
-        found[i] = reached * (1 - accept)
+        chances[i] = reached * (1 - accept)
         reached *= accept
-    return {**found, len(x): reached}
+    return {**chances, len(x): reached}
 
 
 def joints(x: Text, p: Table, q: Table) -> list[Fraction]:
     """p_0 .. p_D of arXiv 2403.10444, algorithm 2."""
-    found = [ONE]
+    ratios = [ONE]
     for i, token in enumerate(x):
-        found.append(min(found[-1] * p[x[:i]][token] / q[x[:i]][token], ONE))
-    return found
+        ratios.append(min(ratios[-1] * p[x[:i]][token] / q[x[:i]][token], ONE))
+    return ratios
 
 
 def block_rule(x: Text, p: Table, q: Table) -> dict[int, Fraction]:
-    """The same of arXiv 2403.10444, algorithm 2: the last draft that ends the text."""
+    """The same for arXiv 2403.10444, algorithm 2: the last draft that ends the text."""
     joint, ends = joints(x, p, q), []
     for i in range(1, len(x) + 1):
         if i == len(x):
@@ -79,64 +80,71 @@ def block_rule(x: Text, p: Table, q: Table) -> dict[int, Fraction]:
         else:
             s = sum(rest_of(joint[i], p[x[:i]], q[x[:i]]), ZERO)
             ends.append(s / (s + 1 - joint[i]) if s + 1 - joint[i] else ONE)
-    found, later = {}, ONE
+    chances, later = {}, ONE
     for i in range(len(x), 0, -1):
-        found[i] = later * ends[i - 1]
+        chances[i] = later * ends[i - 1]
         later *= 1 - ends[i - 1]
-    return {**found, 0: later}
+    return {**chances, 0: later}
 
 
-# How likely so many drafts of a text are kept.
+# The probability of each number of kept drafts, by rule.
 CHANCES = {"token": token_rule, "block": block_rule}
 
 
-def written(rule: str, p: Table, q: Table, depth: int = D) -> tuple[dict[Text, Fraction], Fraction]:
-    """The distribution of the text of ``depth + 1`` tokens of which a round writes the beginning
-    and the trunk alone the rest; and the expected number of kept drafts."""
-    found: dict[Text, Fraction] = {}
+def after_kept(rule: str, x: Text, kept: int, p: Table, q: Table) -> list[Fraction]:
+    """The distribution of the token after the first ``kept`` drafts of x."""
+    if kept == len(x):
+        return p[x]
+    weight = joints(x, p, q)[kept] if rule == "block" else ONE
+    rest = rest_of(weight, p[x[:kept]], q[x[:kept]])
+    return [v / sum(rest) for v in rest] if sum(rest) else p[x[:kept]]
+
+
+def text_of_a_round(
+    rule: str, p: Table, q: Table, depth: int = D
+) -> tuple[dict[Text, Fraction], Fraction]:
+    """The distribution of ``depth + 1`` tokens, of which a round writes the first ones and the
+    trunk alone the others; and the expected number of kept drafts."""
+    texts: dict[Text, Fraction] = {}
     kept = ZERO
 
-    def go_on(text: Text, chance: Fraction) -> None:
+    def extend(text: Text, chance: Fraction) -> None:
         if len(text) == depth + 1:
-            found[text] = found.get(text, ZERO) + chance
+            texts[text] = texts.get(text, ZERO) + chance
             return
         for token, share in enumerate(p[text]):
             if share:
-                go_on((*text, token), chance * share)
+                extend((*text, token), chance * share)
 
     for x, chance in drafts(q, depth):
         for n, share in CHANCES[rule](x, p, q).items():
             kept += chance * share * n
             if not chance * share:
                 continue
-            if n == depth:
-                own = p[x]
-            else:
-                weight = joints(x, p, q)[n] if rule == "block" else ONE
-                own = rest_of(weight, p[x[:n]], q[x[:n]])
-                own = [v / sum(own) for v in own] if sum(own) else p[x[:n]]
-            for token, part in enumerate(own):
+            for token, part in enumerate(after_kept(rule, x, n, p, q)):
                 if part:
-                    go_on((*x[:n], token), chance * share * part)
-    return found, kept
+                    extend((*x[:n], token), chance * share * part)
+    return texts, kept
 
 
-def test_in_fractions_it_is_lossless_and_keeps_no_fewer() -> None:
-    """Most pairs of models keep more drafts by blocks."""
+def test_the_block_rule_is_lossless_and_keeps_no_fewer_drafts_in_fractions() -> None:
+    """It keeps more drafts for most pairs of models."""
     assert sum(gained(*tables(seed)) > 0 for seed in range(12)) > 6
 
 
 def gained(p: Table, q: Table) -> Fraction:
-    """How many more drafts the block rule keeps, both rules being held against the definition."""
-    want: dict[Text, Fraction] = {}
+    """The number of additional drafts that the block rule keeps; both rules are checked."""
+    expected_texts: dict[Text, Fraction] = {}
     for x in itertools.product(range(V), repeat=D + 1):
         chance = p[()][x[0]] * p[x[:1]][x[1]] * p[x[:2]][x[2]]
         if chance:
-            want[x] = chance
-    (token, by_token), (block, by_block) = (written(rule, p, q) for rule in ("token", "block"))
-    assert token == block == want
+            expected_texts[x] = chance
+    (token, by_token), (block, by_block) = (
+        text_of_a_round(rule, p, q) for rule in ("token", "block")
+    )
+    assert token == block == expected_texts
     assert by_block >= by_token
-    # Theorem 2: of the first n drafts all are kept with probability min over .. of the joint ratio.
+    # Theorem 2: the first n drafts are all kept with the probability of the joint ratio.
     expected = sum(
         (chance * joint for x, chance in drafts(q) for joint in joints(x, p, q)[1:]), ZERO
     )
@@ -144,25 +152,29 @@ def gained(p: Table, q: Table) -> Fraction:
     return by_block - by_token
 
 
-def test_the_papers_example() -> None:
+def test_the_expected_numbers_are_those_of_the_papers_example() -> None:
     """Section 2: two tokens, the same distributions at every place, two drafts: 10/9 and 11/9."""
     p, q = [Fraction(1, 3), Fraction(2, 3), ZERO], [Fraction(2, 3), Fraction(1, 3), ZERO]
     texts = [x for n in range(D + 1) for x in itertools.product(range(V), repeat=n)]
     ps, qs = dict.fromkeys(texts, p), dict.fromkeys([x for x in texts if len(x) < D], q)
-    assert written("token", ps, qs)[1] == Fraction(10, 9)
-    assert written("block", ps, qs)[1] == Fraction(11, 9)
+    assert text_of_a_round("token", ps, qs)[1] == Fraction(10, 9)
+    assert text_of_a_round("block", ps, qs)[1] == Fraction(11, 9)
+
+
+def floats(distributions: Sequence[list[Fraction]]) -> Tensor:
+    return torch.tensor([[float(v) for v in row] for row in distributions])
 
 
 def rows_of(p: Table, q: Table, n: int, depth: int = D) -> tuple[Tensor, ...]:
-    """n rounds: their distributions, drafts and random numbers."""
+    """The distributions, drafts and random numbers of n rounds."""
     generator = torch.Generator().manual_seed(n)
     noise = torch.rand(n, 2 * depth + 1, generator=generator, dtype=torch.float64)
     draft, q_rows, p_rows = torch.zeros(n, 0, dtype=torch.long), [], []
     for i in range(depth + 1):
         row_ids = [tuple(x) for x in draft.tolist()]
-        p_rows.append(torch.tensor([[float(v) for v in p[x]] for x in row_ids]))
+        p_rows.append(floats([p[x] for x in row_ids]))
         if i < depth:
-            q_rows.append(torch.tensor([[float(v) for v in q[x]] for x in row_ids]))
+            q_rows.append(floats([q[x] for x in row_ids]))
             drawn = draw(q_rows[-1], noise[:, i])
             draft = torch.cat((draft, drawn.unsqueeze(1)), dim=1)
     return torch.stack(p_rows, 1), torch.stack(q_rows, 1), draft, noise[:, depth:-1], noise[:, -1]
@@ -170,40 +182,39 @@ def rows_of(p: Table, q: Table, n: int, depth: int = D) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("seed", [3, 20])
-def test_the_code_keeps_what_the_fractions_say(seed: int, rule: str) -> None:
+def test_sampled_drafts_are_kept_as_often_as_in_fractions(seed: int, rule: str) -> None:
     n = 6_000
     p, q = tables(seed)
     inputs = rows_of(p, q, n)
     tokens, accepted = RULES[rule](*inputs, torch.full((n,), D))
-    # The drafts together with how many of them are kept.
-    want, found = torch.zeros(V, V, D + 1), torch.zeros(V, V, D + 1)
+    # The drafts together with the number of them that is kept.
+    probs, counts = torch.zeros(V, V, D + 1), torch.zeros(V, V, D + 1)
     for x, chance in drafts(q):
         for kept, share in CHANCES[rule](x, p, q).items():
-            want[(*x, kept)] = float(chance * share)
-    found.index_put_((*inputs[2].T, accepted), torch.ones(n), accumulate=True)
-    assert chi_square(found.flatten(), want.flatten()) < 5
-    # The first token, and the second where it is written, have the trunk's distribution.
+            probs[(*x, kept)] = float(chance * share)
+    counts.index_put_((*inputs[2].T, accepted), torch.ones(n), accumulate=True)
+    assert chi_square(counts.flatten(), probs.flatten()) < 5
+    # The first token, and the second if there is one, have the trunk's distribution.
     first = torch.bincount(tokens[:, 0], minlength=V)
-    assert chi_square(first, torch.tensor([float(v) for v in p[()]])) < 5
+    assert chi_square(first, floats([p[()]])[0]) < 5
     for a in range(V):
         second = torch.bincount(tokens[(accepted >= 1) & (tokens[:, 0] == a), 1], minlength=V)
-        probs = torch.tensor([float(v) for v in p[(a,)]])
+        probs = floats([p[(a,)]])[0]
         if second.sum() and probs.max() < 1:
             assert chi_square(second, probs) < 5
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("seed", range(6))
-def test_over_a_grid_of_random_numbers_the_code_is_the_fractions(seed: int, rule: str) -> None:
-    """Every draft, how many are kept of it, and the token after them."""
+def test_shares_over_a_grid_of_random_numbers_equal_the_fractions(seed: int, rule: str) -> None:
+    """Of each number of kept drafts, and of the token after them."""
     p, q = tables(seed)
     n = 128
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     noise = torch.cartesian_prod(grid, grid)
     for x, _ in drafts(q):
         before = [x[:i] for i in range(D + 1)]
-        p_TV = torch.tensor([[float(v) for v in p[y]] for y in before])
-        q_MV = torch.tensor([[float(v) for v in q[y]] for y in before[:-1]])
+        p_TV, q_MV = floats([p[y] for y in before]), floats([q[y] for y in before[:-1]])
 
         def run(
             noise_RM: Tensor,
@@ -223,36 +234,31 @@ def test_over_a_grid_of_random_numbers_the_code_is_the_fractions(seed: int, rule
             assert share == pytest.approx(float(chance), abs=2 / n), (x, kept)
             if not chance or not (accepted == kept).any():
                 continue
-            some = noise[accepted == kept][:1].expand(n, D)
-            tokens, _ = run(some, grid)
-            weight = joints(x, p, q)[kept] if rule == "block" else ONE
-            own = p[x] if kept == D else rest_of(weight, p[x[:kept]], q[x[:kept]])
-            own = own if sum(own) else p[x[:kept]]
-            found = torch.bincount(tokens[:, kept], minlength=V) / n
-            want = torch.tensor([float(v / sum(own)) for v in own])
-            torch.testing.assert_close(found, want, rtol=0, atol=1.5 / n)
+            tokens, _ = run(noise[accepted == kept][:1].expand(n, D), grid)
+            shares = torch.bincount(tokens[:, kept], minlength=V) / n
+            expected = floats([after_kept(rule, x, kept, p, q)])[0]
+            torch.testing.assert_close(shares, expected, rtol=0, atol=1.5 / n)
 
 
-def test_a_row_that_may_keep_fewer_is_a_row_with_fewer_drafts() -> None:
+def test_a_row_that_may_keep_fewer_drafts_is_judged_as_if_it_had_fewer() -> None:
     n = 2000
     inputs = rows_of(*tables(3), n)
     p, q, draft, accept_noise, final_noise = inputs
     short = (p[:, :2], q[:, :1], draft[:, :1], accept_noise[:, :1], final_noise)
     ones = torch.ones(n, dtype=torch.long)
     tokens, accepted = accept_block(*inputs, ones)
-    want, want_accepted = accept_block(*short, ones)
-    assert torch.equal(accepted, want_accepted)
-    assert torch.equal(
-        tokens.gather(1, accepted.unsqueeze(1)), want.gather(1, accepted.view(-1, 1))
-    )
-    # One draft is judged as by the other rule.
-    assert torch.equal(want_accepted, accept_or_resample(*short, ones)[1])
-    # None: the token is the trunk's.
+    expected_tokens, expected = accept_block(*short, ones)
+    assert torch.equal(accepted, expected)
+    last = accepted.unsqueeze(1)
+    assert torch.equal(tokens.gather(1, last), expected_tokens.gather(1, last))
+    # Both rules judge a single draft alike.
+    assert torch.equal(expected, accept_or_resample(*short, ones)[1])
+    # Without drafts, the trunk's distribution gives the token.
     tokens, accepted = accept_block(*inputs, 0 * ones)
     assert not accepted.any() and torch.equal(tokens[:, 0], draw(p[:, 0], final_noise))
 
 
-def test_where_both_agree_everything_is_kept() -> None:
+def test_all_drafts_are_kept_if_p_equals_q() -> None:
     n = 500
     p, _ = tables(5)
     inputs = rows_of(p, {x: p[x] for x in p if len(x) < D}, n)
@@ -260,18 +266,18 @@ def test_where_both_agree_everything_is_kept() -> None:
     assert (accepted == D).all()
 
 
-def test_greedy_text_is_the_same_and_so_are_its_passes() -> None:
+def test_greedy_text_and_its_accepted_drafts_are_the_same_by_both_rules() -> None:
     model, prompts = small_model(3, 3), random_prompts(3, (3, 8, 5))
-    found = [generate(model, prompts, max_new_tokens=40, verify=verify) for verify in RULES]
-    for token, block in zip(*found, strict=True):
+    texts = [generate(model, prompts, max_new_tokens=40, verify=verify) for verify in RULES]
+    for token, block in zip(*texts, strict=True):
         assert token.token_ids == block.token_ids
         assert token.drafts_accepted == block.drafts_accepted
-    # At a tiny temperature, the rule itself judges the same drafts.
+    # At a tiny temperature, the block rule judges the same drafts.
     cold = generate(model, prompts, max_new_tokens=40, verify="block", temperature=1e-6)
-    assert ids_of(cold) == ids_of(found[0])
+    assert ids_of(cold) == ids_of(texts[0])
 
 
-def test_the_loop_keeps_more_drafts() -> None:
+def test_generation_with_block_verification_needs_fewer_passes() -> None:
     model, prompts = small_model(3, 3), random_prompts(3, (4,) * 100)
     options = {"max_new_tokens": 20, "temperature": 1.0, "batch_size": 100}
     passes = {

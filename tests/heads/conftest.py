@@ -1,4 +1,4 @@
-"""The cache of token stores that integration tests share, and refusals by the commands."""
+"""The cache of token stores that integration tests share, and the refusals of commands."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """``refused(main, word, ..)``: the one line with which a command refuses its words."""
+    """``refused(main, word, ..)``: the one line with which a command refuses its arguments."""
 
-    def get(main: Callable[[list[str]], None], *words: Any) -> str:
+    def error_of(main: Callable[[list[str]], None], *words: Any) -> str:
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
         assert ended.value.code == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1
-        return said
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
 
-    return get
+    return error_of

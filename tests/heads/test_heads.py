@@ -1,4 +1,4 @@
-"""Heads for a finished model in one command."""
+"""``mtp-lightning heads``: the plan, its measurements, the phases, refused arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.heads import planning, timing
 from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase
 from mtp_lightning.opening import open_model
@@ -28,25 +30,53 @@ from tests.interop import folders
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trunk that somebody else could have trained: a Hugging Face folder."""
+    """A Hugging Face folder of a model without heads."""
     base = tmp_path_factory.mktemp("trunk")
-    alone = {"mtp": "none", "mtp.depth": 0, "mtp_lambda": 0, "lambda_schedule": "constant"}
-    helpers.train_here(base / "run", base / "cache", {**alone, "data.seq_len": 48})
+    no_mtp = {"mtp": "none", "mtp.depth": 0, "mtp_lambda": 0, "lambda_schedule": "constant"}
+    helpers.train_here(base / "run", base / "cache", {**no_mtp, "data.seq_len": 48})
     return folders.export_run(base / "run", base / "hub", verify=False)
 
 
-def test_the_hours_are_divided(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed speeds of reading and writing in place of measurements."""
+    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+
+
+_config_of = cache(lambda words: checked_config(list(words)))
+
+
+@pytest.fixture(autouse=True)
+def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composes a config only once for the same words: most plans begin with the same ones."""
+    monkeypatch.setattr(planning, "checked_config", lambda words: _config_of(tuple(words)))
+
+
+def plan_of(model: Path, *overrides: str, hours: float = 1.0) -> planning.HeadsPlan:
+    return planning.plan(model, hours=hours, files=[], overrides=list(overrides))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a CPU on which bf16 and integer products are fast, without the later phases."""
     monkeypatch.setattr(timing, "_reading_speed", lambda *_, half, **__: 1e9 if half else 1e8)
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
     monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+    monkeypatch.setattr(planning, "other_seconds", lambda *_: 0.0)
+
+
+def test_the_time_of_the_later_phases_grows_with_the_model() -> None:
     assert timing.other_seconds(135 * 10**6, 80e9) == pytest.approx(505, abs=5)  # SmolLM2
     assert timing.other_seconds(1000, 80e9) == pytest.approx(150, abs=1)
-    monkeypatch.setattr(planning, "other_seconds", lambda *_: 0.0)
-    one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
-    # 35 of the 48 tokens of a text are new, at 1,000 per second; reading them takes some time, too.
+
+
+def test_the_hours_are_divided_into_texts_and_steps(
+    model: Path, on_cpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (plan_of(model, hours=hours) for hours in (1.0, 2.0))
+    # 35 of the 48 tokens of a text are new, at 1,000 per second; reading them also takes time.
     assert 0.8 < one.texts * 35 / 1000 / (0.45 * 3600) < 1 and one.window == 48
     assert two.steps in (2 * one.steps, 2 * one.steps + 1) and two.texts - 2 * one.texts in (0, 1)
     words = one.train()
@@ -55,135 +85,145 @@ def test_the_hours_are_divided(
     assert "trainer.precision=bf16-mixed" in words and "data.activations=int8" in words
     assert not any(word.startswith("objective.draft_vocab") for word in words)
     assert "optimizer.lr=0.004" in words and one.context == 48
-    width = open_model(model).model.config.trunk.d_model
-    monkeypatch.setattr(planning, "_WIDTH", width // 4)
-    wide = planning.plan(model, hours=1.0, files=[], overrides=[])
-    assert "optimizer.lr=0.001" in wide.train(), "a rate of 1 / d_model"
-    monkeypatch.setattr(planning, "_VOCAB", 16)  # of 257 tokens
-    short = planning.plan(model, hours=1.0, files=[], overrides=[])
-    assert "objective.draft_vocab=16" in short.train() and short.texts == one.texts
-    assert short.steps > one.steps, "a step takes less"
-    assert "on the first 16 tokens alone" in "\n".join(short.lines())
-    texts = ["/a b", "/it's ${x}.txt"]
-    mine = planning.plan(model, hours=1.0, files=texts, overrides=["optimizer.lr=0.1"])
-    two = planning.plan(model, hours=1.0, files=texts, overrides=["mtp.depth=2"])
-    assert two.depth == 2 and "2 sequential modules" in "\n".join(two.lines())
-    assert two.head_weights > mine.head_weights
-    (paths,) = (word for word in mine.train() if word.startswith("data.paths="))
-    cfg = helpers.composed("config", literal(["data=text", paths]))
-    assert mine.texts == 0 and list(cfg.data.paths) == texts
-    assert mine.train()[-1] == "optimizer.lr=0.1"
-    with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps") as few:
-        planning.plan(model, hours=1e-6, files=[], overrides=[])
-    enough = float(str(few.value).rpartition("=")[2].rstrip("."))
-    least = planning.plan(model, hours=enough, files=[], overrides=[])
+    with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps") as too_few:
+        plan_of(model, hours=1e-6)
+    enough = float(str(too_few.value).rpartition("=")[2].rstrip("."))
+    least = plan_of(model, hours=enough)
     assert 64 <= least.texts < 75 and least.steps >= 10
     main([str(model), "--dry-run"])
-    said = capsys.readouterr().out
-    assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in said
+    output = capsys.readouterr().out
+    assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in output
     assert not Path("hub_heads").exists()
 
 
-def test_the_plan_is_of_the_run_that_is_trained(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wide_trunk_has_a_lower_rate_and_a_large_vocabulary_is_cut(
+    model: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+    width = open_model(model).model.config.trunk.d_model
+    monkeypatch.setattr(planning, "_WIDTH", width // 4)
+    whole = plan_of(model)
+    assert "optimizer.lr=0.001" in whole.train(), "a rate of 1 / d_model"
+    monkeypatch.setattr(planning, "_VOCAB", 16)  # of 257 tokens
+    short = plan_of(model)
+    assert "objective.draft_vocab=16" in short.train() and short.texts == whole.texts
+    assert short.steps > whole.steps, "a step takes less time"
+    assert "on the first 16 tokens alone" in "\n".join(short.lines())
+
+
+def test_a_plan_for_text_files_generates_no_texts(model: Path, on_cpu: None) -> None:
+    files = ["/a b", "/it's ${x}.txt"]
+    one = planning.plan(model, hours=1.0, files=files, overrides=["optimizer.lr=0.1"])
+    two = planning.plan(model, hours=1.0, files=files, overrides=["mtp.depth=2"])
+    assert two.depth == 2 and "2 sequential modules" in "\n".join(two.lines())
+    assert two.head_weights > one.head_weights
+    (paths,) = (word for word in one.train() if word.startswith("data.paths="))
+    cfg = helpers.composed("config", literal(["data=text", paths]))
+    assert one.texts == 0 and list(cfg.data.paths) == files
+    assert one.train()[-1] == "optimizer.lr=0.1"
+
+
+def test_overrides_change_the_plan(
+    model: Path, speeds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(planning, "other_seconds", lambda *_: 600.0)
 
-    def said(hours: float, *overrides: str) -> str:
-        found = planning.plan(model, hours=hours, files=[], overrides=list(overrides))
-        return "\n".join(found.lines())
+    def lines(*overrides: str, hours: float = 1.0) -> str:
+        return "\n".join(plan_of(model, *overrides, hours=hours).lines())
 
     numbers = ["data.n_prompts=500", "trainer.max_steps=2000", "data.batch_size=4"]
-    told = said(1.0, *numbers, "data.seq_len=24", "optimizer.lr=0.3", "data.activations=fp32")
-    assert "500 texts that" in told and "2,000 steps of 96 tokens" in told
-    assert "at a rate of 0.3" in told and "with activations=fp32" in told
-    assert "about 15 minutes in all" in told and "with 10 minutes for" in told
-    assert "one parallel module of" in said(1.0, "mtp=parallel")
-    assert "2 parallel modules of" in said(1.0, "mtp=parallel", "mtp.depth=2")
+    text = lines(*numbers, "data.seq_len=24", "optimizer.lr=0.3", "data.activations=fp32")
+    assert "500 texts that" in text and "2,000 steps of 96 tokens" in text
+    assert "at a rate of 0.3" in text and "with activations=fp32" in text
+    assert "about 15 minutes in all" in text and "with 10 minutes for" in text
+    assert "one parallel module of" in lines("mtp=parallel")
+    assert "2 parallel modules of" in lines("mtp=parallel", "mtp.depth=2")
     with pytest.raises(UserError, match="mtp.depth=0"):
-        said(1.0, "mtp.depth=0")
+        lines("mtp.depth=0")
     with pytest.raises(UserError, match="data.seq_len must be a whole"):
-        said(1.0, "data.seq_len=none")
-    # The other phases take ten minutes: they leave 50 of an hour, and half of five.
-    assert "about 22 minutes at" in said(1.0) and "about 60 minutes in all on" in said(1.0)
-    short = said(0.1)
-    assert "about 13 minutes in all on this machine, more than --hours=0.1," in short
+        lines("data.seq_len=none")
+    # The later phases take ten minutes: they leave 50 minutes of an hour, and half of six minutes.
+    text = lines()
+    assert "about 22 minutes at" in text and "about 60 minutes in all on" in text
+    assert "about 13 minutes in all on this machine, more than --hours=0.1," in lines(hours=0.1)
 
 
-def test_the_model_is_measured_where_it_is_trained(
+def test_the_model_is_measured_on_the_device_of_training(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: list[Any] = []
+    calls: list[Any] = []
 
     def opened(path: Path, *, device: str) -> Any:
-        used.append(device)
+        calls.append(device)
         return open_model(path)
 
-    def reads(run: Any, window: int, half: bool) -> float:
-        used.append(half)
+    def reading_speed(run: Any, window: int, half: bool) -> float:
+        calls.append(half)
         return 1e8
 
     monkeypatch.setattr(planning, "open_model", opened)
-    monkeypatch.setattr(timing, "_reading_speed", reads)
+    monkeypatch.setattr(timing, "_reading_speed", reading_speed)
     monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
-    found = planning._plan("cuda", model, 1.0, [], [], False)
-    assert used == ["cuda", True] and found.precision == "auto"
+    plan = planning._plan("cuda", model, 1.0, [], [], False)
+    assert calls == ["cuda", True] and plan.precision == "auto"
 
 
-def test_a_slow_precision_is_not_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[bool, int]] = []
+def test_a_slow_precision_is_measured_with_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[bool, int]] = []
 
-    def reads(run: Any, window: int, *, half: bool, batch: int = 8) -> float:
-        asked.append((half, batch))
-        return slow if half else 70e9
+    def reading_speed(run: Any, window: int, *, half: bool, batch: int = 8) -> float:
+        calls.append((half, batch))
+        return bf16 if half else 70e9
 
-    monkeypatch.setattr(timing, "_reading_speed", reads)
+    monkeypatch.setattr(timing, "_reading_speed", reading_speed)
     run: Any = None
-    slow = 7e9
+    bf16 = 7e9
     assert timing.fastest_precision(run, 128, on_cpu=True) == ("32-true", 70e9)
-    assert asked == [(False, 8), (True, 1)], "one window tells"
-    slow = 60e9
+    assert calls == [(False, 8), (True, 1)]
+    bf16 = 60e9
     assert timing.fastest_precision(run, 128, on_cpu=True) == ("32-true", 70e9)
-    assert asked[2:] == [(False, 8), (True, 1), (True, 8)]
-    for seconds, calls in ((0.5, 4), (3.0, 1)):
-        clock, worked = iter([x for i in range(4) for x in (10.0 * i, 10.0 * i + seconds)]), []
-        monkeypatch.setattr(time, "perf_counter", clock.__next__)
-        assert timing._seconds(lambda: worked.append(1)) == seconds  # noqa: B023
-        assert len(worked) == calls
+    assert calls[2:] == [(False, 8), (True, 1), (True, 8)]
+
+
+@pytest.mark.parametrize(("seconds", "n"), [(0.5, 4), (3.0, 1)])
+def test_a_long_measurement_is_not_repeated(
+    seconds: float, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, calls = iter([x for i in range(4) for x in (10.0 * i, 10.0 * i + seconds)]), []
+    monkeypatch.setattr(time, "perf_counter", clock.__next__)
+    assert timing._seconds(lambda: calls.append(1)) == seconds
+    assert len(calls) == n
 
 
 @pytest.mark.slow
-def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
+def test_a_gpu_is_measured_in_a_process_that_ends(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: torch.device("cpu"))
-    found = planning.plan(model, hours=1.0, files=[], overrides=[])
-    assert found.steps > 10 and found.precision == "auto"  # not the word "cpu"
+    plan = plan_of(model)
+    assert plan.steps > 10 and plan.precision == "auto"  # a device is not the word "cpu"
 
 
-def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_model_writes_chats_if_the_context_has_room(
+    model: Path, speeds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
     chats, around = planning._chat(open_model(model), 32)
     assert chats == ["${x}'Q\n", "\nA:"] and around == 10
     # A window fills the context of 48 tokens: there is no room for the format.
-    alone = planning.plan(model, hours=1.0, files=[], overrides=[])
-    assert alone.chat == [] and not any("chat" in word for word in alone.train())
+    full = plan_of(model)
+    assert full.chat == [] and not any("chat" in word for word in full.train())
     monkeypatch.setattr(planning, "_WINDOW", 32)
-    found = planning.plan(model, hours=1.0, files=[], overrides=[])
-    assert found.chat == ["${x}'Q\n", "\nA:"] and "(60% of them chats)" in "\n".join(found.lines())
-    chats = [word for word in found.train() if word.startswith("data.chat")]
+    plan = plan_of(model)
+    assert plan.chat == ["${x}'Q\n", "\nA:"] and "(60% of them chats)" in "\n".join(plan.lines())
+    chats = [word for word in plan.train() if word.startswith("data.chat")]
     cfg = helpers.composed("config", ["data=self_generated", *chats])
-    assert [cfg.data.chat_share, cfg.data.chat_before, cfg.data.chat_after] == [0.6, *found.chat]
-    # With every chat 7 + 3 tokens of the format are read; a state has 32 numbers.
-    assert found.state_bytes == 4 * found.texts * (32 + 6) * 32
+    assert [cfg.data.chat_share, cfg.data.chat_before, cfg.data.chat_after] == [0.6, *plan.chat]
+    # With each chat, 7 + 3 tokens of the format are read; a state has 32 numbers.
+    assert plan.state_bytes == 4 * plan.texts * (32 + 6) * 32
 
 
-def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
+def test_a_signal_to_the_command_ends_its_phase(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(
         "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
@@ -199,13 +239,13 @@ def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
         while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
             time.sleep(0.05)
         command.terminate()
-        _, said = command.communicate(timeout=30)
+        _, error = command.communicate(timeout=30)
     assert command.returncode == 143
-    assert b"the training was ended; the same command continues here." in said
+    assert b"the training was ended; the same command continues here." in error
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
-def test_what_a_failed_phase_leaves_is_no_result(
+def test_the_result_of_a_failed_phase_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = tmp_path / "certificate.json"
@@ -218,19 +258,19 @@ def test_what_a_failed_phase_leaves_is_no_result(
     assert (tmp_path / "failed_certificate.json").read_text() == "broken"
 
 
-def test_mistakes(
-    model: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+def test_wrong_arguments_are_refused(
+    model: Path, tmp_path: Path, speeds: None, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for hours in ("0", "nan", "inf"):
-        told = f"--hours must be a number above 0, not {hours if hours != '0' else '0.0'}"
-        assert told in refused(main, model, "--hours", hours)
+    for hours, number in (("0", "0.0"), ("nan", "nan"), ("inf", "inf")):
+        message = f"--hours must be a number above 0, not {number}"
+        assert message in refused(main, model, "--hours", hours)
     assert "deeper is not a setting" in refused(main, model, "deeper")
     assert "output is not a key" in refused(main, model, "output=out")
     assert "nowhere does not exist" in refused(main, "nowhere")
     assert "gone does not exist" in refused(main, model, "--text", "gone")
     assert "is a run of this project" in refused(main, model.parent / "run")
     out = tmp_path / "out"
-    plan = planning.plan(model, hours=9.0, files=[], overrides=[])
+    plan = plan_of(model, hours=9.0)
     with claimed(out):
         monkeypatch.setattr(planning, "plan", None)
         assert f"Another process trains in {out}" in refused(main, model, "--output", out)
@@ -246,23 +286,22 @@ def test_mistakes(
     assert "is damaged" in refused(main, model, "--output", out)
 
 
-def test_a_plan_that_no_training_has_begun_is_made_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_can_change_until_its_training_begins(
+    model: Path, tmp_path: Path, speeds: None
 ) -> None:
-    """A mistake in an override, which training found, does not stick to the folder."""
-    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
-    for hours, begun in ((1.0, 1.0), (2.0, 2.0)):
+    """For example, after training refused an override."""
+
+    def planned_hours(hours: float) -> float:
         args = SimpleNamespace(hours=hours, text=[], overrides=[])
-        assert make_plan(model, tmp_path, args, [model], keep=True).hours == begun
+        return make_plan(model, tmp_path, args, [model], keep=True).hours
+
+    assert [planned_hours(hours) for hours in (1.0, 2.0)] == [1.0, 2.0]
     (tmp_path / RUN).mkdir()
     with pytest.raises(UserError, match="begun with hours=2.0, not 3.0"):
-        make_plan(
-            model, tmp_path, SimpleNamespace(**{**vars(args), "hours": 3.0}), [model], keep=True
-        )
+        planned_hours(3.0)
 
 
-def test_a_template_that_cannot_be_read_is_named(
+def test_a_chat_template_that_cannot_be_read_is_reported_and_not_used(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def invalid(state: Any) -> None:
@@ -270,6 +309,6 @@ def test_a_template_that_cannot_be_read_is_named(
 
     monkeypatch.setattr(ChatTemplate, "of", invalid)
     assert planning._chat(open_model(model), 32) == ([], 0)
-    told = f"{model}: the model's chat template is not one of Jinja: "
-    said = capsys.readouterr().err
-    assert told in said and said.endswith(" No text is a chat.\n")
+    message = capsys.readouterr().err
+    assert f"{model}: the model's chat template is not one of Jinja: " in message
+    assert message.endswith(" No text is a chat.\n")

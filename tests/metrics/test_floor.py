@@ -1,4 +1,5 @@
-"""The floor of rejection: against linear programs, loops and sources whose floor is known."""
+"""The least possible rejection (floor) against linear programs, loops and a source with a known
+floor."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ PROMPT = torch.tensor([3, 1, 4, 1, 0, 2])
 def tiny(depth: int = 2, stack: Any = ParallelConfig, seed: int = 0, **more: Any) -> MTPModel:
     model = small_model(seed, depth, vocab=VOCAB, stack=stack, **more).double()
     with torch.no_grad():
-        model.head.weight.mul_(0.3)  # random models are as good as certain
+        model.head.weight.mul_(0.3)  # otherwise predictions are almost certain
     return model
 
 
@@ -45,18 +46,18 @@ def by_linear_program(p_NV: np.ndarray, weight_N: np.ndarray) -> float:
     below = np.hstack([np.eye(n * size), np.tile(-np.eye(size), (n, 1))])
     total = np.concatenate([np.zeros(n * size), np.ones(size)])[None]
     bounds = [(0, p) for p in p_NV.flatten()] + [(0, 1)] * size
-    found = linprog(gain, below, np.zeros(n * size), total, [1.0], bounds)
-    return float(weight_N.sum() + found.fun)
+    solution = linprog(gain, below, np.zeros(n * size), total, [1.0], bounds)
+    return float(weight_N.sum() + solution.fun)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_least_rejection_against_a_linear_program(seed: int) -> None:
+def test_the_least_rejection_is_that_of_a_linear_program(seed: int) -> None:
     generator = np.random.default_rng(seed)
     n, size = generator.integers(1, 7), generator.integers(2, 8)
     p_NV, weight_N = distributions(generator, n, size), generator.random(n)
     weight_N[generator.random(n) < 0.2] = 0
-    found = least_rejection(torch.tensor(p_NV), torch.tensor(weight_N))
-    assert found == pytest.approx(by_linear_program(p_NV, weight_N), abs=1e-9)
+    least = least_rejection(torch.tensor(p_NV), torch.tensor(weight_N))
+    assert least == pytest.approx(by_linear_program(p_NV, weight_N), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -72,15 +73,15 @@ def test_no_distribution_is_rejected_less(seed: int) -> None:
 
 
 @torch.no_grad()
-def main(model: MTPModel, tokens: list[int]) -> np.ndarray:
-    """The prediction after some tokens, from the trunk alone."""
+def main_prediction(model: MTPModel, tokens: list[int]) -> np.ndarray:
+    """The trunk's prediction after the tokens."""
     batch = WindowBatch(torch.tensor([[*tokens, *[0] * (model.depth + 1)]]), model.depth)
     return model.head(model(batch, ())[0])[0, -1].softmax(-1).numpy()
 
 
 @torch.no_grad()
-def draft(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
-    """What depth k says at the end of a window of ``tokens`` after k true ones."""
+def depth_prediction(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
+    """The prediction of depth k at the last of ``tokens``, given the k tokens ``between``."""
     k, fill = len(between), [0] * (model.depth + 1 - len(between))
     batch = WindowBatch(torch.tensor([[*tokens, *between, *fill]]), model.depth)
     return model.head(model(batch)[k])[0, -1].softmax(-1).numpy()
@@ -90,10 +91,10 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
     groups: dict[tuple[int, ...], list[tuple[float, np.ndarray]]] = {}
     rejection = recall = 0.0
     for path in itertools.product(range(VOCAB), repeat=k):
-        steps = [main(model, [*prompt, *path[:i]]) for i in range(k + 1)]
+        steps = [main_prediction(model, [*prompt, *path[:i]]) for i in range(k + 1)]
         weight = float(np.prod([p[token] for p, token in zip(steps, path, strict=False)]))
         groups.setdefault(path[k - m :] if m else (), []).append((weight, steps[k]))
-        q = draft(model, prompt, list(path))
+        q = depth_prediction(model, prompt, list(path))
         rejection += weight * 0.5 * np.abs(steps[k] - q).sum()
         recall += weight * sum(steps[k][v] for v in np.argsort(-q)[: floor.RECALL])
     least = sum(
@@ -104,17 +105,19 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
 
 
 @pytest.mark.parametrize("stack", HEADS)
-def test_floors_against_loops(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floors_rejections_and_recalls_equal_those_of_loops(
+    stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(floor, "RECALL", 2)
     model = tiny(stack=stack)
-    found = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
-    assert list(found) == [(1, 0), (2, 0), (2, 1)]
-    for (k, m), one in found.items():
+    measured = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
+    assert list(measured) == [(1, 0), (2, 0), (2, 1)]
+    for (k, m), values in measured.items():
         reference = by_loops(model, PROMPT.tolist(), k, m)
-        assert one.floor == pytest.approx(reference.floor, abs=1e-9)
-        assert one.rejection == pytest.approx(reference.rejection, abs=1e-9)
-        assert one.recall == pytest.approx(reference.recall, abs=1e-9)
-    assert 0.02 < found[2, 1].floor < found[2, 0].floor
+        assert values.floor == pytest.approx(reference.floor, abs=1e-9)
+        assert values.rejection == pytest.approx(reference.rejection, abs=1e-9)
+        assert values.recall == pytest.approx(reference.recall, abs=1e-9)
+    assert 0.02 < measured[2, 1].floor < measured[2, 0].floor
 
 
 @pytest.mark.parametrize(
@@ -126,35 +129,37 @@ def test_floors_against_loops(stack: Any, monkeypatch: pytest.MonkeyPatch) -> No
         (LinearConfig, {"rank": 2}, False, 3),
     ],
 )
-def test_a_head_that_reads_no_token_is_never_below_a_floor(
+def test_the_rejection_of_a_head_that_reads_no_token_is_above_the_floor(
     stack: Any, more: dict[str, Any], sampled: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if sampled:
         monkeypatch.setattr(floor, "ENUMERATED", 0)
     model = tiny(stack=stack, seed=seed, **more)
     generator = torch.Generator().manual_seed(seed)
-    for one in Floors(model, PROMPT, generator, rollouts=16, seen=4).measure().values():
-        assert 0 <= one.floor <= one.rejection + 1e-12 and one.rejection <= 1
-        assert one.recall == pytest.approx(1)  # of fewer than 16 tokens
+    for values in Floors(model, PROMPT, generator, rollouts=16, seen=4).measure().values():
+        assert 0 <= values.floor <= values.rejection + 1e-12 and values.rejection <= 1
+        assert values.recall == pytest.approx(1)  # the vocabulary has fewer than 16 tokens
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_one_token_is_enough_on_a_markov_source(
+def test_on_a_markov_source_the_floor_of_a_head_that_reads_a_token_is_0(
     sampled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if sampled:
         monkeypatch.setattr(floor, "ENUMERATED", 0)
     model = tiny(depth=3)
-    with torch.no_grad():  # without attention, the last token alone is read
+    with torch.no_grad():  # without attention, a prediction depends only on the last token
         for name, weight in model.trunk.named_parameters():
             if "attention" in name or "attn" in name:
                 weight.zero_()
-    found = Floors(model, PROMPT, torch.Generator(), rollouts=32, seen=4).measure()
-    assert min(found[k, 0].floor for k in (1, 2, 3)) > 0.02
-    assert max(found[k, m].floor for k in (2, 3) for m in range(1, k)) < 1e-9
+    measured = Floors(model, PROMPT, torch.Generator(), rollouts=32, seen=4).measure()
+    assert min(measured[k, 0].floor for k in (1, 2, 3)) > 0.02
+    assert max(measured[k, m].floor for k in (2, 3) for m in range(1, k)) < 1e-9
 
 
-def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_floors_approach_the_exact_one_from_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny()
     exact = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
     monkeypatch.setattr(floor, "ENUMERATED", 0)
@@ -167,14 +172,14 @@ def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -
         ]
         for n, seen, seeds in ((2000, 200, 1), (4, 8, 40))
     )
-    for at, one in exact.items():
-        assert many[0][at].floor == pytest.approx(one.floor, abs=0.02)
-        assert many[0][at].rejection == pytest.approx(one.rejection, abs=0.03)
-        assert np.mean([found[at].floor for found in few]) < one.floor
+    for at, values in exact.items():
+        assert many[0][at].floor == pytest.approx(values.floor, abs=0.02)
+        assert many[0][at].rejection == pytest.approx(values.rejection, abs=0.03)
+        assert np.mean([sampled[at].floor for sampled in few]) < values.floor
 
 
 @pytest.mark.parametrize("stack", [SequentialConfig, JointConfig])
-def test_nothing_after_a_position_is_read(stack: Any) -> None:
+def test_predictions_read_no_token_after_their_position(stack: Any) -> None:
     measure = Floors(tiny(stack=stack), PROMPT, torch.Generator(), rollouts=1, seen=1)
     tokens = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 4, 0]])
     for k in (1, 2):
@@ -187,18 +192,18 @@ def test_nothing_after_a_position_is_read(stack: Any) -> None:
         torch.testing.assert_close(q_NV, measure._predictions(tokens[:, :k], k)[1])
 
 
-def test_values_are_means_over_prompts() -> None:
-    one = {
+def test_logged_floors_and_gaps_are_means_over_prompts() -> None:
+    first = {
         (1, 0): FloorValues(0.1, 0.4, 0.9),
         (2, 0): FloorValues(0.2, 0.5, 0.8),
         (2, 1): FloorValues(0, 0.5, 0.8),
     }
-    other = {
+    second = {
         (1, 0): FloorValues(0.3, 0.6, 0.7),
         (2, 0): FloorValues(0.4, 0.7, 0),
         (2, 1): FloorValues(0.15, 0.7, 0),
     }
-    values = floors([one, other])
+    values = floors([first, second])
     expected = {
         "rejection_depth_1": 0.5,
         "recall_16_depth_1": 0.8,
@@ -219,20 +224,20 @@ def test_values_are_means_over_prompts() -> None:
 
 
 def logged(callback: FloorAndGap, model: MTPModel) -> dict[str, float]:
-    """What a validation logs of 3 prompts."""
+    """The values that a validation logs for 3 prompts."""
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 3, VOCAB)]
     data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=None)
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     values: dict[str, float] = {}
     module: Any = SimpleNamespace(
-        whole_model=lambda: model, log_dict=lambda found, **_: values.update(found)
+        whole_model=lambda: model, log_dict=lambda logged, **_: values.update(logged)
     )
     callback.on_validation_epoch_end(trainer, module)
     return values
 
 
-def test_the_callback_logs_them_and_draws_from_its_own_generator() -> None:
+def test_the_callback_logs_floors_and_leaves_the_global_generator_alone() -> None:
     model = tiny()
     state = torch.get_rng_state()
     callback = FloorAndGap(n_prompts=3)
@@ -251,6 +256,6 @@ def test_the_callback_logs_them_and_draws_from_its_own_generator() -> None:
 
 
 @pytest.mark.parametrize("setting", ["n_prompts", "prompt_tokens", "rollouts", "seen"])
-def test_settings_are_checked(setting: str) -> None:
+def test_settings_of_the_callback_below_1_are_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=rf"callbacks.floor_and_gap.{setting} must be a whole"):
         FloorAndGap(**{setting: 0})

@@ -1,4 +1,5 @@
-"""How far back a model looks: every measure against its definition, and on a known model."""
+"""The use of distant context: each measure against its definition, and on a model with a known
+one."""
 
 from __future__ import annotations
 
@@ -40,12 +41,12 @@ def small(depth: int = 2) -> MTPModel:
 
 
 def masked(batch: WindowBatch) -> WindowBatch:
-    """Documents of 13 tokens."""
+    """The batch with documents of 13 tokens."""
     ids = (torch.arange(batch.tokens.shape[1]) // 13).expand_as(batch.tokens)
     return WindowBatch(batch.tokens, batch.depth, ids)
 
 
-def test_buckets() -> None:
+def test_buckets_of_positions_double_in_length() -> None:
     names = {T: [bucket_name(b) for b in position_buckets(T)] for T in (1, 8, 12, 63, 256)}
     assert names[1] == ["1"]
     assert names[8] == ["1", "2-3", "4-8"]
@@ -58,7 +59,7 @@ def test_buckets() -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @torch.no_grad()
-def test_loss_by_position_against_a_loop(documents: bool) -> None:
+def test_losses_by_position_equal_those_of_a_loop(documents: bool) -> None:
     model, batch = small(), windows(3, 40, 2)
     batch = masked(batch) if documents else batch
     metric = PositionLoss(2, 40)
@@ -83,7 +84,7 @@ def test_loss_by_position_against_a_loop(documents: bool) -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @torch.no_grad()
-def test_truncated_context_against_brute_force(documents: bool) -> None:
+def test_the_gain_of_a_longer_context_equals_brute_force(documents: bool) -> None:
     model, batch = small(), windows(5, 40, 2)
     batch = masked(batch) if documents else batch
     metric = TruncatedContext(40)
@@ -92,11 +93,11 @@ def test_truncated_context_against_brute_force(documents: bool) -> None:
     values = metric.compute()
 
     def loss(row: int, context: int) -> float:
-        """The loss of the last target, by a model that reads only these tokens."""
+        """The loss of the last target if the model reads only the last ``context`` tokens."""
         start = 40 - context
         ids = None if batch.documents is None else batch.documents[row : row + 1, start:]
-        alone = WindowBatch(batch.tokens[row : row + 1, start:], 2, ids)
-        logits = model.head(model(alone, ())[0][0, -1]).double()
+        truncated = WindowBatch(batch.tokens[row : row + 1, start:], 2, ids)
+        logits = model.head(model(truncated, ())[0][0, -1]).double()
         return -float(logits.log_softmax(-1)[batch.tokens[row, 40]])
 
     assert set(metric.contexts) == {8, 16}
@@ -110,39 +111,39 @@ def test_truncated_context_against_brute_force(documents: bool) -> None:
         assert all(abs(values[f"context_gain_{c}"]) > 1e-3 for c in (8, 16))
 
 
-def test_effective_context() -> None:
+def test_the_effective_context_is_the_shortest_with_small_gains_beyond() -> None:
     assert effective_context({8: 0.5, 16: 0.02, 32: 0.009}, 64) == 32
     assert effective_context({8: 0.5, 16: 0.0, 32: 0.1}, 64) == 64
     assert effective_context({8: -0.1, 16: 0.0, 32: 0.0}, 64) == 8
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_repeats_against_a_search(documents: bool) -> None:
-    draw = random.Random(0)
+def test_distances_of_repeats_equal_those_of_a_search(documents: bool) -> None:
+    rng = random.Random(0)
     table = [b"a", b"b", b"ab", b"ba", b"aaaaaaaaaaa", "é".encode(), b""]
     for _ in range(20):
-        tokens = [draw.randrange(len(table)) for _ in range(90)]
+        tokens = [rng.randrange(len(table)) for _ in range(90)]
         ids = [i // 37 for i in range(90)] if documents else None
-        found = repeat_distances(tokens, table, ids)
+        distances = repeat_distances(tokens, table, ids)
         stream = b"".join(table[t] for t in tokens)
         owner = [i for i, t in enumerate(tokens) for _ in table[t]]
         end = 0
         for i, token in enumerate(tokens):
             end += len(table[token])
             if not table[token] or end < 8:
-                assert found[i] == -1
+                assert distances[i] == -1
                 continue
             if ids and ids[owner[end - 8]] != ids[i]:
-                assert found[i] == -1
+                assert distances[i] == -1
                 continue
             at = next(
                 (s for s in range(end - 9, -1, -1) if stream[s : s + 8] == stream[end - 8 : end]),
                 None,
             )
             if at is None or (ids and ids[owner[at]] != ids[i]):
-                assert found[i] == 0
+                assert distances[i] == 0
             else:
-                assert found[i] == max(1, i - owner[at + 7])
+                assert distances[i] == max(1, i - owner[at + 7])
 
 
 def test_repeats_are_counted_by_distance() -> None:
@@ -159,9 +160,10 @@ def test_repeats_are_counted_by_distance() -> None:
     assert near + middle + others == 2 * (200 - 7)
 
 
-class _Copies(torch.nn.Module):
-    """Predicts, with near certainty, the token that stood ``lag`` places before the target, and
-    nothing where it has not read that far: its effective context is known."""
+class _CopyModel(torch.nn.Module):
+    """A model with a known effective context: it predicts the token ``lag`` places before the
+    target with near certainty, and has uniform predictions where this place is outside the
+    window."""
 
     depth = token_depth = 0
     head_of = MTPModel.head_of
@@ -180,21 +182,21 @@ class _Copies(torch.nn.Module):
         h_BTV = torch.zeros(*read_BT.shape, self.vocab)
         back = self.lag - 1
         if read_BT.shape[1] > back:
-            known = read_BT[:, : read_BT.shape[1] - back]
-            h_BTV[:, back:] = 12.0 * torch.nn.functional.one_hot(known, self.vocab)
+            copied = read_BT[:, : read_BT.shape[1] - back]
+            h_BTV[:, back:] = 12.0 * torch.nn.functional.one_hot(copied, self.vocab)
         return {0: h_BTV}
 
 
 @pytest.mark.parametrize("lag", [8, 30, 50])
-def test_a_copy_model_has_the_context_that_it_copies_over(lag: int) -> None:
-    model: MTPModel = _Copies(lag, 37)  # type: ignore[assignment]
+def test_the_effective_context_of_a_copy_model_is_its_lag(lag: int) -> None:
+    model: MTPModel = _CopyModel(lag, 37)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     phase = torch.randint(0, 37, (20, lag), generator=generator)
     tokens = phase.repeat(1, 129 // lag + 1)[:, :129]
     measure = LongRange(model, 128, [bytes([i]) for i in range(37)])
     measure.update(WindowBatch(tokens, 0))
     values = measure.compute()
-    # The smallest of 8, 16, 32, .. that holds the lag.
+    # The smallest of 8, 16, 32, .. that is at least the lag.
     assert values["effective_context"] == 8 * 2 ** math.ceil(math.log2(lag / 8))
     assert values["loss_position_64-128"] < 0.01 < 3.6 < values["loss_position_4-7"]
     assert values["accuracy_repeat_1-64"] == 1
@@ -203,13 +205,13 @@ def test_a_copy_model_has_the_context_that_it_copies_over(lag: int) -> None:
         assert accuracy == 1 if period == lag else accuracy < 0.3
 
 
-def test_random_repeats_are_drawn_alike() -> None:
+def test_random_repeats_are_the_same_in_every_call() -> None:
     model = small()
     assert random_repeats(model, 32) == random_repeats(model, 32)
     assert set(random_repeats(model, 32)) == {f"accuracy_random_repeat_{p}" for p in (8, 16)}
 
 
-def test_shorter_windows_count_by_position_alone() -> None:
+def test_shorter_windows_count_only_for_losses_by_position() -> None:
     model = small()
     measure = LongRange(model, 32, [bytes([i]) for i in range(37)])
     measure.update(windows(2, 12, 2))

@@ -33,8 +33,8 @@ def ahead_windows(
 
 
 def nearest(batch: WindowBatch, row: int, i: int, first: int, last: int) -> dict[int, int]:
-    """Id -> how far ahead its nearest occurrence that counts is; one token at a time."""
-    found: dict[int, int] = {}
+    """The distance of the nearest occurrence of each id that counts, found one token at a time."""
+    distances: dict[int, int] = {}
     for ahead in range(first, last + 1):
         at = i + ahead
         if at >= batch.tokens.shape[1]:
@@ -42,5 +42,5 @@ def nearest(batch: WindowBatch, row: int, i: int, first: int, last: int) -> dict
         if batch.documents is not None and batch.documents[row, at] != batch.documents[row, i]:
             break
         if batch.scored is None or batch.scored[row, at]:
-            found.setdefault(int(batch.tokens[row, at]), ahead)
-    return found
+            distances.setdefault(int(batch.tokens[row, at]), ahead)
+    return distances

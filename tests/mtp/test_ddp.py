@@ -1,4 +1,4 @@
-"""Heads whose gradients come from one node of the graph, under data parallelism."""
+"""Heads whose gradients come from one autograd node, under data parallelism."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_two_processes_train_heads_as_one_does(tmp_path: Path, cache: Path) -> N
         train_here(tmp_path / name, cache, COMMON | mtp | {"data.batch_size": 8})
         for k in range(4):
             tag = f"train/loss_depth_{k}"
-            shared, alone = column(runs / name, tag), column(tmp_path / name, tag)
-            assert list(shared) == list(alone) == [1, 2, 3, 4, 5]
-            assert list(shared.values()) == pytest.approx(list(alone.values()), rel=1e-5), name
-        expected = weights(tmp_path / name)
+            losses, expected = column(runs / name, tag), column(tmp_path / name, tag)
+            assert list(losses) == list(expected) == [1, 2, 3, 4, 5]
+            assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-5), name
+        alone = weights(tmp_path / name)
         for key, tensor in weights(runs / name).items():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+            torch.testing.assert_close(tensor, alone[key], rtol=1e-4, atol=1e-6, msg=key)

@@ -1,4 +1,4 @@
-"""What is particular to EAGLE-3's layer: its states, its steps, its draft vocabulary.
+"""EAGLE-3's layer: its states, its steps and its draft vocabulary.
 
 ``tests/objective/test_cross_product.py`` compares losses and gradients with the equations, which
 ``tests/objective/states.py`` computes query by query in float64.
@@ -36,7 +36,7 @@ TRUNK = TrunkConfig(
 )
 
 
-def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
+def eagle_model(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
     """A model in float64 whose draft vocabulary is not the first tokens."""
     model = build(trunk, "eagle", **{"depth": 3, **switches}).double().eval()
     assert isinstance(model.mtp, EagleMTP)
@@ -46,9 +46,9 @@ def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
 
 
 @pytest.mark.parametrize("draft_vocab", [None, 11])
-def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None) -> None:
-    """Step k at a position equals draft k there, also beyond the trained steps."""
-    model, depth, n = drafting(draft_vocab=draft_vocab), 5, 9
+def test_training_and_drafting_give_the_same_logits(draft_vocab: int | None) -> None:
+    """In float64, step k at a position equals draft k there, also beyond the trained steps."""
+    model, depth, n = eagle_model(draft_vocab=draft_vocab), 5, 9
     tokens = windows(1, 2 * n, 3).tokens
     deep = MTPModel(replace(model.config, mtp=replace(model.config.mtp, depth=depth))).double()
     deep.load_state_dict(model.state_dict())
@@ -66,20 +66,20 @@ def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None)
             )
 
 
-def test_the_states_are_those_of_three_blocks() -> None:
-    """Among them the layers of Llama 3.1 8B in servers."""
+def test_the_default_layers_are_three_blocks() -> None:
+    """For 32 blocks, those that servers use for Llama 3.1 8B."""
     assert default_layers(32) == (2, 16, 29)
     assert [default_layers(n) for n in (1, 2, 4, 7)] == [(0, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)]
 
 
-def test_the_vocabulary_is_of_the_most_frequent_tokens() -> None:
+def test_the_draft_vocabulary_has_the_most_frequent_tokens() -> None:
     head = OwnHead(8, 4, 3)
     assert head.tokens.tolist() == [0, 1, 2] and not head.is_whole
     head.choose(torch.tensor([5, 0, 7, 5, 5, 9, 0, 0]))
     assert head.tokens.tolist() == [0, 2, 5]
-    asked = torch.tensor([[0, 1, 2], [5, 7, IGNORE_INDEX]])
     none = IGNORE_INDEX
-    assert head.rows_of(asked).tolist() == [[0, none, 1], [2, none, none]]
+    targets = torch.tensor([[0, 1, 2], [5, 7, none]])
+    assert head.rows_of(targets).tolist() == [[0, none, 1], [2, none, none]]
     torch.nn.init.normal_(head.weight)
     h = torch.randn(2, 5, 4)
     q = head.log_probs(h).exp()
@@ -88,40 +88,40 @@ def test_the_vocabulary_is_of_the_most_frequent_tokens() -> None:
     torch.testing.assert_close(q.sum(-1), torch.ones(2, 5))
 
 
-def test_targets_without_a_row_are_left_out() -> None:
-    model, batch = drafting(draft_vocab=11), windows(2, 7, 3)
+def test_targets_outside_the_draft_vocabulary_are_left_out() -> None:
+    model, batch = eagle_model(draft_vocab=11), windows(2, 7, 3)
     head = model.mtp.own_head
     assert head is not None
-    found = read(model, batch)
-    assert torch.isfinite(found.losses_KBT).all()
+    losses = read(model, batch)
+    assert torch.isfinite(losses.losses_KBT).all()
     for k in (1, 2, 3):
         inside = torch.isin(batch.targets(k), head.tokens)
-        assert 0 < inside.sum() < 14 and torch.equal(found.valid_KBT[k], inside)
+        assert 0 < inside.sum() < 14 and torch.equal(losses.valid_KBT[k], inside)
 
 
-def test_floors_see_the_whole_distribution() -> None:
-    """A token without a row is never drafted, so more drafts are rejected."""
+def test_measured_rejections_count_tokens_outside_the_draft_vocabulary() -> None:
+    """They are never drafted, so more drafts are rejected."""
     prompt = torch.tensor([3, 5, 2])
     trunk = replace(TRUNK, vocab_size=7, n_layers=2)
     sizes = {"rollouts": 4, "seen": 1}
-    found = [
+    one, six = (
         Floors(model, prompt, torch.Generator().manual_seed(0), **sizes).measure()[1, 0]
-        for model in (drafting(trunk, draft_vocab=rows) for rows in (1, 6))
-    ]
-    assert 0 <= found[0].floor <= found[0].rejection < 1
-    assert found[0].rejection > found[1].rejection
+        for model in (eagle_model(trunk, draft_vocab=rows) for rows in (1, 6))
+    )
+    assert 0 <= one.floor <= one.rejection < 1
+    assert one.rejection > six.rejection
 
 
 def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> None:
-    assert set(drafting(tiny_trunk).trunk.keep_after) == {0, 1, 2}
+    assert set(eagle_model(tiny_trunk).trunk.keep_after) == {0, 1, 2}
     assert not build(tiny_trunk, "eagle", depth=0).trunk.keep_after
     assert not build(tiny_trunk, "joint", depth=2).trunk.keep_after
 
 
-def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
+def test_the_draft_vocabulary_is_chosen_by_the_training_text() -> None:
     text = SimpleNamespace(token_frequency=lambda V: np.arange(V)[::-1].copy() % 7)
     data = SimpleNamespace(training_text=text)
-    model = drafting(draft_vocab=5)
+    model = eagle_model(draft_vocab=5)
     model.mtp.observe_training_text(data)
     assert model.mtp.layer.head.tokens.tolist() == [2, 9, 16, 23, 30]
     large = MTPModel(replace(model.config, mtp=EagleConfig(depth=2, draft_vocab=38)))
@@ -131,8 +131,8 @@ def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
         model.mtp.observe_training_text(SimpleNamespace(training_text=None))
 
 
-def test_what_does_not_go_together_is_refused() -> None:
-    model = drafting(draft_vocab=11)
+def test_settings_that_do_not_fit_a_draft_vocabulary_are_refused() -> None:
+    model = eagle_model(draft_vocab=11)
     for options, message in (
         ({"compile": True}, "compile=true has passes for a cache per draft"),
         ({"draft_vocab": 5}, "mtp=eagle drafts by a head of its own"),
@@ -147,13 +147,13 @@ def test_what_does_not_go_together_is_refused() -> None:
     padded = Objective(term=Mixture({"ce": 1, "anchor": {"weight": 1, "padded": True}}))
     with pytest.raises(UserError, match="anchor.padded=true .* mtp.draft_vocab leaves targets out"):
         padded.for_model(model)
-    padded.for_model(drafting())
+    padded.for_model(eagle_model())
     with pytest.raises(UserError, match="which mtp=eagle never does"):
         Objective(term=KL(), train_head=False).check(model.config.mtp)
 
 
 def test_a_new_layer_starts_with_the_trunks_norm_and_rows() -> None:
-    model = drafting(draft_vocab=11)
+    model = eagle_model(draft_vocab=11)
     layer = model.mtp.layer
     model.mtp.init_from_trunk([0], model.trunk, model.head, None)
     assert torch.equal(layer.norm.weight, model.trunk.norm.weight)

@@ -1,5 +1,5 @@
-"""Gloeckle's memory order: it gives the gradients of a joint backward pass, and holds one head's
-activations at a time."""
+"""One head after the other, as Gloeckle et al. 2024 do to save memory: the gradients are those of a
+joint backward pass, and the activations of one head at a time are kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def joint(
     counts: list[int],
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same objective, with a joint backward pass after the forward passes of all heads."""
+    """The objective with a joint backward pass after the forward passes of all heads."""
     factors = [1.0, *weights]
     depths = depths_of(factors)
     final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
@@ -61,7 +61,7 @@ def joint(
         ("linear", {"correction": "mlp", "detach": "all"}, True),
     ],
 )
-def test_gradients_equal_the_joint_backwards(
+def test_gradients_equal_those_of_a_joint_backward_pass(
     tiny_trunk: TrunkConfig, variant: str, switches: dict, tied: bool
 ) -> None:
     trunk = replace(tiny_trunk, tie_embeddings=tied)
@@ -72,50 +72,52 @@ def test_gradients_equal_the_joint_backwards(
     counts = batch.counts().tolist()
     weights = [0.3, 0.0, 0.1]
     total, sums = mtp_loss(model, batch, weights, counts)
-    (total * 2).backward()  # as under two data-parallel ranks
-    found = gradients(model)
+    (total * 2).backward()  # as with two data-parallel ranks
+    streamed = gradients(model)
     expected_total, expected_sums = joint(model, batch, weights, counts)
     (expected_total * 2).backward()
     expected = gradients(model)
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(sums[[0, 1, 3]], expected_sums)
     assert sums[2] == 0
-    assert found.keys() == expected.keys()
+    assert streamed.keys() == expected.keys()
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(streamed[name], grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: TrunkConfig) -> None:
-    """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
+def test_balance_losses_of_heads_are_those_of_a_joint_backward_pass(
+    tiny_trunk: TrunkConfig,
+) -> None:
+    """They are sequence-wise, and each pass counts the loads of its experts once."""
     experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
     trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
     model = build(trunk, "parallel", depth=2).double()
     batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
     total, _, reported = reported_loss(model, batch, weights, counts, windows=6)
     total.backward()
-    found = gradients(model)
+    streamed = gradients(model)
     loads = reported.loads.values()
     assert all(int(load.sum()) == 30 * 2 for load in loads) and len(loads) == 4
     auxiliary = AuxiliaryOutputs()
     total, _ = joint(model, batch, weights, counts, auxiliary)
     (total + sum(auxiliary.losses) / 6).backward()
     for name, grad in gradients(model).items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(streamed[name], grad, rtol=1e-6, atol=1e-8, msg=name)
     # Without the balance losses the routers' gradients differ.
     joint(model, batch, weights, counts)[0].backward()
     name = "mtp.depths.1.block.feed_forward.router.weight"
-    assert not torch.allclose(gradients(model)[name], found[name], rtol=1e-3)
+    assert not torch.allclose(gradients(model)[name], streamed[name], rtol=1e-3)
 
 
 @pytest.mark.parametrize("correction", ["none", "selector"])
-def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig, correction: str) -> None:
+def test_the_loss_is_the_same_without_gradients(tiny_trunk: TrunkConfig, correction: str) -> None:
     model = build(tiny_trunk, "parallel", depth=2, correction=correction)
     with torch.no_grad():
-        quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
-    loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
-    assert not quiet.requires_grad
-    # For a gradient, layers may take other kernels.
-    torch.testing.assert_close(quiet, loud.detach())
+        evaluated, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
+    trained, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
+    assert not evaluated.requires_grad
+    # For a gradient, layers may use other kernels.
+    torch.testing.assert_close(evaluated, trained.detach())
 
 
 class _Saved:
@@ -131,8 +133,8 @@ class _Saved:
 
 
 @contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Counts the bytes that autograd saves for backward passes, without parameters."""
+def saved_bytes() -> Iterator[dict[str, int]]:
+    """The bytes, now and at most, that autograd saves for backward passes, without parameters."""
     live = {"now": 0, "peak": 0}
 
     def pack(tensor: Tensor) -> object:
@@ -154,19 +156,19 @@ def test_saved_activations_do_not_grow_with_depth(
         model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
         model.initialize(0)
         batch = windows(4, 32, depth)
-        with counted() as live:
+        with saved_bytes() as live:
             total, _ = loss_of(model, batch, [0.1] * depth, [128] * (depth + 1))  # type: ignore
             total.backward()
         del total
-        assert live["now"] == 0, "something is still held after the backward pass"
+        assert live["now"] == 0, "tensors are still saved after the backward pass"
         return live["peak"]
 
     in_turn = [peak(depth, mtp_loss) for depth in (1, 2, 6)]
-    # Each further token that is read has its id saved.
+    # A Markov head saves the id of each token that it reads.
     ids = 0 if correction == "none" else 4 * 8
     assert in_turn[0] == in_turn[1] - ids == in_turn[2] - 5 * ids
     together = [peak(depth, joint) for depth in (1, 2, 6)]
-    # The same count grows for a joint backward pass: the order saves the difference.
+    # Control: for a joint backward pass the bytes grow with the depth.
     assert together[2] > together[1] > together[0]
     per_head = together[1] - together[0]
     assert together[2] - in_turn[2] >= 4 * per_head
@@ -185,22 +187,22 @@ class ParallelWithOwnHead(ParallelMTP):
         return self.own
 
 
-def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> None:
+def test_an_output_matrix_of_the_heads_gets_its_gradient(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "parallel", depth=2).double()
     model.mtp = ParallelWithOwnHead(ParallelConfig(depth=2), tiny_trunk).double()
-    model.initialize(0)  # a new layer's weights are whatever its memory held
-    batch, own = windows(2, seq_len=9, depth=2), model.mtp.own
-    rows = {k: own.rows_of(batch.targets(k)) for k in (1, 2)}
+    model.initialize(0)
+    batch, head = windows(2, seq_len=9, depth=2), model.mtp.own_head
+    rows = {k: head.rows_of(batch.targets(k)) for k in (1, 2)}
     final, inputs = model.run_trunk(batch, [1, 2])
     for k, hidden in model.mtp.states(inputs, [1, 2]):
-        log_q_BTN = (hidden @ own.weight.T).log_softmax(-1)[rows[k] >= 0]
-        wanted = rows[k][rows[k] >= 0]
-        (-log_q_BTN[torch.arange(len(wanted)), wanted].sum()).backward(retain_graph=True)
-    expected, own.weight.grad = own.weight.grad, None
+        log_q_BTN = (hidden @ head.weight.T).log_softmax(-1)[rows[k] >= 0]
+        targets_M = rows[k][rows[k] >= 0]
+        (-log_q_BTN[torch.arange(len(targets_M)), targets_M].sum()).backward(retain_graph=True)
+    expected, head.weight.grad = head.weight.grad, None
 
     final, inputs = model.run_trunk(batch, [1, 2])
     targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
     targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
     feed = model.mtp.feed(final, inputs, batch, [1, 2])
     stream_loss(model.head.weight, feed, targets)[0].backward()
-    torch.testing.assert_close(own.weight.grad, expected)
+    torch.testing.assert_close(head.weight.grad, expected)

@@ -1,4 +1,4 @@
-"""Every head: the tokens that a depth reads, where gradients stop, how it is initialized.
+"""All heads: the tokens that a depth reads, where gradients stop, the initialization.
 
 ``tests/objective/test_cross_product.py`` compares states, losses and gradients with the
 definitions.
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -40,7 +41,7 @@ HEADS: dict[str, Callable[..., MTPConfig]] = {
 # Heads whose states depend on no token ahead, or only on the last one.
 READS_NONE = ("parallel", "linear", "parameter_free", "linear selector")
 READS_LAST = ("parallel markov", "masked")
-# Variants of one depth, or of none.
+# Variants whose depth is 0 or 1.
 FIXED_DEPTH = ("none", "teacherless", "top", "bag", "registers")
 every_head = pytest.mark.parametrize("head", HEADS)
 
@@ -53,7 +54,7 @@ every_head = pytest.mark.parametrize("head", HEADS)
     active=st.sets(st.integers(1, 3), min_size=1),
 )
 @settings(max_examples=8, deadline=None)
-def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
+def test_a_depth_reads_the_true_tokens_up_to_its_own_and_no_further(
     head: str, row: int, at: int, ahead: int, active: set[int]
 ) -> None:
     """A change of the token ``ahead`` of ``at`` changes depth k there only if k reads that far."""
@@ -62,39 +63,39 @@ def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
     batch = windows(2, 6, 3)
     tokens = batch.tokens.clone()
     tokens[row, at + ahead] = (tokens[row, at + ahead] + 1) % 37
-    wanted = sorted(active)
-    before, after = model(batch, wanted), model(WindowBatch(tokens, 3), wanted)
-    assert list(before) == [0, *wanted]
-    whole = model(batch)
-    for k in wanted:
-        torch.testing.assert_close(before[k], whole[k])  # for any set of active depths
-        unseen = head in READS_NONE or ahead > k or (head in READS_LAST and ahead < k)
-        assert torch.equal(before[k][row, at], after[k][row, at]) == unseen
+    depths = sorted(active)
+    before, after = model(batch, depths), model(WindowBatch(tokens, 3), depths)
+    assert list(before) == [0, *depths]
+    all_depths = model(batch)
+    for k in depths:
+        torch.testing.assert_close(before[k], all_depths[k])
+        unread = head in READS_NONE or ahead > k or (head in READS_LAST and ahead < k)
+        assert torch.equal(before[k][row, at], after[k][row, at]) == unread
         assert torch.equal(before[k][1 - row], after[k][1 - row])
     assert torch.equal(before[0][row, at], after[0][row, at])
 
 
 @every_head
-def test_a_head_starts_as_it_is_without_what_starts_at_zero(
+def test_layers_that_start_at_zero_change_no_state_and_get_gradients(
     tiny_trunk: TrunkConfig, head: str
 ) -> None:
     if head in ("sequential", "parallel", "joint", "eagle", "parameter_free"):
         return  # their layers start at random, or they have none
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=2)))
     model.initialize(0)
-    found = model(windows(1, 8, 2))
+    states = model(windows(1, 8, 2))
     if head in ("nextlat", "linear"):
-        expected = {k: found[0] for k in range(3)}
+        expected = {k: states[0] for k in range(3)}
     elif head == "masked":  # the sampler and the updates start at zero
         _, inputs = model.run_trunk(windows(1, 8, 2), [1, 2])
-        expected = dict(enumerate([found[0], *inputs.hidden.chunk(2, -1)]))
+        expected = dict(enumerate([states[0], *inputs.hidden.chunk(2, -1)]))
     else:
-        bare = replace(model.config.mtp, correction="none", correction_rank=None)
-        plain = MTPModel(replace(model.config, mtp=bare))
+        uncorrected = replace(model.config.mtp, correction="none", correction_rank=None)
+        plain = MTPModel(replace(model.config, mtp=uncorrected))
         plain.initialize(0)
         expected = plain(windows(1, 8, 2))
     for k in range(3):
-        assert torch.equal(found[k], expected[k])
+        assert torch.equal(states[k], expected[k])
     mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
     if head == "nextlat":
         zero = [model.mtp.depths[0].last.weight]
@@ -113,7 +114,9 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
 
 
 @every_head
-def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head: str) -> None:
+def test_weight_zero_has_the_bits_of_training_without_mtp(
+    tiny_trunk: TrunkConfig, head: str
+) -> None:
     batch = windows(2, 9, 2)
     totals, grads = [], []
     mtp = HEADS[head](depth=2)
@@ -129,40 +132,42 @@ def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head
 
 
 @every_head
-def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
-    """The depths' gradient on the first block, on the head and on the embedding."""
+def test_detach_stops_the_gradients_of_depths(tiny_trunk: TrunkConfig, head: str) -> None:
+    """Those of the first block, of the head and of the embedding."""
     if head in ("masked", "parameter_free"):
         return  # the trunk computes their states
     trunk = replace(tiny_trunk, tie_embeddings=False)
-    # Heads that read no embedding: they have a table of their own, or read no token.
+    # Heads that read no embedding of the trunk: they have their own, or read no token.
     no_token = head in READS_NONE or "markov" in head
     for detach, cuts in (
         ("none", (False, False, False)),
         ("trunk", (True, False, no_token)),
         ("all", (True, True, True)),
     ):
-        if head == "eagle":  # it has a head of its own
+        if head == "eagle":  # it has its own head
             cuts = (cuts[0], True, cuts[2])
         model = build(trunk, HEADS[head](depth=2, detach=detach))
-        found = []
+        with_and_without_depths = []
         for weight in (1.0, 0.0):
             mtp_loss(model, windows(2, 8, 2), [weight] * 2, [16] * 3)[0].backward()
-            watched = (
+            parameters = (
                 model.trunk.blocks[0].attention.qkv.weight,
                 model.head.weight,
                 model.trunk.embedding.weight,
             )
-            found.append([parameter.grad.clone() for parameter in watched])
+            with_and_without_depths.append([parameter.grad.clone() for parameter in parameters])
             if weight:
                 assert all(p.grad.abs().max() > 1e-7 for p in model.mtp.parameters())
             model.zero_grad()
-        for cut, a, b in zip(cuts, *found, strict=True):
+        for cut, a, b in zip(cuts, *with_and_without_depths, strict=True):
             assert bool((a - b).abs().max() < 1e-7) == cut, detach
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
-def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
-    """A sequential module needs the shallower ones; heads side by side need no other."""
+def test_only_the_modules_that_active_depths_need_run(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    """A sequential module needs the shallower ones; parallel and linear heads need no other."""
     model, batch = build(tiny_trunk, variant, depth=3), windows(1, 8, 3)
     calls: list[int] = []
     for k, module in enumerate(model.mtp.depths, start=1):
@@ -180,7 +185,7 @@ def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, varia
         model.zero_grad(set_to_none=True)
 
 
-def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
+def test_stacks_say_whether_they_draft_and_read_tokens(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
         stack = (kind() if name in FIXED_DEPTH else kind(depth=2)).build(tiny_trunk)
         assert not (name in FIXED_DEPTH and stack.reads_tokens)
@@ -198,15 +203,13 @@ def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
 
 
 @pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))
-def test_configs_compose_to_the_variants_defaults_and_round_trip(
+def test_yaml_has_the_defaults_of_the_class_and_configs_round_trip(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
-    from mtp_lightning.experiment.instantiate import instantiate
-
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose(overrides=[f"+mtp={variant}"])
-    counted = {"weights": "idf"} if variant == "bag" else {}  # null: by the data
-    mtp = instantiate(cfg.mtp, **counted)
+    # mtp=bag has null there: the data decides.
+    mtp = instantiate(cfg.mtp, **({"weights": "idf"} if variant == "bag" else {}))
     kind = MTPConfig.find(variant)
     depth = 3 if variant == "eagle" else 2
     expected = kind() if variant in FIXED_DEPTH else kind(depth=depth)

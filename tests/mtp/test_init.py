@@ -1,4 +1,4 @@
-"""``mtp.init``: new modules on a trained trunk."""
+"""``mtp.init`` and ``init_from``: new modules on a trained trunk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests import deepseek
 from tests.models import build, stored_of
 
 
-def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
+def stored_start(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
     return stored_of(trunk, mtp or NoMTPConfig())
 
 
@@ -39,14 +39,14 @@ def text(depth: int, *, documents: bool = False) -> WindowBatch:
     return WindowBatch(tokens, depth, ids)
 
 
-def begun(start: StoredModel, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
+def model_from(start: StoredModel, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=mtp))
     model.initialize(0)
     start_from(model, start, batch)
     return model.eval()
 
 
-def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
+def solve_by_least_squares(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
     """The projection by a least-squares solver, with further rows for the ridge."""
     root = 1 / np.sqrt((y**2).mean(axis=1, keepdims=True) * len(x))
     x, y = x * root, y * root
@@ -73,23 +73,23 @@ def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
     ],
     ids=str,
 )  # fmt: skip
-def test_every_weight_of_a_module(
+def test_init_from_the_last_block_sets_every_weight_of_a_module(
     tiny_trunk: TrunkConfig, kind: str, switches: dict[str, Any], documents: bool
 ) -> None:
-    start = start_of(tiny_trunk if kind == "dense" else deepseek.TRUNK)
+    start = stored_start(tiny_trunk if kind == "dense" else deepseek.TRUNK)
     mtp = SequentialConfig(init="last_block", **switches)
     batch = text(mtp.depth, documents=documents)
-    model = begun(start, mtp, batch)
+    model = model_from(start, mtp, batch)
     trunk = model.trunk
     for name, tensor in start.weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
-    # The trunk over windows that are longer by D tokens, for the states ahead.
+    # The trunk reads windows that are longer by D tokens, which gives the states ahead.
     plain = build(start.config.trunk, NoMTPConfig(), seed=5)
     states: dict[str, torch.Tensor] = {}
     blocks = list(plain.trunk.blocks)
     for name, block in (("before", blocks[-1]), ("copied", blocks[-mtp.blocks])):
-        block.register_forward_pre_hook(lambda _, given, name=name: states.update({name: given[0]}))
+        block.register_forward_pre_hook(lambda _, args, name=name: states.update({name: args[0]}))
     blocks[-1].register_forward_hook(lambda _, __, out: states.update(last=out))
     with torch.no_grad():
         plain(WindowBatch(batch.tokens, 0, batch.documents))
@@ -106,20 +106,21 @@ def test_every_weight_of_a_module(
             assert torch.equal(module.norm.weight, trunk.norm.weight)
             assert torch.equal(module.enorm.weight, torch.ones(32))
             assert torch.equal(module.hnorm.weight, torch.ones(32))
-            for own, theirs in zip(module.blocks, trunk.blocks[-mtp.blocks :], strict=True):
-                for name, tensor in theirs.state_dict().items():
-                    assert torch.equal(own.state_dict()[name], tensor), name
+            for copy, block in zip(module.blocks, trunk.blocks[-mtp.blocks :], strict=True):
+                for name, tensor in block.state_dict().items():
+                    assert torch.equal(copy.state_dict()[name], tensor), name
             halves = [_rms(token), _rms(hidden)]
             if mtp.concat == "hidden_first":
                 halves.reverse()
             x, y = torch.cat(halves, -1), states["copied"][:, k : batch.seq_len + k]
-            seen = torch.ones(x.shape[:2], dtype=torch.bool)
+            valid = torch.ones(x.shape[:2], dtype=torch.bool)
             if batch.documents is not None:
-                seen = batch.documents[:, : batch.seq_len] == batch.shifted(batch.documents, k - 1)
+                valid = batch.documents[:, : batch.seq_len] == batch.shifted(batch.documents, k - 1)
             half = slice(0, 32) if mtp.concat == "hidden_first" else slice(32, 64)
-            wanted = reference(x[seen].double().numpy(), y[seen].double().numpy(), half)
+            x, y = (t[valid].double().numpy() for t in (x, y))
+            expected = solve_by_least_squares(x, y, half)
             np.testing.assert_allclose(
-                module.eh_proj.weight.detach().numpy(), wanted, rtol=1e-3, atol=2e-4
+                module.eh_proj.weight.detach().numpy(), expected, rtol=1e-3, atol=2e-4
             )
         with torch.no_grad():
             hidden = module(hidden, token, inputs.ctx)
@@ -133,34 +134,34 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
 @given(
     seed=st.integers(0, 2**31), n=st.integers(1, 60), width=st.integers(1, 6), first=st.booleans()
 )
-def test_the_projection_is_the_minimum(seed: int, n: int, width: int, first: bool) -> None:
+def test_the_projection_equals_that_of_a_solver(seed: int, n: int, width: int, first: bool) -> None:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 2 * width))
     y = rng.normal(size=(n, width)) * np.exp(rng.normal(size=(n, 1)) * 3)  # outliers
     half = slice(0, width) if first else slice(width, 2 * width)
-    found = fit_projection(torch.from_numpy(x), torch.from_numpy(y), half).numpy()
-    np.testing.assert_allclose(found, reference(x, y, half), rtol=1e-6, atol=1e-8)
+    projection = fit_projection(torch.from_numpy(x), torch.from_numpy(y), half).numpy()
+    np.testing.assert_allclose(projection, solve_by_least_squares(x, y, half), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("trunk", ["dense", "deepseek"])
-def test_parallel_heads_are_the_main_prediction_at_first(
+def test_parallel_heads_from_the_last_block_start_as_the_main_prediction(
     tiny_trunk: TrunkConfig, trunk: str
 ) -> None:
-    start = start_of(tiny_trunk if trunk == "dense" else deepseek.TRUNK)
+    start = stored_start(tiny_trunk if trunk == "dense" else deepseek.TRUNK)
     batch = text(3)
-    model = begun(start, ParallelConfig(depth=3, init="last_block"), batch)
+    model = model_from(start, ParallelConfig(depth=3, init="last_block"), batch)
     states = model(batch)
     assert all(torch.equal(states[0], states[k]) for k in (1, 2, 3))
-    drawn = begun(start, ParallelConfig(depth=3), batch)
+    drawn = model_from(start, ParallelConfig(depth=3), batch)
     assert not torch.equal(drawn(batch)[1], states[1])
 
 
 @pytest.mark.parametrize(("config", "tied"), [(SequentialConfig, True), (ParallelConfig, False)])
-def test_random_modules_have_the_trunks_norm(
+def test_random_modules_start_with_the_trunks_norm(
     tiny_trunk: TrunkConfig, config: type[MTPConfig], tied: bool
 ) -> None:
-    """A head trained with other gains would give logits of any size for gains of 1."""
-    start = start_of(replace(tiny_trunk, tie_embeddings=tied))
+    """With gains of 1, a head that was trained with other gains could give huge logits."""
+    start = stored_start(replace(tiny_trunk, tie_embeddings=tied))
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=config(depth=2)))
     model.initialize(0)
     drawn = {name: tensor.clone() for name, tensor in model.mtp.state_dict().items()}
@@ -170,9 +171,9 @@ def test_random_modules_have_the_trunks_norm(
         assert torch.equal(tensor, start.weights["trunk.norm.weight"] if norm else drawn[name])
 
 
-def test_a_module_that_is_there_is_kept(tiny_trunk: TrunkConfig) -> None:
-    start = start_of(tiny_trunk, SequentialConfig(depth=1))
-    model = begun(start, SequentialConfig(depth=3, init="last_block"), text(3))
+def test_a_module_of_the_checkpoint_is_kept(tiny_trunk: TrunkConfig) -> None:
+    start = stored_start(tiny_trunk, SequentialConfig(depth=1))
+    model = model_from(start, SequentialConfig(depth=3, init="last_block"), text(3))
     for name, tensor in start.weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
     last = model.trunk.blocks[-1].state_dict()
@@ -183,21 +184,21 @@ def test_a_module_that_is_there_is_kept(tiny_trunk: TrunkConfig) -> None:
         )
 
 
-def test_what_cannot_begin(tiny_trunk: TrunkConfig) -> None:
+def test_init_from_the_last_block_is_refused_where_it_does_not_fit(tiny_trunk: TrunkConfig) -> None:
     last = SequentialConfig(depth=1, init="last_block")
     with pytest.raises(
         ValueError, match=r"mtp.init=last_block has no effect: init_from=old.ckpt holds every"
     ):
-        begun(start_of(tiny_trunk, SequentialConfig(depth=1)), last, text(1))
+        model_from(stored_start(tiny_trunk, SequentialConfig(depth=1)), last, text(1))
     experts = deepseek.TRUNK.feed_forward
     assert isinstance(experts, ExpertsConfig)
     dense = deepseek.trunk(experts={"first_k_dense": 3})
     for mtp in (last, ParallelConfig(depth=1, init="last_block")):
         with pytest.raises(ValueError, match=r"last_block does not fit, .*Missing key"):
-            begun(start_of(dense), mtp, text(1))
-    alone = replace(text(1), documents=torch.arange(22).expand(12, 22))
+            model_from(stored_start(dense), mtp, text(1))
+    one_token_each = replace(text(1), documents=torch.arange(22).expand(12, 22))
     with pytest.raises(ValueError, match="no text to fit: with data.document_mask=true"):
-        begun(start_of(tiny_trunk), last, alone)
+        model_from(stored_start(tiny_trunk), last, one_token_each)
     with pytest.raises(ValueError, match=r"no meaning for parallel heads with mtp.input_norm=post"):
         ParallelConfig(depth=1, init="last_block", input_norm="post")
     with pytest.raises(ValueError, match=r"mtp.init=warm"):

@@ -1,5 +1,5 @@
-"""What is particular to ``mtp=masked``: the main prediction and a frozen trunk do not change, and
-training and drafting compute the same.
+"""``mtp=masked``: the main prediction and a frozen trunk do not change, and training and drafting
+compute the same.
 
 ``tests/objective/test_cross_product.py`` compares losses and gradients with the equations, which
 ``tests/objective/states.py`` computes one token at a time in float64.
@@ -60,27 +60,26 @@ def in_documents(batch: WindowBatch) -> WindowBatch:
 def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
     trunk: str, low: bool, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For random weights of the head, in training and in evaluation, also with documents."""
+    """With random weights of the head, in training and in evaluation, also with documents."""
     use_library(monkeypatch, library)
     model = masked(TRUNKS[trunk])
     plain = MTPModel(ModelConfig(trunk=TRUNKS[trunk], mtp=NoMTPConfig()))
     plain.load_state_dict(model.state_dict(), strict=False)
     batch = windows(2, T, DEPTH)
-    for training, asked in ((True, batch), (False, batch), (True, in_documents(batch))):
-        bare = None if asked.documents is None else asked.documents[:, : T + 1]
+    for training, rows in ((True, batch), (False, batch), (True, in_documents(batch))):
+        documents = None if rows.documents is None else rows.documents[:, : T + 1]
+        short = WindowBatch(batch.tokens[:, : T + 1], 0, documents)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            with_masks = model.train(training)(asked)
-            without = plain.train(training)(WindowBatch(batch.tokens[:, : T + 1], 0, bare))
-            logits = [m.head(found[0]) for m, found in ((model, with_masks), (plain, without))]
+            with_masks, without = model.train(training)(rows), plain.train(training)(short)
+            assert torch.equal(model.head(with_masks[0]), plain.head(without[0]))
         assert with_masks.keys() == set(range(DEPTH + 1))
-        assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(
     ("trunk", "drafts"), [*((trunk, DEPTH) for trunk in TRUNKS), ("plain", 1), ("experts", 2)]
 )
-def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int) -> None:
-    """After the prompt, and after a verify pass over the positions of the masks."""
+def test_training_and_drafting_give_the_same_logits(trunk: str, drafts: int) -> None:
+    """In float64, after the prompt and after a verify pass over the positions of the masks."""
     model, n = masked(TRUNKS[trunk]).double().eval(), 9
     tokens = windows(1, 3 * n, DEPTH).tokens
     expected = model(WindowBatch(tokens, DEPTH))
@@ -93,11 +92,11 @@ def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int)
             for k in range(1, drafts + 1):
                 logits = session.draft(k).logits_BV[0]
                 session.put(tokens[:, n + k : n + k + 1], k)
-                wanted = model.head(expected[k][0, n - 1])
-                torch.testing.assert_close(logits, wanted, rtol=1e-12, atol=1e-12)
+                trained = model.head(expected[k][0, n - 1])
+                torch.testing.assert_close(logits, trained, rtol=1e-12, atol=1e-12)
             main = session.verify(drafts)[0]
-            wanted = model.head(expected[0][0, n : n + drafts + 1])
-            torch.testing.assert_close(main, wanted, rtol=1e-12, atol=1e-12)
+            trained = model.head(expected[0][0, n : n + drafts + 1])
+            torch.testing.assert_close(main, trained, rtol=1e-12, atol=1e-12)
             session.accept([accepted])
 
 
@@ -105,7 +104,7 @@ def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_give_the_same_gradients() -> None:
     """Within rounding. All blocks share one program, though their updates differ."""
-    found = []
+    gradients = []
     for compiled in (False, True):
         model = masked().train()
         if compiled:
@@ -115,26 +114,26 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
                 model.zero_grad()
                 batch = in_documents(windows(2, T, DEPTH))
                 mtp_loss(model, batch, [0.3] * DEPTH, [14] * 4)[0].backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_masks_do_not_count_for_the_balance_of_experts() -> None:
     model = masked(TRUNKS["experts"])
-    found = []
+    loads = []
     for weights in ([0.3] * DEPTH, [0.0] * DEPTH):
         _, _, auxiliary = reported_loss(model, windows(2, T, DEPTH), weights, [14] * 4)
-        found.append(list(auxiliary.loads.values()))
-    assert len(found[0]) == 2
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        loads.append(list(auxiliary.loads.values()))
+    assert len(loads[0]) == 2
+    assert all(torch.equal(*pair) for pair in zip(*loads, strict=True))
     assert [sorted(of) for of in model.mtp.updates] == [  # experts have no updates
         ["down", "gate_up", "out", "qkv"], ["out", "qkv"], ["out", "qkv"],
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("consistency", [0.0, 1.0])
-def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
+def test_training_on_a_frozen_trunk_changes_only_the_head(consistency: float) -> None:
     """The masks learn a repeating text: the loss falls, and no bit of the trunk changes."""
     config = MaskedConfig(depth=2, lora_rank=4, freeze_trunk=True, consistency=consistency)
     model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config))
@@ -155,6 +154,6 @@ def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
     assert torch.equal(model.head(model(batch)[0]), main)
 
 
-def test_stored_states_are_refused() -> None:
+def test_stored_states_of_the_trunk_are_refused() -> None:
     with pytest.raises(UserError, match="data.cache_states=true has no meaning for mtp=masked"):
         check_cached(masked(freeze_trunk=True))

@@ -1,4 +1,4 @@
-"""Linear heads that predict the next tokens jointly, by a tensor of rank r."""
+"""``mtp.rank``: linear heads that predict the next tokens jointly, by a tensor of rank r."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
 def components(
     window: Tensor, w: dict[str, Tensor], trunk: TrunkConfig, rank: int, depth: int
 ) -> tuple[Tensor, Tensor]:
-    """In loops: ``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window (arXiv 2410.17765)."""
+    """``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window, in loops (arXiv 2410.17765)."""
     h, *_ = reference.trunk(window[: len(window) - depth - 1], w, trunk)
     head = w.get("head.weight", w["trunk.embedding.weight"])
     shares, probs = [], []
@@ -66,16 +66,16 @@ def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkC
     generator = torch.Generator().manual_seed(1)
     batch = WindowBatch(torch.randint(0, 4, (1, 8), generator=generator), 2)
     shares, probs = components(batch.tokens[0], model.state_dict(), trunk, 3, 2)
-    found = {k: model.head(h)[0].exp() for k, h in model(batch).items()}
+    predicted = {k: model.head(h)[0].exp() for k, h in model(batch).items()}
     for t in range(5):
         joint = torch.einsum("a,ax,ay,az->xyz", shares[t], *probs[t])
         x, y = batch.tokens[0, t + 1 : t + 3].tolist()
         exact = joint.sum((1, 2)), joint[x].sum(1) / joint[x].sum(), joint[x, y] / joint[x, y].sum()
         for k in range(3):
-            torch.testing.assert_close(found[k][t], exact[k], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(predicted[k][t], exact[k], rtol=1e-6, atol=1e-9)
 
 
-def test_components_start_apart_and_the_first_as_the_main_prediction(
+def test_components_start_different_and_the_first_as_the_main_prediction(
     tiny_trunk: TrunkConfig,
 ) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2, rank=3)))
@@ -91,20 +91,20 @@ def test_components_start_apart_and_the_first_as_the_main_prediction(
 
 @given(rank=st.integers(1, 4), d_model=st.integers(1, 5), seed=st.integers(0, 9))
 @settings(max_examples=20, deadline=None)
-def test_a_packed_mixture_is_what_was_packed(rank: int, d_model: int, seed: int) -> None:
+def test_a_packed_mixture_unpacks_to_the_same_bits(rank: int, d_model: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(2, 3, rank, d_model, generator=generator)
     weights = torch.randn(2, 3, rank, generator=generator).log_softmax(-1)
     packed = pack(states, weights)
-    for found, exact in zip(unpack(packed, d_model), (states, weights), strict=True):
-        assert torch.equal(found, exact)
+    for unpacked, original in zip(unpack(packed, d_model), (states, weights), strict=True):
+        assert torch.equal(unpacked, original)
     head = Head(7, d_model)
     torch.nn.init.normal_(head.weight, generator=generator)
-    exact = (weights.exp().unsqueeze(-1) * (states @ head.weight.T).softmax(-1)).sum(-2)
-    torch.testing.assert_close(head(packed).exp(), exact)
+    expected = (weights.exp().unsqueeze(-1) * (states @ head.weight.T).softmax(-1)).sum(-2)
+    torch.testing.assert_close(head(packed).exp(), expected)
 
 
-def test_one_chunk_is_all_that_there_is_of_size_v(
+def test_the_largest_tensor_is_a_chunk_of_rows_times_the_vocabulary(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocab = 40, 5_000
@@ -129,7 +129,7 @@ def test_one_chunk_is_all_that_there_is_of_size_v(
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_looks_at_a_depth_alone_is_refused(
+def test_objectives_that_need_the_logits_of_one_depth_are_refused(
     tiny_trunk: TrunkConfig, options: dict[str, Any]
 ) -> None:
     model = build(tiny_trunk, "linear", depth=2, rank=2)

@@ -1,4 +1,4 @@
-"""Settings of heads that are refused, and the messages."""
+"""Settings of heads that are refused, with their messages."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ RANK_2 = {
     "branch": "before_last", "detach": "trunk", "freeze_trunk": True, "stride": 2,
     "correction": "mlp",
 }  # fmt: skip
-NOTHING = {"depth": 0, "freeze_trunk": True}
+UNTRAINABLE = {"depth": 0, "freeze_trunk": True}
 # A head, its settings with a depth of 2 where none is given, and words of the message.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("parallel", {"branch": "top"}, "mtp.branch=top is unknown"),
     ("sequential", {"branch": "middle"}, "branch=middle is unknown: choose one of final"),
     ("linear", {"detach": "head"}, "mtp.detach=head is unknown"),
     ("linear", {"depth": -1}, "at least 0, not -1"),
-    *((kind, NOTHING, "nothing to train") for kind in ("parallel", "nextlat")),
-    ("masked", NOTHING, "nothing to train"),
+    *((kind, UNTRAINABLE, "nothing to train") for kind in ("parallel", "nextlat")),
+    ("masked", UNTRAINABLE, "nothing to train"),
     ("sequential", {"depth": 1, "hidden_state_mixing": True}, "nothing to mix"),
     ("sequential", {"blocks": 0}, "mtp.blocks must be .* at least 1, not 0"),
     *(("sequential", {"token_dropout": p}, "token_dropout") for p in (-0.1, 1.5, True, "x")),
@@ -64,22 +64,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "settings", "message"), REFUSED)
-def test_what_makes_no_sense_is_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
     sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2}
-    # Of latent attention, where the trunk is what does not fit.
+    # Without settings, the trunk's latent attention is refused.
     trunk = TrunkConfig(**sizes, d_ff=48) if settings else deepseek_trunk()
     depth = {} if kind in FIXED_DEPTH else {"depth": 2}
     with pytest.raises((ValueError, TypeError), match=message):
         MTPConfig.find(kind)(**depth | settings).build(trunk)
 
 
-def test_a_window_holds_the_look_ahead() -> None:
+def test_a_look_ahead_longer_than_the_window_is_refused() -> None:
     registers = RegistersConfig(lookahead=9)
     registers.check_window(8)
     with pytest.raises(ValueError, match=r"lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok"):
         registers.check_window(7)
 
 
-def test_settings_survive_a_checkpoint() -> None:
+def test_settings_round_trip_through_a_checkpoint() -> None:
     for config in (TopConfig(tau=2.0), BagConfig(weights="none"), RegistersConfig(lookahead=9)):
         assert MTPConfig.from_dict(config.to_dict()) == config

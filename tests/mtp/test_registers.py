@@ -1,4 +1,4 @@
-"""Register tokens: they change no token's state, and only the step decides how far ahead they look.
+"""Register tokens: they change no token's state, and their offset depends only on the step.
 
 ``tests/objective/test_cross_product.py`` compares losses and gradients with the definitions in
 ``tests/objective/states.py``.
@@ -20,9 +20,9 @@ from tests.mtp.summaries import ahead_windows
 
 
 def keys_of_every_offset(model: torch.nn.Module, most: int) -> dict[int, RandomKey]:
-    found = {model.mtp.offset(key): key for key in (RandomKey(0, s) for s in range(200))}
-    assert sorted(found) == list(range(1, most + 1))
-    return found
+    keys = {model.mtp.offset(key): key for key in (RandomKey(0, s) for s in range(200))}
+    assert sorted(keys) == list(range(1, most + 1))
+    return keys
 
 
 TRUNKS = {
@@ -38,7 +38,9 @@ TRUNKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: torch.dtype) -> None:
+def test_registers_change_no_state_of_a_token(
+    tiny_trunk: TrunkConfig, trunk: str, dtype: torch.dtype
+) -> None:
     """The tokens' states have the same bits for any contents and offset of the registers, and are
     within rounding of a pass without registers. With experts, whose products round by their number
     of tokens, both hold within rounding."""
@@ -62,7 +64,7 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
         torch.testing.assert_close(states[0][0], plain[0], rtol=bound, atol=bound)
 
 
-def test_the_offset_is_the_steps_alone(tiny_trunk: TrunkConfig) -> None:
+def test_the_offset_depends_only_on_the_seed_and_the_step(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "registers", lookahead=4)
     drawn = [model.mtp.offset(RandomKey(3, step)) for step in range(400)]
     assert all(80 < drawn.count(d) < 120 for d in (1, 2, 3, 4))

@@ -1,4 +1,4 @@
-"""DFlash 2's candidate selector against its definition: scores, what they depend on, drafts.
+"""DFlash 2's candidate selector against its definition: scores, the tokens they read, drafts.
 
 ``tests/objective/test_cross_product.py`` compares the losses and gradients of a step with the
 definition, for every objective.
@@ -67,21 +67,22 @@ def test_scores_are_those_of_the_definition(tiny_trunk: TrunkConfig, head: str) 
             for t in range(SEQ_LEN):
                 a = int(batch.tokens[row, t + k])
                 scores = scores_of(model, logits_BTV[row, t], hidden_BTC[row, t], a)
-                found = {v: x for v, x in enumerate(drafted_BTV[row, t].tolist()) if x > -math.inf}
-                assert found == pytest.approx(scores, rel=1e-9)
+                drafted = drafted_BTV[row, t].tolist()
+                candidates = {v: x for v, x in enumerate(drafted) if x > -math.inf}
+                assert candidates == pytest.approx(scores, rel=1e-9)
 
 
 @every_head
 @torch.no_grad()
-def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
+def test_a_draft_depends_on_the_token_before_it_and_not_on_later_ones(
     tiny_trunk: TrunkConfig, head: str
 ) -> None:
     model, batch = model_of(tiny_trunk, head), windows(1, SEQ_LEN, DEPTH)
 
     def drafted(tokens: Tensor) -> dict[int, Tensor]:
-        found = model(WindowBatch(tokens, DEPTH))
+        states = model(WindowBatch(tokens, DEPTH))
         return {
-            k: model.draft_logits(k, found[k], tokens[:, k : k + SEQ_LEN])[0]
+            k: model.draft_logits(k, states[k], tokens[:, k : k + SEQ_LEN])[0]
             for k in range(1, DEPTH + 1)
         }
 
@@ -98,20 +99,21 @@ def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
 
 @every_head
 @torch.no_grad()
-def test_it_starts_as_the_head_without_it(tiny_trunk: TrunkConfig, head: str) -> None:
+def test_a_new_selector_drafts_as_the_head_without_it(tiny_trunk: TrunkConfig, head: str) -> None:
     switches = {"depth": DEPTH, **SELECTOR}
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find(head)(**switches)))
     plain = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find(head)(depth=DEPTH)))
-    for started in (model, plain):
-        started.initialize(2)
+    model.initialize(2)
+    plain.initialize(2)
     batch = windows(3, SEQ_LEN, DEPTH)
-    found, expected = model(batch), plain(batch)
+    states, expected = model(batch), plain(batch)
     for k in range(1, DEPTH + 1):
-        assert torch.equal(found[k], expected[k])
-        drafted = model.draft_logits(k, found[k], batch.tokens[:, k : k + SEQ_LEN])
+        assert torch.equal(states[k], expected[k])
+        drafted = model.draft_logits(k, states[k], batch.tokens[:, k : k + SEQ_LEN])
         logits = plain.head(expected[k])
-        kept = drafted.isfinite()
-        assert torch.equal(drafted[kept], logits[kept]) and (kept.sum(-1) == 16).all()
+        candidates = drafted.isfinite()
+        assert torch.equal(drafted[candidates], logits[candidates])
+        assert (candidates.sum(-1) == 16).all()
         assert torch.equal(drafted.argmax(-1), logits.argmax(-1))
     prompts = random_prompts(3, (4, 9))
     texts = [generate(m.eval(), prompts, max_new_tokens=12) for m in (model, plain)]
@@ -127,18 +129,18 @@ def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
     log_q_V = torch.log_softmax(model.head(hidden_C), -1)
     ids = log_q_V.topk(selector.CANDIDATES).indices
     before = torch.tensor([text[-1]])
-    found = torch.full_like(log_q_V, -math.inf)
+    scores = torch.full_like(log_q_V, -math.inf)
     for b in ids:  # the loss of each candidate as the target
         chunk = Chunk(k, log_q_V[None], b[None], hidden_C[None], before_R=before)
-        found[b] = -model.mtp.rescorer.value(chunk)[0]
-    return found
+        scores[b] = -model.mtp.rescorer.value(chunk)[0]
+    return scores
 
 
 @every_head
 @pytest.mark.parametrize("tree", [None, Tree((2, 2, 1))], ids=["chain", "tree"])
 @torch.no_grad()
 def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None) -> None:
-    """For rows of different lengths, and drafts of any tokens."""
+    """For rows of different lengths, and drafts of arbitrary tokens."""
     model = small_model(3, DEPTH, stack=head, **SELECTOR)
     prompts = random_prompts(3, (9, 12))
     size: dict[str, int] = {"slots": 2, "capacity": 24}
@@ -161,9 +163,9 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
             for row, prompt in enumerate(prompts):
                 following = []
                 for node, path in enumerate(paths[row]):
-                    wanted = trained_scores(model, prompt + path, k)
-                    found = torch.log_softmax(logits_BPV[row, node], -1)
-                    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                    expected = trained_scores(model, prompt + path, k)
+                    scores = torch.log_softmax(logits_BPV[row, node], -1)
+                    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
                     chosen = [(7 * row + 5 * node + 11 * k + j) % VOCAB for j in range(width)]
                     following += [[*path, token] for token in chosen]
                 paths[row] = following
@@ -172,38 +174,38 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
 
 
 @torch.no_grad()
-def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
+def test_rates_are_those_of_the_rescored_drafts(tiny_trunk: TrunkConfig) -> None:
     model, batch = model_of(tiny_trunk), windows(2, 12, DEPTH)
     rates = rates_of(model)
     rates.update(model, batch, model(batch))
-    found = rates.compute()
+    values = rates.compute()
     main = model.head(model(batch)[0])
     for k, hidden_BTC in list(model(batch).items())[1:]:
         logits = model.head(hidden_BTC)
         drafted = model.draft_logits(k, hidden_BTC, batch.tokens[:, k : k + 12])
         target = batch.targets(k)
-        taken = drafted.gather(-1, target.unsqueeze(-1)).isfinite()
+        is_candidate = drafted.gather(-1, target.unsqueeze(-1)).isfinite()
         shared = torch.minimum(drafted[:, :-k].softmax(-1), main[:, k:].softmax(-1)).sum(-1)
         agreed = drafted[:, :-k].argmax(-1) == main[:, k:].argmax(-1)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-        assert 0 < float(taken.double().mean()) < 1
+        assert 0 < float(is_candidate.double().mean()) < 1
         for name, value in (
-            ("candidate_recall", taken),
+            ("candidate_recall", is_candidate),
             ("accuracy", drafted.argmax(-1) == target),
             ("agreement", agreed),
             ("overlap", shared),
             ("loss", loss),  # of the head's logits, since a target may not be a candidate
         ):
             expected = float(value.double().mean())
-            assert found[f"{name}_depth_{k}"] == pytest.approx(expected, rel=1e-6), name
+            assert values[f"{name}_depth_{k}"] == pytest.approx(expected, rel=1e-6), name
     assert "candidate_recall" not in rates_of(small_model(0, 1)).metric_state
 
 
 @torch.no_grad()
-def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
+def test_the_measured_rejection_is_that_of_the_rescored_drafts() -> None:
     model = small_model(1, 2, vocab=20, stack="linear", **SELECTOR)
     prompt, k = torch.tensor([3, 1, 2]), 1
-    found = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).measure()
+    floors = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).measure()
     tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
     hidden = model(WindowBatch(tokens, 2))
     p = model.head(hidden[0]).double().softmax(-1)
@@ -213,10 +215,10 @@ def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
         for a in range(20)
     ]).double().softmax(-1)  # fmt: skip
     expected = (p[0, 2] * (1 - torch.minimum(p_after, q).sum(-1))).sum()
-    assert found[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
+    assert floors[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_ranks_of_corrections() -> None:
+def test_the_default_ranks_of_corrections() -> None:
     linear = MTPConfig.find("linear")
     assert linear(depth=1, correction="selector").columns == 256
     assert linear(depth=1, correction="markov").columns == 64

@@ -20,7 +20,7 @@ from tests.integration import helpers
 from tests.models import build, windows
 
 
-def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
+def test_mixing_draws_uniformly_from_the_trunk_and_shallower_depths() -> None:
     k, seq_len, batch = 3, 400, 50
     back = draw_states_back(k, batch, seq_len, RandomKey(seed=1, step=0))
     inner = back[:, : seq_len - k]
@@ -28,20 +28,19 @@ def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
     # 20,000 draws: three standard deviations are 0.01.
     torch.testing.assert_close(share, torch.full((k,), 1 / 3), atol=0.01, rtol=0)
     assert back[:, -1].eq(0).all(), "the window's end has no shallower state to offer"
-    # Rows, steps and seeds have streams of their own.
+    # Rows, steps and seeds have different random numbers.
     assert not torch.equal(back[0], back[1])
     for other in (RandomKey(seed=1, step=1), RandomKey(seed=2, step=0)):
         assert not torch.equal(draw_states_back(k, batch, seq_len, other), back)
 
 
-def test_the_draw_depends_on_the_window_alone() -> None:
-    """It does not depend on how the step is split into micro-batches or ranks."""
+def test_mixing_does_not_depend_on_micro_batches_or_ranks() -> None:
     whole = draw_states_back(3, 6, 20, RandomKey(seed=1, step=7))
     parts = [draw_states_back(3, 2, 20, RandomKey(seed=1, step=7, first_row=r)) for r in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None:
+def test_only_training_mixes(tiny_trunk: TrunkConfig) -> None:
     mixing = build(tiny_trunk, "sequential", depth=3, hidden_state_mixing=True)
     plain = build(tiny_trunk, "sequential", depth=3)
     batch = windows(2, 12, 3)
@@ -54,7 +53,7 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
     assert torch.equal(plain(replace(batch, key=RandomKey(seed=0, step=0)))[3], plain(batch)[3])
 
 
-def test_every_step_and_micro_batch_draws_anew(
+def test_every_step_and_micro_batch_has_its_random_key(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: list[RandomKey | None] = []
@@ -68,13 +67,13 @@ def test_every_step_and_micro_batch_draws_anew(
         batch: WindowBatch,
         depths: Sequence[int],
     ) -> Feed:
-        if not final_BTC.is_meta:  # a step there is counted, not trained
+        if not final_BTC.is_meta:  # the step there only counts FLOPs
             keys.append(inputs.key)
         return feed(stack, final_BTC, inputs, batch, depths)
 
     monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
-    for steps in (2, 3):  # begun, and resumed
+    for steps in (2, 3):  # a new run, then resumed
         helpers.train_here(tmp_path / "run", cache, {**settings, "trainer.max_steps": steps})
     assert keys == [RandomKey(7, step, row) for step in range(3) for row in (0, 3)]
 
@@ -82,25 +81,25 @@ def test_every_step_and_micro_batch_draws_anew(
 KEY = RandomKey(seed=3, step=5)
 
 
-def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkConfig) -> None:
+def test_only_training_drops_tokens_and_each_row_has_its_draws(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "sequential", depth=2, token_dropout=0.5)
     batch = windows(4, 12, 2)
-    as_used = model(batch)
+    evaluated = model(batch)
     state = {n: t for n, t in model.state_dict().items() if n != "mtp.blank"}
     plain = MTPModel(replace(model.config, mtp=SequentialConfig(depth=2)))
     plain.load_state_dict(state)
     for k, hidden in plain(batch).items():
-        assert torch.equal(hidden, as_used[k])
-    in_training = model(replace(batch, key=KEY))
-    assert torch.equal(in_training[0], as_used[0])
-    assert not torch.equal(in_training[1], as_used[1])
-    # In any micro-batch and on any rank.
+        assert torch.equal(hidden, evaluated[k])
+    trained = model(replace(batch, key=KEY))
+    assert torch.equal(trained[0], evaluated[0])
+    assert not torch.equal(trained[1], evaluated[1])
+    # The draws are the same in any micro-batch and on any rank.
     half = model(WindowBatch(batch.tokens[2:], 2, key=replace(KEY, first_row=2)))
     for k in (1, 2):
-        torch.testing.assert_close(half[k], in_training[k][2:])
+        torch.testing.assert_close(half[k], trained[k][2:])
 
 
-def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:
+def test_with_token_dropout_1_modules_read_no_token(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "sequential", depth=3, token_dropout=1.0).eval()
     assert not model.mtp.reads_tokens
     batch = windows(2, 9, 3)

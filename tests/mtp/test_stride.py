@@ -18,7 +18,7 @@ from tests.models import build
 every_head = pytest.mark.parametrize("variant", ["parallel", "linear"])
 
 
-def leaping(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
+def strided_windows(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
     """Windows with documents and unscored tokens."""
     generator = torch.Generator().manual_seed(2)
     shape = (rows, seq_len + stride * depth + 1)
@@ -28,23 +28,23 @@ def leaping(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
     return WindowBatch(tokens, depth, documents, scored, stride=stride)
 
 
-def pair(trunk: TrunkConfig, variant: str) -> tuple[MTPModel, MTPModel]:
-    """Two heads of stride 3, and six of stride 1, of which the third and sixth are the same."""
+def strided_and_dense(trunk: TrunkConfig, variant: str) -> tuple[MTPModel, MTPModel]:
+    """A model with two heads of stride 3, and one with six of stride 1: the third and the sixth
+    have the weights of the first two."""
     kind = MTPConfig.find(variant)
-    leaps, walks = build(trunk, kind(depth=2, stride=3)), build(trunk, kind(depth=6))
-    state = walks.state_dict()
-    for name in leaps.state_dict():
+    strided, dense = build(trunk, kind(depth=2, stride=3)), build(trunk, kind(depth=6))
+    state = dense.state_dict()
+    for name in strided.state_dict():
         if name.startswith("mtp."):
             head = int(name.split(".")[2])
-            wide = name.replace(f"depths.{head}.", f"depths.{3 * head + 2}.")
-            state[name] = state.pop(wide)
-    leaps.load_state_dict({n: t for n, t in state.items() if n in leaps.state_dict()})
-    return leaps, walks
+            state[name] = state.pop(name.replace(f"depths.{head}.", f"depths.{3 * head + 2}."))
+    strided.load_state_dict({n: t for n, t in state.items() if n in strided.state_dict()})
+    return strided, dense
 
 
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 6))
 def test_targets_are_those_of_deeper_windows(stride: int, depth: int, seq_len: int) -> None:
-    batch = leaping(3, seq_len, depth, stride)
+    batch = strided_windows(3, seq_len, depth, stride)
     deep = WindowBatch(batch.tokens, stride * depth, batch.documents, batch.scored)
     assert batch.seq_len == deep.seq_len == seq_len
     for k in range(depth + 1):
@@ -60,24 +60,26 @@ def test_targets_are_those_of_deeper_windows(stride: int, depth: int, seq_len: i
 
 
 @every_head
-def test_rates_compare_the_same_token(tiny_trunk: TrunkConfig, variant: str) -> None:
-    leaps, walks = pair(tiny_trunk, variant)
-    batch = leaping(3, 10, 2, 3)
+def test_rates_are_those_of_heads_of_stride_1_for_the_same_tokens(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    strided, dense = strided_and_dense(tiny_trunk, variant)
+    batch = strided_windows(3, 10, 2, 3)
     deep = WindowBatch(batch.tokens, 6, batch.documents, batch.scored)
-    found = {}
-    for model, windows in ((leaps, batch), (walks, deep)):
+    values = {}
+    for model, windows in ((strided, batch), (dense, deep)):
         rates = DepthRates(model.depth)
         with torch.no_grad():
             rates.update(model, windows, model(windows))
-        found[model] = rates.compute()
+        values[model] = rates.compute()
     for name in ("loss", "accuracy", "agreement", "overlap"):
         for k in (1, 2):
-            value = found[leaps][f"{name}_depth_{k}"]
-            assert value == found[walks][f"{name}_depth_{3 * k}"]
+            expected = values[dense][f"{name}_depth_{3 * k}"]
+            assert values[strided][f"{name}_depth_{k}"] == expected
 
 
 @every_head
-def test_only_neighbours_can_be_drafted(tiny_trunk: TrunkConfig, variant: str) -> None:
+def test_strided_heads_do_not_draft(tiny_trunk: TrunkConfig, variant: str) -> None:
     model = build(tiny_trunk, variant, depth=2, stride=2).eval()
     assert model.mtp.max_draft_depth == 0 and not model.mtp.reads_tokens
     (plain,) = generate(model, [[1, 2, 3]], max_new_tokens=5)
@@ -85,4 +87,4 @@ def test_only_neighbours_can_be_drafted(tiny_trunk: TrunkConfig, variant: str) -
     with pytest.raises(ValueError, match="mtp.stride=2 predicts one token in 2 "):
         generate(model, [[1, 2, 3]], max_new_tokens=5, draft_depth=1)
     with pytest.raises(ValueError, match="built for mtp.stride=2"):
-        leaping(1, 4, 2, 2).require_depth(2)
+        strided_windows(1, 4, 2, 2).require_depth(2)

@@ -35,7 +35,7 @@ from tests.mtp.summaries import ahead_windows, nearest
     documents=st.booleans(),
     scored=st.booleans(),
 )
-def test_it_finds_what_a_search_finds(
+def test_the_tokens_ahead_are_those_of_a_search(
     seed: int,
     rows: int,
     seq_len: int,
@@ -59,29 +59,28 @@ def test_it_finds_what_a_search_finds(
         for m, tokens, counts in zip(range(start, total), tokens_RS, counts_RS, strict=False):
             row, i = divmod(m, seq_len)
             expected = nearest(batch, row, i, first, last)
-            found = {int(tokens[s]): first + s for s in counts.nonzero().flatten().tolist()}
-            assert found == expected
+            distances = {int(tokens[s]): first + s for s in counts.nonzero().flatten().tolist()}
+            assert distances == expected
             assert int(counts.sum()) == len(expected)  # no id twice
             assert bool(valid[row, i]) == bool(expected)
 
 
 @pytest.mark.parametrize("lookahead", [1, 2, 5, 6, 7, 100])
-def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
-    """T = 5: windows hold at most T + 1 = 6 tokens ahead, so that from W = 7 on the last positions
+def test_a_window_has_the_look_ahead_or_as_many_tokens_as_it_is_long(lookahead: int) -> None:
+    """T = 5: windows have at most T + 1 = 6 tokens ahead, so that from W = 7 on the last positions
     see less than W."""
     batch = ahead_windows(1, 5, lookahead)
-    found = LookAhead(batch, first=1, last=lookahead)
-    reach = (found.stop_BT - torch.arange(5)).flatten().tolist()
-    held = batch.tokens.shape[1] - 5
-    assert held == max(2, min(lookahead, 6))
-    assert reach == [min(lookahead, held + 4 - i) for i in range(5)]
+    stop_BT = LookAhead(batch, first=1, last=lookahead).stop_BT
+    reach = (stop_BT - torch.arange(5)).flatten().tolist()
+    extra = batch.tokens.shape[1] - 5
+    assert extra == max(2, min(lookahead, 6))
+    assert reach == [min(lookahead, extra + 4 - i) for i in range(5)]
 
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10_000), tau=st.floats(0.1, 30), rows=st.integers(1, 6))
-def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, rows: int) -> None:
-    """At the logarithm of the target, the loss has its minimum, the target's entropy, and the
-    gradient is 0."""
+def test_the_loss_of_top_has_its_minimum_at_the_target(seed: int, tau: float, rows: int) -> None:
+    """Its value there is the target's entropy, and the gradient is 0."""
     batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
     model = stack_of(TopConfig(lookahead=8, tau=tau))
     loss, every = model.own_loss(1, batch), slice(0, rows * 5)
@@ -96,7 +95,7 @@ def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, row
     assert d_best.abs().max() < 1e-9
     other, d_other = loss.gradient(every, torch.randn_like(scores))
     assert bool((other >= best - 1e-9).all())
-    # Softmax minus a distribution.
+    # A gradient is a softmax minus a distribution.
     assert d_other.sum(-1).abs().max() < 1e-9
 
 
@@ -105,8 +104,8 @@ def stack_of(config: TopConfig) -> torch.nn.Module:
     return config.build(trunk)
 
 
-def test_distances_beyond_float16_are_told_apart() -> None:
-    """Two ids, 3,000 and 3,001 tokens after the next, and nothing else that counts."""
+def test_top_distinguishes_distances_beyond_float16() -> None:
+    """Two ids count, 3,000 and 3,001 tokens after the next."""
     tokens = torch.zeros(1, 3004, dtype=torch.int64)
     tokens[0, 3001], tokens[0, 3002] = 1, 2
     scored = tokens > 0
@@ -124,14 +123,16 @@ def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> No
     holding_V = torch.zeros(37, dtype=torch.int64)
     holding_V[1], holding_V[2] = 1, 10
     stack.weigh(holding_V, 10)
-    found = stack.weights_V.tolist()
-    assert found[:3] == pytest.approx([math.log(11) + 1, math.log(11 / 2) + 1, 1.0])
-    assert found[3:] == pytest.approx([math.log(11) + 1] * 34)
+    weights = stack.weights_V.tolist()
+    assert weights[:3] == pytest.approx([math.log(11) + 1, math.log(11 / 2) + 1, 1.0])
+    assert weights[3:] == pytest.approx([math.log(11) + 1] * 34)
     assert "weights_V" in stack.state_dict()
 
 
 @pytest.mark.parametrize("block", [1, 5, 1000])
-def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_document_and_token_frequencies_equal_those_of_a_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     monkeypatch.setattr("data_modules.token_store._BLOCK", block)
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 6, n).astype(np.uint16) for n in (3, 1, 9, 4, 0, 2)]

@@ -23,18 +23,16 @@ def answers(task: Any = TASK, n: int = 6) -> WindowBatch:
     return AnswerSet(task, n, depth=0).batch(torch.arange(n).numpy())
 
 
-def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
+def test_the_model_reads_a_dummy_in_place_of_the_answer(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "teacherless").eval()
     plain = build(tiny_trunk, "none").eval()
     batch = answers()
     hidden = model(batch)[0]
-    shown = batch.tokens.clone()
-    for row, i in batch.scored.nonzero().tolist():
-        shown[row, i] = DUMMY
-    assert torch.equal(hidden, plain(WindowBatch(shown, 0))[0])
-    # No leak: no state depends on the answer.
-    other = batch.tokens.masked_fill(batch.scored, 5)
-    assert torch.equal(hidden, model(WindowBatch(other, 0, None, batch.scored))[0])
+    dummies = batch.tokens.masked_fill(batch.scored, DUMMY)
+    assert torch.equal(hidden, plain(WindowBatch(dummies, 0))[0])
+    # No state depends on the answer.
+    changed = batch.tokens.masked_fill(batch.scored, 5)
+    assert torch.equal(hidden, model(WindowBatch(changed, 0, None, batch.scored))[0])
     # The targets are the true ones.
     targets = batch.targets(0)[batch.valid(0)]
     assert targets.tolist() == batch.tokens[batch.scored].tolist()
@@ -47,7 +45,7 @@ def test_questions_between_answers_are_read(tiny_trunk: TrunkConfig) -> None:
     assert torch.equal(read[~batch.scored], batch.tokens[~batch.scored])
 
 
-def test_it_says_all_at_once_and_nothing_one_by_one(tiny_trunk: TrunkConfig) -> None:
+def test_the_model_answers_at_once_and_cannot_generate(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "teacherless").eval()
     batch = answers()
     assert torch.equal(say(model, batch), choose(model, batch))

@@ -1,4 +1,4 @@
-"""Layers by their configs: every variant's facts against the built module, and a user's own."""
+"""Layers and their configs: each variant's weight map against the built module, a user's layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.losses import mtp_loss
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig(GroupedQueryConfig, variant="test_window"):
-    """A user's attention: every token sees the last ``window`` ones. All but ``build`` is left."""
+    """A user's attention: each token sees the last ``window`` ones. It overrides only ``build``."""
 
     window: int
 
@@ -56,7 +56,7 @@ class WindowAttention(Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredConfig(FeedForwardConfig, variant="test_squared"):
-    """A user's feed-forward layer, narrower in the modules' blocks, with a list for a field."""
+    """A user's feed-forward layer: its width in the modules' blocks differs; a field is a list."""
 
     widths: list[int]
 
@@ -74,7 +74,7 @@ class Squared(nn.Module):
         return self.down(self.up(x_BTC).relu().square())
 
 
-def own_trunk(**changes) -> TrunkConfig:
+def users_trunk(**changes) -> TrunkConfig:
     sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
     layers = {"attention": WindowConfig(window=6), "feed_forward": SquaredConfig(widths=[24, 40])}
     return TrunkConfig(**{**sizes, "d_ff": 48, "tie_embeddings": False, **layers, **changes})
@@ -95,25 +95,25 @@ LAYERS: dict[str, LayerConfig] = {
 }
 
 
-def test_every_variant_is_among_them() -> None:
-    known = {*AttentionConfig._variants.values(), *FeedForwardConfig._variants.values()}
-    own = {kind for kind in known if kind.__module__.startswith(("mtp_lightning.", __name__))}
-    assert own == {type(layer) for layer in LAYERS.values()}
+def test_every_variant_is_tested() -> None:
+    kinds = {*AttentionConfig._variants.values(), *FeedForwardConfig._variants.values()}
+    tested = {type(layer) for layer in LAYERS.values()}
+    assert {k for k in kinds if k.__module__.startswith(("mtp_lightning.", __name__))} == tested
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layers_places_are_its_weights(name: str) -> None:
+def test_the_weight_map_of_a_layer_has_its_weights_and_shapes(name: str) -> None:
     config = LAYERS[name]
-    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
+    trunk = users_trunk(n_kv_heads=4, **{config.family: config})
     if name == "squared":
         with pytest.raises(ValueError, match="feed_forward of the variant test_squared cannot be"):
             config.hf_weights(trunk, 1)
         return
     for layer in (0, 1, None):
         weights = config.build(trunk, layer).state_dict()
-        found = list(config.hf_weights(trunk, layer))
-        assert sorted(place.own for place in found) == sorted(weights)
-        for place in found:
+        places = list(config.hf_weights(trunk, layer))
+        assert sorted(place.own for place in places) == sorted(weights)
+        for place in places:
             rows = weights[place.own] if place.stacked is None else weights[place.own].flatten(0, 1)
             assert sum(shape[0] for _, shape in place.parts) == rows.shape[0]
             assert all(shape[1:] == rows.shape[1:] for _, shape in place.parts)
@@ -121,7 +121,7 @@ def test_a_layers_places_are_its_weights(name: str) -> None:
 
 def trained() -> MTPModel:
     """A model of the user's layers after a few steps on one repeated text."""
-    model = MTPModel(ModelConfig(trunk=own_trunk(init_std=0.3), mtp=SequentialConfig(depth=2)))
+    model = MTPModel(ModelConfig(trunk=users_trunk(init_std=0.3), mtp=SequentialConfig(depth=2)))
     model.initialize(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.randint(0, 37, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -137,8 +137,8 @@ def trained() -> MTPModel:
 
 
 def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cache, drafts and several rows together give what teacher forcing gives; one prompt is wider
-    than the window."""
+    """With a cache, drafts and several rows, texts are those of teacher forcing; one prompt is
+    longer than the window."""
     model = trained()
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())
     prompts = random_prompts(0, (2, 9, 21))
@@ -153,8 +153,8 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ids_of(generate(model, prompts, compile=True, batch_size=1, **options)) == plain
 
 
-def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
-    trunk = own_trunk()
+def test_a_checkpoint_names_the_variants_of_layers_and_their_modules() -> None:
+    trunk = users_trunk()
     stored = trunk.to_dict()
     assert stored["attention"] == {
         "variant": "test_window", "module": __name__,
@@ -173,21 +173,21 @@ def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "window", EXPERTS])
-def test_what_is_no_layer_is_named(value: object) -> None:
+def test_a_value_that_is_not_a_layer_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="model.attention must name a layer's config by _target_"):
-        own_trunk(attention=value)
+        users_trunk(attention=value)
 
 
 def test_a_users_layer_is_not_exported(tmp_path: Path) -> None:
-    """A layer with the weights of a known layout is not exported either."""
+    """Although it has the weights of a known layout."""
     assert isinstance(LATENT, LatentAttentionConfig)
-    model = deepseek.build(own_trunk(feed_forward=DenseConfig()), depth=1)
+    model = deepseek.build(users_trunk(feed_forward=DenseConfig()), depth=1)
     with pytest.raises(ValueError, match="model.attention=test_window .* cannot be exported"):
         folders.write(tmp_path / "one", model)
     assert not (tmp_path / "one").exists()
 
 
-def test_one_yaml_names_a_users_layer(tmp_path: Path) -> None:
+def test_a_yaml_can_name_a_users_layer(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     lines = [
         "defaults: [nano]",

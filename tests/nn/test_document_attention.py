@@ -1,7 +1,7 @@
-"""Attention within documents in blocks against the dense mask, in float64.
+"""Attention within documents: the mask in blocks against the dense mask, in float64.
 
-A CPU has the formula of FlexAttention and no kernel, and refuses gradients before it looks for one:
-``on_cpu`` takes that refusal away. The kernel itself is in tests/integration/test_gpu.py.
+On a CPU, FlexAttention runs its formula instead of a kernel, and refuses gradients; ``on_cpu``
+removes this refusal. tests/integration/test_gpu.py tests the kernel.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ DOCUMENTS = torch.tensor([[0] * 9 + [1] * 160 + [2] * 31, [3] * 200])
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *heads: None)
-    monkeypatch.setattr(flex_attention, "_warn_once", lambda *said, **kinds: None)
+    monkeypatch.setattr(flex_attention, "_warn_once", lambda *args, **kwargs: None)
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 300), st.integers(0, 60), st.integers(0, 10))
-def test_blocks_are_the_dense_mask(rows: int, seq_len: int, per_text: int, seed: int) -> None:
+def test_a_mask_in_blocks_is_the_dense_mask(
+    rows: int, seq_len: int, per_text: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     documents = torch.rand(rows, seq_len, generator=generator).mul(per_text + 1).long()
     documents = (documents == 0).cumsum(1)
-    found = to_dense(block_mask(documents))
-    assert torch.equal(found, dense_mask(documents))
+    mask = to_dense(block_mask(documents))
+    assert torch.equal(mask, dense_mask(documents))
     for row, ids in enumerate(documents.tolist()):
         for q in {0, seq_len // 2, seq_len - 1}:
             expected = [ids[k] == ids[q] and k <= q for k in range(seq_len)]
-            assert found[row, 0, q].tolist() == expected
+            assert mask[row, 0, q].tolist() == expected
 
 
 def gradients(model: nn.Module, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
@@ -59,7 +61,7 @@ def gradients(model: nn.Module, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", ["grouped", "qk_norm", "latent"])
-def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
+def test_a_layer_computes_the_same_with_both_masks(tiny_trunk: TrunkConfig, kind: str) -> None:
     if kind == "latent":
         trunk = LATENT
     else:
@@ -75,25 +77,23 @@ def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
         )
         for way in (False, True)
     )
-    for found, expected in zip(
-        gradients(layer, x, blocks), gradients(layer, x, dense), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-8)
+    for a, b in zip(gradients(layer, x, blocks), gradients(layer, x, dense), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnAttention(GroupedQueryConfig, variant="own_attention"):
-    """Somebody's own, that may do with the mask what can be done with a tensor."""
+class UsersAttention(GroupedQueryConfig, variant="users_attention"):
+    """A user's attention, which may use the mask as a tensor."""
 
 
-def test_only_layers_that_can_are_given_blocks(tiny_trunk: TrunkConfig) -> None:
+def test_only_layers_that_support_blocks_get_them(tiny_trunk: TrunkConfig) -> None:
     wide = replace(tiny_trunk, d_head=16)
     for trunk, expected in (
         (wide, BlockMask),
-        (tiny_trunk, Tensor),  # there are kernels from a width of 16 on
+        (tiny_trunk, Tensor),  # kernels need heads of at least 16
         (LATENT, BlockMask),
         (deepseek.trunk(latent={"d_nope": 20, "d_value": 12}, d_head=None), Tensor),
-        (replace(wide, attention=OwnAttention()), Tensor),
+        (replace(wide, attention=UsersAttention()), Tensor),
     ):
         mask = ForwardContext.of_window(
             trunk, 200, device=DOCUMENTS.device, documents=DOCUMENTS, in_blocks=True
@@ -101,10 +101,11 @@ def test_only_layers_that_can_are_given_blocks(tiny_trunk: TrunkConfig) -> None:
         assert isinstance(mask, expected)
 
 
-def masked_windows(begins: int) -> WindowBatch:
+def masked_windows(length: int) -> WindowBatch:
+    """Windows with documents of ``length`` tokens, which begin elsewhere in each row."""
     batch = windows(2, 150, 1)
     places = torch.arange(batch.tokens.shape[1])
-    documents = torch.stack((places // begins, (places + 20) // begins))
+    documents = torch.stack((places // length, (places + 20) // length))
     return WindowBatch(batch.tokens, batch.depth, documents)
 
 
@@ -116,14 +117,17 @@ def states(model: MTPModel, batch: WindowBatch) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.long), True])
-def test_compiled_blocks_take_every_mask(
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)],
+)
+def test_compiled_blocks_are_traced_once_for_all_masks(
     tiny_trunk: TrunkConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced once: the next batch has other documents, and nothing is compiled again."""
+    """The second batch has other documents, and nothing is compiled again."""
     trunk = replace(tiny_trunk, recompute=recompute, d_head=16)
     model = build(trunk, "sequential", depth=1).double().train()
-    batches = [masked_windows(begins) for begins in (40, 11)]
+    batches = [masked_windows(length) for length in (40, 11)]
     expected = [states(model, batch) for batch in batches]
     assert not model.compiled
     for block in (layer for layer in model.modules() if isinstance(layer, Block)):
@@ -132,19 +136,18 @@ def test_compiled_blocks_take_every_mask(
     monkeypatch.setattr(
         ForwardContext,
         "of_window",
-        lambda *args, **given: make(*args, **given | {"in_blocks": True}),
+        lambda *args, **kwargs: make(*args, **kwargs | {"in_blocks": True}),
     )
     torch.compiler.reset()
     first = states(model, batches[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = [first, *(states(model, batch) for batch in batches[1:])]
-    for each, wanted in zip(found, expected, strict=True):
-        for a, b in zip(each, wanted, strict=True):
-            if b is not None:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        second = states(model, batches[1])
+    for a, b in zip([*first, *second], [*expected[0], *expected[1]], strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_registers_see_through_blocks(tiny_trunk: TrunkConfig) -> None:
+def test_registers_have_the_same_mask_from_blocks(tiny_trunk: TrunkConfig) -> None:
     stack = build(replace(tiny_trunk, d_head=16), "registers", lookahead=3).mtp
     masks = [
         stack.context(

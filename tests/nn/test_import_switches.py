@@ -1,4 +1,4 @@
-"""Switches that other projects' models need: biases, stretched positions, a latent epsilon."""
+"""Switches of imported models: biases, partly rotated heads, RoPE scaling, an epsilon of norms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALING = RopeScaling(
 )
 
 
-def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) -> None:
+def test_a_new_bias_is_zero_and_gets_a_gradient(tiny_trunk: TrunkConfig) -> None:
     trunk = replace(tiny_trunk, attention=BIASED)
     model, without = deepseek.build(trunk), deepseek.build(tiny_trunk)
     model.initialize(0)
@@ -58,8 +58,9 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
     "change",
     [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_ROTATED, NORMED))],
 )
-def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
-    """Token by token, against whole windows that are read again for every token."""
+def test_decoding_with_a_cache_equals_reading_whole_windows(
+    tiny_trunk: TrunkConfig, change: dict
+) -> None:
     model: MTPModel = deepseek.build(replace(tiny_trunk, **change), depth=2).eval()
     plain, drafted = (
         generate(model, [[1, 2, 3]], max_new_tokens=12, speculative=speculative)[0].token_ids
@@ -76,65 +77,61 @@ def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_part_of_each_head_is_rotated(tiny_trunk: TrunkConfig, masked: bool) -> None:
-    """The reference is loops in double precision; heads that are rotated whole differ from it."""
+def test_only_the_first_part_of_each_head_is_rotated(tiny_trunk: TrunkConfig, masked: bool) -> None:
+    """The reference is loops in float64; if heads are rotated whole, it differs."""
     trunk = replace(tiny_trunk, attention=HALF_ROTATED, d_head=8)
     attention = deepseek.build(trunk).trunk.blocks[0].attention
     x_BTC = torch.randn(1, 9, trunk.d_model)
     documents = torch.tensor([[0] * 4 + [1] * 5]) if masked else None
     ctx = ForwardContext.of_window(trunk, 9, device=torch.device("cpu"), documents=documents)
-    found = attention(x_BTC, ctx)[0].double()
+    out = attention(x_BTC, ctx)[0].double()
     weights = {f"a.{name}": w.double() for name, w in attention.state_dict().items()}
-    listed = documents[0].tolist() if masked else None
-    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, rotary_dim=4)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    whole = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed)
-    assert (found - whole).abs().max() > 1e-3
+    ids = documents[0].tolist() if masked else None
+    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, ids, rotary_dim=4)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    whole = reference.attention(x_BTC[0].double(), weights, "a", trunk, ids)
+    assert (out - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("d_rope", "message"), [(3, "must be even"), (10, "more than a head")])
-def test_a_part_that_is_none(tiny_trunk: TrunkConfig, d_rope: int, message: str) -> None:
+def test_a_wrong_rotated_size_is_refused(
+    tiny_trunk: TrunkConfig, d_rope: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=f"model.attention.d_rope={d_rope} .*{message}"):
         replace(tiny_trunk, attention=GroupedQueryConfig(d_rope=d_rope))
 
 
-def test_stretched_frequencies() -> None:
-    """Llama 3.1's rule, written out for every frequency."""
+def test_scaled_frequencies_follow_llama_3s_rule() -> None:
     d_head, theta, position = 16, 10_000.0, 777
     cos, sin = rope_table(torch.tensor([position]), d_head, theta, SCALING)
-    kinds = set()
+    cases = set()
     for j in range(d_head // 2):
         frequency = theta ** (-2 * j / d_head)
         wavelength = 2 * math.pi / frequency
         if wavelength < 1024 / 4:
-            kinds.add("kept")
+            cases.add("unchanged")
         elif wavelength > 1024 / 1:
-            kinds.add("divided")
+            cases.add("divided")
             frequency /= 8
         else:
-            kinds.add("blended")
+            cases.add("interpolated")
             smooth = (1024 / wavelength - 1) / (4 - 1)
             frequency = (1 - smooth) * frequency / 8 + smooth * frequency
         assert cos[0, j].item() == pytest.approx(math.cos(position * frequency), abs=1e-6)
         assert sin[0, j].item() == pytest.approx(math.sin(position * frequency), abs=1e-6)
-    assert kinds == {"kept", "blended", "divided"}
+    assert cases == {"unchanged", "interpolated", "divided"}
     whole, _ = over_whole_heads(*rope_table(torch.tensor([position]), d_head, theta, SCALING))
     assert torch.equal(whole[0, : d_head // 2], cos[0])
 
 
 @pytest.mark.parametrize("change", [{"factor": 0}, {"low_freq_factor": 5.0}])
-def test_a_stretch_out_of_range(change: dict) -> None:
+def test_wrong_rope_scaling_is_refused(change: dict) -> None:
     with pytest.raises(ValueError, match=r"model.rope_scaling"):
         replace(SCALING, **change)
 
 
-def test_latent_norms_can_have_an_epsilon_of_their_own() -> None:
-    own, trunks = (
-        trunk.attention.build(trunk, 0)
-        for trunk in (
-            deepseek.trunk(norm_eps=1e-5, latent={"norm_eps": 1e-3}),
-            deepseek.trunk(norm_eps=1e-5),
-        )
-    )
-    assert (own.query_norm.eps, own.kv_norm.eps) == (1e-3, 1e-3)
-    assert (trunks.query_norm.eps, trunks.kv_norm.eps) == (1e-5, 1e-5)
+def test_latent_norms_can_have_another_epsilon_than_the_trunk() -> None:
+    for latent, eps in (({"norm_eps": 1e-3}, 1e-3), ({}, 1e-5)):
+        trunk = deepseek.trunk(norm_eps=1e-5, latent=latent)
+        attention = trunk.attention.build(trunk, 0)
+        assert (attention.query_norm.eps, attention.kv_norm.eps) == (eps, eps)

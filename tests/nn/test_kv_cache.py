@@ -1,4 +1,4 @@
-"""The caches alone: places, masks, trimming, rows, and trees of tokens."""
+"""Key-value caches: positions, masks, rejected tokens, rows, and trees of tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mtp_lightning.nn.attention import ForwardContext
@@ -36,8 +35,8 @@ def trunk(request, tiny_trunk):
     return tiny_trunk if request.param == "grouped" else deepseek_trunk(d_model=32)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def attention(config: TrunkConfig) -> nn.Module:
@@ -48,7 +47,7 @@ def attention(config: TrunkConfig) -> nn.Module:
     return layer
 
 
-def test_turning_in_place_is_rotary():
+def test_rotation_in_place_equals_rotary():
     x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)
     cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
     expected = rotary(x, cos, sin)
@@ -71,8 +70,8 @@ def test_passes_of_any_width_equal_one_window(kv, exact):
         for width in (20, 1, 3, 5, 1):
             ctx = ForwardContext.of_cache(cache, [start] * 3, width)
             with passes(width, exact):
-                got = layer(x[:, start : start + width], ctx)
-            close(got, expected[:, start : start + width])
+                out = layer(x[:, start : start + width], ctx)
+            assert_close(out, expected[:, start : start + width])
             start += width
 
 
@@ -84,16 +83,16 @@ def test_rows_of_unequal_lengths_and_rejected_tokens(trunk, exact):
         cache = cache_of(trunk, 2)
         layer(x[:, :18], ForwardContext.of_cache(cache, [0, 0], 18))
         for starts in ([4, 11], [6, 12], [3, 20], [7, 7]):  # back and forth, over stale entries
-            if max(s - held for s, held in zip(starts, cache.lengths, strict=True)) > 0:
+            if any(s > length for s, length in zip(starts, cache.lengths, strict=True)):
                 continue
             new = torch.stack([x[row, s : s + 3] for row, s in enumerate(starts)])
             with passes(3, exact):
-                got = layer(new, ForwardContext.of_cache(cache, starts, 3))
+                out = layer(new, ForwardContext.of_cache(cache, starts, 3))
             for row, s in enumerate(starts):
-                close(got[row], expected[row, s : s + 3])
+                assert_close(out[row], expected[row, s : s + 3])
 
 
-def test_dropping_a_row_moves_the_last_one_in(trunk):
+def test_the_last_row_takes_the_slot_of_a_dropped_one(trunk):
     layer, x = attention(trunk), torch.randn(3, 12, 32)
     with torch.no_grad():
         expected = layer(x, ForwardContext.of_window(trunk, 12, device=torch.device("cpu")))
@@ -102,16 +101,16 @@ def test_dropping_a_row_moves_the_last_one_in(trunk):
         storage = cache.entries_L_BSMH[0].data_ptr()
         cache.drop_row(0)
         assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
-        got = layer(x[[2, 1], 10:], ForwardContext.of_cache(cache, [10, 10], 2))
-        close(got, expected[[2, 1], 10:])
-        # A row's own view writes into the same storage.
+        out = layer(x[[2, 1], 10:], ForwardContext.of_cache(cache, [10, 10], 2))
+        assert_close(out, expected[[2, 1], 10:])
+        # A view of one row writes into the same storage.
         layer(x[:1, :4], ForwardContext.of_cache(cache.rows(slice(1, 2)), [0], 4))
         cache.lengths[1] = 4
-        got = layer(x[:1, 4:6].expand(2, -1, -1), ForwardContext.of_cache(cache, [4, 4], 2))
-        close(got[1], expected[0, 4:6])
+        out = layer(x[:1, 4:6].expand(2, -1, -1), ForwardContext.of_cache(cache, [4, 4], 2))
+        assert_close(out[1], expected[0, 4:6])
 
 
-def test_rows_come_back_and_storage_grows(trunk):
+def test_rows_are_added_and_storage_grows(trunk):
     layer, x = attention(trunk), torch.randn(3, 40, 32)
     with torch.no_grad():
         expected = layer(x, ForwardContext.of_window(trunk, 40, device=torch.device("cpu")))
@@ -125,22 +124,15 @@ def test_rows_come_back_and_storage_grows(trunk):
         cache.grow(PositionTables(trunk, 48))
         order = [2, 1, 0]
         for start in range(10, 40, 5):
-            got = layer(x[order, start : start + 5], ForwardContext.of_cache(cache, [start] * 3, 5))
-            close(got, expected[order, start : start + 5])
+            out = layer(x[order, start : start + 5], ForwardContext.of_cache(cache, [start] * 3, 5))
+            assert_close(out, expected[order, start : start + 5])
 
 
-def test_a_full_cache_names_the_numbers(tiny_trunk):
+def test_more_tokens_than_a_cache_has_room_for_are_refused(tiny_trunk):
     cache = cache_of(tiny_trunk, 1, capacity=16)
     cache.open([0], 16)
     with pytest.raises(ValueError, match="17 tokens do not fit into a cache of 16"):
         cache.open([16], 1)
-
-
-def test_masks_are_causal(tiny_trunk):
-    mask = PositionTables(tiny_trunk, 32).mask_of(torch.tensor([5, 6, 7]), 16)
-    assert (mask == 0).sum(-1).tolist() == [6, 7, 8] and mask.shape == (3, 16)
-    scores = F.softmax(mask, dim=-1)
-    assert torch.equal(scores[0, 6:], torch.zeros(10))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +140,7 @@ def test_masks_are_causal(tiny_trunk):
     [([7], True, True), ([20, 20], False, False), ([3, 18, 11], True, False),
      ([3, 18, 11], False, True)],
 )  # fmt: skip
-def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
+def test_every_path_of_a_tree_is_computed_as_a_chain(tiny_trunk, starts, exact, latent):
     config = deepseek_trunk(d_model=32) if latent else tiny_trunk
     layer, rows = attention(config), len(starts)
     generator = torch.Generator().manual_seed(0)
@@ -165,17 +157,16 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
     with torch.no_grad(), prepared(layer):
         cache, branches = filled(), Branches(PARENTS, torch.device("cpu"))
         with batch_invariant_pass(len(PARENTS) if exact else 99, torch.device("cpu")):
-            found = layer(new, ForwardContext.of_tree(cache, starts, branches))
+            out = layer(new, ForwardContext.of_tree(cache, starts, branches))
         for path in PATHS:
             chain = filled()
             with batch_invariant_pass(len(path) if exact else 99, torch.device("cpu")):
                 expected = layer(new[:, path], ForwardContext.of_cache(chain, starts, len(path)))
-            torch.testing.assert_close(found[:, path], expected, rtol=1e-4, atol=1e-5)
+            assert_close(out[:, path], expected)
             if exact:
                 assert torch.equal(cache.distances()[:, path], chain.distances())
-                same = torch.stack([a == b for a, b in zip(found[:, path], expected, strict=True)])
-                assert same.all() or not BATCH_INVARIANT
-            # What is kept of a path is what a chain would have stored.
+                assert torch.equal(out[:, path], expected) or not BATCH_INVARIANT
+            # The kept entries of a path are those that a chain stores.
             kept = object.__new__(TreeCache)
             kept.__dict__.update(cache.__dict__)
             kept._stored = [s.clone() for s in cache._stored]
@@ -185,6 +176,4 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
             ends = [start + len(path) for start in starts]
             kept.lengths = ends
             expected = layer(after, ForwardContext.of_cache(chain, ends, 2))
-            torch.testing.assert_close(
-                layer(after, ForwardContext.of_cache(kept, ends, 2)), expected, rtol=1e-4, atol=1e-5
-            )
+            assert_close(layer(after, ForwardContext.of_cache(kept, ends, 2)), expected)

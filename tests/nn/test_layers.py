@@ -1,4 +1,4 @@
-"""Every layer's fast path against float64, values and gradients."""
+"""The fast paths of layers against float64: values and gradients."""
 
 from __future__ import annotations
 
@@ -22,62 +22,62 @@ def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, inputs, seed.to(output.dtype))
 
 
-def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     scale = expected.abs().max().clamp(min=1.0)
-    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 24, 56), (31, 56, 24), (32, 1, 3), (100, 24, 56)])
-def test_linear(rows: int, k: int, n: int) -> None:
+def test_linear_equals_float64(rows: int, k: int, n: int) -> None:
     x = torch.randn(2, rows, k, dtype=torch.float64, requires_grad=True)
     w = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
     x32, w32 = (t.detach().float().requires_grad_() for t in (x, w))
-    found, expected = linear(x32, w32), x @ w.T
-    assert_close(found, expected)
-    for a, b in zip(gradients(found, x32, w32), gradients(expected, x, w), strict=True):
+    actual, expected = linear(x32, w32), x @ w.T
+    assert_close(actual, expected)
+    for a, b in zip(gradients(actual, x32, w32), gradients(expected, x, w), strict=True):
         assert_close(a, b)
 
 
-def test_weight_gradient_of_both_shapes() -> None:
+def test_weight_gradients_of_wide_and_tall_weights_equal_float64() -> None:
     for n, k in ((8, 40), (40, 8)):
         grad, x = torch.randn(64, n), torch.randn(64, k)
         assert_close(weight_gradient(grad, x), (grad.double().T @ x.double()))
 
 
-def test_linear_without_gradient_of_the_input() -> None:
+def test_linear_gives_the_weights_gradient_alone() -> None:
     x, w = torch.randn(64, 8), torch.randn(8, 8, requires_grad=True)
     linear(x, w).sum().backward()
     assert_close(w.grad, x.double().sum(0).expand(8, 8))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (7, 16), (1, 1, 16)])
-def test_rms_norm(shape: tuple[int, ...]) -> None:
+def test_rms_norm_equals_float64(shape: tuple[int, ...]) -> None:
     norm = RMSNorm(16, 1e-5)
     with torch.no_grad():
         norm.weight.normal_()
     x = (torch.randn(shape, dtype=torch.float64) * 3).requires_grad_()
     gain = norm.weight.detach().double().requires_grad_()
     x32 = x.detach().float().requires_grad_()
-    found, expected = norm(x32), reference.rms_norm(x, gain, 1e-5)
-    assert_close(found, expected)
-    pairs = zip(gradients(found, x32, norm.weight), gradients(expected, x, gain), strict=True)
+    actual, expected = norm(x32), reference.rms_norm(x, gain, 1e-5)
+    assert_close(actual, expected)
+    pairs = zip(gradients(actual, x32, norm.weight), gradients(expected, x, gain), strict=True)
     for a, b in pairs:
         assert_close(a, b)
 
 
 @pytest.mark.parametrize(("rows", "c", "f"), [(6, 20, 10), (40, 16, 32)])
-def test_swiglu(rows: int, c: int, f: int) -> None:
+def test_swiglu_equals_float64(rows: int, c: int, f: int) -> None:
     sizes = ((rows, c), (2 * f, c), (c, f))
     exact = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes]
     leaves = [t.detach().float().requires_grad_() for t in exact]
     gate, up = (exact[0] @ exact[1].T).split(f, dim=-1)
-    found, expected = swiglu(*leaves), (F.silu(gate) * up) @ exact[2].T
-    assert_close(found, expected)
-    for a, b in zip(gradients(found, *leaves), gradients(expected, *exact), strict=True):
+    actual, expected = swiglu(*leaves), (F.silu(gate) * up) @ exact[2].T
+    assert_close(actual, expected)
+    for a, b in zip(gradients(actual, *leaves), gradients(expected, *exact), strict=True):
         assert_close(a, b)
 
 
-def test_rope_against_rotation_and_its_gradient() -> None:
+def test_rope_equals_rotation_in_float64() -> None:
     positions = torch.tensor([0, 1, 7, 100_000])
     cos, sin = rope_table(positions, 8, 10_000.0)
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -85,13 +85,12 @@ def test_rope_against_rotation_and_its_gradient() -> None:
         [reference.rotate(row, int(p), 10_000.0) for row, p in zip(x, positions, strict=True)]
     )
     x32 = x.detach().float().requires_grad_()
-    found = rotary(x32, cos, sin)
-    assert_close(found, expected)
-    assert_close(gradients(found, x32)[0], gradients(expected, x)[0])
+    actual = rotary(x32, cos, sin)
+    assert_close(actual, expected)
+    assert_close(gradients(actual, x32)[0], gradients(expected, x)[0])
 
 
-def test_seeds_are_what_the_generator_takes() -> None:
-    """Every bit of a seed counts, and none is said that does not."""
+def test_parameter_seeds_use_all_bits_that_the_generator_takes() -> None:
 
     def first(seed: int) -> int:
         generator = torch.Generator().manual_seed(seed)

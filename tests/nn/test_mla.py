@@ -1,4 +1,4 @@
-"""Latent attention against the report's equations in float64, and its cache."""
+"""Latent attention against DeepSeek's equations in float64, and its cache."""
 
 from __future__ import annotations
 
@@ -46,23 +46,17 @@ def test_windows_equal_the_equations(q_rank: int | None, d_value: int, masked: b
         config, 37, device=x.device, documents=torch.tensor(documents) if documents else None
     )
     with torch.no_grad():
-        found = layer(x, ctx)
-    torch.testing.assert_close(
-        found.double(), expected(x, layer, config, documents), rtol=1e-4, atol=1e-5
-    )
+        out = layer(x, ctx).double()
+    torch.testing.assert_close(out, expected(x, layer, config, documents), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_those_in_double_precision() -> None:
-    layer = layer_of(deepseek.TRUNK)
+def test_gradients_equal_those_in_float64() -> None:
+    layer, double = layer_of(deepseek.TRUNK), layer_of(deepseek.TRUNK).double()
     x = torch.randn(2, 37, 32, requires_grad=True)
-    layer(
-        x, ForwardContext.of_window(deepseek.TRUNK, 37, device=x.device)
-    ).square().sum().backward()
-    double = layer_of(deepseek.TRUNK).double()
     y = x.detach().double().requires_grad_()
-    double(
-        y, ForwardContext.of_window(deepseek.TRUNK, 37, device=x.device)
-    ).square().sum().backward()
+    ctx = ForwardContext.of_window(deepseek.TRUNK, 37, device=x.device)
+    for module, inputs in ((layer, x), (double, y)):
+        module(inputs, ctx).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-3, atol=1e-4)
     for (name, a), b in zip(layer.named_parameters(), double.parameters(), strict=True):
         torch.testing.assert_close(
@@ -71,12 +65,12 @@ def test_gradients_equal_those_in_double_precision() -> None:
         )  # fmt: skip
 
 
-def test_a_token_costs_its_latent_and_one_rotary_key() -> None:
+def test_the_cache_holds_one_latent_and_one_rotary_key_per_token() -> None:
     tables = PositionTables(deepseek.TRUNK, 16)
     cache = KVCache(deepseek.TRUNK, tables, n_layers=3, batch_size=2)
     numbers = sum(entries.numel() for entries in cache.entries_L_BSMH)
     assert numbers == 3 * 2 * tables.capacity * (10 + 4)
 
 
-def test_pairs_to_halves() -> None:
+def test_pairs_to_halves_puts_even_places_first() -> None:
     assert pairs_to_halves(torch.arange(6)).tolist() == [0, 2, 4, 1, 3, 5]

@@ -1,10 +1,11 @@
-"""The mixture of experts against the report's equations in float64, and its routing."""
+"""The mixture of experts against DeepSeek's equations in float64, and its routing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.nn import experts as plain
 from mtp_lightning.nn.attention import ForwardContext
@@ -36,19 +37,19 @@ CASES = [
     ("case", "tokens", "grad"),
     list(zip(CASES, (3, 70, 70, 3), (False, True, False, True), strict=True)),
 )
-def test_equals_the_equations(kernels: str, case: dict, tokens: int, grad: bool) -> None:
-    """Few tokens without a gradient go one by one, others sorted."""
+def test_the_layer_equals_the_equations(kernels: str, case: dict, tokens: int, grad: bool) -> None:
+    """Few tokens without a gradient are computed one by one, others sorted by expert."""
     layer = layer_of(**case)
     x = torch.randn(1, tokens, 32)
     weights = {f"m.{name}": t.double() for name, t in layer.state_dict().items()}
     with torch.set_grad_enabled(grad):
-        found = layer(x)[0]
+        y = layer(x)[0]
     expected = deepseek_reference.moe(x[0].double(), weights, "m", deepseek.trunk(experts=case))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def dense_mask(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor):
-    """Every token through every expert: what must never be done, as a reference."""
+def every_expert(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor):
+    """The reference: every token goes through every expert."""
     weight = torch.zeros(x.shape[0], len(experts.down), dtype=x.dtype).scatter(1, chosen, gates)
     gate, up = torch.einsum("mc,efc->emf", x, experts.gate_up).chunk(2, dim=-1)
     return torch.einsum("emf,ecf,me->mc", F.silu(gate) * up, experts.down, weight)
@@ -56,13 +57,13 @@ def dense_mask(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, gates: t
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_equal_those_of_a_dense_mask(
+def test_gradients_equal_those_through_every_expert(
     kernels: str, dtype: torch.dtype, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if grouped:
         if kernels != "plain" or dtype == torch.float64:
-            pytest.skip("grouped products are one of the plain formula's two ways, for fp32 too")
-        # They need a GPU to be fast, not to be right.
+            pytest.skip("only the plain formula has grouped products, and fp32 tests them")
+        # They also run on a CPU, though slowly.
         monkeypatch.setattr(plain, "fits_grouped", lambda *_: True)
     torch.manual_seed(1)
     experts = Experts(16, 24, 6).to(dtype)
@@ -75,11 +76,11 @@ def test_gradients_equal_those_of_a_dense_mask(
     gates = torch.rand(50, 2, dtype=dtype, requires_grad=True)
     seed = torch.randn(50, 16, dtype=dtype)
     inputs = [x, gates, experts.gate_up, experts.down]
-    found = experts(x, chosen, gates)
-    expected = dense_mask(experts, x, chosen, gates)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    y = experts(x, chosen, gates)
+    expected = every_expert(experts, x, chosen, gates)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(
-        torch.autograd.grad(found, inputs, seed),
+        torch.autograd.grad(y, inputs, seed),
         torch.autograd.grad(expected, inputs, seed),
         strict=True,
     ):
@@ -87,8 +88,6 @@ def test_gradients_equal_those_of_a_dense_mask(
 
 
 def test_only_the_chosen_experts_are_computed(kernels: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     experts = Experts(16, 24, 6).double()
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
@@ -99,7 +98,7 @@ def test_only_the_chosen_experts_are_computed(kernels: str) -> None:
     assert counter.get_total_flops() == 2 * 50 * 2 * 3 * 16 * 24
 
 
-def test_grouped_equals_sorted_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_products_equal_sorted_ones_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     experts = Experts(16, 24, 6).bfloat16()
     for parameter in experts.parameters():
@@ -108,32 +107,32 @@ def test_grouped_equals_sorted_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = torch.stack([torch.randperm(6)[:2] for _ in range(50)])
     gates = torch.rand(50, 2).bfloat16()
     monkeypatch.setattr(plain, "fits_grouped", lambda *_: True)
-    found = routed_experts.plain(x, chosen, gates, experts.gate_up, experts.down)
-    torch.testing.assert_close(found, experts(x, chosen, gates), rtol=0.05, atol=0.05)
+    y = routed_experts.plain(x, chosen, gates, experts.gate_up, experts.down)
+    torch.testing.assert_close(y, experts(x, chosen, gates), rtol=0.05, atol=0.05)
 
 
-def test_groups_limit_the_choice() -> None:
-    """Hand-made: the best single expert lies in a group whose two best sum to less."""
+def test_experts_are_chosen_from_the_best_groups() -> None:
+    """The best single expert is in a group whose two best sum to less than another's."""
     config = deepseek.trunk(experts={"n_groups": 4, "top_groups": 1, "top_k": 2})
     router = Router(32, config.feed_forward)
     scores = torch.tensor([[0.95, 0.0, 0.6, 0.5, 0.1, 0.1, 0.0, 0.0]])
     router.expert_bias.zero_()
     assert sorted(router.choose(scores)[0].tolist()) == [2, 3]
-    router.expert_bias[1] = 0.3  # the groups, too, are scored with the bias
+    router.expert_bias[1] = 0.3  # the scores of groups include the bias
     assert sorted(router.choose(scores)[0].tolist()) == [0, 1]
 
 
-def test_choice_equals_sorting() -> None:
+def test_the_chosen_experts_are_those_of_sorting() -> None:
     config = deepseek.trunk(experts={"n_routed": 24, "n_groups": 6, "top_groups": 3, "top_k": 5})
     router = Router(32, config.feed_forward)
     router.expert_bias.normal_(0, 0.2)
     scores = torch.rand(200, 24)
-    for row, found in zip(scores, router.choose(scores).tolist(), strict=True):
+    for row, chosen in zip(scores, router.choose(scores).tolist(), strict=True):
         expected = deepseek_reference.choose(row.double(), router.expert_bias.double(), config)
-        assert sorted(found) == sorted(expected)
+        assert sorted(chosen) == sorted(expected)
 
 
-def at(auxiliary: AuxiliaryOutputs | None) -> ForwardContext:
+def context(auxiliary: AuxiliaryOutputs | None) -> ForwardContext:
     config = deepseek.trunk()
     return ForwardContext.of_window(config, 1, device=torch.device("cpu"), auxiliary=auxiliary)
 
@@ -142,29 +141,29 @@ def test_loads_count_each_reported_pass_once() -> None:
     layer = layer_of()
     x = torch.randn(2, 30, 32)
     auxiliary = AuxiliaryOutputs()
-    layer(x, at(auxiliary))
-    layer(x, at(auxiliary))
-    layer(x, at(None))
-    layer(x, at(auxiliary).repeated())
+    layer(x, context(auxiliary))
+    layer(x, context(auxiliary))
+    layer(x, context(None))
+    layer(x, context(auxiliary).repeated())
     assert auxiliary.loads[layer.router].sum() == 2 * 60 * 2
     chosen = layer.router.choose(layer.router(x.view(-1, 32))[0])
     counted = torch.bincount(chosen.flatten(), minlength=8)
     assert torch.equal(auxiliary.loads[layer.router], 2 * counted)
 
 
-def test_frozen_router_counts_nothing() -> None:
+def test_a_frozen_router_counts_no_loads() -> None:
     layer = layer_of().requires_grad_(False)
     auxiliary = AuxiliaryOutputs()
-    layer(torch.randn(1, 4, 32, requires_grad=True), at(auxiliary))
+    layer(torch.randn(1, 4, 32, requires_grad=True), context(auxiliary))
     assert auxiliary.loads == {}
 
 
-def test_sequence_loss_equals_the_equations() -> None:
+def test_the_sequence_loss_equals_the_equations_and_is_reported_once() -> None:
     config = deepseek.trunk(experts={"sequence_loss": 0.01})
     layer = layer_of(sequence_loss=0.01)
     x = torch.randn(3, 20, 32)
     auxiliary = AuxiliaryOutputs()
-    layer(x, at(auxiliary))
+    layer(x, context(auxiliary))
     (loss,) = auxiliary.losses
     expected = torch.zeros((), dtype=torch.float64)
     for row in x.double():
@@ -173,11 +172,11 @@ def test_sequence_loss_equals_the_equations() -> None:
     torch.testing.assert_close(loss.double(), expected)
     grad = torch.autograd.grad(loss, layer.router.weight)[0]
     assert grad.abs().max() > 0
-    layer(x, at(auxiliary).repeated())  # computed again, and not reported again
+    layer(x, context(auxiliary).repeated())  # a recomputation
     assert len(auxiliary.losses) == 1
 
 
-def test_sequence_loss_of_perfect_balance_is_one() -> None:
+def test_the_sequence_loss_of_perfect_balance_is_one() -> None:
     # Token t prefers experts 2t and 2t + 1 of eight.
     scores = torch.full((1, 4, 8), 0.3) + 0.4 * torch.eye(4).repeat_interleave(2, 1)
     assert sequence_balance_loss(scores, 2).item() == pytest.approx(1.0)
@@ -185,7 +184,7 @@ def test_sequence_loss_of_perfect_balance_is_one() -> None:
     assert sequence_balance_loss(lopsided, 2).item() == pytest.approx(4 * 1.8 / 2.4)
 
 
-def test_biases_stay_in_fp32() -> None:
+def test_biases_of_experts_stay_in_fp32() -> None:
     layer = layer_of()
     for precise in (layer.double(), layer.bfloat16()):
         assert precise.router.expert_bias.dtype == torch.float32
@@ -207,12 +206,12 @@ def test_biases_stay_in_fp32() -> None:
         ({"scaling": 0.0}, "scaling must be a number above 0, not 0.0"),
     ],
 )
-def test_bad_sizes_are_named(change: dict, message: str) -> None:
+def test_wrong_settings_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         deepseek.trunk(experts=change)
 
 
-def test_rate_of_the_bias_rests_at_the_end() -> None:
+def test_biases_of_experts_are_frozen_at_the_end_of_a_run() -> None:
     config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=8, bias_frozen=0.25)
     rates = [config.rate(done) for done in (0.0, 0.74, 0.75, 0.99)]
     assert rates == [0.001, 0.001, 0.0, 0.0]

@@ -1,5 +1,5 @@
-"""Cases of the cross product of heads and objectives: its axes, read from conf/, and the random
-models and windows of a case."""
+"""The cross product of heads and objectives: its axes, which are read from conf/, its cases, and
+the random models and windows of a case."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TRUNK = TrunkConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12)
 SEQ_LEN, STEPS = 6, 12
 
-# A head's switch -> its values. The product covers those of SORTS; the others are drawn at random.
+# A head's switch -> its values. The product has all values of SORTS; the others are random.
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "correction": ("none", "mlp", "markov", "selector"),
     "stride": (1, 2),
@@ -87,37 +87,37 @@ KNOTS = {"knots": {"knots": {0: 0, 0.4: [0, 1, 0], 0.6: [1, 0, 1]}}}
 
 @cache
 def listed(group: str) -> dict[str, dict[str, Any]]:
-    """The options of a group of conf/: name -> the settings in its file."""
+    """The settings of each file of a group of conf/, by name."""
     files = sorted((CONF / group).glob("*.yaml"))
     return {file.stem: _settings(file) for file in files if file.stem != "base"}
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """The settings of a file without a preset; an ``oc.select`` of one gives its default."""
-    said = OmegaConf.create(yaml.safe_load(file.read_text()))
+    """The settings of a file if no preset is chosen: an ``oc.select`` of a preset gives its
+    default."""
+    config = OmegaConf.create(yaml.safe_load(file.read_text()))
     settings: dict[str, Any] = {}
-    for key, value in OmegaConf.to_container(said).items():  # type: ignore[union-attr]
-        asked = isinstance(value, str) and value.startswith("${oc.select:stack.")
-        settings[str(key)] = said[key] if asked else value
+    for key, value in OmegaConf.to_container(config).items():  # type: ignore[union-attr]
+        of_preset = isinstance(value, str) and value.startswith("${oc.select:stack.")
+        settings[str(key)] = config[key] if of_preset else value
     return settings
 
 
-def target(said: dict[str, Any]) -> Any:
+def target(settings: dict[str, Any]) -> Any:
     """The class or function that a file names as ``_target_``."""
-    module, _, name = said["_target_"].rpartition(".")
+    module, _, name = settings["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def built(said: dict[str, Any], **given: Any) -> Any:
-    """The object that it makes of the file's settings, replaced by those that are given."""
-    settings = {k: v for k, v in said.items() if k not in ("_target_", "defaults")}
-    return target(said)(**settings | given)
+def built(settings: dict[str, Any], **overrides: Any) -> Any:
+    """The object of a file's settings with overrides."""
+    arguments = {k: v for k, v in settings.items() if k not in ("_target_", "defaults")}
+    return target(settings)(**arguments | overrides)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An element of the product. Everything else is drawn at random; ``draw`` tells repetitions
-    apart."""
+    """An element of the product. Everything else is drawn at random, with ``draw`` in the seed."""
 
     head: str
     sort: tuple[tuple[str, Any], ...]
@@ -132,16 +132,16 @@ class Case:
         """Whether no objective is refused: its depths predict tokens in a row, each over the whole
         vocabulary."""
         predicts = target(listed("mtp")[self.head]).predicts_tokens
-        asked = dict(self.sort)
-        plain = asked.get("stride", 1) == asked.get("rank", 1) == 1
-        plain = plain and asked.get("draft_vocab") is None
+        switches = dict(self.sort)
+        plain = switches.get("stride", 1) == switches.get("rank", 1) == 1
+        plain = plain and switches.get("draft_vocab") is None
         return predicts and plain and listed("mtp")[self.head]["depth"] > 0
 
 
 def sorts() -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
     """Every head, with each value of at most one of its switches in SORTS."""
-    for head, said in listed("mtp").items():
-        names = [name for name in SORTS if name in said]
+    for head, settings in listed("mtp").items():
+        names = [name for name in SORTS if name in settings]
         for values in itertools.product(*(SWITCHES[name] for name in names)):
             sort = tuple(zip(names, values, strict=True))
             if sum(value != SWITCHES[name][0] for name, value in sort) < 2:  # else refused
@@ -165,16 +165,16 @@ def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
     objectives = list(listed("objective"))
     random.Random(str((head, sort))).shuffle(objectives)
     rest = zip((*WEIGHTS, "acceptance"), MASKS * 2, ("all", "some", "all", "none"), strict=True)
-    for objective, own in zip(objectives, itertools.cycle(rest), strict=False):
-        case = Case(head, sort, objective, *own)
+    for objective, choice in zip(objectives, itertools.cycle(rest), strict=False):
+        case = Case(head, sort, objective, *choice)
         yield case
-        if not case.takes_all:  # which may refuse weights and mask
+        if not case.takes_all:  # the head may refuse the weights and the mask
             yield Case(head, sort, objective, "none", "none", "all")
     yield from plain(head, sort)
 
 
 def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Cross-entropy, which every head takes: more often for heads that refuse other objectives."""
+    """Cross-entropy, which every head takes; more cases for heads that refuse other objectives."""
     case = Case(head, sort, "ce", "none", "none", "all")
     for draw in range(1, 2 if case.takes_all else 5):
         yield replace(case, draw=draw)
@@ -182,28 +182,29 @@ def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 @cache
 def schedules(depth: int) -> dict[str, list[tuple[LambdaSchedule, int]]]:
-    """Every schedule and step, grouped by whether no, some or all depths are active there."""
-    found: dict[str, list[tuple[LambdaSchedule, int]]] = {active: [] for active in ACTIVE}
-    for word, said in listed("lambda_schedule").items():
-        if DEPTHS.get(word, depth) != depth:
+    """All schedules and steps, grouped by whether none, some or all depths are active."""
+    grouped: dict[str, list[tuple[LambdaSchedule, int]]] = {active: [] for active in ACTIVE}
+    for name, settings in listed("lambda_schedule").items():
+        if DEPTHS.get(name, depth) != depth:
             continue
-        given = {"depth": depth, "mtp_lambda": [0.5, 0.3, 0.2][:depth], **KNOTS.get(word, {})}
-        schedule = built(said, **given)
+        mtp_lambda = [0.5, 0.3, 0.2][:depth]
+        schedule = built(settings, depth=depth, mtp_lambda=mtp_lambda, **KNOTS.get(name, {}))
         for step in range(STEPS):
             n = sum(weight > 0 for weight in schedule.lambdas(Progress(step, STEPS)))
-            found["none" if n == 0 else "all" if n == depth else "some"].append((schedule, step))
-    return found
+            grouped["none" if n == 0 else "all" if n == depth else "some"].append((schedule, step))
+    return grouped
 
 
 def drawn_head(case: Case, draw: random.Random, *, confidence: bool) -> MTPConfig:
     """A config of the case's head with random switches: the first draw that is not refused."""
-    said = listed("mtp")[case.head]
-    depth = said["depth"] if said["depth"] < 2 else draw.choice((2, 3))
-    names = [name for name in said if name in SWITCHES and name not in SORTS]
+    settings = listed("mtp")[case.head]
+    depth = settings["depth"] if settings["depth"] < 2 else draw.choice((2, 3))
+    names = [name for name in settings if name in SWITCHES and name not in SORTS]
     while True:
         switches = {name: draw.choice(SWITCHES[name]) for name in names}
         try:
-            return built(said, **switches, **dict(case.sort), depth=depth, confidence=confidence)
+            switches |= {**dict(case.sort), "depth": depth, "confidence": confidence}
+            return built(settings, **switches)
         except UserError:
             continue
 
@@ -228,7 +229,7 @@ def drawn_batch(config: MTPConfig, draw: random.Random) -> WindowBatch:
     generator = torch.Generator().manual_seed(draw.randrange(2**30))
     extra = max(config.places_ahead - config.depth - 1, 0)
     shape = (2, SEQ_LEN + config.stride * config.depth + 1 + extra)
-    # No token twice in a row: where two states are equal, so are p and q, and min(p, q) has a kink.
+    # No token twice in a row: with equal states, p equals q, and min(p, q) has a kink.
     ids = TRUNK.vocab_size - 1
     tokens = torch.randint(1, ids, shape, generator=generator).cumsum(1) % ids + 1
     starts, prompts = torch.rand(2, *shape, generator=generator)

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """Records what the tensors of a pass take.
+    """Records the sizes of the tensors of a pass.
 
     Attributes:
-        least: numbers from which on a tensor is recorded.
-        largest: numbers of the largest tensor.
+        least: a tensor of at least so many elements is recorded.
+        largest: elements of the largest tensor.
         peak: the most bytes of recorded tensors that exist at once.
     """
 
@@ -35,5 +35,5 @@ class LiveMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._live = [entry for entry in self._live if entry[0]() is not None]
         self._live.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
-        once = {address: size for _, address, size in self._live}
-        self.peak = max(self.peak, sum(once.values()))
+        storages = {address: size for _, address, size in self._live}
+        self.peak = max(self.peak, sum(storages.values()))

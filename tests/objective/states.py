@@ -21,7 +21,7 @@ from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
 from tests.reference import rms_norm
 
 
-def said(log_probs: Tensor, token: Tensor) -> Tensor:
+def log_prob_of(log_probs: Tensor, token: Tensor) -> Tensor:
     """The log-probability of a token [..]."""
     return log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
@@ -49,7 +49,7 @@ class Forward:
         self.config: Any = model.config.mtp
         self.batch, self.key, self.seq_len = batch, key, batch.seq_len
         self.consistency: Tensor | None = None
-        # Which positions of a pass use the updates of linear layers, [T, 1]; None for none.
+        # [T, 1]: the positions of a pass that use the updates of linear layers; None if none do.
         self.gate: Tensor | None = None
         self.embedding = self.w["trunk.embedding.weight"]
         self.head = self.w.get("head.weight", self.embedding)
@@ -60,8 +60,8 @@ class Forward:
         self.places = torch.arange(self.seq_len)
         self.sees = (self.places <= self.places.unsqueeze(1)).expand(len(batch), -1, -1)
         if batch.documents is not None:
-            own = batch.documents[:, : self.seq_len]
-            self.sees = self.sees & (own.unsqueeze(1) == own.unsqueeze(2))
+            ids = batch.documents[:, : self.seq_len]
+            self.sees = self.sees & (ids.unsqueeze(1) == ids.unsqueeze(2))
         before_last, last = self.trunk(self.embedding[tokens], self.places, self.sees)
         self.final = self.norm(last, "trunk.norm")
         self.branch = last if self.config.branch == "final" else before_last
@@ -144,12 +144,12 @@ class Forward:
         return tokens, previous
 
     def parallel(self) -> dict[int, Tensor]:
-        found = {}
+        states = {}
         for k in range(1, self.config.depth + 1):
             p = f"mtp.depths.{k - 1}"
             x = self.block(self.branch, f"{p}.block", self.places, self.sees)
-            found[k] = self.norm(x, f"{p}.norm") + self.correction(k)
-        return found
+            states[k] = self.norm(x, f"{p}.norm") + self.correction(k)
+        return states
 
     def medusa(self) -> dict[int, Tensor]:
         if self.config.rank > 1:
@@ -180,23 +180,23 @@ class Forward:
         return {k: self.branch + mixed[:, :, k] for k in range(1, self.config.depth + 1)}
 
     def nextlat(self) -> dict[int, Tensor]:
-        found, g, p = {}, self.branch, "mtp.depths.0"
+        states, g, p = {}, self.branch, "mtp.depths.0"
         for k in range(1, self.config.depth + 1):
             x = torch.cat((g, self.read(k)), -1)
             gain, shift = self.w[f"{p}.norm.weight"], self.w[f"{p}.norm.bias"]
             x = F.layer_norm(x, x.shape[-1:], gain, shift, self.c.norm_eps)
             x = F.gelu(self.linear(x, f"{p}.first"))
             g = g + self.linear(F.gelu(self.linear(x, f"{p}.second")), f"{p}.last")
-            found[k] = g
-        return found
+            states[k] = g
+        return states
 
     def eagle(self) -> dict[int, Tensor]:
-        """One query at a time, over the keys that the cache would hold for its draft."""
+        """One query at a time, over the keys that the cache has when its token is drafted."""
         p, n, m = "mtp.depths.0", self.c.n_heads, self.c.n_kv_heads
         layers, size = self.config.layers or default_layers(self.c.n_layers), self.c.d_head
         read = torch.cat([self.after[layer] for layer in layers], -1)
         g = self.linear(read if self.config.detach == "none" else read.detach(), f"{p}.fuse")
-        found, keys, values = {}, [], []
+        states, keys, values = {}, [], []
         for k in range(1, self.config.depth + 1):
             halves = self.norm(self.read(k), f"{p}.token_norm"), self.norm(g, f"{p}.hidden_norm")
             qkv = self.linear(torch.cat(halves, -1), f"{p}.attention.qkv").unflatten(-1, (-1, size))
@@ -206,20 +206,22 @@ class Forward:
             values.append(value.repeat_interleave(n // m, dim=-2))
             mixed = torch.zeros_like(q)
             for b, t in itertools.product(range(len(self.batch)), range(self.seq_len)):
-                seen, own = self.sees[b, t], range(1, k)
-                its_keys = torch.cat([keys[0][b, seen], *(keys[i][b, t : t + 1] for i in own)])
-                its_values = [values[0][b, seen], *(values[i][b, t : t + 1] for i in own)]
-                shares = ((its_keys * q[b, t]).sum(-1) / math.sqrt(size)).softmax(0)
-                mixed[b, t] = (shares.unsqueeze(-1) * torch.cat(its_values)).sum(0)
+                seen, steps = self.sees[b, t], range(1, k)
+                keys_SNH, values_SNH = (
+                    torch.cat([entries[0][b, seen], *(entries[i][b, t : t + 1] for i in steps)])
+                    for entries in (keys, values)
+                )
+                shares = ((keys_SNH * q[b, t]).sum(-1) / math.sqrt(size)).softmax(0)
+                mixed[b, t] = (shares.unsqueeze(-1) * values_SNH).sum(0)
             g = g + self.linear(mixed.flatten(-2), f"{p}.attention.out")
             normed = self.norm(g, f"{p}.feed_forward_norm")
             gate, up = self.linear(normed, f"{p}.feed_forward.gate_up").chunk(2, dim=-1)
             g = g + self.linear(F.silu(gate) * up, f"{p}.feed_forward.down")
-            found[k] = self.norm(g, f"{p}.norm")
-        return found
+            states[k] = self.norm(g, f"{p}.norm")
+        return states
 
     def registers(self) -> dict[int, Tensor]:
-        """Registers follow the tokens; each attends to the tokens up to its own and to itself."""
+        """Registers come after the tokens; each attends to its token, earlier ones and itself."""
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
         both = torch.cat((tokens, self.w["mtp.register"].expand_as(tokens)), 1)
         places = torch.cat((self.places, self.places + self.mtp.offset(self.key) - 1))
@@ -233,7 +235,7 @@ class Forward:
         """One token at a time: the trunk reads the text up to it and the masks."""
         depth, size = self.config.depth, len(self.batch)
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
-        states, apart = [], [[] for _ in range(size)]
+        states, gaps = [], [[] for _ in range(size)]
         for t in range(self.seq_len):
             n = t + 1
             masks = self.w["mtp.masks"].expand(size, -1, -1)
@@ -249,35 +251,35 @@ class Forward:
             for b, k in itertools.product(range(size), range(1, depth + 1)):
                 if t + k < self.seq_len and self.sees[b, t + k, t]:
                     gap = states[-1][b, k - 1] - self.final[b, t + k].detach()
-                    apart[b].append((k, (gap * gap).mean()))
+                    gaps[b].append((k, (gap * gap).mean()))
         total = torch.zeros((), dtype=torch.float64)
-        for of_window in apart:
+        for of_window in gaps:
             for k in {k for k, _ in of_window}:
-                total = total + torch.stack([gap for own, gap in of_window if own == k]).mean()
+                total = total + torch.stack([gap for i, gap in of_window if i == k]).mean()
         self.consistency = self.config.consistency * total / (depth * size)
-        found = {}
+        sampled = {}
         for k in range(1, depth + 1):
             z = torch.stack([state[:, k - 1] for state in states], 1)
             both = torch.cat((z, self.norm(self.read(k), "mtp.sampler.norm")), -1)
             inner = F.silu(self.linear(both, "mtp.sampler.up"))
-            found[k] = z + self.linear(inner, "mtp.sampler.down")
-        return found
+            sampled[k] = z + self.linear(inner, "mtp.sampler.down")
+        return sampled
 
     def log_probs(self, *, train_head: bool) -> dict[int, Tensor]:
-        """Depth -> log q [B, T, V], the main prediction's at 0."""
+        """Depth -> log q [B, T, V]; 0 is the main prediction."""
         if self.config.rank > 1:
             return self.of_components()
         trained = train_head and self.config.detach != "all"
         head = self.head if trained else self.head.detach()
         if self.mtp.own_head is not None:
             head = self.w["mtp.depths.0.head.weight"]
-        found = {
+        depths = {
             k: self.over_all(torch.log_softmax(h @ head.T, -1)) for k, h in self.states.items()
         }
-        return {0: torch.log_softmax(self.final @ self.head.T, -1), **found}
+        return {0: torch.log_softmax(self.final @ self.head.T, -1), **depths}
 
     def over_all(self, log_q: Tensor) -> Tensor:
-        """Log q over all tokens; those without a row in the stack's own head have probability 0."""
+        """Log q over all tokens; a token without a row in the stack's head has probability 0."""
         if self.mtp.own_head is None:
             return log_q
         wide = log_q.new_full((*log_q.shape[:-1], self.c.vocab_size), -math.inf)
@@ -285,8 +287,9 @@ class Forward:
         return wide
 
     def of_components(self) -> dict[int, Tensor]:
-        """Log q of a mixture, weighted by what its components predicted of the tokens before."""
-        h, found = self.final, {}
+        """Log q of a mixture, whose weights are the probabilities that the components gave to the
+        tokens before."""
+        h, depths = self.final, {}
         log_w = torch.log_softmax(self.linear(h, "mtp.weigh"), -1)
         for k in range(self.config.depth + 1):
             names = [f"mtp.depths.{k - 1}.{a}" for a in range(self.config.rank)]
@@ -295,12 +298,12 @@ class Forward:
             moved = [h + F.silu(self.linear(h, name)) for name in names]
             parts = torch.stack(moved if k else [h, *moved], 2)
             log_p = torch.log_softmax(parts @ self.head.T, -1)
-            found[k] = (log_w.unsqueeze(-1) + log_p).logsumexp(2)
+            depths[k] = (log_w.unsqueeze(-1) + log_p).logsumexp(2)
             token = self.batch.tokens[:, k + 1 : self.seq_len + k + 1, None]
             if k < self.config.depth:
                 token = token.expand(-1, -1, self.config.rank)
-                log_w = torch.log_softmax(log_w + said(log_p, token), -1)
-        return found
+                log_w = torch.log_softmax(log_w + log_prob_of(log_p, token), -1)
+        return depths
 
 
 HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
@@ -317,6 +320,6 @@ HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
     "eagle": Forward.eagle,
     "registers": Forward.registers,
     "masked": Forward.masked,
-    "top": lambda forward: {},  # their predictions come from a matrix of their own
+    "top": lambda forward: {},  # these two have no token predictions
     "bag": lambda forward: {},
 }

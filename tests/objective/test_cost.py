@@ -1,4 +1,4 @@
-"""Parameters and FLOPs that the product measures on the meta device, against closed forms.
+"""Parameters and FLOPs, which are counted on the meta device, against closed forms.
 
 ``test_cross_product.py``, ``test_step.py`` and ``balance/test_gradients.py`` compare the FLOPs of a
 step with those of the operators that it calls.
@@ -59,8 +59,8 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "eagle": [{}, {"draft_vocab": 11}],
     "masked": [{}, {"lora_rank": 3, "consistency": 0.0}],
 }
-# Their caches hold keys and values of whole heads.
-WHOLE_HEADS = ("eagle", "masked")
+# These refuse latent attention.
+PLAIN_TRUNKS_ONLY = ("eagle", "masked")
 SWITCHES: list[dict[str, Any]] = [
     {},
     {"detach": "trunk"},
@@ -77,29 +77,30 @@ def trunk_of(name: str) -> TrunkConfig:
 
 
 def configs(head: str, *, all_switches: bool = True) -> list[MTPConfig]:
-    """The head's variants, with all switches; unless ``all_switches``, the first one's only."""
-    found = []
-    for number, own in enumerate(HEADS[head]):
+    """The head's variants with all switches; without ``all_switches``, only the first variant has
+    them."""
+    accepted = []
+    for number, variant in enumerate(HEADS[head]):
         for switches in SWITCHES if all_switches or number == 0 else SWITCHES[:1]:
             kind = MTPConfig.find(head)
-            for given in ({"depth": 3}, {}):  # a head of a fixed depth takes no depth
+            for depth in ({"depth": 3}, {}):  # a head of a fixed depth takes no depth
                 try:
-                    found.append(kind(**own, **switches, **given))
+                    accepted.append(kind(**variant, **switches, **depth))
                 except (UserError, TypeError):
                     continue
                 break
-    return found
+    return accepted
 
 
-def test_every_head_is_among_them() -> None:
+def test_every_head_is_tested() -> None:
     assert all(configs(head) for head in HEADS)  # configs() imports them
-    own = {k for k, v in MTPConfig._variants.items() if v.__module__.startswith("mtp_lightning.")}
-    assert own == HEADS.keys()
+    kinds = MTPConfig._variants.items()
+    assert {k for k, v in kinds if v.__module__.startswith("mtp_lightning.")} == HEADS.keys()
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str) -> None:
-    trunks = PLAIN if head in WHOLE_HEADS else list(TRUNKS)
+    trunks = PLAIN if head in PLAIN_TRUNKS_ONLY else list(TRUNKS)
     for number, mtp in enumerate(configs(head)):
         config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         model = MTPModel(config)
@@ -118,7 +119,7 @@ def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str) -> 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
-    trunks = PLAIN if head in WHOLE_HEADS else list(TRUNKS)
+    trunks = PLAIN if head in PLAIN_TRUNKS_ONLY else list(TRUNKS)
     for number, mtp in enumerate(configs(head, all_switches=False)):
         config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         cost, depths = StepCost(config), list(range(1, mtp.depth + 1))
@@ -131,22 +132,23 @@ def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
             assert cost.per_token(2 * T) == closed_forms.training(config, 2 * T, depths)
 
 
-def test_flops_of_a_forward_pass() -> None:
+def test_flops_of_a_forward_pass_are_those_of_the_closed_form() -> None:
     config = ModelConfig(trunk=trunk_of("deepseek"), mtp=MTPConfig.find("sequential")(depth=2))
     trunk = config.trunk
     blocks = sum(closed_forms.block(trunk, T, layer)[1] for layer in range(trunk.n_layers))
-    own, _ = closed_forms.stack_flops(config, T, [1, 2])
-    assert forward_flops(config, T) == T * (blocks + own + 3 * 2 * trunk.d_model * trunk.vocab_size)
+    stack, _ = closed_forms.stack_flops(config, T, [1, 2])
+    head = 3 * 2 * trunk.d_model * trunk.vocab_size
+    assert forward_flops(config, T) == T * (blocks + stack + head)
 
 
-def test_a_count_works_while_gradients_are_watched_for_anomalies() -> None:
+def test_flops_are_counted_under_anomaly_detection() -> None:
     config = ModelConfig(trunk=trunk_of("dense"), mtp=MTPConfig.find("joint")(depth=2))
     with torch.autograd.set_detect_anomaly(True):
         assert StepCost(config).per_token(T) == closed_forms.training(config, T, [1, 2])
         assert torch.is_anomaly_enabled()
 
 
-def test_a_kind_of_step_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_same_kind_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = StepCost(ModelConfig(trunk=trunk_of("dense"), mtp=MTPConfig.find("joint")(depth=2)))
     first = cost(T, [1, 2])
     monkeypatch.setattr(ModelConfig, "on_meta", None)
@@ -165,7 +167,7 @@ def test_a_large_model_takes_no_memory() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CappedConfig(FeedForwardConfig, variant="test_capped"):
-    """A user's layer that reads a value."""
+    """A user's layer that reads a value of a tensor."""
 
     def build(self, trunk, layer):
         return Capped(trunk.d_model)
@@ -179,14 +181,14 @@ class Capped(nn.Linear):
         return super().forward(x_BTC) / max(x_BTC.max().item(), 1.0)
 
 
-def test_a_layer_that_reads_values_is_named() -> None:
+def test_a_layer_that_reads_values_is_refused() -> None:
     trunk = replace(trunk_of("dense"), feed_forward=CappedConfig())
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find("none")())
     with pytest.raises(UserError, match="FLOPs are counted on the meta device"):
         StepCost(config).per_token(T)
 
 
-def test_sizes_that_no_tensor_can_have_are_refused() -> None:
+def test_sizes_that_are_too_large_for_a_tensor_are_refused() -> None:
     for d_model in (2**60, 2**64):
         trunk = replace(trunk_of("dense"), d_model=d_model, d_head=8)
         with pytest.raises(UserError, match="too large to count"):

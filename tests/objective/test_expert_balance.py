@@ -1,4 +1,5 @@
-"""The biases that balance experts: how far they move, when, and the balance that they reach."""
+"""The biases that balance experts: how far and when they move, and the balance that they reach;
+the sequence-wise balance loss."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
-from mtp_lightning.objective.expert_balance import balance_experts, label
+from mtp_lightning.objective.expert_balance import balance_experts
 from tests import deepseek
 from tests.integration.helpers import checkpoint, command, execute, rows, train_here, weights
 from tests.losses import gradients, mtp_loss, reported_loss
@@ -51,21 +52,21 @@ def moves(bias: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run_folder")
     train_here(folder, cache, RUN | {"data.batch_size": 8})
     return folder
 
 
-def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
-    found = biases(weights(plain))
-    assert len(found) == 2 and any(".mtp." in name for name in found)
-    for name, bias in found.items():
+def test_a_run_moves_and_logs_the_biases_of_trunk_and_modules(run_folder: Path) -> None:
+    trained = biases(weights(run_folder))
+    assert len(trained) == 2 and any(".mtp." in name for name in trained)
+    for name, bias in trained.items():
         steps = moves(bias)
-        # Three steps of -1, 0 or +1 each; the validation between them moves nothing.
+        # Each of the three steps adds -1, 0 or 1; the validation between them adds nothing.
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3, msg=name)
         assert 0 < steps.abs().max() <= 3.001
-    for row in rows(plain):
+    for row in rows(run_folder):
         violations = [row["moe/max_violation_layer_1"], row["moe/max_violation_depth_1"]]
         assert row["moe/max_violation"] == pytest.approx(sum(violations) / 2)
         assert min(violations) > 0
@@ -80,22 +81,24 @@ def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
     ],
     ids=["accumulation", "recomputation"],
 )
-def test_biases_do_not_depend_on_how_a_step_is_computed(
-    tmp_path: Path, cache: Path, plain: Path, change: dict
+def test_biases_do_not_depend_on_accumulation_or_recomputation(
+    tmp_path: Path, cache: Path, run_folder: Path, change: dict
 ) -> None:
     train_here(tmp_path, cache, RUN | change)
-    same_biases(tmp_path, plain)
+    assert_same_biases(tmp_path, run_folder)
 
 
 @pytest.mark.slow
-def test_two_ranks_move_the_biases_of_one(tmp_path: Path, cache: Path, plain: Path) -> None:
+def test_two_ranks_move_biases_as_one_process(
+    tmp_path: Path, cache: Path, run_folder: Path
+) -> None:
     settings = RUN | {"data.batch_size": 4, "trainer.devices": 2, "trainer.strategy": "ddp"}
     done = execute(command(tmp_path, cache, settings))
     assert done.returncode == 0, done.stdout + done.stderr
-    same_biases(tmp_path, plain)
+    assert_same_biases(tmp_path, run_folder)
 
 
-def same_biases(folder: Path, other: Path) -> None:
+def assert_same_biases(folder: Path, other: Path) -> None:
     a, b = biases(weights(folder)), biases(weights(other))
     assert a.keys() == b.keys() and len(a) == 2
     for name in a:
@@ -106,23 +109,23 @@ def same_biases(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_biases_survive_resume(tmp_path: Path, cache: Path) -> None:
+def test_a_resumed_run_has_the_biases_of_one_run(tmp_path: Path, cache: Path) -> None:
     common = RUN | {"trainer.val_check_interval": 1, "data.batch_size": 4}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_here(whole, cache, common | {"trainer.max_steps": 4})
     train_here(parts, cache, common | {"trainer.max_steps": 2})
     half = biases(weights(parts))
-    # How a run is computed may change on the way.
+    # Recomputation may be switched on when the run is resumed.
     recompute = {"model.recompute": "true"}
     train_here(parts, cache, common | recompute | {"trainer.max_steps": 4})
-    found = biases(weights(parts))
+    resumed = biases(weights(parts))
     for name, bias in biases(weights(whole)).items():
-        assert torch.equal(bias, found[name])
+        assert torch.equal(bias, resumed[name])
         assert not torch.equal(bias, half[name])
     assert checkpoint(parts)["global_step"] == 4
 
 
-def test_one_update_by_hand() -> None:
+def test_an_update_of_biases_equals_one_by_hand() -> None:
     experts = {"n_routed": 4, "n_groups": 1, "top_groups": 1, "bias_frozen": 0.2}
     config = deepseek.trunk(experts=experts)
     router = Router(32, config.feed_forward)
@@ -135,11 +138,6 @@ def test_one_update_by_hand() -> None:
     assert balance_experts(router, AuxiliaryOutputs(), fraction=0.0) == {}
     assert balance_experts(router, auxiliary, fraction=0.9).keys() == values.keys()
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
-
-
-def test_labels() -> None:
-    assert label("model.trunk.blocks.3.feed_forward.router") == "layer_3"
-    assert label("model.mtp.depths.0.block.feed_forward.router") == "depth_1"
 
 
 def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
@@ -175,13 +173,13 @@ def train_router(rate: float) -> float:
     return sum(violations[-20:]) / 20
 
 
-def test_bias_balances_a_skewed_stream() -> None:
+def test_biases_balance_the_experts_of_a_skewed_stream() -> None:
     assert train_router(0.0) > 1.0
     assert train_router(GAMMA) < 0.5
 
 
 @pytest.mark.parametrize(("head", "recompute"), [("sequential", True), ("parallel", False)])
-def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> None:
+def test_the_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> None:
     """Two micro-batches give the gradient of one batch, also for the experts of heads."""
     config = deepseek.trunk(experts={"sequence_loss": 0.5}, recompute=recompute)
 
@@ -209,15 +207,15 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
 
 
 @pytest.mark.slow
-def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path) -> None:
+def test_the_sequence_loss_is_logged_if_it_is_on(tmp_path: Path, cache: Path) -> None:
     """One layer of the trunk and one head have experts; each adds 1e-4 at perfect balance."""
     on = RUN | {"mtp": "parallel", "model.feed_forward.sequence_loss": 1e-4}
     train_here(tmp_path / "whole", cache, on | {"data.batch_size": 8})
-    found = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]
-    assert len(found) == 3 and found == pytest.approx([2e-4] * 3, rel=0.1)
+    losses = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]
+    assert len(losses) == 3 and losses == pytest.approx([2e-4] * 3, rel=0.1)
     split = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
     train_here(tmp_path / "split", cache, on | split)
-    again = [row["moe/sequence_loss"] for row in rows(tmp_path / "split")]
-    assert again == pytest.approx(found, rel=1e-3)
+    split_losses = [row["moe/sequence_loss"] for row in rows(tmp_path / "split")]
+    assert split_losses == pytest.approx(losses, rel=1e-3)
     train_here(tmp_path / "off", cache, on | {"model.feed_forward.sequence_loss": 0})
     assert all("moe/sequence_loss" not in row for row in rows(tmp_path / "off"))

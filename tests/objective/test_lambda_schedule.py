@@ -1,4 +1,4 @@
-"""Lambda schedules against hand-computed points, as pure functions, and through Hydra."""
+"""Lambda schedules: points computed by hand, properties, refused settings, and their YAML files."""
 
 from __future__ import annotations
 
@@ -68,30 +68,32 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
         (published.constant(0, 0.3), {0: [], 1: []}),
     ],
 )
-def test_hand_computed_points(schedule: Piecewise, expected: dict[float, list[float]]) -> None:
+def test_weights_are_those_computed_by_hand(
+    schedule: Piecewise, expected: dict[float, list[float]]
+) -> None:
     for fraction, weights in expected.items():
-        got = schedule.lambdas(at(fraction, max_steps=600_000))
-        assert got == pytest.approx(weights, abs=1e-12), fraction
-        assert [w == 0.0 for w in got] == [w == 0 for w in weights], "zeros are exact"
+        lambdas = schedule.lambdas(at(fraction, max_steps=600_000))
+        assert lambdas == pytest.approx(weights, abs=1e-12), fraction
+        assert [w == 0.0 for w in lambdas] == [w == 0 for w in weights], "zeros are exact"
 
 
-def test_one_number_is_divided_by_the_depth_and_a_list_is_not() -> None:
+def test_a_single_mtp_lambda_is_divided_by_the_depth_and_a_list_is_not() -> None:
     assert published.constant(4, 0.3).lambdas(at(0)) == [0.3 / 4] * 4
     assert Piecewise(4, 0.3, {0: [1, 1, 1, 1]}).lambdas(at(0)) == [0.3] * 4
     assert Piecewise(2, [0.3, 0.1], {0: [2, 3]}).lambdas(at(0)) == pytest.approx([0.6, 0.3])
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
-def test_units(unit: str) -> None:
+def test_positions_can_be_steps_or_tokens(unit: str) -> None:
     def weights(amount: int) -> list[float]:
         where = {"steps": Progress(amount, 10**9), "tokens": Progress(0, 10**9, amount)}
         return Piecewise(1, 1.0, {0: 1, 100: 0}, unit=unit).lambdas(where[unit])
 
     assert [weights(a)[0] for a in (0, 25, 100, 1000)] == [1.0, 0.75, 0.0, 0.0]
     v3 = published.deepseek_v3(1, 0.3, unit=unit, length=14.8)
-    place = {"steps": Progress(10, 15), "tokens": Progress(0, 15, 10)}[unit]
     before = {"steps": Progress(9, 15), "tokens": Progress(0, 15, 9)}[unit]
-    assert (v3.lambdas(before)[0], v3.lambdas(place)[0]) == (0.3, pytest.approx(0.1))
+    after = {"steps": Progress(10, 15), "tokens": Progress(0, 15, 10)}[unit]
+    assert (v3.lambdas(before)[0], v3.lambdas(after)[0]) == (0.3, pytest.approx(0.1))
 
 
 def test_stages_change_at_whole_steps() -> None:
@@ -99,11 +101,11 @@ def test_stages_change_at_whole_steps() -> None:
         curriculum.forward_curriculum(2, 1.0),
         curriculum.forward_curriculum(2, 1.0, unit="steps", length=300),
     ):
-        seen = [schedule.lambdas(Progress(step, 300)) for step in (99, 100, 199, 200)]
-        assert seen == [[0, 0], [0.5, 0], [0.5, 0], [0.5, 0.5]]
+        lambdas = [schedule.lambdas(Progress(step, 300)) for step in (99, 100, 199, 200)]
+        assert lambdas == [[0, 0], [0.5, 0], [0.5, 0], [0.5, 0.5]]
 
 
-def test_depth_ever_skipped() -> None:
+def test_depth_ever_skipped_says_whether_a_weight_is_zero_at_some_step() -> None:
     assert not published.constant(2, 0.3).depth_ever_skipped
     assert not published.constant(0, 0.3).depth_ever_skipped
     assert published.constant(2, 0.0).depth_ever_skipped
@@ -136,7 +138,7 @@ def test_depth_ever_skipped() -> None:
         (lambda: published.linear_decay(2, 0.3, length=10), ["length", "fraction"]),
     ],
 )
-def test_mistakes_are_named(build, words: list[str]) -> None:
+def test_wrong_schedules_are_refused(build, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         build()
     for word in words:
@@ -150,7 +152,9 @@ knot_lists = st.dictionaries(
 
 @settings(max_examples=40)
 @given(knot_lists, st.sampled_from(INTERPOLATIONS), st.integers(0, 1000))
-def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: int) -> None:
+def test_weights_are_between_those_of_the_nearest_knots(
+    knots, interpolation: str, step: int
+) -> None:
     schedule = Piecewise(3, 1.0, knots, interpolation=interpolation)
     progress = Progress(step, 1000)
     weights = schedule.lambdas(progress)
@@ -165,10 +169,10 @@ def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: i
 
 @settings(max_examples=40)
 @given(knot_lists, st.lists(st.integers(0, 1000), min_size=2, max_size=20))
-def test_a_schedule_has_no_memory(knots, steps: list[int]) -> None:
-    used = Piecewise(3, 0.3, knots)
-    in_order = {step: used.lambdas(Progress(step, 1000)) for step in steps}
-    for step in reversed(steps):  # as after a resume: a new object, asked only about the later step
+def test_weights_depend_only_on_the_progress(knots, steps: list[int]) -> None:
+    schedule = Piecewise(3, 0.3, knots)
+    in_order = {step: schedule.lambdas(Progress(step, 1000)) for step in steps}
+    for step in reversed(steps):  # a new object, as in a resumed run
         assert Piecewise(3, 0.3, knots).lambdas(Progress(step, 1000)) == in_order[step]
 
 
@@ -208,7 +212,7 @@ def test_every_preset_has_a_yaml() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_yaml_builds_and_takes_every_unit(name: str) -> None:
+def test_every_preset_builds_from_its_yaml_and_takes_every_unit(name: str) -> None:
     cfg = composed(name, mtp_lambda="[0.3,0.1]").lambda_schedule
     by_fraction = instantiate(cfg)
     assert isinstance(by_fraction, Piecewise) and len(by_fraction.lambdas(at(0.5))) == 2
@@ -218,17 +222,17 @@ def test_every_yaml_builds_and_takes_every_unit(name: str) -> None:
         by_unit = instantiate(cfg, unit=unit, length=1000)
         for amount in range(0, 1200, 7):
             progress = Progress(amount, 1000, amount)
-            wanted = by_fraction.lambdas(progress)
-            assert by_unit.lambdas(progress) == pytest.approx(wanted, abs=1e-6)
+            expected = by_fraction.lambdas(progress)
+            assert by_unit.lambdas(progress) == pytest.approx(expected, abs=1e-6)
 
 
-def test_knots_on_the_command_line() -> None:
+def test_knots_can_be_given_on_the_command_line() -> None:
     cfg = composed("knots", "lambda_schedule.knots={0: [0.3,0.1], 0.5: 0.1}", mtp_lambda="1")
     assert OmegaConf.to_container(cfg.lambda_schedule.knots) == {0: [0.3, 0.1], 0.5: 0.1}
     schedule = instantiate(cfg.lambda_schedule)
     assert schedule.lambdas(at(0)) == [0.3, 0.1]
     assert schedule.lambdas(at(0.5)) == [0.05, 0.05]
     assert schedule.lambdas(at(0.25)) == pytest.approx([0.175, 0.075])
-    # They replace the default ones.
+    # They replace the default knots.
     cfg = composed("knots", "lambda_schedule.knots={0.25: 0.5}", mtp_lambda="1", depth=1)
     assert instantiate(cfg.lambda_schedule).lambdas(at(0)) == [0.5]

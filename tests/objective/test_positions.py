@@ -1,5 +1,7 @@
-"""Rules and terms over all depths of a position: their limits, and the settings that they refuse.
-``test_cross_product.py`` tests their losses and gradients."""
+"""Rules and terms over all depths of a position: special cases, and refused settings.
+
+``test_cross_product.py`` tests their losses and gradients.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ from tests.models import build, windows
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])
-def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -> None:
+def test_an_entropy_mask_with_an_infinite_threshold_masks_nothing(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
     model, plain = build(tiny_trunk, variant, depth=3), windows(2, 9, 3)
     documents = (torch.arange(plain.tokens.shape[1]) // 6).expand_as(plain.tokens)
     batch = WindowBatch(plain.tokens, 3, documents)
-    found, counts = [], batch.counts().tolist()
+    results, counts = [], batch.counts().tolist()
     for objective in (
         Objective(term=KL()),
         Objective(term=KL(), mask="entropy", tau=math.inf),
@@ -36,13 +40,16 @@ def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -
     ):
         total, sums = mtp_loss(model, batch, [0.5, 0.25, 0.125], counts, term=objective)
         total.backward()
-        found.append((total, sums, gradients(model)))
-    for total, sums, grads in found[1:]:
-        assert torch.equal(total, found[0][0]) and torch.equal(sums, found[0][1])
-        assert all(torch.equal(gradient, found[0][2][name]) for name, gradient in grads.items())
+        results.append((total, sums, gradients(model)))
+    plain_total, plain_sums, plain_grads = results[0]
+    for total, sums, grads in results[1:]:
+        assert torch.equal(total, plain_total) and torch.equal(sums, plain_sums)
+        assert all(torch.equal(gradient, plain_grads[name]) for name, gradient in grads.items())
 
 
-def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig) -> None:
+def test_the_running_quantile_is_updated_if_all_depths_have_weight_0(
+    tiny_trunk: TrunkConfig,
+) -> None:
     model, batch = build(tiny_trunk, "sequential", depth=1), windows(2, 9, 1)
     objective = Objective(term=KL(), mask="entropy")
     mtp_loss(model, batch, [0.0], [18, 18], term=objective)
@@ -50,7 +57,7 @@ def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig
     assert sum(objective.state_dict()["counts"]) == 2 * 8  # changes between adjacent positions
 
 
-def test_the_running_quantile_is_one() -> None:
+def test_the_running_quantile_is_about_the_exact_one_and_is_stored() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = EntropyMask(None, quantile=0.9)
     assert mask.tau == math.inf
@@ -62,9 +69,9 @@ def test_the_running_quantile_is_one() -> None:
     assert mask.tau == pytest.approx(exact.quantile(0.9).item(), abs=0.15)
     # Depth 1 counts where neither of two changes is a jump.
     assert 0.7 < values["objective/kept_depth_1"] < 0.9
-    other = EntropyMask(None, quantile=0.9)
-    other.load_state_dict(mask.state_dict())
-    assert other.tau == mask.tau and other.state_dict() == mask.state_dict()
+    loaded = EntropyMask(None, quantile=0.9)
+    loaded.load_state_dict(mask.state_dict())
+    assert loaded.tau == mask.tau and loaded.state_dict() == mask.state_dict()
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -90,20 +97,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         ({"confidence": 1}, "objective.confidence must be true or false"),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Objective(term=CrossEntropy(), **settings)
 
 
 @pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
-def test_without_a_depth_there_is_nothing_to_act_on(tiny_trunk: TrunkConfig, name: str) -> None:
+def test_rules_over_depths_are_refused_without_a_depth(tiny_trunk: TrunkConfig, name: str) -> None:
     model = build(tiny_trunk, "sequential", depth=0)
     with pytest.raises(ValueError, match="has nothing to act on at mtp.depth=0"):
         step_of(model, Objective(**OBJECTIVES[name]))
 
 
 @pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
-def test_depths_that_leap_have_no_drafts_to_look_at(tiny_trunk: TrunkConfig, name: str) -> None:
+def test_rules_over_drafts_are_refused_with_a_stride(tiny_trunk: TrunkConfig, name: str) -> None:
     model = build(tiny_trunk, "linear", depth=2, stride=2)
     with pytest.raises(ValueError, match="mtp.stride=2 skips some"):
         step_of(model, Objective(**OBJECTIVES[name]))
@@ -112,8 +119,8 @@ def test_depths_that_leap_have_no_drafts_to_look_at(tiny_trunk: TrunkConfig, nam
     step_of(model, Objective(term=KL(), weights="exp_decay"))
 
 
-def test_depths_that_depend_on_one_another_are_not_sampled(tiny_trunk: TrunkConfig) -> None:
-    """Their expected gradient would not be that of all depths. Masks depend on no depth, and a
+def test_sampled_depths_are_refused_with_rules_over_several_depths(tiny_trunk: TrunkConfig) -> None:
+    """The expected gradient would not be that of all depths. Masks do not depend on a depth, and a
     single depth is in every step."""
 
     def sampled(depth: int, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step: what it computes and counts, and what the balance rules change."""
+"""One optimizer step: active depths, FLOPs, accumulation, and the effect of balance rules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RULES: dict[str, Callable[[int], Balance]] = {
 }
 
 
-class Trained:
+class Training:
     """A small model in float64, with a rule, an optimizer and a step that train it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Trained:
         rule.check(self.model.config)
         parameters = [*self.model.parameters(), *rule.parameters()]
         self.optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.01)
-        self.optimizer.register_step_pre_hook(lambda *_: self._look())
+        self.optimizer.register_step_pre_hook(lambda *_: self._record())
         self.gradients: dict[str, Tensor] = {}
         schedule = Piecewise(rule.depth, weight)
         self.step = OptimizerStep(
@@ -77,7 +77,7 @@ class Trained:
         if not counts:  # counting FLOPs takes longer than the step
             self.step.cost = lambda *_, **__: 0  # type: ignore[assignment]
 
-    def _look(self) -> None:
+    def _record(self) -> None:
         parameters = self.model.named_parameters()
         self.gradients = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
@@ -102,13 +102,13 @@ def test_a_depth_without_a_target_is_not_computed(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
     """Depth 2 has no target in documents of three tokens, depth 1 none in those of two."""
-    trained = Trained(tiny_trunk, variant, RULES[rule](DEPTH))
+    training = Training(tiny_trunk, variant, RULES[rule](DEPTH))
     for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
         batch = documents_of(length)
         assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
-        result = trained(batch)
+        result = training(batch)
         assert set(result.plan.active) <= with_targets
-        if rule != "sampled_depths":  # this rule computes one of them
+        if rule != "sampled_depths":  # which computes one of them
             assert set(result.plan.active) == with_targets
         elif with_targets:
             assert len(result.plan.active) == 1
@@ -118,18 +118,18 @@ def test_a_depth_without_a_target_is_not_computed(
         for k in {1, 2} - set(result.plan.active):
             assert values[f"train/lambda_depth_{k}"] == 0.0
             assert f"train/loss_depth_{k}" not in values
-        assert all(torch.isfinite(p).all() for p in trained.model.parameters())
-        assert any(name.startswith("mtp.depths.1") for name in trained.gradients) == (
+        assert all(torch.isfinite(p).all() for p in training.model.parameters())
+        assert any(name.startswith("mtp.depths.1") for name in training.gradients) == (
             2 in result.plan.active
         )
-        if isinstance(trained.rule, DWA | GradNorm):
-            factors = trained.rule.factors([1.0, 0.5, 0.5], Progress(trained.steps, 100))
+        if isinstance(training.rule, DWA | GradNorm):
+            factors = training.rule.factors([1.0, 0.5, 0.5], Progress(training.steps, 100))
             assert all(factor == factor for factor in factors)
 
 
 def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None:
     plain, masked = (
-        Trained(tiny_trunk, "sequential", NoBalance(DEPTH), counts=True) for _ in range(2)
+        Training(tiny_trunk, "sequential", NoBalance(DEPTH), counts=True) for _ in range(2)
     )
     batch = documents_of(5)
     whole = plain(WindowBatch(batch.tokens, DEPTH))
@@ -140,38 +140,37 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
 
 
 @pytest.mark.parametrize(
-    ("variant", "own"),
+    ("variant", "switches"),
     [("sequential", {}), ("parallel", {"correction": "mlp"}), ("masked", {"freeze_trunk": True})],
 )
-def test_flops_of_the_depths_that_have_a_target_are_those_of_pytorchs_operators(
-    tiny_trunk: TrunkConfig, variant: str, own: dict[str, Any]
+def test_flops_of_depths_with_a_target_are_those_of_pytorchs_operators(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict[str, Any]
 ) -> None:
     """``test_cross_product.py`` compares every head where all depths have targets."""
-    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), counts=True, **own)
+    training = Training(tiny_trunk, variant, NoBalance(DEPTH), counts=True, **switches)
     for length, active in ((3, [1]), (2, [])):
         with counted_flops() as counted:
-            result = trained(documents_of(length))
+            result = training(documents_of(length))
         assert result.plan.active == active
         assert result.flops == counted.total > 0
 
 
 @pytest.mark.parametrize(("variant", "rule"), [("sequential", "none"), ("parallel", "dwa")])
-def test_nothing_is_computed_for_a_frozen_trunk(
+def test_a_frozen_trunk_has_a_main_prediction_only_for_rules_that_need_it(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
-    """Its main prediction is computed only for a rule that reads its loss; the modules learn the
-    same."""
-    found = {}
-    for frozen in (True, False):
-        switches = {"freeze_trunk": True} if frozen else {"detach": "all"}
-        result = Trained(tiny_trunk, variant, RULES[rule](DEPTH), **switches)(documents_of(5))
-        found[frozen] = result
-        assert ("train/loss_depth_0" in result.values) == (not frozen or rule == "dwa")
-    assert torch.equal(found[True].losses[1:], found[False].losses[1:])
+    """The losses of the modules are the same."""
+    frozen, detached = (
+        Training(tiny_trunk, variant, RULES[rule](DEPTH), **switches)(documents_of(5))
+        for switches in ({"freeze_trunk": True}, {"detach": "all"})
+    )
+    assert "train/loss_depth_0" in detached.values
+    assert ("train/loss_depth_0" in frozen.values) == (rule == "dwa")
+    assert torch.equal(frozen.losses[1:], detached.losses[1:])
     if rule == "none":
-        assert found[True].losses[0] == 0 and found[True].plan.tasks == [1, 2]
-        total = sum(found[True].plan.factors[k] * found[True].losses[k] for k in (1, 2))
-        assert float(found[True].loss) == pytest.approx(float(total))
+        assert frozen.losses[0] == 0 and frozen.plan.tasks == [1, 2]
+        total = sum(frozen.plan.factors[k] * frozen.losses[k] for k in (1, 2))
+        assert float(frozen.loss) == pytest.approx(float(total))
 
 
 def uneven() -> WindowBatch:
@@ -188,18 +187,20 @@ def uneven() -> WindowBatch:
         *((rule, "parallel") for rule in ("cosine_gate", "trunk_ratio", "sampled_depths")),
     ],
 )
-def test_accumulation_is_a_larger_batch(tiny_trunk: TrunkConfig, rule: str, variant: str) -> None:
-    whole, parts = (Trained(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 4))
+def test_accumulated_micro_batches_train_as_one_batch(
+    tiny_trunk: TrunkConfig, rule: str, variant: str
+) -> None:
+    whole, parts = (Training(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 4))
     batch = uneven()
     assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(4)}) > 1
     for _ in range(3):
-        expected, found = (
-            {tag: float(value) for tag, value in trained(batch).values.items()}
-            for trained in (whole, parts)
+        expected, accumulated = (
+            {tag: float(value) for tag, value in training(batch).values.items()}
+            for training in (whole, parts)
         )
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+        assert accumulated == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert str(whole.rule.state_dict().keys()) == str(parts.rule.state_dict().keys())
 
 
@@ -215,42 +216,42 @@ def test_accumulation_is_a_larger_batch(tiny_trunk: TrunkConfig, rule: str, vari
 def test_measuring_rules_log_norms_and_count_their_cost(
     tiny_trunk: TrunkConfig, rule: Balance, where: str, every: int
 ) -> None:
-    trained = Trained(tiny_trunk, "sequential", rule, max_steps=10, counts=True)
+    training = Training(tiny_trunk, "sequential", rule, max_steps=10, counts=True)
     batch = WindowBatch(documents_of(5).tokens, DEPTH)
-    results = [trained(batch) for _ in range(10)]
+    results = [training(batch) for _ in range(10)]
     tags = [f"grad/{where}norm_depth_{k}" for k in range(3)]
     last = 9 if rule.name == "trunk_ratio" else 10  # it measures nothing in the last tenth
     assert [[tag in result.values for tag in tags] for result in results] == [
         [step % every == 0 and step <= last] * 3 for step in range(1, 11)
     ]
-    plain = 10 * 2 * trained.step.cost(12, [1, 2])
+    plain = 10 * 2 * training.step.cost(12, [1, 2])
     assert 1.2 * plain < sum(result.flops for result in results) < 3.5 * plain
 
 
-def test_a_rule_that_never_measures_is_training_with_fixed_weights(tiny_trunk: TrunkConfig) -> None:
+def test_a_rule_that_never_measures_trains_as_with_fixed_weights(tiny_trunk: TrunkConfig) -> None:
     rules = (TrunkRatio(DEPTH, every_n_steps=1000), NoBalance(DEPTH))
-    idle, fixed = (Trained(tiny_trunk, "sequential", rule) for rule in rules)
+    idle, fixed = (Training(tiny_trunk, "sequential", rule) for rule in rules)
     for _ in range(3):
         assert torch.equal(idle(documents_of(5)).losses, fixed(documents_of(5)).losses)
-    for one, other in zip(idle.model.parameters(), fixed.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for a, b in zip(idle.model.parameters(), fixed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
+def test_a_closed_cosine_gate_changes_only_the_gradients_of_the_trunk(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gate that is always closed, the trunk trains as if detached; modules still learn."""
+    """The trunk trains as if detached, and modules still learn."""
     monkeypatch.setattr(CosineGate, "is_open", lambda self, k: False)
-    # The gradients are not clipped: their norm would join what the gate separates.
-    shut, plain, fixed = (
-        Trained(tiny_trunk, "sequential", rule(DEPTH), weight=weight, clip_norm=None)
+    # Without clipping, whose norm is over all parameters.
+    closed, plain, fixed = (
+        Training(tiny_trunk, "sequential", rule(DEPTH), weight=weight, clip_norm=None)
         for rule, weight in ((CosineGate, 0.3), (NoBalance, 0.0), (NoBalance, 0.3))
     )
-    for trained in (shut, plain, fixed):
-        trained(documents_of(5))
-    trunk = [n for n in shut.gradients if n.startswith(("trunk.blocks.", "trunk.norm."))]
+    for training in (closed, plain, fixed):
+        training(documents_of(5))
+    trunk = [n for n in closed.gradients if n.startswith(("trunk.blocks.", "trunk.norm."))]
     assert len(trunk) > 5
-    for name, gradient in shut.gradients.items():
+    for name, gradient in closed.gradients.items():
         expected = (plain if name in trunk else fixed).gradients[name]
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9, msg=name)
     assert any(not torch.allclose(plain.gradients[n], fixed.gradients[n], rtol=1e-3) for n in trunk)
@@ -267,6 +268,6 @@ def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
 def test_a_batch_that_cannot_be_trained_on_is_refused(
     tiny_trunk: TrunkConfig, depth: int, documents: torch.Tensor | None, message: str
 ) -> None:
-    trained = Trained(tiny_trunk, "sequential", NoBalance(DEPTH))
+    training = Training(tiny_trunk, "sequential", NoBalance(DEPTH))
     with pytest.raises(ValueError, match=message):
-        trained(WindowBatch(torch.zeros(1, 6).long(), depth, documents))
+        training(WindowBatch(torch.zeros(1, 6).long(), depth, documents))

@@ -1,4 +1,4 @@
-"""Terms of the objective: value and gradient, alone and through several kinds of stack."""
+"""Terms of the objective: values and gradients, alone and with several kinds of stack."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Focal(Term):
 
 @pytest.mark.parametrize("variant", ["sequential", "linear", "parameter_free"])
 def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, variant: str) -> None:
-    """Against autograd on whole fp64 logits (a chunk's log-probabilities are fp32); the main
-    prediction keeps cross-entropy."""
+    """The reference is autograd on all logits in fp64; a chunk's log-probabilities are fp32. The
+    main prediction always has cross-entropy."""
     model = build(tiny_trunk, variant, depth=2).double()
     batch = WindowBatch(windows(2, 9, 2).tokens, 2, (torch.arange(12) // 5).expand(2, -1))
     counts, weights = batch.counts().tolist(), [0.5, 0.25]
     total, sums = mtp_loss(model, batch, weights, counts, term=Focal(1.5))
     total.backward()
-    found = gradients(model)
+    grads = gradients(model)
     expected = torch.zeros((), dtype=torch.float64)
     for k, hidden in model(batch).items():
         log_q = torch.log_softmax(model.head(hidden), -1)
@@ -70,10 +70,10 @@ def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, varian
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-TAUGHT: dict[str, Term] = {
+DISTANCES: dict[str, Term] = {
     "kl": KL(),
     "kl at temperature 2": KL(temperature=2),
     "reverse_kl": ReverseKL(),
@@ -100,11 +100,11 @@ def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
     vocab=st.integers(2, 12),
     sharp=st.sampled_from([0.3, 1.0, 6.0]),
 )
-@pytest.mark.parametrize("name", TAUGHT | GREEDY)
-def test_a_distance_is_its_formula(
+@pytest.mark.parametrize("name", DISTANCES | GREEDY)
+def test_a_terms_value_and_gradient_equal_its_formula(
     name: str, seed: int, rows: int, vocab: int, sharp: float
 ) -> None:
-    """Value and gradient, in closed form and by autograd, against the definition."""
+    """The gradient in closed form and that of autograd, against the definition."""
     generator = torch.Generator().manual_seed(seed)
     logits_q, logits_p = sharp * torch.randn(
         2, rows, vocab, generator=generator, dtype=torch.float64
@@ -114,23 +114,23 @@ def test_a_distance_is_its_formula(
     log_q, log_p = torch.log_softmax(leaf, -1), torch.log_softmax(logits_p, -1)
     none = torch.empty(0)
     at = At(log_q, log_p, tokens, none, none)
-    want = 1 - ACCEPTED[name](at) if name in ACCEPTED else FORMULAS[name](at)
-    want.sum().backward()
-    term = (TAUGHT | GREEDY)[name]
+    expected = 1 - ACCEPTED[name](at) if name in ACCEPTED else FORMULAS[name](at)
+    expected.sum().backward()
+    term = (DISTANCES | GREEDY)[name]
     for gradient in (term.gradient, lambda chunk: Term.gradient(term, chunk)):
         chunk = chunk_of(logits_q, logits_p, tokens)
         value, d_logits = gradient(chunk)
-        torch.testing.assert_close(value, want.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(d_logits, leaf.grad, rtol=1e-9, atol=1e-12)
-        # The teacher, which the next depth reads too, is not overwritten.
+        # The teacher is not overwritten, since the next depth reads it.
         assert torch.equal(chunk.teacher.log_probs_RV, log_p)
         assert torch.equal(chunk.teacher.probs_RV, log_p.exp())
     assert torch.equal(term.value(chunk_of(logits_q, logits_p, tokens)), value)
     assert value.min() > -1e-12
 
 
-def test_expected_accepted_length_is_the_chance_of_greedy_tokens() -> None:
-    """arXiv 2609.24150, by hand: V = 3, D = 2. Among equals, the lowest id is the greedy token."""
+def test_the_expected_accepted_length_equals_that_computed_by_hand() -> None:
+    """arXiv 2609.24150, with V = 3 and D = 2. Among equals, the greedy token is the lowest id."""
     p = torch.tensor([[0.2, 0.4, 0.4], [0.6, 0.3, 0.1]], dtype=torch.float64)
     q = torch.tensor([[0.3, 0.5, 0.2], [0.25, 0.5, 0.25]], dtype=torch.float64)
     zeros = torch.zeros(1).long()
@@ -150,26 +150,28 @@ def test_expected_accepted_length_is_the_chance_of_greedy_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_distance_is_nothing_between_equals(dtype: torch.dtype) -> None:
+def test_distances_and_their_gradients_are_0_between_equal_distributions(
+    dtype: torch.dtype,
+) -> None:
     logits = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    for term in TAUGHT.values():
-        for found in term.gradient(chunk_of(logits, logits, torch.zeros(6).long())):
-            assert found.abs().max() < 10 * torch.finfo(dtype).eps, term.name
+    for term in DISTANCES.values():
+        for result in term.gradient(chunk_of(logits, logits, torch.zeros(6).long())):
+            assert result.abs().max() < 10 * torch.finfo(dtype).eps, term.name
 
 
-def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:
+def test_distances_to_a_teacher_that_is_certain_equal_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 20, generator=generator, dtype=torch.float64)
     tokens = torch.randint(0, 20, (6,), generator=generator)
-    sure = 1e3 * F.one_hot(tokens, 20).double()
-    want_value, want = CrossEntropy().gradient(chunk_of(logits, sure, tokens))
+    certain = 1e3 * F.one_hot(tokens, 20).double()
+    cross_entropy, expected = CrossEntropy().gradient(chunk_of(logits, certain, tokens))
     for term in (NLA(), KL()):
-        value, gradient = term.gradient(chunk_of(logits, sure, tokens))
-        torch.testing.assert_close(value, want_value)
-        torch.testing.assert_close(gradient, want)
+        value, gradient = term.gradient(chunk_of(logits, certain, tokens))
+        torch.testing.assert_close(value, cross_entropy)
+        torch.testing.assert_close(gradient, expected)
     # TV is the probability of the other tokens; NLA has no gradient below its floor.
-    value, _ = TV().gradient(chunk_of(logits, sure, tokens))
-    torch.testing.assert_close(value, 1 - (-want_value).exp())
+    value, _ = TV().gradient(chunk_of(logits, certain, tokens))
+    torch.testing.assert_close(value, 1 - (-cross_entropy).exp())
     far = torch.zeros(1, 2, dtype=torch.float64)
     far[0, 0] = 20.0
     value, gradient = NLA().gradient(chunk_of(far, -far, torch.tensor([1])))
@@ -206,12 +208,12 @@ def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
     ],
 )
-def test_what_makes_no_sense_is_refused(build_it: Callable[[], object], message: str) -> None:
+def test_wrong_settings_are_refused(build_it: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_it()
 
 
-def test_a_mixture_takes_a_term_of_ones_own(tiny_trunk: TrunkConfig) -> None:
+def test_a_mixture_takes_a_users_term(tiny_trunk: TrunkConfig) -> None:
     mixture = Mixture({"ce": 0.5, "focal": {"weight": 2, "term": Focal(1.5)}})
     assert [(w, term.name) for w, term in mixture.parts()] == [(0.5, "ce"), (2.0, "focal")]
     assert "focal" in known_terms() and "mix" not in known_terms()

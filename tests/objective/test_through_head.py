@@ -1,4 +1,4 @@
-"""The chunked head against float64 logits, and its limits on memory."""
+"""The loss that computes the head chunk by chunk, against float64 logits, and its memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def target(depth: int, tokens: Tensor, coefficient: float) -> DepthTarget:
     return DepthTarget(depth, tokens, coefficient, CrossEntropy())
 
 
-def weighted(
+def chunked_loss(
     weight: Tensor, depths: Depths, *, train_head: bool = True, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     states, targets = zip(*depths, strict=True)
@@ -73,7 +73,7 @@ def expected(
     train_head=st.booleans(),
     one_kernel=st.booleans(),
 )
-def test_values_and_gradients(
+def test_values_and_gradients_equal_those_of_whole_logits(
     seed: int,
     n_depths: int,
     vocab: int,
@@ -93,16 +93,15 @@ def test_values_and_gradients(
         coefficient = float(torch.rand((), generator=generator)) + 0.1
         depths.append((hidden, target(k, targets, coefficient)))
     with mock.patch.object(kernel, "_compiled_cross_entropy", lambda: kernel._cross_entropy):
-        total, sums = weighted(weight, depths, train_head=train_head, compiled=one_kernel)
-    want_total, want_sums, want_weight, want_hidden = expected(
-        weight, depths, train_head=train_head
-    )
-    torch.testing.assert_close(total.double(), want_total, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=1e-5, atol=1e-4)
+        total, sums = chunked_loss(weight, depths, train_head=train_head, compiled=one_kernel)
+    exact = expected(weight, depths, train_head=train_head)
+    exact_total, exact_sums, d_weight, d_hidden = exact
+    torch.testing.assert_close(total.double(), exact_total, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums, torch.stack(exact_sums).detach(), rtol=1e-5, atol=1e-4)
     (3.0 * total).backward()
-    torch.testing.assert_close(weight.grad.double(), 3 * want_weight, rtol=1e-4, atol=1e-4)
-    for (hidden, _), want in zip(depths, want_hidden, strict=True):
-        torch.testing.assert_close(hidden.grad.double(), 3 * want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight.grad.double(), 3 * d_weight, rtol=1e-4, atol=1e-4)
+    for (hidden, _), gradient in zip(depths, d_hidden, strict=True):
+        torch.testing.assert_close(hidden.grad.double(), 3 * gradient, rtol=1e-4, atol=1e-4)
 
 
 class DeepestFirst(Together):
@@ -117,33 +116,16 @@ def test_a_feed_may_send_its_depths_in_any_order() -> None:
     states = [torch.randn(2, 9, 8) for _ in range(3)]
     targets = [target(k, torch.randint(0, 50, (2, 9)), 0.1 * (k + 1)) for k in range(3)]
     results = []
-    for feed in (Together, DeepestFirst):
+    for kind in (Together, DeepestFirst):
         inputs = [h.clone().requires_grad_() for h in states]
-        one = feed(inputs[0], list(enumerate(inputs))[1:], {})
-        total, sums = stream_loss(weight, one, targets)
+        feed = kind(inputs[0], list(enumerate(inputs))[1:], {})
+        total, sums = stream_loss(weight, feed, targets)
         results.append((total, sums, *torch.autograd.grad(total, [weight, *inputs])))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
-def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(50, 8, requires_grad=True)
-    hidden = torch.randn(300, 8)
-    targets = torch.randint(0, 50, (300,))
-    results = []
-    for rows in (300, 128, 7):
-        monkeypatch.setattr(through_head, "chunk_rows", lambda *_, rows=rows: rows)
-        h = hidden.clone().requires_grad_()
-        total, sums = weighted(weight, [(h, target(0, targets, 0.01))])
-        total.backward()
-        results.append((total.detach(), sums, h.grad, weight.grad))
-        weight.grad = None
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_no_tensor_holds_more_than_one_chunk_of_logits() -> None:
+def test_no_tensor_is_larger_than_one_chunk_of_logits() -> None:
     vocab, rows = 20_000, 700
     weight = torch.randn(vocab, 8, requires_grad=True)
     depths = [
@@ -151,23 +133,15 @@ def test_no_tensor_holds_more_than_one_chunk_of_logits() -> None:
         for k in range(3)
     ]
     with LiveMemory(least=vocab) as memory:
-        weighted(weight, depths)[0].backward()
+        chunked_loss(weight, depths)[0].backward()
     chunk = through_head.chunk_rows(vocab, torch.device("cpu")) * vocab
     assert vocab * 8 < memory.largest <= chunk < rows * vocab
-
-
-def test_without_gradient_nothing_is_kept() -> None:
-    weight = torch.randn(30, 8, requires_grad=True)
-    with torch.no_grad():
-        depth = torch.randn(5, 8), target(0, torch.zeros(5).long(), 1.0)
-        total, _ = weighted(weight, [depth])
-    assert not total.requires_grad
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_kernel(dtype: torch.dtype) -> None:
+def test_the_compiled_kernel_equals_float64(dtype: torch.dtype) -> None:
     """With chunks of two lengths, as on a GPU."""
     weight = torch.randn(300, 16).to(dtype).requires_grad_()
     tokens = torch.randint(0, 300, (2, 400))
@@ -175,14 +149,14 @@ def test_the_compiled_kernel(dtype: torch.dtype) -> None:
     hidden = torch.randn(2, 400, 16).to(dtype).requires_grad_()
     depths = [(hidden, target(0, tokens, 0.7))]
     with mock.patch.dict(through_head._CHUNK_NUMEL, cpu=300 * 256):
-        total, sums = weighted(weight, depths, compiled=True)
+        total, sums = chunked_loss(weight, depths, compiled=True)
     total.backward()
-    want_total, want_sums, want_weight, (want_hidden,) = expected(weight, depths)
+    exact_total, exact_sums, d_weight, (d_hidden,) = expected(weight, depths)
     bound = 1e-4 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(total.double(), want_total, rtol=bound, atol=bound)
-    torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=bound, atol=bound)
-    for found, want in ((weight.grad, want_weight), (hidden.grad, want_hidden)):
-        assert float((found.double() - want).abs().max() / want.abs().max()) < bound
+    torch.testing.assert_close(total.double(), exact_total, rtol=bound, atol=bound)
+    torch.testing.assert_close(sums, torch.stack(exact_sums).detach(), rtol=bound, atol=bound)
+    for gradient, exact in ((weight.grad, d_weight), (hidden.grad, d_hidden)):
+        assert float((gradient.double() - exact).abs().max() / exact.abs().max()) < bound
 
 
 @pytest.mark.slow
@@ -214,5 +188,5 @@ def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
         assert memory.largest <= max(rows * vocab, head) < 512 * vocab
         peaks.append(memory.peak)
     assert peaks[1] <= peaks[0] + 4 * rows * vocab
-    # Two of the size of the head: its gradient, and the part of one chunk.
+    # Two tensors have the size of the head: its gradient, and that of one chunk.
     assert peaks[1] <= 4 * (7 * rows * vocab + 2 * head) < 4 * 512 * vocab

@@ -1,9 +1,9 @@
 """A training step and a validation never wait for the device.
 
-The tests run on the device "meta", whose tensors have no values. There, every operation that reads
-a value fails (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bincount``). Copies from the
-host do not fail there, but wait for a real device if they come from pageable memory: the tests
-record them.
+The tests run on the device "meta", whose tensors have no values, so that every operation that reads
+a value fails (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bincount``). Copies from
+pageable host memory wait for a real device, too; they do not fail on "meta", so the tests record
+them.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class HostCopies(TorchFunctionMode):
     A tensor without dimensions does not count: it is passed as an argument of the kernel.
 
     Attributes:
-        found: function and the line of the project that called it.
+        calls: each function, with the line of the project that called it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.calls: list[str] = []
 
     def __torch_function__(
         self,
@@ -91,15 +91,15 @@ class HostCopies(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        on_device = any(tensor.device.type == "meta" for tensor in (*given, *made))
-        of_host = any(tensor.device.type == "cpu" and tensor.dim() for tensor in given)
-        written_out = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-        listed = func in _INDEXING and _has_list(args[1])
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        on_device = any(tensor.device.type == "meta" for tensor in (*inputs, *outputs))
+        from_host = any(tensor.device.type == "cpu" and tensor.dim() for tensor in inputs)
+        from_numbers = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        from_list = func in _INDEXING and _has_list(args[1])
         waits = not kwargs.get("non_blocking", False)
-        if on_device and waits and (of_host or written_out or listed):
-            self.found.append(f"{getattr(func, '__name__', func)} in {_caller()}")
+        if on_device and waits and (from_host or from_numbers or from_list):
+            self.calls.append(f"{getattr(func, '__name__', func)} in {_caller()}")
         return result
 
 
@@ -134,11 +134,11 @@ def copies_of_a_step(model: MTPModel, batch: WindowBatch, objective: Objective) 
         clip_norm=1.0,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    moved = batch.to("meta")
+    batch = batch.to("meta")
     with HostCopies() as copies:
-        result = step(moved, Progress(step=0, max_steps=10), optimizer)
+        result = step(batch, Progress(step=0, max_steps=10), optimizer)
         assert result.loss.device.type == "meta"
-    return copies.found
+    return copies.calls
 
 
 @pytest.mark.parametrize(("stack", "objective", "documents"), CASES)
@@ -170,33 +170,33 @@ def test_a_validation_copies_nothing_from_the_host(
     rates = rates_of(model, [60]).to("meta")
     with HostCopies() as copies, torch.no_grad():
         rates.update(model, batch, model(batch))
-    assert copies.found == []
+    assert copies.calls == []
 
 
 @pytest.mark.parametrize(("device", "compiled"), [("meta", True), ("meta", False), ("cpu", True)])
 def test_a_mask_in_blocks_copies_nothing_from_the_host(
     tiny_trunk: TrunkConfig, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mask in blocks is used for compiled blocks on a GPU only."""
+    """Only compiled blocks on a GPU get a mask in blocks."""
     trunk = replace(tiny_trunk, d_head=16)
     model = build(trunk, "none", depth=0).to(device)
     model.compiled = compiled
     batch = masked(windows(4, 12, 0)).to(device)
-    seen = []
+    masks = []
 
     def run(embedded: torch.Tensor, ctx: ForwardContext) -> TrunkOutput:
-        seen.append(ctx.mask)
+        masks.append(ctx.mask)
         return TrunkOutput(embedded, embedded, embedded)
 
     monkeypatch.setattr(model.trunk, "forward", run)
     with HostCopies() as copies:
         model.run_trunk(batch, [])
-    assert copies.found == []
-    assert isinstance(seen[0], BlockMask) == (device == "meta" and compiled)
+    assert copies.calls == []
+    assert isinstance(masks[0], BlockMask) == (device == "meta" and compiled)
 
 
-def test_what_waits_is_found() -> None:
-    """The recorder finds written numbers, lists as indices, and tensors of the host."""
+def test_host_copies_are_recorded_and_reads_of_values_fail() -> None:
+    """Copies of Python numbers, of lists as indices, and of tensors of the host."""
     x = torch.empty(4, 3, device="meta")
     with HostCopies() as copies:
         x.new_tensor([1.0, 2.0])
@@ -206,12 +206,12 @@ def test_what_waits_is_found() -> None:
         torch.arange(3).to("meta")
         torch.arange(3).to("meta", non_blocking=True)
         x * torch.tensor(2.0)
-    assert [found.split(" in ")[0] for found in copies.found] == [
+    assert [call.split(" in ")[0] for call in copies.calls] == [
         "new_tensor",
         "tensor",
         "__getitem__",
         "to",
     ]
-    for look in (torch.Tensor.tolist, torch.nonzero, torch.Tensor.item, lambda x: x[x > 0]):
+    for read in (torch.Tensor.tolist, torch.nonzero, torch.Tensor.item, lambda x: x[x > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            look(x[0, :1])
+            read(x[0, :1])

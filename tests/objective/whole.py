@@ -18,12 +18,12 @@ from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp import selector
 from tests.mtp.summaries import nearest
-from tests.objective.states import Forward, said
+from tests.objective.states import Forward, log_prob_of
 
 
 @dataclass(frozen=True)
 class At:
-    """Some positions of a depth: log q, log p [.., V], targets [..], h^k_t and h_{t+k} [.., C]."""
+    """Positions of a depth: log q and log p [.., V], targets [..], h^k_t and h_{t+k} [.., C]."""
 
     log_q: Tensor
     log_p: Tensor
@@ -57,7 +57,7 @@ def warm_alpha(at: At) -> Tensor:
 
 
 def of_greedy(at: At) -> Tensor:
-    return said(at.log_q, at.log_p.argmax(-1)).exp()
+    return log_prob_of(at.log_q, at.log_p.argmax(-1)).exp()
 
 
 def lk(at: At) -> Tensor:
@@ -70,9 +70,9 @@ def feature(at: At) -> Tensor:
     return raw_feature(At(at.log_q, at.log_p, at.target, at.hidden / rms, at.main / rms))
 
 
-def distance(of: Tensor, to: Tensor | None) -> Tensor:
-    assert to is not None
-    return ((of - to) ** 2).mean(-1)
+def distance(hidden: Tensor, target: Tensor | None) -> Tensor:
+    assert target is not None
+    return ((hidden - target) ** 2).mean(-1)
 
 
 def raw_feature(at: At) -> Tensor:
@@ -81,7 +81,7 @@ def raw_feature(at: At) -> Tensor:
 
 
 FORMULAS: dict[str, Callable[[At], Tensor]] = {
-    "ce": lambda at: -said(at.log_q, at.target),
+    "ce": lambda at: -log_prob_of(at.log_q, at.target),
     "kl": lambda at: kl_of(at.log_p, at.log_q),
     "kl at temperature 2": warm_kl,
     "reverse_kl": lambda at: kl_of(at.log_q, at.log_p),
@@ -112,7 +112,7 @@ LOGGED = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class DepthObjective:
     """The objective of the depths: formulas with their weights, and its options."""
 
     mixture: Mapping[str, float]
@@ -134,7 +134,7 @@ class Step:
         batch: the batch of the whole step, on one rank.
         key: key of the random choices.
         lambdas: the schedule's, for D depths.
-        asked: the objective of the depths.
+        objective: the objective of the depths.
 
     Attributes:
         total: L, differentiable.
@@ -147,32 +147,35 @@ class Step:
         batch: WindowBatch,
         key: RandomKey,
         lambdas: Sequence[float],
-        asked: Asked,
+        objective: DepthObjective,
     ) -> None:
-        self.model, self.batch, self.asked, self.seq_len = model, batch, asked, batch.seq_len
+        self.model, self.batch, self.seq_len = model, batch, batch.seq_len
+        self.objective = objective
         self.forward = Forward(model, batch, key)
-        self.log_q = self.forward.log_probs(train_head=asked.train_head)
+        self.log_q = self.forward.log_probs(train_head=objective.train_head)
         self.log_p = self.log_q[0].detach()
-        # depth -> how far its target is beyond the next token
-        self.on = {k: batch.stride * k for k in range(model.depth + 1)}
+        # depth -> the distance of its target from the next token
+        self.offsets = {k: batch.stride * k for k in range(model.depth + 1)}
         if model.config.mtp.variant == "registers":
-            self.on[1] = model.mtp.offset(key) - 1
-        self.valid = {k: self._valid(on) for k, on in self.on.items()}
-        own = model.mtp.own_head
-        self.rows = None if own is None or own.is_whole else own.tokens
-        for k in self.on if self.rows is not None else ():
+            self.offsets[1] = model.mtp.offset(key) - 1
+        self.valid = {k: self._valid(offset) for k, offset in self.offsets.items()}
+        own_head = model.mtp.own_head
+        self.rows = None if own_head is None or own_head.is_whole else own_head.tokens
+        for k in self.offsets if self.rows is not None else ():
             if k:
                 self.valid[k] &= torch.isin(self._target(k), self.rows)
-        if asked.draft_vocab is not None:
-            self.rows = torch.arange(asked.draft_vocab)
-        self.taught = {k: valid & (self._on(k) < self.seq_len) for k, valid in self.valid.items()}
+        if objective.draft_vocab is not None:
+            self.rows = torch.arange(objective.draft_vocab)
+        self.taught = {
+            k: valid & (self._teacher_T(k) < self.seq_len) for k, valid in self.valid.items()
+        }
         config: Any = model.config.mtp
         self.logged: dict[str, Any] = {}
         weights = {k: weight for k, weight in enumerate(lambdas, start=1) if weight}
         by_itself = config.variant in ("top", "bag")
         losses = self._of_summary(weights) if by_itself else self._of_depths(weights)
         self.logged |= {
-            f"train/lambda_depth_{k}": weights.get(k, 0) * (k in losses) for k in self.on if k
+            f"train/lambda_depth_{k}": weights.get(k, 0) * (k in losses) for k in self.offsets if k
         }
         if not config.freeze_trunk:
             losses[0], weights[0] = self._mean(FORMULAS["ce"](self._at(0)), self.valid[0]), 1.0
@@ -183,26 +186,27 @@ class Step:
         if (consistency := self.forward.consistency) is not None and weights.keys() - {0}:
             if config.consistency:
                 self.logged["train/consistency_loss"] = consistency
-            self.total = self.total + consistency  # it is logged separately
+            self.total = self.total + consistency  # train/loss does not have it
         for tag, value in self.logged.items():
             self.logged[tag] = value.item() if isinstance(value, Tensor) else value
 
-    def _valid(self, on: int) -> Tensor:
-        """[B, T]: the token ``on`` beyond the next may be a target, and is in the same document."""
+    def _valid(self, offset: int) -> Tensor:
+        """[B, T]: the token ``offset`` after the next can be a target and is in the same
+        document."""
         batch, width = self.batch, self.seq_len
-        found = torch.ones(len(batch), width, dtype=torch.bool)
+        valid = torch.ones(len(batch), width, dtype=torch.bool)
         if batch.scored is not None:
-            found &= batch.scored[:, on + 1 : width + on + 1]
-        for ahead in range(1, on + 2) if batch.documents is not None else ():
-            found &= batch.documents[:, ahead : width + ahead] == batch.documents[:, :width]
-        return found
+            valid &= batch.scored[:, offset + 1 : width + offset + 1]
+        for ahead in range(1, offset + 2) if batch.documents is not None else ():
+            valid &= batch.documents[:, ahead : width + ahead] == batch.documents[:, :width]
+        return valid
 
-    def _on(self, k: int) -> Tensor:
-        """[T]: the position of the main prediction of depth k's target."""
-        return torch.arange(self.seq_len) + self.on[k]
+    def _teacher_T(self, k: int) -> Tensor:
+        """[T]: the position whose main prediction is that of depth k's target."""
+        return torch.arange(self.seq_len) + self.offsets[k]
 
     def _at(self, k: int) -> At:
-        teacher = self._on(k).clamp(max=self.seq_len - 1)
+        teacher = self._teacher_T(k).clamp(max=self.seq_len - 1)
         target = self._target(k)
         states = {0: self.forward.final, **self.forward.states}
         hidden = states.get(k, self.forward.final)
@@ -217,33 +221,33 @@ class Step:
         return At(log_q, log_p, target, hidden, main, embedded, padded)
 
     def _target(self, k: int) -> Tensor:
-        start = 1 + self.on[k]
+        start = 1 + self.offsets[k]
         return self.batch.tokens[:, start : start + self.seq_len]
 
     @staticmethod
     def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:
-        """The mean over the positions that count; a position that is not kept adds 0."""
+        """The mean over the positions of ``counts``; a position that is not kept adds 0."""
         total = (torch.where(counts, value_BT, 0) * kept).sum()
         return total / max(int(counts.sum()), 1)
 
     def _of_depths(self, lambdas: Collection[int]) -> dict[int, Tensor]:
         """The loss of every depth of ``lambdas`` that has a target; each of its terms is logged."""
-        asked, names = self.asked, list(self.asked.mixture)
+        objective, names = self.objective, list(self.objective.mixture)
         selects = getattr(self.model.config.mtp, "correction", "none") == "selector"
         counted = {
             k: self.valid[k] if "ce" in names or selects else self.taught[k] for k in lambdas
         }
         counted = {k: counts for k, counts in counted.items() if counts.any()}
-        inside = {k: self._target(k) < (asked.draft_vocab or math.inf) for k in counted}
+        inside = {k: self._target(k) < (objective.draft_vocab or math.inf) for k in counted}
         kept = {k: self._kept(k) & inside[k] for k in counted}
         at = {k: self._at(k) for k in counted}
         weights = self._weights(at, {k: counted[k] & kept[k] for k in counted})
-        if asked.mask == "entropy":
-            self.logged["objective/tau"] = asked.tau
+        if objective.mask == "entropy":
+            self.logged["objective/tau"] = objective.tau
             for k, counts in counted.items():
                 if (counts := counts & inside[k]).any():
                     self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
-        found = {}
+        losses = {}
         ones = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
         reached = dict.fromkeys(ACCEPTED, ones)
         for k in counted:
@@ -263,7 +267,7 @@ class Step:
                 of_target = name in ("ce", "anchor_semantic")
                 counts = self.valid[k] if of_target else self.taught[k]
                 terms[name] = self._mean(value, counts, learns)
-            loss = sum(share * terms[name] for name, share in asked.mixture.items())
+            loss = sum(share * terms[name] for name, share in objective.mixture.items())
             tags = {f"train/loss_depth_{k}/{LOGGED.get(n, n)}": terms[n] for n in names}
             drafted = at[k]
             if selects:
@@ -271,7 +275,7 @@ class Step:
                 learned = self._mean(value, self.valid[k], learns)
                 loss = loss + learned
                 tags[f"train/loss_depth_{k}/selector"] = learned
-            if asked.confidence:
+            if objective.confidence:
                 sure, right = self._confidence(k, at[k]), alpha(drafted).detach()
                 value = -right * F.logsigmoid(sure) - (1 - right) * F.logsigmoid(-sure)
                 learned = self._mean(value, self.taught[k], kept[k])
@@ -280,57 +284,57 @@ class Step:
                 tags[f"train/loss_depth_{k}/confidence"] = learned
                 tags[f"confidence/error_depth_{k}"] = error
             self.logged |= tags if len(tags) > 1 else {}
-            found[k] = loss
-        return found
+            losses[k] = loss
+        return losses
 
     def _kept(self, k: int) -> Tensor:
-        """[B, T]: no jump of the main prediction's entropy from t to t + k + 1."""
-        found = torch.ones(len(self.batch), self.seq_len, dtype=torch.bool)
-        if self.asked.mask == "none":
-            return found
+        """[B, T]: the main prediction's entropy has no jump from t to t + k + 1."""
+        kept = torch.ones(len(self.batch), self.seq_len, dtype=torch.bool)
+        if self.objective.mask == "none":
+            return kept
         log_p = self.log_p
-        if self.asked.draft_vocab is not None:
+        if self.objective.draft_vocab is not None:
             log_p = log_p[..., self.rows].log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         for t in range(self.seq_len):
             for s in range(t, min(t + k, self.seq_len - 2) + 1):
-                assert self.asked.tau is not None
-                found[:, t] &= entropy[:, s + 1] - entropy[:, s] <= self.asked.tau
-        return found
+                assert self.objective.tau is not None
+                kept[:, t] &= entropy[:, s + 1] - entropy[:, s] <= self.objective.tau
+        return kept
 
     def _weights(
         self, at: Mapping[int, At], counts: Mapping[int, Tensor]
     ) -> dict[int, Tensor | float]:
-        asked = self.asked
-        if asked.weights == "none":
+        objective = self.objective
+        if objective.weights == "none":
             return dict.fromkeys(at, 1.0)
-        if asked.weights == "exp_decay":
-            return {k: math.exp(-(k - 1) / (asked.decay or 4)) for k in at}
-        a = 0.5 if asked.smoothing is None else asked.smoothing
+        if objective.weights == "exp_decay":
+            return {k: math.exp(-(k - 1) / (objective.decay or 4)) for k in at}
+        a = 0.5 if objective.smoothing is None else objective.smoothing
         product, reached = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64), {}
         for k in at:
-            s = (1 - a) * said(at[k].log_q, at[k].target).exp().detach() + a
+            s = (1 - a) * log_prob_of(at[k].log_q, at[k].target).exp().detach() + a
             product = product * torch.where(counts[k], s, 1)
             reached[k] = product * counts[k]
         return {k: sum(reached[i] for i in at if i >= k) for k in at}
 
     def _selected(self, k: int, at: At) -> tuple[At, Tensor]:
-        """The positions with log q as drafted, and the candidate selector's loss [B, T]: scores of
-        all V tokens, of which those that are not candidates count as impossible."""
+        """The positions with log q of the drafts, and the candidate selector's loss [B, T], from
+        scores of all V tokens: other tokens than the candidates have probability 0."""
         w, before = self.forward.w, self.batch.tokens[:, k : self.seq_len + k]
         table_a, table_b = (w[f"mtp.rescorer.embedding.{n}.weight"] for n in ("before", "after"))
         gated = table_a[before] * self.forward.linear(at.hidden, "mtp.rescorer.gate")
         table_b = table_b[: at.log_q.shape[-1]]
         scores = at.log_q + torch.einsum("btr,vr->btv", gated, table_b)
         chosen = at.log_q.argsort(dim=-1, descending=True)[..., : selector.CANDIDATES]
-        taken = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, chosen, True)
-        drafted = scores.masked_fill(~taken, -math.inf).log_softmax(-1)
+        is_candidate = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, chosen, True)
+        drafted = scores.masked_fill(~is_candidate, -math.inf).log_softmax(-1)
         missing = (chosen != at.target.unsqueeze(-1)).all(-1)
         for b, t in missing.nonzero().tolist():
-            taken[b, t, chosen[b, t, -1]] = False
-            taken[b, t, at.target[b, t]] = True
-        log_p = scores.masked_fill(~taken, -math.inf).log_softmax(-1)
-        return replace(at, log_q=drafted), -said(log_p, at.target)
+            is_candidate[b, t, chosen[b, t, -1]] = False
+            is_candidate[b, t, at.target[b, t]] = True
+        log_p = scores.masked_fill(~is_candidate, -math.inf).log_softmax(-1)
+        return replace(at, log_q=drafted), -log_prob_of(log_p, at.target)
 
     def _confidence(self, k: int, at: At) -> Tensor:
         w = self.forward.w
@@ -360,5 +364,5 @@ class Step:
 
     def _bag(self, ids: Tensor, logits: Tensor) -> Tensor:
         a = torch.zeros_like(logits).index_fill(0, ids, 1)
-        one, other = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
-        return -(self.model.mtp.weights_V * (a * one + (1 - a) * other)).sum()
+        log_ahead, log_not = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
+        return -(self.model.mtp.weights_V * (a * log_ahead + (1 - a) * log_not)).sum()

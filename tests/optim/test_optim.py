@@ -1,4 +1,4 @@
-"""Learning-rate schedules, and groups of parameters with their own algorithms and rates."""
+"""Learning-rate schedules, and groups of parameters with different algorithms and rates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.optim.adamw import AdamWConfig
@@ -19,7 +20,7 @@ from mtp_lightning.optim.base import LearningRates
 from mtp_lightning.optim.groups import Combined, GroupedConfig
 from mtp_lightning.optim.lr_schedule import KINDS, LRSchedule
 from tests import deepseek
-from tests.integration.helpers import checkpoint, config, rows, train_here, weights
+from tests.integration.helpers import assert_same_weights, checkpoint, config, rows, train_here
 from tests.models import build
 
 
@@ -43,10 +44,12 @@ from tests.models import build
         ({"kind": "constant", "warmup_steps": 4}, -1, {0: 0.25, 3: 1, 4: 1, 10**6: 1}),
     ],
 )
-def test_multipliers(settings: dict, max_steps: int, values: dict[int, float]) -> None:
+def test_learning_rates_are_those_computed_by_hand(
+    settings: dict, max_steps: int, values: dict[int, float]
+) -> None:
     schedule = LRSchedule(**settings)
-    found = {step: schedule(step, max_steps) for step in values}
-    assert found == pytest.approx(values, rel=1e-9, abs=1e-12)
+    multipliers = {step: schedule(step, max_steps) for step in values}
+    assert multipliers == pytest.approx(values, rel=1e-9, abs=1e-12)
 
 
 @given(
@@ -57,13 +60,13 @@ def test_multipliers(settings: dict, max_steps: int, values: dict[int, float]) -
     st.integers(1, 500),
     st.integers(0, 600),
 )
-def test_in_the_unit_interval_and_rises_then_falls(
+def test_learning_rates_rise_then_fall_within_the_unit_interval(
     kind, warm, decay, ratio, max_steps, step
 ) -> None:
     schedule = LRSchedule(kind, warmup_fraction=warm, decay_fraction=decay, min_ratio=ratio)
     values = [schedule(s, max_steps) for s in range(step, step + 3)]
     assert all(0 <= value <= 1 for value in values)
-    assert values[1] >= min(values[0], values[2]) - 1e-12, "one hill"
+    assert values[1] >= min(values[0], values[2]) - 1e-12, "a single peak"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_in_the_unit_interval_and_rises_then_falls(
         {"min_ratio": "0.1"},
     ],
 )
-def test_mistakes_are_named(arguments: dict) -> None:
+def test_wrong_settings_of_a_schedule_are_refused_with_their_values(arguments: dict) -> None:
     with pytest.raises(ValueError) as error:
         LRSchedule(**arguments)
     assert all(str(value) in str(error.value) for value in arguments.values())
@@ -98,27 +101,22 @@ def names_in(model: nn.Module, optimizer: Combined) -> dict[str, set[str]]:
 
 
 def muon(model: nn.Module, tmp_path: Path) -> Combined:
-    from mtp_lightning.experiment.instantiate import instantiate
-
     cfg = config(tmp_path, tmp_path, {"optimizer": "muon", "optimizer.lr": None})
     return instantiate(cfg.optimizer, kind=GroupedConfig).build(model)
 
 
-def test_every_parameter_has_one_group(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
+def test_every_parameter_is_in_one_group_of_muon(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
     for model in (build(tiny_trunk, SequentialConfig(depth=1)), deepseek.build(deepseek.TRUNK)):
-        found = names_in(model, muon(model, tmp_path))
-        assert sorted(sum(map(list, found.values()), [])) == sorted(
-            name for name, _ in model.named_parameters()
-        )
-        by_name = dict(model.named_parameters())
-        assert all(by_name[name].dim() == 2 for name in found["muon"])
-        assert all(by_name[name].dim() == 1 for name in found["rest"])
-        assert "trunk.embedding.weight" in found["decayed"]
-        assert not any("embedding" in name for name in found["muon"])
+        groups = names_in(model, muon(model, tmp_path))
+        parameters = dict(model.named_parameters())
+        assert sorted(sum(map(list, groups.values()), [])) == sorted(parameters)
+        assert all(parameters[name].dim() == 2 for name in groups["muon"])
+        assert all(parameters[name].dim() == 1 for name in groups["rest"])
+        assert "trunk.embedding.weight" in groups["decayed"]
+        assert not any("embedding" in name for name in groups["muon"])
 
 
-def test_steps_are_those_of_its_optimizers(tiny_trunk: TrunkConfig) -> None:
-    """The same as two optimizers of PyTorch at the scheduled rates."""
+def test_groups_step_as_separate_optimizers_at_the_scheduled_rates(tiny_trunk: TrunkConfig) -> None:
     model, twin = (build(tiny_trunk, SequentialConfig(depth=1)) for _ in range(2))
     combined = grouped(
         heads={"parameters": r"^mtp\.", "lr": 0.1, "algorithm": partial(SGD, momentum=0.9)},
@@ -127,8 +125,8 @@ def test_steps_are_those_of_its_optimizers(tiny_trunk: TrunkConfig) -> None:
     optimizer = combined.build(model)
     rates = LearningRates(optimizer, combined.schedule)
     heads = [p for name, p in twin.named_parameters() if name.startswith("mtp.")]
-    others = [p for name, p in twin.named_parameters() if not name.startswith("mtp.")]
-    by_hand = [SGD(heads, lr=0.1, momentum=0.9), ADAMW(others, lr=0.01)]
+    rest = [p for name, p in twin.named_parameters() if not name.startswith("mtp.")]
+    separate = [SGD(heads, lr=0.1, momentum=0.9), ADAMW(rest, lr=0.01)]
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
         logged = rates.set(optimizer, step, 4)
@@ -138,14 +136,14 @@ def test_steps_are_those_of_its_optimizers(tiny_trunk: TrunkConfig) -> None:
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
         optimizer.step()
-        for other, lr in zip(by_hand, (0.1, 0.01), strict=True):
-            other.param_groups[0]["lr"] = lr * (1 - step / 4)
-            other.step()
+        for algorithm, lr in zip(separate, (0.1, 0.01), strict=True):
+            algorithm.param_groups[0]["lr"] = lr * (1 - step / 4)
+            algorithm.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
+def test_a_loaded_optimizer_continues_as_before(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
     def stepped(model: nn.Module, optimizer: Combined, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -157,16 +155,16 @@ def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
     stepped(model, optimizer, 1)
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
     stepped(model, optimizer, 2)
-    again = build(tiny_trunk, SequentialConfig(depth=1))
-    resumed = muon(again, tmp_path)
+    resumed = build(tiny_trunk, SequentialConfig(depth=1))
+    loaded = muon(resumed, tmp_path)
     weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
-    again.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    # A schedule still sets the groups that the optimizers read.
-    for group in resumed.param_groups:
-        assert any(group is g for o in resumed.optimizers.values() for g in o.param_groups)
-    stepped(again, resumed, 2)
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+    resumed.load_state_dict(weights)
+    loaded.load_state_dict(state)
+    # A schedule sets the groups that the optimizers read.
+    for group in loaded.param_groups:
+        assert any(group is g for o in loaded.optimizers.values() for g in o.param_groups)
+    stepped(resumed, loaded, 2)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="groups are only.*muon, decayed, rest"):
         grouped(only={"parameters": "rest", "lr": 0.1, "algorithm": SGD}).build(
@@ -182,7 +180,7 @@ TOO_FAST = partial(torch.optim.Muon, momentum=2)
 
 
 @pytest.mark.parametrize(
-    ("groups", "told"),
+    ("groups", "message"),
     [
         ({"a": group(parameters="matrices")}, "No group of optimizer.groups takes trunk"),
         ({"a": group(lr=0)}, "optimizer.groups.a.lr .* 0"),
@@ -199,14 +197,14 @@ TOO_FAST = partial(torch.optim.Muon, momentum=2)
         ),
     ],
 )
-def test_mistakes_of_groups_are_named(
-    tiny_trunk: TrunkConfig, groups: dict[str, dict[str, Any]], told: str
+def test_wrong_groups_are_refused(
+    tiny_trunk: TrunkConfig, groups: dict[str, dict[str, Any]], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         grouped(**groups).build(build(tiny_trunk, SequentialConfig(depth=1)))
 
 
-def test_a_decay_rate_of_0_may_be_a_whole_number(tiny_trunk: TrunkConfig) -> None:
+def test_a_beta_of_adamw_may_be_the_whole_number_0(tiny_trunk: TrunkConfig) -> None:
     schedule = LRSchedule(kind="constant")
     adamw = AdamWConfig(lr=0.1, betas=[0, 0.9], eps=1e-8, weight_decay=0.1, schedule=schedule)
     optimizer = adamw.build(build(tiny_trunk, SequentialConfig(depth=1)))
@@ -215,7 +213,7 @@ def test_a_decay_rate_of_0_may_be_a_whole_number(tiny_trunk: TrunkConfig) -> Non
 
 @pytest.mark.slow
 def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
-    """Also the parameters of a balance rule."""
+    """The parameters of a balance rule, too."""
     settings = {
         "optimizer": "muon",
         "optimizer.lr": None,
@@ -227,12 +225,11 @@ def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "whole", cache, settings | {"trainer.max_steps": 8})
     for steps in (4, 8):
         train_here(tmp_path / "parts", cache, settings | {"trainer.max_steps": steps})
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
     stored = [checkpoint(tmp_path / run)["balance"]["state"] for run in ("whole", "parts")]
     assert stored[0] == stored[1] != {"log_variances": [0.0] * 3}
-    found = rows(tmp_path / "whole")[-1]
-    assert found["train/lr_muon"] == pytest.approx(0.02)
-    assert found["train/lr_rest"] == pytest.approx(0.003)
-    assert found["train/loss"] < rows(tmp_path / "whole")[0]["train/loss"]
+    first, *_, last = rows(tmp_path / "whole")
+    assert last["train/lr_muon"] == pytest.approx(0.02)
+    assert last["train/lr_rest"] == pytest.approx(0.003)
+    assert last["train/loss"] < first["train/loss"]
     assert set(checkpoint(tmp_path / "whole")["optimizer_states"][0]) == {"muon", "decayed", "rest"}

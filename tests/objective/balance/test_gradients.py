@@ -1,4 +1,4 @@
-"""The gradients g_k against autograd on the whole graph, in float64, one depth at a time."""
+"""The gradients of the depths' losses that balance rules read, against autograd in float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KEY = RandomKey(seed=7, step=3)
 def plan_of(
     micro_batches: list[WindowBatch], counts: PositionCounts | Sequence[int] | None = None
 ) -> StepPlan:
-    """A step over some micro-batches, with the keys of their random choices as in training."""
+    """A step over micro-batches that have the random keys of training."""
     if counts is None:
         counts = sum(micro.counts() for micro in micro_batches).tolist()
     if not isinstance(counts, PositionCounts):
@@ -99,7 +99,9 @@ def brute_force(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) -> None:
+def test_gradients_equal_those_of_autograd_on_the_whole_graph(
+    tiny_trunk: TrunkConfig, name: str
+) -> None:
     model, batch = make(tiny_trunk, name), masked()
     groups = {
         "trunk": shared_parameters(model, "trunk"),
@@ -107,17 +109,19 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
         "embedding": [model.trunk.embedding.weight],
     }
     plan = plan_of(batch.micro_batches(3), batch.counts().tolist())
-    found = task_gradients(model, CROSS_ENTROPY, plan, [1, 3], groups)
+    measured = task_gradients(model, CROSS_ENTROPY, plan, [1, 3], groups)
     for group, parameters in groups.items():
-        assert list(found[group].vectors) == [0, 1, 3]
-        for k, vector in found[group].vectors.items():
+        assert list(measured[group].vectors) == [0, 1, 3]
+        for k, vector in measured[group].vectors.items():
             expected = [g.flatten() for g in brute_force(model, batch, k, parameters)]
             assert any(e.any() for e in expected)
             torch.testing.assert_close(vector, torch.cat(expected), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["mixing", "parallel", "experts"])
-def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None:
+def test_measuring_gradients_changes_nothing_for_training(
+    tiny_trunk: TrunkConfig, name: str
+) -> None:
     model, batch = make(tiny_trunk, name), masked()
     counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
 
@@ -129,7 +133,7 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
         return grads, list(reported.loads.values())
 
     before, loads = train()
-    counted = [load.clone() for load in loads]
+    loads_before = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
     task_gradients(model, CROSS_ENTROPY, plan_of([batch], counts), [1, 2, 3], group)
@@ -137,11 +141,11 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
         assert p.grad is None or torch.equal(p.grad, before[n])
-    assert all(torch.equal(load, then) for load, then in zip(loads, counted, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(loads, loads_before, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
-def test_what_depths_learn_of_their_confidence_is_measured(
+def test_gradients_include_those_of_the_confidence_loss(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
     model = build(tiny_trunk, variant, depth=3, confidence=True).double()
@@ -150,18 +154,19 @@ def test_what_depths_learn_of_their_confidence_is_measured(
     counts = step_counts(model.mtp, batch)
     mtp_loss(model, batch, weights, counts.valid, term=step.objective)[0].backward()
     group = {"": shared_parameters(model, "trunk")}
-    found = task_gradients(model, step.objective, plan_of([batch], counts), [1, 2, 3], group)[""]
+    plan = plan_of([batch], counts)
+    measured = task_gradients(model, step.objective, plan, [1, 2, 3], group)[""]
     for k, factor in enumerate([1.0, *weights]):
-        found.subtract(k, factor)
-    assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in found.parameters)
+        measured.subtract(k, factor)
+    assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in measured.parameters)
 
 
-def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:
+def test_shared_parameters_are_those_that_depths_reach(tiny_trunk: TrunkConfig) -> None:
     def names(variant: str, scope: str, **switches: str) -> set[str]:
         model = build(tiny_trunk, variant, depth=1, **switches)
         chosen = {id(p) for p in shared_parameters(model, scope)}  # type: ignore[arg-type]
-        found = [n for n, p in model.named_parameters() if id(p) in chosen]
-        return {".".join(n.split(".")[:3]) for n in found}
+        shared = [n for n, p in model.named_parameters() if id(p) in chosen]
+        return {".".join(n.split(".")[:3]) for n in shared}
 
     first, last, norm = "trunk.blocks.0", "trunk.blocks.1", "trunk.norm.weight"
     assert names("sequential", "trunk") == {first, last, norm}
@@ -173,20 +178,20 @@ def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:
     assert names("parameter_free", "trunk") == {first, last, norm}
 
 
-def test_norms_cosines_and_tags() -> None:
+def test_norms_and_cosines_of_gradients_and_their_tags() -> None:
     vectors = {0: [3.0, 4.0, 0.0], 1: [0.0, -2.0, 0.0], 2: [0.0, 0.0, 0.0]}
-    found = TaskGradients({k: torch.tensor(v) for k, v in vectors.items()}, [])
-    assert found.norms == {0: 5.0, 1: 2.0, 2: 0.0}
-    assert found.cosines == {1: pytest.approx(-0.8), 2: 0.0}
-    assert found.log_values("last_block").keys() == {
+    gradients = TaskGradients({k: torch.tensor(v) for k, v in vectors.items()}, [])
+    assert gradients.norms == {0: 5.0, 1: 2.0, 2: 0.0}
+    assert gradients.cosines == {1: pytest.approx(-0.8), 2: 0.0}
+    assert gradients.log_values("last_block").keys() == {
         *(f"grad/norm_depth_{k}" for k in range(3)),
         *(f"grad/cosine_depth_{k}" for k in (1, 2)),
     }
-    assert "grad/embedding_norm_depth_0" in found.log_values("embedding")
+    assert "grad/embedding_norm_depth_0" in gradients.log_values("embedding")
 
 
 @pytest.mark.parametrize(
-    ("variant", "switches", "layers", "wording"),
+    ("variant", "switches", "layers", "message"),
     [
         ("sequential", {"freeze_trunk": True}, 2, "mtp.freeze_trunk=true"),
         ("linear", {"detach": "all"}, 2, "mtp.detach=all"),
@@ -194,12 +199,12 @@ def test_norms_cosines_and_tags() -> None:
         ("parallel", {}, 1, "model.n_layers=1"),
     ],
 )
-def test_refuses_where_no_depth_reaches_the_trunk(
-    tiny_trunk: TrunkConfig, variant: str, switches: dict, layers: int, wording: str
+def test_measuring_rules_are_refused_if_no_depth_reaches_the_trunk(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict, layers: int, message: str
 ) -> None:
     trunk = replace(tiny_trunk, n_layers=layers)
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=1, **switches))
-    with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{wording}"):
+    with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{message}"):
         require_trunk_gradients(config, setting="balance=gradnorm")
 
 
@@ -214,10 +219,10 @@ def test_refuses_where_no_depth_reaches_the_trunk(
         ("joint", "final", "trunk"),
     ],
 )
-def test_flops_are_those_of_pytorchs_operators(
+def test_flops_of_measuring_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, branch: str, scope: Scope
 ) -> None:
-    """Also for experts, whose products are this project's own autograd node."""
+    """Also those of experts, which have an autograd node of this project."""
     switches = {} if variant == "parameter_free" else {"branch": branch}
     variant, _, correction = variant.partition(" ")
     switches |= {"correction": correction} if correction else {}
@@ -239,7 +244,7 @@ def test_flops_are_those_of_pytorchs_operators(
 @pytest.mark.parametrize("name", ["top", "bag", "registers"])
 def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, name: str) -> None:
     """``g_0 + lambda g_1`` is the gradient that training accumulates on the trunk, and the FLOPs of
-    a rule's measurement are counted."""
+    the measurement are counted."""
     trunk = replace(tiny_trunk, tie_embeddings=False)
     model = build(trunk, name, lookahead=6).double()
     options: dict[str, Any] = {"schedule": Piecewise(1, 0.3), "accumulate": 2}
@@ -253,9 +258,8 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     for micro in plan.micro_batches:
         loss, _, _ = step.loss(plan, micro)
         loss.backward()
-    found = torch.cat([p.grad.flatten() for p in parameters])
-    expected = measured.vectors[0] + 0.3 * measured.vectors[1]
-    torch.testing.assert_close(found, expected)
+    accumulated = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(accumulated, measured.vectors[0] + 0.3 * measured.vectors[1])
     assert measured.norms[1] > 1e-6
 
     balance = CosineGate(1) if name == "top" else GradNorm(1)

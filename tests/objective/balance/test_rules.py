@@ -1,4 +1,4 @@
-"""Every rule against its paper's formula in float64, and what it must not change."""
+"""The balance rules against the formulas of their papers in float64, their states and limits."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ def feed(
     factors = rule.factors(base, at(step))
     if gradients is not None:
         rule.gate(base, gradients)
-    seen = real([x if f else 0.0 for x, f in zip(losses, factors, strict=True)])
+    computed = real([x if f else 0.0 for x, f in zip(losses, factors, strict=True)])
     return rule.update(
-        Observed(progress=at(step), base=base, factors=factors, losses=seen, gradients=gradients)
+        Observed(
+            progress=at(step), base=base, factors=factors, losses=computed, gradients=gradients
+        )
     )
 
 
@@ -60,15 +62,15 @@ def softmax(scores: list[float]) -> list[float]:
     return [e / sum(exps) for e in exps]
 
 
-def test_none_is_the_schedule() -> None:
+def test_without_a_rule_the_factors_are_those_of_the_schedule() -> None:
     assert NoBalance(2).factors(BASE, at(0)) == BASE
     assert NoBalance(2).parameters() == [] and not NoBalance(2).skips
 
 
-def test_dwa() -> None:
+def test_dwa_equals_its_formula() -> None:
     rule = DWA(2, temperature=2.0, window_steps=2)
     stream = [loss for loss in LOSSES for _ in range(2)]
-    # Another value in the window's second step: the rule uses the mean.
+    # The second step of a window has other losses, since the rule uses their mean.
     stream[1] = [5.0, 9.0, 7.0]
     for step, losses in enumerate(stream):
         window = step // 2
@@ -88,7 +90,7 @@ def test_dwa() -> None:
         feed(rule, step, losses)
 
 
-def test_dwa_leaves_out_a_depth_that_is_off_and_waits_for_one_that_joins() -> None:
+def test_dwa_ignores_a_depth_of_weight_0_and_starts_a_new_one_with_ratio_1() -> None:
     rule = DWA(2, window_steps=1)
     off = [1.0, 0.3, 0.0]
     for step in range(3):
@@ -101,7 +103,7 @@ def test_dwa_leaves_out_a_depth_that_is_off_and_waits_for_one_that_joins() -> No
     assert rule.factors(BASE, at(3)) == pytest.approx(expected)
 
 
-def test_uncertainty_descends_the_published_objective() -> None:
+def test_uncertainty_has_the_gradient_of_the_published_objective() -> None:
     rule = Uncertainty(2)
     with torch.no_grad():
         for s, value in zip(rule.parameters(), (0.3, -0.2, 0.5), strict=True):
@@ -115,11 +117,11 @@ def test_uncertainty_descends_the_published_objective() -> None:
     lambdas, losses = (torch.tensor(x, dtype=torch.float64) for x in (BASE, LOSSES[0]))
     (lambdas * (losses * torch.exp(-s) + s / 2)).sum().backward()
     assert s.grad is not None
-    found = torch.stack([p.grad for p in rule.parameters()])  # type: ignore[misc]
-    torch.testing.assert_close(found, s.grad, rtol=1e-12, atol=0)
+    gradient = torch.stack([p.grad for p in rule.parameters()])  # type: ignore[misc]
+    torch.testing.assert_close(gradient, s.grad, rtol=1e-12, atol=0)
 
 
-def test_uncertainty_converges_to_its_optimum_and_rests_where_a_depth_is_off() -> None:
+def test_uncertainty_converges_and_ignores_a_depth_of_weight_0() -> None:
     rule = Uncertainty(2)
     optimizer = torch.optim.AdamW(rule.parameters(), lr=0.05, weight_decay=0.0)
     for step in range(600):
@@ -131,7 +133,7 @@ def test_uncertainty_converges_to_its_optimum_and_rests_where_a_depth_is_off() -
     assert factors[2] == 0.1
 
 
-def test_gradnorm() -> None:
+def test_gradnorm_moves_weights_along_the_gradient_of_its_paper() -> None:
     rule = GradNorm(2, alpha=1.5, lr=0.025)
     norms = [[2.0, 0.5, 1.0], [1.5, 0.9, 0.2], [1.0, 1.0, 1.0]]
     weights = [1.0, 1.0, 1.0]
@@ -140,7 +142,7 @@ def test_gradnorm() -> None:
             [w * b for w, b in zip(weights, BASE, strict=True)], rel=1e-12
         )
         feed(rule, step, losses, gradients=vectors(*([n, 0.0] for n in sizes)))
-        # The paper's loss on the weights, differentiated by autograd with constant targets.
+        # Autograd differentiates the paper's loss on the weights, with constant targets.
         w = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
         g = w * torch.tensor(sizes, dtype=torch.float64)
         ratio = real([x / y for x, y in zip(losses, LOSSES[0], strict=True)])
@@ -154,7 +156,7 @@ def test_gradnorm() -> None:
     )
 
 
-def test_gradnorm_keeps_weights_positive_and_measures_when_told() -> None:
+def test_gradnorm_keeps_weights_positive_and_measures_every_n_steps() -> None:
     rule = GradNorm(1, lr=10.0, every_n_steps=3)
     assert [rule.measures_at(at(s)) for s in range(6)] == [False, False, True] * 2
     feed(rule, 0, [5.0, 5.0], base=[1.0, 1.0])
@@ -162,14 +164,14 @@ def test_gradnorm_keeps_weights_positive_and_measures_when_told() -> None:
     feed(rule, 2, [5.0, 5.0], base=[1.0, 1.0], gradients=vectors([9.0], [0.1]))
     weights = rule.factors([1.0, 1.0], at(3))
     assert min(weights) > 0 and sum(weights) == pytest.approx(2)
-    # A depth that is off keeps its weight, and the others' weights sum to their number.
+    # A depth of weight 0 keeps its weight, and the other two sum to 2.
     wide = GradNorm(2)
     feed(wide, 0, LOSSES[0], base=[1.0, 0.3, 0.0], gradients=vectors([2.0], [0.5]))
-    found = wide.factors([1.0, 1.0, 1.0], at(1))
-    assert found[2] == 1.0 and found[0] + found[1] == pytest.approx(2) and found[0] < 1 < found[1]
+    main, first, off = wide.factors([1.0, 1.0, 1.0], at(1))
+    assert off == 1.0 and main + first == pytest.approx(2) and main < 1 < first
 
 
-def test_cosine_gate_takes_an_opposing_depth_out_of_the_trunk() -> None:
+def test_cosine_gate_removes_an_opposing_depth_from_the_trunks_gradient() -> None:
     rule = CosineGate(2, ema=0.0)
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     g = [real(v) for v in ([1.0, 0.0], [-0.5, 2.0], [0.1, 1.0])]
@@ -179,11 +181,11 @@ def test_cosine_gate_takes_an_opposing_depth_out_of_the_trunk() -> None:
     torch.testing.assert_close(parameter.grad, g[0] + 0.1 * g[2])
     assert values["balance/gate_depth_1"] == 0 and values["balance/gate_depth_2"] == 1
     assert values["balance/cosine_depth_1"] == pytest.approx(-0.5 / math.hypot(0.5, 2.0))
-    # The factors of the losses do not change, so that the modules keep learning.
+    # The factors of the losses do not change: the modules keep learning.
     assert rule.factors(BASE, at(1)) == BASE
 
 
-def test_cosine_gate_averages() -> None:
+def test_cosine_gate_decides_by_a_moving_average_of_cosines() -> None:
     rule = CosineGate(1, ema=0.9)
     average = None
     for step, cosine in enumerate([0.5, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]):
@@ -200,7 +202,7 @@ def test_cosine_gate_averages() -> None:
     assert average < 0
 
 
-def test_trunk_ratio() -> None:
+def test_trunk_ratio_equals_its_formula() -> None:
     rule = TrunkRatio(2, rate=0.01, ratio=0.3, ema=0.9, every_n_steps=1)
     lambdas, average = [0.3, 0.1], [None, None]
     for step in range(40):
@@ -216,17 +218,17 @@ def test_trunk_ratio() -> None:
     assert lambdas[0] > 0.3 and lambdas[1] != pytest.approx(0.1)
 
 
-def test_trunk_ratio_stays_in_its_bounds_and_starts_in_them() -> None:
+def test_trunk_ratio_starts_and_stays_within_its_bounds() -> None:
     rule = TrunkRatio(2, rate=1.0, every_n_steps=1)
     assert rule.factors([1.0, 3.0, 0.001], at(0)) == [1.0, 1.0, 0.01]
     for step in range(9):
         feed(rule, step, LOSSES[0], gradients=vectors([1.0], [0.0], [1e6]))
     assert rule.factors(BASE, at(9)) == [1.0, 1.0, 0.01]
-    # The schedule can only switch a depth off.
+    # The only effect of the schedule is to switch a depth off.
     assert rule.factors([1.0, 0.2, 0.0], at(9)) == [1.0, 1.0, 0.0]
 
 
-def test_trunk_ratio_rests_in_the_last_twentieth() -> None:
+def test_trunk_ratio_is_frozen_in_the_last_twentieth_of_a_run() -> None:
     rule = TrunkRatio(1, every_n_steps=1)
     measured = [rule.measures_at(at(step, 200)) for step in range(200)]
     assert measured == [True] * 190 + [False] * 10
@@ -239,7 +241,7 @@ def test_trunk_ratio_rests_in_the_last_twentieth() -> None:
     assert rule.factors([1.0, 0.3], at(196)) == moved
 
 
-def test_random_is_a_softmax_of_normals_with_mean_one() -> None:
+def test_random_weights_are_a_softmax_of_normals_with_mean_1() -> None:
     rule = RandomWeights(2, seed=5)
     draws = torch.tensor(
         [rule.factors([1.0, 1.0, 1.0], at(step)) for step in range(3000)], dtype=torch.float64
@@ -254,7 +256,7 @@ def test_random_is_a_softmax_of_normals_with_mean_one() -> None:
     assert rule.factors([1.0, 0.0, 0.0], at(7)) == [1.0, 0.0, 0.0]
 
 
-def test_sampled_depths_trains_one_and_makes_up_for_it() -> None:
+def test_sampled_depths_trains_one_depth_with_a_larger_weight() -> None:
     rule = SampledDepths(2, seed=1, probabilities=[3.0, 1.0])
     draws = [rule.factors(BASE, at(step)) for step in range(4000)]
     assert Counter(sum(f != 0 for f in draw) for draw in draws) == {2: 4000}
@@ -268,7 +270,7 @@ def test_sampled_depths_trains_one_and_makes_up_for_it() -> None:
     assert rule.skips and not SampledDepths(1, seed=1).skips
 
 
-def test_sampled_depths_by_loss_ratio() -> None:
+def test_sampled_depths_draws_by_the_ratio_of_losses() -> None:
     rule = SampledDepths(2, seed=1, probabilities="loss_ratio")
     assert rule.chances(BASE).tolist() == [0.0, 0.5, 0.5]
     first: dict[int, float] = {}
@@ -297,30 +299,31 @@ RULES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_state_goes_on_where_it_was(name: str) -> None:
+def test_a_rule_with_a_stored_state_continues_as_before(name: str) -> None:
     def run(rule: Balance, steps: range) -> list[Any]:
         optimizer = torch.optim.AdamW(rule.parameters() or [torch.nn.Parameter(torch.zeros(1))])
-        found: list[Any] = []
+        results: list[Any] = []
         for step in steps:
             sizes = ([1.0, 0.1 * step], [-0.5, 0.3], [0.2, 0.0])
             gradients = vectors(*sizes) if rule.scope and rule.measures_at(at(step)) else None
-            found.append(rule.factors(BASE, at(step)))
-            found.append(feed(rule, step, LOSSES[step], gradients=gradients))
+            results.append(rule.factors(BASE, at(step)))
+            results.append(feed(rule, step, LOSSES[step], gradients=gradients))
             optimizer.step()
-        return found
+        return results
 
-    rule, other = RULES[name](), RULES[name]()
+    rule, loaded = RULES[name](), RULES[name]()
     assert rule.name == name
     run(rule, range(3))
     require_plain(rule.state_dict())
-    other.load_state_dict(rule.state_dict())
-    if name != "uncertainty":  # the optimizer's moments are not part of the rule's state
-        assert run(other, range(3, 5)) == run(rule, range(3, 5))
-    assert other.factors(BASE, at(4)) == rule.factors(BASE, at(4)) or name == "uncertainty"
+    loaded.load_state_dict(rule.state_dict())
+    if name == "uncertainty":  # its state lacks the optimizer's moments
+        assert loaded.factors(BASE, at(3)) == rule.factors(BASE, at(3))
+    else:
+        assert run(loaded, range(3, 5)) == run(rule, range(3, 5))
 
 
 @pytest.mark.parametrize(
-    ("make", "wording"),
+    ("make", "message"),
     [
         (lambda: DWA(2, temperature=0), "balance.temperature .* not 0"),
         (lambda: DWA(2, window_steps=0), "balance.window_steps .* not 0"),
@@ -336,6 +339,6 @@ def test_state_goes_on_where_it_was(name: str) -> None:
         (lambda: SampledDepths(2, seed=0, probabilities=[1.0, 0.0]), "numbers above 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(make: Any, wording: str) -> None:
-    with pytest.raises(ValueError, match=wording):
+def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()

@@ -1,5 +1,5 @@
-"""The rules in real runs: what they change and what they must not. Nothing depends on how a step is
-split, or on where a run was interrupted."""
+"""The balance rules in runs: they do not depend on how a step is split, nor on where a run was
+interrupted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_lightning.experiment.build import build_balance, match_reference
 from mtp_lightning.objective.balance.base import NoBalance
 from tests.integration.helpers import (
     assert_same_weights,
@@ -23,8 +24,8 @@ from tests.integration.helpers import (
 from tests.integration.several import run_all
 
 RULES = ["dwa", "uncertainty", "gradnorm", "cosine_gate", "trunk_ratio", "random", "sampled_depths"]
-# Settings under which ten steps are enough to see a rule at work.
-QUICKLY: dict[str, dict[str, Any]] = {
+# Settings with which ten steps show the effect of a rule.
+SETTINGS: dict[str, dict[str, Any]] = {
     "dwa": {"balance.window_steps": 2},
     "gradnorm": {"balance.every_n_steps": 2},
     "trunk_ratio": {"balance.every_n_steps": 2, "balance.rate": 0.1, "balance.frozen": 0.1},
@@ -33,12 +34,12 @@ QUICKLY: dict[str, dict[str, Any]] = {
 
 
 def settings(rule: str) -> dict[str, Any]:
-    return {"balance": rule, "lambda_schedule": "constant", **QUICKLY.get(rule, {})}
+    return {"balance": rule, "lambda_schedule": "constant", **SETTINGS.get(rule, {})}
 
 
 @pytest.fixture(scope="module")
-def fixed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """The run with fixed weights."""
+def fixed_weights(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run with fixed weights."""
     folder = tmp_path_factory.mktemp("fixed")
     train_here(folder, cache, {"lambda_schedule": "constant"})
     return folder
@@ -55,34 +56,34 @@ def continue_from_the_middle(whole: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["uncertainty", "gradnorm", "sampled_depths"])
-def test_a_resumed_run_is_the_same_run(tmp_path: Path, cache: Path, fixed: Path, rule: str) -> None:
-    """``test_rules.py`` tests the stored state of every rule."""
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    chosen = settings(rule) | {"callbacks.checkpoints.every_n_steps": 5}
-    train_here(whole, cache, chosen)
-    found = rows(whole)
-    # The rule has an effect: the run differs from that with fixed weights.
-    assert (
-        found != rows(fixed) and column(whole, "train/loss")[10] != column(fixed, "train/loss")[10]
-    )
-    for row in found:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, cache: Path, fixed_weights: Path, rule: str
+) -> None:
+    """``test_rules.py`` tests the stored states of all rules."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    overrides = settings(rule) | {"callbacks.checkpoints.every_n_steps": 5}
+    train_here(whole, cache, overrides)
+    logged = rows(whole)
+    # The rule has an effect: the last loss is not that of the run with fixed weights.
+    assert column(whole, "train/loss")[10] != column(fixed_weights, "train/loss")[10]
+    for row in logged:
         factors = [row.get("balance/main_factor", 1.0)]
         factors += [row[f"train/lambda_depth_{k}"] for k in (1, 2)]
         losses = [row.get(f"train/loss_depth_{k}", 0.0) for k in range(3)]
         total = sum(f * x for f, x in zip(factors, losses, strict=True))
         assert row["train/loss"] == pytest.approx(total, rel=1e-6)
-        for k in (1, 2):  # what was not computed is not in the log
+        for k in (1, 2):  # a loss that was not computed is not logged
             assert (f"train/loss_depth_{k}" in row) == (factors[k] != 0)
-    continue_from_the_middle(whole, again)
-    train_here(again, cache, chosen)
-    assert rows(again) == found
-    assert_same_weights(again, whole)
-    assert str(checkpoint(again)["balance"]) == str(checkpoint(whole)["balance"])
+    continue_from_the_middle(whole, resumed)
+    train_here(resumed, cache, overrides)
+    assert rows(resumed) == logged
+    assert_same_weights(resumed, whole)
+    assert str(checkpoint(resumed)["balance"]) == str(checkpoint(whole)["balance"])
     assert checkpoint(whole)["balance"]["rule"] == rule
 
 
 @pytest.mark.long
-def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
+def test_two_processes_train_by_a_rule_as_one(tmp_path: Path, cache: Path) -> None:
     common = {
         "data.document_mask": "true",
         "data.source.documents": 1200,
@@ -116,22 +117,24 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
             )
 
 
-def test_matched_flops_know_what_a_rule_costs(tmp_path: Path, cache: Path) -> None:
-    """A rule that measures gets fewer steps, and one that skips depths more."""
-    from mtp_lightning.experiment.build import match_reference
+def test_with_matched_flops_a_rule_that_measures_gets_fewer_steps(
+    tmp_path: Path, cache: Path
+) -> None:
+    """And a rule that skips depths gets more."""
 
-    def steps(rule: str) -> int:
-        chosen = {"balance": rule, "lambda_schedule": "constant", "compare.match": "flops"}
-        cfg, _ = match_reference(
-            config(tmp_path, cache, chosen | {"mtp": "parallel", "model.n_layers": 2}), 260
-        )
+    def steps_of(rule: str) -> int:
+        overrides = {"balance": rule, "lambda_schedule": "constant", "compare.match": "flops"}
+        overrides |= {"mtp": "parallel", "model.n_layers": 2}
+        cfg, _ = match_reference(config(tmp_path, cache, overrides), 260)
         return cfg.trainer.max_steps
 
-    long = {rule: steps(rule) for rule in ("none", "random", "cosine_gate", "sampled_depths")}
-    assert long["cosine_gate"] < long["none"] == long["random"] < long["sampled_depths"]
+    steps = {rule: steps_of(rule) for rule in ("none", "random", "cosine_gate", "sampled_depths")}
+    assert steps["cosine_gate"] < steps["none"] == steps["random"] < steps["sampled_depths"]
 
 
-def test_another_rule_or_a_rule_without_a_gradient_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_another_rule_on_resume_and_one_without_gradients_are_refused(
+    tmp_path: Path, cache: Path
+) -> None:
     train_here(tmp_path, cache, {"trainer.max_steps": 2})
     with pytest.raises(ValueError, match="balance=none.*balance=dwa.*another run_dir"):
         train_here(tmp_path, cache, {"trainer.max_steps": 4, "balance": "dwa"})
@@ -139,8 +142,6 @@ def test_another_rule_or_a_rule_without_a_gradient_is_refused(tmp_path: Path, ca
         train_here(tmp_path / "new", cache, {"balance": "gradnorm", "mtp.detach": "trunk"})
 
 
-def test_without_depths_a_rule_is_none(tmp_path: Path, cache: Path) -> None:
-    from mtp_lightning.experiment.build import build_balance
-
+def test_a_model_without_depths_has_no_balance_rule(tmp_path: Path, cache: Path) -> None:
     cfg = config(tmp_path, cache, {"mtp": "none", "mtp.depth": 0, "balance": "dwa"})
     assert type(build_balance(cfg)) is NoBalance
