@@ -209,8 +209,8 @@ def pretrained_state(folder: str | Path) -> dict[str, Any]:
 def require_held(
     config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
 ) -> None:
-    """Refuse a config that asks for more weights than the file's tensors hold. Building the model
-    of a forged config could take all memory, or hours.
+    """Refuse a config that asks for many more weights than the file holds. Building the model of
+    a forged config could take all memory, or hours. Where few are missing, loading names them.
 
     Raises:
         UserError: the message has both numbers.
@@ -228,7 +228,7 @@ def require_held(
                 f"holds {len(weights):,} tensors."
             )
     n_stored = sum(tensor.numel() for tensor in weights.values())
-    if config.num_params() > n_stored:
+    if config.num_params() > 2 * n_stored:
         raise UserError(
             f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
             f"and it holds {n_stored:,}."

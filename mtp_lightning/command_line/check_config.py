@@ -256,7 +256,7 @@ def require_prompts(path: Path) -> str:
     if path.is_dir():
         raise UserError(f"prompts={path} is a folder: give a file with one prompt per line.")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # without the mark that Windows puts first
     except UnicodeDecodeError as error:
         raise UserError(f"prompts={path} is not UTF-8: {error}; convert it.") from error
 

@@ -239,7 +239,7 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None:
         texts = [str(prompt)]
     elif prompts is not None:
-        texts = [line for line in require_prompts(Path(prompts)).splitlines() if line]
+        texts = [line for line in require_prompts(Path(prompts)).split("\n") if line]  # not at \f
     elif stdin.isatty():
         raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:
@@ -249,5 +249,5 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
         quote.require_utf8([f"prompt={texts[0]}"])
     if not texts or not all(texts):
-        raise UserError("The prompt is empty: give prompt=TEXT or prompts=FILE.")
+        raise UserError(f"{prompts or 'The prompt'} is empty: give prompt=TEXT or prompts=FILE.")
     return texts

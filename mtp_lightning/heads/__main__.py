@@ -76,7 +76,7 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
         output: name of the folder if none is given.
         hours: the help of ``--hours``.
     """
-    parser.add_argument("overrides", nargs="*", help="settings of training, as for train.py")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings, as for train.py")
     parser.add_argument("--output", type=Path, help=f"folder of all results ({output})")
     parser.add_argument("--hours", type=float, default=1.0, help=hours)
     parser.add_argument(
@@ -197,7 +197,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     if result.is_file():
         say(name, f"done before: {result}")
         return
-    say(name, f"python -m {' '.join(command)}")
+    say(name, shlex.join(["python", "-m", *command]))
     began = time.monotonic()
     # Modules are found where this one was, not in the folder in which it was typed.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}

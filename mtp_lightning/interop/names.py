@@ -267,8 +267,8 @@ def from_folder(
             weights.setdefault(place.own, weights[_EMBEDDING])
             if parts and not equal(parts[0].read(), original.read()):
                 raise UserError(
-                    f"{place.parts[0][0]} in {source} differs from the trunk's, but every "
-                    "prediction shares the trunk's embedding and head here."
+                    f"{place.parts[0][0]} in {source} differs from the trunk's embedding or head: "
+                    "every prediction shares them, and tie_word_embeddings=true makes them one."
                 )
             continue
         weights[place.own] = Assembled(place, parts)

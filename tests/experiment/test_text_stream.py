@@ -182,6 +182,15 @@ def test_what_generate_says_at_the_end(
     assert "ends at once" in capsys.readouterr().err
 
 
+def test_a_line_of_a_file_is_one_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes("\ufeffa\f\u2028b\r\n\r\n c \n".encode())
+    assert generating.read_prompts(None, str(file), StringIO()) == ["a\f\u2028b", " c "]
+    file.write_text("\n\n")
+    with pytest.raises(UserError, match="/prompts is empty: give"):
+        generating.read_prompts(None, str(file), StringIO())
+
+
 def test_an_error_never_shares_a_line_with_the_prompt(
     asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

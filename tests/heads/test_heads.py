@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -245,6 +246,15 @@ def test_a_signal_to_the_command_ends_its_phase(tmp_path: Path) -> None:
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
+def test_the_command_of_a_phase_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["platform", "a folder/it's", "data.chat_after='<|end|>\n'"]
+    run_phase("training", tmp_path / "result", command)
+    printed = capsys.readouterr().out.partition("training    ")[2].rpartition("training ")[0]
+    assert shlex.split(printed) == ["python", "-m", *command]
+
+
 def test_the_result_of_a_failed_phase_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +274,7 @@ def test_wrong_arguments_are_refused(
     for hours, number in (("0", "0.0"), ("nan", "nan"), ("inf", "inf")):
         message = f"--hours must be a number above 0, not {number}"
         assert message in refused(main, model, "--hours", hours)
+    assert "are required: model. (" in refused(main)
     assert "deeper is not a setting" in refused(main, model, "deeper")
     assert "output is not a key" in refused(main, model, "output=out")
     assert "nowhere does not exist" in refused(main, "nowhere")

@@ -151,6 +151,10 @@ def set_to(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
         (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
          "model.layers.1.self_attn.k_proj.weight is missing"),
         (lambda t: t.pop("model.layers.2.eh_proj.weight"), "layers.2.eh_proj.weight is missing"),
+        # without the copies of the embedding, fewer numbers than the model has
+        (lambda t: [t.pop(f"model.{n}.weight") for n in
+                    ("layers.2.embed_tokens", "layers.2.shared_head.head", "layers.1.mlp.up_proj")],
+         "match its config.json: model.layers.1.mlp.up_proj.weight is missing"),
         (set_to("model.layers.0.self_attn.q_proj.bias", torch.ones(32)),
          "model.layers.0.self_attn.q_proj.bias is unknown"),
         (set_to("model.layers.3.enorm.weight", torch.ones(32)), "layers.3.enorm.weight is unknown"),
@@ -158,7 +162,8 @@ def set_to(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
          r"model.norm.weight has the shape \[16\] where \[32\] is needed"),
         (set_to("model.layers.2.embed_tokens.weight", lambda t: t + 1),
          "model.layers.2.embed_tokens.weight in .* differs from the trunk's"),
-        (set_to("lm_head.weight", torch.ones(folders.ROWS, 32)), "lm_head.weight in .* differs"),
+        (set_to("lm_head.weight", torch.ones(folders.ROWS, 32)),
+         "lm_head.weight in .* differs from .* tie_word_embeddings=true makes them one"),
         (set_to("model.norm.weight", torch.ones(32, dtype=torch.int8)),
          "model.norm.weight in .* is stored as int8"),
     ],
