@@ -28,9 +28,7 @@ def resolved(**trainer: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_auto_on_a_gpu_is_bf16_and_compiled(
-    monkeypatch: pytest.MonkeyPatch, compiler: bool
-) -> None:
+def test_auto_on_a_gpu_is_bf16_and_compiled(monkeypatch, compiler):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
     assert resolved() == ("cuda", "bf16-mixed", compiler)

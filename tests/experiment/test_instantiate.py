@@ -63,9 +63,7 @@ def test_a_composed_config_builds_any_importable_class(package: str) -> None:
         ({"_target_": SCHEDULE, "kind": "square"}, LRSchedule, "square"),
     ],
 )
-def test_a_target_that_cannot_be_built_is_one_sentence(
-    keys: dict[str, Any], kind: type | None, message: str
-) -> None:
+def test_a_target_that_cannot_be_built_is_one_sentence(keys, kind, message):
     with pytest.raises(ValueError, match=message) as raised:
         instantiate(node(**keys), kind=kind)
     assert "\n" not in str(raised.value)

@@ -145,8 +145,8 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
     KeptTexts(file)
     assert file.stat().st_mtime_ns == before.st_mtime_ns
     for half in ('["texts", 1', "half"):
-        with file.open("a") as kept:
-            kept.write(half)
+        with file.open("a") as lines:
+            lines.write(half)
         damaged = file.stat()
         again = KeptTexts(file)
         assert again.of("texts") == {0: [1, 2]} and file.stat().st_size == before.st_size
@@ -156,9 +156,7 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
     assert KeptTexts(file).of("texts") == {3: [4]}
 
 
-def test_a_store_is_reused_unless_a_setting_of_its_texts_changes(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_store_is_reused_unless_a_setting_of_its_texts_changes(base, tmp_path):
     first = corpus(base, tmp_path)
     # Settings without an influence: training order, windows, the batch size of decoding.
     again = corpus(base, tmp_path, seed=7, seq_len=8, decode_batch_size=3)
@@ -282,9 +280,7 @@ def test_a_stored_config_cannot_allow_a_package(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])
-def test_runs_and_folders_are_evaluated_on_their_generated_texts(
-    base: Path, tmp_path: Path, kind: str
-) -> None:
+def test_runs_and_folders_are_evaluated_on_their_generated_texts(base, tmp_path, kind):
     model = base / "trunk"
     if kind == "folder":
         pytest.importorskip("safetensors", reason="Hugging Face folders need it")

@@ -133,7 +133,7 @@ def evaluated(checkpoint: Path, *more: str) -> dict[str, Any]:
 def command(
     run_dir: Path, cache: Path, settings: dict[str, Any] | None = None, *, app: str = "train.py"
 ) -> list[str]:
-    """The command line of the same run in a process of its own."""
+    """The command line of the same run."""
     arguments = overrides(cache, settings or {})
     return [sys.executable, str(ROOT / app), *arguments, f"run_dir={run_dir}"]
 

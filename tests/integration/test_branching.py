@@ -70,9 +70,9 @@ def test_a_branch_without_changes_equals_its_parent(parent, cache, tmp_path):
 
 
 def test_keep_steps_keeps_checkpoints_of_these_steps(parent):
-    kept = {path.name: path for path in (parent / "checkpoints").glob("step_*.ckpt")}
-    assert kept.keys() == {"step_12.ckpt", f"step_{AT}.ckpt"}
-    assert checkpoints.stored_step(kept["step_12.ckpt"]) == 12
+    files = {path.name: path for path in (parent / "checkpoints").glob("step_*.ckpt")}
+    assert files.keys() == {"step_12.ckpt", f"step_{AT}.ckpt"}
+    assert checkpoints.stored_step(files["step_12.ckpt"]) == 12
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_help_into_a_closed_pipe_ends_quietly() -> None:
     assert with_closed_pipe([sys.executable, *words, "--help"]) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_report_is_written_despite_a_closed_pipe(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, loss in (("a", 2.0), ("b", 2.1)):

@@ -72,10 +72,12 @@ def form(content: dict[str, Any]) -> dict[str, Any]:
     parts = {"": state} if "state" in state else state  # several optimizers, by name
     state_form = {
         (part, number): {name: (t.shape, t.dtype) for name, t in entry.items()}
-        for part, own in parts.items()
-        for number, entry in own["state"].items()
+        for part, part_state in parts.items()
+        for number, entry in part_state["state"].items()
     }
-    groups = [group["params"] for own in parts.values() for group in own["param_groups"]]
+    groups = [
+        group["params"] for part_state in parts.values() for group in part_state["param_groups"]
+    ]
     return {"keys": set(content), "weights": weights_form, "state": state_form, "groups": groups}
 
 

@@ -69,8 +69,8 @@ def bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No sockets, no files elsewhere, and at most half a gigabyte of additional memory."""
     opened = []
 
-    def refuse(*given: Any, **_: Any) -> None:
-        opened.append(given)
+    def refuse(*address: Any, **_: Any) -> None:
+        opened.append(address)
         raise AssertionError("a socket was opened")
 
     for name in ("socket", "create_connection", "getaddrinfo"):

@@ -144,10 +144,10 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(tmp_path, ca
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}), code=1)
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
     program = command(tmp_path, cache, app="generate.py")[:2]
-    given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
-    done = execute([*program, *given, "prompt=s0 s3 ="], code=0)
+    arguments = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
+    done = execute([*program, *arguments, "prompt=s0 s3 ="], code=0)
     assert done.stdout.startswith("s0 s3 = ")
-    done = execute([*program, *given, "prompt=hello"], code=1)
+    done = execute([*program, *arguments, "prompt=hello"], code=1)
     assert "error: 'hello' is not a symbol" in done.stderr
 
 

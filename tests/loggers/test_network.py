@@ -47,8 +47,8 @@ socket.getaddrinfo = getaddrinfo
 module, name = sys.argv[1].split(":")
 kind = getattr(importlib.import_module(f"mtp_lightning.loggers.{module}"), name)
 folder = Path("run").absolute()
-given = {"csv": [], "tensorboard": [2]}.get(module, ["lab"])
-logger = kind(folder, *given)
+arguments = {"csv": [], "tensorboard": [2]}.get(module, ["lab"])
+logger = kind(folder, *arguments)
 logger.log_hyperparams({"mtp.depth": 2})
 for step in range(1, 4):
     logger.log_metrics({"train/loss": step / 8}, step)

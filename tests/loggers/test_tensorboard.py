@@ -56,8 +56,8 @@ def test_charts_group_the_depths(tmp_path: Path) -> None:
 
 
 def test_no_lambda_chart_without_depths(tmp_path: Path) -> None:
-    wanted = {"train loss", "validation loss", "validation accuracy"}
-    assert charts_of_a_run(tmp_path, depth=0).keys() == wanted
+    titles = {"train loss", "validation loss", "validation accuracy"}
+    assert charts_of_a_run(tmp_path, depth=0).keys() == titles
 
 
 def test_a_resumed_run_purges_the_steps_that_it_repeats(tmp_path: Path) -> None:
