@@ -120,7 +120,7 @@ def test_wrong_settings_and_references_are_refused(tmp_path: Path) -> None:
 
 def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    settings = {"model.n_layers": 3, "trainer.max_steps": 20}
+    settings = {"model.n_layers": 3}
     plain = helpers.train_here(
         tmp_path / "plain", cache, {**settings, "mtp": "none", "mtp.depth": 0}
     )
@@ -132,12 +132,12 @@ def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) 
     assert stored["config"]["model"]["n_layers"] == 3, "the config keeps the typed value"
     assert first["parameters"] - plain["parameters"] == 32
     assert first["compare"]["n_layers"] == 2
-    again = helpers.train_here(tmp_path / "layers", cache, {**fewer, "trainer.max_steps": 22})
-    assert again["step"] == 22, "a matched run can be continued"
+    again = helpers.train_here(tmp_path / "layers", cache, {**fewer, "trainer.max_steps": 12})
+    assert again["step"] == 12, "a matched run can be continued"
 
     shorter = {**settings, "compare.match": "flops", "compare.reference": tmp_path / "plain"}
     second = helpers.train_here(tmp_path / "flops", cache, shorter)
-    assert second["step"] == second["compare"]["max_steps"] < 20
+    assert second["step"] == second["compare"]["max_steps"] < 10
     assert second["flops"] == second["compare"]["reached"]
     half_a_step = 0.51 * second["flops"] / second["step"]
     assert abs(second["flops"] - plain["flops"]) <= half_a_step

@@ -109,6 +109,7 @@ def test_kept_bytes_are_near_those_that_a_block_saves(kind: str) -> None:
     assert 0.6 < sum(saved.values()) / T / expected < 1.6
 
 
+@pytest.mark.slow
 def test_deepseek_v3_has_its_published_size() -> None:
     settings = ["model=deepseek_v3", "mtp.depth=1", "vocab_size=129280", "data.seq_len=4096"]
     plans, tokens = plans_of([*settings, "data.batch_size=1", "devices=2048", "tokens=14.8e12"])

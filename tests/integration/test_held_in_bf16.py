@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_bf16_true_trains_the_same_weights_as_bf16_mixed(base, name, caplog):
     """To the last bit: autocast would round the same weights to the same numbers."""
     rows, states = {}, {}

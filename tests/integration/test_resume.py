@@ -119,6 +119,7 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     assert fewer["step"] == 12 and read_yaml(tmp_path / "config.yaml")["trainer"]["max_steps"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_a_run_resumes_exactly_in_other_precisions(tmp_path, cache, precision):
     settings = {**SHORT, "trainer.precision": precision}

@@ -40,11 +40,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "side by side": {"mtp": "parallel"},
     "three states": {"mtp": "eagle", "mtp.draft_vocab": 60},
 }
-FAST = ("taught", "few")
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in SWITCHES]
+    "case", [pytest.param(c, marks=[] if c == "taught" else pytest.mark.slow) for c in SWITCHES]
 )
 def test_cached_states_train_the_same_heads(trunk: Path, tmp_path: Path, case: str) -> None:
     settings = heads(trunk, **SWITCHES[case])
