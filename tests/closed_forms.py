@@ -104,30 +104,30 @@ def stack_params(config: ModelConfig) -> int:
         case "sequential":
             assert isinstance(mtp, SequentialConfig)
             modules = min(depth, 1) if mtp.share_layers else depth
-            own = modules * (one + 2 * c * c + 3 * c) + c * bool(mtp.token_dropout and depth)
+            total = modules * (one + 2 * c * c + 3 * c) + c * bool(mtp.token_dropout and depth)
         case "parallel":
-            own = depth * (one + c) + corrections
+            total = depth * (one + c) + corrections
         case "linear" if mtp.rank > 1:
-            own = (mtp.rank * (depth + 1) - 1) * c * c + mtp.rank * c
+            total = (mtp.rank * (depth + 1) - 1) * c * c + mtp.rank * c
         case "linear":
-            own = depth * c * c + corrections
+            total = depth * c * c + corrections
         case "joint":
-            own = (layer + c + 1) * bool(depth)
+            total = (layer + c + 1) * bool(depth)
         case "nextlat":
-            own = (4 * c * c + 4 * c) * bool(depth)
+            total = (4 * c * c + 4 * c) * bool(depth)
         case "eagle":
             fused, layer, head = eagle(config, 0)
-            own = (fused + layer // 2 + head + 4 * c) * bool(depth)
+            total = (fused + layer // 2 + head + 4 * c) * bool(depth)
         case "masked":
-            own = (updates(config) + 3 * c * c + c + depth * c) * bool(depth)
+            total = (updates(config) + 3 * c * c + c + depth * c) * bool(depth)
         case "top" | "bag":
-            own = trunk.vocab_size * c
+            total = trunk.vocab_size * c
         case "registers":
-            own = c
+            total = c
         case _:
-            own = 0
+            total = 0
     selector = selector_rank(mtp) * (2 * trunk.vocab_size + c)
-    return own + confidence + selector
+    return total + confidence + selector
 
 
 def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tuple[int, int]:
@@ -142,24 +142,24 @@ def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tup
         backward -= sum(2 * (k + 1) * c * c for k in active)
     match mtp.variant:
         case "sequential":
-            own = deepest * (one + 4 * c * c)
+            total = deepest * (one + 4 * c * c)
         case "parallel":
             return n * one + sum(corrections), 2 * n * one + backward
         case "linear" if mtp.rank > 1:
-            own = 2 * ((mtp.rank * (deepest + 1) - 1) * c * c + mtp.rank * c)
+            total = 2 * ((mtp.rank * (deepest + 1) - 1) * c * c + mtp.rank * c)
         case "linear":
             matrices = n * 2 * c * c
             return matrices + sum(corrections), (1 + reaches) * matrices + backward
         case "joint":
             places = deepest + 1 if active else 0
-            own = places * attention(trunk, places)[1]
+            total = places * attention(trunk, places)[1]
         case "nextlat":
-            own = deepest * 8 * c * c
+            total = deepest * 8 * c * c
         case "eagle":
             fused, layer, head = eagle(config, seq_len)
             fused *= 2 * bool(active)
-            own = deepest * layer + n * 2 * head
-            return fused + own, (1 + reaches) * fused + 2 * own
+            total = deepest * layer + n * 2 * head
+            return fused + total, (1 + reaches) * fused + 2 * total
         case "masked":
             # D masks a token, whichever depths are active; they attend to T tokens and D masks.
             masks = mtp.depth * bool(active)
@@ -172,11 +172,11 @@ def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tup
             own_keys = masks * trunk.n_layers * 4 * mtp.depth * trunk.n_heads * trunk.d_head
             return trunks + low + sampled, trunks + own_keys + 2 * (low + sampled)
         case "top" | "bag":
-            own = n * 2 * trunk.vocab_size * c
-            return own, (1 + reaches) * own
+            total = n * 2 * trunk.vocab_size * c
+            return total, (1 + reaches) * total
         case _:
-            own = 0
-    return own, 2 * own
+            total = 0
+    return total, 2 * total
 
 
 def training(config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
@@ -198,7 +198,7 @@ def training(config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
     # The candidates' scores, and the projection of the state.
     forward += len(active) * selector_rank(mtp) * 2 * (trunk.d_model + CANDIDATES)
     backward += 2 * len(active) * selector_rank(mtp) * 2 * (trunk.d_model + CANDIDATES)
-    own = forward + backward + blocks + (2 if mtp.detach == "all" else 3) * passes * head
+    total = forward + backward + blocks + (2 if mtp.detach == "all" else 3) * passes * head
     if not mtp.trains_trunk:
         return forward + backward + blocks + 2 * passes * head
-    return own + 2 * blocks + 3 * head
+    return total + 2 * blocks + 3 * head

@@ -1,4 +1,4 @@
-"""Data in which every string is markup, and a look at whether a page took one for that."""
+"""Data in which every string is markup, and a parser that finds unescaped markup in a page."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Page(HTMLParser):
     """A page as a browser reads it.
 
     Attributes:
-        tags: how many elements there are of a name.
-        texts: all text, scripts' and styles' too.
-        images: their addresses.
-        wrong: what no page of the project has: made of data, or able to run.
+        tags: the number of elements of each name.
+        texts: all text, with that of scripts and styles.
+        images: the addresses of images.
+        wrong: elements and attributes that come from data or can run.
     """
 
     def __init__(self, html: str) -> None:
@@ -70,8 +70,8 @@ def marked(value: Any, first: int) -> Any:
 
     def walk(node: Any) -> Any:
         if isinstance(node, dict):
-            own = {key: walk(inner) for key, inner in node.items()}
-            return {**own, MARKS[next(at) % len(MARKS)]: MARKS[next(at) % len(MARKS)]}
+            marked_items = {key: walk(inner) for key, inner in node.items()}
+            return {**marked_items, MARKS[next(at) % len(MARKS)]: MARKS[next(at) % len(MARKS)]}
         if isinstance(node, list):
             return [walk(inner) for inner in node]
         return MARKS[next(at) % len(MARKS)] if isinstance(node, str) else node
@@ -80,7 +80,7 @@ def marked(value: Any, first: int) -> Any:
 
 
 def _mark(folder: Path, first: int) -> None:
-    """Let every string of a run's files be one."""
+    """Replace every string of a run's files by a mark."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(marked(yaml.safe_load(config.read_text()), first)))
     summary = folder / "summary.json"
@@ -92,7 +92,7 @@ def _mark(folder: Path, first: int) -> None:
 
 
 def sweep(folder: Path, *, task: bool = False) -> Path:
-    """A sweep of which every string is a mark: names, keys, values, reasons, versions, tags."""
+    """A sweep in which every string is a mark: names, keys, values, reasons, versions, tags."""
     name = iter(f"{number} {mark}" for number, mark in enumerate(NAMES * 9))
     jobs: dict[str, list[str]] = {}
     for number in range(8):
@@ -102,7 +102,7 @@ def sweep(folder: Path, *, task: bool = False) -> Path:
             grid = {"mtp.depth": 1 + number % 2, "mtp_lambda": 0.1 + number // 2 % 2}
             keys = {**grid, "seed": seed, MARKS[0]: mark}
             loss = 2.0 + 0.1 * number + 0.01 * (seed + 1) * number
-            own = {
+            summary = {
                 "val/loss_depth_1": loss,
                 "val/agreement_depth_1": 0.5,
                 "val/accuracy_place_4": 0.5,
@@ -115,15 +115,15 @@ def sweep(folder: Path, *, task: bool = False) -> Path:
             }
             at = folder / next(name)
             if task:
-                task_run(at, keys, rights=(0.5, 1.0), summary=own, curve=())
+                task_run(at, keys, rights=(0.5, 1.0), summary=summary, curve=())
             else:
-                write_run(at, keys, loss=loss, summary=own)
+                write_run(at, keys, loss=loss, summary=summary)
             _mark(at, which)
             jobs[at.name] = [f"{key}={value}" for key, value in keys.items()]
     for number, state in enumerate(("failed", "interrupted", "running")):
         at = folder / next(name)
-        said = [f"{mark}={mark}" for mark in MARKS]
-        status = {"state": state, "reason": MARKS[number], "overrides": said}
+        overrides = [f"{mark}={mark}" for mark in MARKS]
+        status = {"state": state, "reason": MARKS[number], "overrides": overrides}
         write_run(at, {MARKS[0]: MARKS[number], "seed": 9}, status=status, done=False)
         _mark(at, number)
         (at / "job.log").write_text(MARKS[number])

@@ -1,4 +1,4 @@
-"""Which code computes on a CPU in a test; the part ``mtp_lightning.cpu`` may be missing."""
+"""The code that computes on a CPU in a test; the part ``mtp_lightning.cpu`` may be missing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BATCH_INVARIANT = LIBRARY is not None or (HAS_CPU and native().ONEDNN)
 
 
 def use_library(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
-    """Compute by that library, or without one."""
+    """Compute with a C++ library, or without one for None."""
     if HAS_CPU:
         monkeypatch.setattr(native(), "library", library)
 
@@ -77,8 +77,8 @@ def k_quants(shape: tuple[int, int], bits: int, group: int, factor: Any) -> tupl
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """The C++ of this checkout for some instructions, as an installation builds it: the library
-    that it built, or, where there is none or a source is newer, one that is built here."""
+    """A function that returns the C++ library of this checkout for some instructions: the installed
+    one, or a new build if there is none or a source is newer."""
     if not HAS_CPU:
         pytest.skip("needs the part mtp_lightning.cpu")
     if CAPABILITY not in ("AVX2", "AVX512") or not shutil.which("g++"):
@@ -92,8 +92,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
         command = [sys.executable, "setup.py", "-q", "build_ext"]
         places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        given = {"cwd": ROOT, "env": environment, "check": True, "capture_output": True}
-        subprocess.run([*command, *places], **given)
+        options = {"cwd": ROOT, "env": environment, "check": True, "capture_output": True}
+        subprocess.run([*command, *places], **options)
         return folder
 
     @cache
@@ -101,9 +101,9 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
         file: Path = native().file_for(instructions)
         if not file.is_relative_to(ROOT) or not file.is_file() or file.stat().st_mtime < newest:
             (file,) = build().rglob(file.name)
-        found, _ = native().load(file)
-        assert found is not None
-        return found
+        opened, _ = native().load(file)
+        assert opened is not None
+        return opened
 
     return library_for
 
@@ -121,6 +121,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for op in (*vars(ops).values(), experts.routed_experts):
             if isinstance(op, ops.Op):
                 monkeypatch.setattr(op, "_on", {})
-    own = request.getfixturevalue("library") if request.param == "native" else None
-    use_library(monkeypatch, own)
+    chosen = request.getfixturevalue("library") if request.param == "native" else None
+    use_library(monkeypatch, chosen)
     yield request.param

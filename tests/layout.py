@@ -1,4 +1,4 @@
-"""Which files there are, and what each imports."""
+"""The Python files of the project, and the imports of each."""
 
 from __future__ import annotations
 

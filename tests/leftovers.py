@@ -1,7 +1,7 @@
-"""A plugin of pytest: a test leaves no process, and no file in the checkout.
+"""A pytest plugin: a test that leaves a process, or a file in the checkout, fails.
 
-What a test leaves fails it, by name, in whichever process of pytest-xdist it ran. Files are looked
-for after every test where a run would write them by default, and at the end everywhere.
+Files are searched after every test in the default folders of runs, and at the end of all tests in
+the whole checkout.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-# Where a run that is started in the checkout writes.
+# The folders in which a run that is started in the checkout writes.
 _FOLDERS = ("checkpoints", "lightning_logs", "multirun", "outputs", "runs")
-# What Python and the tools of a checkout keep for themselves.
+# Files of Python and of the tools of a checkout.
 _KEPT = (".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache")
 # These end with the process that they serve; the second is tests/warm.py.
 _HELPERS = ("multiprocessing.resource_tracker", "-m tests.warm")
@@ -34,18 +34,18 @@ _BEGINNING = 0.2  # seconds in which a process begins its program
 class Leftovers:
     """Watches one process of pytest.
 
-    Ctrl-C ends what tests start however the tests were started: a shell without job control has
-    background commands ignore it, and their children inherit that.
+    It also restores Ctrl-C for the programs that tests start: a shell without job control makes
+    background commands, and so their children, ignore it.
 
     Args:
         root: the checkout.
-        seconds: that a process has to be gone after it was told to.
+        seconds: the time that a process has to end.
     """
 
     def __init__(self, root: Path, *, seconds: float = 5.0) -> None:
         self.root = root
         self._seconds = seconds
-        # Every process below has it in its environment, whoever has become its parent.
+        # Every descendant has the mark in its environment, also after its parent has ended.
         self._mark = f"{os.getpid()}.{time.time_ns()}"
         os.environ[_MARK] = self._mark
         self._foreign: set[int] = set()
@@ -65,7 +65,7 @@ class Leftovers:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
-        """What a fixture of several tests has started may live until the last test is over."""
+        """Processes of a fixture for several tests may live until the last test has ended."""
         made = yield
         if fixturedef.scope != "function":
             self._held |= self._started()
@@ -110,29 +110,29 @@ class Leftovers:
                 break
             gc.collect()  # the owner may wait for it
             time.sleep(0.02)
-        told = [f"left a process: {pid} {command}" for pid, command in left.items()]
+        failures = [f"left a process: {pid} {command}" for pid, command in left.items()]
         _kill(left)
         listed = self._listing()
         for name in sorted(listed - self._listed):
-            told.append(f"left in the checkout (or another test did at the same time): {name}")
+            failures.append(f"left in the checkout (or another test did at the same time): {name}")
         self._listed = listed
-        if told:
-            pytest.fail("\n".join(told), pytrace=False)
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
 
     def _processes(self) -> dict[int, str]:
-        """What a test must not leave: numbers and commands."""
-        found = {pid: _command(pid) for pid in self._started()}
+        """The numbers and commands of processes that a test must not leave."""
+        commands = {pid: _command(pid) for pid in self._started()}
         return {
             pid: command
-            for pid, command in found.items()
+            for pid, command in commands.items()
             if command and not any(helper in command for helper in _HELPERS)
         }
 
     def _started(self) -> set[int]:
-        """What this process has started that lives, and no fixture holds.
+        """The living descendants of this process that no fixture holds.
 
-        A process that was forked and forgotten by a fork is not found; one that began a program is.
-        One that begins its program right now has no command yet.
+        An orphan of a fork is found only after it has begun a program. A process that begins its
+        program at this moment has no command yet.
         """
         parents, marked = dict[int, int](), f"{_MARK}={self._mark}".encode()
         ours, unknown = set[int](), set[int]()
@@ -194,7 +194,7 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def _numbers() -> set[int]:
-    """Of all processes; none where the system does not list them."""
+    """The numbers of all processes; none if the system does not list them."""
     if not os.path.isdir("/proc/self"):
         return set()
     return {int(name) for name in os.listdir("/proc") if name.isdigit()}
@@ -209,7 +209,7 @@ def _with_children(pids: set[int], parents: dict[int, int]) -> set[int]:
 
 
 def _command(pid: int) -> str:
-    """What a process runs; nothing where it has ended."""
+    """The command of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except OSError:

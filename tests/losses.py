@@ -20,10 +20,10 @@ from mtp_lightning.objective.terms.base import Term
 
 
 def gradients(model: MTPModel) -> dict[str, Tensor]:
-    """Those of all parameters, which are taken away."""
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    """The gradients of all parameters, which are then cleared."""
+    copies = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return copies
 
 
 def step_of(
@@ -69,7 +69,7 @@ def reported_loss(
     return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 
-def mtp_loss(*given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+def mtp_loss(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     """:func:`reported_loss` without the reports."""
-    total, sums, _ = reported_loss(*given, **settings)
+    total, sums, _ = reported_loss(*arguments, **settings)
     return total, sums

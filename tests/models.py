@@ -1,4 +1,4 @@
-"""Small random models, and windows for them: what tests of every room build."""
+"""Small random models, and windows for them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
 
 
 def checkpoint_of(model: MTPModel) -> dict[str, Any]:
-    """What a run would have written of it, as far as it is read."""
+    """The keys of a run's checkpoint that are read, for a model."""
     return {
         "model_config": model.config.to_dict(),
         "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},

@@ -32,7 +32,7 @@ def sources(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(sources: Path) -> Path:
-    """Built as setup.py builds."""
+    """A library, built as by setup.py."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     built = sources.with_name("seven.so")
@@ -42,15 +42,13 @@ def file(sources: Path) -> Path:
     return built
 
 
-def test_of_the_same_sources_it_is_used(
-    file: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_library_of_the_same_sources_is_loaded(file, sources, monkeypatch, caplog):
     (sources / "README").write_text("changed")
-    found, why = open_built(file, sources, FUNCTIONS)
-    assert found is not None and found.seven() == 7 and not why
-    # Where there are no sources.
-    found, _ = open_built(file, sources.with_name("none"), FUNCTIONS)
-    assert found is not None
+    library, reason = open_built(file, sources, FUNCTIONS)
+    assert library is not None and library.seven() == 7 and not reason
+    # An installation without sources.
+    library, _ = open_built(file, sources.with_name("none"), FUNCTIONS)
+    assert library is not None
     assert open_built(file.with_name("none.so"), sources, FUNCTIONS)[0] is None
     monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
     assert open_built(file, sources, FUNCTIONS) == (None, "MTP_LIGHTNING_NATIVE=0")
@@ -58,9 +56,7 @@ def test_of_the_same_sources_it_is_used(
 
 
 @pytest.mark.parametrize("case", ["changed", "renamed", "more", "partly built", "no library"])
-def test_any_other_is_named_with_the_remedy(
-    file: Path, sources: Path, case: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_outdated_or_broken_library_is_named_with_the_remedy(file, sources, case, caplog):
     functions = dict(FUNCTIONS)
     if case == "changed":
         (sources / "seven.h").write_text("// a word")
@@ -72,13 +68,13 @@ def test_any_other_is_named_with_the_remedy(
         functions["eight"] = ((), ctypes.c_int64)
     else:
         file.write_text("no library")
-    found, why = open_built(file, sources, functions)
-    assert found is None and "pip install -e ." in why
-    (told,) = caplog.messages
-    assert str(file) in told and "pip install -e . builds it again" in told
+    library, reason = open_built(file, sources, functions)
+    assert library is None and "pip install -e ." in reason
+    (warning,) = caplog.messages
+    assert str(file) in warning and "pip install -e . builds it again" in warning
 
 
-def test_what_is_installed_here_is_up_to_date() -> None:
+def test_the_installed_libraries_are_up_to_date() -> None:
     for module in (pre_tokenizer, *([native()] if HAS_CPU else [])):
         if module.library is not None:
             sources = Path(module.__file__).with_name("cpp")

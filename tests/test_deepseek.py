@@ -55,12 +55,12 @@ def test_hidden_states_equal_the_equations(masked: bool) -> None:
     tokens = torch.randint(0, 37, (1, 13))
     documents = torch.tensor([[0] * 4 + [1] * 9]) if masked else None
     hidden = model(WindowBatch(tokens, 1, documents))
-    seen = documents[0, :11].tolist() if documents is not None else None
+    window_documents = documents[0, :11].tolist() if documents is not None else None
 
     x = w["trunk.embedding.weight"][tokens[0, :11]]
     for layer in range(3):
         x = deepseek_reference.block(
-            x, w, f"trunk.blocks.{layer}", config, experts=layer > 0, documents=seen
+            x, w, f"trunk.blocks.{layer}", config, experts=layer > 0, documents=window_documents
         )
     h = reference.rms_norm(x, w["trunk.norm.weight"], config.norm_eps)
     torch.testing.assert_close(hidden[0][0].double(), h, rtol=1e-4, atol=1e-4)
@@ -69,7 +69,9 @@ def test_hidden_states_equal_the_equations(masked: bool) -> None:
     e = reference.rms_norm(e, w[f"{p}.enorm.weight"], config.norm_eps)
     h = reference.rms_norm(h, w[f"{p}.hnorm.weight"], config.norm_eps)
     x = torch.cat((e, h), -1) @ w[f"{p}.eh_proj.weight"].T
-    x = deepseek_reference.block(x, w, f"{p}.block", config, experts=True, documents=seen)
+    x = deepseek_reference.block(
+        x, w, f"{p}.block", config, experts=True, documents=window_documents
+    )
     h = reference.rms_norm(x, w[f"{p}.norm.weight"], config.norm_eps)
     torch.testing.assert_close(hidden[1][0].double(), h, rtol=1e-4, atol=1e-4)
 
@@ -98,16 +100,16 @@ def test_recomputation_changes_no_bit(trunk: TrunkConfig, head: type) -> None:
         model = MTPModel(ModelConfig(trunk=config, mtp=head(depth=2)))
         model.initialize(0)
         tokens = torch.randint(0, 37, (2, 40), generator=torch.Generator().manual_seed(0))
-        kept: dict[int, int] = {}
+        saved_bytes: dict[int, int] = {}
 
-        def pack(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        def pack(t: torch.Tensor, saved_bytes: dict[int, int] = saved_bytes) -> torch.Tensor:
+            saved_bytes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             final, _ = model.run_trunk(WindowBatch(tokens, 2), [1, 2])
         assert final.requires_grad
-        saved.append(sum(kept.values()))
+        saved.append(sum(saved_bytes.values()))
         loss, _, reported = reported_loss(model, WindowBatch(tokens, 2), [0.1, 0.1], [74] * 3)
         loss.backward()
         losses.append(loss.item())
@@ -122,7 +124,7 @@ def test_recomputation_changes_no_bit(trunk: TrunkConfig, head: type) -> None:
 
 
 def test_qk_norm_equals_the_equations() -> None:
-    """Against plain attention on queries and keys that were normed by hand."""
+    """Plain attention on queries and keys that are normed by hand."""
     config = dense(attention=GroupedQueryConfig(qk_norm=True))
     model = MTPModel(ModelConfig(trunk=config, mtp=NoMTPConfig()))
     model.initialize(0)
@@ -133,7 +135,7 @@ def test_qk_norm_equals_the_equations() -> None:
     x = torch.randn(1, 9, 32)
     from mtp_lightning.nn.attention import ForwardContext
 
-    found = layer(x, ForwardContext.of_window(config, 9, device=x.device))[0].double()
+    actual = layer(x, ForwardContext.of_window(config, 9, device=x.device))[0].double()
     w = {name: t.double() for name, t in layer.state_dict().items()}
     q, k, v = (x[0].double() @ w["qkv.weight"].T).view(9, 8, 8).split([4, 2, 2], dim=1)
     q = reference.rms_norm(q, w["query_norm.weight"], config.norm_eps)
@@ -147,11 +149,11 @@ def test_qk_norm_equals_the_equations() -> None:
         *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True
     )
     expected = expected.transpose(0, 1).flatten(1) @ w["out.weight"].T
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_presets_are_as_large_as_the_dense_ones(size: str) -> None:
+def test_presets_have_as_many_active_parameters_as_the_dense_ones(size: str) -> None:
     vocab_size = 4096 if size in SIZES[:3] else 32_768
     trunks = preset(f"deepseek_{size}", vocab_size), preset(size, vocab_size)
     assert isinstance(trunks[0].attention, LatentAttentionConfig)
@@ -170,20 +172,20 @@ def short(value: int) -> str:
 
 
 def test_deepseek_v3_has_its_published_counts() -> None:
-    """README_WEIGHTS of DeepSeek-V3: 671 B; 36.7 B active; the module 11.5 B of its own, 14 B with
-    the shared embedding and head (0.9 B each) where they are stored again."""
+    """README_WEIGHTS of DeepSeek-V3: 671 B; 36.7 B active; 11.5 B in the module, 14 B with
+    copies of the embedding and the head (0.9 B each)."""
     config = ModelConfig(trunk=preset("deepseek_v3", 129_280), mtp=SequentialConfig(depth=1))
     trunk = config.trunk
     with torch.device("meta"):
         model = MTPModel(config)
-    own = sum(p.numel() for p in model.mtp.parameters())
+    module_params = sum(p.numel() for p in model.mtp.parameters())
     total = sum(p.numel() for p in model.parameters())
-    assert total == config.num_params() and total - own == config.num_trunk_params()
+    assert total == config.num_params() and total - module_params == config.num_trunk_params()
     assert round(config.num_trunk_params() / 1e9) == 671
     active = replace(config, mtp=NoMTPConfig()).num_active_params()
     assert round(active / 1e9) == 37 and active / 1e9 == pytest.approx(36.7, abs=0.1)
-    assert own / 1e9 == pytest.approx(11.5, abs=0.15)
+    assert module_params / 1e9 == pytest.approx(11.5, abs=0.15)
     stored_again = 2 * trunk.vocab_size * trunk.d_model
-    assert (own + stored_again) / 1e9 == pytest.approx(13.5, abs=0.1)
+    assert (module_params + stored_again) / 1e9 == pytest.approx(13.5, abs=0.1)
     assert model.trunk.blocks[2].feed_forward.gate_up.weight.shape == (2 * 18_432, 7168)
     assert model.trunk.blocks[3].feed_forward.experts.down.shape == (256, 7168, 2048)

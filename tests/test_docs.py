@@ -1,5 +1,5 @@
-"""Pages that repeat what is elsewhere: docs/architecture.md the code's order and names,
-docs/should_i.md the numbers of the claims. The pages' tables are read, and compared."""
+"""The tables of docs/architecture.md equal the code's layers and names, and those of
+docs/should_i.md the claims' numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_imports_run_down_the_layers(module: str) -> None:
             assert drawn is None or drawn > LAYERS[module], f"{file} imports {other}"
 
 
-def test_the_picture_is_that_of_the_table() -> None:
+def test_the_picture_is_drawn_from_the_table() -> None:
     drawing = runpy.run_path(str(ROOT / "docs" / "picture.py"))
     picture = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
     assert picture == drawing["drawn"](drawing["layers"]()), "python docs/picture.py"
@@ -67,7 +67,7 @@ def definitions(node: ast.AST, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), WALKS)
-def test_the_steps_of_the_walks_are_there(file: str, name: str) -> None:
+def test_the_functions_of_the_walks_exist(file: str, name: str) -> None:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     assert name in set(definitions(tree))
 
@@ -76,7 +76,7 @@ MEASURED = table("should_i.md", "measured")
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: " ".join(row[:3]))
-def test_the_measured_numbers_are_those_of_the_claims(row: list[str]) -> None:
+def test_the_measured_numbers_equal_those_of_the_claims(row: list[str]) -> None:
     name, subject, quantity, measured, verdict = row
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     found = [
@@ -87,7 +87,7 @@ def test_the_measured_numbers_are_those_of_the_claims(row: list[str]) -> None:
     assert found == [(measured, verdict)]
 
 
-def test_the_claims_named_are_there() -> None:
+def test_the_named_claims_exist() -> None:
     text = (ROOT / "docs" / "should_i.md").read_text(encoding="utf-8")
     claims = {path.stem for path in (ROOT / "sweeps" / "claims").glob("*.yaml")}
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text))

@@ -1,4 +1,4 @@
-"""Names that a server here has, and those that a foreign name server could give it."""
+"""The Host header: names of this server, and names that a foreign name server could give it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FOREIGN = """evil.example evil.example:8000 localhost.evil.example 127.0.0.1.evi
 
 
 @pytest.mark.parametrize("header", [None, *OWN.split(), "GPU.Example.org:80"])
-def test_own_names(header: str | None) -> None:
+def test_names_of_this_server_are_accepted(header: str | None) -> None:
     assert is_called(header, ["gpu.example.org"])
 
 
 @pytest.mark.parametrize("header", ["", *FOREIGN.split(), "localhost, evil.example"])
-def test_foreign_names(header: str) -> None:
+def test_foreign_names_are_refused(header: str) -> None:
     assert not is_called(header, ["gpu.example.org"])
     assert is_called(header, ["*"])

@@ -1,4 +1,4 @@
-"""The container: what its file says, and, where there is docker, the image at work."""
+"""The container: its Dockerfile, and, with docker, the built image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -20,7 +19,7 @@ from tests.integration.helpers import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
-def test_it_serves_and_is_not_root() -> None:
+def test_the_image_serves_and_does_not_run_as_root() -> None:
     image = DOCKERFILE.rpartition("\nFROM ")[2]
     (user,) = re.findall(r"^USER (\S+)$", image, re.MULTILINE)
     assert user not in ("root", "0") and image.index(f"useradd --create-home {user}") > 0
@@ -35,7 +34,7 @@ def test_it_serves_and_is_not_root() -> None:
     ("command", "status", "healthy"),
     [("serve", 200, True), ("serve", 503, False), ("serve", None, False), ("train", None, True)],
 )
-def test_the_health_check(command: str, status: int | None, healthy: bool, tmp_path: Path) -> None:
+def test_the_health_check_follows_the_servers_answer(command, status, healthy, tmp_path):
     """As docker runs it, with another process 1 and another port."""
     (words,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     _, flag, program = json.loads(words)
@@ -47,7 +46,7 @@ def test_the_health_check(command: str, status: int | None, healthy: bool, tmp_p
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            pass
 
     first = tmp_path / "cmdline"
     first.write_text("\0".join(("python", "/venv/bin/mtp-lightning", command, "port=8000", "")))

@@ -1,4 +1,4 @@
-"""What tests leave fails them, with one process of pytest and with several."""
+"""A test that leaves a file or a process fails, with one process of pytest and with several."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_leaves_a_child():
 
 
 def test_leaves_an_orphan_in_another_session():
-    said = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", "import subprocess, sys; print(subprocess.Popen(sys.argv[1:],"
          "start_new_session=True, stdout=-3, stderr=-3).pid)", *SLEEP],
         capture_output=True, text=True,
     )
-    print("pid", said.stdout)
+    print("pid", child.stdout)
 
 
 def test_leaves_a_fork():
@@ -97,48 +97,46 @@ def test_children_hear_ctrl_c():
 """
 
 
-def deaf() -> None:
-    """As a shell without job control starts what is to run in the background."""
+def ignore_ctrl_c() -> None:
+    """As for the background processes of a shell without job control."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize(("processes", "way"), [(0, "background"), (2, "setsid")])
-def test_what_is_left_fails_the_test_that_left_it(tmp_path: Path, processes: int, way: str) -> None:
+def test_a_leftover_fails_the_test_that_left_it(tmp_path: Path, processes: int, way: str) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "xdist", "-rA", "-n", str(processes), tmp_path],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        },
-        preexec_fn=deaf if way == "background" else None,
+        env=os.environ | variables,
+        preexec_fn=ignore_ctrl_c if way == "background" else None,
         start_new_session=way == "setsid",
         timeout=120,
     )
-    told = done.stdout
-    assert done.returncode == 1, told + done.stderr
-    wrong = {line.split("::")[1].split()[0] for line in told.splitlines() if line.startswith("ERR")}
+    output = done.stdout
+    assert done.returncode == 1, output + done.stderr
+    lines = output.splitlines()
+    failed = {line.split("::")[1].split()[0] for line in lines if line.startswith("ERR")}
     left = {"a_file", "a_checkpoint", "a_child", "an_orphan_in_another_session", "a_fork"}
     expected = {f"test_leaves_{name}" for name in left}
-    # With several processes a file may be laid at the door of the other one's test, too.
-    assert wrong >= expected and (processes or wrong == expected), told
-    assert "FAILED" not in told and "9 passed" not in told
+    # With several processes, a file may also fail the test of the other process.
+    assert failed >= expected and (processes or failed == expected), output
+    assert "FAILED" not in output and "9 passed" not in output
     for name in ("stray", "checkpoints", "checkpoints/epoch=0.ckpt"):
-        assert f"at the same time): {name}" in told
-    new = {line.split(": ")[1] for line in told.splitlines() if line.startswith("new in the check")}
+        assert f"at the same time): {name}" in output
+    new = {line.split(": ")[1] for line in lines if line.startswith("new in the check")}
     assert new == {"stray", "checkpoints/epoch=0.ckpt", "deep/down"}
-    pids = [int(line.split()[1]) for line in told.splitlines() if line.startswith("pid ")]
+    pids = [int(line.split()[1]) for line in lines if line.startswith("pid ")]
     assert len(set(pids)) == 3
     for pid in pids:
-        assert f"left a process: {pid} " in told
+        assert f"left a process: {pid} " in output
         until = time.monotonic() + 60
         while os.path.exists(f"/proc/{pid}"):
             assert time.monotonic() < until

@@ -1,4 +1,4 @@
-"""What .ci/run installs by hash is what pyproject.toml asks for."""
+"""The packages that .ci/run installs by hash meet the requirements of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def required(extras: set[str]) -> Iterator[Requirement]:
-    """Of the project with some extras, and of the extras that these are made of."""
+    """The requirements of the project with some extras, and of the extras that these include."""
     lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][e] for e in extras)]
     for requirement in map(Requirement, sum(lists, [])):
         if requirement.name == PROJECT["name"]:
@@ -35,7 +35,7 @@ def test_every_requirement_is_locked(name: str, extras: set[str]) -> None:
     for requirement in required(extras):
         version = pins[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version), requirement
-    # The machine's own, and what it brings for GPUs.
+    # torch and its packages for GPUs are the machine's.
     assert not [pin for pin in pins if pin == "torch" or pin.startswith("nvidia-")]
-    # Every file that a package may come as has a hash.
+    # Every file of a package has a hash.
     assert all("--hash=sha256:" in part for part in re.split(r"^\S+==", text, flags=re.M)[1:])

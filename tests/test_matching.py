@@ -1,4 +1,4 @@
-"""Fair comparisons: layers and steps that are given up for the heads."""
+"""``compare.match``: fewer layers or steps make runs equal in parameters or FLOPs."""
 
 from __future__ import annotations
 
@@ -27,37 +27,39 @@ TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_head
 LENGTH = matching.Length(seq_len=64, max_steps=300, tokens_per_step=1024)
 
 
-def matched(config: ModelConfig, what: str, schedule: Piecewise | None = None) -> matching.Matched:
+def matched(
+    config: ModelConfig, quantity: str, schedule: Piecewise | None = None
+) -> matching.Matched:
     return matching.match(
         config,
         schedule or constant(depth=config.mtp.depth, mtp_lambda=0.3),
         LENGTH,
-        match=what,
+        match=quantity,
         reference=matching.plain_reference(config, LENGTH),
     )
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_gloeckles_heads_cost_a_trunk_layer_each(depth: int) -> None:
-    found = matched(ModelConfig(trunk=TRUNK, mtp=ParallelConfig(depth=depth)), "parameters")
-    assert found.n_layers == 8 - depth
-    assert found.max_steps == 300
+    result = matched(ModelConfig(trunk=TRUNK, mtp=ParallelConfig(depth=depth)), "parameters")
+    assert result.n_layers == 8 - depth
+    assert result.max_steps == 300
     # What remains is the heads' own norms.
-    assert found.reached - found.target == depth * 32
-    assert found.remaining == pytest.approx(depth * 32 / closed_forms.trunk_params(TRUNK))
-    assert f"{8 - depth} trunk layers" in str(found) and "mtp=none" in str(found)
+    assert result.reached - result.target == depth * 32
+    assert result.remaining == pytest.approx(depth * 32 / closed_forms.trunk_params(TRUNK))
+    assert f"{8 - depth} trunk layers" in str(result) and "mtp=none" in str(result)
 
 
-def test_the_nearest_number_of_layers_is_taken() -> None:
+def test_the_number_of_layers_is_the_nearest_in_parameters() -> None:
     for mtp in (SequentialConfig(depth=2), LinearConfig(depth=2), LinearConfig(depth=6)):
         config = ModelConfig(trunk=TRUNK, mtp=mtp)
-        found = matched(config, "parameters")
+        result = matched(config, "parameters")
         distances = {
             n: abs(ModelConfig(trunk=replace(TRUNK, n_layers=n), mtp=mtp).num_params()
                    - closed_forms.trunk_params(TRUNK))
             for n in range(1, 9)
         }  # fmt: skip
-        assert distances[found.n_layers] == min(distances.values())
+        assert distances[result.n_layers] == min(distances.values())
     # Medusa's small heads are not worth a layer.
     few = ModelConfig(trunk=TRUNK, mtp=LinearConfig(depth=1))
     assert matched(few, "parameters").n_layers == 8
@@ -69,20 +71,20 @@ def test_a_trunk_with_too_few_layers_is_refused() -> None:
         matched(config, "parameters")
 
 
-def test_flops_shortens_the_run() -> None:
+def test_match_flops_shortens_the_run() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
-    found = matched(config, "flops")
+    result = matched(config, "flops")
     plain = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
     # By hand: steps are in inverse proportion to the cost of a token.
     expected = 300 * StepCost(plain).per_token(64) / StepCost(config).per_token(64)
-    assert abs(found.max_steps - expected) <= 0.5
-    assert found.n_layers == 8 and found.max_steps < 300
-    assert found.target == StepCost(plain).per_token(64) * 1024 * 300
-    assert found.reached == StepCost(config).per_token(64) * 1024 * found.max_steps
-    assert abs(found.remaining) < 1 / found.max_steps
+    assert abs(result.max_steps - expected) <= 0.5
+    assert result.n_layers == 8 and result.max_steps < 300
+    assert result.target == StepCost(plain).per_token(64) * 1024 * 300
+    assert result.reached == StepCost(config).per_token(64) * 1024 * result.max_steps
+    assert abs(result.remaining) < 1 / result.max_steps
 
 
-def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
+def test_match_flops_counts_a_depth_only_while_it_is_active() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
     growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
     cost = [StepCost(config).per_token(64, active) for active in ([], [1], [1, 2])]
@@ -95,16 +97,16 @@ def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
 
 
-def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
+def test_match_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
-    own = StepCost(config).per_token(64) * 1024 * 300
+    plain_flops = StepCost(config).per_token(64) * 1024 * 300
     steps, reached = matching.match_steps(
-        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * own, LENGTH
+        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * plain_flops, LENGTH
     )
-    assert steps == 750 and reached == 2.5 * own
+    assert steps == 750 and reached == 2.5 * plain_flops
 
 
-def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
+def test_wrong_settings_and_references_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compare.match=time is unknown"):
         check_config.check({"compare": {"match": "time", "reference": None}}, "config")
     with pytest.raises(ValueError, match="compare.reference=runs/a is used by nothing"):
@@ -116,10 +118,9 @@ def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
         matching.run_reference(tmp_path)
 
 
-def test_runs(tmp_path: Path) -> None:
-    """The command line: what is matched is what is built, counted and reported."""
+def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    settings = {"model.n_layers": 3, "trainer.max_steps": 20}
+    settings = {"model.n_layers": 3}
     plain = helpers.train_here(
         tmp_path / "plain", cache, {**settings, "mtp": "none", "mtp.depth": 0}
     )
@@ -128,15 +129,15 @@ def test_runs(tmp_path: Path) -> None:
     first = helpers.train_here(tmp_path / "layers", cache, fewer)
     stored = helpers.checkpoint(tmp_path / "layers")
     assert stored["model_config"]["trunk"]["n_layers"] == 2
-    assert stored["config"]["model"]["n_layers"] == 3, "stored is what was asked for"
+    assert stored["config"]["model"]["n_layers"] == 3, "the config keeps the typed value"
     assert first["parameters"] - plain["parameters"] == 32
     assert first["compare"]["n_layers"] == 2
-    again = helpers.train_here(tmp_path / "layers", cache, {**fewer, "trainer.max_steps": 22})
-    assert again["step"] == 22, "a matched run can be continued"
+    again = helpers.train_here(tmp_path / "layers", cache, {**fewer, "trainer.max_steps": 12})
+    assert again["step"] == 12, "a matched run can be continued"
 
     shorter = {**settings, "compare.match": "flops", "compare.reference": tmp_path / "plain"}
     second = helpers.train_here(tmp_path / "flops", cache, shorter)
-    assert second["step"] == second["compare"]["max_steps"] < 20
+    assert second["step"] == second["compare"]["max_steps"] < 10
     assert second["flops"] == second["compare"]["reached"]
     half_a_step = 0.51 * second["flops"] / second["step"]
     assert abs(second["flops"] - plain["flops"]) <= half_a_step

@@ -1,4 +1,4 @@
-"""The model against the float64 reference, and what its config promises."""
+"""The model equals the float64 reference; its initialization and its refusals."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def weights_of(model: MTPModel) -> reference.Weights:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_hidden_states_equal_the_papers_equations(
-    tiny_trunk: TrunkConfig, switches: dict, masked: bool
-) -> None:
+def test_hidden_states_equal_the_papers_equations(tiny_trunk, switches, masked):
     depth, seq_len = 3, 9
     model = build(tiny_trunk, depth=depth, **switches)
     tokens = torch.randint(0, 37, (2, seq_len + depth + 1))
@@ -61,8 +59,8 @@ def test_hidden_states_equal_the_papers_equations(
             )
 
 
-def test_double_precision_is_double_throughout(tiny_trunk: TrunkConfig) -> None:
-    """Rotary tables and losses too, of long windows: angles lose most in single precision."""
+def test_a_float64_model_computes_everything_in_float64(tiny_trunk: TrunkConfig) -> None:
+    """Also rotary tables and losses: angles of long windows lose most in single precision."""
     depth, seq_len = 1, 40
     model = build(tiny_trunk, depth=depth).double()
     tokens = torch.randint(0, 37, (1, seq_len + depth + 1))
@@ -75,9 +73,9 @@ def test_double_precision_is_double_throughout(tiny_trunk: TrunkConfig) -> None:
         logits = expected[k] @ model.head.weight.detach().T
         loss = F.cross_entropy(logits, batch.targets(k)[0])
         total = total + weights[k] * loss
-    found, sums = mtp_loss(model, batch, weights[1:], counts)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, total, rtol=1e-13, atol=0)
+    loss_sum, sums = mtp_loss(model, batch, weights[1:], counts)
+    assert loss_sum.dtype == torch.float64
+    torch.testing.assert_close(loss_sum, total, rtol=1e-13, atol=0)
     assert sums[1] / counts[1] == pytest.approx(float(loss), rel=1e-13)
 
 
@@ -104,7 +102,7 @@ def test_initial_std_follows_the_width() -> None:
     assert torch.equal(model.trunk.norm.weight, torch.ones(112))
 
 
-def test_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
+def test_a_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, depth=2)
     with pytest.raises(ValueError, match=r"D = 1.*D = 2"):
         model(WindowBatch(torch.zeros(1, 10, dtype=torch.int64), 1))
@@ -119,13 +117,13 @@ def test_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
         ({"d_head": 7}, "d_head=7 must be even"),
     ],
 )
-def test_bad_shapes_are_named(changes: dict, message: str) -> None:
+def test_wrong_shapes_are_refused(changes: dict, message: str) -> None:
     good = {"vocab_size": 9, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
         TrunkConfig(**{**good, "d_ff": 8, **changes})
 
 
-def test_unknown_variant_in_a_checkpoint(tiny_trunk: TrunkConfig) -> None:
+def test_an_unknown_head_in_a_checkpoint_is_refused(tiny_trunk: TrunkConfig) -> None:
     data = ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()).to_dict()
     data["mtp"]["variant"] = "os.system"
     with pytest.raises(ValueError, match="mtp=os.system is unknown"):

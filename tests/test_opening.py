@@ -1,4 +1,4 @@
-"""One door for every model, also where the part that reads some of them is missing."""
+"""``open_model`` and ``build_model``: readers of parts, missing parts, and exact weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from tests.decoding.models import small_model
 from tests.models import build, checkpoint_of
 
 
-def test_a_reader_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_can_add_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save(checkpoint_of(small_model(0, 2)), tmp_path / "run.ckpt")
-    wanted = loading.read(tmp_path / "run.ckpt")
-    monkeypatch.setitem(globals(), "read", lambda path, *, allow: wanted)
+    stored = loading.read(tmp_path / "run.ckpt")
+    monkeypatch.setitem(globals(), "read", lambda path, *, allow: stored)
     formats = {"a .mine file": lambda path: path.suffix == ".mine"}
-    own = Part(module=__name__, brings="my files", formats=formats)
-    monkeypatch.setitem(PARTS, "mine", own)
-    assert read_model("x.mine") is wanted
+    part = Part(module=__name__, brings="my files", formats=formats)
+    monkeypatch.setitem(PARTS, "mine", part)
+    assert read_model("x.mine") is stored
     assert open_model("x.mine").step == 3
 
 
 @pytest.mark.parametrize("name", ["folder", "model.gguf"])
-def test_without_the_part_that_reads_a_path(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_part_that_reads_a_path_is_named(name, monkeypatch, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -42,12 +40,12 @@ def test_without_the_part_that_reads_a_path(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_built_model_is_the_stored_one(tied: bool) -> None:
-    """Filled without being drawn first; what is tied stays tied, float64 stays float64."""
+def test_a_built_model_equals_the_stored_one(tied: bool) -> None:
+    """Also its ties and its dtype."""
     small = small_model(0, 2)
     model = build(replace(small.config.trunk, tie_embeddings=tied), small.config.mtp).double()
-    found = build_model(model.config, model.state_dict(), source="x")
-    assert not found.training and found.head.weight.dtype == torch.float64
-    assert (found.head.weight is found.trunk.embedding.weight) == tied
+    built = build_model(model.config, model.state_dict(), source="x")
+    assert not built.training and built.head.weight.dtype == torch.float64
+    assert (built.head.weight is built.trunk.embedding.weight) == tied
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, found.state_dict()[name]), name
+        assert torch.equal(tensor, built.state_dict()[name]), name

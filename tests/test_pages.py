@@ -1,5 +1,5 @@
-"""Every page that the project writes, of data in which every string is markup: read by a parser,
-and opened in a browser. Data stays text, nothing of it runs, and nothing is asked for."""
+"""Every page that the project writes, from data in which every string is markup: in a parser and in
+a browser, the data stays text, does not run and loads nothing."""
 
 from __future__ import annotations
 
@@ -63,28 +63,28 @@ def of_claims(folder: Path, sweep: Path) -> Path:
         page.parent.mkdir(exist_ok=True)
         page.write_text(f"{BEGIN}{END}", encoding="utf-8")
     arms = {mark: ["mtp=none"] for mark in MARKS}
-    own = {"published": MARKS[0], "measure": {"tag": MARKS[1]}}
-    said = [{"arm": a, "against": b, "side": "below", **own} for a, b in pairwise(MARKS)]
+    changes = {"published": MARKS[0], "measure": {"tag": MARKS[1]}}
+    predictions = [{"arm": a, "against": b, "side": "below", **changes} for a, b in pairwise(MARKS)]
     texts = {"sentence": MARKS[5], "source": MARKS[1], "note": MARKS[6]}
-    claim = claim_of(folder / "claims", arms=arms, predictions=said, **texts)
+    claim = claim_of(folder / "claims", arms=arms, predictions=predictions, **texts)
     values = [0.1, 0.2, 0.4, 0.3, 0.2]
-    found = observed(claim, dict.fromkeys(arms, values) | {MARKS[2]: ["failed"] * 5})
-    for seeds in found.values():
+    observations = observed(claim, dict.fromkeys(arms, values) | {MARKS[2]: ["failed"] * 5})
+    for seeds in observations.values():
         for number, seed in seeds.items():
             if seed.state == "done":
                 seeds[number] = replace(seed, machine=MARKS[number], commit=MARKS[7])
-    result = make_result(claim, found, ("2026-11-25T09:00:00+00:00", MARKS[0]))
+    result = make_result(claim, observations, ("2026-11-25T09:00:00+00:00", MARKS[0]))
     result["date"], result["unfinished"] = MARKS[4], list(MARKS)
     write_result(result, "mine", folder / "results")
     write_figures(result, "mine", folder / "results")
-    write_claim(folder / "claims", "other", arms=arms, predictions=said, **texts)
+    write_claim(folder / "claims", "other", arms=arms, predictions=predictions, **texts)
     write_pages(folder, folder / "claims")
     text = (site / "results.md").read_text() + (folder / "README.md").read_text()
     return shown(site / "claims.html", text)
 
 
 def of_a_card(folder: Path, sweep: Path) -> Path:
-    """The model card of an export, of a run whose config and summary are foreign."""
+    """The model card of an export, from a foreign config and summary."""
     summary = {key: MARKS[0] for _, key, _ in card._SUMMARY}
     summary |= {f"{rate}_{k}": MARKS[1] for rate in ("val/loss_depth", MARKS[0]) for k in range(3)}
     text = card.render(
@@ -101,17 +101,17 @@ def of_a_card(folder: Path, sweep: Path) -> Path:
 
 
 def of_a_notebook(folder: Path, sweep: Path) -> Path:
-    """What runs, a sweep and a text are in a notebook, one after the other."""
+    """The outputs of runs, a sweep and a text in a notebook."""
     whole = next(run for run in sweep.iterdir() if (run / "summary.json").exists())
     summary = json.loads((whole / "summary.json").read_text())
-    own = folder / NAMES[0]
-    own.mkdir()
-    (own / "summary.json").write_text(json.dumps({**summary, "tokens": MARKS[0]}))
+    copy = folder / NAMES[0]
+    copy.mkdir()
+    (copy / "summary.json").write_text(json.dumps({**summary, "tokens": MARKS[0]}))
     text = "".join(MARKS)
     ids = [ord(letter) for letter in text]
     drafts = [number % 3 > 0 for number in range(len(ids))]
-    made = Generation(ids, text, "stop", 1.0, 3, [3], [6], drafts)
-    parts: list[Any] = [Run(own), Run(folder), Sweep(sweep), Text(MARKS[1], made, Letters())]
+    generation = Generation(ids, text, "stop", 1.0, 3, [3], [6], drafts)
+    parts: list[Any] = [Run(copy), Run(folder), Sweep(sweep), Text(MARKS[1], generation, Letters())]
     return page_of(folder / "notebook.html", "\n".join(part._repr_html_() for part in parts))
 
 
@@ -148,49 +148,47 @@ PAGES: tuple[Callable[[Path, Path], Path], ...] = (*REPORTS, of_claims, of_a_car
 
 
 @pytest.fixture(scope="module")
-def made(
+def make_page(
     tmp_path_factory: pytest.TempPathFactory, sweep: Path
 ) -> Callable[[Callable[[Path, Path], Path]], Path]:
     """Makes each page once."""
-    known: dict[str, Path] = {}
+    written: dict[str, Path] = {}
 
     def make(page: Callable[[Path, Path], Path]) -> Path:
-        if page.__name__ not in known:
+        if page.__name__ not in written:
             # What has no text is not drawn: it would take half of the time.
             with mock.patch("sweeps.report.chart.Chart.png", return_value=bytes(32)):
-                known[page.__name__] = page(tmp_path_factory.mktemp(page.__name__), sweep)
-        return known[page.__name__]
+                written[page.__name__] = page(tmp_path_factory.mktemp(page.__name__), sweep)
+        return written[page.__name__]
 
     return make
 
 
-Made = Callable[[Callable[[Path, Path], Path]], Path]
+MakePage = Callable[[Callable[[Path, Path], Path]], Path]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_markup_in_data_is_text(made: Made, page: Callable[[Path, Path], Path]) -> None:
-    found = Page(made(page).read_text(encoding="utf-8"))
-    assert found.wrong == []
-    assert found.tags["script"] == (2 if page in REPORTS else 0)
+def test_markup_in_data_is_text(make_page: MakePage, page: Callable[[Path, Path], Path]) -> None:
+    parsed = Page(make_page(page).read_text(encoding="utf-8"))
+    assert parsed.wrong == []
+    assert parsed.tags["script"] == (2 if page in REPORTS else 0)
     # Of claims, their figures.
-    assert set(found.images) <= {"../results/mine.svg", "../results/mine_2.svg"}
-    assert MARKS[0] in found.texts and MARKS[1] in found.texts
+    assert set(parsed.images) <= {"../results/mine.svg", "../results/mine_2.svg"}
+    assert MARKS[0] in parsed.texts and MARKS[1] in parsed.texts
 
 
 @pytest.mark.parametrize("page", REPORTS)
-def test_a_report_names_the_style_and_the_script_that_it_runs(
-    made: Made, page: Callable[[Path, Path], Path]
-) -> None:
-    html = made(page).read_text(encoding="utf-8")
+def test_a_report_allows_only_its_own_style_and_script(make_page, page):
+    html = make_page(page).read_text(encoding="utf-8")
     policy = html.split('Content-Security-Policy" content="')[1].split('"')[0]
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy and "script-src 'sha256-" in policy
     assert " style=" not in html and html.count("<style>") == 1
 
 
-def test_markup_in_a_figure_is_text(made: Made) -> None:
-    files = [file for page in REPORTS for file in made(page).parent.glob("figures/*.svg")]
-    files += made(of_claims).parent.glob("../results/*.svg")
+def test_markup_in_a_figure_is_text(make_page: MakePage) -> None:
+    files = [file for page in REPORTS for file in make_page(page).parent.glob("figures/*.svg")]
+    files += make_page(of_claims).parent.glob("../results/*.svg")
     assert len(files) > 20
     for file in files:
         for element in ElementTree.parse(file).iter():
@@ -228,44 +226,42 @@ _PRESS_ALL = """(() => {
 })()"""
 
 
-def looked_at(browser: Browser, page: Path | str) -> str:
-    """What went wrong on a page while all of it was used; its text."""
+def use_page(browser: Browser, page: Path | str) -> str:
+    """Use every control of a page, and assert that nothing ran or was loaded; its text."""
     browser.events.clear()
     browser.open(page)
     browser.run(_PRESS_ALL)
     browser.run("new Promise(done => setTimeout(done, 100))")
-    assert browser.run("typeof __hit") == "undefined", "something of the data has run"
+    assert browser.run("typeof __hit") == "undefined", "markup in the data has run"
     assert (
         browser.run("document.querySelectorAll('x-hit, [x-hit], img[src=q], [onerror]').length")
         == 0
     )
-    own = page if isinstance(page, str) else page.resolve().as_uri()
-    assert [asked for asked in browser.requests() if "/results/mine" not in asked] == [own]
-    assert [told for told in browser.complaints() if told != f"request to {own}"] == []
+    address = page if isinstance(page, str) else page.resolve().as_uri()
+    assert [url for url in browser.requests() if "/results/mine" not in url] == [address]
+    assert set(browser.complaints()) <= {f"request to {address}"}
     return str(browser.run("document.documentElement.textContent"))
 
 
 @pytest.mark.browser
 @needs_browser
 @pytest.mark.parametrize("page", PAGES)
-def test_nothing_of_the_data_runs(
-    browser: Browser, made: Made, page: Callable[[Path, Path], Path]
-) -> None:
-    text = looked_at(browser, made(page))
+def test_markup_in_data_does_not_run_in_a_browser(browser, make_page, page):
+    text = use_page(browser, make_page(page))
     assert MARKS[0] in text and MARKS[1] in text
 
 
 @pytest.mark.browser
 @needs_browser
-def test_nothing_in_a_figure_runs(browser: Browser, made: Made) -> None:
-    for file in made(of_losses).parent.glob("figures/*.svg"):
-        looked_at(browser, file)
+def test_markup_in_a_figure_does_not_run_in_a_browser(browser, make_page):
+    for file in make_page(of_losses).parent.glob("figures/*.svg"):
+        use_page(browser, file)
 
 
 @pytest.mark.browser
 @needs_browser
-def test_the_policy_stops_what_would_get_in(browser: Browser, made: Made) -> None:
-    browser.open(made(of_losses))
+def test_the_policy_stops_inserted_markup(browser: Browser, make_page: MakePage) -> None:
+    browser.open(make_page(of_losses))
     browser.events.clear()
     browser.run("""(() => {
         document.body.insertAdjacentHTML("beforeend",
@@ -283,21 +279,21 @@ def test_the_policy_stops_what_would_get_in(browser: Browser, made: Made) -> Non
         browser.run("getComputedStyle(document.querySelector('p[style]')).color")
         != "rgb(255, 0, 0)"
     )
-    told = "\n".join(browser.complaints())
-    assert "script-src" in told and "style-src" in told and "image" in told
+    complaints = "\n".join(browser.complaints())
+    assert "script-src" in complaints and "style-src" in complaints and "image" in complaints
     assert browser.requests() == []
 
 
 @pytest.mark.browser
 @needs_browser
-def test_the_watched_page(browser: Browser, made: Made) -> None:
-    page = made(of_losses)
+def test_markup_on_the_watched_page_does_not_run(browser: Browser, make_page: MakePage) -> None:
+    page = make_page(of_losses)
     handler = partial(Pages, directory=str(page.parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             at = f"http://127.0.0.1:{server.server_port}"
-            assert MARKS[0] in looked_at(browser, f"{at}/report.html")
+            assert MARKS[0] in use_page(browser, f"{at}/report.html")
             browser.open(f"{at}/<img src=q onerror=__hit=1 x-hit>")
             assert browser.run("typeof __hit") == "undefined"
             assert browser.run("document.querySelectorAll('x-hit, img').length") == 0

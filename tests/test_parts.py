@@ -30,7 +30,7 @@ def enter(root):
 """.replace("ROOT", repr(str(ROOT)))
 ENTER = f"{ALONE}root, *sys.argv = sys.argv[1:]\nenter(root)\n"
 RUN = f"{ENTER}runpy.run_path(sys.argv[0], run_name='__main__')"
-# A copy's programs find these imported, and nothing of the checkout.
+# The modules that are imported before a copy's program starts: none of the checkout.
 LIBRARIES = ("hydra", "lightning.pytorch", "numpy", "tokenizers", "torch", "torchmetrics")
 # Imports the modules of each copy in a fork; a package of others may be missing. Files are compiled
 # once, for all copies.
@@ -75,9 +75,10 @@ def without(folder: Path, *taken: str) -> Path:
     return folder
 
 
-def run(root: Path, *arguments: str) -> Done:
+def run(root: Path, *arguments: str, code: int = 0) -> Done:
     """A program of a copy."""
-    return execute([sys.executable, "-c", RUN, str(root), *arguments], root, imported=LIBRARIES)
+    command = [sys.executable, "-c", RUN, str(root), *arguments]
+    return execute(command, root, code=code, imported=LIBRARIES)
 
 
 def module(file: str) -> str:
@@ -85,42 +86,37 @@ def module(file: str) -> str:
 
 
 def modules(*taken: str) -> list[str]:
-    """All that is to be imported without some parts, and without those that use them."""
+    """The modules that must import without some parts and without the parts that use these."""
     gone = {*taken, *(name for name in PARTS if USES.get(name, set()) & set(taken))}
     homes = [PARTS[name].module for name in gone]
-    found = []
+    names = []
     for file in sources(*PACKAGES):
         name = module(file)
         if not takes(name, *homes) and not name.endswith("__main__"):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_every_module_imports_without_all_parts_and_without_each(
-    tmp_path: Path, each: bool
-) -> None:
-    """That nothing but a part's users imports it, the next test reads in the sources."""
+def test_every_module_imports_without_all_parts_and_without_each(tmp_path, each):
     taken = {part: (part,) for part in HERE} if each else {"all": tuple(HERE)}
     todo = {str(without(tmp_path / name, *gone)): modules(*gone) for name, gone in taken.items()}
     files = [(module(file), str(ROOT / file)) for file in sources(*PACKAGES)]
     program = [sys.executable, "-c", IMPORT, json.dumps(todo), json.dumps(files)]
-    done = execute(program, tmp_path, imported=LIBRARIES, seconds=600)
-    assert done.returncode == 0, done.stderr
+    execute(program, tmp_path, code=0, imported=LIBRARIES, seconds=600)
 
 
 @pytest.mark.slow
-def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
+def test_the_core_trains_and_generates_without_any_part(tmp_path: Path) -> None:
     root, folder = without(tmp_path / "tree", *HERE), tmp_path / "run"
     (tmp_path / "text").write_text("a line of text, and another one\n" * 3000)
     small = ("data=text", f"data.paths={tmp_path / 'text'}", "tokenizer=byte", "model=pico")
     cache = f"paths.cache_dir={tmp_path / 'cache'}"
-    done = run(root, "train.py", "debug=fast", *small, f"run_dir={folder}", cache)
-    assert done.returncode == 0, done.stderr
+    run(root, "train.py", "debug=fast", *small, f"run_dir={folder}", cache)
     assert json.loads((folder / "summary.json").read_text())["step"] == 20
     done = run(root, "generate.py", f"checkpoint={folder}", "prompt=a line", "max_new_tokens=8")
-    assert done.returncode == 0 and done.stdout.startswith("a line"), done.stderr
+    assert done.stdout.startswith("a line")
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text("{}")
     other, hub = f"run_dir={tmp_path / 'other'}", tmp_path / "hub"
@@ -131,24 +127,24 @@ def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
         (("export.py", f"checkpoint={folder}", f"output={hub}/x"), "mtp_lightning/interop"),
         (("serve.py", f"checkpoint={folder}"), "mtp_lightning/serving"),
     ):
-        done = run(root, *words)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("error: ") and f"needs {module} (" in done.stderr
+        error = run(root, *words, code=1).stderr
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert f"needs {module} (" in error
 
 
-def test_only_one_file_of_the_core_names_a_part() -> None:
+def test_no_file_of_the_core_imports_a_part() -> None:
     for file in sources(*PACKAGES):
         name = module(file)
-        own = {part for part, found in PARTS.items() if takes(name, found.module)}
+        homes = {part for part, entry in PARTS.items() if takes(name, entry.module)}
         if name == "mtp_lightning.parts":
             continue
-        allowed = {*own, *(use for part in own for use in USES.get(part, ()))}
+        allowed = {*homes, *(use for part in homes for use in USES.get(part, ()))}
         for part in PARTS.keys() - allowed:
             for imported in imports(file):
                 assert not takes(imported, PARTS[part].module), f"{part} is named by {file}"
 
 
-def test_a_part_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_part_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "is_there", lambda name: False)
     with pytest.raises(UserError, match="trainer.strategy=fsdp needs mtp_lightning/distributed"):
         parts.need("distributed", "trainer.strategy=fsdp")
@@ -168,8 +164,8 @@ def test_the_cores_tests_pass_without_a_part(part: str, tmp_path: Path) -> None:
         shutil.copy2(ROOT / name, root / name)
     program = f"{ENTER}import pytest; sys.exit(pytest.main(sys.argv))"
     skipped = [f"--deselect={file}" for file in _of_part(part)]
-    # One process, since a worker would find the parts of the checkout, and one of its own, since
-    # those of tests/warm.py have the checkout's package `tests`.
+    # In a new process and without workers: forks of tests/warm.py have the checkout's `tests`, and
+    # workers would import the parts of the checkout.
     args = [sys.executable, "-c", program, str(root), "-n", "0", "-x", *CORE, *skipped]
     run = {"cwd": root, "env": environment(), "capture_output": True, "text": True}
     done = subprocess.run(args, timeout=1800, **run)

@@ -1,4 +1,4 @@
-"""The README's commands are what a newcomer types first: they run, or at least compose."""
+"""The commands of README.md and of the other pages run, or at least compose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from mtp_lightning.command_line.quote import literal
 from tests.integration.helpers import composed, execute, train_here
-from tests.warm import Done
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +24,7 @@ PAGES = {
 
 
 def commands(page: str) -> list[str]:
-    """All that one may type: blocks of bash, and commands in tables and sentences."""
+    """The commands in blocks of bash, in tables and in sentences."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
     blocks = re.sub(r" *\\\n *", " ", blocks)
     lines = [line.split(" #")[0].strip() for line in blocks.splitlines() if line.strip()]
@@ -35,7 +34,7 @@ def commands(page: str) -> list[str]:
 COMMANDS = commands(README)
 _ALL = [README, *(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/**/*.md")))]
 _TYPED = dict.fromkeys(tuple(shlex.split(c)) for page in _ALL for c in commands(page))
-# What composes only with something of the reader's own, or stands for one of many.
+# Words of commands that need the reader's files, or that stand for many commands.
 _OTHER = {"--help", "-sc", "...", "--config-dir", "experiment=NAME", "seed=range(N)"}
 APPS = {
     app: [
@@ -48,35 +47,32 @@ APPS = {
 SHORT = ["debug=fast", "trainer.max_steps=10", "logger=csv"]
 
 
-def run(tmp_path: Path, app: str, *overrides: str) -> Done:
-    # From another directory, as the apps promise.
-    return execute([sys.executable, str(ROOT / app), *overrides], tmp_path)
+def run(folder: Path, app: str, *overrides: str) -> str:
+    """The output of an app in another folder than the checkout."""
+    return execute([sys.executable, str(ROOT / app), *overrides], folder, code=0).stdout
 
 
-def test_the_two_commands_are_there() -> None:
+def test_the_readme_has_the_install_and_test_commands() -> None:
     assert "pip install -e . && python train.py" in COMMANDS
     assert "pip install -e '.[test]' && pytest" in COMMANDS
 
 
 @pytest.mark.slow
-def test_the_main_job_shortened(tmp_path: Path) -> None:
-    done = run(tmp_path, "train.py", "run_dir=runs/mine", *SHORT)
-    assert done.returncode == 0, done.stderr
-    for shown in ("bits per byte", "tokens per pass", "tokens per second", "time", "Samples"):
-        assert shown in done.stdout
+def test_the_main_job_trains_evaluates_and_generates(tmp_path: Path) -> None:
+    output = run(tmp_path, "train.py", "run_dir=runs/mine", *SHORT)
+    for words in ("bits per byte", "tokens per pass", "tokens per second", "time", "Samples"):
+        assert words in output
     folder = tmp_path / "runs" / "mine"
     for file in ("config.yaml", "metrics.csv", "summary.json", "checkpoints/last.ckpt"):
         assert (folder / file).is_file(), file
 
-    done = run(tmp_path, "evaluate.py", "checkpoint=runs/mine", "eval_bytes=1000")
-    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
-    done = run(tmp_path, "generate.py", "checkpoint=runs/mine", "prompt='def '", "max_new_tokens=5")
-    assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+    run_dir = "checkpoint=runs/mine"
+    assert "bits per byte" in run(tmp_path, "evaluate.py", run_dir, "eval_bytes=1000")
+    text = run(tmp_path, "generate.py", run_dir, "prompt='def '", "max_new_tokens=5")
+    assert text.startswith("def ")
 
 
-def test_what_the_pages_do_with_a_run_in_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_pages_python_code_runs_on_a_run(tmp_path, monkeypatch, capsys):
     train_here(tmp_path / "runs" / "mine", tmp_path / "cache", {"data.seq_len": 96})
     monkeypatch.chdir(tmp_path)
     blocks = [b for page in _ALL for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
@@ -102,7 +98,7 @@ def test_every_other_command_composes(app: str, overrides: Sequence[str]) -> Non
     composed(name, overrides)
 
 
-def test_it_is_short() -> None:
+def test_the_readme_has_at_most_150_lines() -> None:
     assert len(README.splitlines()) <= 150
 
 
@@ -121,7 +117,7 @@ TRANSLATED = {
 
 
 @pytest.mark.parametrize("page", TRANSLATED)
-def test_both_languages_say_the_same(page: str) -> None:
+def test_both_languages_have_the_same_commands_links_and_numbers(page: str) -> None:
     """Commands and code in the same order; links, pictures and numbers, which a sentence of another
     language may have in another."""
     english, chinese = ((ROOT / p).read_text(encoding="utf-8") for p in (TRANSLATED[page], page))
@@ -145,7 +141,7 @@ def test_both_languages_say_the_same(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_lead_to_existing_files_and_sections(page: str) -> None:
     """Files, and sections of them."""
     links = r"\]\(([^)\s]+)\)|(?:srcset|src)=\"([^\"]+)\""
     for target in map("".join, re.findall(links, prose(PAGES[page]))):

@@ -1,4 +1,4 @@
-"""The number of CPU threads of a process."""
+"""The number of CPU threads of a process, and the name of its processor."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def one_thread_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("cores", "asked", "processes", "expected"),
+    ("cores", "threads", "processes", "expected"),
     [(8, None, 1, 7), (1, None, 1, 1), (8, None, 2, 3), (2, None, 1, 1), (8, 2, 1, 2),
      (2, None, 2, 1)],
 )  # fmt: skip
-def test_a_core_is_left_free_and_what_is_asked_for_counts(
-    monkeypatch: pytest.MonkeyPatch, cores: int, asked: int | None, processes: int, expected: int
+def test_threads_are_all_cores_but_one_or_as_many_as_set(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int | None, processes: int, expected: int
 ) -> None:
     monkeypatch.setattr(runtime, "_CORES", cores)
-    set_threads(asked, processes=processes)
+    set_threads(threads, processes=processes)
     assert torch.get_num_threads() == expected
 
 
-def test_a_limit_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_limits_the_default_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_CORES", 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(3)
@@ -47,21 +47,21 @@ def test_a_limit_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.get_num_threads() == 5
 
 
-def test_a_container_with_a_quota_has_so_many_cores() -> None:
-    """PyTorch counts the machine's cores, of which a container may use fewer."""
+def test_a_containers_quota_counts_as_its_cores() -> None:
+    """PyTorch counts all cores of the machine."""
     code = (
         "import os; os.sched_getaffinity = lambda _: range(8)\n"
         "from mtp_lightning import system; system.cpu_quota = lambda: 2.5\n"
         "from mtp_lightning import runtime; print(runtime._CORES)"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "8"}
-    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert said == "2\n"
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert output == "2\n"
 
 
-def test_no_thread_is_refused() -> None:
-    wanted = "must be a whole number of at least 1, or null for all cores but one, not -1"
-    with pytest.raises(UserError, match=f"num_threads {wanted}"):
+def test_a_negative_number_of_threads_is_refused() -> None:
+    rule = "must be a whole number of at least 1, or null for all cores but one, not -1"
+    with pytest.raises(UserError, match=f"num_threads {rule}"):
         set_threads(-1)
 
 

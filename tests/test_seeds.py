@@ -24,7 +24,7 @@ def test_every_test_starts_from_the_same_seeds(turn: int) -> None:
     assert np.random.rand() == np.random.RandomState(0).rand()
 
 
-def test_fixtures_too(drawn: float) -> None:
+def test_module_fixtures_start_from_the_seeds(drawn: float) -> None:
     assert drawn == float(torch.rand(1, generator=torch.Generator().manual_seed(0)))
 
 

@@ -1,4 +1,4 @@
-"""docs/semantics.md says what the code does: its tables are read, and compared."""
+"""The tables of docs/semantics.md equal the code's windows, targets, agreement and layer names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
@@ -42,7 +41,7 @@ def reads_and_targets(cell: str) -> tuple[int, int] | None:
 
 
 def window(documents: list[int] | None = None) -> WindowBatch:
-    """Tokens that are their own places in the window."""
+    """The window's tokens are their positions."""
     ids = None if documents is None else torch.tensor([documents])
     return WindowBatch(torch.arange(T + D + 1).unsqueeze(0), D, ids)
 
@@ -50,15 +49,15 @@ def window(documents: list[int] | None = None) -> WindowBatch:
 @pytest.mark.parametrize(
     "name, depths", [("windows", 3), ("heads without tokens", 3), ("document mask", 3)]
 )
-def test_targets_are_those_of_the_windows(name: str, depths: int) -> None:
+def test_targets_equal_those_of_the_page(name: str, depths: int) -> None:
     rest, cells = table(name)
     assert len(cells) == depths
     batch = window([int(number) for number in rest.split()] or None)
     for k, row in cells.items():
-        said = [reads_and_targets(cell) for cell in row]
-        targets = [IGNORE_INDEX if pair is None else pair[1] for pair in said]
+        pairs = [reads_and_targets(cell) for cell in row]
+        targets = [IGNORE_INDEX if pair is None else pair[1] for pair in pairs]
         assert targets == batch.targets(k)[0].tolist(), k
-        assert sum(pair is not None for pair in said) == batch.counts()[k]
+        assert sum(pair is not None for pair in pairs) == batch.counts()[k]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,7 @@ def test_targets_are_those_of_the_windows(name: str, depths: int) -> None:
     ],
 )
 @torch.no_grad()
-def test_a_prediction_depends_on_the_tokens_said_and_no_later_one(
-    name: str, mtp: MTPConfig, tiny_trunk: TrunkConfig
-) -> None:
+def test_a_prediction_depends_on_the_pages_tokens_and_no_later_one(name, mtp, tiny_trunk):
     _, cells = table(name)
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
     model.initialize(0)
@@ -93,8 +90,8 @@ def test_a_prediction_depends_on_the_tokens_said_and_no_later_one(
         assert newest[k] == [reads_and_targets(cell)[0] for cell in row], k  # type: ignore[index]
 
 
-def test_agreement_compares_the_positions_said(tiny_trunk: TrunkConfig) -> None:
-    """A depth that copies what the table points at agrees everywhere; one place off, nowhere."""
+def test_agreement_compares_the_pages_positions(tiny_trunk: TrunkConfig) -> None:
+    """A depth that copies the token at the table's position agrees everywhere; one off, nowhere."""
     _, cells = table("agreement")
     vocab = 2 * T
     trunk = replace(tiny_trunk, vocab_size=vocab, d_model=vocab)
@@ -118,15 +115,15 @@ def test_agreement_compares_the_positions_said(tiny_trunk: TrunkConfig) -> None:
     assert agreement(1) == [0.0, 0.0]
 
 
-def test_layers_of_a_folder(tiny_trunk: TrunkConfig) -> None:
+def test_an_exported_folder_has_the_pages_layers(tiny_trunk: TrunkConfig) -> None:
     _, cells = table("layers")
     trunk = TrunkConfig(**{**vars(tiny_trunk), "n_layers": 4})
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=D))
     names = {part[0] for place in weight_map(config) for part in place.parts}
-    said = re.findall(r"`([\w.]+)`", cells[1][1])
-    assert len(said) == 6
+    suffixes = re.findall(r"`([\w.]+)`", cells[1][1])
+    assert len(suffixes) == 6
     for k in (1, 2):
         prefix = cells[k][0].strip("`")
-        held = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        assert {f"{name}.weight" for name in said} <= held
+        layer_names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        assert {f"{name}.weight" for name in suffixes} <= layer_names
     assert not any(name.startswith("model.layers.6.") for name in names)

@@ -21,21 +21,21 @@ NOT_NUMBERS = [True, False, None, "3", [3], math.nan, math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)
-def test_what_is_no_number(value: Any) -> None:
+def test_values_that_are_not_numbers_are_refused(value: Any) -> None:
     assert not is_number(value) and not is_whole(value)
     for check in (require_number, lambda k, v: require_whole(k, v, least=0)):
         with pytest.raises(ValueError, match="^data.seq_len must be a "):
             check("data.seq_len", value)
 
 
-def test_numbers_of_numpy_count_but_are_never_stored() -> None:
+def test_numpys_integers_are_whole_but_are_not_accepted() -> None:
     assert is_whole(np.int64(3)) and is_whole(np.uint8(0))
     assert not is_whole(np.float64(3)) and not is_whole(np.True_) and not is_whole(np.array([3]))
     with pytest.raises(ValueError, match=r"^k must be a whole number of at least 1, not np.int64"):
         require_whole("k", np.int64(3), least=1)
 
 
-def test_what_is_one() -> None:
+def test_numbers_and_whole_numbers_are_accepted() -> None:
     assert is_number(3) and is_number(-0.5) and is_whole(-3) and not is_whole(3.0)
     assert require_whole("k", 1, least=1) == 1
     assert require_number("k", 0.25, least=0, below=1) == 0.25
@@ -54,7 +54,7 @@ def test_what_is_one() -> None:
         ({"above": 0, "most": 1}, [1], [0], r"a number in \(0, 1\], not 0"),
     ],
 )
-def test_bounds(bounds: dict, inside: list, outside: list, words: str) -> None:
+def test_numbers_out_of_bounds_are_refused_with_the_bounds(bounds, inside, outside, words):
     for value in inside:
         assert require_number("key", value, **bounds) == value
     for value in outside:
@@ -62,7 +62,7 @@ def test_bounds(bounds: dict, inside: list, outside: list, words: str) -> None:
             require_number("key", value, **bounds)
 
 
-def test_whole_numbers_choices_and_conditions() -> None:
+def test_wrong_whole_numbers_choices_and_conditions_are_refused() -> None:
     with pytest.raises(ValueError, match="^data.seq_len must be a whole number of at least 1, not"):
         require_whole("data.seq_len", 0, least=1)
     assert require_choice("mode", "min", ("min", "max")) == "min"

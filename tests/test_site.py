@@ -1,4 +1,4 @@
-"""The documentation site: it builds strictly, asks no network, and reads in a browser."""
+"""The documentation site: it builds without warnings, needs no network and works in a browser."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from tests.sweeps.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.extras
 NOTEBOOK = ROOT / "docs" / "tutorial" / "notebook.ipynb"
-LOOKED_AT = (
-    "index",
-    "zh/index",
-    "tutorial/first_run",
-    "tutorial/notebook",
-    "results",
-    "reference/settings",
-)
+BROWSED = (
+    "index", "zh/index", "tutorial/first_run", "tutorial/notebook", "results", "reference/settings",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +36,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads, its headings, and pictures without words."""
+    """The URLs that a page loads, its headings, and its images without alternative text."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.loaded: list[str] = []
         self.headings: list[int] = []
-        self.silent: list[str] = []
+        self.without_alt: list[str] = []
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         if tag in ("script", "img", "iframe"):
-            self.loaded += filter(None, [given.get("src")])
-        if tag == "link" and given.get("rel") != "canonical":
-            self.loaded += filter(None, [given.get("href")])
+            self.loaded += filter(None, [attributes.get("src")])
+        if tag == "link" and attributes.get("rel") != "canonical":
+            self.loaded += filter(None, [attributes.get("href")])
         if re.fullmatch(r"h[1-6]", tag):
             self.headings.append(int(tag[1]))
-        if tag == "img" and not given.get("alt"):
-            self.silent.append(str(given.get("src"))[:80])
+        if tag == "img" and not attributes.get("alt"):
+            self.without_alt.append(str(attributes.get("src"))[:80])
 
 
-def test_every_page_is_there_and_asks_no_network(site: Path) -> None:
+def test_every_page_is_built_and_loads_nothing_from_the_network(site: Path) -> None:
     sources = {f.relative_to(ROOT / "docs") for f in (ROOT / "docs").rglob("*.md")}
     for source in sources:
         assert (site / source.with_suffix(".html")).is_file(), source
@@ -71,7 +66,7 @@ def test_every_page_is_there_and_asks_no_network(site: Path) -> None:
     for file in pages:
         page = Page(file)
         assert not [url for url in page.loaded if url.startswith(("http", "//"))], file
-        assert page.silent == [], file
+        assert page.without_alt == [], file
         assert page.headings.count(1) == 1, file
         steps = zip(page.headings, page.headings[1:], strict=False)
         assert all(after <= before + 1 for before, after in steps), f"{file} leaves a level out"
@@ -91,9 +86,9 @@ def test_the_front_page_answers_the_questions(site: Path, readme: str, at: str) 
     page = (site / at).read_text(encoding="utf-8")
     text = (ROOT / readme).read_text(encoding="utf-8")
     block = re.split("<!-- /?claims.*?-->", text)[1]
-    asked = re.findall(r"^\*\*([^*]+[?？])\*\*", block, re.MULTILINE)
-    assert len(asked) == 3
-    for question in asked:
+    questions = re.findall(r"^\*\*([^*]+[?？])\*\*", block, re.MULTILINE)
+    assert len(questions) == 3
+    for question in questions:
         assert f"<strong>{question}</strong>" in page
     assert page.count("<table>") == len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) > 3
 
@@ -109,9 +104,7 @@ def test_the_front_page_answers_the_questions(site: Path, readme: str, at: str) 
         (None, None),
     ],
 )
-def test_the_site_links_to_where_it_was_cloned_from(
-    origin: str | None, url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_site_links_to_the_origin_of_the_clone(origin, url, tmp_path, monkeypatch):
     pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import hooks
@@ -123,7 +116,7 @@ def test_the_site_links_to_where_it_was_cloned_from(
     assert hooks.repository() == url
 
 
-def test_the_settings_are_conf_s(site: Path) -> None:
+def test_the_settings_page_has_every_key_of_conf(site: Path) -> None:
     page = (site / "reference" / "settings.html").read_text(encoding="utf-8")
     for group, options in groups().items():
         for option in options:
@@ -133,13 +126,13 @@ def test_the_settings_are_conf_s(site: Path) -> None:
     assert "tokens predicted beyond the next one" in page
 
 
-def test_the_search_knows_the_pages(site: Path) -> None:
+def test_the_search_index_has_the_pages(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
-    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
-    assert {"glossary.html", "reference/settings.html", "reference/python.html"} <= found
+    pages = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert {"glossary.html", "reference/settings.html", "reference/python.html"} <= pages
 
 
-def test_the_notebook_was_executed_as_it_stands() -> None:
+def test_the_notebook_is_stored_executed_in_order() -> None:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -179,10 +172,8 @@ needs_browser = pytest.mark.skipif(
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("page", LOOKED_AT)
-def test_pages_read_in_a_browser(
-    browser: Browser, site: Path, page: str, width: int, dark: bool
-) -> None:
+@pytest.mark.parametrize("page", BROWSED)
+def test_pages_fit_and_are_accessible_in_a_browser(browser, site, page, width, dark):
     """No complaint on the console, nothing sticks out, and axe finds no serious barrier."""
     axe = pytest.importorskip("axe_core_python", reason="needs pip install -e '.[docs]'")
     browser.show(width=width, dark=dark)
@@ -209,8 +200,7 @@ def test_pages_read_in_a_browser(
 
 @pytest.mark.browser
 @needs_browser
-def test_the_search_finds_in_a_file(browser: Browser, site: Path) -> None:
-    """Without a server: the pages are opened as they lie there."""
+def test_the_search_works_without_a_server(browser: Browser, site: Path) -> None:
     browser.show(width=1280)
     browser.open(site / "index.html")
     browser.run("""(() => {

@@ -47,14 +47,13 @@ RANK = {
     **dict.fromkeys(["console", "notebook"], 10),
 }
 
-# What keeps files in the cache folder.
+# Modules that keep files in the cache folder.
 CACHED = tuple(
     f"mtp_lightning/{name}.py"
     for name in ("decoding/programs", "decoding/paying", "cpu/kept", "heads/__main__")
 )
 
-# What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
-# that imports torch.
+# The modules of mtp_lightning that sweeps and hydra_plugins may import; none of them imports torch.
 SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
@@ -69,7 +68,7 @@ SHARED_WITH_SWEEPS = (
     ),
 )
 
-# What claims may import besides, late: it reads weights, or counts FLOPs with torch.
+# Claims may also import these, in functions: they read weights or count FLOPs with torch.
 WEIGHTS = ("mtp_lightning.run.checkpoints", "mtp_lightning.run.loading", "mtp_lightning.plan")
 
 LIGHTNING = tuple(
@@ -82,48 +81,43 @@ CONFIGURED = (
     "mtp_lightning/command_line/quote.py",
 )
 LAZY = (
-    "tokenizers",
-    "datasets",
-    "rich",
-    "transformers",
-    "safetensors",
-    "matplotlib",
-    "pandas",
+    "tokenizers", "datasets", "rich", "transformers", "safetensors", "matplotlib", "pandas",
     "tensorboard",
-)
+)  # fmt: skip
 LATE = "slow to import, or an extra: do it in the function that needs it"
 
 
-def room(parts: list[str]) -> str:
+def package_of(parts: list[str]) -> str:
     return parts[1].removesuffix(".py") if len(parts) > 1 else ""
 
 
-def test_the_checks_below_see_imports() -> None:
-    found = set(imports(f"{EXPERIMENT}build.py"))
-    assert "omegaconf.OmegaConf" in found and "mtp_lightning.module.MTPModule" in found
-    assert "data_modules.WindowDataModule" in found  # for the type checker alone
+def test_imports_are_found_in_functions_and_type_checking_blocks() -> None:
+    all_imports = set(imports(f"{EXPERIMENT}build.py"))
+    assert "omegaconf.OmegaConf" in all_imports and "mtp_lightning.module.MTPModule" in all_imports
+    assert "data_modules.WindowDataModule" in all_imports  # for the type checker alone
     top = set(imports(f"{EXPERIMENT}build.py", top_only=True))
     assert "omegaconf.OmegaConf" in top and "data_modules.WindowDataModule" not in top
     assert "rich.console.Console" in set(imports("mtp_lightning/run/summary.py"))
     assert "rich.console.Console" not in set(imports("mtp_lightning/run/summary.py", top_only=True))
 
 
-def test_import_direction() -> None:
+def test_packages_import_only_packages_of_lower_rank() -> None:
     for file in sources("mtp_lightning"):
-        own = room(file.split("/"))
-        if own == "__init__":
+        package = package_of(file.split("/"))
+        if package == "__init__":
             assert list(imports(file, top_only=True)) == []
             assert all(takes(name, "mtp_lightning.parts") for name in imports(file))
             continue
-        assert own in RANK, f"give {own} a place in RANK, and in the tables of CONTRIBUTING.md"
+        assert package in RANK, f"give {package} a place in RANK and in CONTRIBUTING.md"
         for name in imports(file):
             if takes(name, "mtp_lightning"):
-                other = room(name.split("."))
+                other = package_of(name.split("."))
                 assert other in RANK, f"give {other} a place in RANK"
-                assert other == own or RANK[other] < RANK[own], f"{own} imports {other}: {name}"
+                allowed = other == package or RANK[other] < RANK[package]
+                assert allowed, f"{package} imports {other}: {name}"
 
 
-def test_who_may_import_what() -> None:
+def test_lightning_hydra_and_data_are_imported_only_where_allowed() -> None:
     for file in sources("mtp_lightning", "data_modules"):
         for name in imports(file):
             where = f"{file}: {name}"
@@ -134,26 +128,25 @@ def test_who_may_import_what() -> None:
             if takes(name, "mtp_lightning"):
                 # how a setting is refused, a library of C++ opened, and what systems do differently
                 shared = ("settings", "errors", "built", "parts", "stored", "system")
-                own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
-                assert own or not file.startswith("data_modules/"), where
+                is_shared = takes(name, *(f"mtp_lightning.{module}" for module in shared))
+                assert is_shared or not file.startswith("data_modules/"), where
             if takes(name, "data_modules") and not file.startswith("data_modules/"):
-                # The batch is all that models and data share. experiment/ and certify/ bring the
-                # two together, opening.py hands out the tokenizer stored next to a model's weights,
-                # programs, packed weights and measurements lie in the cache folder, too, and a plan
-                # for heads keeps the state of the files that it is for.
+                # Models and data share only the batch. experiment/ and certify/ use both,
+                # opening.py builds the stored tokenizer, and some modules use the cache folder.
                 stored = file == "mtp_lightning/opening.py" and takes(
                     name, "data_modules.tokenizers"
                 )
-                kept = file in CACHED and takes(name, "data_modules.cache")
-                together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
-                assert takes(name, "data_modules.windows") or together, where
+                is_cache = file in CACHED and takes(name, "data_modules.cache")
+                together = file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
+                allowed = stored or is_cache or together or takes(name, "data_modules.windows")
+                assert allowed, where
             assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), where
         late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]
         assert late == [], f"{file}: {LATE}"
 
 
-def test_the_batch_brings_neither_lightning_nor_tokenizers() -> None:
-    """What is imported with windows, sources and tokenizers, followed through this project."""
+def test_windows_and_sources_import_neither_lightning_nor_tokenizers() -> None:
+    """Imports are followed through this project."""
     todo = ["data_modules.windows", "data_modules.sources", "data_modules.tokenizers"]
     seen: set[str] = set()
     while todo:
@@ -167,18 +160,19 @@ def test_the_batch_brings_neither_lightning_nor_tokenizers() -> None:
     assert len(seen) > 5
 
 
-def test_the_report_reads_files_alone() -> None:
+def test_the_report_imports_neither_torch_nor_hydra() -> None:
     for file in sources("sweeps/report"):
         for name in imports(file):
-            own, where = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS), f"{file}: {name}"
-            assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), where
+            if not takes(name, "sweeps.report", *SHARED_WITH_SWEEPS):
+                refused = takes(name, "mtp_lightning", "data_modules", "torch", "hydra")
+                assert not refused, f"{file}: {name}"
         slow = (*LAZY, "scipy", "jinja2")
         late = [name for name in imports(file, top_only=True) if takes(name, *slow)]
         assert late == [], f"{file}: {LATE}"
 
 
-def test_pure_torch() -> None:
-    """Stacks also read windows, from which they make their targets."""
+def test_nn_and_mtp_import_only_torch() -> None:
+    """Heads also import windows, from which they make their targets."""
     for file in sources("mtp_lightning/nn", "mtp_lightning/mtp"):
         windows = ["data_modules.windows"] if file.startswith("mtp_lightning/mtp/") else []
         for name in imports(file):
@@ -186,7 +180,7 @@ def test_pure_torch() -> None:
             assert takes(name, "torch", "mtp_lightning", *windows) or _standard(name), where
 
 
-def test_sweeps_talk_to_runs_through_files() -> None:
+def test_sweeps_import_no_models_and_no_data() -> None:
     for file in sources("sweeps", "hydra_plugins"):
         for name in imports(file):
             where = f"{file}: {name}"
@@ -199,11 +193,11 @@ def test_sweeps_talk_to_runs_through_files() -> None:
             where = f"{file}: {name}: {LATE}"
             assert not takes(name, *slow), where
             if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
-                known = ("hydra", "omegaconf", *SHARED_WITH_SWEEPS)
-                assert takes(name, *known) or _standard(name), where
+                allowed = ("hydra", "omegaconf", *SHARED_WITH_SWEEPS)
+                assert takes(name, *allowed) or _standard(name), where
 
 
-def test_apps_wait_with_slow_imports() -> None:
+def test_apps_import_slow_packages_late() -> None:
     for app in APPS:
         files = [app, f"mtp_lightning/apps/{app}", "mtp_lightning/apps/__init__.py"]
         for name in (name for file in files for name in imports(file, top_only=True)):
@@ -236,10 +230,9 @@ def test_help_is_quick(app: str) -> None:
     # Processor time as a ratio within one try: the machine's speed varies from try to try.
     ratios: list[float] = []
     while len(ratios) < 3 and not (ratios and ratios[-1] < 8):
-        done = execute([sys.executable, "-c", program], Path("/"), imported=())
+        done = execute([sys.executable, "-c", program], Path("/"), code=0, imported=())
         ratios.append(done.seconds / execute(hydra, imported=()).seconds)
     assert min(ratios) < 8, ratios
-    assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
     assert f"python {app}" in done.stdout
 
@@ -261,8 +254,7 @@ def test_help_names_every_group_and_override() -> None:
 CONFIGS = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 
 
-def test_every_key_is_explained() -> None:
-    """A comment stands above every key that a user may set."""
+def test_every_key_of_conf_has_a_comment() -> None:
     for file in CONFIGS:
         lines = (CONF / file).read_text(encoding="utf-8").splitlines()
         assert lines[0].startswith("# "), f"the first line of {file} says what it is"
@@ -270,8 +262,8 @@ def test_every_key_is_explained() -> None:
             continue  # a preset sets other files' keys, which are explained there
         for key, line in _keys(yaml.compose((CONF / file).read_text(encoding="utf-8"))):
             above = lines[line - 1].strip() if line else ""
-            told = f"{file}: {key} in line {line + 1} has no comment above it"
-            assert above.startswith("#"), told
+            message = f"{file}: {key} in line {line + 1} has no comment above it"
+            assert above.startswith("#"), message
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -288,19 +280,15 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 # parts of other files
 SHARED = {
-    "model/base",
-    "model/deepseek_base",
-    "data/base",
-    "data/task",
-    "objective/base",
+    "model/base", "model/deepseek_base", "data/base", "data/task", "objective/base",
     "paths/default",
-}
+}  # fmt: skip
 OPTIONS = [
     option.removesuffix(".yaml")
     for option in CONFIGS
     if "/" in option and not option.startswith(("hydra/", "sweeps/"))  # tests/sweeps composes these
 ]
-NEEDS = {  # what has to be given with an option that has no default for it
+NEEDS = {  # the keys of an option that have no default
     "data/text": ["data.paths=TEXT"],
     "data/huggingface": ["data.source.path=parquet", "data.source.data_files=x.parquet"],
     "data/tokens": ["data.path=TEXT", "tokenizer=byte"],
@@ -316,8 +304,8 @@ EXTRAS = {
 
 # Composed and built with every preset (test_presets.py), and by themselves (test_heads.py).
 ELSEWHERE = ("mtp", "experiment")
-# Groups that have nothing to do with each other: one option of each in one config.
-APART = (
+# Independent groups: one config has an option of each.
+INDEPENDENT = (
     *("model", "objective", "callbacks", "lambda_schedule", "balance", "optimizer"),
     *("optimizer/schedule", "trainer", "compare"),
 )
@@ -326,12 +314,13 @@ APART = (
 def chosen_together() -> list[tuple[str, ...]]:
     """Every option, alone or with others; tasks are built by their presets (test_presets.py)."""
     tasks = {f"data/{file.stem}" for file in (CONF / "experiment").glob("*.yaml")}
-    left = [option for option in OPTIONS if option not in SHARED | tasks]
-    groups = [[o for o in left if o.rsplit("/", 1)[0] == group] for group in APART]
+    options = [option for option in OPTIONS if option not in SHARED | tasks]
+    groups = [[o for o in options if o.rsplit("/", 1)[0] == group] for group in INDEPENDENT]
     several = [
         tuple(group[i % len(group)] for group in groups) for i in range(max(map(len, groups)))
     ]
-    return [*several, *((o,) for o in left if o.rsplit("/", 1)[0] not in (*APART, *ELSEWHERE))]
+    others = [o for o in options if o.rsplit("/", 1)[0] not in (*INDEPENDENT, *ELSEWHERE)]
+    return [*several, *((option,) for option in others)]
 
 
 @pytest.mark.parametrize("options", chosen_together(), ids="+".join)
@@ -361,7 +350,7 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
         return
     cfg = resolve_auto(cfg)
     data = instantiate(cfg.data)
-    if group == "tokenizer" and name != "ids":  # which reads no text
+    if group == "tokenizer" and name != "ids":  # ids reads no text
         data.prepare()
         assert data.tokenizer.vocab_size > 256
     assert build.build_model_config(cfg, 300).num_params() > 0
@@ -378,7 +367,7 @@ def _tokenizer_file(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def test_no_page_has_marks_of_a_merge() -> None:
+def test_no_page_has_merge_conflict_markers() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("conf/**/*.yaml")]
     assert len(pages) > 100
     marked = [page for page in pages if re.search("^(<{7} |={7}$|>{7} )", page.read_text(), re.M)]

@@ -1,4 +1,4 @@
-"""What systems do in different ways: disks that cannot be asked to write, parents that die."""
+"""Differences of operating systems: disks without fsync, and children that end with a parent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _built(folder: Path) -> Path:
 
 @pytest.mark.parametrize("write", [_file, _built])
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
-def test_a_disk_that_cannot_be_asked_to_write_ends_nothing(
+def test_a_disk_without_fsync_is_accepted_and_a_broken_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path], code: int
 ) -> None:
     def fsync(_: int) -> None:
@@ -40,7 +40,7 @@ def test_a_disk_that_cannot_be_asked_to_write_ends_nothing(
     if code != errno.EIO:
         assert write(tmp_path).exists()
         return
-    with pytest.raises(OSError) as error:  # a disk that is broken is told of
+    with pytest.raises(OSError) as error:  # a broken disk
         write(tmp_path)
     assert error.value.errno == code
 
@@ -63,12 +63,8 @@ time.sleep(60)
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_a_child_ends_with_its_parent(system: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD, system],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-c", PARENT, CHILD, system]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     assert parent.stdout.readline() == "True\n"
@@ -78,7 +74,7 @@ def test_a_child_ends_with_its_parent(system: str) -> None:
     while Path(f"/proc/{child}").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()
-    # One that comes too late is told so.
+    # A child that starts after its parent's end learns of it.
     late = [sys.executable, "-c", CHILD.replace("60", "0"), str(parent.pid), system]
     done = subprocess.run(late, capture_output=True, text=True, env=environment)
     assert "True" not in done.stdout

@@ -1,5 +1,4 @@
-"""The tutorial's commands, which a newcomer types: all of them compose, and all of them run, in a
-short form (the first and the last chapter in CI)."""
+"""The commands of the tutorial and of the README's sections run, shortened."""
 
 from __future__ import annotations
 
@@ -37,9 +36,9 @@ def test_the_chapters_are_in_order() -> None:
 
 
 def short(words: list[str], cache: Path) -> list[str]:
-    """A training of the tutorial in a second: its own keys, on little data and few steps."""
-    given = [word for word in words if "=" in word]
-    keys = {word.split("=")[0] for word in given}
+    """A shortened training of the tutorial: its keys, with little data and few steps."""
+    typed = [word for word in words if "=" in word]
+    keys = {word.split("=")[0] for word in typed}
     groups = {key for key in keys if "." not in key}
     small = [
         override
@@ -47,17 +46,13 @@ def short(words: list[str], cache: Path) -> list[str]:
         if (key := override.split("=")[0]) not in keys
         and key.split(".")[0] not in groups - {"mtp"}
         and not (key == "mtp" and "mtp" in groups)
-        and not (key.startswith("mtp.") and "mtp=none" in given)
+        and not (key.startswith("mtp.") and "mtp=none" in typed)
     ]
     steps = [word for word in small if word.startswith("trainer.")]
-    given = [re.sub(r"^seed=0,.*", "seed=0", word) for word in given]
-    given = [word for word in given if not word.startswith("trainer.max_steps=")]
-    return [
-        *small,
-        *given,
-        *(["trainer.max_steps=10"] if "trainer.max_steps" in keys else []),
-        *steps,
-    ]
+    typed = [re.sub(r"^seed=0,.*", "seed=0", word) for word in typed]
+    typed = [word for word in typed if not word.startswith("trainer.max_steps=")]
+    typed += ["trainer.max_steps=10"] if "trainer.max_steps" in keys else []
+    return [*small, *typed, *steps]
 
 
 def type_in(words: list[str], folder: Path, cache: Path) -> str:
@@ -69,16 +64,14 @@ def type_in(words: list[str], folder: Path, cache: Path) -> str:
         options = [word for word in rest if "=" not in word]  # -m, --config-dir and its folder
         command = [str(ROOT / program), *options, *short(rest, cache)]
     else:
-        less = {
+        smaller = {
             "generate.py": ["max_new_tokens=6", "num_threads=1"],
             "evaluate.py": ["decode.n_prompts=0", "num_threads=1"],
         }
-        kept = [word for word in rest if not word.startswith(("max_new_tokens=", "decode."))]
-        command = [str(ROOT / program), *kept, *less.get(program, [])]
+        others = [word for word in rest if not word.startswith(("max_new_tokens=", "decode."))]
+        command = [str(ROOT / program), *others, *smaller.get(program, [])]
     env = {"PYTHONPATH": str(folder), "MTP_LIGHTNING_CACHE": str(cache)}
-    done = execute([sys.executable, *command], folder, seconds=600, **env)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return execute([sys.executable, *command], folder, code=0, seconds=600, **env).stdout
 
 
 def write_files(page: str, folder: Path) -> None:
@@ -114,21 +107,21 @@ def test_a_chapter_runs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_own_head_runs(tmp_path: Path) -> None:
+def test_the_head_of_the_readme_trains(tmp_path: Path) -> None:
     section = README.partition("## Your own idea")[2]
     python, yaml = re.findall(r"^`{3}(?:python|yaml)\n(.*?)^`{3}", section, re.M | re.S)
     names = re.findall(r"`mine/([\w/.]+)`", section)
     assert len([*python.splitlines(), *yaml.splitlines()]) <= 25
-    write_files(
-        f"`{names[0]}`\n\n```python\n{python}```\n\n`{names[1]}`\n\n```yaml\n{yaml}```", tmp_path
-    )
+    for name, content in zip(names[:2], (python, yaml), strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
     (command,) = re.findall(r"^PYTHONPATH=mine (python .*)$", section, re.M)
     words = [word.removeprefix("mine/") for word in shlex.split(command)]
     assert "bits per byte" in type_in([*words, "run_dir=run"], tmp_path, tmp_path / "cache")
 
 
 @pytest.mark.slow
-def test_the_readmes_engineer_is_served(tmp_path: Path) -> None:
+def test_the_commands_of_the_readmes_engineer_run(tmp_path: Path) -> None:
     (row,) = re.findall(r"^\| \*\*engineer\*\*.*$", README, re.M)
     commands = [shlex.split(command) for command in re.findall(r"`(python [^`]+)`", row)]
     assert len(commands) == 3
@@ -136,9 +129,9 @@ def test_the_readmes_engineer_is_served(tmp_path: Path) -> None:
     for name in ("docs/one.md", "README.md"):
         lines = (f"the {i} of {name} is {i * i % 97} of them\n" for i in range(1500))
         (tmp_path / name).write_text("".join(lines))
-    # Fewer texts than a whole run of it has.
+    # Fewer texts than the command's default.
     commands[1] += ["data.n_prompts=24", "data.new_tokens=40"]
     for words in commands:
-        said = type_in(words, tmp_path, tmp_path / "cache")
-    assert "exported" in said
+        output = type_in(words, tmp_path, tmp_path / "cache")
+    assert "exported" in output
     assert (tmp_path / "exported" / "config.json").is_file()

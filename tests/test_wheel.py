@@ -1,4 +1,4 @@
-"""An installed copy, from another folder: the console command finds all that a checkout has."""
+"""The project installed from its wheel: the console command works from another folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ NOT_SOURCE = (".*", "build", "dist", "runs", "outputs", "multirun", "*.egg-info"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the project from its wheel, and all that it needs from this one."""
+    """A fresh environment with the project's wheel, and this environment's packages."""
     base = tmp_path_factory.mktemp("wheel")
-    # The environment lies in somebody's repository, whose commits are not the project's.
+    # The environment lies in a user's repository, whose commits are not the project's.
     git = ["git", "-C", str(base), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "theirs"], check=True)
@@ -62,7 +62,7 @@ def command(environment: Path, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_what_it_leaves_in_site_packages(environment: Path) -> None:
+def test_the_wheel_installs_its_packages_with_all_their_files(environment: Path) -> None:
     folder = site_packages(environment)
     left = {path.name for path in folder.iterdir() if path.suffix not in (".pth", ".dist-info")}
     assert left == {"mtp_lightning", "data_modules", "sweeps", "hydra_plugins"}
@@ -73,26 +73,20 @@ def test_what_it_leaves_in_site_packages(environment: Path) -> None:
                 assert (installed / file.relative_to(helpers.ROOT / name)).is_file(), file
 
 
-def test_the_copy_is_what_runs(environment: Path, tmp_path: Path) -> None:
+def test_the_installed_copy_is_imported(environment: Path, tmp_path: Path) -> None:
     program = "import mtp_lightning.paths as p; print(p.CONF, *p.app('train'))"
-    done = subprocess.run(
-        [environment / "bin" / "python", "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    conf, *app = done.stdout.split()
+    python = environment / "bin" / "python"
+    conf, *app = subprocess.check_output([python, "-c", program], text=True, cwd=tmp_path).split()
     assert Path(conf) == site_packages(environment) / "mtp_lightning" / "conf"
     assert app == ["-m", "mtp_lightning.apps.train"]
 
 
-def test_train_generate_and_serve(environment: Path, tmp_path: Path) -> None:
-    given = helpers.overrides(
+def test_the_installed_commands_train_generate_and_serve(environment: Path, tmp_path: Path) -> None:
+    arguments = helpers.overrides(
         tmp_path / "cache", {"trainer.max_steps": 20, "trainer.val_check_interval": 20}
     )
-    said = command(environment, "train", *given, "run_dir=运行 1", cwd=tmp_path)
-    assert "mtp-lightning generate checkpoint='运行 1'" in said
+    output = command(environment, "train", *arguments, "run_dir=运行 1", cwd=tmp_path)
+    assert "mtp-lightning generate checkpoint='运行 1'" in output
     summary = json.loads((tmp_path / "运行 1" / "summary.json").read_text())
     assert summary["step"] == 20 and summary["git_commit"] is None
     # The name of a log is the app's, however it was started.
@@ -119,10 +113,10 @@ def served(environment: Path, run: str, *, cwd: Path) -> str:
         try:
             assert process.stdout is not None
             address = process.stdout.readline().split()[-1]
-            asked = {"prompt": "def main(", "max_tokens": 5, "temperature": 0}
+            fields = {"prompt": "def main(", "max_tokens": 5, "temperature": 0}
             request = urllib.request.Request(
                 f"{address}/completions",
-                data=json.dumps(asked).encode(),
+                data=json.dumps(fields).encode(),
                 headers={"Content-Type": "application/json"},
             )
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -131,25 +125,25 @@ def served(environment: Path, run: str, *, cwd: Path) -> str:
             process.terminate()
 
 
-def test_a_sweep_and_its_report(environment: Path, tmp_path: Path) -> None:
-    given = helpers.overrides(tmp_path / "cache", {"seed": "0,1", "trainer.max_steps": 4})
-    said = command(environment, "train", "-m", *given, "sweep_dir=sweep", cwd=tmp_path)
-    assert "all 2 jobs done in sweep" in said
+def test_the_installed_commands_run_a_sweep_and_report_it(environment, tmp_path):
+    arguments = helpers.overrides(tmp_path / "cache", {"seed": "0,1", "trainer.max_steps": 4})
+    output = command(environment, "train", "-m", *arguments, "sweep_dir=sweep", cwd=tmp_path)
+    assert "all 2 jobs done in sweep" in output
     stored = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert stored["command"][:2] == ["mtp-lightning train", "-m"]
     pytest.importorskip("jinja2", reason="the report needs it: pip install -e '.[report]'")
     assert "report.html" in command(environment, "report", "sweep", cwd=tmp_path)
 
 
-def test_the_ranks_of_a_run_are_started_alike(environment: Path, tmp_path: Path) -> None:
-    # What lies where the command is typed is nobody's business.
+def test_the_ranks_of_a_run_use_the_installed_copy(environment: Path, tmp_path: Path) -> None:
+    # A module in the working directory must not be imported.
     (tmp_path / "mtp_lightning.py").write_text("raise SystemExit('the wrong one')")
     settings = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 2}
-    given = helpers.overrides(tmp_path / "cache", settings)
-    command(environment, "train", *given, "run_dir=run", cwd=tmp_path)
+    arguments = helpers.overrides(tmp_path / "cache", settings)
+    command(environment, "train", *arguments, "run_dir=run", cwd=tmp_path)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
-def test_the_prepared_sweeps_are_there(environment: Path, tmp_path: Path) -> None:
+def test_the_prepared_sweeps_are_installed(environment: Path, tmp_path: Path) -> None:
     shown = command(environment, "train", "+sweeps=depth", "--cfg", "hydra", cwd=tmp_path)
     assert "mtp.depth: 0,1,2,4" in shown

@@ -1,7 +1,6 @@
-"""Programs that start warm: a process imports what they need once, and each is a fork of it.
+"""Programs that start as forks of a process that has imported their packages once.
 
-Python, Hydra, torch and Lightning take seconds of the processor to import, which is most of what a
-small program takes.
+The imports of Hydra, torch and Lightning take seconds, most of the time of a small program.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# What every app imports before it has checked its config, and what a run imports after that.
+# The modules that every app imports before it has checked its config, and those of a run.
 LIGHT = ("mtp_lightning.apps", "mtp_lightning.command_line.check_config", "mtp_lightning.console")
 HEAVY = (
     *LIGHT,
@@ -34,7 +33,7 @@ class Done(subprocess.CompletedProcess[str]):
     """A program that has ended.
 
     Attributes:
-        seconds: of the processor that it took, the imports that it found done included.
+        seconds: its CPU time, with that of the imports before it started.
     """
 
     seconds: float
@@ -57,9 +56,9 @@ class Warm:
         """``python FILE ..``, ``python -m MODULE ..`` or ``python -c CODE ..``, to its end."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            asked = [args[1:], str(cwd), env, str(out), str(err)]
+            request = [args[1:], str(cwd), env, str(out), str(err)]
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             code, used = self._answer(seconds)
             done = Done(args, code, out.read_text("utf-8"), err.read_text("utf-8"))
@@ -78,7 +77,7 @@ class Warm:
 
 @functools.cache
 def warm(modules: tuple[str, ...]) -> Warm:
-    """This process's one with these modules."""
+    """The process with these modules, of this process."""
     return Warm(modules)
 
 
@@ -97,12 +96,12 @@ def main() -> None:
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(added | env)
-            own = env.get("PYTHONPATH", "").split(os.pathsep)
-            sys.path[1:1] = [path for path in own if path and path not in sys.path[1:]]
+            paths = env.get("PYTHONPATH", "").split(os.pathsep)
+            sys.path[1:1] = [path for path in paths if path and path not in sys.path[1:]]
             for number, name in enumerate((os.devnull, *files)):
                 flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
                 os.dup2(os.open(name, flags), number)
-            faulthandler.enable()  # a crash in C++ then says where, also in forks of this one
+            faulthandler.enable()  # a crash in C++ prints its place, also in forks of this one
             os._exit(code_of(args))
         _, status, usage = os.wait4(child, 0)
         code = os.waitstatus_to_exitcode(status)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -24,6 +26,17 @@ def step_of(path: Path) -> int:
     return files.load(path)["global_step"]
 
 
+class Scores(TinyModule):
+    """Logs scores at each validation, which are a function of the step."""
+
+    def __init__(self, score: Callable[[int], float], name: str = "val/loss_depth_0") -> None:
+        super().__init__()
+        self.score, self.name = score, name
+
+    def validation_step(self, batch, batch_idx) -> None:
+        self.log_dict({"val/loss_depth_0": 2.0, self.name: self.score(self.global_step)})
+
+
 class KeepEvery(Checkpoints):
     """Keeps a copy of every last.ckpt and of the metrics that were on disk at that moment."""
 
@@ -37,7 +50,7 @@ class KeepEvery(Checkpoints):
                 shutil.copy(metrics, self.folder.parent / f"at_{trainer.global_step}.csv")
 
 
-def test_the_files_and_their_steps(tmp_path: Path) -> None:
+def test_last_previous_and_best_are_of_these_steps(tmp_path: Path) -> None:
     module = TinyModule()
     fit(module, [Checkpoints(tmp_path / "c", every_n_steps=5)], max_steps=12)
     assert sorted(os.listdir(tmp_path / "c")) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
@@ -53,30 +66,28 @@ def test_they_lie_in_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("epoch_steps", [6, 8])
-def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
-    tmp_path: Path, epoch_steps: int
-) -> None:
-    whole_dir = tmp_path / "whole"
+def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(tmp_path, epoch_steps):
+    whole_folder = tmp_path / "whole"
     whole = TinyModule()
     fit(
-        whole, [KeepEvery(whole_dir / "c", every_n_steps=3)], max_steps=13,
-        loggers=[MetricsCSV(whole_dir)], epoch_steps=epoch_steps,
+        whole, [KeepEvery(whole_folder / "c", every_n_steps=3)], max_steps=13,
+        loggers=[MetricsCSV(whole_folder)], epoch_steps=epoch_steps,
     )  # fmt: skip
-    reference = read_metrics(whole_dir / "metrics.csv")
+    reference = read_metrics(whole_folder / "metrics.csv")
     assert [row["step"] for row in reference] == list(range(13))
-    kept = sorted(int(path.stem[3:]) for path in whole_dir.glob("at_*.ckpt"))
-    assert set(kept) >= {3, 4, 6, 9, 12, 13}
-    for step in kept[:-1]:
+    steps = sorted(int(path.stem[3:]) for path in whole_folder.glob("at_*.ckpt"))
+    assert set(steps) >= {3, 4, 6, 9, 12, 13}
+    for step in steps[:-1]:
         run = tmp_path / f"from_{step}"
         run.mkdir()
         # The killed process continued after its checkpoint: all rows up to the end are there.
-        shutil.copy(whole_dir / "metrics.csv", run / "metrics.csv")
+        shutil.copy(whole_folder / "metrics.csv", run / "metrics.csv")
         logger = MetricsCSV(run)
         logger.resume_from(step - 1)
         module = TinyModule()
         fit(
             module, [Checkpoints(run / "c", every_n_steps=3)], max_steps=13, loggers=[logger],
-            ckpt_path=whole_dir / f"at_{step}.ckpt", epoch_steps=epoch_steps,
+            ckpt_path=whole_folder / f"at_{step}.ckpt", epoch_steps=epoch_steps,
         )  # fmt: skip
         assert module.losses == {s: v for s, v in whole.losses.items() if s > step}, step
         assert module.val_steps == [s for s in whole.val_steps if s > step], step
@@ -87,9 +98,7 @@ def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("epoch_steps", [1000, 4])
-def test_a_finished_run_that_is_extended_equals_the_longer_run(
-    tmp_path: Path, epoch_steps: int
-) -> None:
+def test_a_finished_run_that_is_extended_equals_the_longer_run(tmp_path, epoch_steps):
     long = TinyModule()
     fit(long, [], max_steps=11, epoch_steps=epoch_steps)
     checkpoints = Checkpoints(tmp_path, every_n_steps=100)
@@ -105,7 +114,7 @@ def test_a_finished_run_that_is_extended_equals_the_longer_run(
     assert more.val_steps == [8]
 
 
-def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> None:
+def test_a_save_comes_after_the_validation_of_its_step(tmp_path: Path) -> None:
     events = []
 
     class Order(Checkpoints):
@@ -123,50 +132,34 @@ def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> No
     assert not (tmp_path / "best.ckpt").exists()
 
 
-def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path: Path) -> None:
-    class Scores(TinyModule):
-        def validation_step(self, batch, batch_idx) -> None:
-            self.log(
-                "val/loss_depth_0", {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}.get(self.global_step, 9.0)
-            )
-
+def test_best_is_a_link_to_last_and_survives_a_resume(tmp_path: Path) -> None:
+    score = {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}.__getitem__
     first = Checkpoints(tmp_path, every_n_steps=4)
-    fit(Scores(), [first], max_steps=8)
+    fit(Scores(score), [first], max_steps=8)
     assert first.last_path.samefile(first.best_path)
-    fit(
-        Scores(),
-        [resumed := Checkpoints(tmp_path, every_n_steps=4)],
-        max_steps=16,
-        ckpt_path=first.last_path,
-    )
+    resumed = Checkpoints(tmp_path, every_n_steps=4)
+    fit(Scores(score), [resumed], max_steps=16, ckpt_path=first.last_path)
     assert (resumed.best_score, resumed.best_step) == (1.0, 8)
     assert step_of(tmp_path / "best.ckpt") == 8
     assert step_of(tmp_path / "last.ckpt") == 16
 
 
-def test_another_monitor_has_no_best_yet(tmp_path: Path) -> None:
-    class Scores(TinyModule):
-        def validation_step(self, batch, batch_idx) -> None:
-            self.log_dict({"val/loss_depth_0": 2.0, "val/accuracy_depth_0": 0.3})
-
+def test_another_monitor_starts_without_a_best(tmp_path: Path) -> None:
+    module = partial(Scores, lambda step: 0.3, name="val/accuracy_depth_0")
     first = Checkpoints(tmp_path)
-    fit(Scores(), [first], max_steps=4)
+    fit(module(), [first], max_steps=4)
     other = Checkpoints(tmp_path, monitor="val/accuracy_depth_0", mode="max")
-    fit(Scores(), [other], max_steps=8, ckpt_path=first.last_path)
+    fit(module(), [other], max_steps=8, ckpt_path=first.last_path)
     assert (other.best_score, other.best_step) == (pytest.approx(0.3), 8)
     assert step_of(other.best_path) == 8
 
 
 @pytest.mark.parametrize("first_best", [4, 8])
-def test_a_kill_between_a_save_and_its_links_loses_no_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_best: int
-) -> None:
+def test_a_kill_between_a_save_and_its_links_loses_no_best(tmp_path, monkeypatch, first_best):
     scores = {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}
 
-    class Scores(TinyModule):
-        def validation_step(self, batch, batch_idx) -> None:
-            step = self.global_step
-            self.log("val/loss_depth_0", scores[step] if step >= first_best else float("nan"))
+    def score(step: int) -> float:
+        return scores[step] if step >= first_best else float("nan")
 
     link = files.link_or_copy
 
@@ -177,29 +170,25 @@ def test_a_kill_between_a_save_and_its_links_loses_no_best(
 
     monkeypatch.setattr(module_under_test, "link_or_copy", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(Scores(), [Checkpoints(tmp_path, every_n_steps=100, keep_steps=[12])], max_steps=16)
+        checkpoints = Checkpoints(tmp_path, every_n_steps=100, keep_steps=[12])
+        fit(Scores(score), [checkpoints], max_steps=16)
     monkeypatch.setattr(module_under_test, "link_or_copy", link)
     resumed = Checkpoints(tmp_path, every_n_steps=100, keep_steps=[8, 12])
-    fit(Scores(), [resumed], max_steps=16, ckpt_path=resumed.last_path)
+    fit(Scores(score), [resumed], max_steps=16, ckpt_path=resumed.last_path)
     assert (resumed.best_score, resumed.best_step) == (1.0, 8)
     assert step_of(resumed.best_path) == step_of(tmp_path / "step_8.ckpt") == 8
     assert step_of(tmp_path / "step_12.ckpt") == 12 and step_of(resumed.last_path) == 16
 
 
-def test_of_equally_good_ones_the_newest_is_best(tmp_path: Path) -> None:
+def test_the_newest_of_equal_scores_is_best(tmp_path: Path) -> None:
     """The main prediction of a frozen trunk stays the same, while its heads learn."""
-
-    class Same(TinyModule):
-        def validation_step(self, batch, batch_idx) -> None:
-            self.log("val/loss_depth_0", 2.0)
-
-    kept = Checkpoints(tmp_path, every_n_steps=100)
-    fit(Same(), [kept], max_steps=12)
-    assert kept.best_step == step_of(tmp_path / "best.ckpt") == 12
+    checkpoints = Checkpoints(tmp_path, every_n_steps=100)
+    fit(Scores(lambda step: 2.0), [checkpoints], max_steps=12)
+    assert checkpoints.best_step == step_of(tmp_path / "best.ckpt") == 12
 
 
 @pytest.mark.parametrize(("signum", "when"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
-def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -> None:
+def test_a_signal_saves_the_step_in_which_it_arrives(tmp_path: Path, signum, when: int) -> None:
     whole = TinyModule()
     fit(whole, [Checkpoints(tmp_path / "whole", every_n_steps=100)])
 
@@ -207,21 +196,19 @@ def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -
         if step == when:
             os.kill(os.getpid(), signum)
 
+    checkpoints = Checkpoints(tmp_path / "c", every_n_steps=100)
     handlers = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
-            fit(
-                TinyModule(stop), [saved := Checkpoints(tmp_path / "c", every_n_steps=100)],
-                loggers=[MetricsCSV(tmp_path)],
-            )  # fmt: skip
+            fit(TinyModule(stop), [checkpoints], loggers=[MetricsCSV(tmp_path)])
         # After a Ctrl-C, Lightning ignores further ones, and does not undo that.
         assert signal.getsignal(signal.SIGINT) in (handlers, signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGINT, handlers)
-    assert step_of(saved.last_path) == when
+    assert step_of(checkpoints.last_path) == when
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == list(range(when))
     module = TinyModule()
-    fit(module, [Checkpoints(tmp_path / "c")], ckpt_path=saved.last_path)
+    fit(module, [Checkpoints(tmp_path / "c")], ckpt_path=checkpoints.last_path)
     assert module.losses == {s: v for s, v in whole.losses.items() if s > when}
 
 
@@ -232,26 +219,22 @@ def test_an_error_in_a_step_saves_nothing_and_keeps_the_last(tmp_path: Path) -> 
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="middle"):
-        fit(TinyModule(fail), [saved := Checkpoints(tmp_path, every_n_steps=3)])
-    assert step_of(saved.last_path) == 6
+        fit(TinyModule(fail), [checkpoints := Checkpoints(tmp_path, every_n_steps=3)])
+    assert step_of(checkpoints.last_path) == 6
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_another_stop_saves_at_the_end(tmp_path: Path) -> None:
+def test_a_run_stopped_by_lightning_saves_its_last_step(tmp_path: Path) -> None:
     def stop(module: TinyModule, step: int) -> None:
         module.trainer.should_stop = step == 5
 
     module = TinyModule(stop)
-    fit(module, [saved := Checkpoints(tmp_path, every_n_steps=100)])
-    assert step_of(saved.last_path) == 5
-    assert module.val_steps[-1] == 5, (
-        "Lightning validates before it stops; the save came after that"
-    )
+    fit(module, [checkpoints := Checkpoints(tmp_path, every_n_steps=100)])
+    assert step_of(checkpoints.last_path) == 5
+    assert module.val_steps[-1] == 5, "Lightning validates before it stops"
 
 
-def test_a_damaged_last_does_not_push_out_the_intact_previous(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_last_does_not_replace_the_intact_previous(tmp_path, caplog):
     fit(TinyModule(), [Checkpoints(tmp_path, every_n_steps=4)], max_steps=8)
     last = tmp_path / "last.ckpt"
     (tmp_path / "best.ckpt").unlink()
@@ -272,6 +255,6 @@ def test_a_damaged_last_does_not_push_out_the_intact_previous(
     assert step_of(tmp_path / "previous.ckpt") == 4
 
 
-def test_a_monitor_that_nobody_logs(tmp_path: Path) -> None:
+def test_a_monitor_that_is_not_logged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="val/loss_depth_9 was not logged.*mean val/loss_depth_1"):
         fit(TinyModule(), [Checkpoints(tmp_path, monitor="val/loss_depth_9")])

@@ -1,11 +1,9 @@
-"""conf/callbacks and conf/logger compose what they name, one alone or several, and the callbacks
-refuse settings out of range."""
+"""conf/callbacks and conf/logger compose the named classes, which refuse wrong settings."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,13 +17,8 @@ from mtp_lightning.experiment.trainer import build_trainer
 from tests.integration.helpers import composed
 
 DEFAULT = {
-    "NanGuard",
-    "Throughput",
-    "StepProgressBar",
-    "Checkpoints",
-    "SpeculativeEval",
-    "ExactMatch",
-}
+    "NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval", "ExactMatch",
+}  # fmt: skip
 LOGGERS = {"MetricsCSV", "RunTensorBoard"}
 
 
@@ -43,14 +36,14 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
         (["~logger.tensorboard"], DEFAULT, {"MetricsCSV"}),
     ],
 )
-def test_composes(overrides: list[str], callbacks: set[str], loggers: set[str]) -> None:
+def test_callbacks_and_loggers_are_composed_as_named(overrides, callbacks, loggers):
     cfg = composed("config", overrides)
     for group, classes in (("callbacks", callbacks), ("logger", loggers)):
         nodes = (cfg.get(group) or {}).values()
         assert {node._target_.split(".")[-1] for node in nodes} == classes
 
 
-def test_what_is_null_is_left_out(tmp_path: Path) -> None:
+def test_a_callback_or_logger_set_to_null_is_left_out(tmp_path: Path) -> None:
     null = ["callbacks.speculative_eval=null", "logger.tensorboard=null"]
     settings = ["trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=1"]
     cfg = composed("config", [*null, *settings, f"paths.output_dir={tmp_path}"])
@@ -59,7 +52,7 @@ def test_what_is_null_is_left_out(tmp_path: Path) -> None:
     assert len(trainer.loggers) == 1
 
 
-def test_loggers_beside_the_default_ones() -> None:
+def test_loggers_are_added_to_the_default_ones() -> None:
     cfg = composed("config", ["logger=[default,wandb,mlflow,trackio]", "paths.output_dir=r"])
     assert list(cfg.logger) == ["csv", "tensorboard", "wandb", "mlflow", "trackio"]
     assert {node.folder for node in cfg.logger.values()} == {"r"}
@@ -67,7 +60,7 @@ def test_loggers_beside_the_default_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key", "value", "told"),
+    ("kind", "key", "value", "message"),
     [
         (partial(Checkpoints, "c"), "every_n_steps", 0, "at least 1, not 0"),
         (partial(Checkpoints, "c"), "mode", "low", "mode=low is unknown"),
@@ -82,15 +75,15 @@ def test_loggers_beside_the_default_ones() -> None:
         (SampledAcceptance, "temperature", float("nan"), "temperature=nan .* above 0"),
     ],
 )
-def test_settings_are_refused(kind: Any, key: str, value: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=rf"^callbacks\.\w+\.(?={key}).*{told}"):
+def test_a_wrong_setting_is_refused_by_its_key(kind, key, value, message):
+    with pytest.raises(ValueError, match=rf"^callbacks\.\w+\.(?={key}).*{message}"):
         kind(**{key: value})
 
 
-def test_a_callback_of_ones_own_refuses_what_its_base_class_refuses() -> None:
-    class Own(SpeculativeEval):
+def test_a_subclass_refuses_the_wrong_settings_of_its_base() -> None:
+    class Subclass(SpeculativeEval):
         pass
 
     with pytest.raises(ValueError, match="n_prompts must be a whole number of at least 1, not 0"):
-        Own(n_prompts=0)
-    assert Own(n_prompts=3).n_prompts == 3
+        Subclass(n_prompts=0)
+    assert Subclass(n_prompts=3).n_prompts == 3

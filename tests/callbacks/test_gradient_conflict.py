@@ -1,4 +1,4 @@
-"""Norms and cosines of the depths' gradients: right, on time, and with training unchanged."""
+"""``callbacks=gradient_conflict``: norms and cosines of the depths' gradients."""
 
 from __future__ import annotations
 
@@ -35,41 +35,37 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"mtp": "parameter_free", "trainer.log_every_n_steps": 2},
     ],
 )
-def test_training_is_the_same_to_the_last_bit(
-    tmp_path: Path, cache: Path, settings: dict[str, Any]
-) -> None:
+def test_training_is_the_same_to_the_last_bit(tmp_path, cache, settings):
     train_here(tmp_path / "with", cache, settings | CONFLICT)
     train_here(tmp_path / "without", cache, settings)
-    found = rows(tmp_path / "with")
-    trained = [{t: v for t, v in row.items() if not t.startswith("grad/")} for row in found]
+    logged = rows(tmp_path / "with")
+    trained = [{t: v for t, v in row.items() if not t.startswith("grad/")} for row in logged]
     expected = {row["step"]: row for row in rows(tmp_path / "without")}
     assert [row for row in trained if row["step"] in expected] == list(expected.values())
     assert_same_weights(tmp_path / "with", tmp_path / "without")
     for tag in TAGS:
         assert list(column(tmp_path / "with", tag)) == [3, 6, 9], tag
     norms, cosines = TAGS[:6], TAGS[6:]
-    assert all(row[t] > 0 for row in found if norms[0] in row for t in norms)
-    assert all(-1.001 < row[t] < 1.001 for row in found if norms[0] in row for t in cosines)
+    assert all(row[t] > 0 for row in logged if norms[0] in row for t in norms)
+    assert all(-1.001 < row[t] < 1.001 for row in logged if norms[0] in row for t in cosines)
 
 
-def test_agrees_with_the_rule_that_measures_the_same(tmp_path: Path, cache: Path) -> None:
+def test_norms_equal_those_of_gradnorm(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "callback", cache, CONFLICT | {"trainer.max_steps": 3})
     rule = {"balance": "gradnorm", "balance.every_n_steps": 3, "trainer.max_steps": 3}
     train_here(tmp_path / "rule", cache, rule)
     for tag in TAGS[:3]:
-        found = column(tmp_path / "callback", tag)
-        assert found == pytest.approx(column(tmp_path / "rule", tag), rel=1e-6) and 3 in found
+        norms = column(tmp_path / "callback", tag)
+        assert norms == pytest.approx(column(tmp_path / "rule", tag), rel=1e-6) and 3 in norms
 
 
-def test_without_depths_it_measures_the_main_prediction(tmp_path: Path, cache: Path) -> None:
+def test_a_model_without_depths_logs_the_main_predictions_norm(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path, cache, CONFLICT | {"mtp": "none", "mtp.depth": 0})
     assert list(column(tmp_path, "grad/norm_depth_0")) == [3, 6, 9]
     assert column(tmp_path, "grad/norm_depth_1") == {}
 
 
-def test_an_objective_that_cannot_be_taken_apart_is_refused_at_the_start(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_an_objective_over_all_depths_is_refused(tmp_path, cache):
     with pytest.raises(ValueError, match="callbacks=gradient_conflict .* objective=eal"):
         train_here(tmp_path / "run", cache, CONFLICT | {"objective": "eal"})
     assert not (tmp_path / "run" / "metrics.csv").exists()

@@ -27,7 +27,7 @@ class BadLoss(TinyModule):
 
 
 @pytest.mark.parametrize("every", [3, 1])  # with and without a checkpoint due at the bad step
-def test_names_step_depth_and_the_last_good_checkpoint(tmp_path: Path, every: int) -> None:
+def test_the_error_names_step_depth_and_the_last_good_checkpoint(tmp_path, every):
     with pytest.raises(ValueError) as error:
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=every), NanGuard()])
     for words in ("step 7", "depth 1 (nan)", str(tmp_path / "last.ckpt"), "(step 6)"):
@@ -35,7 +35,7 @@ def test_names_step_depth_and_the_last_good_checkpoint(tmp_path: Path, every: in
     assert files.load(tmp_path / "last.ckpt")["global_step"] == 6
 
 
-def test_before_any_checkpoint(tmp_path: Path) -> None:
+def test_the_error_before_any_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no good checkpoint"):
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=100, monitor=None), NanGuard()])
     assert not list(tmp_path.glob("*.ckpt"))
@@ -53,23 +53,23 @@ class OnDevice(NanGuard):
 
 
 @pytest.mark.parametrize(("every", "seen_at"), [(10, 10), (5, 10), (100, 8)])
-def test_rare_looks_name_the_first_bad_step(tmp_path: Path, every: int, seen_at: int) -> None:
+def test_rare_checks_name_the_first_bad_step(tmp_path: Path, every: int, seen_at: int) -> None:
     module = BadLoss()
     checkpoints = Checkpoints(tmp_path, every_n_steps=4 if every == 100 else 100, monitor=None)
     with pytest.raises(ValueError, match="step 7: depth 1"):
         fit(module, [checkpoints, OnDevice(every_n_steps=every)], max_steps=30, val_every=100)
-    assert max(module.losses) == seen_at, "looked at together, or before a checkpoint"
+    assert max(module.losses) == seen_at, "checked together, or before a checkpoint"
     assert module.losses and not (tmp_path / "last.ckpt").exists() or every == 100
 
 
-def test_depths_that_were_not_computed_may_be_nan(tmp_path: Path) -> None:
+def test_an_inactive_depth_may_be_nan(tmp_path: Path) -> None:
     module = BadLoss()
     module.active = False
     fit(module, [NanGuard(), Checkpoints(tmp_path)])
     assert files.load(tmp_path / "last.ckpt")["global_step"] == 12
 
 
-def test_weights_that_are_spoiled_before_a_loss_shows_it(tmp_path: Path) -> None:
+def test_an_infinite_weight_is_found_before_a_loss_shows_it(tmp_path: Path) -> None:
     def spoil(module: TinyModule, step: int) -> None:
         if step == 6:
             with torch.no_grad():

@@ -28,12 +28,8 @@ def lines_of(shown: str) -> list[str]:
 
 def test_the_bar_counts_steps_of_the_whole_run(capsys, monkeypatch, tmp_path: Path) -> None:
     module = TinyModule()
-    fit(
-        module,
-        [on_a_terminal(monkeypatch), Checkpoints(tmp_path, every_n_steps=6)],
-        max_steps=6,
-        epoch_steps=4,
-    )
+    callbacks = [on_a_terminal(monkeypatch), Checkpoints(tmp_path, every_n_steps=6)]
+    fit(module, callbacks, max_steps=6, epoch_steps=4)
     shown = capsys.readouterr().err
     assert "6/6" in shown and "1/6" in shown
     last = module.losses[6]
@@ -59,7 +55,7 @@ def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
     assert timed == [False] * 9 + [True, True, False]
 
 
-def test_how_long_the_rest_takes() -> None:
+def test_the_remaining_time_is_shown_from_the_tenth_step() -> None:
     progress = StepProgressBar()
     progress._began = (100, 1000.0)
     remaining = progress._remaining_time
@@ -69,7 +65,7 @@ def test_how_long_the_rest_takes() -> None:
     assert remaining(100, 350, 1000.0) == remaining(350, 350, 1250.0) == ""
 
 
-def test_the_bar_estimates_from_the_tenth_step_on(capsys, monkeypatch) -> None:
+def test_the_bar_shows_the_remaining_time_from_the_tenth_step(capsys, monkeypatch) -> None:
     fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=12, val_every=100)
     drawn = {
         int(found[1]): " left" in found[0]
@@ -78,16 +74,16 @@ def test_the_bar_estimates_from_the_tenth_step_on(capsys, monkeypatch) -> None:
     assert drawn[9] is False and drawn[10] is True
 
 
-def test_a_schedule_that_moves_is_named(capsys) -> None:
+def test_a_schedule_that_changes_lambda_is_named(capsys) -> None:
     module = TinyModule()
-    for name, told in (("deepseek_v3", "lambda 0.3 (deepseek_v3)\n"), ("constant", "lambda 0.3\n")):
+    for name, line in (("deepseek_v3", "lambda 0.3 (deepseek_v3)\n"), ("constant", "lambda 0.3\n")):
         module.schedule = getattr(published, name)(1, 0.3)
         module.schedule.name = name
         fit(module, [StepProgressBar()], max_steps=2, val_every=100)
-        assert told in capsys.readouterr().err
+        assert line in capsys.readouterr().err
 
 
-def test_lines_by_time(capsys, monkeypatch) -> None:
+def test_lines_are_printed_by_time(capsys, monkeypatch) -> None:
     # The clock of a machine that was started seconds ago.
     began = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() - began)
@@ -96,7 +92,7 @@ def test_lines_by_time(capsys, monkeypatch) -> None:
     assert [line.split()[1] for line in lines] == ["1/12", "12/12"]
 
 
-def test_a_depth_that_is_not_computed_is_a_dash(capsys) -> None:
+def test_an_inactive_depth_is_a_dash(capsys) -> None:
     class Skips(TinyModule):
         def training_step(self, batch, batch_idx):
             outputs = super().training_step(batch, batch_idx)
@@ -106,7 +102,7 @@ def test_a_depth_that_is_not_computed_is_a_dash(capsys) -> None:
     assert re.search(r"step 2/2  L0 \d+\.\d\d  L1 -  lambda 0$", capsys.readouterr().err, re.M)
 
 
-def test_what_other_callbacks_have_to_show(capsys) -> None:
+def test_other_callbacks_add_to_the_line(capsys) -> None:
     progress = StepProgressBar()
 
     class Shows(RunCallback):

@@ -43,7 +43,7 @@ class _Module:
         self.logged |= values
 
 
-def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_window_without_room_for_new_tokens_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     data = SimpleNamespace(seq_len=64, answer_length=None)
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     module: Any = _Module(small_model(0, 2))
@@ -52,9 +52,9 @@ def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) ->
         for _ in range(3):
             callback.on_validation_epoch_end(trainer, module)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    told = callback.summary()["not_decoded"]
-    assert "data.seq_len=64 leaves no room" in told and "new_tokens=64" in told
-    assert told in caplog.text and not module.logged
+    reason = callback.summary()["not_decoded"]
+    assert "data.seq_len=64 leaves no room" in reason and "new_tokens=64" in reason
+    assert reason in caplog.text and not module.logged
 
 
 def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
@@ -75,7 +75,7 @@ class _Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-def test_sampled_acceptance_near_temperature_0_is_that_of_greedy_text() -> None:
+def test_sampled_acceptance_near_temperature_0_equals_greedy() -> None:
     model = small_model(0, 2)
     greedy = measured(SpeculativeEval(12, 5, 24), model)
     cold = measured(SampledAcceptance(12, 5, 24, temperature=1e-6), model)
@@ -92,7 +92,7 @@ def test_sampled_acceptance_near_temperature_0_is_that_of_greedy_text() -> None:
     assert measured(SampledAcceptance(12, 5, 24), small_model(0, 0)) == {}
 
 
-def test_only_a_text_without_prompts_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_a_text_without_prompts_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     """Any other error of the data is a defect and stops the run."""
 
     def raising(error: Exception) -> SimpleNamespace:

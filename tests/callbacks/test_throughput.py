@@ -41,12 +41,13 @@ def clock(monkeypatch) -> Clock:
 
 
 def rates(fastest: float, *typical: float):
-    """A stand-in for measuring that returns the given medians one after another, and repeats the
-    last one."""
-    left = list(typical or [fastest])
+    """A stand-in for ``measure_matmul_rate`` that returns these medians in turn, then the last."""
+    remaining = list(typical or [fastest])
 
     def measure(*_args, **_settings) -> MatmulRate:
-        return MatmulRate(fastest=fastest, typical=left.pop(0) if len(left) > 1 else left[0])
+        return MatmulRate(
+            fastest=fastest, typical=remaining.pop(0) if len(remaining) > 1 else remaining[0]
+        )
 
     return measure
 
@@ -98,13 +99,13 @@ def test_only_training_time_counts(tmp_path: Path, clock: Clock) -> None:
         assert {tag: row[tag] for tag in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_mfu_is_of_the_published_peak(monkeypatch, clock: Clock) -> None:
+def test_mfu_is_a_share_of_the_published_peak(monkeypatch, clock: Clock) -> None:
     monkeypatch.setattr(module_under_test, "peak_of", lambda device, dtype: 4e7)
     throughput = Throughput(every_n_steps=2)
     fit(Slow(clock), [throughput], max_steps=5)
-    found = throughput.summary()
-    assert found["perf/mfu"] == pytest.approx(0.05)
-    assert found["perf/of_matmul"] == pytest.approx(0.2)
+    summary = throughput.summary()
+    assert summary["perf/mfu"] == pytest.approx(0.05)
+    assert summary["perf/of_matmul"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,7 @@ def test_mfu_is_of_the_published_peak(monkeypatch, clock: Clock) -> None:
         ((4e6, 1e7), 2.5, 1),  # other processes ran at the start
     ],
 )
-def test_a_crowded_machine_is_noticed(
-    monkeypatch, caplog, clock: Clock, typical: tuple[float, ...], drift: float, warnings: int
-) -> None:
+def test_a_crowded_machine_warns_once(monkeypatch, caplog, clock, typical, drift, warnings):
     monkeypatch.setattr(module_under_test, "measure_matmul_rate", rates(1e7, *typical))
     throughput = Throughput(every_n_steps=2)
     fit(Slow(clock), [throughput], max_steps=11)
@@ -140,7 +139,7 @@ def test_a_crowded_machine_is_noticed(
         ("A device of next year", torch.bfloat16, False, None),
     ],
 )
-def test_published_peaks(name: str, dtype: torch.dtype, tf32: bool, tera: float | None) -> None:
+def test_published_peaks_are_found_by_name_and_dtype(name, dtype, tf32, tera):
     assert published_peak(name, dtype, tf32=tf32) == (None if tera is None else tera * 1e12)
 
 
@@ -154,7 +153,7 @@ def test_published_peaks(name: str, dtype: torch.dtype, tf32: bool, tera: float 
         (3e9, "3G tok/s"),
     ],
 )
-def test_what_the_progress_bar_shows(rate: float | None, text: str) -> None:
+def test_the_progress_bar_shows_tokens_per_second(rate: float | None, text: str) -> None:
     throughput = Throughput()
     throughput._tokens_per_second = rate
     assert throughput.shown() == text
@@ -166,7 +165,7 @@ def test_a_run_of_one_step_has_no_rate(clock: Clock) -> None:
     assert throughput.summary() == {}
 
 
-def test_the_matmul_rate_is_that_of_a_plain_product() -> None:
+def test_the_matmul_rate_is_near_that_of_a_plain_product() -> None:
     device = torch.device("cpu")
     state = torch.get_rng_state()
     measured = measure_matmul_rate(device, torch.float32, seconds=0.1)

@@ -1,5 +1,4 @@
-"""A tiny run for the callback tests: two "depths", manual optimization, a loader that can be
-resumed."""
+"""A tiny run for the tests of callbacks: two "depths", manual optimization, a resumable loader."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Batches:
 
 
 class TinyModule(pl.LightningModule):
-    """Learns to predict the mean of a row; `at_step(module, step)` may misbehave at a step (from
-    1)."""
+    """Learns the mean of a row; ``at_step(module, step)`` is called at every step, from 1."""
 
     def __init__(self, at_step: Callable[[TinyModule, int], None] | None = None) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Faults on purpose: kills, full disks, bad input, hostile files, and what a machine does wrong.
+"""Fault injection: kills, full disks, bad input, hostile files and faults of the machine.
 
     python -m tests.chaos --minutes 30
 
-tries as many cases as fit, in an order that the seed decides, and says what held.
+tries as many cases as fit, in an order that the seed decides, and prints each result.
 """

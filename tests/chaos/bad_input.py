@@ -1,8 +1,7 @@
-"""Bad input: what a user gets wrong is one sentence with the value, and nothing is written.
+"""Bad input: a wrong value or file ends in one sentence with the value, and nothing is written.
 
-The cases are made from the comments of ``conf/``, which say what every key takes: a word for a
-number, a number outside its range, a choice that there is not. Files and folders that are not what
-they are said to be come on top.
+The values come from the comments of ``conf/``, which describe every key: a word for a number, a
+number outside its range, an unknown choice. The files and folders are damaged or of another kind.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from tests.chaos.jobs import TASK
 from tests.chaos.processes import Ended, run
 from tests.integration.helpers import CONF, overrides
 
-# What an option needs besides its name to be a sound run; None for one that is not tried here, as
-# it needs a package, a network or a model.
+# The settings with which an option is a sound run; None for one that needs a package, a network or
+# a model.
 _NEEDS: dict[str, dict[str, Any] | None] = {
     "data/huggingface": None, "data/self_generated": None, "data/shakespeare": None,
     "data/stdlib": None, "data/text": None, "data/tokens": None, "logger/mlflow": None,
@@ -49,7 +48,7 @@ _NEEDS: dict[str, dict[str, Any] | None] = {
     "mtp/top": {"mtp.depth": 1}, "mtp/bag": {"mtp.depth": 1}, "mtp/registers": {"mtp.depth": 1},
     "mtp/teacherless": None,
 }  # fmt: skip
-# Keys that follow others by an interpolation, or take anything.
+# Keys that interpolate others, or take any value.
 _FREE = {"depth", "accumulate", "tokenizer", "cache_dir", "mtp_lambda", "stride"}
 _GROUPS = (
     "balance", "callbacks", "compare", "data", "lambda_schedule", "mtp", "objective", "optimizer",
@@ -58,7 +57,7 @@ _GROUPS = (
 
 
 def cases(folder: Path) -> list[Case]:
-    """Keys of all groups and apps with wrong values, and files that are not what they should be."""
+    """Keys of all groups and apps with wrong values, and wrong files."""
     cache = folder / "cache"
     finished = Finished(folder / "finished", cache)
     made = []
@@ -99,7 +98,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def wrong_values(takes: str) -> list[str]:
-    """Values that a key whose comment ends so does not take, as they are typed."""
+    """Wrong values, as typed, of a key whose comment ends in ``takes``."""
     kind = re.search(r"\b(int|float|bool|number)\b", takes)
     options = re.findall(r"[\w.-]+(?: \([^)]*\))? \| ", takes)
     if kind is None:
@@ -139,22 +138,22 @@ def _settings(group: str, option: str, needs: dict[str, Any]) -> dict[str, Any]:
 
 
 def refused(ended: Ended, *, naming: list[str]) -> str:
-    """It ended with code 1 and with one sentence, which it says.
+    """Hold that it ended with code 1 and one sentence; the sentence.
 
     Args:
         ended: how it ended.
-        naming: words of which one stands in the sentence.
+        naming: words, one of which must be in the sentence.
     """
     hold(ended.code != 0, "it is accepted")
     ended.require(1)
-    said = ended.errors[0] if ended.errors else ended.out.strip()
+    sentence = ended.errors[0] if ended.errors else ended.out.strip()
     hold(
         len(ended.errors) <= 1 and len(ended.out.strip().splitlines()) <= 30,
         f"it says {ended.out[:1500]}",
     )
-    hold("is not a key" not in said, f"the case itself is wrong: {said[:500]}")
-    hold(any(word in said for word in naming), f"it does not name it: {said[:500]}")
-    return said[:160].replace("\n", " ")
+    hold("is not a key" not in sentence, f"the case itself is wrong: {sentence[:500]}")
+    hold(any(word in sentence for word in naming), f"it does not name it: {sentence[:500]}")
+    return sentence[:160].replace("\n", " ")
 
 
 def _train_with(
@@ -167,16 +166,16 @@ def _train_with(
     folder: Path,
     chance: random.Random,
 ) -> str:
-    if option not in sound:  # else the fault would prove nothing
+    if option not in sound:  # else a refusal would prove nothing
         given = [*overrides(cache, settings), f"run_dir={folder / 'sound'}"]
         ended = run(["train.py", *given], folder / "sound.log")
         hold(ended.code == 0, f"without a fault it fails: {ended.out[-1500:]}")
         sound[option] = None
     given = [*overrides(cache, {**settings, key: value}), f"run_dir={folder / 'run'}"]
     ended = run(["train.py", *given], folder / "log")
-    told = refused(ended, naming=[value, key, key.rpartition(".")[2]])
-    hold(not (folder / "run").exists(), "a folder is left of a run that never began")
-    return told
+    sentence = refused(ended, naming=[value, key, key.rpartition(".")[2]])
+    hold(not (folder / "run").exists(), "a refused run left a folder")
+    return sentence
 
 
 def _app_with(
@@ -185,24 +184,24 @@ def _app_with(
     before = finished.as_it_is()
     ended = run(app(name, given)(finished.run, folder), folder / "log", folder=folder)
     key, _, value = given.partition("=")
-    told = refused(ended, naming=[value, key])
+    sentence = refused(ended, naming=[value, key])
     hold(finished.as_it_is() == before, "the run's folder was changed")
     _wrote_nothing(folder, [])
-    return told
+    return sentence
 
 
 def _of_file(
     name: str, make: Make, command: Command, finished: Finished, *, naming: Sequence[str] = ()
 ) -> Case:
-    """A command that is given a file or folder which is not what it should be."""
+    """A command with a wrong file or folder."""
 
     def attempt(folder: Path, chance: random.Random) -> str:
         given = make(Place(folder, finished))
         before = sorted(folder.rglob("*"))
         ended = run(command(given, folder), folder / "log", folder=folder)
-        told = refused(ended, naming=[str(given), given.name, *naming])
+        sentence = refused(ended, naming=[str(given), given.name, *naming])
         _wrote_nothing(folder, before)
-        return told
+        return sentence
 
     return Case("bad input", name, attempt)
 

@@ -1,4 +1,4 @@
-"""What a case is, and what becomes of it."""
+"""A case of fault injection, and its result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Broken(Exception):
 
 
 def hold(true: bool, broken: str) -> None:
-    """Raise :class:`Broken` unless something is so."""
+    """Raise :class:`Broken` unless ``true``."""
     if not true:
         raise Broken(broken)
 
 
-# Tries something in an empty folder with randomness of its own, and says in a few words what
-# happened. Raises :class:`Broken` if a promise did not hold.
+# Tries something in an empty folder with its own randomness; returns the outcome in a few words, or
+# raises :class:`Broken` if a promise did not hold.
 Attempt = Callable[[Path, random.Random], str]
 
 
@@ -28,11 +28,11 @@ class Case:
     """One thing to try.
 
     Attributes:
-        kind: the room it is counted in: kills, bad input, hostile input, faults, requests.
-        name: what is tried; together with the seed it says all.
-        attempt: tries it.
-        several: whether it starts other processes, which take seconds to begin.
-        timed: whether the clock decides what happens, and no two tries are the same.
+        kind: kills, bad input, hostile input, faults or requests.
+        name: the fault; with the seed, it determines the attempt.
+        attempt: the function that tries it.
+        several: whether it starts other processes, which takes seconds.
+        timed: whether it depends on the clock, so that no two attempts are the same.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Result:
     name: str
     seed: str
     held: bool
-    told: str
+    outcome: str
     seconds: float
 
 

@@ -1,5 +1,5 @@
-"""Faults of the machine: numbers that are none, files that change under a run, clocks that jump, a
-folder that cannot be written or is gone, two runs at one place."""
+"""Faults of the machine: NaN, files that change during a run, clocks that jump, a run folder that
+vanishes or becomes read-only, two runs in one folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = int(SMALL["trainer.max_steps"])
 
 
 def cases(folder: Path) -> list[Case]:
-    """All of them."""
+    """One case for each fault."""
     cache = folder / "cache"
     whole = Finished(folder / "finished", cache)
     made: dict[str, Attempt] = {}
@@ -45,15 +45,15 @@ def cases(folder: Path) -> list[Case]:
     return [Case("faults", name, attempt, several="rank" in name) for name, attempt in made.items()]
 
 
-def _goes_on(whole: Finished, folder: Path) -> None:
-    """A run in ``folder/run``, started again, ends as the whole one did."""
+def _resumes(whole: Finished, folder: Path) -> None:
+    """Hold that a run in ``folder/run``, started again, ends as the whole one."""
     again = run(whole.arguments(folder / "run"), folder / "log")
     hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
     same_runs(folder / "run", whole.run)
 
 
 def one_sentence(ended: Ended, *, naming: str) -> None:
-    """It ended with code 1 and one line that has some words in it."""
+    """Hold that it ended with code 1 and one error line with the words of ``naming``."""
     ended.require(1)
     hold(len(ended.errors) == 1 and naming in ended.errors[0], f"it says {ended.errors}")
 
@@ -108,14 +108,14 @@ def _not_finite(
     ended = run(whole.arguments(folder / "run"), folder / "log", change=_inject(place, value, step))
     one_sentence(ended, naming="not finite")
     _all_finite(folder / "run")
-    _goes_on(whole, folder)
+    _resumes(whole, folder)
     return f"in step {step + 1}"
 
 
 def _not_finite_on_one_rank(cache: Path, folder: Path, chance: random.Random) -> str:
     more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 12}
     arguments = ["train.py", *overrides(cache, {**SMALL, **more})]
-    # Rank 1 is a process of its own: what is changed here is rank 0.
+    # The change applies to rank 0 alone: rank 1 is another process.
     change = _inject("the forward pass", math.nan, 6)
     ended = run([*arguments, f"run_dir={folder / 'run'}"], folder / "log", change=change)
     hold(not ended.timed_out, "the ranks wait for each other")
@@ -135,7 +135,7 @@ def _all_finite(folder: Path) -> None:
 
 
 def _data(what: str, cache: Path, folder: Path, chance: random.Random) -> str:
-    """A file of tokens, read as it lies on the disk, while a run reads it."""
+    """A memory-mapped file of tokens changes while a run reads it."""
     ids = np.random.default_rng(chance.randrange(2**32)).integers(0, 250, 400_000)
     file = folder / "tokens.npy"
     np.save(file, ids.astype(np.uint16))
@@ -160,7 +160,7 @@ def _data(what: str, cache: Path, folder: Path, chance: random.Random) -> str:
                 handle.write(bytes(200_000))
     ended = process.end(timeout=200)
     ended.require(0, 1)
-    if what != "vanishes" or ended.code:  # the system keeps what is open
+    if what != "vanishes" or ended.code:  # an open file outlives its name
         one_sentence(ended, naming=str(file))
     whole_files(folder / "run")
     return f"code {ended.code}"
@@ -199,13 +199,13 @@ def _vanishing(whole: Finished, folder: Path, chance: random.Random) -> str:
 
 
 def _read_only(whole: Finished, folder: Path, chance: random.Random) -> str:
-    """Nothing can be made durable, linked or renamed from some moment on."""
+    """From some operation on, nothing can be synced, linked or renamed."""
     n = chance.randint(20, 100)
     change = refusing(n, errno.EROFS)
     ended = run(whole.arguments(folder / "run"), folder / "log", change=change)
     one_sentence(ended, naming="Read-only")
     whole_files(folder)
-    _goes_on(whole, folder)
+    _resumes(whole, folder)
     return f"from operation {n} on"
 
 
@@ -221,15 +221,15 @@ def _waiting_for(file: Path, *, step: int) -> Change:
 
 
 def _two_at_once(whole: Finished, folder: Path, chance: random.Random) -> str:
-    told = folder / "told"
+    second_ended = folder / "second-ended"
     arguments = whole.arguments(folder / "run")
-    first = Process(arguments, folder / "first.log", change=_waiting_for(told, step=4))
+    first = Process(arguments, folder / "first.log", change=_waiting_for(second_ended, step=4))
     while not first.ended() and _steps(folder / "run") < 2:
         time.sleep(0.01)
     second = run(arguments, folder / "second.log")
-    told.touch()
+    second_ended.touch()
     one_sentence(second, naming=str(folder / "run"))
     ended = first.end()
     hold(ended.code == 0, f"the first ends with {ended.code}: {ended.out[-1500:]}")
     same_runs(folder / "run", whole.run)
-    return "the second was told"
+    return "the second was refused"

@@ -1,4 +1,4 @@
-"""What the commands of a case are given: a finished run, and files made in a folder of the case."""
+"""The inputs of a case's commands: a finished run, and files in the folder of the case."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LLAMA = {
     "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True,
 }  # fmt: skip
 SECRET = "the secret of another folder"
-# Writes a file at the path that it is given when it is unpickled.
+# Code that makes a file when it is unpickled.
 _CODE = "__import__('pathlib').Path({!r}).touch()"
 
 
 class Finished:
-    """The small run that nothing happens to, made when it is first wanted."""
+    """The small run without a fault, made at its first use."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self._folder, self._cache = folder, cache
@@ -59,7 +59,7 @@ class Finished:
 
 
 class Place:
-    """Where a case works: ``given`` is the folder of the files that it makes.
+    """The folder of a case; its folder ``given`` holds the input files.
 
     Args:
         folder: empty.
@@ -120,9 +120,9 @@ class _Payload:
         return eval, (_CODE.format(self._canary),)
 
 
-# Makes what a command is given.
+# Makes the input of a command.
 Make = Callable[[Place], Path]
-# The command line for what it is given and the folder of the case.
+# The command line for an input and the folder of the case.
 Command = Callable[[Path, Path], list[str]]
 
 
@@ -139,26 +139,26 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Make:
 def safetensors(
     header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
 ) -> bytes:
-    """The content of a file of tensors; ``length`` is what it says of its header's."""
+    """The content of a file of tensors; ``length`` is the stated length of its header."""
     head = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(head) if length is None else length) + head + data
 
 
 def app(name: str, *given: str) -> Command:
-    """An app that reads a checkpoint; ``given`` replaces what it is asked otherwise."""
-    asked = {"generate": ["prompt=ab", "max_new_tokens=4"], "export": ["verify=false"]}
+    """An app that reads a checkpoint; ``given`` replaces its usual arguments."""
+    defaults = {"generate": ["prompt=ab", "max_new_tokens=4"], "export": ["verify=false"]}
     typed = {word.partition("=")[0] for word in given}
 
     def command(checkpoint: Path, folder: Path) -> list[str]:
         usual = [f"output={folder / 'out'}"] if name == "export" else []
-        usual += [f"checkpoint={checkpoint}", *asked.get(name, [])]
+        usual += [f"checkpoint={checkpoint}", *defaults.get(name, [])]
         return [f"{name}.py", *(w for w in usual if w.partition("=")[0] not in typed), *given]
 
     return command
 
 
 def train(key: str, cache: Path, settings: dict[str, Any] | None = None) -> Command:
-    """A run of one step, or the continuation of one, that is given a path by ``key``."""
+    """A run of one step, or a resumed run, that gets a path by ``key``."""
 
     def command(given: Path, folder: Path) -> list[str]:
         both = {**QUICK, **(settings or {})}

@@ -1,7 +1,7 @@
-"""Hostile input: nothing of a file is executed, nothing outside is read or written, and no file
-makes a command take more time or memory than it is worth.
+"""Hostile input: no code of a file is executed, nothing outside is read or written, and time and
+memory are bounded.
 
-A canary is a file that foreign code would make; a secret is one that a path in a file points to.
+Foreign code would make the canary, a file; a path in a hostile file points to the secret, a file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.chaos.given import AS_TEXT, AS_TOKENS, SECRET, Command, Finished, Mak
 from tests.chaos.hostile_files import CHECKPOINTS, FOLDERS, RUNS, TEXTS, TOKENS
 from tests.chaos.processes import Ended, run
 
-# What a command may hold beyond what it begins with, and how long it may take on a crowded machine.
+# The memory that a command may add to its start, and its seconds on a crowded machine.
 MEMORY, SECONDS = 3 << 30, 120
 
 
@@ -50,7 +50,7 @@ def _case(name: str, make: Make, command: Command, finished: Finished) -> Case:
 
 
 def harmless(ended: Ended, place: Place) -> str:
-    """It was refused in a sentence, or read for what it is; nothing else happened."""
+    """Hold that it was refused in a sentence or read as data, without another effect."""
     hold(not place.canary.exists(), "foreign code was executed")
     hold(SECRET not in ended.out, "the secret was read")
     for file in place.folder.rglob("*"):
@@ -59,5 +59,5 @@ def harmless(ended: Ended, place: Place) -> str:
             hold(SECRET.encode() not in file.read_bytes(), f"the secret is in {file.name}")
     ended.require(0, 1, 2)
     hold("\x1b]" not in ended.out, "an escape code reaches the terminal")
-    said = "".join(f", {error[:120]}" for error in ended.errors[:1])
-    return f"code {ended.code}, {ended.memory >> 20} MiB{said}"
+    error = "".join(f", {line[:120]}" for line in ended.errors[:1])
+    return f"code {ended.code}, {ended.memory >> 20} MiB{error}"

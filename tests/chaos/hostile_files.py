@@ -1,4 +1,4 @@
-"""Files that mean harm."""
+"""Hostile files: pickles, bombs, paths that lead outside, enormous sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.chaos.processes import run
 
 
 def _pickle_in_archive(place: Place) -> Path:
-    """The tensors of the run, and its pickle exchanged for another."""
+    """The run's checkpoint with another pickle."""
     source = place.finished.checkpoint
     file = place.given / "hostile.ckpt"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(file, "w") as new:
@@ -34,7 +34,7 @@ def _pickle_in_archive(place: Place) -> Path:
 
 
 def _bomb_in_archive(place: Place) -> Path:
-    """Four thousand million zeros in a few million bytes."""
+    """Four billion zeros in a few megabytes."""
     file = place.given / "hostile.ckpt"
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
@@ -82,13 +82,13 @@ def _deep(n: int) -> Any:
     return value
 
 
-def _in_parts(**said: Any) -> Make:
+def _in_parts(**index: Any) -> Make:
     """An index of a checkpoint in parts, and one part that is a pickle."""
 
     def change(content: dict[str, Any]) -> None:
         state = content["state_dict"]
         content["state_dict"] = {name: tensor.to("meta") for name, tensor in state.items()}
-        content["parts"] = {"folder": "00000001-abc", "parts": 1, **said}
+        content["parts"] = {"folder": "00000001-abc", "parts": 1, **index}
 
     def make(place: Place) -> Path:
         part = place.given / "parts" / "00000001-abc" / "weights-0-of-1.pt"
@@ -158,8 +158,8 @@ def _header(header: dict[str, Any] | bytes, length: int | None = None) -> Make:
 
 
 def _tensor(shape: list[int], offsets: list[int]) -> Make:
-    said = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-    return _header({"model.embed_tokens.weight": said})
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    return _header({"model.embed_tokens.weight": entry})
 
 
 def _sized(**config: Any) -> Make:
@@ -208,7 +208,7 @@ def _slow_tokenizer(place: Place) -> Path:
 
 
 def _compressed(place: Place) -> Path:
-    """Four thousand million zeros in a text of a few million bytes."""
+    """Four billion zeros in a compressed text of a few megabytes."""
     file = place.given / "bomb.txt.gz"
     with gzip.open(file, "wb", compresslevel=1) as out:
         for _ in range(250):
@@ -216,7 +216,7 @@ def _compressed(place: Place) -> Path:
     return file
 
 
-def _link(place: Place) -> Path:
+def _pipe(place: Place) -> Path:
     """A pipe without a writer, which a reader would wait for forever."""
     file = place.given / "pipe.txt"
     os.mkfifo(file)
@@ -230,7 +230,7 @@ TEXTS: dict[str, Make] = {
     "escape codes": written("a.txt", b"\x1b]0;owned\x07 and more words of it\n" * 300),
     "no gzip": written("a.txt.gz", b"\x1f\x8b" + bytes(40)),
     "no parquet": written("a.parquet", b"PAR1" + bytes(40) + b"PAR1"),
-    "a pipe": _link,
+    "a pipe": _pipe,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What is ended in the middle: commands, and when two of their folders are the same."""
+"""Commands that are killed in the middle, and the comparison of two of their folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from mtp_lightning.run.checkpoints import damage
+from mtp_lightning.run.checkpoints import inspect
 from tests.chaos.cases import hold
 from tests.integration.helpers import checkpoint, overrides, rows
 from tests.sweeps.claims.fixture_claims import write_claim
@@ -30,7 +30,7 @@ TASK: dict[str, Any] = {
     "data.batch_size": 8, "tokenizer": None,
 }  # fmt: skip
 _MODEL = {f"model.{key}": None for key in ("n_heads", "n_kv_heads", "d_ff")}
-# Every head, objective, rule and source that has a state of its own to continue from.
+# Every head, objective, rule and source with a state that a resumed run needs.
 RUNS: dict[str, dict[str, Any]] = {
     "sequential": {"lambda_schedule": "linear_decay"}, "shared": {"mtp.share_layers": "true"},
     "parallel": {"mtp": "parallel"}, "linear": {"mtp": "linear"},
@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tensorboard": {"logger": "default"}, "task": {"data": "copy", **TASK},
     "sibling": {"data": "sibling", "data.examples": 64, **TASK},
 }  # fmt: skip
-# Of a summary: when, how fast, and by which commit, which may be another by then.
+# Keys of a summary that differ between equal runs: times, speeds and the commit.
 _TIMED = (
     "perf/", "seconds", "git_commit", "progress/seconds", "decode/speedup",
     "decode/tokens_per_second",
@@ -61,12 +61,12 @@ class Job:
     """A command whose result is known.
 
     Attributes:
-        name: of it.
-        arguments: the app and what it is given, of the folder that it works in.
-        same: raises Broken unless two folders hold the same.
-        processes: whether it starts others, which take seconds to begin.
-        once: whether it refuses to do again what is done.
-        again: what it is given where a part of it has failed, to try that again.
+        name: its name.
+        arguments: the app and its arguments, for a working folder.
+        same: raises Broken unless two folders have the same results.
+        processes: whether it starts other processes, which takes seconds.
+        once: whether it refuses to repeat finished work.
+        again: further arguments that retry a failed part.
     """
 
     name: str
@@ -165,8 +165,8 @@ def same_runs(one: Path, other: Path) -> None:
     a, b = map(checkpoint, (one, other))
     for key in ("state_dict", "optimizer_states", "progress", "balance"):
         hold(_same(a[key], b[key]), f"{key} of last.ckpt differs")
-    for line, (row, as_it_was) in enumerate(zip(rows(one), rows(other), strict=False), start=1):
-        differ = [t for t in row.keys() | as_it_was.keys() if row.get(t) != as_it_was.get(t)]
+    for line, (row, expected_row) in enumerate(zip(rows(one), rows(other), strict=False), start=1):
+        differ = [t for t in row.keys() | expected_row.keys() if row.get(t) != expected_row.get(t)]
         hold(not differ, f"metrics.csv line {line}, columns {differ[:3]} differ")
     hold(len(rows(one)) == len(rows(other)), "metrics.csv has another number of rows")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
@@ -193,7 +193,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def same_files(one: Path, other: Path) -> None:
     """Two folders hold the same files with the same bytes; locks and times aside."""
-    found = [
+    digests = [
         {
             str(file.relative_to(folder)): hashlib.sha256(_untimed(file)).hexdigest()
             for file in sorted(folder.rglob("*"))
@@ -201,14 +201,14 @@ def same_files(one: Path, other: Path) -> None:
         }
         for folder in (one, other)
     ]
-    a, b = found
+    a, b = digests
     differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     hold(not differ, f"files differ: {differ[:4]}")
     nothing_left(one)
 
 
 def _untimed(file: Path) -> bytes:
-    """What a file holds; of JSON, without how long it took."""
+    """A file's content; of JSON, without ``seconds``."""
     if file.suffix != ".json":
         return file.read_bytes()
     content = json.loads(file.read_text())
@@ -219,7 +219,7 @@ def nothing_left(folder: Path) -> None:
     """No temporary file or folder is left."""
     hidden = [path for path in folder.rglob(".*") if path.name != ".hydra"]
     left = [*hidden, *folder.rglob("*.tmp")]
-    # What is half built may be somebody's until it has been left alone for long (cache.py).
+    # A half-built folder may belong to a running process until it is old (cache.py).
     left = [p for p in left if not (p.name.endswith(".lock") or ".building-" in p.name)]
     hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
 
@@ -236,7 +236,7 @@ def whole_files(folder: Path) -> None:
             elif file.suffix == ".yaml":
                 yaml.safe_load(file.read_text())
             elif file.suffix == ".ckpt":
-                reason = damage(file)
+                reason, _ = inspect(file)
                 hold(reason is None, f"{file.name} is damaged: {reason}")
         except (ValueError, yaml.YAMLError) as error:
             hold(False, f"{file.relative_to(folder)} cannot be read: {error}")

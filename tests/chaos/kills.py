@@ -1,8 +1,8 @@
-"""Kills and full disks: what is ended at any moment continues as if nothing had happened.
+"""Kills and full disks: a job that ends at any moment continues with the same result.
 
 Every job is done once without a fault. Then it is started in another folder, ended by a signal or
-by a full disk, examined, in one case of three ended again, and started again by the same
-command. What it leaves must equal what the first one left, to the last bit.
+by a full disk, examined, in one case of three ended again, and started again by the same command.
+Its files must equal those without a fault, to the last bit.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tests.chaos.jobs import (
 from tests.chaos.processes import Change, Ended, Process, run
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-# The functions that change what a name stands for, or make it durable.
+# The functions that change names in a folder, or sync a file.
 OPERATIONS = ("fsync", "replace", "rename", "link", "unlink", "mkdir")
 _SEVERAL = {"trainer.devices": 2, "trainer.max_steps": 24}
 _IN_PARTS = {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0}
 
 
 class Whole:
-    """The jobs as nothing happens to them, each done when it is first wanted.
+    """The jobs without a fault, each done at its first use.
 
     Args:
         folder: for all of them.
@@ -108,7 +108,7 @@ def cases(folder: Path) -> list[Case]:
             name = f"{job.name}, {way}"
             made.append(Case("kills", name, attempt, several=job.processes, timed=timed))
     for way, number in SIGNALS.items():
-        attempt = partial(_killed_beside, store_job(cache), whole, number)
+        attempt = partial(_killed_next_to_another, store_job(cache), whole, number)
         made.append(Case("kills", f"two stores at once, {way} to one", attempt, timed=True))
     return made
 
@@ -129,7 +129,7 @@ def _killed(
 ) -> str:
     """By a signal after a random share of the time that it takes."""
     _, reference = whole.of(job)
-    told = []
+    outcomes = []
     for _ in range(2 if chance.random() < 1 / 3 else 1):
         process = Process(job.arguments(folder), folder / "log")
         share = chance.uniform(0.02, 1.0)
@@ -142,23 +142,25 @@ def _killed(
         with suppress(ProcessLookupError):
             os.kill(victim, number)
         ended = process.end(timeout=300)
-        told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
+        outcomes.append("too late" if late else f"at {share:.0%}, code {ended.code}")
         hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
         if not (late or anyone):
             expected = {0, -number, 128 + number}
             hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
-        # Python says so itself where Ctrl-C finds it at its own end.
-        said = ended.out.partition("Exception ignored in")[0]
-        hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
+        # Python itself prints this if Ctrl-C arrives while it exits.
+        output = ended.out.partition("Exception ignored in")[0]
+        hold(anyone or "Traceback" not in output or ended.code < 0, ended.out[-3000:])
         process.alone(seconds=20)
         whole_files(folder)
-    # What starts others continues when one of them is killed, and calls it failed.
-    return _again(job, whole, folder, told, given=job.again if anyone else ())
+    # A job of several processes continues when one of them is killed, and reports it as failed.
+    return _again(job, whole, folder, outcomes, given=job.again if anyone else ())
 
 
-def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: random.Random) -> str:
-    """Two processes do it in the same folders but for their runs, and one of them is ended: the
-    other continues as if it had been alone."""
+def _killed_next_to_another(
+    job: Job, whole: Whole, number: int, folder: Path, chance: random.Random
+) -> str:
+    """Two processes do the job with a common cache and one of them is ended: the other must
+    continue as if it were alone."""
     kept, reference = whole.of(job)
     (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
     beside = [part for part in job.arguments(folder) if part != run_dir]
@@ -171,71 +173,71 @@ def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: ra
     victim.sleep_busy(share * reference.busy)
     victim.signal(number)
     ended, survived = victim.end(timeout=300), other.end(timeout=300)
-    told = [f"at {share:.0%}, code {ended.code}"]
+    outcomes = [f"at {share:.0%}, code {ended.code}"]
     hold(not ended.timed_out, "what was ended still runs")
     hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
     victim.alone(seconds=20)
     whole_files(folder)
-    return _again(job, whole, folder, told)
+    return _again(job, whole, folder, outcomes)
 
 
 def _at_operation(
     job: Job, whole: Whole, code: int | None, folder: Path, chance: random.Random
 ) -> str:
-    """Killed just before, in, or just after its n-th operation on a file, or told there that the
-    disk is full."""
+    """Killed just before or after its n-th operation on a file, or that operation finds a full
+    disk."""
     n = chance.randint(1, whole.operations(job))
     after = chance.random() < 0.5
     change = _ending(n, after) if code is None else refusing(n, code)
     ended = run(job.arguments(folder), folder / "log", change=change)
-    told = [f"operation {n}, code {ended.code}"]
+    outcomes = [f"operation {n}, code {ended.code}"]
     if code is None:
         hold(not ended.timed_out, "it hangs")
         hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
     else:
-        _said_full(ended)
+        _ended_well_or_full(ended)
     whole_files(folder)
-    return _again(job, whole, folder, told)
+    return _again(job, whole, folder, outcomes)
 
 
 def _full_disk(job: Job, whole: Whole, folder: Path, chance: random.Random) -> str:
-    """On a disk of its own that has less room than the job takes, and later more."""
+    """On a small disk, which is later enlarged."""
     kept, _ = whole.of(job)
     used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
     room = chance.randint(8, max(9, int(1.3 * used / 1024)))
     disk = folder / "disk"
     with mounted(disk, room):
         ended = run(job.arguments(disk), folder / "log")
-        told = [f"{room} of {used // 1024} kB, code {ended.code}"]
-        _said_full(ended)
+        outcomes = [f"{room} of {used // 1024} kB, code {ended.code}"]
+        _ended_well_or_full(ended)
         whole_files(disk)
         subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
-        return _again(job, whole, disk, told, log=folder / "log")
+        return _again(job, whole, disk, outcomes, log=folder / "log")
 
 
-def _said_full(ended: Ended) -> None:
-    """It ended well, or with one line that says what was in the way."""
+def _ended_well_or_full(ended: Ended) -> None:
+    """Hold that it ended well, or with one line about the full disk."""
     ended.require(0, 1)
     if ended.code:
         hold(len(ended.errors) == 1, f"it says {ended.errors}")
-        (said,) = ended.errors
-        hold("No space left" in said or "the disk is full" in said, f"it says {said}")
+        (error,) = ended.errors
+        hold("No space left" in error or "the disk is full" in error, f"it says {error}")
 
 
 def _again(
     job: Job,
     whole: Whole,
     folder: Path,
-    told: list[str],
+    outcomes: list[str],
     *,
     log: Path | None = None,
     given: Sequence[str] = (),
 ) -> str:
     ended = run([*job.arguments(folder), *given], log or folder / "log", timeout=600)
     done = ended.code == 0 or (job.once and "is not empty" in ended.out)
-    hold(done, f"{told}; started again it ends with {ended.code}: {ended.out[-2500:]}")
+    hold(done, f"{outcomes}; started again it ends with {ended.code}: {ended.out[-2500:]}")
     job.same(folder, whole.of(job)[0])
-    return "; ".join(told)
+    return "; ".join(outcomes)
 
 
 def can_mount() -> bool:
@@ -305,7 +307,7 @@ def _ending(n: int, after: bool) -> Change:
 
 
 def refusing(n: int, code: int) -> Change:
-    """From its n-th operation on a file on, the process is told that there is an error.
+    """From its n-th operation on a file on, every operation of the process fails.
 
     Args:
         n: counted from 1.
@@ -313,7 +315,7 @@ def refusing(n: int, code: int) -> Change:
     """
 
     def operation(number: int, call: partial[Any]) -> Any:
-        # What is full stays full, but what is there can be removed.
+        # A full disk still lets files be removed.
         if number >= n and call.func.__name__ != "unlink":
             raise OSError(code, os.strerror(code), str(call.args[0]))
         return call()

@@ -1,8 +1,8 @@
-"""The project's commands in processes that begin warm: forks of one that has imported everything.
+"""The project's commands as forks of a process that has imported their packages.
 
-A command of its own takes some seconds to import torch and Lightning, and a tenth of that to do
-what is tried here. What a fork runs is the command's own ``main`` with its own ``sys.argv``, in a
-session of its own with the default signal handlers; it ends as an interpreter does.
+The imports of torch and Lightning would take ten times as long as a case. A fork runs the command's
+``main`` with its ``sys.argv``, in a new session with the default signal handlers, and ends as an
+interpreter does.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Ended:
 
     Attributes:
         code: exit status; minus the signal that ended it.
-        out: what it said on both of its outputs.
-        seconds: that it took.
-        busy: seconds of CPU that it took, with its children's.
-        timed_out: whether it was ended for taking too long.
-        memory: the most that it held, in bytes.
+        out: its standard output and standard error.
+        seconds: its wall time.
+        busy: its CPU time in seconds, with its children's.
+        timed_out: whether it was killed for taking too long.
+        memory: its peak memory in bytes.
     """
 
     code: int
@@ -62,11 +62,11 @@ class Process:
     """A command that runs.
 
     Args:
-        arguments: the app (``train.py``) and what it is given; a module after ``-m``.
-        log: the file that both outputs go to.
-        folder: where it is started.
-        change: done in the process before its command begins.
-        memory: bytes that it may take beyond what it begins with; None for no limit.
+        arguments: the app (``train.py``) and its arguments, or ``-m`` and a module.
+        log: the file of both outputs.
+        folder: the working directory.
+        change: a function that the process calls before its command.
+        memory: bytes that it may add to its memory; None for no limit.
     """
 
     def __init__(
@@ -124,15 +124,15 @@ class Process:
 
     def members(self) -> list[int]:
         """The processes of its session, itself among them."""
-        found = [self.pid]
+        pids = [self.pid]
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:  # ended meanwhile
                 continue
             if int(fields[3]) == self.pid and fields[0] != "Z":
-                found.append(int(stat.parent.name))
-        return sorted(set(found))
+                pids.append(int(stat.parent.name))
+        return sorted(set(pids))
 
     def alone(self, *, seconds: float) -> None:
         """Wait until nothing is left of what it started; what stays longer is ended."""
@@ -145,7 +145,7 @@ class Process:
             os.kill(pid, signal.SIGKILL)
 
     def end(self, *, timeout: float = 120) -> Ended:
-        """Wait for its end, or bring it about."""
+        """Wait for its end, and kill it after ``timeout`` seconds."""
         timed_out = not self.sleep(timeout)
         if timed_out:
             os.killpg(self.pid, signal.SIGKILL)

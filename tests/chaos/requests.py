@@ -1,6 +1,6 @@
 """Requests to a server: fields of wrong kinds, bytes that are not JSON, clients that hang up.
 
-Each is answered in a sentence with a code of HTTP, and the server lives.
+The server answers each in a sentence with an HTTP status, and stays alive.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _VALUES: dict[str, list[Any]] = {
     "string": ["many", "\x1b]0;title\x07", "<script>"], "bool": [True],
     "list": [["a", 1], [[[[]]]]], "object": [{"a": {"b": []}}],
 }  # fmt: skip
-_MEMORY = 300 << 20  # that all requests together may add
+_MEMORY = 300 << 20  # bytes that all requests together may add
 
 
 def cases(folder: Path) -> list[Case]:
-    """None where what serving needs is not installed."""
+    """One case for each kind of request; none if a package for serving is missing."""
     if any(importlib.util.find_spec(name) is None for name in _PACKAGES):
         return []
     served = Served(folder / "served", Finished(folder / "finished", folder / "cache"))
@@ -74,12 +74,12 @@ def cases(folder: Path) -> list[Case]:
 
 
 class Served:
-    """A server of a finished run, started when it is first asked."""
+    """A server of a finished run, started at its first use."""
 
     def __init__(self, folder: Path, finished: Finished) -> None:
         self._folder, self._finished = folder, finished
         self._process: Process | None = None
-        self._owner = os.getpid()  # forks run what is registered to be done at exit, too
+        self._owner = os.getpid()  # forks, too, run functions registered with atexit
         self._port = self._memory = 0
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Served:
         return socket.create_connection(("127.0.0.1", self._port), timeout=60)
 
     def ask(self, body: bytes) -> Answer:
-        """The code and the body that a request for a text is answered with."""
+        """The status and the body of the answer to a request for a text."""
         connection = self.begin()
         try:
             _send(connection, body)
@@ -130,7 +130,7 @@ class Served:
             connection.close()
 
     def lives(self) -> None:
-        """Make sure that it answers as before, and holds no more than it may."""
+        """Hold that it still answers, and that its memory is within the limit."""
         assert self._process is not None
         hold(not self._process.ended(), "the server ended")
         body = json.dumps({"prompt": "ab", "max_tokens": 3, "temperature": 0}).encode()
@@ -139,8 +139,8 @@ class Served:
             hold(time.monotonic() < until, "its rows are not freed")
             time.sleep(0.05)
         hold(answer[0] == 200, f"a sound request gives {answer}")
-        said = self._process.log.read_text(errors="replace")
-        hold("Traceback" not in said and "\x1b]" not in said, f"it says {said[-1500:]}")
+        log = self._process.log.read_text(errors="replace")
+        hold("Traceback" not in log and "\x1b]" not in log, f"it says {log[-1500:]}")
         more = self._held() - self._memory
         hold(more < _MEMORY, f"{more >> 20} MiB more than at its start")
 
@@ -166,21 +166,21 @@ def _refused(
     chance: random.Random,
 ) -> str:
     served.start()
-    told = ""
+    sentence = ""
     for body in make(chance):
         status, answer = served.ask(body)
         hold(400 <= status < 500, f"{body[:200]!r} gives {status}: {answer[:300]!r}")
         if answer:
-            told = str(json.loads(answer)["error"]["message"])
-            hold("\n" not in told and len(told) < 500, f"it says {told[:800]}")
+            sentence = str(json.loads(answer)["error"]["message"])
+            hold("\n" not in sentence and len(sentence) < 500, f"it says {sentence[:800]}")
     served.lives()
-    return told
+    return sentence
 
 
 def _sent(
     served: Served,
     make: Callable[[random.Random], bytes],
-    told: str,
+    outcome: str,
     folder: Path,
     chance: random.Random,
 ) -> str:
@@ -191,7 +191,7 @@ def _sent(
             connection.sendall(make(chance))
             time.sleep(chance.uniform(0, 0.05))
     served.lives()
-    return told
+    return outcome
 
 
 def _random_bytes(chance: random.Random) -> bytes:
@@ -206,7 +206,7 @@ def _part_of_a_request(chance: random.Random) -> bytes:
 
 
 def _many(served: Served, folder: Path, chance: random.Random) -> str:
-    """More than there are places and a queue for: a place, a text or 429."""
+    """More requests than slots and queue places: each gets a text or 429."""
     served.start()
     body = json.dumps({"prompt": "ab", "max_tokens": 8}).encode()
     connections = [served.begin() for _ in range(12)]

@@ -1,4 +1,4 @@
-"""A slice of the harness: the same cases every time, some of each kind."""
+"""Some cases of each kind, the same in every run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.integration.helpers import ROOT, environment
 
 
 @pytest.mark.long
-def test_what_is_promised_holds(tmp_path: Path) -> None:
-    given = ["--alone", "--repeatable", "--cases", "12", "--folder", tmp_path]
-    how = {"capture_output": True, "text": True, "timeout": 900, "cwd": ROOT}
-    command = [sys.executable, "-m", "tests.chaos", *given]
-    done = subprocess.run(command, env=environment(), **how)
+def test_twelve_repeatable_cases_hold(tmp_path: Path) -> None:
+    arguments = ["--alone", "--repeatable", "--cases", "12", "--folder", tmp_path]
+    options = {"capture_output": True, "text": True, "timeout": 900, "cwd": ROOT}
+    command = [sys.executable, "-m", "tests.chaos", *arguments]
+    done = subprocess.run(command, env=environment(), **options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -31,14 +31,14 @@ def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
     store = dist.HashStore()
     results: list[Any] = [None] * len(RANKS)
 
-    def one(rank: int, local_rank: int, node: int) -> None:
+    def run_process(rank: int, local_rank: int, node: int) -> None:
         peers = Rendezvous(rank, len(RANKS), local_rank=local_rank, node=node, store=store)
         try:
             results[rank] = work(peers)
         except Exception as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=one, args=who) for who in RANKS]
+    threads = [threading.Thread(target=run_process, args=who) for who in RANKS]
     for thread in reversed(threads):  # the first process starts last
         thread.start()
     for thread in threads:
@@ -47,7 +47,7 @@ def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
     return results
 
 
-def test_one_decides_for_all_each_time_anew() -> None:
+def test_the_first_process_broadcasts_a_new_value_each_time() -> None:
     def work(peers: Rendezvous) -> tuple[Any, Any]:
         return (
             peers.broadcast("resume", lambda: {"from": peers.rank}),
@@ -57,7 +57,7 @@ def test_one_decides_for_all_each_time_anew() -> None:
     assert together(work) == [({"from": 0}, None)] * 4
 
 
-def test_the_first_goes_first_then_the_first_of_each_machine() -> None:
+def test_in_turn_starts_with_rank_0_and_the_first_of_each_machine() -> None:
     order: list[tuple[str, int]] = []
 
     def work(peers: Rendezvous) -> None:
@@ -72,22 +72,20 @@ def test_the_first_goes_first_then_the_first_of_each_machine() -> None:
     assert order.index(("out", 2)) < order.index(("in", 3))
 
 
-def test_what_one_could_not_the_others_do_not_wait_for() -> None:
+def test_an_error_of_the_first_process_ends_the_others() -> None:
     def work(peers: Rendezvous) -> None:
         with peers.in_turn():
             if peers.rank == 0:
                 raise ValueError("there is no text")
 
-    found = together(work)
-    assert str(found[0]) == "there is no text"
-    assert {str(error) for error in found[1:]} == {
+    results = together(work)
+    assert str(results[0]) == "there is no text"
+    assert {str(error) for error in results[1:]} == {
         "Process 0 could not prepare the run: there is no text"
     }
 
 
-def test_a_run_folder_that_one_does_not_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     together(lambda peers: peers.require_shared(tmp_path / "run"))
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(module, "_SHOWN_SECONDS", 0.3)
@@ -95,25 +93,23 @@ def test_a_run_folder_that_one_does_not_see(
     def work(peers: Rendezvous) -> None:
         peers.require_shared(tmp_path / ("run" if peers.node == 0 else "elsewhere"))
 
-    found = [str(error) for error in together(work)]
+    errors = [str(error) for error in together(work)]
     assert all("process 2, on " in text and "a disk that all machines share" in text
-               for text in found)  # fmt: skip
+               for text in errors)  # fmt: skip
 
 
-def test_processes_that_lightning_starts_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_lightning_starts_gets_the_broadcast_values(tmp_path, monkeypatch):
     parents: list[str] = []
     monkeypatch.setattr(
         module, "end_with_starter", lambda: parents.append(os.environ[module.STARTER]) or True
     )
     first = Rendezvous()
     assert first.broadcast("resume", lambda: "last.ckpt") == "last.ckpt"
-    assert first.broadcast("resume", lambda: None) is None  # a single process remembers nothing
+    assert first.broadcast("resume", lambda: None) is None  # one process alone stores nothing
     with first.handing_on(tmp_path):
         second = find_peers()
         assert second.broadcast("resume", lambda: "another") is None and not second.leads
-        assert parents == [str(os.getpid())], "it ends with the one that has started it"
+        assert parents == [str(os.getpid())], "it ends with its starter"
         monkeypatch.setattr(module, "end_with_starter", lambda: False)
         with pytest.raises(UserError, match="another process of this run has ended"):
             find_peers()
@@ -139,7 +135,7 @@ def test_processes_that_lightning_starts_are_told(
         ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
     ],
 )  # fmt: skip
-def test_as_many_processes_as_were_asked_for(
+def test_the_number_of_processes_must_be_that_of_the_config(
     environment: dict[str, str],
     trainer: dict[str, Any],
     refusal: str | None,
@@ -158,7 +154,7 @@ def test_as_many_processes_as_were_asked_for(
         Rendezvous().check(cfg)
 
 
-def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
+def test_a_lost_first_process_is_reported(tmp_path: Path) -> None:
     first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
     second = Rendezvous(1, 2, local_rank=1, store=store)
@@ -171,21 +167,19 @@ def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_told"),
+    ("error", "is_lost"),
     [
         (dist.DistStoreError("wait timeout"), True),
         (RuntimeError("[..pair.cc] Connection closed by peer [127.0.0.1]:4711"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
-def test_only_what_says_so_is_taken_for_a_lost_process(
-    tmp_path: Path, error: RuntimeError, is_told: bool
-) -> None:
-    raised = pytest.raises(UserError if is_told else RuntimeError)
-    with raised as found, errors_of_lost_peers(tmp_path):
+def test_only_errors_of_connections_mean_a_lost_process(tmp_path, error, is_lost):
+    raised = pytest.raises(UserError if is_lost else RuntimeError)
+    with raised as error_info, errors_of_lost_peers(tmp_path):
         raise error
-    assert isinstance(found.value, UserError) == is_told
-    assert str(error) in str(found.value)
+    assert isinstance(error_info.value, UserError) == is_lost
+    assert str(error) in str(error_info.value)
 
 
 @pytest.fixture
@@ -193,30 +187,30 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "_BEAT", 0.05)
     for place in (liveness, module):
         monkeypatch.setattr(place, "SILENCE", 1.5)
-        monkeypatch.setattr(place, "PATIENCE", 4.0)
+        monkeypatch.setattr(place, "PATIENCE", 2.5)
 
 
-def with_pulse(rank: int, store: dist.Store, said: list[str]) -> Rendezvous:
+def with_pulse(rank: int, store: dist.Store, messages: list[str]) -> Rendezvous:
     peers = Rendezvous(rank, 2, local_rank=rank, store=store)
-    peers.pulse = Pulse(store, rank, lambda: peers.size, said.append)
+    peers.pulse = Pulse(store, rank, lambda: peers.size, messages.append)
     peers.pulse.start()
     return peers
 
 
 @pytest.mark.parametrize("how", ["dies", "lives", "has met"])
-def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: None) -> None:
-    store, said = dist.HashStore(), []
-    first, second = (with_pulse(rank, store, said) for rank in range(2))
+def test_a_silent_process_ends_the_wait(how: str, impatient: None) -> None:
+    store, messages = dist.HashStore(), []
+    first, second = (with_pulse(rank, store, messages) for rank in range(2))
     assert first.pulse is not None and second.pulse is not None
     time.sleep(0.3)
     if how == "dies":
-        second.pulse._store = dist.HashStore()  # which the others do not read
-    elif how == "has met":  # and stops giving signs, since connections replace them
+        second.pulse._store = dist.HashStore()  # the others do not read this one
+    elif how == "has met":  # connections replace the signs of life
         second.pulse.met.set()
     else:
-        threading.Timer(4.5, lambda: second._set("late", "come")).start()
+        threading.Timer(3.0, lambda: second._set("late", "come")).start()
     if how == "lives":
-        assert first._get("late") == "come" and not said
+        assert first._get("late") == "come" and not messages
     elif how == "dies":
         with pytest.raises(UserError, match="ended .*process 1 has shown no sign of life"):
             first._get("late")
@@ -227,18 +221,16 @@ def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: N
     second.pulse.met.set()
 
 
-def test_one_that_does_not_come_is_named_while_it_is_waited_for(impatient: None) -> None:
-    store, said = dist.HashStore(), []
-    first = with_pulse(0, store, said)
+def test_a_process_that_does_not_come_is_named_during_the_wait(impatient: None) -> None:
+    store, messages = dist.HashStore(), []
+    first = with_pulse(0, store, messages)
     with pytest.raises(UserError, match="ended .*process 1 has not come in"):
         first._get("late")
-    (line,) = said
+    (line,) = messages
     assert line.startswith("waiting for process 1 of 2, which has not come")
 
 
-def test_a_first_process_that_does_not_come_is_named(
-    impatient: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreachable_first_process_is_named(impatient, caplog):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -56,8 +56,8 @@ def cut(value: Any, part: int, count: int) -> Any:
     def rows(leaf: Any) -> Tensor | None:
         if not is_large(leaf):
             return None
-        found = leaf.split(-(-len(leaf) // count))
-        return (found[part] if part < len(found) else leaf[:0]).clone()
+        pieces = leaf.split(-(-len(leaf) // count))
+        return (pieces[part] if part < len(pieces) else leaf[:0]).clone()
 
     return tree_map(rows, value)
 
@@ -95,24 +95,24 @@ def test_parts_are_read_as_one_file(tmp_path: Path, count: int) -> None:
     assert cio.newest_intact(tmp_path) == tmp_path / "last.ckpt"
 
 
-def test_any_rows_of_any_parts(tmp_path: Path) -> None:
+def test_any_rows_are_read_from_any_number_of_parts(tmp_path: Path) -> None:
     whole = content()
     for count in range(1, 7):
         path = tmp_path / f"{count}.ckpt"
         write(path, whole, count, folder=f"{count}")
         read = shard_files.opened(cio.load(path, mapped=True), path)
         for name, tensor in whole["state_dict"].items():
-            found = read["state_dict"][name]
+            pieces = read["state_dict"][name]
             if name == "bias":
-                assert torch.equal(found, tensor)
+                assert torch.equal(pieces, tensor)
                 continue
-            assert found.shape == tensor.shape and found.dtype == tensor.dtype
+            assert pieces.shape == tensor.shape and pieces.dtype == tensor.dtype
             for start in range(len(tensor) + 1):
                 for stop in range(start, len(tensor) + 1):
-                    assert torch.equal(found.rows(start, stop), tensor[start:stop])
+                    assert torch.equal(pieces.rows(start, stop), tensor[start:stop])
 
 
-def test_the_optimizers_parts_are_left_alone_by_who_does_not_want_them(tmp_path: Path) -> None:
+def test_optimizer_false_does_not_read_the_optimizers_parts(tmp_path: Path) -> None:
     place = write(tmp_path / "last.ckpt", content(), 2)
     for file in place.glob("optimizer-*"):
         file.unlink()
@@ -135,13 +135,13 @@ def cut_off(file: Path) -> None:
 
 
 def other_shape(file: Path) -> None:
-    found = torch.load(file, weights_only=True)
-    cio.save({**found, "w3": torch.zeros(4, 2, 3)}, file)
+    tensors = torch.load(file, weights_only=True)
+    cio.save({**tensors, "w3": torch.zeros(4, 2, 3)}, file)
 
 
 def repeated(file: Path) -> None:
-    found = torch.load(file, weights_only=True)
-    torch.save({**found, "w3": torch.zeros(1).expand(4, 2, 2)}, file)
+    tensors = torch.load(file, weights_only=True)
+    torch.save({**tensors, "w3": torch.zeros(1).expand(4, 2, 2)}, file)
 
 
 def other_content(file: Path) -> None:
@@ -149,9 +149,7 @@ def other_content(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip, cut_off])
-def test_a_damaged_part_is_found(
-    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_part_is_found(tmp_path, damage, caplog):
     folder = tmp_path / "checkpoints"
     last = folder / "last.ckpt"
     place = write(last, content(), 2)
@@ -181,7 +179,7 @@ class Canary:
         return (print, ("executed",))
 
 
-def test_nothing_of_a_part_is_executed(tmp_path: Path, capsys: Any) -> None:
+def test_code_in_a_part_is_not_executed(tmp_path: Path, capsys: Any) -> None:
     place = write(tmp_path / "last.ckpt", content(), 1)
     torch.save({"w3": Canary()}, place / "weights-0-of-1.pt")
     with pytest.raises(UserError, match="is damaged"):
@@ -194,7 +192,7 @@ def test_nothing_of_a_part_is_executed(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "parts",
     [
         {"folder": "../../elsewhere", "parts": 2},
         {"folder": "/tmp", "parts": 2},
@@ -206,10 +204,10 @@ def test_nothing_of_a_part_is_executed(tmp_path: Path, capsys: Any) -> None:
         "elsewhere",
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path: Path, said: Any) -> None:
+def test_a_forged_index_is_refused(tmp_path: Path, parts: Any) -> None:
     path = tmp_path / "last.ckpt"
     write(path, content(), 2)
-    cio.save({**cio.load(path, mapped=True), "parts": said}, path)
+    cio.save({**cio.load(path, mapped=True), "parts": parts}, path)
     assert not cio.intact(path)
     with pytest.raises(UserError, match="last.ckpt is damaged"):
         cio.load(path)
@@ -224,7 +222,7 @@ def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
             cio.load(path)
 
 
-def test_parts_of_no_checkpoint_are_removed(tmp_path: Path) -> None:
+def test_parts_without_a_checkpoint_are_removed(tmp_path: Path) -> None:
     write(tmp_path / "last.ckpt", content(3), 2, folder="3")
     write(tmp_path / "best.ckpt", content(2), 2, folder="2")
     write(tmp_path / "gone.ckpt", content(1), 2, folder="1")
@@ -237,7 +235,7 @@ def test_parts_of_no_checkpoint_are_removed(tmp_path: Path) -> None:
     assert cio.intact(tmp_path / "last.ckpt") and cio.intact(tmp_path / "best.ckpt")
 
 
-def test_what_is_kept_of_a_run_that_ended_well(tmp_path: Path) -> None:
+def test_keep_decides_which_parts_a_finished_run_leaves(tmp_path: Path) -> None:
     for name, folder in (("last", "3"), ("previous", "2"), ("best", "1")):
         write(tmp_path / f"{name}.ckpt", content(int(folder)), 2, folder=folder)
     cio.keep(tmp_path, "all")
@@ -253,7 +251,7 @@ def test_what_is_kept_of_a_run_that_ended_well(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_index_moves_with_its_parts(tmp_path: Path) -> None:
+def test_a_moved_checkpoint_needs_its_parts(tmp_path: Path) -> None:
     write(tmp_path / "here" / "last.ckpt", content(), 2)
     elsewhere = tmp_path / "there"
     elsewhere.mkdir()

@@ -33,7 +33,7 @@ def state(mesh: Any) -> dict[str, Any]:
     }
 
 
-def assert_held(path: Path) -> None:
+def assert_stored(path: Path) -> None:
     read = checkpoints.load(path)
     assert read["global_step"] == 2 and read["loops"] == {"done": [1, 2]}
     assert torch.equal(read["state_dict"]["weight"], WEIGHT)
@@ -51,8 +51,8 @@ def mesh() -> Iterator[Any]:
 
 
 @pytest.fixture
-def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Shards reach the disk only after this is set."""
+def delayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set, it lets shards reach the disk."""
     go, save = threading.Event(), checkpoints.save
 
     def slowly(content: dict[str, Any], path: Path) -> None:
@@ -65,9 +65,7 @@ def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go.set()
 
 
-def test_training_goes_on_and_the_file_is_of_the_moment(
-    tmp_path: Path, mesh: Any, held_up: threading.Event
-) -> None:
+def test_a_checkpoint_is_unaffected_by_later_training_steps(tmp_path, mesh, delayed):
     target, content = tmp_path / "last.ckpt", state(mesh)
     writing = ShardWriting(content, target, mesh, dist.group.WORLD)
     assert not writing.ended(wait=False) and not target.exists()
@@ -77,29 +75,29 @@ def test_training_goes_on_and_the_file_is_of_the_moment(
         content["optimizer_states"][0]["state"][0]["exp_avg"].mul_(0)
     content["loops"]["done"].append(3)
     assert not writing.ended(wait=False) and not target.exists()
-    held_up.set()
+    delayed.set()
     assert writing.ended(wait=True)
-    assert_held(target)
+    assert_stored(target)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("index"))
 
 
-def test_a_save_replaces_the_one_before(tmp_path: Path, mesh: Any) -> None:
+def test_a_save_replaces_the_previous_one(tmp_path: Path, mesh: Any) -> None:
     target = tmp_path / "last.ckpt"
     (tmp_path / "parts" / "00000001-half").mkdir(parents=True)  # left by a kill
     for _ in range(3):
         assert ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
     assert len(list((tmp_path / "parts").iterdir())) == 1
-    assert_held(target)
+    assert_stored(target)
 
 
-def _one_fails(rank: int, folder: str) -> None:
+def _second_process_fails(rank: int, folder: str) -> None:
     place = Path(folder)
     store = dist.FileStore(str(place / "store"), 2)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     mesh, target = build_mesh("cpu", 2, None), place / "last.ckpt"
     assert ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
-    own = state(mesh)["state_dict"]["weight"]
-    assert isinstance(own, DTensor) and len(own.to_local()) == (3 if rank == 0 else 2)
+    weight = state(mesh)["state_dict"]["weight"]
+    assert isinstance(weight, DTensor) and len(weight.to_local()) == (3 if rank == 0 else 2)
     before = target.read_bytes()
     save = checkpoints.save
 
@@ -117,6 +115,6 @@ def _one_fails(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_one_process_cannot_write_all_are_told(tmp_path: Path) -> None:
-    mp.spawn(_one_fails, args=(str(tmp_path),), nprocs=2)
-    assert_held(tmp_path / "last.ckpt")
+def test_a_failed_write_of_one_process_raises_in_all(tmp_path: Path) -> None:
+    mp.spawn(_second_process_fails, args=(str(tmp_path),), nprocs=2)
+    assert_stored(tmp_path / "last.ckpt")

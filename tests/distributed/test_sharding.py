@@ -21,7 +21,6 @@ from mtp_lightning.distributed.sharding import (
     whole,
 )
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -53,9 +52,7 @@ def _sharded(config: ModelConfig, *, seed: int) -> MTPModel:
 
 
 @pytest.mark.parametrize("mtp", [SequentialConfig, LinearConfig, NextLatConfig])
-def test_a_process_draws_its_part_of_the_plain_weights(
-    group: None, tiny_trunk: TrunkConfig, mtp: type[MTPConfig]
-) -> None:
+def test_a_process_draws_its_rows_of_the_unsharded_weights(group, tiny_trunk, mtp):
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp(depth=2))
     plain = MTPModel(config)
     plain.initialize(5)
@@ -65,32 +62,32 @@ def test_a_process_draws_its_part_of_the_plain_weights(
     for name, tensor in sharded.state_dict().items():
         size = -(-expected[name].shape[0] // WORLD)
         rows = expected[name].split(size)  # of one size, except for the last ones
-        own = rows[RANK] if len(rows) > RANK else expected[name][:0]
-        assert torch.equal(local(tensor), own), name
+        expected_rows = rows[RANK] if len(rows) > RANK else expected[name][:0]
+        assert torch.equal(local(tensor), expected_rows), name
 
 
-def test_a_process_keeps_its_share(group: None, tiny_trunk: TrunkConfig) -> None:
+def test_a_process_keeps_a_third_of_the_weights(group: None, tiny_trunk: TrunkConfig) -> None:
     model = _sharded(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2)), seed=0)
-    held = sum(local(p).numel() for p in model.parameters())
+    kept = sum(local(p).numel() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
-    assert total / WORLD * 0.9 < held < total / WORLD * 1.1
+    assert total / WORLD * 0.9 < kept < total / WORLD * 1.1
     assert is_sharded(model) and not is_sharded(nn.Linear(1, 1))
 
 
-def test_biases_of_experts_start_anew(group: None) -> None:
+def test_biases_of_experts_start_at_zero(group: None) -> None:
     trunk = deepseek.trunk()
     model = _sharded(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1)), seed=0)
     buffers = dict(model.named_buffers())
     assert buffers and all(torch.equal(b, torch.zeros_like(b)) for b in buffers.values())
 
 
-def test_buffers_that_nothing_sets_again_are_not_deferred(tiny_trunk: TrunkConfig) -> None:
+def test_a_buffer_that_initialize_does_not_set_is_found(tiny_trunk: TrunkConfig) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1)))
     model.register_buffer("table", torch.ones(3))
     assert not sets_everything(model)
 
 
-def test_copies_of_a_sharded_model(group: None) -> None:
+def test_the_mesh_of_several_copies_has_two_dimensions(group: None) -> None:
     with pytest.raises(RuntimeError):
         build_mesh("cpu", 4, 2)  # more than the three processes
     mesh = build_mesh("cpu", WORLD, 1)

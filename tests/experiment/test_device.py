@@ -20,33 +20,33 @@ def config(**trainer: object) -> DictConfig:
     return OmegaConf.create({"trainer": {**defaults, **trainer}})
 
 
-def settled(**trainer: object) -> tuple[object, ...]:
-    given = config(**trainer)
-    found = device.resolve_auto(given).trainer
-    assert given == config(**trainer)  # unchanged
-    return found.accelerator, found.precision, found.compile
+def resolved(**trainer: object) -> tuple[object, ...]:
+    cfg = config(**trainer)
+    result = device.resolve_auto(cfg).trainer
+    assert cfg == config(**trainer)  # unchanged
+    return result.accelerator, result.precision, result.compile
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, compiler: bool) -> None:
+def test_auto_on_a_gpu_is_bf16_and_compiled(monkeypatch, compiler):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
-    assert settled() == ("cuda", "bf16-mixed", compiler)
-    assert settled(accelerator="cpu") == ("cpu", "32-true", False)
-    assert settled(precision="32-true", compile=False) == ("cuda", "32-true", False)
+    assert resolved() == ("cuda", "bf16-mixed", compiler)
+    assert resolved(accelerator="cpu") == ("cpu", "32-true", False)
+    assert resolved(precision="32-true", compile=False) == ("cuda", "32-true", False)
 
 
-def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_is_fp32_and_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert settled() == ("cpu", "32-true", False)
-    assert settled(precision="bf16-mixed", compile=True) == ("cpu", "bf16-mixed", True)
+    assert resolved() == ("cpu", "32-true", False)
+    assert resolved(precision="bf16-mixed", compile=True) == ("cpu", "bf16-mixed", True)
     with pytest.raises(ValueError, match="no CUDA device"):
-        settled(accelerator="cuda")
+        resolved(accelerator="cuda")
     with pytest.raises(ValueError, match="trainer.compile must be auto, true or false, not 'yes'"):
-        settled(compile="yes")
+        resolved(compile="yes")
 
 
-def test_the_run_says_what_it_did(tmp_path: Path) -> None:
+def test_a_run_stores_the_chosen_precision(tmp_path: Path) -> None:
     settings = {"trainer.accelerator": "cpu", "trainer.max_steps": 2}
     train_here(tmp_path / "run", tmp_path / "cache", settings)
     trainer = open_model(tmp_path / "run").config["trainer"]
@@ -61,7 +61,7 @@ def test_the_run_says_what_it_did(tmp_path: Path) -> None:
         ("cpu", "bf16-mixed", "highest"),
     ],
 )
-def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
+def test_tf32_goes_with_bf16_on_a_gpu(accelerator: str, precision: str, expected: str) -> None:
     torch.set_float32_matmul_precision("medium")  # as another run in this process may have set it
     try:
         device.use_tensor_cores(config(accelerator=accelerator, precision=precision))
@@ -70,7 +70,7 @@ def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_start_says_what_computes_the_layers(
+def test_the_start_of_training_and_evaluate_names_the_cpu_kernels(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],

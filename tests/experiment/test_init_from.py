@@ -1,4 +1,4 @@
-"""Starting from another run: frozen trunks, other depths, and what is refused."""
+"""``init_from``: the kept, new and dropped modules, frozen trunks, and refusals."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
     """For each module of the stack, whether its weights are the old ones or new."""
     new = MTPModel(model.config)
     new.initialize(0)
-    found: dict[str, set[str]] = {}
+    origins: dict[str, set[str]] = {}
     for name, tensor in model.state_dict().items():
         if tensor.dim() < 2:
-            continue  # old and new gains are both 1
+            continue  # gains are 1 in both
         module = ".".join(name.split(".")[:3]) if name.startswith("mtp.") else "trunk"
-        old = name in start.weights and torch.equal(tensor, start.weights[name])
-        fresh_ = torch.equal(tensor, new.state_dict()[name])
-        assert old != fresh_, name
-        found.setdefault(module, set()).add("old" if old else "new")
-    assert all(len(kinds) == 1 for kinds in found.values())
-    return {module: kinds.pop() for module, kinds in found.items()}
+        is_old = name in start.weights and torch.equal(tensor, start.weights[name])
+        is_new = torch.equal(tensor, new.state_dict()[name])
+        assert is_old != is_new, name
+        origins.setdefault(module, set()).add("old" if is_old else "new")
+    assert all(len(kinds) == 1 for kinds in origins.values())
+    return {module: kinds.pop() for module, kinds in origins.items()}
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,7 @@ def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
         ),
     ],
 )
-def test_modules_are_kept_new_or_dropped(
-    tiny_trunk: TrunkConfig,
-    old: dict[str, Any],
-    now: dict[str, Any],
-    kept: list[int],
-    new: list[int],
-    dropped: list[int],
-) -> None:
+def test_modules_are_kept_new_or_dropped(tiny_trunk, old, now, kept, new, dropped):
     start, model = start_of(tiny_trunk, **old), fresh(tiny_trunk, **now)
     inherited = start_from(model, start)
     depths = {"kept": kept, "new": new, "dropped": dropped}
@@ -86,23 +79,21 @@ def test_modules_are_kept_new_or_dropped(
 @pytest.mark.parametrize(
     ("old", "new"), [("none", "sequential"), ("sequential", "parallel"), ("parallel", "linear")]
 )
-def test_another_variant_starts_its_stack_fresh(
-    tiny_trunk: TrunkConfig, old: str, new: str
-) -> None:
-    """Modules of two variants may have the same name, and still mean something else."""
+def test_another_head_starts_with_new_modules(tiny_trunk, old, new):
+    """Modules of two heads may have the same name and different meanings."""
     start = start_of(tiny_trunk, variant=old, **({} if old == "none" else {"depth": 1}))
     model = fresh(tiny_trunk, new, depth=1)
     inherited = start_from(model, start)
     dropped = [] if old == "none" else ["mtp.depths.0"]
     assert inherited == {"kept": [], "new": ["mtp.depths.0"], "dropped": dropped}
-    found = start.weights["trunk.blocks.0.attention.qkv.weight"]
-    assert torch.equal(model.trunk.blocks[0].attention.qkv.weight, found)
+    qkv = start.weights["trunk.blocks.0.attention.qkv.weight"]
+    assert torch.equal(model.trunk.blocks[0].attention.qkv.weight, qkv)
     for name, tensor in fresh(tiny_trunk, new, depth=1).mtp.state_dict().items():
         if tensor.dim() > 1:  # new norms have the trunk's gains
             assert torch.equal(model.mtp.state_dict()[name], tensor)
 
 
-def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
+def test_weights_that_do_not_fit_are_named(tiny_trunk: TrunkConfig) -> None:
     model = fresh(tiny_trunk, depth=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = TrunkConfig(vocab_size=37, d_model=32, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=48)
@@ -114,8 +105,7 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
         start_from(model, start_of(tiny_trunk, depth=1, blocks=2))
     markov = start_of(tiny_trunk, variant="parallel", depth=1, correction="markov")
     hydra = fresh(tiny_trunk, "parallel", depth=2, correction="mlp", freeze_trunk=True)
-    told = r"mtp.corrections.0 of another form than this run \(mtp.correction: markov -> mlp\): set"
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"corrections.0 of another form .*: markov -> mlp\): set"):
         start_from(hydra, markov)
     sure = start_of(tiny_trunk, depth=2, confidence=True)
     with pytest.raises(ValueError, match=r"another form than this run \(mtp.depth: 2 -> 1\)"):
@@ -141,9 +131,7 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
-def test_frozen_are_embedding_trunk_and_head(
-    tiny_trunk: TrunkConfig, variant: str, tied: bool
-) -> None:
+def test_freeze_trunk_freezes_embedding_trunk_and_head(tiny_trunk, variant, tied):
     model = fresh(replace(tiny_trunk, tie_embeddings=tied), variant, depth=2, freeze_trunk=True)
     batch = WindowBatch(torch.randint(0, 37, (2, 11)), 2)
     mtp_loss(model, batch, [0.3, 0.3], [16] * 3)[0].backward()
@@ -162,16 +150,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_post_hoc_training_changes_the_modules_alone(
-    base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_on_a_frozen_trunk_changes_the_modules_alone(base, caplog):
     settings = {
-        "init_from": base / "base",
-        "mtp.freeze_trunk": "true",
-        "mtp.depth": 2,
-        "trainer.max_steps": 4,
-        "trainer.val_check_interval": 2,
-    }
+        "init_from": base / "base", "mtp.freeze_trunk": "true", "mtp.depth": 2,
+        "trainer.max_steps": 4, "trainer.val_check_interval": 2,
+    }  # fmt: skip
     with caplog.at_level(logging.INFO):
         summary = helpers.train_here(base / "frozen", base / "cache", settings)
     assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
@@ -194,13 +177,11 @@ def test_post_hoc_training_changes_the_modules_alone(
     assert len(first) == 2 and len(set(first.values())) == 1
 
 
-def test_a_resumed_run_goes_on_and_does_not_start_again(base: Path) -> None:
+def test_a_resumed_run_does_not_read_its_start_again(base: Path) -> None:
     settings = {
-        "init_from": base / "gone",
-        "mtp.depth": 1,
-        **helpers.CONSTANT,
+        "init_from": base / "gone", "mtp.depth": 1, **helpers.CONSTANT,
         "callbacks.checkpoints.every_n_steps": 2,
-    }
+    }  # fmt: skip
     shutil.copytree(base / "base", base / "gone")
     for folder, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
         if steps == 4 and folder == "halves":
@@ -211,13 +192,10 @@ def test_a_resumed_run_goes_on_and_does_not_start_again(base: Path) -> None:
     helpers.assert_same_weights(base / "whole", base / "halves")
 
 
-def test_other_heads_on_a_frozen_trunk(base: Path) -> None:
-    settings = {
-        "init_from": base / "base" / "checkpoints" / "last.ckpt",  # not the best one
-        "mtp": "parallel",
-        "mtp.freeze_trunk": "true",
-        "trainer.max_steps": 3,
-    }
+def test_a_frozen_trunk_takes_other_heads(base: Path) -> None:
+    last = base / "base" / "checkpoints" / "last.ckpt"  # the folder would give the best one
+    settings = {"init_from": last, "mtp": "parallel", "mtp.freeze_trunk": "true"}
+    settings["trainer.max_steps"] = 3
     helpers.train_here(base / "parallel", base / "cache", settings)
     old, new = helpers.weights(base / "base"), helpers.weights(base / "parallel")
     for name, tensor in new.items():
@@ -225,30 +203,33 @@ def test_other_heads_on_a_frozen_trunk(base: Path) -> None:
             assert torch.equal(tensor, old[name])
 
 
-def test_what_cannot_be_started_from(base: Path, tmp_path: Path) -> None:
-    def refuse(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
-        with pytest.raises(kind, match=message):
-            helpers.train_here(tmp_path / "run", base / "cache", settings)
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("start", "settings", "message"),
+    [
+        ("hf", {}, "model_type=None, which cannot be imported"),
+        ("nothing", {}, "no checkpoint or run folder"),
+        ("foreign.ckpt", {}, "has no config, model_config, tokenizer"),
+        ("base", {"model.d_ff": 64}, "d_ff: 48 -> 64"),
+        ("base", {"tokenizer": "bpe", "tokenizer.vocab_size": 300},
+         "trained with the tokenizer {'kind': 'byte'}.*: set tokenizer= to that one"),
+        (None, {"mtp.freeze_trunk": "true", "mtp_lambda": 0}, "nothing to train"),
+    ],
+    ids=["family", "nothing", "foreign", "width", "tokenizer", "nothing trained"],
+)  # fmt: skip
+def test_an_unusable_start_is_refused_and_leaves_no_folder(
+    base: Path, tmp_path: Path, start: str | None, settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    if start is not None:
+        settings = {**settings, "init_from": (base if start == "base" else tmp_path) / start}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        helpers.train_here(tmp_path / "run", base / "cache", settings)
+    assert not (tmp_path / "run").exists()
 
-    hf = tmp_path / "hf"
-    hf.mkdir()
-    (hf / "config.json").write_text("{}")
-    refuse({"init_from": hf}, ValueError, "model_type=None, which cannot be imported")
-    refuse({"init_from": tmp_path / "nothing"}, FileNotFoundError, "no checkpoint or run folder")
-    refuse({"init_from": base / "base", "model.d_ff": 64}, ValueError, "d_ff: 48 -> 64")
-    refuse(
-        {"init_from": base / "base", "tokenizer": "bpe", "tokenizer.vocab_size": 300},
-        ValueError,
-        "trained with the tokenizer {'kind': 'byte'}.*: set tokenizer= to that one",
-    )
-    refuse({"mtp.freeze_trunk": "true", "mtp_lambda": 0}, ValueError, "nothing to train")
-    foreign = tmp_path / "foreign.ckpt"
-    torch.save({"state_dict": {}}, foreign)
-    refuse({"init_from": foreign}, ValueError, "has no config, model_config, tokenizer")
 
-
-def test_the_checkpoints_own_bpe_tokenizer_is_used(base: Path) -> None:
+def test_the_tokenizer_of_the_start_is_used(base: Path) -> None:
     bpe = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "trainer.max_steps": 2}
     helpers.train_here(base / "bpe", base / "cache", bpe)
     other_text = {**bpe, "init_from": base / "bpe", "data.source.seed": 5}

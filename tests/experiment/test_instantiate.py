@@ -14,7 +14,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate, rebuild, trusted_packages
 from mtp_lightning.optim.lr_schedule import LRSchedule
 
-THEIRS = """
+SCHEDULE = "mtp_lightning.optim.lr_schedule.LRSchedule"
+PACKAGE = """
 from os import system
 import os
 
@@ -35,10 +36,10 @@ def touch(path):
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's package, which is on the path and not imported."""
-    name = f"theirs_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(THEIRS)
+    name = f"package_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
 
@@ -47,46 +48,38 @@ def node(**keys: Any) -> Any:
     return OmegaConf.create(keys)
 
 
-def test_a_user_builds_what_can_be_imported(theirs: str) -> None:
-    assert instantiate(node(_target_=f"{theirs}.Text", word="b")).word == "b"
+def test_a_composed_config_builds_any_importable_class(package: str) -> None:
+    assert instantiate(node(_target_=f"{package}.Text", word="b")).word == "b"
     assert instantiate(node(_target_="builtins.dict", a=1), kind=dict) == {"a": 1}
 
 
 @pytest.mark.parametrize(
-    ("keys", "kind", "told"),
+    ("keys", "kind", "message"),
     [
         ({"_target_": "builtins.dict"}, LRSchedule, "gives a dict, and LRSchedule is needed"),
         ({"_target_": "nowhere.Thing"}, None, "nowhere.*PYTHONPATH"),
         ({"_target_": "collections.Nothing"}, None, "Nothing.*PYTHONPATH"),
-        (
-            {"_target_": "mtp_lightning.optim.lr_schedule.LRSchedule", "speed": 1},
-            LRSchedule,
-            "LRSchedule refuses its settings.*speed",
-        ),
-        (
-            {"_target_": "mtp_lightning.optim.lr_schedule.LRSchedule", "kind": "square"},
-            LRSchedule,
-            "square",
-        ),
+        ({"_target_": SCHEDULE, "speed": 1}, LRSchedule, "LRSchedule refuses its settings.*speed"),
+        ({"_target_": SCHEDULE, "kind": "square"}, LRSchedule, "square"),
     ],
 )
-def test_mistakes_are_one_sentence(keys: dict[str, Any], kind: type | None, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as raised:
+def test_a_target_that_cannot_be_built_is_one_sentence(keys, kind, message):
+    with pytest.raises(ValueError, match=message) as raised:
         instantiate(node(**keys), kind=kind)
     assert "\n" not in str(raised.value)
 
 
-def test_a_value_fits_its_annotation(theirs: str) -> None:
-    for key, value, told in (
+def test_a_value_must_fit_its_annotation(package: str) -> None:
+    for key, value, message in (
         ("shift", "maybe", "shift must be a whole number, not 'maybe'"),
         ("shift", 1.5, "shift must be a whole number, not 1.5"),
         ("shift", None, "shift must be a whole number, not None"),
         ("sharp", "often", "sharp must be a number, not 'often'"),
         ("gated", "perhaps", "gated must be true or false, not 'perhaps'"),
     ):
-        with pytest.raises(UserError, match=told):
-            instantiate(node(_target_=f"{theirs}.Head", **{key: value}), kind=object)
-    built = instantiate(node(_target_=f"{theirs}.Head", shift=2, sharp=None, name=3), kind=object)
+        with pytest.raises(UserError, match=message):
+            instantiate(node(_target_=f"{package}.Head", **{key: value}), kind=object)
+    built = instantiate(node(_target_=f"{package}.Head", shift=2, sharp=None, name=3), kind=object)
     assert (built.shift, built.sharp, built.name) == (2, None, 3)
 
 
@@ -107,9 +100,7 @@ FOREIGN = [
 @pytest.mark.parametrize("target", FOREIGN)
 @pytest.mark.parametrize("allow", [[], ["my_ideas"]])
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_was_stored_builds_nothing_foreign(
-    target: str, allow: list[str], nested: bool
-) -> None:
+def test_a_stored_config_builds_no_foreign_target(target, allow, nested):
     inner = node(_target_=target, command="echo hello")
     stored = node(_target_="data_modules.sources.SyntheticSource", size=inner) if nested else inner
     with pytest.raises(ValueError, match=f"_target_={target} is refused.*allow=") as raised:
@@ -117,27 +108,25 @@ def test_what_was_stored_builds_nothing_foreign(
     assert "\n" not in str(raised.value)
 
 
-def test_what_was_stored_builds_the_platforms_own() -> None:
+def test_a_stored_config_builds_this_projects_classes() -> None:
     stored = node(_target_="data_modules.sources.SyntheticSource", seed=1, size=100, documents=2)
     assert isinstance(rebuild(stored), SyntheticSource)
 
 
-def test_allowed_packages_give_their_own_classes_and_nothing_they_imported(
-    theirs: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=rf"{theirs}.Text is refused.*allow=\[{theirs}\]"):
-        rebuild(node(_target_=f"{theirs}.Text"))
-    assert theirs not in sys.modules, "not even imported"
-    assert rebuild(node(_target_=f"{theirs}.Text", word="c"), allow=[theirs]).word == "c"
-    for target in (f"{theirs}.system", f"{theirs}.os.system", f"{theirs}.touch"):
+def test_an_allowed_package_gives_its_classes_and_not_its_imports(package, tmp_path):
+    with pytest.raises(ValueError, match=rf"{package}.Text is refused.*allow=\[{package}\]"):
+        rebuild(node(_target_=f"{package}.Text"))
+    assert package not in sys.modules, "not even imported"
+    assert rebuild(node(_target_=f"{package}.Text", word="c"), allow=[package]).word == "c"
+    for target in (f"{package}.system", f"{package}.os.system", f"{package}.touch"):
         with pytest.raises(ValueError, match=f"{target} is refused"):
-            rebuild(node(_target_=target, path=str(tmp_path / "x")), allow=[theirs])
+            rebuild(node(_target_=target, path=str(tmp_path / "x")), allow=[package])
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match=f"{theirs}.Nothing cannot be imported"):
-        rebuild(node(_target_=f"{theirs}.Nothing"), allow=[theirs])
+    with pytest.raises(ValueError, match=f"{package}.Nothing cannot be imported"):
+        rebuild(node(_target_=f"{package}.Nothing"), allow=[package])
 
 
-def test_whom_a_composed_config_trusts() -> None:
+def test_a_composed_config_trusts_allow_and_the_packages_of_its_targets() -> None:
     cfg = node(
         allow=["friends"],
         mtp={"_target_": "my_ideas.heads.Config", "inner": [{"_target_": "their.Thing"}]},

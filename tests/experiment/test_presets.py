@@ -1,4 +1,4 @@
-"""Every stack works with every preset: ``experiment=NAME mtp=WORD``."""
+"""Every head works with every preset: ``experiment=NAME mtp=HEAD``."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.paths import CONF
 from tests.integration.helpers import composed
 
-WORDS = sorted(file.stem for file in (CONF / "mtp").glob("*.yaml"))
+HEADS = sorted(file.stem for file in (CONF / "mtp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 TASKS = [preset for preset in PRESETS if (CONF / "data" / f"{preset}.yaml").exists()]
-# Presets of every kind: those of tasks differ in their task and their sizes, and others in what has
-# nothing to do with the stack.
+# One preset of each kind: the others differ in their task, and in settings that no head reads.
 KINDS = ("main_job", "deepseek", "smollm2_heads", TASKS[0])
-PAIRS = [(preset, word) for preset in KINDS for word in WORDS]
-# The control with presets of every kind, and each word and each preset at least once.
+PAIRS = [(preset, head) for preset in KINDS for head in HEADS]
+# mtp=none with nearly every preset, and each head and each preset at least once.
 FAST = {(preset, "none") for preset in PRESETS if preset not in TASKS[2:]} | {
-    (preset, WORDS[i % len(WORDS)]) for i, preset in enumerate(PRESETS)
+    (preset, HEADS[i % len(HEADS)]) for i, preset in enumerate(PRESETS)
 }
-# What is refused, and the remedy: no text can ask a question, the depths of three have a loss of
-# their own, and two read keys and values of whole heads.
+# Words of the refusals: teacherless needs questions, three heads have their own loss, and two read
+# the keys and values of whole attention heads.
 WHOLE_HEADS = ("eagle", "masked")
 IMPOSSIBLE = {
     **dict.fromkeys(WHOLE_HEADS, "use model.attention=grouped_query"),
     "teacherless": "needs a task",
     **dict.fromkeys(["bag", "registers", "top"], "has its own loss"),
 }
-# A text of a moment in the place of the corpus, and no model that has to be there.
+# A synthetic text in place of the corpus.
 TEXT = [
     "data.source._target_=data_modules.sources.SyntheticSource",
     "+data.source.size=100000",
@@ -47,15 +46,20 @@ WHOLE_VOCABULARY = ("none", "parameter_free", "registers", "teacherless", "eagle
 CHATS = ("chat_share", "chat_before", "chat_after")
 
 
-def chosen(preset: str, word: str, folder: Path) -> DictConfig:
-    asked = [f"experiment={preset}", f"mtp={word}", "init_from=null", "trainer.precision=32-true"]
-    asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
-    asked += ["trainer.accelerator=cpu", "trainer.compile=false"]
+def chosen(preset: str, head: str, folder: Path) -> DictConfig:
+    overrides = [
+        f"experiment={preset}",
+        f"mtp={head}",
+        "init_from=null",
+        "trainer.precision=32-true",
+    ]
+    overrides += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+    overrides += ["trainer.accelerator=cpu", "trainer.compile=false"]
     if preset == "smollm2_heads":
-        asked += ["data=stdlib", *(f"~data.{key}" for key in (*GENERATED, *CHATS))]
-        # The texts here have fewer tokens; and some stacks train the trunk, or have a head.
-        asked.append(f"objective.draft_vocab={'null' if word in WHOLE_VOCABULARY else 200}")
-    return composed("config", [*asked, *([] if preset in TASKS else TEXT)])
+        overrides += ["data=stdlib", *(f"~data.{key}" for key in (*GENERATED, *CHATS))]
+        # The synthetic text has fewer tokens, and some heads need the whole vocabulary.
+        overrides.append(f"objective.draft_vocab={'null' if head in WHOLE_VOCABULARY else 200}")
+    return composed("config", [*overrides, *([] if preset in TASKS else TEXT)])
 
 
 @pytest.fixture(scope="module")
@@ -64,62 +68,61 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("preset", "word"),
+    ("preset", "head"),
     [*sorted(FAST), *(pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS if p not in FAST)],
 )
-def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Path) -> None:
-    cfg = chosen(preset, word, folder)
+def test_every_preset_builds_with_every_head(preset: str, head: str, folder: Path) -> None:
+    cfg = chosen(preset, head, folder)
     check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
-    asked = OmegaConf.select(cfg, "stack.depth")
-    begins = cfg.mtp.get("init", "random")
-    assert begins == (OmegaConf.select(cfg, "stack.init") or "random") or "init" not in cfg.mtp
-    if begins != "random":
-        cfg.mtp.init = "random"  # what it begins from is a model that is not here
+    depth = OmegaConf.select(cfg, "stack.depth")
+    init = cfg.mtp.get("init", "random")
+    assert init == (OmegaConf.select(cfg, "stack.init") or "random") or "init" not in cfg.mtp
+    if init != "random":
+        cfg.mtp.init = "random"  # there is no model to copy from
     data = build.build_data(cfg)
     cfg.data.update(data.resolved_settings())
-    own_loss = preset == "smollm2_heads" and word in IMPOSSIBLE and word not in WHOLE_HEADS
-    latent = preset == "deepseek" and word in WHOLE_HEADS
+    own_loss = preset == "smollm2_heads" and head in IMPOSSIBLE and head not in WHOLE_HEADS
+    latent = preset == "deepseek" and head in WHOLE_HEADS
     with torch.device("meta"):
-        if own_loss or latent or (word == "teacherless" and preset not in TASKS):
-            with pytest.raises(UserError, match=IMPOSSIBLE[word]):
+        if own_loss or latent or (head == "teacherless" and preset not in TASKS):
+            with pytest.raises(UserError, match=IMPOSSIBLE[head]):
                 build.build_module(cfg, data, stored=cfg)
             return
         module = build.build_module(cfg, data, stored=cfg)
     stack = module.model.config.mtp
-    assert stack.variant == word
+    assert stack.variant == head
     fixed = {"none": 0, "teacherless": 0, "bag": 1, "registers": 1, "top": 1}
-    usual = 3 if word == "eagle" else 2
-    assert stack.depth == fixed.get(word, usual if asked is None else asked)
-    if word == "none":
+    default = 3 if head == "eagle" else 2
+    assert stack.depth == fixed.get(head, default if depth is None else depth)
+    if head == "none":
         assert stack.trains_trunk and not list(module.model.mtp.parameters())
         assert not cfg.data.get("cache_states", False)
     instantiate(cfg.optimizer, kind=OptimizerConfig)
 
 
-def test_a_learning_rate_that_never_reaches_its_peak_is_reported(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for steps, kind, said in (
+def test_a_learning_rate_that_never_reaches_its_peak_is_reported(folder, caplog):
+    for steps, kind, warning in (
         (20, "warmup_decay", ""),
         (2000, "wsd", ""),
         (40, "wsd", "reaches only 38 % of its peak"),
         (110, "wsd", "reaches only 91 % of its peak"),
     ):
         caplog.clear()
-        asked = [f"trainer.max_steps={steps}", f"optimizer/schedule={kind}"]
-        asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
-        cfg = composed("config", [*asked, *TEXT])
+        overrides = [f"trainer.max_steps={steps}", f"optimizer/schedule={kind}"]
+        overrides += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+        cfg = composed("config", [*overrides, *TEXT])
         data = build.build_data(cfg)
         cfg.data.update(data.resolved_settings())
         with torch.device("meta"):
             build.build_module(cfg, data, stored=cfg)
-        assert said in caplog.text and bool(said) == ("peak" in caplog.text)
+        assert warning in caplog.text and bool(warning) == ("peak" in caplog.text)
 
 
-def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
+def test_a_typed_depth_is_checked_against_the_typed_head(folder: Path) -> None:
     typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
     cfg = composed("config", [*typed, f"paths.output_dir={folder}/run"])
-    with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
+    message = "mtp.depth must be 0 with mtp=none, not 2"
+    with pytest.raises(UserError, match=message):
         check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
+    with pytest.raises(UserError, match=message):
         build.build_model_config(cfg, 300)

@@ -1,4 +1,4 @@
-"""The samples that a run ends with."""
+"""The samples that a run prints at its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(*texts: str) -> Any:
     )
 
 
-def test_beginnings_are_recognized() -> None:
+def test_beginnings_are_a_function_a_class_and_a_sentence() -> None:
     assert list(beginnings(list(CODE))) == [
         ("a function", "    def run(self, n: int) -> None:\n"),
         ("a class", "class Job(Base):\n"),
@@ -48,17 +48,19 @@ def test_beginnings_are_recognized() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("depth", [2, 0])
-def test_samples_mark_their_drafts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], depth: int, terminal: bool
-) -> None:
+def test_samples_mark_their_drafts_on_a_terminal(monkeypatch, capsys, depth, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     model = small_model(3, depth, vocab=257)
     print_samples(model, data(*CODE), seed=1)
-    shown = capsys.readouterr().out
-    assert re.findall(r"^--- (.*)$", shown, re.MULTILINE) == ["a function", "a class", "a sentence"]
-    assert "temperature 0.7" in shown and "class Job(Base):\n" in shown
+    output = capsys.readouterr().out
+    assert re.findall(r"^--- (.*)$", output, re.MULTILINE) == [
+        "a function",
+        "a class",
+        "a sentence",
+    ]
+    assert "temperature 0.7" in output and "class Job(Base):\n" in output
     marked = depth > 0 and terminal
-    assert ("drafts of depth" in shown) == ("\x1b[32m" in shown) == marked
-    assert ";9m" not in shown  # no rejected ones
+    assert ("drafts of depth" in output) == ("\x1b[32m" in output) == marked
+    assert ";9m" not in output  # no rejected ones
     print_samples(model, data("0 1\x07 2"), seed=1)
     assert "--- a text\n0 1\\x07 2" in capsys.readouterr().out

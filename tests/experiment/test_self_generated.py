@@ -22,29 +22,16 @@ from tests.integration import helpers
 from tests.interop import folders
 
 EOT = 256
-TRUNK = {
-    "mtp": "none",
-    "mtp.depth": None,
-    "data.seq_len": 48,
-    "model.n_layers": 2,
-    "trainer.max_steps": 30,
-    "trainer.val_check_interval": 30,
-}
-OWN = {
-    "data": "self_generated",
-    "data.prompts._target_": "data_modules.sources.SyntheticSource",
-    "+data.prompts.size": 40_000,
-    "+data.prompts.documents": 90,
-    "data.n_prompts": 40,
-    "data.prompt_tokens": 8,
-    "data.new_tokens": 40,
-    "data.val_fraction": 0.2,
-    "data.seq_len": 24,
-    "model.n_layers": 2,
-    "mtp.freeze_trunk": "true",
-    "trainer.max_steps": 4,
-    "trainer.val_check_interval": 2,
-}
+TRUNK = helpers.typed(
+    "mtp=none mtp.depth data.seq_len=48 model.n_layers=2 trainer.max_steps=30 "
+    "trainer.val_check_interval=30"
+)
+GENERATED = helpers.typed(
+    "data=self_generated data.prompts._target_=data_modules.sources.SyntheticSource "
+    "+data.prompts.size=40000 +data.prompts.documents=90 data.n_prompts=40 data.prompt_tokens=8 "
+    "data.new_tokens=40 data.val_fraction=0.2 data.seq_len=24 model.n_layers=2 "
+    "mtp.freeze_trunk=true trainer.max_steps=4 trainer.val_check_interval=2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +57,28 @@ def corpus(base: Path, cache: Path, **changes: Any) -> SelfGenerated:
 
 def documents(store: TokenStore) -> dict[str, list[list[int]]]:
     """The texts of each split, without their end-of-text tokens."""
-    found = {}
+    splits = {}
     for name, file in store.splits.items():
         tokens, ends = file.tokens(), [*file.starts()[1:], file.n_tokens]
-        found[name] = [
+        splits[name] = [
             tokens[start : end - 1].tolist() for start, end in zip(file.starts(), ends, strict=True)
         ]
         assert all(tokens[end - 1] == EOT for end in ends)
-    return found
+    return splits
 
 
-def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Path) -> None:
+def test_texts_are_prompts_and_the_trunks_greedy_continuations(base: Path, tmp_path: Path) -> None:
     """Greedy texts are compared with a loop that computes the whole text again for every token."""
     data = corpus(base, tmp_path, temperature=0.0)
     model = open_model(base / "trunk").model
-    found = documents(data.store)
-    assert {name: len(texts) for name, texts in found.items()} == {"train": 9, "val": 3}
-    sides: dict[str, list[bytes]] = {"train": [], "val": []}
+    splits = documents(data.store)
+    assert {name: len(texts) for name, texts in splits.items()} == {"train": 9, "val": 3}
+    documents_of: dict[str, list[bytes]] = {"train": [], "val": []}
     for name, document in DocumentSplit(source(), val_fraction=0.25):
-        sides[name].append(document.encode())
-    for name, texts in found.items():
+        documents_of[name].append(document.encode())
+    for name, texts in splits.items():
         for text in texts:
-            assert any(bytes(text[:8]) in document for document in sides[name])
+            assert any(bytes(text[:8]) in document for document in documents_of[name])
             ids = text[:8]
             while len(ids) < 28:
                 with torch.no_grad():
@@ -101,22 +88,22 @@ def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Pat
                     ids.pop()
                     break
             assert text == ids
-    prompts = [bytes(text[:8]) for texts in found.values() for text in texts]
+    prompts = [bytes(text[:8]) for texts in splits.values() for text in texts]
     assert len(set(prompts)) == 12
 
 
-def test_a_question_ends_where_the_format_goes_on() -> None:
-    """Where no token ends a question, the model writes the format's next words and an answer."""
+def test_a_generated_question_ends_before_the_formats_next_words() -> None:
+    """Without an end token, the model continues with the format's next words and an answer."""
     byte = ByteTokenizer()
 
-    def asked(text: str) -> str:
+    def question(text: str) -> str:
         return byte.decode(_until("[/INST]", byte.encode(text).tolist(), byte))
 
-    assert asked(" why? [/INST] so [/INST]") == " why? " and asked(" why?") == " why?"
+    assert question(" why? [/INST] so [/INST]") == " why? " and question(" why?") == " why?"
     assert _until("", [1, 2], byte) == [1, 2]
 
 
-def test_the_seed_decides_and_the_batch_does_not(base: Path, tmp_path: Path) -> None:
+def test_texts_depend_on_the_seed_and_not_on_the_batch_size(base: Path, tmp_path: Path) -> None:
     def files(where: str, **changes: Any) -> dict[str, bytes]:
         store = corpus(base, tmp_path / where, **changes).store
         return {name: file.path.read_bytes() for name, file in store.splits.items()}
@@ -128,9 +115,7 @@ def test_the_seed_decides_and_the_batch_does_not(base: Path, tmp_path: Path) -> 
     assert files("g", top_p=1.0) == first
 
 
-def test_a_stopped_build_continues_after_its_last_text(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_build_continues_after_its_last_text(base, tmp_path, monkeypatch):
     whole = documents(corpus(base, tmp_path / "whole").store)
     add, stop_at, written = KeptTexts.add, [0], []
 
@@ -146,8 +131,8 @@ def test_a_stopped_build_continues_after_its_last_text(
             _ = corpus(base, tmp_path / "own", decode_batch_size=2).store
         assert list((tmp_path / "own" / "stores").iterdir()) == [], "no half store"
         (file,) = (tmp_path / "own" / "texts").iterdir()
-        with file.open("a") as kept:
-            kept.write('["texts", 1')  # the process was killed while it wrote
+        with file.open("a") as lines:
+            lines.write('["texts", 1')  # the process was killed while it wrote
     assert documents(corpus(base, tmp_path / "own", decode_batch_size=3).store) == whole
     assert len(written) == len(set(written)) == 12
     assert not list((tmp_path / "own" / "texts").iterdir())
@@ -160,8 +145,8 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
     KeptTexts(file)
     assert file.stat().st_mtime_ns == before.st_mtime_ns
     for half in ('["texts", 1', "half"):
-        with file.open("a") as kept:
-            kept.write(half)
+        with file.open("a") as lines:
+            lines.write(half)
         damaged = file.stat()
         again = KeptTexts(file)
         assert again.of("texts") == {0: [1, 2]} and file.stat().st_size == before.st_size
@@ -171,9 +156,9 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
     assert KeptTexts(file).of("texts") == {3: [4]}
 
 
-def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Path) -> None:
+def test_a_store_is_reused_unless_a_setting_of_its_texts_changes(base, tmp_path):
     first = corpus(base, tmp_path)
-    # Settings without an influence: training order, windows, the number of texts decoded together.
+    # Settings without an influence: training order, windows, the batch size of decoding.
     again = corpus(base, tmp_path, seed=7, seq_len=8, decode_batch_size=3)
     assert again.store.folder == first.store.folder
     assert (tmp_path / "stores").is_dir() and len(list((tmp_path / "stores").iterdir())) == 1
@@ -185,7 +170,7 @@ def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Pat
     assert len(names | {first.fingerprint}) == len(changes) + 1
 
 
-def test_other_weights_are_other_texts(base: Path) -> None:
+def test_other_weights_change_the_digest(base: Path) -> None:
     model = open_model(base / "trunk").model
     before = trunk_digest(model)
     with torch.no_grad():
@@ -194,9 +179,9 @@ def test_other_weights_are_other_texts(base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> None:
+def test_heads_are_trained_and_evaluated_on_generated_texts(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "trunk", base / "gone")
-    settings = {**OWN, "init_from": base / "gone"}
+    settings = {**GENERATED, "init_from": base / "gone"}
     cache = tmp_path / "cache"
     summary = helpers.train_here(tmp_path / "run", cache, settings)
     digest = trunk_digest(open_model(base / "trunk").model)
@@ -213,7 +198,7 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
     for name, value in evaluated().items():
         if name in summary and name.startswith(("val/", "evaluation")):
             assert value == summary[name], name
-    # Generated again, the texts are the same.
+    # The texts are generated again, and are the same.
     shutil.rmtree(cache)
     assert evaluated()["evaluation"] == summary["evaluation"]
 
@@ -227,17 +212,16 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
         evaluated()
 
 
-def test_texts_of_a_model_that_was_trained_on_are_not_those(base: Path, tmp_path: Path) -> None:
+def test_texts_of_changed_weights_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has other weights now than when this run's texts"):
         corpus(base, tmp_path, weights="0" * 32).prepare()
 
 
-def test_rows_without_a_text_have_no_bytes(base: Path, tmp_path: Path) -> None:
+def test_ids_without_a_text_have_no_bits_per_byte(base: Path, tmp_path: Path) -> None:
     """A trunk may generate ids that its tokenizer does not have."""
     pytest.importorskip("safetensors", reason="Hugging Face folders need it")
     folders.write(tmp_path / "llama", deepseek.build(folders.dense()))
-    without = {key: None for key in helpers.QUICK if key.startswith(("model.", "tokenizer"))}
-    settings = {**OWN, **without, "model.n_layers": None, "init_from": tmp_path / "llama"}
+    settings = {**GENERATED, **helpers.FROM_FOLDER, "init_from": tmp_path / "llama"}
     summary = helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
     store = TokenStore(Path(summary["data"]["store"]))
     ids = np.unique(np.concatenate([store[name].tokens() for name in ("train", "val")]))
@@ -249,7 +233,7 @@ def test_rows_without_a_text_have_no_bytes(base: Path, tmp_path: Path) -> None:
 def test_a_run_without_init_from_takes_the_models_tokenizer(base: Path, tmp_path: Path) -> None:
     bpe = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "trainer.max_steps": 4}
     helpers.train_here(base / "bpe", base / "cache", {**TRUNK, **bpe})
-    settings = {**OWN, **bpe, "data.model": base / "bpe", "mtp.freeze_trunk": None}
+    settings = {**GENERATED, **bpe, "data.model": base / "bpe", "mtp.freeze_trunk": None}
     helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
     first, second = (helpers.checkpoint(f)["tokenizer"] for f in (base / "bpe", tmp_path / "run"))
     assert first == second
@@ -260,11 +244,11 @@ def test_a_run_without_init_from_takes_the_models_tokenizer(base: Path, tmp_path
         helpers.train_here(tmp_path / "other", tmp_path / "cache", other)
 
 
-def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
+def test_a_missing_or_unsuitable_model_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model to generate its texts: set init_from"):
         corpus(base, tmp_path, model=None).prepare()
-    task = {"data": "star_graph", "data.eval_examples": 8, **helpers.NO_TEXT,
-            "trainer.max_steps": 1, "trainer.val_check_interval": 1}  # fmt: skip
+    task = helpers.NO_TEXT | {"data": "star_graph", "data.eval_examples": 8}
+    task |= {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
     helpers.train_here(base / "task", base / "cache", task)
     with pytest.raises(ValueError, match="was trained on a task, whose symbols are not text"):
         corpus(base, tmp_path, model=str(base / "task")).prepare()
@@ -280,31 +264,30 @@ def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
-    settings = {**OWN, "init_from": base / "trunk", "mtp.init": "last_block"}
-    done = helpers.execute(helpers.command(tmp_path / "run", tmp_path / "cache", settings))
-    assert done.returncode == 0, done.stderr
+def test_the_command_line_reports_the_generation(base: Path, tmp_path: Path) -> None:
+    settings = {**GENERATED, "init_from": base / "trunk", "mtp.init": "last_block"}
+    done = helpers.train_apart(tmp_path / "run", tmp_path / "cache", settings)
     assert " tokens/s]" in done.stderr and "texts of" in done.stderr
     summary = helpers.summary_of(tmp_path / "run")
     assert summary["data"]["source"]["n_prompts"] == 40
 
 
-def test_a_forged_checkpoint_brings_no_package(base: Path, tmp_path: Path) -> None:
-    """The caller decides which packages the model may import, whatever a stored config says."""
+def test_a_stored_config_cannot_allow_a_package(base: Path, tmp_path: Path) -> None:
+    """Only the caller decides which packages the model may import."""
     assert corpus(base, tmp_path).allow == ()
     with pytest.raises(TypeError, match="allow"):
         corpus(base, tmp_path, allow=["evil"])
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])
-def test_any_model_is_evaluated_on_its_own_texts(base: Path, tmp_path: Path, kind: str) -> None:
+def test_runs_and_folders_are_evaluated_on_their_generated_texts(base, tmp_path, kind):
     model = base / "trunk"
     if kind == "folder":
         pytest.importorskip("safetensors", reason="Hugging Face folders need it")
         model = tmp_path / "llama"
         folders.write(model, deepseek.build(folders.dense()))
-    few = ("data.n_prompts=20", "data.new_tokens=12", "decode.n_prompts=0")
-    own = ("data=self_generated", f"data.model={model}", f"paths.cache_dir={tmp_path / 'cache'}")
-    metrics = helpers.evaluated(model, *own, *few)
+    small = ("data.n_prompts=20", "data.new_tokens=12", "decode.n_prompts=0")
+    texts = ("data=self_generated", f"data.model={model}", f"paths.cache_dir={tmp_path / 'cache'}")
+    metrics = helpers.evaluated(model, *texts, *small)
     assert metrics["data"]["source"]["name"] == "self_generated"
     assert metrics["evaluation"]["documents"] >= 1 and metrics["val/loss_depth_0"] > 0

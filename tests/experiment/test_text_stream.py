@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,9 +69,7 @@ def shown(opened: OpenedModel, marks: Any, **options: Any) -> tuple[str, Generat
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_marks_tell_every_draft_and_taken_off_leave_the_text(
-    opened: OpenedModel, way: dict[str, Any]
-) -> None:
+def test_marks_show_every_draft_around_the_unchanged_text(opened, way):
     text, done = shown(opened, Brackets(), **way)
     plain = re.sub(r"\[-\d:(.)-\]", "", text)
     accepted = [int(depth) for depth in re.findall(r"\{\+(\d):", plain)]
@@ -88,7 +85,7 @@ def test_marks_tell_every_draft_and_taken_off_leave_the_text(
     assert colored.count(";9m") == len(inside)
 
 
-def test_drafts_from_the_text_have_marks_of_their_own(opened: OpenedModel) -> None:
+def test_drafts_looked_up_in_the_text_have_other_marks(opened: OpenedModel) -> None:
     text, done = shown(opened, Brackets(), lookup=8)
     inside = [draft for draft in done.rejected if draft.at < len(done.token_ids)]
     assert text.count("*:") == done.lookups - (len(done.rejected) - len(inside))
@@ -104,15 +101,15 @@ def test_drafts_from_the_text_have_marks_of_their_own(opened: OpenedModel) -> No
         assert "looked up" not in marks.legend(8)
 
 
-def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
-    """Each pass drafts as many tokens as asked, but near the end only as many as have room."""
+def test_every_pass_drafts_as_many_tokens_as_set(opened: OpenedModel) -> None:
+    """Only near the end of the text, fewer have room."""
     for way, each in (({}, 2), ({"tree": [3, 2]}, 9), ({"speculative": False}, 0)):
         _, done = shown(opened, None, **way)
         full = done.verify_passes * each
         assert full - 2 * max(each - 1, 0) - 3 * each <= done.drafts <= full, way
 
 
-def test_a_text_in_a_line() -> None:
+def test_the_cost_line_counts_tokens_passes_and_drafts() -> None:
     done = generation([25, 18], [36, 25], 36, 80, drafts=72)
     done = replace(done, text="x", accepted_mask=[True] * 43 + [False] * 37)
     assert cost_line(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
@@ -126,8 +123,8 @@ def test_a_text_in_a_line() -> None:
 
 
 @pytest.fixture
-def asked(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that runs ``generate.py`` with the given keys, in this process."""
+def generate_app(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that runs ``generate.py`` with keys, in this process."""
     monkeypatch.setattr(generating, "open_model", lambda *args, **options: opened)
 
     def ask(**keys: Any) -> None:
@@ -140,45 +137,40 @@ def asked(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     yield ask
 
 
-def test_drafts_that_are_not_made_cannot_be_shown(
-    asked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_show_drafts_without_drafts_is_refused(generate_app, monkeypatch):
     with pytest.raises(ValueError, match="show_drafts=true does not go together with spec"):
-        asked(prompt="ab", show_drafts=True, speculative=False)
+        generate_app(prompt="ab", show_drafts=True, speculative=False)
     headless = opened_model(0, seq_len=64, depth=0)
     monkeypatch.setattr(generating, "open_model", lambda *args, **options: headless)
     with pytest.raises(ValueError, match="no MTP depth to draft with"):
-        asked(prompt="ab", show_drafts=True)
-    asked(prompt="ab", show_drafts=True, speculative=False, lookup=2)
+        generate_app(prompt="ab", show_drafts=True)
+    generate_app(prompt="ab", show_drafts=True, speculative=False, lookup=2)
 
 
-def test_what_generate_says_at_the_end(
-    asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked(prompt="ab")
+def test_generate_prints_legend_cost_and_early_end(generate_app, capsys, monkeypatch, tmp_path):
+    generate_app(prompt="ab")
     assert capsys.readouterr().err == ""  # standard output is not a terminal
-    asked(prompt="ab", show_drafts=True)
-    said = capsys.readouterr()
-    assert "[-1:" in said.out and "a rejected one of depth 2" in said.err
-    asked(prompt="ab", output="json", show_drafts=True)
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["accepted_mask"]) == found["new_tokens"]
-    assert found["rejected"][0].keys() == {"at", "depth", "token", "after", "looked_up"}
+    generate_app(prompt="ab", show_drafts=True)
+    output = capsys.readouterr()
+    assert "[-1:" in output.out and "a rejected one of depth 2" in output.err
+    generate_app(prompt="ab", output="json", show_drafts=True)
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["accepted_mask"]) == result["new_tokens"]
+    assert result["rejected"][0].keys() == {"at", "depth", "token", "after", "looked_up"}
     (tmp_path / "prompts").write_text("ab\ncd\n")
-    asked(prompts=str(tmp_path / "prompts"), show_drafts=True)
-    said = capsys.readouterr()
-    assert said.out.startswith("ab") and "\n\ncd" in said.out and said.out.count("[-1:") > 1
-    assert "2 prompts" in said.err
+    generate_app(prompts=str(tmp_path / "prompts"), show_drafts=True)
+    output = capsys.readouterr()
+    assert output.out.startswith("ab") and "\n\ncd" in output.out and output.out.count("[-1:") > 1
+    assert "2 prompts" in output.err
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    asked(prompt="ab", show_drafts=True)
-    said = capsys.readouterr()
-    assert "\x1b[32;9m" in said.out and "struck through" in said.err
-    assert re.search(r"\n20 tokens in \d+ pass(es)?, .* per pass; \d+ drafts? accepted", said.err)
-    first = generate(generating.open_model("x").model, [list(b"ab")], max_new_tokens=1, eot_id=-1)[
-        0
-    ].token_ids[0]
-    monkeypatch.setattr(ByteTokenizer, "eot_id", first)
-    asked(prompt="ab")
+    generate_app(prompt="ab", show_drafts=True)
+    output = capsys.readouterr()
+    assert "\x1b[32;9m" in output.out and "struck through" in output.err
+    assert re.search(r"\n20 tokens in \d+ pass(es)?, .* per pass; \d+ drafts? accepted", output.err)
+    model = generating.open_model("x").model
+    (first,) = generate(model, [list(b"ab")], max_new_tokens=1, eot_id=-1)
+    monkeypatch.setattr(ByteTokenizer, "eot_id", first.token_ids[0])
+    generate_app(prompt="ab")
     assert "ends at once" in capsys.readouterr().err
 
 
@@ -191,9 +183,7 @@ def test_a_line_of_a_file_is_one_prompt(tmp_path: Path) -> None:
         generating.read_prompts(None, str(file), StringIO())
 
 
-def test_an_error_never_shares_a_line_with_the_prompt(
-    asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_never_shares_a_line_with_the_prompt(generate_app, capsys, monkeypatch):
     real = generating.continue_prompts
 
     def broken(*args: Any, on_tokens: Any, **options: Any) -> Any:
@@ -205,20 +195,18 @@ def test_an_error_never_shares_a_line_with_the_prompt(
 
     monkeypatch.setattr(generating, "continue_prompts", broken)
     with pytest.raises(UserError, match="out of memory"):
-        asked(prompt="a prompt")
-    said = capsys.readouterr().out
-    assert said.startswith("a prompt") and said.endswith("\n")
+        generate_app(prompt="a prompt")
+    output = capsys.readouterr().out
+    assert output.startswith("a prompt") and output.endswith("\n")
     # An error before the first token leaves standard output empty, without the prompt.
     monkeypatch.setattr(generating, "continue_prompts", real)
     with pytest.raises(UserError, match="max_new_tokens"):
-        asked(prompt="a prompt", max_new_tokens=-1)
+        generate_app(prompt="a prompt", max_new_tokens=-1)
     assert capsys.readouterr().out == ""
 
 
-def test_standard_input_that_is_not_utf_8_is_one_sentence(
-    asked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_input_that_is_not_utf_8_is_one_sentence(generate_app, monkeypatch):
     latin1 = TextIOWrapper(BytesIO("café".encode("latin-1")), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", latin1)
     with pytest.raises(UserError, match=r"Standard input is not UTF-8: .*0xe9.*; convert it\."):
-        asked()
+        generate_app()

@@ -1,4 +1,4 @@
-"""Runs that several tests look at, made once for all of pytest's workers."""
+"""Runs that several tests read, made once for all of pytest's workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """``once(name, make)``: a folder that ``make`` has filled, in whichever worker came first."""
+    """``once(name, make)``: a folder that ``make`` fills in the first worker that needs it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # of all workers
@@ -37,13 +37,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def finished(once: Once, cache: Path) -> Path:
-    """The quick run as it is."""
+    """The quick run, finished; not to be changed."""
     return once("finished", lambda folder: train_here(folder, cache))
 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change: its own folder."""
+    """``tmp_path``, with a copy of the finished run that the test may change."""
     return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 

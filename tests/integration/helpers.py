@@ -1,4 +1,4 @@
-"""Quick runs of the real thing, and what is read back from them."""
+"""Quick training runs, and readers of their files."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 
-# The share of a task's questions that training has answered is counted on so many examples:
-# 16,384, as in a user's run, take longer than a quick run.
+# The examples on which a task counts how many of its questions training has seen: the 16,384 of a
+# user's run would take longer than a quick run.
 tasks.TRIED = 256
 
 
 def typed(text: str) -> dict[str, Any]:
-    """Settings as they are typed, KEY=VALUE with blanks between; a KEY alone is left out."""
+    """Settings from ``KEY=VALUE KEY=VALUE``; a KEY alone is None, which leaves the setting out."""
     pairs = (word.partition("=") for word in text.split())
     values = {key: value if equals else None for key, equals, value in pairs}
     return {k: int(v) if v is not None and v.isdecimal() else v for k, v in values.items()}
 
 
-# A run of a fraction of a second: small enough to repeat, real in every part. It names all that
-# the tests count on, so that the main job's defaults may change.
+# A real run of a fraction of a second. It sets every value that the tests depend on, so that the
+# main job's defaults may change.
 QUICK = typed("""
     data=synthetic data.source.size=60000 data.source.documents=120 data.val_fraction=0.05
     data.eval_bytes=400 data.eval_batch_size=16 data.seq_len=16 data.batch_size=4 tokenizer=byte
@@ -66,12 +66,12 @@ FROM_FOLDER = {key: None for key in QUICK if key.startswith(("model.", "tokenize
 
 # Two processes of data-parallel training.
 DDP = typed("trainer.devices=2 trainer.strategy=ddp")
-# A learning rate and lambdas that rest.
+# A constant learning rate and constant lambdas.
 CONSTANT = typed(
     "lambda_schedule=constant optimizer.schedule.kind=constant "
     "optimizer.schedule.warmup_steps=0 optimizer.schedule.warmup_fraction=null"
 )
-# What a run on a task leaves out: a text's keys.
+# Leaves out the keys of text, for a run on a task.
 NO_TEXT = typed("data.seq_len data.val_fraction data.eval_bytes tokenizer")
 # A quick run on a task.
 TASK = NO_TEXT | typed("data=copy data.task.letters=4 data.task.periods=4 data.eval_examples=30")
@@ -87,17 +87,17 @@ def overrides(cache: Path, settings: dict[str, Any]) -> list[str]:
 
 def config(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> DictConfig:
     """The composed config of a quick run, for ``train(cfg)`` in this process."""
-    given = [*overrides(cache, settings or {}), f"paths.output_dir={run_dir}"]
-    return composed("config", given)
+    arguments = [*overrides(cache, settings or {}), f"paths.output_dir={run_dir}"]
+    return composed("config", arguments)
 
 
-def composed(name: str, given: list[str]) -> DictConfig:
-    """What Hydra composes. Options are most of its time: the same ones are composed once, and
-    values set as Hydra sets them."""
-    keys = {override: override.split("=")[0].lstrip("+~") for override in given}
+def composed(name: str, arguments: list[str]) -> DictConfig:
+    """The config that Hydra composes. Options take most of its time, so the same options are
+    composed once, and values are then set as Hydra sets them."""
+    keys = {override: override.split("=")[0].lstrip("+~") for override in arguments}
     groups = [o for o, k in keys.items() if (CONF / k).is_dir() or k == "sweeps"]
     cfg = copy.deepcopy(_chosen(name, tuple(groups)))
-    values = [_parsed(override) for override in given if override not in groups]
+    values = [_parsed(override) for override in arguments if override not in groups]
     ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
     return cfg
 
@@ -123,26 +123,26 @@ def train_here(
 
 
 def evaluated(checkpoint: Path, *more: str) -> dict[str, Any]:
-    """What evaluate.py gives of a checkpoint, in this process."""
+    """The metrics of evaluate.py for a checkpoint, in this process."""
     from mtp_lightning.experiment.evaluating import evaluate
 
-    given = [f"checkpoint={checkpoint}", "num_threads=1", "accelerator=cpu", *more]
-    return evaluate(composed("evaluate", given))
+    arguments = [f"checkpoint={checkpoint}", "num_threads=1", "accelerator=cpu", *more]
+    return evaluate(composed("evaluate", arguments))
 
 
 def command(
     run_dir: Path, cache: Path, settings: dict[str, Any] | None = None, *, app: str = "train.py"
 ) -> list[str]:
-    """The command line of the same run in a process of its own."""
-    given = overrides(cache, settings or {})
-    return [sys.executable, str(ROOT / app), *given, f"run_dir={run_dir}"]
+    """The command line of the same run."""
+    arguments = overrides(cache, settings or {})
+    return [sys.executable, str(ROOT / app), *arguments, f"run_dir={run_dir}"]
 
 
 def environment() -> dict[str, str]:
     """The environment of a run's process: one thread, and no variables of other tests."""
     leaks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_GLOBAL_SEED", "HYDRA_FULL")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
-    return {**kept, "OMP_NUM_THREADS": "1"}
+    others = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
+    return {**others, "OMP_NUM_THREADS": "1"}
 
 
 def execute(
@@ -158,18 +158,18 @@ def execute(
 
     Args:
         args: the command.
-        cwd: where it runs; by default in the checkout.
-        code: of its exit, without a traceback; None for a test that looks itself.
-        imported: modules that it finds imported.
-        seconds: that it may take.
-        more: of its environment.
+        cwd: its working directory; by default the checkout.
+        code: the exit code to assert, without a traceback; None asserts nothing.
+        imported: modules that are imported before it starts.
+        seconds: the limit.
+        more: variables of its environment.
     """
     assert args[0] == sys.executable
     env = {**environment(), **more}
     done = warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
     if code is not None:
-        said = f"{args}\n{done.stdout}\n{done.stderr}"
-        assert done.returncode == code and "Traceback" not in said, said
+        output = f"{args}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code and "Traceback" not in output, output
     return done
 
 
@@ -179,8 +179,8 @@ def train_apart(run_dir: Path, cache: Path, settings: dict[str, Any] | None = No
 
 
 def start(args: list[str], log: Path, *, cwd: Path = ROOT, **more: str) -> subprocess.Popen[bytes]:
-    """Start a command in the background; both of its outputs are appended to ``log``. ``more`` is
-    of its environment."""
+    """Start a command in the background, with more variables in its environment; both of its
+    outputs are appended to ``log``."""
     env = {**environment(), **more}
     with log.open("ab") as file:
         return subprocess.Popen(args, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=cwd)
@@ -201,10 +201,10 @@ def kill_at(args: list[str], run_dir: Path, step: int) -> None:
 def wait_for_step(
     process: subprocess.Popen[bytes], run_dir: Path, step: int, *, seconds: float = 480
 ) -> None:
-    """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file.
+    """Return as soon as ``metrics.csv`` holds ``step``.
 
-    By the platform's reader: where a row grows while it is read, what follows its old end is a line
-    that begins with the digits of any number.
+    ``read_newest`` ignores a row that is being written, which may begin with the digits of another
+    number.
     """
     file = run_dir / "metrics.csv"
     began = time.monotonic()
@@ -247,7 +247,7 @@ def events(run_dir: Path) -> EventAccumulator:
 
 
 def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """A checkpoint of a run, read by torch alone; one in parts as the product puts it together."""
+    """A checkpoint of a run, read by torch alone; one in parts by the product's reader."""
     path = run_dir / "checkpoints" / name
     content = torch.load(path, map_location="cpu", weights_only=True)
     return load(path) if "parts" in content else content
@@ -288,9 +288,9 @@ def assert_equal(a: Any, b: Any, where: str = "", *, without: Collection[str] = 
 
 def assert_near_rows(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
     """Every column of every row is near that of another run."""
-    found, wanted = rows(run), rows(reference)
-    assert [row["step"] for row in found] == [row["step"] for row in wanted] and found
-    for one, other in zip(found, wanted, strict=True):
+    actual, expected = rows(run), rows(reference)
+    assert [row["step"] for row in actual] == [row["step"] for row in expected] and actual
+    for one, other in zip(actual, expected, strict=True):
         # A gain is a small difference of losses, and as exact as they are.
         assert one == {
             tag: pytest.approx(value, rel=rel, abs=rel if "gain" in tag else None)
@@ -301,7 +301,7 @@ def assert_near_rows(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
 def fails(
     capfd: pytest.CaptureFixture[str], run_dir: Path, cache: Path, settings: dict[str, Any]
 ) -> str:
-    """Run as the app does; the one line of the error."""
+    """Run as the app does, and return its one line of error."""
     from mtp_lightning.experiment.training import train
 
     capfd.readouterr()
@@ -315,7 +315,7 @@ def the_error(stderr: str) -> str:
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, stderr
-    assert stderr.endswith(f"{lines[0]}\n"), "nothing stands below it"
+    assert stderr.endswith(f"{lines[0]}\n"), "the error is the last line"
     return lines[0]
 
 
@@ -327,8 +327,8 @@ def as_it_was_before(run: Path, copy: Path) -> None:
 
 
 def resume_from_previous(run: Path, copy: Path, cache: Path, settings: dict[str, Any]) -> None:
-    """A finished run continues from the checkpoint before its last one as though it had not ended:
-    ``copy`` becomes the same run."""
+    """Resume a copy of a finished run from the checkpoint before its last one, and assert that it
+    becomes the same run."""
     as_it_was_before(run, copy)
     train_here(copy, cache, settings)
     assert_same_run(run, copy)

@@ -1,4 +1,4 @@
-"""Runs of several processes, one after another in the same ones: starting them takes longest."""
+"""Runs of several processes, one after another in the same processes, to start these only once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def run_all(folder: Path, cache: Path, runs: Runs, *, processes: int) -> None:
     """Train runs, each in a folder of its name.
 
     Args:
-        folder: where those go.
+        folder: of the runs' folders.
         cache: of token stores.
-        runs: the settings of each, on top of the quick run's.
-        processes: that train all of them, and find each other as those of torchrun do.
+        runs: each run's settings in addition to the quick run's.
+        processes: how many train each run; they find each other as torchrun's do.
     """
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"cache": str(cache), "runs": runs}, default=str))
-    several = [sys.executable, "-m", "tests.integration.several", str(plan), str(processes)]
-    execute(several, seconds=1200, code=0)
+    arguments = [sys.executable, "-m", "tests.integration.several", str(plan), str(processes)]
+    execute(arguments, seconds=1200, code=0)
 
 
 def train_all(file: Path) -> None:
@@ -41,7 +41,7 @@ def train_all(file: Path) -> None:
 
 
 def main() -> None:
-    """The agent of torchrun, which forks instead of starting Python again."""
+    """As torchrun's agent, but with forks instead of new Python processes."""
     import torch
 
     torch.set_num_threads(1)

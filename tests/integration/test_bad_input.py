@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one readable line and exit code 1, or in Hydra's own message."""
+"""A wrong setting, text or checkpoint ends in one readable error line and exit code 1."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_text(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
-    content, told = TEXTS[case]
+def test_an_unusable_text_is_refused_and_leaves_no_folder(tmp_path, cache, capfd, case):
+    content, expected = TEXTS[case]
     path = write(tmp_path, content, "text.jsonl" if "JSON" in case else "text.txt")
     run_dir = tmp_path / "run"
     error = fails(capfd, run_dir, cache, {"data": "text", "data.paths": path})
-    for words in told:
+    for words in expected:
         assert words in error
-    assert not run_dir.exists(), "a run that never began leaves no folder"
+    assert not run_dir.exists()
 
 
-# Settings of a run on top of the quick one's => words of what is told, separated by bars. A key
-# without a value is left out. test_mistyped.py types others at the command line.
+# Settings in addition to the quick run's => words of the error, separated by bars. A key without a
+# value is left out. test_mistyped.py has the mistakes that the command line finds.
 REFUSED = """\
 mtp.depth=-1 => mtp.depth | -1
 mtp.depth=17 => mtp.depth | 17 | data.seq_len | 16
@@ -78,7 +78,7 @@ optimizer._target_=mtp_lightning.optim.lr_schedule.LRSchedule =>
     optimizer. | is not a key: | --help optimizer
 optimizer._target_=my_ideas.Sophia => my_ideas | PYTHONPATH
 +callbacks.mine._target_=builtins.dict => dict | Callback is needed
-# more than a model of this project has
+# sizes beyond any model of this project
 model.n_layers=1000000000 => model.n_layers
 model.d_model=2000000000 => model.d_model
 model.d_ff=1000000000000 => model.d_ff
@@ -141,16 +141,16 @@ ROWS = [row for row in re.sub("=>\n +", "=> ", REFUSED).splitlines() if not row.
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.partition(" => ")[0])
-def test_settings(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], row: str) -> None:
-    given, _, told = row.partition(" => ")
-    settings = typed(given.replace("STAR", STAR).replace("FSDP", FSDP))
+def test_a_wrong_setting_is_refused_and_leaves_no_folder(tmp_path, cache, capfd, row):
+    overrides, _, expected = row.partition(" => ")
+    settings = typed(overrides.replace("STAR", STAR).replace("FSDP", FSDP))
     error = fails(capfd, tmp_path / "run", cache, settings)
-    for part in told.split(" | "):
-        assert part in error
+    for words in expected.split(" | "):
+        assert words in error
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_refuses_what_it_cannot_load(tmp_path, finished, capfd):
+def test_evaluate_refuses_unusable_checkpoints(tmp_path, finished, capfd):
     def refused(path: Path) -> str:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended, readable_errors():

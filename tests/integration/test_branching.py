@@ -21,24 +21,24 @@ SETTINGS = typed(
     "optimizer/schedule=wsd optimizer.schedule.warmup_steps=5 "
     "optimizer.schedule.decay_fraction=0.25 trainer.val_check_interval=10"
 )
-AT, LENGTH = 24, 32
-LONG = SETTINGS | typed(
+AT, LENGTH = 24, 32  # the branch's first step, and its last
+PARENT = SETTINGS | typed(
     "optimizer.schedule.kind=constant trainer.max_steps=30 "
     f"callbacks.checkpoints.keep_steps=[12,{AT}]"
 )
-DIRECT = {**SETTINGS, "trainer.max_steps": LENGTH}
+WHOLE = {**SETTINGS, "trainer.max_steps": LENGTH}
 
 
 @pytest.fixture(scope="module")
-def long(once: Once, cache: Path) -> Path:
-    """The run that others branch from."""
-    return once("long", lambda folder: train_here(folder, cache, LONG))
+def parent(once: Once, cache: Path) -> Path:
+    """The run that the tests branch from."""
+    return once("parent", lambda folder: train_here(folder, cache, PARENT))
 
 
 @pytest.fixture(scope="module")
-def direct(once: Once, cache: Path) -> Path:
+def unbranched(once: Once, cache: Path) -> Path:
     """The run that was never branched."""
-    return once("direct", lambda folder: train_here(folder, cache, DIRECT))
+    return once("unbranched", lambda folder: train_here(folder, cache, WHOLE))
 
 
 def assert_same_end(a: Path, b: Path) -> None:
@@ -47,40 +47,40 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert_equal(checkpoint(a), checkpoint(b), without=without)
 
 
-def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_path):
-    summary = train_here(tmp_path / "branch", cache, {**DIRECT, "branch_from": f"{long}@{AT}"})
-    assert_same_end(tmp_path / "branch", direct)
+def test_a_branch_equals_an_unbranched_run(parent, unbranched, cache, tmp_path):
+    summary = train_here(tmp_path / "branch", cache, {**WHOLE, "branch_from": f"{parent}@{AT}"})
+    assert_same_end(tmp_path / "branch", unbranched)
     for tag in ("train/loss", "train/loss_depth_2", "train/lr", "val/loss_depth_0"):
-        whole = {step: v for step, v in column(direct, tag).items() if step > AT}
+        whole = {step: v for step, v in column(unbranched, tag).items() if step > AT}
         assert column(tmp_path / "branch", tag) == whole and whole
-    assert summary["branch_from"] == f"{long}@{AT}" and summary["step"] == LENGTH
-    assert summary["flops"] == checkpoint(direct)["progress"]["flops"]
+    assert summary["branch_from"] == f"{parent}@{AT}" and summary["step"] == LENGTH
+    assert summary["flops"] == checkpoint(unbranched)["progress"]["flops"]
     best = tmp_path / "branch" / "checkpoints" / "best.ckpt"
-    assert checkpoints.stored_step(best) > AT  # its own, not the one of the run before
-    # Its folder is a run like any other, which continues.
-    more = {**DIRECT, "branch_from": f"{long}@{AT}", "trainer.max_steps": LENGTH + 5}
-    assert train_here(tmp_path / "branch", cache, more)["step"] == LENGTH + 5
+    assert checkpoints.stored_step(best) > AT  # not the parent's
+    # The branch continues as any run does.
+    longer = {**WHOLE, "branch_from": f"{parent}@{AT}", "trainer.max_steps": LENGTH + 5}
+    assert train_here(tmp_path / "branch", cache, longer)["step"] == LENGTH + 5
 
 
 @pytest.mark.slow
-def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
-    # As one types it: what looks at paths before torch is there knows RUN@STEP.
-    helpers.train_apart(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"})
-    assert_same_end(tmp_path / "same", long)
+def test_a_branch_without_changes_equals_its_parent(parent, cache, tmp_path):
+    # By the command line: the check of paths before torch is imported knows RUN@STEP.
+    helpers.train_apart(tmp_path / "same", cache, {**PARENT, "branch_from": f"{parent}@12"})
+    assert_same_end(tmp_path / "same", parent)
 
 
-def test_checkpoints_that_are_asked_for_stay(long):
-    kept = {path.name: path for path in (long / "checkpoints").glob("step_*.ckpt")}
-    assert kept.keys() == {"step_12.ckpt", f"step_{AT}.ckpt"}
-    assert checkpoints.stored_step(kept["step_12.ckpt"]) == 12
+def test_keep_steps_keeps_checkpoints_of_these_steps(parent):
+    files = {path.name: path for path in (parent / "checkpoints").glob("step_*.ckpt")}
+    assert files.keys() == {"step_12.ckpt", f"step_{AT}.ckpt"}
+    assert checkpoints.stored_step(files["step_12.ckpt"]) == 12
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
-        ({"branch_from": "{long}@13"}, "has no intact checkpoint of step 13 (there are: 12, 24"),
-        ({"branch_from": "{long}"}, "names no checkpoint"),
-        ({"branch_from": "{long}-nowhere@12"}, "there is no run in"),
+        ({"branch_from": "{parent}@13"}, "has no intact checkpoint of step 13 (there are: 12, 24"),
+        ({"branch_from": "{parent}"}, "names no checkpoint"),
+        ({"branch_from": "{parent}-nowhere@12"}, "there is no run in"),
         ({"seed": 1}, "; seed: 0 -> 1. Start a new run"),
         ({"optimizer.lr": 0.01}, "this one changes optimizer.lr: 0.003 -> 0.01"),
         ({"data.source.size": 4_000}, "this one changes data.source.size"),
@@ -97,20 +97,22 @@ def test_checkpoints_that_are_asked_for_stay(long):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_no_branch_is_refused_with_its_reason(long, cache, tmp_path, settings, says):
-    asked = {**DIRECT, "branch_from": "{long}@" + str(AT), **settings}
-    asked["branch_from"] = asked["branch_from"].format(long=long)
-    with pytest.raises((UserError, FileNotFoundError), match=re.escape(says)):
-        train_here(tmp_path / "refused", cache, asked)
+def test_a_changed_setting_or_a_missing_checkpoint_is_refused(
+    parent, cache, tmp_path, settings, message
+):
+    settings = {**WHOLE, "branch_from": "{parent}@" + str(AT), **settings}
+    settings["branch_from"] = settings["branch_from"].format(parent=parent)
+    with pytest.raises((UserError, FileNotFoundError), match=re.escape(message)):
+        train_here(tmp_path / "refused", cache, settings)
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_rule_that_froze_its_lambdas_in_one_run_alone_is_refused(cache, tmp_path):
+def test_a_balance_rule_that_freezes_by_run_length_is_refused(cache, tmp_path):
     frozen = {"balance": "trunk_ratio", "balance.frozen": 0.5}
-    train_here(tmp_path / "long", cache, {**LONG, **frozen})
-    asked = {**DIRECT, **frozen, "branch_from": f"{tmp_path / 'long'}@{AT}"}
+    train_here(tmp_path / "parent", cache, {**PARENT, **frozen})
+    settings = {**WHOLE, **frozen, "branch_from": f"{tmp_path / 'parent'}@{AT}"}
     with pytest.raises(UserError, match=r"balance\.frozen=0\.5 freezes the last share of a run"):
-        train_here(tmp_path / "refused", cache, asked)
+        train_here(tmp_path / "refused", cache, settings)
 
 
 @pytest.mark.slow
@@ -123,12 +125,12 @@ def test_a_rule_that_froze_its_lambdas_in_one_run_alone_is_refused(cache, tmp_pa
     ],
     ids=["ddp", "fsdp", "fsdp-in-parts"],
 )
-def test_two_processes_branch_likewise(cache, tmp_path, settings):
+def test_a_branch_of_two_processes_equals_an_unbranched_run(cache, tmp_path, settings):
     two = {"trainer.devices": 2, **settings}
     runs = {
-        "long": {**LONG, **two},
-        "branch": {**DIRECT, **two, "branch_from": f"{tmp_path / 'long'}@{AT}"},
-        "direct": {**DIRECT, **two},
+        "parent": {**PARENT, **two},
+        "branch": {**WHOLE, **two, "branch_from": f"{tmp_path / 'parent'}@{AT}"},
+        "unbranched": {**WHOLE, **two},
     }
     run_all(tmp_path, cache, runs, processes=2)
-    assert_same_end(tmp_path / "branch", tmp_path / "direct")
+    assert_same_end(tmp_path / "branch", tmp_path / "unbranched")

@@ -43,20 +43,20 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     helpers.train_here(tmp_path / "one", cache, common | {"data.batch_size": SIZES[case]})
     assert_near_rows(tmp_path / "two", tmp_path / "one")
     assert len(helpers.rows(tmp_path / "one")) == common["trainer.max_steps"]
-    left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
-    torch.testing.assert_close(left_weights, right_weights, rtol=1e-6, atol=1e-8)
-    left_summary, right_summary = (helpers.summary_of(tmp_path / name) for name in ("two", "one"))
+    two_weights, one_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
+    torch.testing.assert_close(two_weights, one_weights, rtol=1e-6, atol=1e-8)
+    two_summary, one_summary = (helpers.summary_of(tmp_path / name) for name in ("two", "one"))
     for key in ("tokens", "flops", "step", "parameters"):
-        assert left_summary[key] == right_summary[key] > 0, key
-    assert left_summary["world_size"] == 2
-    for key in (k for k in right_summary if k.startswith("val/")):
-        assert left_summary[key] == pytest.approx(right_summary[key], rel=1e-6), key
+        assert two_summary[key] == one_summary[key] > 0, key
+    assert two_summary["world_size"] == 2
+    for key in (k for k in one_summary if k.startswith("val/")):
+        assert two_summary[key] == pytest.approx(one_summary[key], rel=1e-6), key
     # One process evaluates what two did, to the last bit.
     last = tmp_path / "two" / "checkpoints" / "last.ckpt"
-    given = [f"paths.cache_dir={cache}", "long_range=false", "decode.n_prompts=0"]
-    again = helpers.evaluated(last, *given)
-    for key in (k for k in right_summary if k.startswith("val/") or k == "evaluation"):
-        assert again[key] == left_summary[key], key
+    overrides = [f"paths.cache_dir={cache}", "long_range=false", "decode.n_prompts=0"]
+    again = helpers.evaluated(last, *overrides)
+    for key in (k for k in one_summary if k.startswith("val/") or k == "evaluation"):
+        assert again[key] == two_summary[key], key
     # One process writes: one table, and no files of a second run.
     assert done.stdout.count("Result") == 1
     if case == "skip":
@@ -69,7 +69,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
+def test_two_killed_and_resumed_processes_equal_uninterrupted_ones(tmp_path, cache):
     common = DDP | typed(
         "trainer.max_steps=100 trainer.val_check_interval=100 lambda_schedule=linear_decay "
         "callbacks.checkpoints.every_n_steps=10"

@@ -1,4 +1,4 @@
-"""Two ways to the same run: no lambda and no modules, accumulation and a larger batch."""
+"""Settings that give the same run: lambda 0 and no heads, accumulation and a larger batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_lambda_zero_is_plain_training_to_the_last_bit(tmp_path: Path, cache: Pa
     assert [name for name in b if not torch.equal(a[name], b[name])] == []
 
 
-def test_no_depth_is_no_stack(tmp_path: Path, cache: Path, finished: Path) -> None:
+def test_depth_0_equals_a_run_without_heads(tmp_path: Path, cache: Path, finished: Path) -> None:
     train_here(tmp_path / "none", cache, {"mtp": "none", "mtp.depth": 0})
     train_here(tmp_path / "zero", cache, {"mtp.depth": 0})
     assert rows(tmp_path / "none") == rows(tmp_path / "zero")
@@ -36,7 +36,7 @@ def test_no_depth_is_no_stack(tmp_path: Path, cache: Path, finished: Path) -> No
     assert a[1] == b[1] and a[10] != b[10]
 
 
-def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path) -> None:
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, cache: Path) -> None:
     # Documents of about 50 bytes: with the mask every micro-batch has other counts.
     # Validation batches are not accumulated: both see the same ones.
     common = typed(
@@ -51,7 +51,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path) -> None:
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-7, atol=1e-9)
 
 
-def test_the_same_run_twice_is_the_same_run(tmp_path: Path, cache: Path, finished: Path) -> None:
+def test_a_run_repeats_bit_for_bit_and_another_seed_differs(tmp_path, cache, finished):
     train_here(tmp_path / "again", cache)
     helpers.assert_same_run(tmp_path / "again", finished)
     train_here(tmp_path / "other", cache, {"seed": 1, "trainer.max_steps": 1})

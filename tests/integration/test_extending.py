@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
-def mine(once: Once) -> Path:
+def user_folder(once: Once) -> Path:
     """A user's folder with all files of the page."""
 
     def write(folder: Path) -> None:
@@ -43,20 +43,20 @@ def mine(once: Once) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(content)
 
-    return once("mine", write)
+    return once("user-folder", write)
 
 
 def quick(words: list[str], cache: Path) -> list[str]:
-    """An app's command on the page, ``train --config-dir my_conf ..``, made short where it says
-    nothing itself."""
-    app, *given = words
+    """A command of the page, such as ``train --config-dir my_conf ..``, with the quick run's
+    settings where it sets none."""
+    app, *arguments = words
     start = [sys.executable, "-c", "from mtp_lightning.console import main; main()", app]
     if app != "train":
-        return [*start, *given, "num_threads=1"]
-    options = [word for word in given if "=" not in word]
-    chosen = [word for word in given if "=" in word]
+        return [*start, *arguments, "num_threads=1"]
+    options = [word for word in arguments if "=" not in word]
+    chosen = [word for word in arguments if "=" in word]
     groups = {word.split("=")[0].split("/")[0] for word in chosen}
-    if "data" in groups:  # a text says how it is read, and a task has symbols of its own
+    if "data" in groups:  # tasks have their own symbols
         groups.add("tokenizer")
     short = [
         override
@@ -64,45 +64,46 @@ def quick(words: list[str], cache: Path) -> list[str]:
         if override.split("=")[0].split(".")[0] not in groups - {"mtp.depth"}
     ]
     if (config_dir := "--config-dir") in options:
-        at = given.index(config_dir)
-        options = [config_dir, given[at + 1], *(o for o in options if o not in given[at : at + 2])]
+        at = arguments.index(config_dir)
+        options = [*arguments[at : at + 2], *(o for o in options if o != config_dir)]
     return [*start, *options, *short, *chosen]
 
 
 def run(command: list[str], folder: Path, cache: Path | None = None, *, code: int = 0) -> Done:
-    kept = {} if cache is None else {"MTP_LIGHTNING_CACHE": str(cache)}
-    return execute(command, folder, code=code, seconds=600, PYTHONPATH=str(folder), **kept)
+    environment = {} if cache is None else {"MTP_LIGHTNING_CACHE": str(cache)}
+    return execute(command, folder, code=code, seconds=600, PYTHONPATH=str(folder), **environment)
 
 
-def test_the_page_has_a_recipe_for_everything() -> None:
-    wanted = (
+def test_the_page_has_a_short_recipe_for_every_extension_point() -> None:
+    extension_points = (
         "a head", "loss of its own", "objective", "balance", "lambda", "text source", "task",
         "optimizer", "callback", "logger", "attention", "op on another device", "claim",
     )  # fmt: skip
-    assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
+    names = " ".join(RECIPES).lower()
+    assert [point for point in extension_points if point not in names] == []
     assert all(RECIPES.values())
     for name, content in FILES.items():
         assert len(content.splitlines()) <= 60, f"{name} is too long for a recipe"
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != CLAIM])
-def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
-    goes_on = any(word in name.lower() for word in ("a head", "balance", "optimizer", "callback"))
+def test_a_recipe_runs_and_its_run_resumes(name: str, user_folder: Path, cache: Path) -> None:
+    resumes = any(word in name.lower() for word in ("a head", "balance", "optimizer", "callback"))
     for block in RECIPES[name]:
         for line in block.strip().splitlines():
             assert line.startswith("mtp-lightning ")
             command = quick(shlex.split(line)[1:], cache)
-            run(command, mine)
-            if goes_on and any(word.startswith("run_dir=") for word in command):
-                done = run([*command, "trainer.max_steps=12"], mine)
+            run(command, user_folder)
+            if resumes and any(word.startswith("run_dir=") for word in command):
+                done = run([*command, "trainer.max_steps=12"], user_folder)
                 assert "from step 10" in done.stdout + done.stderr, "the run continues"
 
 
-def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
+def test_the_claim_is_read_run_and_judged(user_folder: Path, tmp_path: Path, cache: Path) -> None:
     """The page's claim as it stands is read; with fewer and smaller steps it is run and judged."""
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
-    claim = read_claim("one_gate", mine / "my_claims")
+    claim = read_claim("one_gate", user_folder / "my_claims")
     assert list(claim.arms) == ["plain", "gated"] and len(claim.predictions) == 1
 
     content = yaml.safe_load(FILES["my_claims/one_gate.yaml"])
@@ -112,14 +113,14 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
         "trainer.max_steps=4", "trainer.num_threads=1", "callbacks.throughput.measure_matmul=false",
         "~callbacks.speculative_eval",
     ]  # fmt: skip
-    shutil.copytree(mine, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["runs"])
+    shutil.copytree(user_folder, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["runs"])
     file = tmp_path / "my_claims" / "one_gate.yaml"
     file.write_text(yaml.safe_dump(content))
     (commit,) = re.findall(r"^```\n(git .*?)^```", SECTIONS[CLAIM], re.M | re.S)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for line in commit.split("&&"):
-        said = [*git, *shlex.split(line)[1:]]
-        subprocess.run(said, cwd=tmp_path, check=True, capture_output=True)
+        arguments = [*git, *shlex.split(line)[1:]]
+        subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     for line in "".join(RECIPES[CLAIM]).strip().splitlines():
         done = run([sys.executable, *shlex.split(line)[1:]], tmp_path, cache)
     assert "one_gate: " in done.stdout and "gated head − no MTP" in done.stdout
@@ -129,55 +130,55 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
     assert "every run is done" in done.stdout
 
 
-def test_ideas_meet_in_a_sweep(mine: Path, cache: Path) -> None:
+def test_a_sweep_combines_the_extensions(user_folder: Path, cache: Path) -> None:
     words = "train --config-dir my_conf -m objective=ce,focal mtp=gated balance=inverse_loss "
     words += "optimizer=slow_trunk lambda_schedule=breathing data=sums tokenizer=byte"
-    folder = mine / f"sweep-{os.getpid()}"
-    done = run(quick([*words.split(), f"sweep_dir={folder}"], cache), mine)
+    folder = user_folder / f"sweep-{os.getpid()}"
+    done = run(quick([*words.split(), f"sweep_dir={folder}"], cache), user_folder)
     assert "all 2 jobs done" in done.stdout
     assert len(list(folder.glob("*/summary.json"))) == 2
 
 
-def trained(name: str, once: Once, mine: Path, cache: Path) -> Path:
+def first_run(name: str, once: Once, user_folder: Path, cache: Path) -> Path:
     """The run of a recipe's first command, made once."""
     line = RECIPES[name][0].strip().splitlines()[0]
     words = [w for w in shlex.split(line)[1:] if not w.startswith("run_dir=")]
 
     def make(folder: Path) -> None:
-        run([*quick(words, cache), f"run_dir={folder}"], mine)
+        run([*quick(words, cache), f"run_dir={folder}"], user_folder)
 
     return once("recipe-" + re.sub(r"\W+", "-", name), make)
 
 
-def test_a_head_is_refused_by_name_where_nobody_allows_it(once, mine, cache):
-    folder = trained("A head", once, mine, cache)
-    asked = {"evaluate": [], "generate": ["prompt=a"], "export": [f"output={folder}/out"]}
+def test_apps_refuse_a_head_of_a_package_that_is_not_allowed(once, user_folder, cache):
+    folder = first_run("A head", once, user_folder, cache)
+    arguments = {"evaluate": [], "generate": ["prompt=a"], "export": [f"output={folder}/out"]}
     commands = {
         app: [sys.executable, str(ROOT / f"{app}.py"), f"checkpoint={folder}", *more]
-        for app, more in asked.items()
+        for app, more in arguments.items()
     }
     for app, command in commands.items():
-        error = run(command, mine, code=1).stderr
+        error = run(command, user_folder, code=1).stderr
         assert "mtp=gated is code of the package my_ideas" in error, app
         assert "allow=[my_ideas]" in error, app
-    # Where the package is not.
-    elsewhere = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
-    assert "my_ideas" in elsewhere.stderr
+    # In a folder without the package:
+    missing = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
+    assert "my_ideas" in missing.stderr
 
 
-def test_a_head_drafts_losslessly(once: Once, mine: Path, cache: Path) -> None:
-    folder = trained("A head", once, mine, cache)
-    texts = []
+def test_the_pages_head_drafts_losslessly(once: Once, user_folder: Path, cache: Path) -> None:
+    folder = first_run("A head", once, user_folder, cache)
+    generations = []
     command = [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=ga"]
     command += ["allow=[my_ideas]", "output=json", "num_threads=1"]
     for speculative in ("true", "false"):
-        done = run([*command, f"speculative={speculative}"], mine)
-        texts.append(json.loads(done.stdout))
-    assert texts[0]["text"] == texts[1]["text"]
-    assert texts[0]["verify_passes"] <= texts[1]["verify_passes"]
+        done = run([*command, f"speculative={speculative}"], user_folder)
+        generations.append(json.loads(done.stdout))
+    assert generations[0]["text"] == generations[1]["text"]
+    assert generations[0]["verify_passes"] <= generations[1]["verify_passes"]
 
 
-def test_an_op_stands_in_on_its_device_alone(mine: Path) -> None:
+def test_an_op_replaces_the_plain_one_on_its_device_alone(user_folder: Path) -> None:
     program = (
         "import torch; from mtp_lightning.nn import ops; from my_ideas.norms import ExactNorms;"
         "from mtp_lightning.nn.norm import RMSNorm; ExactNorms('cpu');"
@@ -186,17 +187,17 @@ def test_an_op_stands_in_on_its_device_alone(mine: Path) -> None:
         "assert not torch.allclose(ops.rms_norm.plain(x, norm.weight, 0.0), found);"
         "norm.to('meta')(x.to('meta'))"
     )
-    run([sys.executable, "-c", program], mine)
+    run([sys.executable, "-c", program], user_folder)
 
 
-def test_what_the_recipes_leave(once: Once, mine: Path, cache: Path) -> None:
-    drift = trained("A callback", once, mine, cache)
+def test_the_recipes_runs_log_their_values(once: Once, user_folder: Path, cache: Path) -> None:
+    drift = first_run("A callback", once, user_folder, cache)
     assert any("drift/embedding" in row for row in rows(drift))
-    logged = trained("A logger", once, mine, cache)
+    logged = first_run("A logger", once, user_folder, cache)
     lines = [json.loads(line) for line in (logged / "metrics.jsonl").read_text().splitlines()]
     assert any("train/loss" in line for line in lines) and any("params" in line for line in lines)
-    varied = trained("A head with a loss of its own", once, mine, cache)
+    varied = first_run("A head with a loss of its own", once, user_folder, cache)
     losses = [row["val/loss_depth_1"] for row in rows(varied) if "val/loss_depth_1" in row]
-    assert losses and losses[-1] < 1, "less than a rate of 1 everywhere would give"
-    balanced = trained("A balance rule", once, mine, cache)
+    assert losses and losses[-1] < 1, "a rate of 1 everywhere would give 1"
+    balanced = first_run("A balance rule", once, user_folder, cache)
     assert all("balance/mean_loss_depth_1" in row for row in rows(balanced) if "train/loss" in row)

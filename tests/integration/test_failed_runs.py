@@ -1,10 +1,9 @@
-"""A run that ends early, or cannot continue, says so in one line and keeps what it has saved."""
+"""A run that fails or cannot resume prints one line and keeps its checkpoints."""
 
 from __future__ import annotations
 
 import errno
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,25 +18,25 @@ EXPLODES = helpers.typed(
 )
 
 
-def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exploding_loss_ends_the_run_and_keeps_its_checkpoint(tmp_path, cache, capfd):
     train_here(tmp_path, cache, {"trainer.max_steps": 4})
     last = tmp_path / "checkpoints" / "last.ckpt"
-    good = weights(tmp_path)
+    saved = weights(tmp_path)
     error = fails(capfd, tmp_path, cache, EXPLODES)
     step = re.search(r"not finite at optimizer step (\d+): depth 0", error)
     assert step is not None and 5 <= int(step[1]) <= 8, error
     assert f"{last} (step 4)" in error
-    assert_equal(weights(tmp_path), good)
-    # With a good setting, the run continues from there.
+    assert_equal(weights(tmp_path), saved)
+    # With a usable learning rate, the run continues from there.
     assert train_here(tmp_path, cache)["step"] == 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_while_saving(tmp_path, cache, capfd, monkeypatch, code):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, cache, capfd, monkeypatch, code):
     from mtp_lightning.run import checkpoints
 
-    every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
+    settings = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
     saves, real = [], torch.save
 
     def save(content: Any, file: Any) -> None:
@@ -48,18 +47,18 @@ def test_full_disk_while_saving(tmp_path, cache, capfd, monkeypatch, code):
         real(content, file)
 
     monkeypatch.setattr(checkpoints.torch, "save", save)
-    error = fails(capfd, tmp_path, cache, every)
+    error = fails(capfd, tmp_path, cache, settings)
     assert "No space left" in error and "last.ckpt" in error and "intact" in error
     assert saves[0] == 3 and len(saves) == 2
     monkeypatch.undo()
     assert checkpoint(tmp_path)["global_step"] == 3
     assert list((tmp_path / "checkpoints").glob(".*")) == []
-    train_here(tmp_path, cache, every)
-    train_here(tmp_path / "whole", cache, every)
+    train_here(tmp_path, cache, settings)
+    train_here(tmp_path / "whole", cache, settings)
     assert rows(tmp_path) == rows(tmp_path / "whole")
 
 
-def test_checkpoint_of_another_architecture(tmp_path, cache, copied, capfd):
+def test_resuming_with_another_architecture_is_refused(tmp_path, cache, copied, capfd):
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     before = {path: path.read_bytes() for path in files}
     error = fails(capfd, tmp_path, cache, {"model.n_layers": 2, "mtp.depth": 3})
@@ -71,7 +70,7 @@ def test_checkpoint_of_another_architecture(tmp_path, cache, copied, capfd):
     assert "vocab_size: 257 -> 300" in fails(capfd, tmp_path, cache, other)
 
 
-def test_resumed_with_other_data(tmp_path, cache, copied, capfd):
+def test_resuming_with_other_data_is_refused(tmp_path, cache, copied, capfd):
     other = {"data.source.size": 30_000, "trainer.max_steps": 20}
     assert "was trained on other data" in fails(capfd, tmp_path, cache, other)
     assert checkpoint(tmp_path)["global_step"] == 10

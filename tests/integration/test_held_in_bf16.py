@@ -1,4 +1,4 @@
-"""``trainer.precision=bf16-true``: a frozen trunk's matrices in bf16, what is trained in fp32."""
+"""``trainer.precision=bf16-true``: a frozen trunk's matrices in bf16, trained weights in fp32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("llama", "deepseek"):
         model = deepseek.build(folders.TRUNKS[name])
         if name != "llama":
-            # Experts are computed in fp32 on a CPU: there the same numbers come of bf16's alone.
+            # A CPU computes experts in fp32: only bf16 weights give the same numbers there.
             with torch.no_grad():
                 for weight in model.trunk.parameters():
                     weight.copy_(weight.bfloat16())
@@ -43,8 +43,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
-def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog: Any) -> None:
+@pytest.mark.parametrize("name", ["llama", pytest.param("deepseek", marks=pytest.mark.slow)])
+def test_bf16_true_trains_the_same_weights_as_bf16_mixed(base, name, caplog):
     """To the last bit: autocast would round the same weights to the same numbers."""
     rows, states = {}, {}
     for precision in ("bf16-mixed", "bf16-true"):
@@ -56,14 +56,14 @@ def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog
             for row in read_metrics(run / "metrics.csv")
         ]
         states[precision] = checkpoints.load(find_checkpoint(run))["state_dict"]
-    said = "are rounded to bf16: the model uses the rounded values" in caplog.text
-    assert said == (name == "llama")
+    warned = "are rounded to bf16: the model uses the rounded values" in caplog.text
+    assert warned == (name == "llama")
     assert rows["bf16-mixed"] == rows["bf16-true"] and len(rows["bf16-true"]) >= 4
     for key, weight in states["bf16-mixed"].items():
-        found = states["bf16-true"][key]
-        held = ".trunk.blocks." in f".{key}" and weight.dim() > 1 and "router" not in key
-        assert found.dtype == (torch.bfloat16 if held else torch.float32), key
-        assert torch.equal(found, weight.bfloat16() if held else weight), key
+        stored = states["bf16-true"][key]
+        in_bf16 = ".trunk.blocks." in f".{key}" and weight.dim() > 1 and "router" not in key
+        assert stored.dtype == (torch.bfloat16 if in_bf16 else torch.float32), key
+        assert torch.equal(stored, weight.bfloat16() if in_bf16 else weight), key
 
     model = open_model(base / f"{name}-bf16-true").model
     assert model.head.weight.dtype == torch.float32
@@ -73,7 +73,7 @@ def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog
     assert texts[0].token_ids == texts[1].token_ids
 
 
-def test_a_run_goes_on_and_starts_another(base: Path) -> None:
+def test_a_bf16_run_resumes_and_another_run_starts_from_it(base: Path) -> None:
     settings = {**SETTINGS, "init_from": base / "llama", "trainer.precision": "bf16-true"}
     whole, parts = base / "whole", base / "parts"
     helpers.train_here(whole, base / "cache", settings)
@@ -82,38 +82,40 @@ def test_a_run_goes_on_and_starts_another(base: Path) -> None:
                                                    "lambda_schedule": "constant"})  # fmt: skip
     state = checkpoints.load(find_checkpoint(parts))["state_dict"]
     assert state["model.trunk.blocks.0.attention.qkv.weight"].dtype == torch.bfloat16
-    again = {**settings, "init_from": parts, "mtp.depth": 3, "trainer.max_steps": 2}
-    helpers.train_here(base / "again", base / "cache", again)
-    assert open_model(base / "again").model.depth == 3
+    another = {**settings, "init_from": parts, "mtp.depth": 3, "trainer.max_steps": 2}
+    helpers.train_here(base / "another", base / "cache", another)
+    assert open_model(base / "another").model.depth == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ({"mtp.freeze_trunk": "false"}, "this run trains its trunk"),
         ({"trainer.strategy": "fsdp"}, "does not work with trainer.strategy=fsdp"),
     ],
 )
-def test_what_it_is_not_for(base: Path, tmp_path: Path, change: Any, message: str) -> None:
+def test_a_trained_trunk_and_fsdp_are_refused(base, tmp_path, changes, message):
     settings = {**SETTINGS, "init_from": base / "llama", "trainer.precision": "bf16-true"}
     with pytest.raises(ValueError, match=message):
-        prepare(helpers.config(tmp_path / "run", base / "cache", settings | change), tmp_path)
+        prepare(helpers.config(tmp_path / "run", base / "cache", settings | changes), tmp_path)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "deepseek", "qwen3_moe"])
-def test_outside_autocast_it_is_the_rounded_model(name: str) -> None:
+def test_a_bf16_trunk_outside_autocast_equals_the_rounded_model(name: str) -> None:
     """Windows, and decoding by packed copies."""
-    held: MTPModel = deepseek.build(folders.TRUNKS[name], depth=1).eval()
-    held.trunk.hold_in_bf16()
+    model: MTPModel = deepseek.build(folders.TRUNKS[name], depth=1).eval()
+    model.trunk.hold_in_bf16()
     rounded = deepseek.build(folders.TRUNKS[name], depth=1).eval()
-    rounded.load_state_dict(held.state_dict())
-    for found, wanted in zip(folders.logits(held), folders.logits(rounded), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    rounded.load_state_dict(model.state_dict())
+    for logits, expected_logits in zip(folders.logits(model), folders.logits(rounded), strict=True):
+        torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
     prompt = [[5, 6, 7, 8]]
-    one, other = (generate(m, prompt, max_new_tokens=12)[0].token_ids for m in (held, rounded))
-    assert one == other
-    weight = held.trunk.blocks[0].attention.out.weight
+    tokens, rounded_tokens = (
+        generate(m, prompt, max_new_tokens=12)[0].token_ids for m in (model, rounded)
+    )
+    assert tokens == rounded_tokens
+    weight = model.trunk.blocks[0].attention.out.weight
     x = torch.randn(40, weight.shape[1])
     expected = x.double() @ weight.double().T
     torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
@@ -121,5 +123,5 @@ def test_outside_autocast_it_is_the_rounded_model(name: str) -> None:
         return
     from mtp_lightning.cpu.packed import Kind, packed_copy
 
-    with prepared(held):
+    with prepared(model):
         assert packed_copy(weight).kind == Kind.HALF  # type: ignore[union-attr]

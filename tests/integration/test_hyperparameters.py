@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard's HPARAMS tab about itself."""
+"""The hyperparameters of a run in TensorBoard's HPARAMS tab."""
 
 from __future__ import annotations
 
@@ -29,26 +29,25 @@ def started_with(*overrides: str) -> DictConfig:
     return cfg
 
 
-def test_a_command_line_names_its_keys() -> None:
-    # On so many prompts decode/* is measured.
-    told = typed("mtp=parallel mtp.depth=3 seed=7 callbacks.speculative_eval.n_prompts=1")
-    told |= {"callbacks": "[early_stopping,learning_rate]", "+trainer.profiler": "simple"}
-    told |= {"mtp_lambda": [0.3, 0.2, 0.1], "optimizer.lr": 0.01}
-    given = [f"{key}={value}".replace(" ", "") for key, value in told.items()]
-    given += ["run_dir=runs/x", "logger=[csv,wandb]", "callbacks.progress.line_seconds=1"]
-    found = hyperparameters(started_with(*given))
-    assert found == {key.lstrip("+"): value for key, value in told.items()}
+def test_hyperparameters_are_the_keys_of_the_command_line() -> None:
+    expected = typed("mtp=parallel mtp.depth=3 seed=7 callbacks.speculative_eval.n_prompts=1")
+    expected |= {"callbacks": "[early_stopping,learning_rate]", "+trainer.profiler": "simple"}
+    expected |= {"mtp_lambda": [0.3, 0.2, 0.1], "optimizer.lr": 0.01}
+    arguments = [f"{key}={value}".replace(" ", "") for key, value in expected.items()]
+    arguments += ["run_dir=runs/x", "logger=[csv,wandb]", "callbacks.progress.line_seconds=1"]
+    expected = {key.lstrip("+"): value for key, value in expected.items()}
+    assert hyperparameters(started_with(*arguments)) == expected
 
 
-def test_no_depth_is_one_row_however_it_was_asked_for() -> None:
+def test_every_way_to_set_no_depth_gives_the_same_hyperparameters() -> None:
     none = {"mtp.depth": 0, "mtp_lambda": 0.3, "seed": 0, "mtp": "none"}
     assert hyperparameters(started_with("mtp=none")) == none
     assert hyperparameters(started_with("mtp.depth=0")) == none
     assert hyperparameters(started_with("mtp=linear", "mtp.depth=0", "mtp.branch=final")) == none
-    # It has no depth either, and is something else.
+    # teacherless has no depth either, but is another head.
     assert hyperparameters(started_with("mtp=teacherless"))["mtp"] == "teacherless"
 
 
-def test_without_a_command_line_a_few_keys_are_left() -> None:
+def test_hyperparameters_without_a_command_line_are_three_keys() -> None:
     cfg = composed("config", ["optimizer.lr=0.01"])
     assert hyperparameters(cfg) == {"mtp.depth": 2, "mtp_lambda": 0.3, "seed": 0}

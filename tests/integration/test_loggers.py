@@ -1,4 +1,4 @@
-"""Loggers in a real run: told the end after summary.json; a broken one costs nothing."""
+"""Loggers in a real run: they get all values, and a failing one costs one warning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.integration.helpers import column, config, rows, summary_of, train_he
 
 
 class Witness(RunLogger):
-    """Notes what stood in the run folder when it was told something."""
+    """Notes for every call whether ``summary.json`` existed."""
 
     def __init__(self, folder: Path, fails: str = "") -> None:
         self.folder = folder
         self.fails = fails
-        self.told: list[tuple[str, bool]] = []
+        self.calls: list[tuple[str, bool]] = []
         self.params: dict[str, Any] = {}
         self.final: dict[str, float] = {}
         self.texts: list[str] = []
@@ -30,7 +30,7 @@ class Witness(RunLogger):
     name = version = ""
 
     def note(self, method: str) -> None:
-        self.told.append((method, (self.folder / "summary.json").exists()))
+        self.calls.append((method, (self.folder / "summary.json").exists()))
         if method == self.fails:
             raise OSError("the disk of the logger is full")
 
@@ -55,7 +55,7 @@ class Witness(RunLogger):
         self.note(f"finalize {status}")
 
 
-def train_with(
+def train_with_loggers(
     folder: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -65,15 +65,15 @@ def train_with(
     """A quick run with loggers that conf/ does not have; an error in place of one is raised."""
     from mtp_lightning.experiment.training import train
 
-    others = trainer.instantiate
+    original = trainer.instantiate
 
     def instantiate(node: Any, **more: Any) -> Any:
         if "which" not in node:
-            return others(node, **more)
-        made = loggers[node.which]
-        if isinstance(made, Exception):
-            raise made
-        return made
+            return original(node, **more)
+        logger = loggers[node.which]
+        if isinstance(logger, Exception):
+            raise logger
+        return logger
 
     cfg = config(folder, cache, settings)
     cfg.logger = {name: {"which": name} for name in loggers}
@@ -81,42 +81,43 @@ def train_with(
     return train(cfg)
 
 
-def test_the_end_is_told_after_the_summary(tmp_path, cache, monkeypatch):
-    # A validation of its own after the last step: Lightning says twice that something has ended.
-    seen = Witness(tmp_path)
+def test_loggers_get_the_final_values_after_summary_json(tmp_path, cache, monkeypatch):
+    # With a validation after the last step: Lightning calls finalize twice.
+    witness = Witness(tmp_path)
     settings = {"trainer.max_steps": 7, "callbacks.speculative_eval.new_tokens": 4}
-    summary = train_with(tmp_path, cache, monkeypatch, {"seen": seen}, settings)
-    assert [told for told, there in seen.told if there] == ["log_final", "finalize success"]
-    assert [told for told, _ in seen.told].count("finalize success") == 1
-    assert seen.params == {"mtp.depth": 2, "mtp_lambda": 0.3, "seed": 0}
-    assert seen.final["val/loss_depth_0"] == summary["val/loss_depth_0"]
-    assert len(seen.texts) == 2 and seen.resumed is None
-    # metrics.csv is there without being asked for.
+    summary = train_with_loggers(tmp_path, cache, monkeypatch, {"witness": witness}, settings)
+    after = [call for call, summarized in witness.calls if summarized]
+    assert after == ["log_final", "finalize success"]
+    assert [call for call, _ in witness.calls].count("finalize success") == 1
+    assert witness.params == {"mtp.depth": 2, "mtp_lambda": 0.3, "seed": 0}
+    assert witness.final["val/loss_depth_0"] == summary["val/loss_depth_0"]
+    assert len(witness.texts) == 2 and witness.resumed is None
+    # metrics.csv is written without a logger for it.
     assert column(tmp_path, "train/loss").keys() == set(range(1, 8))
     assert summary_of(tmp_path)["step"] == 7
 
 
-def warned(caplog: pytest.LogCaptureFixture) -> str:
+def warning(caplog: pytest.LogCaptureFixture) -> str:
     """The one warning about loggers."""
     (record,) = [r for r in caplog.records if r.name.startswith("mtp_lightning.loggers")]
     return record.getMessage()
 
 
 @pytest.mark.parametrize("fails", ["log_metrics", "finalize success"])
-def test_a_broken_logger_is_a_warning(tmp_path, cache, monkeypatch, caplog, fails):
-    seen = Witness(tmp_path, fails)
-    train_with(tmp_path, cache, monkeypatch, {"seen": seen})
-    said = warned(caplog)
-    assert "logger.seen failed" in said and "the disk of the logger is full" in said
-    assert [told for told, _ in seen.told].count(fails) == 1
+def test_a_failing_logger_costs_one_warning(tmp_path, cache, monkeypatch, caplog, fails):
+    witness = Witness(tmp_path, fails)
+    train_with_loggers(tmp_path, cache, monkeypatch, {"witness": witness})
+    message = warning(caplog)
+    assert "logger.witness failed" in message and "the disk of the logger is full" in message
+    assert [call for call, _ in witness.calls].count(fails) == 1
     assert (tmp_path / "summary.json").exists()
     assert len(read_metrics(tmp_path / "metrics.csv")) == 10
 
 
-def test_a_server_that_is_away_when_the_run_begins(tmp_path, cache, monkeypatch, caplog):
+def test_an_unreachable_server_at_the_start_costs_one_warning(tmp_path, cache, monkeypatch, caplog):
     loggers = {"far": ConnectionRefusedError("nobody listens"), "csv": MetricsCSV(tmp_path)}
-    train_with(tmp_path, cache, monkeypatch, loggers)
-    assert "logger.far failed (construction: ConnectionRefusedError" in warned(caplog)
+    train_with_loggers(tmp_path, cache, monkeypatch, loggers)
+    assert "logger.far failed (construction: ConnectionRefusedError" in warning(caplog)
     assert (tmp_path / "summary.json").exists()
 
 
@@ -127,21 +128,23 @@ def test_a_server_that_is_away_when_the_run_begins(tmp_path, cache, monkeypatch,
         (ModuleNotFoundError("No module named 'comet_ml'"), "logger.far needs .*comet_ml"),
     ],
 )
-def test_what_the_user_can_mend_ends_the_run(tmp_path, cache, monkeypatch, error, words):
+def test_a_wrong_logger_setting_or_a_missing_package_ends_the_run(
+    tmp_path, cache, monkeypatch, error, words
+):
     with pytest.raises(ValueError, match=words):
-        train_with(tmp_path, cache, monkeypatch, {"far": error})
+        train_with_loggers(tmp_path, cache, monkeypatch, {"far": error})
 
 
-def test_lightnings_own_logger(tmp_path, cache, monkeypatch):
+def test_lightnings_csv_logger_gets_values_and_hyperparameters(tmp_path, cache, monkeypatch):
     theirs = CSVLogger(str(tmp_path / "theirs"), name="", version="")
-    train_with(tmp_path / "run", cache, monkeypatch, {"theirs": theirs})
+    train_with_loggers(tmp_path / "run", cache, monkeypatch, {"theirs": theirs})
     logged = (tmp_path / "theirs" / "metrics.csv").read_text()
     assert "train/loss_depth_2" in logged and "val/loss_depth_0" in logged
     assert "mtp_lambda: 0.3" in (tmp_path / "theirs" / "hparams.yaml").read_text()
 
 
-def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path, cache: Path, copied: Path) -> None:
-    """What a process logged before its first checkpoint is done again."""
+def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path, cache: Path, copied: Path) -> None:
+    """Rows from before the first checkpoint are written again."""
     first = rows(tmp_path)
     for file in (tmp_path / "checkpoints").iterdir():
         file.unlink()

@@ -1,4 +1,4 @@
-"""The numbers of a run, computed again from its files by other means."""
+"""A run's reported numbers, recomputed from its files by independent means."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
     summary: dict[str, Any]
 
 
-def own_text(tmp: Path, cache: Path, **more: Any) -> None:
+def train_on_poem(tmp: Path, cache: Path, **more: Any) -> None:
     file = tmp / "poem.txt"
     file.write_text(POEM, encoding="utf-8")
     settings = helpers.typed(
@@ -49,7 +49,7 @@ def own_text(tmp: Path, cache: Path, **more: Any) -> None:
     (tmp / "returned.json").write_text(json.dumps(summary))
 
 
-def read(folder: Path, cache: Path) -> Run:
+def read_run(folder: Path, cache: Path) -> Run:
     return Run(folder / "run", cache, json.loads((folder / "returned.json").read_text()))
 
 
@@ -57,18 +57,19 @@ def read(folder: Path, cache: Path) -> Run:
 def run(once: Once, cache: Path) -> Run:
     """Bytes, with TensorBoard."""
     more = {"logger": "default", "callbacks.speculative_eval.new_tokens": 8}
-    return read(once("bytes", lambda folder: own_text(folder, cache, **more)), cache)
+    return read_run(once("bytes", lambda folder: train_on_poem(folder, cache, **more)), cache)
 
 
 @pytest.fixture(scope="module")
 def bpe(once: Once, cache: Path) -> Run:
+    """Of a BPE tokenizer."""
     more = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "data.eval_batch_size": 2}
-    return read(once("bpe", lambda folder: own_text(folder, cache, **more)), cache)
+    return read_run(once("bpe", lambda folder: train_on_poem(folder, cache, **more)), cache)
 
 
 def recomputed(content: dict[str, Any], ids: list[int]) -> dict[str, float]:
-    """The rates of docs/semantics.md in float64, position by position, from stored weights: of a
-    text's tokens, in windows that start T apart and follow an end of text."""
+    """The rates of docs/semantics.md in float64, position by position, from stored weights, for a
+    text's tokens in windows that start T apart and follow an end of text."""
     trunk = TrunkConfig(**content["model_config"]["trunk"])
     weights = {
         name.removeprefix("model."): tensor.double()
@@ -105,18 +106,18 @@ def recomputed(content: dict[str, Any], ids: list[int]) -> dict[str, float]:
     return {name: total / n for name, (total, n) in sums.items() if n}
 
 
-def test_validation_against_the_equations(run: Run) -> None:
-    # The text's own bytes and the end of text, not what the store says that it holds.
+def test_validation_equals_the_papers_equations_in_float64(run: Run) -> None:
+    # The text's bytes and the end of text, without the token store.
     expected = recomputed(checkpoint(run.folder), [*POEM[CUT:].encode(), 256])
     assert len(expected) == 3 + 3 + 2 + 2
     for name, value in expected.items():
         assert run.summary[f"val/{name}"] == pytest.approx(value, rel=2e-5), name
         assert column(run.folder, f"val/{name}")[20] == pytest.approx(value, rel=2e-5), name
-    # Every depth has learned something. Otherwise, many models would have these numbers.
+    # Every depth has learned: an untrained model would agree with too many formulas.
     assert max(expected[f"loss_depth_{k}"] for k in range(3)) < 4 < math.log(257)
 
 
-def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
+def test_bits_per_byte_equals_a_calculation_by_hand(run: Run, bpe: Run) -> None:
     text = POEM[CUT:]
     n_bytes = len(text.encode())
     from tokenizers import Tokenizer
@@ -136,7 +137,7 @@ def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
     assert tokens["t"] < 0.7 * tokens["b"]
 
 
-def test_summary_and_csv_agree(run: Run) -> None:
+def test_the_summary_agrees_with_metrics_csv_and_the_checkpoint(run: Run) -> None:
     stored = helpers.summary_of(run.folder)
     assert stored == run.summary
     last = rows(run.folder)[-1]
@@ -144,16 +145,16 @@ def test_summary_and_csv_agree(run: Run) -> None:
         assert stored[tag] == pytest.approx(last[tag], rel=1e-6)
     assert stored["tokens"] == 20 * 4 * SEQ_LEN
     assert stored["flops"] == stored["tokens"] * stored["flops_per_token"]
-    # Every validation says what its model has cost, in full steps; the last one is the summary's.
+    # Every validation logs the cost so far, in full steps; the last one is the summary's.
     assert column(run.folder, "progress/tokens") == {s: s * 4 * SEQ_LEN for s in (7, 14, 20)}
     for name in ("flops", "seconds"):
         costs = list(column(run.folder, f"progress/{name}").values())
         assert costs == sorted(costs) and costs[0] > 0
         assert costs[-1] == pytest.approx(stored[name], rel=1e-6)
     state = checkpoint(run.folder)["state_dict"]
-    own = {name: t for name, t in state.items() if name.startswith("model.")}
+    tensors = {name: t for name, t in state.items() if name.startswith("model.")}
     for key, without in (("parameters", "nothing"), ("parameters_trunk", ".mtp.")):
-        counted = {t.data_ptr(): t.numel() for name, t in own.items() if without not in name}
+        counted = {t.data_ptr(): t.numel() for name, t in tensors.items() if without not in name}
         assert stored[key] == sum(counted.values())
     assert stored["seconds"] > 0 and stored["perf/tokens_per_second"] > 0
     for key in ("python", "torch", "lightning"):
@@ -176,7 +177,7 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
     assert "flops_per_token" not in metrics  # a training's, which depends on its objective
 
 
-def test_evaluate_accepts_what_the_run_accepted(run: Run) -> None:
+def test_evaluate_repeats_the_runs_acceptance(run: Run) -> None:
     metrics = evaluate_here(run, LAST, "decode.new_tokens=8", "long_range=false")
     rates = [f"decode/acceptance_position_{j}" for j in (1, 2)] + ["decode/tokens_per_step"]
     bounds = [f"{tag}_{end}" for tag in rates for end in ("low", "high")]
@@ -186,19 +187,19 @@ def test_evaluate_accepts_what_the_run_accepted(run: Run) -> None:
     assert metrics["decode/tokens_per_step_low"] < metrics["decode/tokens_per_step_high"]
 
 
-def test_a_window_without_room_is_told(bpe: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """64 new tokens do not fit into 16: for the run and for evaluate.py."""
-    told = bpe.summary["not_decoded"]
-    assert "data.seq_len=16 leaves no room" in told
+def test_a_window_too_short_for_decoding_is_reported(bpe, capsys):
+    """64 new tokens do not fit into 16, in the run and in evaluate.py."""
+    reason = bpe.summary["not_decoded"]
+    assert "data.seq_len=16 leaves no room" in reason
     metrics = evaluate_here(bpe, ".", "long_range=false")
-    assert metrics["not_decoded"] == told
+    assert metrics["not_decoded"] == reason
     assert "nothing was decoded" in capsys.readouterr().out
     assert not [tag for tag in (*metrics, *bpe.summary) if tag.startswith("decode/")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_evaluate_repeats_it_in_the_runs_precision(tmp_path, cache, precision):
+def test_evaluate_repeats_the_last_validation_in_the_runs_precision(tmp_path, cache, precision):
     more = {"trainer.precision": precision, "trainer.max_steps": 3, "data.document_mask": "true"}
     more["data.val_fraction"] = 0.3
     summary = train_here(tmp_path / "run", cache, more)
@@ -211,7 +212,7 @@ def test_evaluate_repeats_it_in_the_runs_precision(tmp_path, cache, precision):
     assert everything["fingerprint"] != summary["evaluation"]["fingerprint"]
 
 
-def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
+def test_evaluate_reads_the_best_checkpoint_of_a_folder(run: Run) -> None:
     """Also where the best validation is the one after the last step."""
     best = checkpoint(run.folder, "best.ckpt")["global_step"]
     by_step = column(run.folder, "val/loss_depth_0")
@@ -221,7 +222,7 @@ def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> None:
+def test_evaluate_reads_another_text_from_the_command_line(run: Run, tmp_path: Path) -> None:
     """Another text through the run's own tokenizer, from another folder, into a JSON file."""
     (tmp_path / "other.txt").write_text("12345 67890\n" * 60)
     args = [f"checkpoint={run.folder / 'checkpoints' / 'last.ckpt'}", "data=text"]
@@ -230,22 +231,22 @@ def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> 
     done = helpers.execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, code=0)
     metrics = json.loads((tmp_path / "out.json").read_text())
     assert metrics["val/loss_depth_0"] > run.summary["val/loss_depth_0"]
-    # What is not typed is as the run had it, not as this group's file has it.
+    # Other keys are the run's, not those of data=text.
     assert metrics["data"]["val_fraction"] == 0.9
-    assert metrics["data"]["train"]["windows"] == 3  # of 16 tokens, in 73
+    assert metrics["data"]["train"]["windows"] == 3  # 73 tokens in windows of 16
     assert metrics["evaluation"]["bytes"] == 12 * 54  # data.eval_bytes=all
     assert "bits per byte" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.json"]
 
 
-# What is logged of each further depth.
-EVERY = "train/loss val/loss val/accuracy train/lambda val/agreement val/overlap"
+# The tags of each depth from 1.
+OF_A_DEPTH = "train/loss val/loss val/accuracy train/lambda val/agreement val/overlap"
 
 
 def test_every_tag_reaches_tensorboard(run: Run) -> None:
     logged = events(run.folder)
     expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/of_matmul"}
-    for k, tags in enumerate(["train/loss val/loss val/accuracy"] + 2 * [EVERY]):
+    for k, tags in enumerate(["train/loss val/loss val/accuracy"] + 2 * [OF_A_DEPTH]):
         expected |= {f"{tag}_depth_{k}" for tag in tags.split()}
     expected |= {"decode/tokens_per_step", "decode/speedup", "decode/acceptance_position_1"}
     expected |= {"decode/tokens_per_second", "progress/tokens", "progress/seconds"}
@@ -253,32 +254,31 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
     for tag in expected:
         seen = {event.step: event.value for event in logged.Scalars(tag)}
         assert seen == pytest.approx(column(run.folder, tag), rel=1e-5), tag
-    # The run is a row of the HPARAMS tab, from its start and again when it was done.
+    # The run is a row of the HPARAMS tab, from its start and again at its end.
     ends = {"_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert ends <= set(logged.summary_metadata)
     # The chart that groups all depths.
     assert "custom_scalars__config__" in logged.Tags()["tensors"]
 
 
-def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:
+def test_a_run_folder_holds_all_its_files(run: Run, bpe: Run) -> None:
     for name in ("config.yaml", "summary.json", "metrics.csv", "tokenizer_state.json"):
         assert (run.folder / name).is_file(), name
     assert len(list(run.folder.glob("events.out.tfevents.*"))) >= 1
     assert (bpe.folder / "tokenizer.json").is_file()
-    kept = {p.stem for p in (run.folder / "checkpoints").iterdir()}
-    assert kept == {"best", "last", "previous"}
+    checkpoints = {p.stem for p in (run.folder / "checkpoints").iterdir()}
+    assert checkpoints == {"best", "last", "previous"}
 
 
-def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path) -> None:
-    """Lightning would repeat its newest value."""
+def test_an_inactive_depth_is_not_logged(tmp_path: Path, cache: Path) -> None:
+    """Lightning alone would repeat the newest value."""
     stages = {"lambda_schedule": "reverse_curriculum", "trainer.max_steps": 9}
     train_here(tmp_path, cache, stages)
     for k, last in ((0, 9), (1, 6), (2, 3)):
         assert list(column(tmp_path, f"train/loss_depth_{k}")) == list(range(1, last + 1))
 
 
-def test_plain_decoding_has_a_speed_too(tmp_path: Path, cache: Path) -> None:
-    """A model without drafts has no acceptance and no speed-up, but tokens per second."""
+def test_a_model_without_drafts_reports_tokens_per_second(tmp_path: Path, cache: Path) -> None:
     more = {"mtp.depth": 0, "callbacks.speculative_eval.new_tokens": 8, "trainer.max_steps": 2}
     summary = train_here(tmp_path, cache, more)
     decoding = {tag: value for tag, value in summary.items() if tag.startswith("decode/")}

@@ -1,7 +1,7 @@
-"""What an outsider types wrong, at every program, is one sentence with the value and the remedy.
+"""A typing mistake, at every program, is one sentence with the value and the remedy.
 
-Where the command line alone decides, it takes less than a second of the processor's time, and torch
-cannot be imported. The rows of each program's first kind run always, the others with ``-m slow``.
+Where the command line alone shows the mistake, the answer takes less than a second of CPU time, and
+torch cannot be imported. One or two rows for each program and mistake are fast, the others slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pytest
 from tests.integration.helpers import ROOT, execute
 from tests.warm import HEAVY, LIGHT
 
-# Starts a program as a person does; packages are hidden from it, and torch where it is not needed.
+# Starts a program as the command line does, but hides packages from it, also torch where it is not
+# needed.
 PROGRAM = """
 import os, runpy, sys
 hidden, name, *sys.argv[1:] = sys.argv[1:]
@@ -41,25 +42,25 @@ else:
 
 @dataclass(frozen=True)
 class Row:
-    """What is typed, and what is answered.
+    """A command and its error.
 
     Attributes:
-        typed: the program and its arguments, quoted as in a shell; FOLDER is a folder of a test's.
-        told: words of the sentence: the value and the remedy.
-        seconds: of the processor; 2 of a sweep, which composes its jobs; above, torch reads.
-        hidden: packages that are not there.
-        fast: whether it runs always.
+        typed: the program and its arguments, quoted as in a shell; FOLDER is the test's folder.
+        words: of the error, with the value and the remedy.
+        seconds: of CPU time; 2 for a sweep, which composes its jobs; more if torch is needed.
+        hidden: packages that cannot be imported.
+        fast: whether the test is not marked slow.
     """
 
     typed: str
-    told: list[str]
+    words: list[str]
     seconds: float = 1.0
     hidden: str = ""
     fast: bool = False
 
 
-# What is typed => words of what is told, separated by bars. In brackets: * for a row that runs
-# always, the seconds if not 1, and packages that are missing.
+# The command => words of the error, separated by bars. In brackets: * for a fast row, the seconds
+# if not 1, and packages that cannot be imported.
 TABLE = """\
 # keys
 train.py mtp.dept=4  [*] => mtp.dept is not a key: did you mean mtp.depth? (--help mtp)
@@ -129,7 +130,7 @@ generate.py checkpoint=FOLDER prompt=a top_k=5  [15 s] =>
 generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in [0, 1], not 2
 serve.py checkpoint=FOLDER port=99999 => port must be a number in [0, 65535], not 99999
 export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one of float32
-# what is missing
+# missing values, packages and files
 train.py data=text => data.paths has no value: give it as data.paths=...
 train.py run_dir=  [*] => run_dir has no value: give it as run_dir=...
 train.py -m mtp.depth=1,2 sweep_dir= => sweep_dir has no value: give it as sweep_dir=...
@@ -148,7 +149,7 @@ train.py branch_from=FOLDER/run@5 run_dir=run  [15 s] =>
     no intact checkpoint of step 5 | callbacks.checkpoints.keep_steps=[5]
 generate.py checkpoint=FOLDER/nowhere prompt=a  [*] => NOWHERE
 export.py checkpoint=FOLDER/nowhere output=x => NOWHERE
-# files that are not what they should be
+# files and folders of the wrong kind
 train.py run_dir=FOLDER/file  [*] => run_dir=FOLDER/file | is a file: take another
 train.py run_dir=FOLDER/file/below => FOLDER/file is a file: take another
 train.py run_dir=FOLDER/pipe => FOLDER/pipe is not a folder: take another
@@ -193,8 +194,8 @@ def table() -> Iterator[Row]:
     for line in re.sub("=>\n +", "=> ", TABLE).splitlines():
         if line.startswith("#"):
             continue
-        typed, marks, told = re.fullmatch(r"(.*?)(?:  \[(.*)\])? => (.*)", line).groups()  # type: ignore[union-attr]
-        row = Row(typed, told.replace("NOWHERE", NOWHERE).split(" | "))
+        typed, marks, words = re.fullmatch(r"(.*?)(?:  \[(.*)\])? => (.*)", line).groups()  # type: ignore[union-attr]
+        row = Row(typed, words.replace("NOWHERE", NOWHERE).split(" | "))
         for mark in (marks or "").split(", "):
             if mark == "*":
                 row = replace(row, fast=True)
@@ -205,15 +206,15 @@ def table() -> Iterator[Row]:
         yield row
 
 
-def written(folder: Path) -> set[str]:
-    """What lies in a folder, without locks, and what Hydra writes of a sweep before it looks."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return found - {"empty/.lock", "sweep", "sweep/multirun.yaml"}
+def paths_in(folder: Path) -> set[str]:
+    """The paths in a folder, without locks and without the files that Hydra writes for a sweep."""
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    return paths - {"empty/.lock", "sweep", "sweep/multirun.yaml"}
 
 
 @cache
 def slowness() -> float:
-    """How much longer this machine takes than an idle core, for whatever else is at work on it."""
+    """How much longer this machine takes than an idle core: other processes may use it."""
     began = time.process_time()
     sum(i * i for i in range(3_000_000))
     return max(1.0, (time.process_time() - began) / 0.25)
@@ -221,7 +222,7 @@ def slowness() -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("given")
+    folder = tmp_path_factory.mktemp("mistyped")
     (folder / "empty").mkdir()
     (folder / "run" / "checkpoints").mkdir(parents=True)
     (folder / "file").write_text("no checkpoint, and no folder\n")
@@ -233,11 +234,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "row", [pytest.param(r, id=r.typed, marks=[] if r.fast else pytest.mark.slow) for r in table()]
 )
-def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path) -> None:
-    before = written(folder)
+def test_a_typing_mistake_is_one_sentence_within_the_time_limit(row, folder, tmp_path):
+    before = paths_in(folder)
     typed = [part.replace("FOLDER", str(folder)) for part in shlex.split(row.typed)]
-    reads = row.seconds > 2  # with torch
-    hidden, imported = (row.hidden, HEAVY) if reads else (f"{row.hidden} torch", LIGHT)
+    with_torch = row.seconds > 2
+    hidden, imported = (row.hidden, HEAVY) if with_torch else (f"{row.hidden} torch", LIGHT)
     seconds: list[float] = []
     while len(seconds) < 3 and not (seconds and seconds[-1] < row.seconds):
         done = execute([sys.executable, "-c", PROGRAM, hidden, *typed], tmp_path, imported=imported)
@@ -245,12 +246,12 @@ def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    if reads:  # by then it has told of what it does
+    if with_torch:  # its progress messages come before
         lines = [line for line in lines if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    for words in row.told:
+    for words in row.words:
         assert words.replace("FOLDER", str(folder)) in lines[0]
     for noise in ("Traceback", "HYDRA_FULL_ERROR", "append", "use +", "Errno"):
         assert noise not in done.stderr
     assert min(seconds) < row.seconds * slowness(), seconds
-    assert written(folder) == before and written(tmp_path) == set()
+    assert paths_in(folder) == before and paths_in(tmp_path) == set()

@@ -21,7 +21,6 @@ TRUNK = {**SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 2}
 
 @pytest.fixture(scope="module")
 def trunk(once: Once, cache: Path) -> Path:
-    """A trunk that has learned something."""
     longer = {"trainer.max_steps": 250, "trainer.val_check_interval": 250, "optimizer.lr": 0.01}
     return once("trunk", lambda folder: helpers.train_here(folder, cache, {**TRUNK, **longer}))
 
@@ -34,18 +33,18 @@ def first_losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "switches", [{}, {"mtp.share_layers": "true", "mtp.concat": "hidden_first"}]
 )
-def test_first_losses_are_near_the_trunks_own(trunk, cache, tmp_path, switches):
+def test_last_block_starts_heads_near_the_trunks_loss(trunk, cache, tmp_path, switches):
     settings = {**HEADS, **switches, "init_from": trunk}
-    helpers.train_here(tmp_path / "last", cache, settings)
-    own = helpers.column(tmp_path / "last", "val/loss_depth_0")[4]
-    helpers.train_here(tmp_path / "drawn", cache, {**settings, "mtp.init": "random"})
-    last, drawn = first_losses(tmp_path / "last"), first_losses(tmp_path / "drawn")
-    assert own < 0.6 * math.log(257)
-    # Half of what a prediction knows without a training step, at the least.
-    assert max(last) < (own + math.log(257)) / 2 < min(drawn)
+    helpers.train_here(tmp_path / "last_block", cache, settings)
+    trunk_loss = helpers.column(tmp_path / "last_block", "val/loss_depth_0")[4]
+    helpers.train_here(tmp_path / "random", cache, {**settings, "mtp.init": "random"})
+    copied, random = first_losses(tmp_path / "last_block"), first_losses(tmp_path / "random")
+    assert trunk_loss < 0.6 * math.log(257)
+    # Without a training step, at least half as much better than chance as the trunk.
+    assert max(copied) < (trunk_loss + math.log(257)) / 2 < min(random)
 
 
-def test_a_run_that_goes_on_begins_nothing(cache: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_initialize_again(cache: Path, tmp_path: Path) -> None:
     helpers.train_here(tmp_path / "trunk", cache, TRUNK)
     settings = {**HEADS, "init_from": tmp_path / "trunk", "callbacks.checkpoints.every_n_steps": 2}
     helpers.train_here(tmp_path / "whole", cache, settings)
@@ -55,13 +54,13 @@ def test_a_run_that_goes_on_begins_nothing(cache: Path, tmp_path: Path) -> None:
     helpers.train_here(tmp_path / "halves", cache, settings)
     helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
     plain = {**settings, "mtp.init": "random", "trainer.max_steps": 2}
-    helpers.train_here(tmp_path / "drawn", cache, plain)
+    helpers.train_here(tmp_path / "random", cache, plain)
     with pytest.raises(ValueError, match=r"cannot change it to mtp.init=last_block: set"):
-        helpers.train_here(tmp_path / "drawn", cache, {**plain, "mtp.init": "last_block"})
+        helpers.train_here(tmp_path / "random", cache, {**plain, "mtp.init": "last_block"})
 
 
 @pytest.mark.long
-def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_start_as_one_does(trunk: Path, cache: Path, tmp_path: Path) -> None:
     settings = {**HEADS, "init_from": trunk, "trainer.max_steps": 2}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
     helpers.train_apart(tmp_path / "two", cache, {**settings, **two})
@@ -71,7 +70,7 @@ def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> 
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
-def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:
+def test_last_block_reads_the_examples_of_a_task(cache: Path, tmp_path: Path) -> None:
     task = {
         **helpers.NO_TEXT, "data": "star_graph", "data.eval_examples": 16, "data.seq_len": 60,
         "trainer.max_steps": 2, "trainer.val_check_interval": 2, "model.n_layers": 2,

@@ -1,4 +1,4 @@
-"""Every objective from the command line to the checkpoint: words, ranks, precision, resuming."""
+"""Every objective in real runs: its terms, precisions, two processes, resuming, decoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.integration.several import run_all
 
 pytestmark = pytest.mark.slow
 
-WORDS = sorted(file.stem for file in (CONF / "objective").glob("*.yaml") if file.stem != "base")
+OBJECTIVES = sorted({file.stem for file in (CONF / "objective").glob("*.yaml")} - {"base"})
 ALL = typed(
     "objective=mix objective.terms={kl:1,e2e_tv:0.5,feature:0.1,ce:0.2,eal:0.3,wtv:0.1,anchor:0.1} "
     "objective.weights=acceptance objective.mask=entropy objective.quantile=0.8 "
@@ -32,23 +32,23 @@ def run(once: Once, cache: Path) -> Path:
     return once("all-objectives", lambda folder: train_here(folder, cache, LONG))
 
 
-@pytest.mark.parametrize("word", WORDS)
-def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
-    terms = {"objective.terms": "{ce: 0.1, tv: 0.9}"} if word == "mix" else {}
-    settings: dict[str, Any] = {"objective": word, **terms, "trainer.max_steps": 4}
-    summary = train_here(tmp_path / word, cache, settings)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_and_logs_its_terms(tmp_path, cache, objective):
+    terms = {"objective.terms": "{ce: 0.1, tv: 0.9}"} if objective == "mix" else {}
+    settings: dict[str, Any] = {"objective": objective, **terms, "trainer.max_steps": 4}
+    summary = train_here(tmp_path / objective, cache, settings)
     assert summary["step"] == 4 and summary["val/loss_depth_1"] > 0
-    tags = rows(tmp_path / word)[0].keys()
+    tags = rows(tmp_path / objective)[0].keys()
     logged = {tag.rpartition("/")[2] for tag in tags if tag.startswith("train/loss_depth_1/")}
     mixtures = {"mix": {"ce", "tv"}, "feature": {"kl", "feature"}, "nextlat": {"kl", "feature"}}
     mixtures["anchor"] = {"ce", "anchor_latent", "anchor_semantic"}
-    assert logged == mixtures.get(word, set())
+    assert logged == mixtures.get(objective, set())
 
 
 @pytest.mark.parametrize(
     ("precision", "variant"), [("bf16-mixed", "sequential"), ("64-true", "parallel")]
 )
-def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant: str) -> None:
+def test_all_terms_train_in_other_precisions(tmp_path, cache, precision, variant):
     settings = {**ALL, "mtp": variant, "trainer.precision": precision, "trainer.max_steps": 6}
     train_here(tmp_path / "run", cache, settings)
     losses = list(column(tmp_path / "run", "train/loss").values())
@@ -70,12 +70,12 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         helpers.assert_near_rows(tmp_path / variant, one)
         assert len(rows(one)) == 6
         assert {"objective/tau", "confidence/error_depth_2"} <= rows(one)[-1].keys()
-        mine = weights(tmp_path / variant)
-        assert "mtp.confidence.weight" in " ".join(mine)
-        torch.testing.assert_close(mine, weights(one), rtol=1e-5, atol=1e-7)
+        two_weights = weights(tmp_path / variant)
+        assert "mtp.confidence.weight" in " ".join(two_weights)
+        torch.testing.assert_close(two_weights, weights(one), rtol=1e-5, atol=1e-7)
 
 
-def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
+def test_a_run_of_all_terms_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
     """The running quantile continues from its stored state."""
     train_here(tmp_path, cache, {**LONG, "trainer.max_steps": 6})
     assert sum(helpers.checkpoint(tmp_path)["objective"]["counts"]) > 0
@@ -85,13 +85,13 @@ def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
         assert column(run, tag) == column(tmp_path, tag), tag
 
 
-def test_evaluate_repeats_its_validation(run: Path) -> None:
+def test_evaluate_repeats_the_last_validation(run: Path) -> None:
     summary = helpers.summary_of(run)
-    found = helpers.evaluated(run / "checkpoints" / "last.ckpt")
-    assert found["val/loss_depth_1"] == summary["val/loss_depth_1"]
+    metrics = helpers.evaluated(run / "checkpoints" / "last.ckpt")
+    assert metrics["val/loss_depth_1"] == summary["val/loss_depth_1"]
 
 
-def test_a_model_that_says_how_sure_it_is(run: Path) -> None:
+def test_min_confidence_does_not_change_the_text(run: Path) -> None:
     opened = open_model(run)
     assert opened.model.mtp.confidence is not None
     prompt = [list(b"abc")]
@@ -103,14 +103,15 @@ def test_a_model_that_says_how_sure_it_is(run: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "objective"), [("sequential", "kl"), ("parallel", "kl"), ("sequential", "e2e_tv")]
 )
-def test_a_match_of_compute_counts_the_teacher(tmp_path, cache, variant, objective):
+def test_matched_flops_include_the_teachers_pass(tmp_path, cache, variant, objective):
     common = typed("compare.match=flops trainer.max_steps=30 trainer.val_check_interval=30")
     common["mtp"] = variant
-    found = {}
-    for word in ("ce", objective):
-        found[word] = train_here(tmp_path / word, cache, {**common, "objective": word})
-        assert found[word]["flops"] == found[word]["compare"]["reached"]
-    shared = objective == "kl" and variant == "sequential"  # the main prediction's own pass
-    cost = [found[word]["flops_per_token"] for word in ("ce", objective)]
+    summaries = {}
+    for name in ("ce", objective):
+        summaries[name] = train_here(tmp_path / name, cache, {**common, "objective": name})
+        assert summaries[name]["flops"] == summaries[name]["compare"]["reached"]
+    # The teacher is then the main prediction's pass.
+    shared = objective == "kl" and variant == "sequential"
+    cost = [summaries[name]["flops_per_token"] for name in ("ce", objective)]
     assert cost[0] == cost[1] if shared else cost[0] < cost[1]
-    assert (found[objective]["step"] < found["ce"]["step"]) == (not shared)
+    assert (summaries[objective]["step"] < summaries["ce"]["step"]) == (not shared)

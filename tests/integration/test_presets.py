@@ -1,4 +1,4 @@
-"""conf/experiment: every preset composes, says its command, and trains when it is made short."""
+"""conf/experiment: every preset has its command in its header and trains when shortened."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TEXT = {
     "data": "synthetic", "tokenizer": "byte", "data.source.size": 60_000,
     "data.source.documents": 30, "data.seq_len": 32, "data.val_fraction": 0.05,
 }  # fmt: skip
-# The model's own texts, of a small model.
+# Texts that a small model generates.
 SELF_GENERATED = {
     "data.n_prompts": 80, "data.prompt_tokens": 4, "data.new_tokens": 12, "data.chat_share": 0,
     "data.seq_len": 16, "data.val_fraction": 0.3, "tokenizer": "byte",
     "callbacks.speculative_eval.n_prompts": 1, "callbacks.speculative_eval.prompt_tokens": 4,
 }  # fmt: skip
-# What makes them short; the rest is theirs.
+# The settings that shorten every preset.
 SHORT = {
     "data.batch_size": 4, "data.num_workers": 0, "trainer.max_steps": 4,
     "trainer.val_check_interval": 2, "trainer.num_threads": 1, "trainer.accelerator": "cpu",
@@ -43,12 +43,12 @@ def run(folder: Path, cache: Path, name: str, more: dict[str, object]) -> dict[s
     return train(composed("config", [f"{key}={value}" for key, value in settings.items()]))
 
 
-def test_the_presets_that_there_are() -> None:
+def test_documented_presets_exist() -> None:
     assert {"main_job", "drafting", "posthoc_heads", "deepseek", "gpu"} | TASKS <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
+def test_a_presets_header_has_its_command_and_duration(name: str) -> None:
     lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_"
     header = " ".join(line.lstrip("# ") for line in lines[1:6] if line.startswith("#"))
@@ -58,7 +58,7 @@ def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
+def test_a_shortened_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
     more: dict[str, object] = {}
     if name in ("posthoc_heads", "smollm2_heads"):
         size = "model.n_layers=2 model.d_model=48 model.n_heads=3 model.d_ff=256"

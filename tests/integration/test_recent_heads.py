@@ -31,7 +31,7 @@ SETTINGS = typed(
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_resumed_is_uninterrupted_and_drafts_are_lossless(tmp_path, cache, head):
+def test_a_resumed_run_is_identical_and_its_drafts_are_lossless(tmp_path, cache, head):
     settings = HEADS[head] | SETTINGS
     summary = train_here(tmp_path / "whole", cache, settings)
     helpers.resume_from_previous(tmp_path / "whole", tmp_path / "parts", cache, settings)
@@ -48,7 +48,7 @@ def test_resumed_is_uninterrupted_and_drafts_are_lossless(tmp_path, cache, head)
 
 
 @pytest.mark.parametrize("settings", [HEADS["eagle"], {"objective": "kl"}], ids=["eagle", "kl"])
-def test_a_frozen_trunk_stays_as_it_is(tmp_path, cache, settings):
+def test_a_frozen_trunk_is_not_changed(tmp_path, cache, settings):
     train_here(tmp_path / "base", cache, {"mtp": "none", "mtp.depth": None})
     frozen = {"mtp.freeze_trunk": "true", "init_from": tmp_path / "base", "trainer.max_steps": 20}
     train_here(tmp_path / "heads", cache, frozen | settings)
@@ -59,13 +59,12 @@ def test_a_frozen_trunk_stays_as_it_is(tmp_path, cache, settings):
 
 
 @pytest.mark.parametrize("head", ["joint", "nextlat", "eagle", "stride", "masked"])
-def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
-    """Whose targets are answers alone."""
+def test_a_head_trains_on_a_task(tmp_path: Path, cache: Path, head: str) -> None:
     settings = HEADS[head] | ({"mtp.draft_vocab": None} if head == "eagle" else {})
     summary = train_here(tmp_path / "run", cache, {**TASK, "mtp.depth": 1, **settings})
     assert 0 <= summary["val/exact_match"] <= 1 and summary["val/loss_depth_1"] > 0
 
 
-def test_a_sweep_over_strides_holds_plain_runs_too(tmp_path: Path, cache: Path) -> None:
+def test_a_stride_with_depth_0_is_a_plain_run(tmp_path: Path, cache: Path) -> None:
     summary = train_here(tmp_path, cache, typed("mtp=parallel mtp.depth=0 mtp.stride=3"))
     assert summary["val/loss_depth_0"] > 0 and "val/loss_depth_1" not in summary

@@ -23,8 +23,8 @@ from tests.integration.helpers import assert_same_run, checkpoint, column, comma
 
 STEPS, EVERY = 150, 20
 
-# Schedules that never rest, validations that do not fall on checkpoints, epochs that end in between
-# (8 kB are about 110 batches of 4 windows of 16 tokens, fewer than the steps).
+# Schedules that change at every step, validations between checkpoints, and an epoch that ends: 8 kB
+# are about 110 batches of 4 windows of 16 tokens.
 LONG = {
     "data.source.size": 8_000, "data.source.documents": 20, "lambda_schedule": "linear_decay",
     "trainer.max_steps": STEPS, "trainer.val_check_interval": 35,
@@ -41,13 +41,13 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def short(once: Once, cache: Path) -> Path:
-    """The short run that nothing happened to."""
+    """The short run, uninterrupted."""
     return once("short", lambda folder: train_here(folder, cache, SHORT))
 
 
 @pytest.fixture(scope="module")
 def whole(once: Once, cache: Path) -> Path:
-    """The run that nothing happened to."""
+    """The long run, uninterrupted."""
     return once("whole", lambda folder: train_here(folder, cache, LONG))
 
 
@@ -60,7 +60,7 @@ def killed(once: Once, cache: Path) -> Path:
         helpers.kill_at(command(folder, cache, settings), folder, 47)
         step, logged = checkpoint(folder)["global_step"], max(column(folder, "train/loss"))
         assert step in range(EVERY, STEPS, EVERY) and 46 <= logged < STEPS
-        # Something was lost and is done again: else the tests below would prove little.
+        # Steps after the checkpoint were lost and are repeated; else the tests show little.
         assert logged != step
         done = helpers.train_apart(folder, cache, settings)
         assert f"from step {step}" in done.stderr + done.stdout
@@ -75,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted(killed: Path, whole: Path) -> N
     helpers.assert_equal(helpers.weights(killed, "best.ckpt"), helpers.weights(whole, "best.ckpt"))
     for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
         values = set(column(killed, tag).values())
-        assert len(values) > STEPS // 2, f"{tag} rests: the test shows nothing"
+        assert len(values) > STEPS // 2, f"{tag} hardly changes: the test shows nothing"
     one, other = (checkpoint(folder)["progress"] for folder in (killed, whole))
     assert one["tokens"] == other["tokens"] == STEPS * 4 * 16
     assert one["flops"] == other["flops"] > 0
@@ -85,7 +85,7 @@ def test_killed_and_resumed_equals_uninterrupted(killed: Path, whole: Path) -> N
 
 
 @pytest.mark.slow
-def test_events_have_no_double_steps(killed: Path) -> None:
+def test_tensorboard_events_have_no_step_twice(killed: Path) -> None:
     """As TensorBoard itself reads the folder, with the events of both processes."""
     assert len(list(killed.glob("events.out.tfevents.*"))) >= 2
     logged = helpers.events(killed)
@@ -99,7 +99,7 @@ def test_events_have_no_double_steps(killed: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short: Path) -> None:
-    """Two worker processes fetch ahead; a batch that was fetched is not yet consumed."""
+    """Workers fetch batches ahead, which do not count as consumed."""
     workers = {"data.num_workers": 2}
     helpers.stop_after(tmp_path, cache, SHORT | workers, 17)
     assert checkpoint(tmp_path)["global_step"] == 17
@@ -125,17 +125,16 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     assert read_yaml(tmp_path / "config.yaml")["seed"] == helpers.summary_of(tmp_path)["seed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_in_every_precision(tmp_path: Path, cache: Path, precision: str) -> None:
+def test_a_run_resumes_exactly_in_other_precisions(tmp_path, cache, precision):
     settings = {**SHORT, "trainer.precision": precision}
     train_here(tmp_path / "whole", cache, settings)
     helpers.resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
 
 
 @pytest.mark.slow
-def test_damaged_last_checkpoint(
-    tmp_path: Path, cache: Path, short: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_last_checkpoint_resumes_from_the_previous_one(tmp_path, cache, short, caplog):
     helpers.stop_after(tmp_path, cache, SHORT, 17)
     last = tmp_path / "checkpoints" / "last.ckpt"
     previous = checkpoint(tmp_path, "previous.ckpt")["global_step"]
@@ -145,23 +144,24 @@ def test_damaged_last_checkpoint(
     last.unlink()  # previous.ckpt and best.ckpt may be links to the same file
     last.write_bytes(content)
     train_here(tmp_path, cache, SHORT)
-    told = [message for message in caplog.messages if "damaged" in message]
-    assert len(told) == 1 and str(last) in told[0]
+    warnings = [message for message in caplog.messages if "damaged" in message]
+    assert len(warnings) == 1 and str(last) in warnings[0]
     assert_same_run(tmp_path, short)
 
 
 @pytest.mark.slow
-def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whole: Path) -> None:
+def test_ctrl_c_saves_the_step_and_the_run_resumes(tmp_path, cache, whole):
     args = command(tmp_path, cache, LONG)
     process = helpers.start(args, tmp_path / "first.log")
     helpers.wait_for_step(process, tmp_path, 30)
     process.send_signal(signal.SIGINT)
-    assert process.wait(240) == 130, (tmp_path / "first.log").read_text()
-    told = (tmp_path / "first.log").read_text()
+    code = process.wait(240)
+    log = (tmp_path / "first.log").read_text()
+    assert code == 130, log
     step = checkpoint(tmp_path)["global_step"]
     assert 30 <= step < STEPS
-    assert "Traceback" not in told
-    assert "interrupted" in told and str(step) in told.split("interrupted")[1]
+    assert "Traceback" not in log
+    assert "interrupted" in log and str(step) in log.split("interrupted")[1]
     # Nothing is lost: the newest row is that of the checkpoint.
     assert max(column(tmp_path, "train/loss")) == step
     train_here(tmp_path, cache, LONG)
@@ -170,18 +170,17 @@ def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whol
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """A program's own handlers of signals, and afterwards those of pytest."""
-    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    """The signal handlers of a program, and afterwards those of pytest."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("signals")
-def test_a_signal_after_the_step_was_logged(tmp_path, cache, short, monkeypatch):
-    """Too late to be saved with its step: it waits for the next one, and nothing that was saved is
-    wrong."""
+def test_a_signal_after_logging_stops_after_the_next_step(tmp_path, cache, short, monkeypatch):
+    """It comes too late to save its own step."""
     from mtp_lightning.loggers.csv import MetricsCSV
 
     log_metrics = MetricsCSV.log_metrics
@@ -202,8 +201,10 @@ def test_a_signal_after_the_step_was_logged(tmp_path, cache, short, monkeypatch)
 
 
 @pytest.mark.usefixtures("signals")
-def test_sigterm_in_a_step_that_is_validated(tmp_path, cache, short, monkeypatch):
-    """Lightning would leave its validation out, and the resumed run would miss it."""
+def test_sigterm_in_a_step_before_a_validation_keeps_the_validation(
+    tmp_path, cache, short, monkeypatch
+):
+    """Lightning alone would skip the validation, and the resumed run would miss it."""
     step_of = MTPModule.training_step
 
     def step_and_kill(self: MTPModule, batch: Any, batch_idx: int) -> Any:
@@ -218,7 +219,7 @@ def test_sigterm_in_a_step_that_is_validated(tmp_path, cache, short, monkeypatch
     assert_same_run(tmp_path, short)
 
 
-def test_interrupt_in_the_validation_behind_the_last_step(tmp_path, cache, monkeypatch):
+def test_an_interrupt_in_the_last_validation_keeps_the_checkpoint(tmp_path, cache, monkeypatch):
     def interrupted(self: MTPModule, *_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -229,8 +230,8 @@ def test_interrupt_in_the_validation_behind_the_last_step(tmp_path, cache, monke
     assert train_here(tmp_path, cache, short)["step"] == 4
 
 
-def test_killed_right_behind_a_save(tmp_path, cache, short, monkeypatch):
-    """At the end of an epoch. The run continues after the saved step, so its row must be there."""
+def test_a_kill_right_after_a_save_loses_no_row(tmp_path, cache, short, monkeypatch):
+    """At the end of an epoch; the saved step is not repeated, so its row must be there."""
     from mtp_lightning.callbacks.checkpoints import Checkpoints
 
     save = Checkpoints._save
@@ -259,7 +260,7 @@ def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int)
 
 
 @pytest.mark.slow
-def test_another_number_of_threads_is_said(tmp_path, cache, caplog):
+def test_resume_warns_about_another_number_of_threads(tmp_path, cache, caplog):
     train_here(tmp_path, cache, {"trainer.max_steps": 1})
     assert checkpoint(tmp_path)["threads"] == 1
     train_here(tmp_path, cache, {"trainer.max_steps": 2})
@@ -273,23 +274,23 @@ def test_another_number_of_threads_is_said(tmp_path, cache, caplog):
     assert checkpoint(tmp_path)["threads"] == 2
 
 
-def test_other_kernels_are_said(tmp_path, cache, caplog, monkeypatch):
+def test_resume_warns_about_other_kernels(tmp_path, cache, caplog, monkeypatch):
     """A run that began with the layers' C++ code, and one that began without."""
-    again = "MTP_LIGHTNING_NATIVE=0 would give the same bits"
-    for step, (code, told) in enumerate(
+    remedy = "MTP_LIGHTNING_NATIVE=0 would give the same bits"
+    for step, (code, warning) in enumerate(
         [
             (("native", "C++"), ""),
             (("pytorch", "PyTorch"), "with the same instructions, would give the same bits"),
-            (("native", "C++"), again),
-            (("plain", "PyTorch"), ""),  # without the part for CPUs
-            (("native_avx2", "C++"), again),
+            (("native", "C++"), remedy),
+            (("plain", "PyTorch"), ""),  # without the optional part cpu/
+            (("native_avx2", "C++"), remedy),
         ],
         start=1,
     ):
         caplog.clear()
         monkeypatch.setattr(ops, "code", lambda code=code: code)
         train_here(tmp_path, cache, {"trainer.max_steps": step})
-        assert told in caplog.text and checkpoint(tmp_path)["cpu_kernels"] == code[0]
+        assert warning in caplog.text and checkpoint(tmp_path)["cpu_kernels"] == code[0]
         if code[0] == "pytorch":
-            said = "trained with the native layers and continues with the pytorch ones"
-            assert said in caplog.text
+            change = "trained with the native layers and continues with the pytorch ones"
+            assert change in caplog.text

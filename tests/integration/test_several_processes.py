@@ -1,4 +1,4 @@
-"""Several processes of one run: under torchrun, asked to end, and when one of them dies."""
+"""Several processes of one run: under torchrun, with signals, and when one of them dies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.integration.helpers import DDP, ROOT, checkpoint, command, execute, r
 LONG = typed("trainer.max_steps=4000 trainer.val_check_interval=4000 model.n_layers=2")
 IN_PARTS = typed("trainer.strategy=fsdp trainer.split_checkpoint_gb=0")
 BARE = typed("callbacks=[nan_guard,checkpoints] callbacks.throughput.measure_matmul")
-How = Callable[[Path, dict[str, Any], Path], list[str]]
+Launcher = Callable[[Path, dict[str, Any], Path], list[str]]
 
 
 def torchrun(
@@ -64,7 +64,7 @@ def trains(pid: int) -> bool:
         return False
 
 
-def ended(pids: list[int], *, seconds: float) -> bool:
+def all_ended(pids: list[int], *, seconds: float) -> bool:
     until = time.monotonic() + seconds
     while any(trains(pid) for pid in pids):
         if time.monotonic() > until:
@@ -73,28 +73,34 @@ def ended(pids: list[int], *, seconds: float) -> bool:
     return True
 
 
-def _ranks(process: subprocess.Popen[bytes], how: How) -> list[int]:
+def _ranks(process: subprocess.Popen[bytes], launcher: Launcher) -> list[int]:
     """The two processes that train, the first rank's first."""
     started = sorted(pid for pid in children(process.pid) if trains(pid))
-    ranks = [process.pid, *started] if how is lightning else started
+    ranks = [process.pid, *started] if launcher is lightning else started
     assert len(ranks) == 2
     return ranks
 
 
 def end_one(
-    process: subprocess.Popen[bytes], how: How, number: int, *, victim: int, run: Path, step: int
+    process: subprocess.Popen[bytes],
+    launcher: Launcher,
+    number: int,
+    *,
+    victim: int,
+    run: Path,
+    step: int,
 ) -> None:
     """Send a signal to one of two processes after a step, and wait until both are gone."""
     helpers.wait_for_step(process, run, step)
-    ranks = _ranks(process, how)
+    ranks = _ranks(process, launcher)
     os.kill(ranks[victim], number)
     assert process.wait(240) != 0
-    assert ended(ranks, seconds=120)
+    assert all_ended(ranks, seconds=120)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "strategy", "times"),
+    ("launcher", "strategy", "times"),
     [
         (lightning, {"trainer.strategy": "fsdp"}, 1),
         pytest.param(standalone, {"trainer.strategy": "ddp"}, 1, marks=pytest.mark.long),
@@ -103,30 +109,31 @@ def end_one(
     ],
     ids=["fsdp", "torchrun-ddp", "ddp", "fsdp-in-parts"],
 )
-def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(tmp_path, cache, how, strategy, times):
-    """At any moment, validations and saves among them, to any process; a single signal goes to the
-    second process, which nobody waits for. The run equals one that was not asked to end."""
+def test_sigterm_to_one_process_stops_all_and_the_run_resumes_exactly(
+    tmp_path, cache, launcher, strategy, times
+):
+    """At any moment, during validations and saves too, and to any process; a single signal goes to
+    the second process, which no process waits for."""
     draw = random.Random(str(strategy))
-    often = (
-        "trainer.max_steps=80 trainer.val_check_interval=5 callbacks.checkpoints.every_n_steps=3"
-    )
-    settings = LONG | BARE | DDP | typed(often) | strategy
+    settings = LONG | BARE | DDP | strategy
+    settings |= typed("trainer.max_steps=80 trainer.val_check_interval=5")
+    settings["callbacks.checkpoints.every_n_steps"] = 3
     run, whole = tmp_path / "run", tmp_path / "whole"
     run.mkdir()
     reached = 0
     for attempt in range(times):
         log = run / f"{attempt}.log"
-        process = start(how(cache, settings, run), log)
+        process = start(launcher(cache, settings, run), log)
         victim = draw.randrange(2) if times > 1 else 1
         step = reached + draw.randrange(1, 6)
-        end_one(process, how, signal.SIGTERM, victim=victim, run=run, step=step)
+        end_one(process, launcher, signal.SIGTERM, victim=victim, run=run, step=step)
         stopped = checkpoint(run)["global_step"]
         assert reached < stopped < 80
         assert f"interrupted; saved is step {stopped}" in log.read_text()
-        assert int(rows(run)[-1]["step"]) == stopped, "every step that was taken is saved"
+        assert int(rows(run)[-1]["step"]) == stopped, "the newest step is saved"
         reached = stopped
     for folder in (run, whole):
-        execute(how(cache, settings, folder), code=0)
+        execute(launcher(cache, settings, folder), code=0)
     helpers.assert_same_run(run, whole)
 
 
@@ -141,7 +148,7 @@ def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "victim"),
+    ("launcher", "victim"),
     [
         (lightning, 1),
         pytest.param(standalone, 0, marks=pytest.mark.long),
@@ -149,13 +156,13 @@ def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> No
         pytest.param(standalone, 1, marks=pytest.mark.long),
     ],
 )
-def test_one_that_dies_takes_the_others_along(tmp_path, cache, how, victim):
-    process = start(how(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
-    end_one(process, how, signal.SIGKILL, victim=victim, run=tmp_path / "run", step=20)
+def test_a_killed_process_ends_the_others(tmp_path, cache, launcher, victim):
+    process = start(launcher(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
+    end_one(process, launcher, signal.SIGKILL, victim=victim, run=tmp_path / "run", step=20)
 
 
 def _wait_for_child(process: subprocess.Popen[bytes]) -> int:
-    """The second process, as soon as it is there: it imports for seconds before they meet."""
+    """The second process, as soon as it exists: its imports take seconds before the rendezvous."""
     until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         for pid in children(process.pid):
@@ -167,7 +174,7 @@ def _wait_for_child(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-def test_one_that_dies_before_they_have_met_is_told_of(tmp_path, cache, strategy):
+def test_a_process_that_dies_before_the_rendezvous_is_named(tmp_path, cache, strategy):
     run = tmp_path / "run"
     settings = LONG | DDP | {"trainer.strategy": strategy}
     process = start(lightning(cache, settings, run), tmp_path / "log")
@@ -180,32 +187,31 @@ def test_one_that_dies_before_they_have_met_is_told_of(tmp_path, cache, strategy
 
 
 @pytest.mark.slow
-def test_a_child_ends_with_its_parent_before_they_have_met(tmp_path: Path, cache: Path) -> None:
+def test_a_child_ends_with_its_parent_before_the_rendezvous(tmp_path: Path, cache: Path) -> None:
     process = start(lightning(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
     child = _wait_for_child(process)
     process.kill()
     assert process.wait(10) == -signal.SIGKILL
-    assert ended([child], seconds=25)
+    assert all_ended([child], seconds=25)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "until", [pytest.param("it is asked", marks=pytest.mark.long), "the group is made"]
+    "until", [pytest.param("rendezvous", marks=pytest.mark.long), "process group"]
 )
-def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(tmp_path, cache, until):
-    """Nobody has started both; the second is played here, up to a moment, and then shows nothing
-    of itself, as one that was killed."""
+def test_a_silent_process_of_another_machine_is_named(tmp_path, cache, until):
+    """The test plays the second process up to a moment, and then is silent as if killed."""
     port, run = 20000 + os.getpid() % 20000, tmp_path / "run"
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     place |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     settings = DDP | {"trainer.devices": 1, "trainer.num_nodes": 2}
     process = start(lightning(cache, settings, run), tmp_path / "log", **place)
-    how = {"timeout": timedelta(minutes=2), "wait_for_workers": False, "multi_tenant": True}
-    tcp = dist.TCPStore("127.0.0.1", port, **how)
+    options = {"timeout": timedelta(minutes=2), "wait_for_workers": False, "multi_tenant": True}
+    tcp = dist.TCPStore("127.0.0.1", port, **options)
     store = dist.PrefixStore("mtp-lightning/None/None", tcp)
     store.set("pulse 1", "1")
-    if until == "the group is made":
+    if until == "process group":
         name = json.loads(store.get("witness 1").decode())
         store.set(f"{name} by 1", " ")
     assert process.wait(60) == 1
@@ -217,29 +223,29 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-def test_a_sweep_that_stops_lets_all_processes_save(tmp_path, cache, strategy):
+def test_a_stopped_sweep_lets_all_processes_save(tmp_path, cache, strategy):
     settings = LONG | DDP | {"trainer.strategy": strategy}
     settings["callbacks.checkpoints.every_n_steps"] = 4000
     run = tmp_path / "run"
     job = Job(folder=run, overrides=(), command=tuple(command(run, cache, settings)), processes=2)
 
-    def far(_: Job) -> str | None:
+    def far_enough(_: Job) -> str | None:
         newest = read_newest(run / "metrics.csv", "train/loss")
         return "enough" if newest is not None and newest[0] >= 20 else None
 
     pool = Pool(queue=DeviceQueue(n_jobs=1), display=Lines(1), grace_seconds=240)
-    pool.run([job], watch=far)
+    pool.run([job], watch=far_enough)
     status = read_status(run)
     assert status is not None
     assert (status["state"], status["reason"]) == ("interrupted", "enough")
     step = checkpoint(run)["global_step"]
-    assert 20 <= step < 4000, "it is the newest step that was saved"
+    assert 20 <= step < 4000, "the newest step is saved"
     assert int(rows(run)[-1]["step"]) == step
 
 
 @pytest.mark.slow
 def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
-    """Two torchrun agents, a name made of the time, an empty cache, and the same numbers."""
+    """Two torchrun agents, a run_dir named by the time and an empty cache equal one process."""
     cache, common = tmp_path / "cache", {"tokenizer": "bpe", "tokenizer.vocab_size": 300}
     both = common | {"trainer.num_nodes": 2}
     logs = _machines(cache, both, [tmp_path, tmp_path])
@@ -251,18 +257,18 @@ def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_machines_whose_folders_are_their_own_are_refused(tmp_path: Path, cache: Path) -> None:
+def test_machines_without_a_shared_run_folder_are_refused(tmp_path: Path, cache: Path) -> None:
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
         place.mkdir()
     settings = {"trainer.num_nodes": 2}
     logs = _machines(cache, settings, places, run_dir="runs/mine", fails=True)
-    told = re.findall(r"error: run_dir=\S+ is not one folder for all processes", logs)
-    assert len(told) == 2, logs
+    errors = re.findall(r"error: run_dir=\S+ is not one folder for all processes", logs)
+    assert len(errors) == 2, logs
 
 
 @pytest.mark.slow
-def test_as_many_processes_as_the_config_says(tmp_path: Path, cache: Path) -> None:
+def test_more_processes_than_the_config_has_are_refused(tmp_path: Path, cache: Path) -> None:
     done = execute(standalone(cache, {}, tmp_path / "run"))  # torchrun has a traceback of its own
     assert done.returncode == 1
     assert "error: 2 processes were started, 2 of them on this machine, and" in done.stderr
@@ -277,7 +283,7 @@ def _machines(
     run_dir: str | None = None,
     fails: bool = False,
 ) -> str:
-    """Two torchrun agents on this machine, each in a folder of its own; what they print."""
+    """The output of two torchrun agents on this machine, each in its own folder."""
     port = 20000 + os.getpid() % 20000
     processes = []
     for rank, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""A sharded model (trainer.strategy=fsdp) trains, validates, decodes and resumes as a whole one."""
+"""``trainer.strategy=fsdp``: a sharded model trains, decodes and resumes as an unsharded one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOE = typed(
 TASK = helpers.NO_TEXT | typed("data=star_graph data.examples=400 data.eval_examples=24")
 MASKED = typed("data.document_mask=true data.source.documents=1200")
 CASES: dict[str, dict[str, Any]] = {
-    # Several things in one run, where they have nothing to do with each other.
+    # Independent switches share a run.
     "untied": typed(
         "model.tie_embeddings=false model.recompute=true +model.attention.qk_norm=true"
     ),
@@ -66,22 +66,24 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def form(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds, without the numbers."""
-    of_weights = {name: (t.shape, t.dtype) for name, t in content["state_dict"].items()}
+    """The keys, shapes and dtypes of a checkpoint."""
+    weights_form = {name: (t.shape, t.dtype) for name, t in content["state_dict"].items()}
     state = content["optimizer_states"][0]
     parts = {"": state} if "state" in state else state  # several optimizers, by name
-    of_state = {
+    state_form = {
         (part, number): {name: (t.shape, t.dtype) for name, t in entry.items()}
-        for part, own in parts.items()
-        for number, entry in own["state"].items()
+        for part, part_state in parts.items()
+        for number, entry in part_state["state"].items()
     }
-    groups = [group["params"] for own in parts.values() for group in own["param_groups"]]
-    return {"keys": set(content), "weights": of_weights, "state": of_state, "groups": groups}
+    groups = [
+        group["params"] for part_state in parts.values() for group in part_state["param_groups"]
+    ]
+    return {"keys": set(content), "weights": weights_form, "state": state_form, "groups": groups}
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache: Path) -> None:
-    """Masks and accumulation, decoding at validation, and Lightning's own launcher."""
+def test_lightnings_launcher_with_masks_and_accumulation_equals_one_process(tmp_path, cache):
+    """Also with decoding at validation."""
     helpers.train_apart(tmp_path / "two", cache, COMMON | MASKED | TWO | SPLIT)
     train_here(tmp_path / "one", cache, COMMON | MASKED | ALONE)
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -92,7 +94,7 @@ def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache
 
 
 @pytest.mark.slow
-def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> None:
+def test_checkpoints_in_parts_equal_whole_files(tmp_path: Path, cache: Path) -> None:
     """Checkpoints are written at every step while training continues, and every app reads them."""
     common = COMMON | TWO | {"callbacks.checkpoints.every_n_steps": 1}
     runs = {"parts": common | IN_PARTS, "files": common}
@@ -106,8 +108,8 @@ def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> 
             helpers.assert_equal(one[key], other[key], key)
         file = run / "checkpoints" / name
         assert file.stat().st_size < (tmp_path / "files" / "checkpoints" / name).stat().st_size / 4
-    found = {path.relative_to(run / "checkpoints").as_posix()[:14] for path in run.rglob("*.pt")}
-    assert found == {"parts/00000003", "parts/00000004"}  # the two that have a name
+    folders = {path.relative_to(run / "checkpoints").as_posix()[:14] for path in run.rglob("*.pt")}
+    assert folders == {"parts/00000003", "parts/00000004"}  # those of last and previous
     apps = {"generate.py": "prompt=a", "evaluate.py": "output=OUT", "export.py": "output=OUT"}
     for app, more in apps.items():
         argument = more.replace("OUT", str(tmp_path / f"of-{app}"))
@@ -133,7 +135,7 @@ def two(once: Once, cache: Path) -> Path:
     return once("sharded-two", make)
 
 
-# What rounds so coarsely that data-parallel runs, too, equal one process in a few digits alone.
+# These round so coarsely that data-parallel runs, too, agree with one process in few digits only.
 NEAR = {
     "bf16": MOE | {"trainer.precision": "bf16-mixed"},
     "muon": {"optimizer": "muon", "optimizer.lr": None},
@@ -147,7 +149,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, two: Path, case: s
     assert_same_run(two / case, tmp_path / "one")
 
 
-# From a trained run: its trunk alone, its trunk kept as it is, and with its modules.
+# Starts from a trained run: with its trunk, with its frozen trunk, and with its modules.
 STARTED: dict[str, dict[str, Any]] = {
     "new_modules": {"mtp": "parallel"},
     "frozen": {"mtp": "sequential", "mtp.freeze_trunk": "true", "mtp.init": "last_block"},
@@ -158,7 +160,7 @@ STARTED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def started(once: Once, cache: Path) -> Path:
-    """A trained run, and what two processes make of it."""
+    """A trained run, and the runs of two processes that start from it."""
 
     def make(folder: Path) -> None:
         plain = typed("mtp=none mtp.depth data.batch_size=8")
@@ -177,19 +179,19 @@ def start(folder: Path, case: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STARTED)
-def test_two_processes_start_from_a_run_as_one_does(tmp_path, cache, started, case):
+def test_init_from_in_two_processes_equals_one_process(tmp_path, cache, started, case):
     train_here(tmp_path / "one", cache, COMMON | STARTED[case] | ALONE | start(started, case))
     assert_same_run(started / case, tmp_path / "one")
-    begun = weights(started / ("one_module" if case == "all_kept" else "none"))
-    trunk = {name for name in begun if name.startswith("model.trunk.")}
-    ended = weights(started / case)
-    kept = {name for name in trunk if torch.equal(ended[name], begun[name])}
-    assert kept == (trunk if case.startswith("frozen") else set())
+    initial = weights(started / ("one_module" if case == "all_kept" else "none"))
+    trunk = {name for name in initial if name.startswith("model.trunk.")}
+    final = weights(started / case)
+    unchanged = {name for name in trunk if torch.equal(final[name], initial[name])}
+    assert unchanged == (trunk if case.startswith("frozen") else set())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", NEAR)
-def test_coarse_arithmetic_is_near(two: Path, case: str) -> None:
+def test_sharded_bf16_and_muon_are_near_data_parallel_training(two: Path, case: str) -> None:
     left, right = rows(two / case), rows(two / f"{case}_ddp")
     for one, other in zip(left, right, strict=True):
         losses = [tag for tag in other if "/loss" in tag]
@@ -226,7 +228,7 @@ def resumed(once: Once, cache: Path) -> Path:
     """Whole runs of every kind, and their first halves continued by another kind."""
 
     def make(folder: Path) -> None:
-        # The best one would be saved between the two.
+        # best.ckpt would be saved between the two checkpoints.
         common = COMMON | typed(
             "trainer.max_steps=8 callbacks.checkpoints.every_n_steps=4 "
             "callbacks.checkpoints.monitor=null"
@@ -253,14 +255,14 @@ def resumed(once: Once, cache: Path) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one"])
-def test_every_kind_trains_alike(resumed: Path, kind: str) -> None:
+def test_every_kind_of_sharding_trains_as_one_process(resumed: Path, kind: str) -> None:
     assert checkpoint(resumed / kind, "previous.ckpt")["global_step"] == 4
     assert_same_run(resumed / kind, resumed / "one")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), WAYS)
-def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str) -> None:
+def test_a_run_resumes_under_another_kind_of_sharding(resumed, before, after):
     run = resumed / f"{before}_{after}"
     assert_same_run(run, resumed / "one")
     if before == after:  # exactly
@@ -268,7 +270,7 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
 
 
 @pytest.mark.slow
-def test_parts_that_do_not_come_out_even_are_refused(tmp_path: Path, cache: Path) -> None:
+def test_a_shard_size_that_does_not_divide_the_processes_is_refused(tmp_path, cache):
     args = helpers.command(tmp_path / "run", cache, COMMON | TWO | {"trainer.shard_size": 3})
     error = execute(args, code=1).stderr
     assert "trainer.shard_size=3 does not divide the 2 processes" in error

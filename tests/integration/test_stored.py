@@ -1,7 +1,7 @@
-"""Every place where a stored value is used, against what a stranger may write there.
+"""Malicious values in every place where a stored value is read (``stored.py``).
 
-A case ends in one sentence, or the value is kept as a text. In no case is the environment read, a
-socket opened, a file written elsewhere, code executed, or memory taken (``stored.py``).
+A value is refused in one sentence or kept as text. In no case is the environment read, a socket
+opened, a file written elsewhere, code executed or much memory used.
 """
 
 from __future__ import annotations
@@ -61,17 +61,16 @@ ATTACKS: dict[str, Any] = {
 
 
 opened = functools.cache(open_model)
-held = functools.cache(checkpoint)
+stored_checkpoint = functools.cache(checkpoint)
 
 
 @pytest.fixture(autouse=True)
 def bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing of the outside, and half a gigabyte more than there is."""
-
+    """No sockets, no files elsewhere, and at most half a gigabyte of additional memory."""
     opened = []
 
-    def refuse(*given: Any, **_: Any) -> None:
-        opened.append(given)
+    def refuse(*address: Any, **_: Any) -> None:
+        opened.append(address)
         raise AssertionError("a socket was opened")
 
     for name in ("socket", "create_connection", "getaddrinfo"):
@@ -113,7 +112,7 @@ def of_config(key: str, finished: Path, value: Any, folder: Path) -> object:
 
 def of_model(key: str, finished: Path, value: Any, folder: Path) -> object:
     """The description of a model in a checkpoint."""
-    content = held(finished)
+    content = stored_checkpoint(finished)
     plain = {"model_config": content["model_config"]}
     changed = set_at(plain, f"model_config.{key}", value)
     found = model_config({**content, **changed}, source=folder)
@@ -144,9 +143,10 @@ def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
 
     job = {"folder": "a", "overrides": ["seed=1"], "run": RECIPE}
     plan = {"version": 1, "jobs": [job]}
-    said = value if isinstance(value, str) else json.dumps(value)
-    changed = set_at(plan, f"jobs.0.{key}", f"{OVERRIDES.get(key, '')}{said}" if "overrides" in
-                     key else value)  # fmt: skip
+    text = value if isinstance(value, str) else json.dumps(value)
+    if "overrides" in key:
+        value = f"{OVERRIDES.get(key, '')}{text}"
+    changed = set_at(plan, f"jobs.0.{key}", value)
     (folder / "sweep.json").write_text(json.dumps(changed))
     queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
     leases = Leases(folder, owner="me", stale_seconds=9)
@@ -232,7 +232,7 @@ def of_reference(key: str, finished: Path, value: Any, folder: Path) -> object:
     return run_reference(folder)
 
 
-# Where a value is stored -> what reads it, and the keys that a stranger may write.
+# Where a value is stored -> the function that reads it, and the keys that a stranger may write.
 STORED: dict[str, tuple[Callable[[str, Path, Any, Path], object], tuple[str, ...]]] = {
     "config": (of_config, (
         "data", "data._target_", "data.source", "data.source.size", "data.source.documents",
@@ -269,17 +269,16 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_was_stored_is_data(place: str, finished: Path, tmp_path: Path) -> None:
+def test_a_stored_value_is_only_data(place: str, finished: Path, tmp_path: Path) -> None:
     for attack, value in ATTACKS.items():
         folder = tmp_path / attack.replace(" ", "-")
         folder.mkdir()
         try:
             result = PLACES[place](finished, value, folder)
         except (ValueError, OSError) as error:
-            told = str(error)
+            result = str(error)
             assert isinstance(error, UserError | OSError), (attack, repr(error))
-            assert "\n" not in told and len(told) < 1500, (attack, told)
-            result = told
+            assert "\n" not in result and len(result) < 1500, (attack, result)
         except Exception as error:
             raise AssertionError(f"{attack} ends in {error!r}") from error
         assert SECRET not in str(result), attack
@@ -302,7 +301,7 @@ OVERRIDDEN = [
 
 @pytest.mark.parametrize("override", OVERRIDDEN)
 @pytest.mark.parametrize("place", ["overrides", "run.options"])
-def test_overrides_of_a_plan_set_what_is_computed(override, place, tmp_path):
+def test_a_plan_refuses_overrides_that_are_not_settings(override, place, tmp_path):
     (folder := tmp_path / "sweep").mkdir()
     with pytest.raises(ValueError, match="sweep.json") as error:
         of_sweep(place, tmp_path, [override], folder)
@@ -317,15 +316,10 @@ def test_overrides_of_a_plan_set_what_is_computed(override, place, tmp_path):
      "optimizer._target_=mtp_lightning.optim.adamw.AdamWConfig", "~callbacks.progress",
      "lambda_schedule.knots={0:0.1,1:0.3}"],
 )  # fmt: skip
-def test_overrides_of_a_plan_that_are_settings(override: str, tmp_path: Path) -> None:
-    assert override in of_plan(override, tmp_path)
-
-
-def of_plan(override: str, folder: Path) -> Any:
+def test_a_plan_accepts_overrides_that_are_settings(override: str) -> None:
     from sweeps.trust import require_plain
 
     require_plain(override, source="sweep.json")
-    return [override]
 
 
 def gguf(*fields: bytes, tensors: int = 0, infos: bytes = b"") -> bytes:
@@ -355,13 +349,13 @@ GGUF = {
 
 @pytest.mark.extras
 @pytest.mark.parametrize("name", GGUF)
-def test_counts_of_a_gguf_file_are_of_what_it_holds(name: str, tmp_path: Path) -> None:
+def test_a_forged_gguf_header_is_refused(name: str, tmp_path: Path) -> None:
     (file := tmp_path / "x.gguf").write_bytes(GGUF[name])
     with pytest.raises(ValueError, match="x.gguf is damaged or not a GGUF file"):
         read_header(file)
 
 
-def test_a_tokenizer_that_multiplies() -> None:
+def test_a_tokenizer_that_multiplies_its_text_is_refused() -> None:
     from data_modules.tokenizers import ByteTokenizer
     from data_modules.tokenizers.library import library_tokenizer
 

@@ -22,7 +22,7 @@ from tests.integration.several import run_all
 pytestmark = pytest.mark.slow
 
 HEADS = ("top", "bag", "registers")
-SUMMARIES = ("top", "bag")  # those that a validation has a loss of
+SUMMARIES = ("top", "bag")  # the heads with a validation loss
 
 
 class Squared(Term):
@@ -36,7 +36,7 @@ class Squared(Term):
 
 def text(head: str) -> dict[str, Any]:
     """A quick run on text with a document mask."""
-    # Documents of about 100 bytes: ends within windows.
+    # Documents of about 100 bytes end within windows.
     return typed(
         f"mtp={head} mtp.depth=1 mtp.lookahead=6 data.document_mask=true "
         "data.source.documents=600 callbacks.checkpoints.every_n_steps=5"
@@ -50,7 +50,7 @@ def run(once: Once, cache: Path, head: str) -> Path:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
+def test_losses_are_logged_and_evaluate_repeats_them(run: Path, head: str) -> None:
     summary = helpers.summary_of(run)
     table = rows(run)
     assert all(row["train/loss_depth_1"] > 0 and row["train/lambda_depth_1"] > 0 for row in table)
@@ -68,7 +68,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
     assert not any(tag.startswith("decode/acceptance") for tag in summary)
     again = evaluated(run / "checkpoints" / "last.ckpt")
     assert {tag: again[tag] for tag in measured} == measured
-    # Evaluation still measures how far back the main prediction looks.
+    # Evaluation still measures the main prediction's use of context.
     assert "val/loss_position_1" in again and "val/loss_position_1_depth_1" not in again
     if head == "bag":
         weights_V = helpers.checkpoint(run)["state_dict"]["model.mtp.weights_V"]
@@ -78,7 +78,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_resumes_exactly(tmp_path: Path, cache: Path, run: Path, head: str) -> None:
+def test_a_run_resumes_exactly(tmp_path: Path, cache: Path, run: Path, head: str) -> None:
     helpers.resume_from_previous(run, tmp_path / "again", cache, text(head))
 
 
@@ -96,7 +96,7 @@ def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Pa
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
+def test_a_head_trains_on_a_task(tmp_path: Path, cache: Path, head: str) -> None:
     more = {"mtp": head, "mtp.depth": None, "mtp.lookahead": 5}
     more |= {"mtp.weights": "none"} if head == "bag" else {}
     summary = train_here(tmp_path, cache, helpers.TASK | more)
@@ -107,24 +107,21 @@ def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_decodes_plainly_and_is_exported_alone(tmp_path, run, head, capsys):
-    given = [f"checkpoint={run}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
-    (generation,) = generate_text(composed("generate", given))
+def test_generation_and_export_leave_the_head_out(tmp_path, run, head, capsys):
+    overrides = [f"checkpoint={run}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
+    (generation,) = generate_text(composed("generate", overrides))
     assert generation.new_tokens >= 1
     with pytest.raises(ValueError, match=f"mtp={head} shapes the trunk in training"):
-        generate_text(composed("generate", [*given, "draft_depth=1"]))
+        generate_text(composed("generate", [*overrides, "draft_depth=1"]))
     out = tmp_path / "exported"
-    asked = [f"checkpoint={run}", f"output={out}", "verify=false"]
-    export(composed("export", asked))
+    export(composed("export", [f"checkpoint={run}", f"output={out}", "verify=false"]))
     assert f"mtp={head} shaped the trunk in training" in capsys.readouterr().out
-    read = open_model(run).model
-
-    alone = open_model(out).model
-    assert alone.depth == 0
-    assert torch.equal(alone.trunk.embedding.weight, read.trunk.embedding.weight)
+    whole, exported = open_model(run).model, open_model(out).model
+    assert exported.depth == 0
+    assert torch.equal(exported.trunk.embedding.weight, whole.trunk.embedding.weight)
 
 
-def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
+def test_a_probe_on_a_frozen_trunk_trains_the_head_alone(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "plain", cache, text("top") | typed("mtp=none mtp.depth mtp.lookahead"))
     start = {"init_from": tmp_path / "plain", "mtp.freeze_trunk": "true"}
     summary = train_here(tmp_path / "probe", cache, text("top") | start)
@@ -139,7 +136,7 @@ def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "rule"), [("top", "gradnorm"), ("bag", "cosine_gate"), ("registers", "gradnorm")]
 )
-def test_balance_rules_measure_it(tmp_path: Path, cache: Path, head: str, rule: str) -> None:
+def test_balance_rules_measure_the_heads_gradient(tmp_path, cache, head, rule):
     summary = train_here(tmp_path, cache, text(head) | {"balance": rule, "trainer.max_steps": 4})
     assert summary["step"] == 4
     assert any(tag.startswith("grad/") and "_depth_1" in tag for tag in rows(tmp_path)[-1])
@@ -148,13 +145,13 @@ def test_balance_rules_measure_it(tmp_path: Path, cache: Path, head: str, rule: 
 @pytest.mark.parametrize(
     ("head", "match"), [("top", "flops"), ("bag", "parameters"), ("registers", "flops")]
 )
-def test_it_can_be_compared(tmp_path: Path, cache: Path, head: str, match: str) -> None:
+def test_a_head_is_matched_in_flops_or_parameters(tmp_path, cache, head, match):
     more = {"compare.match": match, "model.n_layers": 3, "data.document_mask": "false"}
     summary = train_here(tmp_path, cache, text(head) | more)
     assert abs(summary["compare"]["remaining"]) < (0.6 if match == "parameters" else 0.1)
 
 
-def test_an_objective_of_depths_that_predict_a_token_is_refused(tmp_path, cache):
-    own = {"objective._target_": "tests.integration.test_summaries.Squared"}
+def test_an_objective_of_token_predictions_is_refused(tmp_path, cache):
+    objective = {"objective._target_": "tests.integration.test_summaries.Squared"}
     with pytest.raises(ValueError, match="objective=squared .* mtp=top has its own loss"):
-        train_here(tmp_path / "run", cache, text("top") | own)
+        train_here(tmp_path / "run", cache, text("top") | objective)

@@ -29,13 +29,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "sibling": task("sibling", parents=2, children=3, hash=2) | {"data.examples": 16},
     "hmm": task("hmm", length=6), "navigation": task("navigation", nodes=12),
 }  # fmt: skip
-# The windows that they find.
+# The window that each task chooses.
 WINDOWS = {
     "copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30, "sibling": 5, "hmm": 6,
     "navigation": 12,
 }  # fmt: skip
-# What they report in addition.
-BESIDE = {
+# Metrics of one task only.
+FURTHER = {
     "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
     "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
     "navigation": {
@@ -61,15 +61,15 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     assert {f"val/{tag}" for tag in [*always.split(), "loss_depth_2"]} <= measured.keys()
     variant = "more" if case == "mqar" else "longer"
     assert (f"val/{variant}/exact_match" in measured) == (case not in ("sibling", "navigation"))
-    assert "val/bits_per_byte" not in measured and BESIDE.get(case, set()) <= measured.keys()
-    # Nothing is drafted of a single token, nor after a question of one.
+    assert "val/bits_per_byte" not in measured and FURTHER.get(case, set()) <= measured.keys()
+    # An answer of one token, or a question of one, leaves nothing to draft.
     assert ("decode/tokens_per_step" in summary) == (case not in ("mqar", "hmm"))
     assert [row["step"] for row in rows(tmp_path) if "val/exact_match" in row] == [5, 10]
     assert summary["evaluation"]["examples"] == 30
-    # The window that the data have found is the run's from then on.
+    # The run's config stores the window that the data chose.
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
     assert stored == WINDOWS[case]
-    if case == "hmm":  # the floor is logged with the loss, and is of the same tokens
+    if case == "hmm":  # loss and floor are of the same tokens
         above = measured["val/loss_depth_0"] - measured["val/surprisal"]
         assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
     again = evaluated(tmp_path / "checkpoints" / "last.ckpt")
@@ -90,7 +90,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.filterwarnings("ignore:.*num_workers")
-def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) -> None:
+def test_a_run_on_a_task_resumes_exactly(tmp_path, cache, settings):
     settings = TASK | settings | {"callbacks.checkpoints.every_n_steps": 5}
     train_here(tmp_path / "whole", cache, settings)
     helpers.resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
@@ -109,17 +109,17 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         fewer = common | {"callbacks.exact_match.batch_size": 7}
         few = train_here(tmp_path / f"{case}_few", cache, fewer)
         answers = {tag: v for tag, v in alone[-1].items() if tag.startswith("val/") and tag in few}
-        assert BESIDE.get(case, set()) <= answers.keys()
+        assert FURTHER.get(case, set()) <= answers.keys()
         assert {tag: few[tag] for tag in answers} == pytest.approx(answers, rel=1e-6), case
 
 
 @pytest.mark.slow
-def test_starts_from_and_is_evaluated_on_another_size(tmp_path, cache, copying):
+def test_a_run_starts_from_and_is_evaluated_on_another_size(tmp_path, cache, copying):
     longer = {"data.task.periods": 6, "init_from": copying}
     summary = train_here(tmp_path / "longer", cache, TASK | longer)
     assert "val/exact_match" in summary
-    found = evaluated(copying, "data=copy", "data.task.letters=4", "data.task.periods=9")
-    assert found["data"]["longest"] == 19 and "val/accuracy_position_9" in found
+    metrics = evaluated(copying, "data=copy", "data.task.letters=4", "data.task.periods=9")
+    assert metrics["data"]["longest"] == 19 and "val/accuracy_position_9" in metrics
     with pytest.raises(ValueError, match="data=copy with its 18 symbols cannot be read"):
         evaluated(copying, "data=copy")
     with pytest.raises(ValueError, match="eval_bytes=9 has no meaning"):
@@ -128,12 +128,12 @@ def test_starts_from_and_is_evaluated_on_another_size(tmp_path, cache, copying):
         train_here(tmp_path / "other", cache, TASK | longer | {"data.task.letters": 9})
 
 
-def test_a_text_model_is_given_no_task(finished: Path) -> None:
+def test_a_text_model_refuses_a_task(finished: Path) -> None:
     with pytest.raises(ValueError, match="a model that has 257 ids of the kind byte"):
         evaluated(finished, "data=star_graph")
 
 
-def test_long_range_says_that_it_does_not_apply(tmp_path, cache, caplog):
+def test_long_range_warns_that_it_needs_text(tmp_path, cache, caplog):
     summary = train_here(tmp_path, cache, TASK | {"callbacks": "long_range"})
     assert caplog.text.count("needs text in bytes") == 1
     assert not any("loss_position" in tag for tag in summary)
@@ -144,10 +144,10 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(tmp_path, ca
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}), code=1)
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
     program = command(tmp_path, cache, app="generate.py")[:2]
-    given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
-    done = execute([*program, *given, "prompt=s0 s3 ="], code=0)
+    arguments = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
+    done = execute([*program, *arguments, "prompt=s0 s3 ="], code=0)
     assert done.stdout.startswith("s0 s3 = ")
-    done = execute([*program, *given, "prompt=hello"], code=1)
+    done = execute([*program, *arguments, "prompt=hello"], code=1)
     assert "error: 'hello' is not a symbol" in done.stderr
 
 
@@ -162,14 +162,16 @@ def test_teacherless_heads_learn_from_the_question_alone(tmp_path: Path, cache: 
 
 
 @pytest.mark.parametrize("debug", ["fast", "profile"])
-def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
-    """Without a key that one of them would ignore."""
+def test_debug_evaluates_few_examples_or_bytes(debug: str) -> None:
+    """Only the key that the data read is set."""
     star, short = ["data=star_graph"], [f"debug={debug}"]
-    given = ([*star, *short], short, [*star, *short, "data.eval_examples=7"], star, [])
-    task, text, asked, plain_task, plain_text = (composed("config", words).data for words in given)
+    seven = [*star, *short, "data.eval_examples=7"]
+    task, text, chosen, plain_task, plain_text = (
+        composed("config", words).data for words in ([*star, *short], short, seven, star, [])
+    )
     assert task.eval_examples == 64 and "eval_bytes" not in task
     assert text.eval_bytes == 10_000 and "eval_examples" not in text
-    assert asked.eval_examples == 7
+    assert chosen.eval_examples == 7
     assert plain_task.eval_examples == 512 and plain_text.eval_bytes == 300_000
 
 
@@ -181,32 +183,34 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path, copying: 
     done = execute([*program, f"checkpoint={last}", f"output={folder}"], code=0)
     assert "verified" in done.stdout
     options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
-    found = evaluated(folder, "data=copy", *options)
-    assert found["val/exact_match"] == evaluated(last)["val/exact_match"]
+    metrics = evaluated(folder, "data=copy", *options)
+    assert metrics["val/exact_match"] == evaluated(last)["val/exact_match"]
 
 
 @pytest.mark.long
-def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
-    """About a minute of one thread: nearly all copies are right; dealt to others, none."""
+def test_copying_is_learned(tmp_path: Path, cache: Path) -> None:
+    """In about a minute of one thread; answers shuffled among questions are right by chance."""
     from mtp_lightning.decoding.answers import say
     from mtp_lightning.experiment.training import train
 
-    given = ["experiment=copy", "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv"]
-    given += ["callbacks=[default,stop_when_solved]", "callbacks.stop_when_solved.level=0.955"]
-    given += ["callbacks.stop_when_solved.validations=1"]
-    summary = train(composed("config", [*given, f"paths.output_dir={tmp_path}"]))
+    overrides = (
+        "experiment=copy trainer.num_threads=1 trainer.accelerator=cpu logger=csv "
+        "callbacks=[default,stop_when_solved] callbacks.stop_when_solved.level=0.955 "
+        "callbacks.stop_when_solved.validations=1"
+    )
+    summary = train(composed("config", [*overrides.split(), f"paths.output_dir={tmp_path}"]))
     assert summary["val/exact_match"] > 0.95 > 0.1 > summary["val/chance"]
     run = open_model(tmp_path)
     questions = validation_data(run).answer_sets[""]
     numbers = np.arange(len(questions))
-    said_BW = say(run.model, questions.batch(numbers))
-    assert float(questions.right(numbers, said_BW).float().mean()) > 0.95
-    # Answers of the same length, dealt among their questions.
+    answers_BW = say(run.model, questions.batch(numbers))
+    assert float(questions.right(numbers, answers_BW).float().mean()) > 0.95
+    # Answers of the same length, shuffled among their questions.
     lengths = np.array([len(example.answer) for example in questions.examples])
-    dealt_BW = said_BW.clone()
+    shuffled_BW = answers_BW.clone()
     for length in np.unique(lengths):
-        mine = np.flatnonzero(lengths == length)
+        same_length = np.flatnonzero(lengths == length)
         place = slice(length + 1, 2 * length + 1)
-        dealt_BW[mine, place] = said_BW[np.roll(mine, 1), place]
-    share = float(questions.right(numbers, dealt_BW).float().mean())
+        shuffled_BW[same_length, place] = answers_BW[np.roll(same_length, 1), place]
+    share = float(questions.right(numbers, shuffled_BW).float().mean())
     assert abs(share - summary["val/chance"]) < 0.02

@@ -1,4 +1,4 @@
-"""Runs on files of token ids: trained, resumed, evaluated and continued as any other."""
+"""Runs on files of token ids train, resume, generate and are evaluated as runs on text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from data_modules.sources import SyntheticSource
 from tests.data_modules.token_formats import llm_c, megatron
 from tests.integration import helpers
-from tests.integration.helpers import ROOT, command, evaluated, execute, train_here, typed
+from tests.integration.helpers import ROOT, evaluated, execute, fails, train_here, typed
 
 GENERATE = [sys.executable, str(ROOT / "generate.py")]
 
@@ -28,9 +28,9 @@ def files(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
+def test_a_run_on_token_files_resumes_and_is_evaluated(tmp_path, files) -> None:
     cache = tmp_path / "cache"
-    # Epochs end in between: the files hold about 110 steps.
+    # The files hold about 110 steps, so an epoch ends.
     settings = files | typed(
         "trainer.max_steps=150 trainer.val_check_interval=75 callbacks.checkpoints.every_n_steps=20"
     )
@@ -44,7 +44,7 @@ def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
 
 
 @pytest.mark.slow
-def test_ids_alone(tmp_path, files) -> None:
+def test_ids_without_a_tokenizer_train_evaluate_and_generate(tmp_path, files) -> None:
     ids = "tokenizer=ids tokenizer.vocab_size=300 tokenizer.eot_id=256 data.document_mask=true"
     settings = files | typed(ids)
     summary = train_here(tmp_path / "run", tmp_path / "cache", settings)
@@ -60,10 +60,9 @@ def test_ids_alone(tmp_path, files) -> None:
 
 
 @pytest.mark.slow
-def test_mistakes_are_one_sentence(tmp_path, files) -> None:
+def test_a_tokenizer_that_does_not_fit_the_ids_is_refused(tmp_path, files, capfd) -> None:
     for settings, message in (
         ({"tokenizer": "bpe"}, "data=tokens holds ids, and tokenizer=bpe would have to be trained"),
         ({"tokenizer": "ids", "tokenizer.vocab_size": 99, "tokenizer.eot_id": 0}, "has the id"),
     ):
-        done = execute(command(tmp_path / "run", tmp_path / "cache", files | settings), code=1)
-        assert message in done.stderr
+        assert message in fails(capfd, tmp_path / "run", tmp_path / "cache", files | settings)

@@ -8,7 +8,7 @@ from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run.metrics import read_metrics
 
 
-def test_rows_lie_in_the_folder(tmp_path: Path) -> None:
+def test_rows_are_written_to_the_run_folder(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path / "run")
     logger.log_hyperparams({"a": 1})
     assert not (tmp_path / "run").exists(), "nothing is written before the first value"

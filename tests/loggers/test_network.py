@@ -1,4 +1,4 @@
-"""Loggers as they are set up by default reach nobody but this machine."""
+"""Loggers with their default settings connect to no other machine."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ socket.getaddrinfo = getaddrinfo
 module, name = sys.argv[1].split(":")
 kind = getattr(importlib.import_module(f"mtp_lightning.loggers.{module}"), name)
 folder = Path("run").absolute()
-given = {"csv": [], "tensorboard": [2]}.get(module, ["lab"])
-logger = kind(folder, *given)
+arguments = {"csv": [], "tensorboard": [2]}.get(module, ["lab"])
+logger = kind(folder, *arguments)
 logger.log_hyperparams({"mtp.depth": 2})
 for step in range(1, 4):
     logger.log_metrics({"train/loss": step / 8}, step)
@@ -61,10 +61,10 @@ print("ENDED")
 
 
 class _Proxy(BaseHTTPRequestHandler):
-    asked: list[str] = []
+    requests: list[str] = []
 
     def refuse(self) -> None:
-        self.asked.append(self.path)
+        self.requests.append(self.path)
         self.send_error(403)
 
     do_CONNECT = do_GET = do_POST = do_PUT = do_HEAD = refuse
@@ -76,7 +76,7 @@ class _Proxy(BaseHTTPRequestHandler):
 @pytest.fixture
 def proxy():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Proxy)
-    _Proxy.asked = []
+    _Proxy.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -93,13 +93,13 @@ def proxy():
         pytest.param("trackio:RunTrackio", marks=[pytest.mark.long, pytest.mark.extras]),
     ],
 )
-def test_no_logger_reaches_anybody(logger: str, proxy: str, tmp_path: Path) -> None:
+def test_no_logger_connects_to_another_machine(logger: str, proxy: str, tmp_path: Path) -> None:
     module = logger.partition(":")[0]
     if module not in ("csv", "tensorboard"):
         pytest.importorskip(module, reason=f"pip install -e '.[{module}]'")
     # Libraries switch telemetry off if they notice tests or a user's own servers.
     left_out = ("PYTEST_", "CI", "GITHUB_", "WANDB_", "MLFLOW_", "TRACKIO_", "HF_", "DO_NOT_TRACK")
-    kept = {
+    environment = {
         key: value
         for key, value in os.environ.items()
         if not key.startswith(left_out) and not key.lower().endswith("_proxy")
@@ -108,14 +108,9 @@ def test_no_logger_reaches_anybody(logger: str, proxy: str, tmp_path: Path) -> N
     if module == "wandb":  # has a process outside Python, which uses the proxy
         more |= {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
         more |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
-    done = subprocess.run(
-        [sys.executable, "-c", LIFE, logger],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=kept | more,
-        timeout=240,
-    )
+    command = [sys.executable, "-c", LIFE, logger]
+    options = {"capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(command, cwd=tmp_path, env=environment | more, **options)
     assert "ENDED" in done.stdout, done.stderr[-3000:]
     reached = [line for line in done.stderr.splitlines() if line.startswith("REACHED")]
-    assert reached == [] and _Proxy.asked == []
+    assert reached == [] and _Proxy.requests == []

@@ -1,7 +1,6 @@
-"""Weights & Biases, MLflow and Trackio with their own libraries, without a network: after an
-interrupted training, each value is there once, under one run.
+"""Weights & Biases, MLflow and Trackio with their own libraries, without a network.
 
-They are slow (the libraries' imports), and need these: pip install -e '.[loggers]'.
+They need these libraries: pip install -e '.[loggers]'.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PARAMS = {"mtp.depth": 2, "mtp_lambda": [0.3, 0.1], "mtp": "parallel"}
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -126,9 +125,7 @@ def log_steps(loggers: list[RunLogger], first: int, last: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_interrupted_run_is_one_run(
-    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_has_every_value_once_in_one_run(service, tmp_path, monkeypatch):
     library = pytest.importorskip(service, reason=f"pip install -e '.[{service}]'")
     kind, content = SERVICES[service]
     folder = tmp_path / "run"
@@ -163,9 +160,7 @@ def test_an_interrupted_run_is_one_run(
     assert points["decode/sample"][0][0] == 3
 
 
-def test_a_missing_package_is_named_with_its_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, (kind, _) in SERVICES.items():
         checkout = rf"\(in a checkout: pip install -e '\.\[{name}\]'\)"
@@ -175,9 +170,7 @@ def test_a_missing_package_is_named_with_its_command(
 
 
 @pytest.mark.slow
-def test_wandb_says_how_to_send_an_offline_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_reports_the_command_that_sends_an_offline_run(tmp_path, caplog, monkeypatch):
     library = pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
 
     def away(**_: Any) -> bool:

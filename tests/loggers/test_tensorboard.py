@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 from tests.integration.helpers import events
 
 
-def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
+def test_events_are_written_to_the_run_folder(tmp_path: Path) -> None:
     logger = RunTensorBoard(tmp_path, depth=2)
     logger.log_metrics({"train/loss_depth_0": 1.5}, 3)
     logger.save()
@@ -42,25 +42,25 @@ def charts_of_a_run(folder: Path, depth: int) -> dict[str, list[str]]:
 
 
 def test_charts_group_the_depths(tmp_path: Path) -> None:
-    got = charts_of_a_run(tmp_path, depth=2)
+    charts = charts_of_a_run(tmp_path, depth=2)
     for title, tag in (("train loss", "train/loss"), ("lambda", "train/lambda")):
-        (pattern,) = got[title]
+        (pattern,) = charts[title]
         assert all(re.match(pattern, f"{tag}_depth_{k}") for k in (0, 1, 2, 10))
         assert not re.match(pattern, tag) and not re.match(pattern, f"{tag}_depth_1_scaled")
     for title, tag in (
         ("tokens per pass", "decode/tokens_per_step"),
         ("acceptance at position 2", "decode/acceptance_position_2"),
     ):
-        assert got[title] == [tag, f"{tag}_low", f"{tag}_high"]
-    assert "acceptance at position 3" not in got
+        assert charts[title] == [tag, f"{tag}_low", f"{tag}_high"]
+    assert "acceptance at position 3" not in charts
 
 
 def test_no_lambda_chart_without_depths(tmp_path: Path) -> None:
-    wanted = {"train loss", "validation loss", "validation accuracy"}
-    assert charts_of_a_run(tmp_path, depth=0).keys() == wanted
+    titles = {"train loss", "validation loss", "validation accuracy"}
+    assert charts_of_a_run(tmp_path, depth=0).keys() == titles
 
 
-def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path) -> None:
+def test_a_resumed_run_purges_the_steps_that_it_repeats(tmp_path: Path) -> None:
     first = RunTensorBoard(tmp_path, depth=1)
     for step in range(6):
         first.log_metrics({"train/loss": float(step)}, step)
@@ -69,10 +69,10 @@ def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path) -> None:
     second.resume_from(3)
     second.log_metrics({"train/loss": 40.0}, 4)
     second.finalize("success")
-    found = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
-    assert found == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
+    points = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
+    assert points == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_a_writer_that_never_sleeps_is_refused(tmp_path):
+def test_flush_secs_of_0_is_refused(tmp_path):
     with pytest.raises(ValueError, match="flush_secs must be a number above 0, not 0"):
         RunTensorBoard(tmp_path, 1, flush_secs=0)

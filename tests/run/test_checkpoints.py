@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_loaded_equal(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "last.ckpt"
     cio.save(content(3), path)
     assert same(cio.load(path), content(3))
@@ -56,13 +56,12 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
-    """Bytes that carry no content (padding, time stamps) may differ; everything else must be
-    noticed."""
+    """Only bytes without content (padding, time stamps) are harmless."""
     path = tmp_path / "last.ckpt"
     cio.save(content(3), path)
     whole = path.read_bytes()
     rng = random.Random(0)
-    found = 0
+    damaged_files = 0
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.randrange(8)
@@ -70,11 +69,11 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
         if cio.intact(path):
             assert same(cio.load(path), content(3)), place
         else:
-            found += 1
-    assert found > 100
+            damaged_files += 1
+    assert damaged_files > 100
 
 
-def test_a_flipped_weight_that_torch_would_load(tmp_path: Path) -> None:
+def test_a_flipped_weight_that_torch_loads_is_found(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     cio.save(content(3, size=10_000), path)
     damaged = bytearray(path.read_bytes())
@@ -88,7 +87,7 @@ def test_a_flipped_weight_that_torch_would_load(tmp_path: Path) -> None:
 
 
 class FullDisk(io.BufferedWriter):
-    """A file on a disk that is full after `room` bytes."""
+    """A file on a disk with ``room`` bytes."""
 
     room = 2000
 
@@ -146,7 +145,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     rng = random.Random(1)
     root = Path(__file__).parents[2]
@@ -157,10 +156,10 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
             child.stdout.readline()
             time.sleep(rng.uniform(0, 0.1))
             child.kill()
-            told = child.stdout.read().split()
+            steps = child.stdout.read().split()
         loaded = cio.load(path)
         step = loaded["global_step"]
-        assert step >= int(told[-1] if told else 1)
+        assert step >= int(steps[-1] if steps else 1)
         assert torch.equal(loaded["state_dict"]["w"], torch.full((200_000,), float(step)))
     assert cio.newest_intact(tmp_path) == path
 
@@ -176,7 +175,7 @@ class Odd:
         torch.tensor(1.0).numpy()[()],
     ],
 )  # fmt: skip
-def test_what_is_not_plain_is_refused_when_saving(tmp_path: Path, value) -> None:
+def test_an_object_is_refused_when_saving(tmp_path: Path, value) -> None:
     with pytest.raises(ValueError) as error:
         cio.save({"hyper_parameters": {"mtp": [1, value]}}, tmp_path / "x.ckpt")
     assert "checkpoint['hyper_parameters']['mtp'][1]" in str(error.value)
@@ -184,7 +183,7 @@ def test_what_is_not_plain_is_refused_when_saving(tmp_path: Path, value) -> None
     assert names(tmp_path) == []
 
 
-def test_what_is_not_plain_is_refused_when_loading(tmp_path: Path) -> None:
+def test_an_object_or_a_missing_file_is_refused_when_loading(tmp_path: Path) -> None:
     torch.save({"odd": Odd()}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="foreign.ckpt holds more than"):
         cio.load(tmp_path / "foreign.ckpt")
@@ -192,7 +191,7 @@ def test_what_is_not_plain_is_refused_when_loading(tmp_path: Path) -> None:
         cio.load(tmp_path / "missing.ckpt")
 
 
-def test_everything_that_is_saved_can_be_loaded(tmp_path: Path) -> None:
+def test_every_plain_type_is_loaded_equal(tmp_path: Path) -> None:
     plain = {
         "a": [1, 2.5, None, True, b"x", "y", (1,), {3}, torch.Size([2]), torch.float16],
         1: torch.nn.Parameter(torch.ones(2)),
@@ -203,7 +202,7 @@ def test_everything_that_is_saved_can_be_loaded(tmp_path: Path) -> None:
     assert loaded["a"] == plain["a"] and loaded[0.5] == plain[0.5]
 
 
-def test_newest_intact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_intact_skips_damaged_checkpoints(tmp_path, caplog):
     assert cio.newest_intact(tmp_path) is None
     assert cio.newest_intact(tmp_path / "nowhere") is None
     for name, step in {"last": 30, "previous": 20, "best": 10, "step_25": 25}.items():
@@ -219,7 +218,7 @@ def test_newest_intact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert "step_25.ckpt is damaged and skipped: the file is empty" in caplog.text
 
 
-def test_link_or_copy(tmp_path: Path, monkeypatch) -> None:
+def test_link_or_copy_copies_on_a_disk_without_links(tmp_path: Path, monkeypatch) -> None:
     last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
     cio.save(content(1), last)
     cio.link_or_copy(last, best)

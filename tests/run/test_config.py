@@ -16,14 +16,14 @@ BOMB = "a0: &a0 {x: 1}\n" + "".join(
 )
 
 
-def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
+def test_a_plain_config_is_read(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("a: {b: 1}\nc: '*.py & more'\n")
     assert read_yaml(file) == {"a": {"b": 1}, "c": "*.py & more"}
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (BOMB.encode(), r"has the alias \*a0, which no run writes"),
         (b"a: [1", "is not YAML"),
@@ -33,10 +33,10 @@ def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
     ],
     ids=["aliases", "cut", "deep", "code", "bytes"],
 )
-def test_what_no_run_writes_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_config_with_aliases_code_or_damage_is_refused(tmp_path, content, message):
     file = tmp_path / "config.yaml"
     file.write_bytes(content)
     began = time.monotonic()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_yaml(file)
     assert time.monotonic() - began < 60

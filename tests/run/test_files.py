@@ -25,7 +25,7 @@ from mtp_lightning.run.lock import Lock
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_an_error_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, shared: bool) -> None:
+def test_an_error_keeps_the_old_file_and_no_temporary(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "a.txt"
     write_bytes(b"old", path, shared=shared)
     with pytest.raises(KeyboardInterrupt), replacing(path, shared=shared) as temporary:
@@ -34,19 +34,19 @@ def test_an_error_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, shared: 
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
+def test_a_temporary_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".a.txt.tmp").write_bytes(b"a long rest of an earlier process")
     write_bytes(b"new", tmp_path / "a.txt")
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_bytes() == b"new"
 
 
-def test_several_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
+def test_the_temporary_of_a_shared_file_is_named_by_process(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.txt", shared=True) as temporary:
         assert str(os.getpid()) in temporary.name and temporary.parent == tmp_path
         temporary.write_bytes(b"")
 
 
-def test_json_is_standard(tmp_path: Path) -> None:
+def test_json_has_null_for_nan_and_infinity(tmp_path: Path) -> None:
     content = {"a": math.inf, "b": [1, None, math.nan], "c": "漢", "d": {"e": -0.5, "f": True}}
     write_json(content, tmp_path / "a.json")
     text = (tmp_path / "a.json").read_text()
@@ -54,13 +54,13 @@ def test_json_is_standard(tmp_path: Path) -> None:
     assert text.endswith("}\n") and "Infinity" not in text and "NaN" not in text
 
 
-def test_keys() -> None:
+def test_keys_are_flattened_parsed_and_compared() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": []}}, "e": None}) == {"a.b": 1, "a.c.d": [], "e": None}
     assert [key_of(o) for o in ("a.b=1", "+a=x=y", "~a", "++a.b=")] == ["a.b", "a", "a", "a.b"]
     assert lies_in("a.b", ["a"]) and lies_in("a", ["a"]) and not lies_in("ab", ["a"])
 
 
-def test_bearing() -> None:
+def test_only_some_keys_affect_training() -> None:
     keys = {
         *("seed", "sweeps", "data.seq_len"),
         *("callbacks.early_stopping.patience", "callbacks.speculative_eval.n_prompts"),
@@ -72,18 +72,17 @@ def test_bearing() -> None:
     assert {key for key in keys | others if affects_training(key)} == keys
 
 
-def test_differences() -> None:
+def test_differences_of_configs_ignore_keys_and_defaults() -> None:
     stored, wanted = {"a": {"b": 1, "c": 2}, "d": {"e": 3}}, {"a": {"b": 2}, "d": {"e": 4}}
-    found = describe_differences(stored, wanted, ignore=["d"])
-    assert found == ["a.b: 1 -> 2", "a.c: 2 -> nothing"]
-    # A config without a key that was added later means the value that changes nothing.
+    differences = describe_differences(stored, wanted, ignore=["d"])
+    assert differences == ["a.b: 1 -> 2", "a.c: 2 -> nothing"]
+    # An older config lacks a newer key: it had that key's default.
     assert describe_differences({}, {"data": {"train_windows": "all"}}) == []
-    assert describe_differences({}, {"data": {"train_windows": 5}}) == [
-        "data.train_windows: all -> 5"
-    ]
+    five = {"data": {"train_windows": 5}}
+    assert describe_differences({}, five) == ["data.train_windows: all -> 5"]
 
 
-def test_no_torch_is_needed() -> None:
+def test_the_modules_import_no_torch() -> None:
     names = ("atomic", "config", "layout", "lock", "metrics", "status", "summary")
     modules = ("settings", "run", *(f"run.{name}" for name in names))
     slow = ("torch", "lightning", "numpy", "rich", "omegaconf")
@@ -96,7 +95,7 @@ def test_no_torch_is_needed() -> None:
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
+def test_a_lock_blocks_others_until_it_is_released(tmp_path: Path) -> None:
     one, other = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock")
     with one.held(seconds=0):
         assert not other.wait(seconds=0)
@@ -106,9 +105,7 @@ def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
     other.release()
 
 
-def test_a_disk_without_locks_leaves_no_file_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_lock_leaves_no_file_open(tmp_path, monkeypatch):
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -20,40 +20,40 @@ from mtp_lightning.run import loading
 from tests.models import build, checkpoint_of
 
 
-def put(monkeypatch: pytest.MonkeyPatch, checkpoint: dict[str, Any]) -> None:
-    """Let ``x.ckpt`` hold a checkpoint."""
+def replace_checkpoint(monkeypatch: pytest.MonkeyPatch, checkpoint: dict[str, Any]) -> None:
+    """Make ``x.ckpt`` hold a checkpoint."""
     monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
         ({"vocab_size": 10**12}, "weights, and it holds"),
         ({"d_ff": 10**11}, "weights, and it holds"),
         ({"n_layers": 10**9}, "asks for 1,000,000,000 layers"),
     ],
 )
-def test_a_forged_config_is_refused_at_once(
+def test_a_forged_config_is_refused_before_memory_is_allocated(
     monkeypatch: pytest.MonkeyPatch,
     tiny_trunk: TrunkConfig,
     sequential: SequentialConfig,
     change: dict[str, int],
-    said: str,
+    words: str,
 ) -> None:
     model = build(tiny_trunk, sequential)
     checkpoint = checkpoint_of(model)
     forged = ModelConfig(trunk=replace(tiny_trunk, **change), mtp=sequential)
     checkpoint["model_config"] = forged.to_dict()
-    put(monkeypatch, checkpoint)
+    replace_checkpoint(monkeypatch, checkpoint)
     began = time.monotonic()
     with pytest.raises(ValueError, match="x.ckpt is damaged or forged: its config asks") as error:
         open_model("x.ckpt")
-    assert said in str(error.value) and time.monotonic() - began < 60
+    assert words in str(error.value) and time.monotonic() - began < 60
     checkpoint["model_config"] = model.config.to_dict()
     assert open_model("x.ckpt").step == 3
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"x\.ckpt is not a checkpoint of this platform"):
         loading.read_checkpoint(tmp_path / "x.ckpt", needs=["model_config"])
@@ -72,7 +72,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     dtype: torch.dtype,
 ) -> None:
     checkpoint = checkpoint_of(build(tiny_trunk, sequential).to(dtype))
-    put(monkeypatch, checkpoint)
+    replace_checkpoint(monkeypatch, checkpoint)
     largest = torch.finfo(dtype).max
     checkpoint["state_dict"]["model.trunk.norm.weight"][:] = largest  # whose sum overflows
     assert open_model("x.ckpt").model.trunk.norm.weight[3] == largest
@@ -85,8 +85,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         open_model("x.ckpt")
 
 
-def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_describes_no_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in ([1, 2], {"trunk": [1]}, {"trunk": {"d_model": 8}}):
-        put(monkeypatch, {"model_config": config})
+        replace_checkpoint(monkeypatch, {"model_config": config})
         with pytest.raises(UserError, match="x.ckpt describes no model"):
             open_model("x.ckpt")

@@ -58,11 +58,11 @@ def test_floats_round_trip_to_the_last_bit(path: Path, values: list[float]) -> N
     file = MetricsFile(path)
     for step, value in enumerate(values):
         file.write({"x": value}, step)
-    got = [row["x"] for row in read_metrics(path)]
-    assert [v.hex() for v in got] == [v.hex() for v in values]
+    values_read = [row["x"] for row in read_metrics(path)]
+    assert [v.hex() for v in values_read] == [v.hex() for v in values]
 
 
-def test_nan_tensors_and_ints(path: Path) -> None:
+def test_nan_tensors_ints_and_quoted_tags_round_trip(path: Path) -> None:
     values = {"a": float("nan"), "b": torch.tensor(0.1), "c": 3, 'odd,"tag"': 1.0, "on": True}
     MetricsFile(path).write(values, 4)
     (row,) = read_metrics(path)
@@ -72,7 +72,7 @@ def test_nan_tensors_and_ints(path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [4, 5])
-def test_resume_drops_the_rows_that_are_done_again(path: Path, step: int) -> None:
+def test_resume_drops_the_rows_after_the_resumed_step(path: Path, step: int) -> None:
     first = MetricsFile(path)
     for done in range(6):
         first.write({"a": float(done)}, done)
@@ -111,7 +111,7 @@ def test_a_torn_last_line_is_dropped(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_there_is_no_file_yet(path: Path) -> None:
+def test_a_missing_file_has_no_newest_row(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="metrics.csv"):
         read_metrics(path)
     assert read_newest(path, "a") is None
@@ -133,17 +133,17 @@ def test_a_damaged_file_has_no_rows(path: Path, content: bytes) -> None:
     assert read_metrics(path) == [] and read_newest(path, "a") is None
 
 
-def test_newest_row_and_empty_cells(path: Path) -> None:
+def test_the_newest_row_skips_empty_cells_and_unfinished_rows(path: Path) -> None:
     # The third row has no training loss, and the last one is still being written.
     path.write_text("\n".join([HEAD, "10,5.5,", "20,4.5,4.25", "30,,4.0", "40,9."]))
     assert read_newest(path, "train/loss") == (20, 4.5)
-    found = {row["step"]: row.get("val/loss_depth_0") for row in read_metrics(path)}
-    assert found == {10: None, 20: 4.25, 30: 4.0}
+    losses = {row["step"]: row.get("val/loss_depth_0") for row in read_metrics(path)}
+    assert losses == {10: None, 20: 4.25, 30: 4.0}
     assert read_newest(path, "nothing") is None
 
 
 @pytest.mark.parametrize("tail", [30, 45, 4096])
-def test_newest_row_of_a_long_file(path: Path, tail: int) -> None:
+def test_the_newest_row_is_read_from_the_tail_of_a_long_file(path: Path, tail: int) -> None:
     path.write_text("\n".join([HEAD, *(f"{i},{i / 8},{i / 4}" for i in range(1, 5000)), ""]))
     assert read_newest(path, "train/loss", tail=tail) == (4999, 4999 / 8)
 

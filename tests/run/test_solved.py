@@ -16,7 +16,7 @@ def row(step: int, right: float | None = None, **more: float) -> dict[str, Any]:
     return {"step": step} | spent | ({} if right is None else {EXACT: right})
 
 
-def test_the_first_validation_above_counts_whatever_comes_after() -> None:
+def test_the_first_validation_above_the_level_counts() -> None:
     rows = [row(1), row(10, 0.5), row(11), row(20, math.nan), row(30, 0.96), row(40, 0.2)]
     assert first_above(rows) == rows[4]
     assert first_above(rows, 0.4) == rows[1]
@@ -31,11 +31,11 @@ def test_a_level_is_not_above_itself_in_single_precision(level: float) -> None:
     assert first_above([row(1, float(np.float32(level + 1e-5)))], level) is not None
 
 
-def test_what_it_took() -> None:
+def test_time_to_solve_has_the_steps_cost() -> None:
     rows = [row(10, 0.5, tokens=1.0, flops=2.0, seconds=3.0)]
     rows.append(row(20, 1.0, tokens=1e3, flops=2e15, seconds=3.25))
-    found = time_to_solve(rows)
-    assert found == {"step": 20, "tokens": 1000, "flops": 2 * 10**15, "seconds": 3.25}
-    assert [type(value) for value in found.values()] == [int, int, int, float]
+    cost = time_to_solve(rows)
+    assert cost == {"step": 20, "tokens": 1000, "flops": 2 * 10**15, "seconds": 3.25}
+    assert [type(value) for value in cost.values()] == [int, int, int, float]
     assert time_to_solve(rows[:1]) is None
     assert time_to_solve([row(5, 1.0)]) == {"step": 5}

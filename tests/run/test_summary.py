@@ -9,12 +9,7 @@ from mtp_lightning.run.summary import print_answer, print_summary
 
 @pytest.mark.parametrize("columns", ["80", "120"])
 @pytest.mark.parametrize("expected", [{}, {"decode/expected_tokens_per_step": 2.1}])
-def test_acceptance_is_shown_with_its_interval_and_setting(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    columns: str,
-    expected: dict[str, float],
-) -> None:
+def test_acceptance_is_shown_with_its_interval_and_setting(monkeypatch, capsys, columns, expected):
     monkeypatch.setenv("COLUMNS", columns)
     rates = {f"val/{name}_depth_{k}": 0.5 for name in ("loss", "accuracy") for k in (0, 1)}
     rates |= {f"val/{name}_depth_1": 0.4 for name in ("agreement", "overlap")}
@@ -56,14 +51,12 @@ def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
     assert "50.0 %" in shown and "1.50" in shown and "[" not in shown
 
 
-def test_why_nothing_was_decoded_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_for_no_decoding_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({"not_decoded": "too short"}, depth=1)
     assert "accepted: nothing was decoded, too short" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_ends_with_five_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_short_table_of_a_text_has_five_rows(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     of_text = {
         **{"val/bits_per_byte": 1.5279, "val/loss_depth_0": 2.9, "parameters": 9},
@@ -72,12 +65,12 @@ def test_a_run_ends_with_five_rows(
         **{"perf/tokens_per_second": 7654.3, "seconds": 540.0},
     }
     print_answer(of_text)
-    shown = capsys.readouterr().out
-    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    output = capsys.readouterr().out
+    rows = [line for line in output.splitlines() if line.startswith("│")]
     assert len(rows) == 5 and max(map(len, rows)) <= 80
-    for said in ("1.528", "lower is better", "1.98 [1.90, 2.05]", "1.03", "7,654", "9.0 min"):
-        assert said in shown
-    assert "--verbose" in shown and "summary.json" in shown
+    for words in ("1.528", "lower is better", "1.98 [1.90, 2.05]", "1.03", "7,654", "9.0 min"):
+        assert words in output
+    assert "--verbose" in output and "summary.json" in output
     print_answer({"val/exact_match": 0.5, "val/chance": 0.0625, "seconds": 30.0})
-    shown = capsys.readouterr().out
-    assert "50.0%" in shown and "chance 6.25%" in shown and "bits per byte" not in shown
+    output = capsys.readouterr().out
+    assert "50.0%" in output and "chance 6.25%" in output and "bits per byte" not in output
