@@ -157,8 +157,8 @@ def of_differences(
 
 
 def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
-    """Jobs that are not done, with the overrides that not all jobs share; links to logs are relative
-    to the page's ``folder``."""
+    """Jobs that are not done, with the overrides that not all jobs share; links to logs are
+    relative to the page's ``folder``."""
     table = _table("jobs")
     shared = set.intersection(*(set(run.overrides.items()) for run in runs)) if runs[1:] else set()
     for run in (run for run in runs if run.state != "done"):

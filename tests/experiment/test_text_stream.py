@@ -174,7 +174,7 @@ def test_generate_prints_legend_cost_and_early_end(generate_app, capsys, monkeyp
     assert "ends at once" in capsys.readouterr().err
 
 
-def test_a_line_of_a_file_is_one_prompt(tmp_path: Path) -> None:
+def test_a_line_of_a_file_is_one_prompt(tmp_path):
     file = tmp_path / "prompts"
     file.write_bytes("\ufeffa\f\u2028b\r\n\r\n c \n".encode())
     assert generating.read_prompts(None, str(file), StringIO()) == ["a\f\u2028b", " c "]

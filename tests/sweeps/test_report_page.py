@@ -229,7 +229,7 @@ def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     assert 'href="../s/a/job.log"' in elsewhere.read_text()
 
 
-def test_unfinished_jobs_are_listed_with_the_overrides_that_distinguish_them(tmp_path: Path) -> None:
+def test_unfinished_jobs_list_the_overrides_that_distinguish_them(tmp_path: Path) -> None:
     for seed, state in ((1, "done"), (2, "pending")):
         status = {"state": state, "overrides": ["data=packages", f"seed={seed}"]}
         write_run(tmp_path / f"{seed}", {"seed": seed}, status=status, done=state == "done")
