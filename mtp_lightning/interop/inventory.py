@@ -7,6 +7,7 @@ training does not leave it that way.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ UNUSABLE = {
 }
 # Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
+# Short training may leave the size of a smaller matrix within the errors of chance, 2 % here.
+_FEWEST_ALONE = 2**15
 # Kurtosis of the two initial distributions, and its variance times n over n values.
 _NORMAL, _UNIFORM = (3.0, 24.0), (1.8, 0.92)
 # Standard errors that chance may cause.
@@ -80,6 +83,8 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
     last = {p.own.removeprefix(prefix): p.parts for p in places if p.own.startswith(prefix)}
     modules: dict[int, dict[str, str]] = {k: {} for k in range(1, config.mtp.depth + 1)}
     copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
+    doubtful: dict[int, list[str]] = {k: [] for k in modules}
+    changed = set()  # depths with a matrix that is surely trained
     for place in places:
         if place.own.startswith("mtp.depths."):
             depth = int(place.own.split(".")[2]) + 1
@@ -89,8 +94,13 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
             for (name, shape), twin in zip(place.parts, twins, strict=True):
                 tensor = parts[name].read() if name in parts else None
                 state = modules[depth][name] = _state(name, tensor, shape, config.trunk)
-                comparable = state == "trained" and len(shape) > 1 and twin in parts
-                if comparable and tensor is not None and equal(tensor, parts[twin].read()):
+                if state == "fresh" and math.prod(shape) < _FEWEST_ALONE:
+                    doubtful[depth].append(name)
+                if state != "trained" or tensor is None or len(shape) < 2:
+                    continue
+                if _can_be_judged(tensor):
+                    changed.add(depth)
+                if twin in parts and equal(tensor, parts[twin].read()):
                     copied_blocks[depth].append(name)
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
@@ -106,6 +116,8 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
         matrices = [n for n in block if n in parts and len(parts[n].shape) > 1]
         if names and len(names) == len(matrices):  # a whole block that was never trained
             modules[depth] |= dict.fromkeys(names, "copied")
+    for depth in changed:
+        modules[depth] |= dict.fromkeys(doubtful[depth], "trained")
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 
@@ -135,12 +147,16 @@ def has_initial_size(matrix: Tensor, trunk: TrunkConfig) -> bool:
     return any(abs(std / size - 1) < chance + _ROUNDED for size in usual)
 
 
+def _can_be_judged(matrix: Tensor) -> bool:
+    return min(matrix.shape) >= _FEWEST_ROWS and matrix.numel() >= _FEWEST
+
+
 def is_fresh(matrix: Tensor) -> bool:
     """Whether a matrix looks drawn independently from one distribution: its kurtosis is that of a
     normal or uniform distribution, and the lengths of rows and columns vary no more than chance."""
     rows, columns = matrix.shape
     n = matrix.numel()
-    if min(rows, columns) < _FEWEST_ROWS or n < _FEWEST:
+    if not _can_be_judged(matrix):
         return False
     square = (matrix - matrix.mean()) ** 2
     variance = square.mean()

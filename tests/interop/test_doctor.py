@@ -12,7 +12,7 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor as apps_doctor
-from mtp_lightning.interop import agreement, doctor
+from mtp_lightning.interop import agreement, doctor, inventory
 from mtp_lightning.interop.inventory import has_initial_size, is_fresh, take_inventory
 from mtp_lightning.interop.reading import contents
 from mtp_lightning.interop.tensor_files import SafeTensor
@@ -211,6 +211,22 @@ def test_the_inventory_reads_a_modules_tensors_once(
     assert sorted(n for n in reads if n.startswith(layer)) == sorted(
         name for name in parts if name.startswith(layer)
     )
+
+
+@pytest.mark.parametrize(("fewest", "lost"), [(2**15, set()), (2**12, {"fresh"})])
+def test_a_small_matrix_among_trained_ones_may_look_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int, lost: set[str]
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(inventory, "_FEWEST_ALONE", fewest)
+    model = deepseek.build(folders.dense(d_model=64, tie_embeddings=False), depth=1)
+    matrices = {n: p.data for n, p in model.mtp.depths[0].named_parameters() if p.dim() > 1}
+    for name, matrix in matrices.items():
+        rows = 1 if name.endswith("out.weight") else torch.linspace(0.5, 1.5, len(matrix))
+        matrix.normal_(std=0.02).T.mul_(rows)
+    folders.write(tmp_path, model)
+    (module,) = take_inventory(model.config, contents(tmp_path)[1])
+    assert module.lost.keys() == lost
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (576, 1152)])
