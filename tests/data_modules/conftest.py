@@ -1,4 +1,4 @@
-"""Fixtures for files: which of them are read, and how old they look."""
+"""Fixtures that record which files are read, and that make files look old."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from data_modules import digests
 
 
 @pytest.fixture
-def reads(monkeypatch) -> list[str]:
+def files_read(monkeypatch) -> list[str]:
     """Names of the files whose content was read, in order."""
-    seen: list[str] = []
-    real = digests.hashlib.file_digest
+    names: list[str] = []
+    file_digest = digests.hashlib.file_digest
     monkeypatch.setattr(
         digests.hashlib,
         "file_digest",
-        lambda file, how: seen.append(Path(file.name).name) or real(file, how),
+        lambda file, name: names.append(Path(file.name).name) or file_digest(file, name),
     )
-    return seen
+    return names
 
 
 @pytest.fixture
-def later(monkeypatch) -> None:
+def files_look_old(monkeypatch) -> None:
     """Makes every file look as if it had been written long ago."""
     now = time.time_ns
     monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 10_000_000_000)

@@ -41,10 +41,10 @@ def numbers(batches) -> list[list[int]]:
 
 def stream(loader: WindowLoader, n: int) -> list[WindowBatch]:
     """The next n batches, of as many epochs as that takes."""
-    taken: list[WindowBatch] = []
-    while len(taken) < n:
+    read: list[WindowBatch] = []
+    while len(read) < n:
         for batch in loader:
-            taken.append(batch)
-            if len(taken) == n:
+            read.append(batch)
+            if len(read) == n:
                 break
-    return taken
+    return read

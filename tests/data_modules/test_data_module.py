@@ -35,7 +35,7 @@ def small(folder: Path, **options) -> TokenDataModule:
     return TokenDataModule(SyntheticSource(size=20_000, documents=40), tokenizer, **options)
 
 
-def composed(folder: Path, *overrides: str):
+def compose_config(folder: Path, *overrides: str):
     """The data and tokenizer groups in a root config with the keys they read from elsewhere."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         groups = compose(overrides=list(overrides))
@@ -43,7 +43,7 @@ def composed(folder: Path, *overrides: str):
     return OmegaConf.merge(root, {"paths": {"cache_dir": str(folder)}}, groups)
 
 
-def test_a_batch_is_one_optimizer_step(tmp_path):
+def test_a_training_batch_is_one_optimizer_step(tmp_path):
     data = small(tmp_path, accumulate=3)
     data.prepare()
     batch = next(iter(data.train_dataloader()))
@@ -56,16 +56,16 @@ def test_a_batch_is_one_optimizer_step(tmp_path):
     assert next(iter(small(tmp_path, eval_batch_size=7).val_dataloader())).tokens.shape == (7, 35)
 
 
-def test_document_mask_gives_the_documents_of_the_store(tmp_path):
+def test_document_mask_separates_documents_after_end_of_text(tmp_path):
     data = small(tmp_path, document_mask=True)
     eot = data.tokenizer.eot_id
-    inside = set()
+    changes = set()
     for batch in data.train_dataloader():
         steps = batch.documents.diff()
         # A new document starts exactly after each end-of-text token.
         assert torch.equal(steps, (batch.tokens[:, :-1] == eot).long())
-        inside.add(int(steps.sum(1).max()))
-    assert inside >= {1}
+        changes.add(int(steps.sum(1).max()))
+    assert changes >= {1}
     # A target in another document does not count; nothing else is masked at depth 0.
     assert torch.equal(batch.targets(0) == -100, batch.tokens[:, :32] == eot)
 
@@ -81,18 +81,18 @@ def test_tokenizer_is_trained_once_and_shared(tmp_path):
     assert (stored.store["val"].tokens() == data.store["val"].tokens()).all()
 
 
-def test_summary_and_bytes_per_token(tmp_path):
+def test_the_summary_counts_documents_tokens_bytes_and_windows(tmp_path):
     data = small(tmp_path, tokenizer=BPETokenizer(300))
-    facts = json.loads(json.dumps(data.summary()))
-    assert facts["source"]["name"] == "synthetic" and facts["fingerprint"] == data.fingerprint
-    assert facts["tokenizer"]["kind"] == "bpe" and facts["tokenizer"]["vocab_size"] == 300
+    summary = json.loads(json.dumps(data.summary()))
+    assert summary["source"]["name"] == "synthetic" and summary["fingerprint"] == data.fingerprint
+    assert summary["tokenizer"]["kind"] == "bpe" and summary["tokenizer"]["vocab_size"] == 300
     for split in ("train", "val"):
         documents = list(data.split.documents(split))
         ids = sum(len(data.tokenizer.encode(d)) + 1 for d in documents)
-        assert facts[split]["documents"] == len(documents) and facts[split]["tokens"] == ids
+        assert summary[split]["documents"] == len(documents) and summary[split]["tokens"] == ids
         expected = sum(len(d.encode()) for d in documents) / ids
-        assert math.isclose(facts[split]["bytes_per_token"], expected) and expected > 1.3
-    assert facts["val"]["lines_in_training"] == 0  # invented sentences do not come twice
+        assert math.isclose(summary[split]["bytes_per_token"], expected) and expected > 1.3
+    assert summary["val"]["lines_in_training"] == 0  # invented sentences do not come twice
     train_windows = sum(len(batch) for batch in small(tmp_path, batch_size=1).train_dataloader())
     assert small(tmp_path).summary()["train"]["windows"] == train_windows
 
@@ -149,7 +149,7 @@ def test_too_little_text_names_the_minimum(tmp_path):
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0"),
     ],
 )
-def test_numbers_out_of_range(tmp_path, options, message):
+def test_numbers_out_of_range_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         small(tmp_path, **options)
 
@@ -157,7 +157,7 @@ def test_numbers_out_of_range(tmp_path, options, message):
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_composes_and_builds(tmp_path, source):
     needs = {"text": ["data.paths=[x.txt]"], "huggingface": ["data.source.path=parquet"]}
-    config = composed(tmp_path, f"+data={source}", "+tokenizer=byte", *needs.get(source, []))
+    config = compose_config(tmp_path, f"+data={source}", "+tokenizer=byte", *needs.get(source, []))
     data = instantiate(config.data)
     assert isinstance(data, TokenDataModule) and data.source.name == source
     assert (data.depth, data.accumulate, data.seed, data.seq_len) == (2, 2, 3, 256)
@@ -166,24 +166,24 @@ def test_every_source_composes_and_builds(tmp_path, source):
 
 def test_token_files_have_the_options_of_text(tmp_path):
     chosen = ["+data=tokens", "data.path=x.bin", "data.train_windows=100", "+tokenizer=byte"]
-    assert instantiate(composed(tmp_path, *chosen).data).train_windows == 100
+    assert instantiate(compose_config(tmp_path, *chosen).data).train_windows == 100
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_tokenizer_composes_and_builds(tmp_path, name):
     kinds = {"byte": ByteTokenizer, "ids": IdTokenizer, "pretrained": PretrainedTokenizer}
     needs = {"pretrained": ["path=x"], "ids": ["vocab_size=9", "eot_id=0"]}
-    more = [f"tokenizer.{given}" for given in needs.get(name, [])]
-    config = composed(tmp_path, f"+tokenizer={name}", *more)
+    options = [f"tokenizer.{option}" for option in needs.get(name, [])]
+    config = compose_config(tmp_path, f"+tokenizer={name}", *options)
     assert type(instantiate(config.tokenizer)) is kinds.get(name, BPETokenizer)
 
 
 def test_text_from_the_config_to_a_batch(tmp_path):
     rows = "".join(json.dumps({"body": f"row {i} " * 30}) + "\n" for i in range(100))
     (tmp_path / "rows.jsonl").write_text(rows)
-    typed = "+data=text +tokenizer=bpe tokenizer.vocab_size=270 data.field=body data.seq_len=16"
-    given = [*typed.split(), "data.batch_size=2", "data.val_fraction=0.2"]
-    config = composed(tmp_path / "cache", *given, f"data.paths=['{tmp_path}/*.jsonl']")
+    words = "+data=text +tokenizer=bpe tokenizer.vocab_size=270 data.field=body data.seq_len=16"
+    overrides = [*words.split(), "data.batch_size=2", "data.val_fraction=0.2"]
+    config = compose_config(tmp_path / "cache", *overrides, f"data.paths=['{tmp_path}/*.jsonl']")
     data = instantiate(config.data)
     data.prepare()
     assert next(iter(data.train_dataloader())).tokens.shape == (4, 19)

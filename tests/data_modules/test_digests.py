@@ -12,20 +12,20 @@ from data_modules.sources.base import digest_files
 from data_modules.tokenizers import ByteTokenizer
 
 
-def test_a_large_file_is_read_once(tmp_path, reads, later):
+def test_a_large_file_is_read_once(tmp_path, files_read, files_look_old):
     large, small, memory = tmp_path / "large", tmp_path / "small", tmp_path / "memory"
     large.write_bytes(b"x" * LARGE)
     small.write_bytes(b"x" * (LARGE - 1))
     files = [("a", large), ("b", small)]
     expected = digest_files(files)
-    reads.clear()
-    assert digest_files(files, remember=memory) == expected and reads == ["large", "small"]
-    reads.clear()
-    assert digest_files(files, remember=memory) == expected and reads == ["small"]
+    files_read.clear()
+    assert digest_files(files, remember=memory) == expected and files_read == ["large", "small"]
+    files_read.clear()
+    assert digest_files(files, remember=memory) == expected and files_read == ["small"]
     assert len(list(memory.iterdir())) == 1
 
 
-def test_any_change_is_seen(tmp_path, later):
+def test_a_changed_or_replaced_file_has_another_digest(tmp_path, files_look_old):
     file, memory = tmp_path / "file", tmp_path / "memory"
     file.write_bytes(b"x" * LARGE)
     first = content_digest(file, memory)
@@ -40,7 +40,7 @@ def test_any_change_is_seen(tmp_path, later):
     assert content_digest(file, memory) == content_digest(file) != second
 
 
-def test_a_file_of_this_moment_is_not_remembered(tmp_path):
+def test_the_digest_of_a_file_of_this_moment_is_not_remembered(tmp_path):
     """Its next change might fall into the same tick of the file system's clock."""
     (tmp_path / "file").write_bytes(b"x" * LARGE)
     content_digest(tmp_path / "file", tmp_path / "memory")
@@ -48,18 +48,18 @@ def test_a_file_of_this_moment_is_not_remembered(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"stamp": 1}', '{"stamp": [1], "digest": 3}'])
-def test_a_damaged_record_is_done_without(tmp_path, later, damage):
+def test_a_damaged_record_is_ignored(tmp_path, files_look_old, damage):
     file, memory = tmp_path / "file", tmp_path / "memory"
     file.write_bytes(b"x" * LARGE)
     expected = content_digest(file, memory)
     (record,) = memory.iterdir()
     record.write_text(damage)
     assert content_digest(file, memory) == expected
-    (tmp_path / "blocked").write_text("")  # a folder that cannot be
+    (tmp_path / "blocked").write_text("")  # not a folder
     assert content_digest(file, tmp_path / "blocked") == expected
 
 
-def test_a_data_module_remembers_in_its_cache(tmp_path, reads, later):
+def test_a_data_module_remembers_digests_in_its_cache(tmp_path, files_read, files_look_old):
     (tmp_path / "a.txt").write_text("some line of text\n" * 80_000)
 
     def module() -> TokenDataModule:
@@ -67,5 +67,5 @@ def test_a_data_module_remembers_in_its_cache(tmp_path, reads, later):
         return TokenDataModule.from_text(path, ByteTokenizer(), cache_dir=tmp_path / "cache")
 
     first = module().fingerprint
-    assert reads.count("a.txt") == 1 and module().fingerprint == first
-    assert reads.count("a.txt") == 1
+    assert files_read.count("a.txt") == 1 and module().fingerprint == first
+    assert files_read.count("a.txt") == 1

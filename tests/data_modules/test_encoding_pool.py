@@ -1,4 +1,4 @@
-"""Documents encoded by several processes: the same store as by one, and what ends them."""
+"""Documents encoded by several processes: the same store as by one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ def split(tmp_path_factory) -> DocumentSplit:
     return DocumentSplit(TextSource(folder), val_fraction=0.2)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(300)], ids=["byte", "bpe"])
-def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, tokenizer):
+BPE = pytest.param(BPETokenizer(300), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["byte", "bpe"])
+def test_several_processes_build_the_store_of_one(tmp_path, monkeypatch, split, tokenizer):
     monkeypatch.setattr(encoding, "BATCH", 50_000)
     one, _ = prepare_store(tokenizer, split, tmp_path / "one", workers=0)
     pools = []
@@ -49,21 +52,21 @@ def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, token
     assert all(process.returncode is not None for process in pools[0]._processes)
 
 
-def test_results_come_in_order_whoever_is_first():
+def test_results_keep_the_order_of_the_batches():
     """Batches of very different sizes, three times as many as may wait."""
     tokenizer, dtype = ByteTokenizer(), np.dtype(np.uint16)
     todo = [[Piece("val", chr(97 + i) * (1 + 200_000 * (i % 2)), True, True)] for i in range(18)]
     pool = EncodingPool(tokenizer, dtype, 2)
     try:
-        found = [batch for batch in pool.map(iter(todo))]
+        results = list(pool.map(iter(todo)))
     finally:
         pool.close()
-    for batch, given_ in zip(found, todo, strict=True):
-        (expected,) = encode_batch(given_, tokenizer, dtype, LineOverlap())
-        assert batch[0].ids.tolist() == expected.ids.tolist() and batch[0][2:] == expected[2:]
+    for result, pieces in zip(results, todo, strict=True):
+        (expected,) = encode_batch(pieces, tokenizer, dtype, LineOverlap())
+        assert result[0].ids.tolist() == expected.ids.tolist() and result[0][2:] == expected[2:]
 
 
-def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, monkeypatch, split):
+def test_a_killed_worker_is_reported_and_leaves_no_store(tmp_path, monkeypatch, split):
     monkeypatch.setattr(encoding, "BATCH", 20_000)
 
     def killed(*args):
@@ -77,21 +80,21 @@ def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, monkeypatch, split
     assert list((tmp_path / "stores").iterdir()) == []
 
 
-class Own(ByteTokenizer):
+class CustomTokenizer(ByteTokenizer):
     pass
 
 
-def test_who_encodes(monkeypatch):
+def test_the_number_of_encoding_processes(monkeypatch):
     monkeypatch.setattr(encoding_pool, "cores", lambda: 3)
-    for asked, size, workers in (
+    for build_workers, size, workers in (
         (None, 10_000, 0), (None, 1 << 26, 3), (None, None, 3), (5, 10, 5), (0, 1 << 40, 0),
     ):  # fmt: skip
-        assert pick_workers(asked, ByteTokenizer(), size) == workers
-    assert pick_workers(4, Own(), 1 << 40) == 0
+        assert pick_workers(build_workers, ByteTokenizer(), size) == workers
+    assert pick_workers(4, CustomTokenizer(), 1 << 40) == 0
 
 
 @given(st.data())
-def test_merged_overlaps_are_one(data):
+def test_merged_line_overlaps_equal_one(data):
     lines = st.integers(0, 30).map(lambda i: f"{i} is a line that is long enough to be counted {i}")
     names, texts = st.sampled_from(["train", "val"]), st.lists(lines, max_size=5).map("\n".join)
     documents = data.draw(st.lists(st.tuples(names, texts), max_size=12))
@@ -109,8 +112,8 @@ def test_merged_overlaps_are_one(data):
 
 def test_batches_hold_every_piece_once(split):
     overlap = LineOverlap()
-    found = [piece for batch in batches(split, overlap) for piece in batch]
+    pieces = [piece for batch in batches(split, overlap) for piece in batch]
     documents = list(split)
-    assert "".join(piece.text for piece in found) == "".join(text for _, text in documents)
-    assert sum(piece.first for piece in found) == len(documents) == sum(p.last for p in found)
-    assert any(not piece.first for piece in found)
+    assert "".join(piece.text for piece in pieces) == "".join(text for _, text in documents)
+    assert sum(piece.first for piece in pieces) == len(documents) == sum(p.last for p in pieces)
+    assert any(not piece.first for piece in pieces)

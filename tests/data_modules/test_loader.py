@@ -65,8 +65,8 @@ def test_batches_against_brute_force(tmp_path_factory, data):
 
 
 def test_every_depth_sees_the_same_windows_in_the_same_order(tmp_path):
-    seen = [numbers(loader_of(tmp_path, depth=depth)) for depth in (0, 1, 4, T)]
-    assert all(other == seen[0] for other in seen)
+    orders = [numbers(loader_of(tmp_path, depth=depth)) for depth in (0, 1, 4, T)]
+    assert all(other == orders[0] for other in orders)
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch(tmp_path):
@@ -85,34 +85,34 @@ def test_order_is_a_pure_function_of_seed_and_epoch(tmp_path):
 GOLDEN = [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 
 
-def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path):
+def test_workers_change_neither_batches_nor_the_global_generator(tmp_path):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    seen = [
+    orders = [
         [numbers(loader) for loader in [loader_of(tmp_path, num_workers=n)] for _ in range(2)]
         for n in (0, 1, 2)
     ]
-    assert seen[0] == seen[1] == seen[2]
+    assert orders[0] == orders[1] == orders[2]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
     ("consumed", "workers"), [(1, 0), (5, 0), (6, 0), (7, 0), (15, 0), (5, 2), (6, 2)]
 )
-def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
+def test_a_restored_state_continues_with_the_next_batch(tmp_path, consumed, workers):
     whole = numbers(stream(loader_of(tmp_path, seed=1), 20))
     first = loader_of(tmp_path, seed=1, num_workers=workers)
     assert numbers(stream(first, consumed)) == whole[:consumed]
     state = first.state_dict()
     assert {type(value) for value in state.values()} == {int}
     second = loader_of(tmp_path, seed=1, num_workers=workers)
-    iter(second)  # made and dropped, as Lightning does: the state stays
+    iter(second)  # an unused iterator, as Lightning makes, keeps the state
     second.load_state_dict(state)
     assert second.state_dict() == state and len(second) == 6
     assert numbers(stream(second, 20 - consumed)) == whole[consumed:]
 
 
-def test_state_of_other_data_is_refused_and_the_seed_is_the_states(tmp_path):
+def test_a_state_brings_its_seed_and_is_refused_for_other_data(tmp_path):
     state = loader_of(tmp_path, seed=3).state_dict()
     with pytest.raises(ValueError, match="saved on 25 training windows but this data has 26"):
         loader_of(tmp_path, windows=26).load_state_dict(state)
@@ -122,12 +122,12 @@ def test_state_of_other_data_is_refused_and_the_seed_is_the_states(tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monkeypatch, world):
+def test_ranks_together_read_the_batches_of_one_rank(tmp_path, monkeypatch, world):
     one = loader_of(tmp_path, batch_size=2 * world, seed=2)
     expected = numbers(one)
     shards = []
     for rank in range(world):
-        # Made before the process group is there, as a launcher's main process does.
+        # Made before the process group, as in a launcher's main process.
         loader = loader_of(tmp_path, batch_size=2, seed=2)
         as_rank(monkeypatch, rank, world)
         shards.append(numbers(loader))
@@ -139,7 +139,7 @@ def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monke
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 300), batch_size=st.integers(1, 6), world=st.integers(1, 5))
-def test_ranks_share_the_batches_that_one_would_evaluate(tmp_path_factory, n, batch_size, world):
+def test_ranks_together_evaluate_the_batches_of_one_rank(tmp_path_factory, n, batch_size, world):
     dataset = evaluation_of(tmp_path_factory.mktemp("file"), n)
     one = list(EvaluationLoader(dataset, batch_size=batch_size))
     scored = [batch.tokens[batch.scored][1:] for batch in one]
@@ -160,7 +160,7 @@ def test_ranks_share_the_batches_that_one_would_evaluate(tmp_path_factory, n, ba
         assert len(padding) == 1 and padding.counts().tolist() == [0] * 3
 
 
-def test_too_little_text_is_said_with_the_minimum(tmp_path):
+def test_too_little_text_is_refused_with_the_minimum(tmp_path):
     short = WindowDataset(token_file(tmp_path, T + 2), seq_len=T, depth=2)
     with pytest.raises(ValueError, match="the training split has 10 tokens .* at least .* = 11"):
         iter(WindowLoader(short, batch_size=1))
@@ -180,20 +180,20 @@ def test_an_empty_file_has_no_window(tmp_path):
     assert empty.tokens().shape == (0,)
 
 
-def test_a_limit_repeats_the_same_windows_of_all_over_the_text(tmp_path):
+def test_a_limit_keeps_the_same_windows_across_the_text(tmp_path):
     file = token_file(tmp_path, 101 * T + 1)
 
-    def seen(seed: int, depth: int, epochs: int) -> list[int]:
+    def windows_read(seed: int, depth: int, epochs: int) -> list[int]:
         dataset = WindowDataset(file, seq_len=T, depth=depth, limit=20)
         assert len(dataset) == 20
         loader = WindowLoader(dataset, batch_size=4, seed=seed)
         return [n for _ in range(epochs) for batch in numbers(loader) for n in batch]
 
-    first = seen(0, 0, 2)
+    first = windows_read(0, 0, 2)
     assert sorted(first[:20]) == sorted(first[20:]) and first[:20] != first[20:]
     assert len(set(first)) == 20 and max(first) > 70 and min(first) < 30
-    # Whatever seed and depth, the same windows; the seed orders them.
-    other = seen(1, 2, 1)
+    # The same windows for every seed and depth; the seed orders them.
+    other = windows_read(1, 2, 1)
     assert sorted(other) == sorted(first[:20]) and other != first[:20]
     with pytest.raises(ValueError, match="data.train_windows=101 is more than the 100"):
         WindowDataset(file, seq_len=T, depth=0, limit=101)
@@ -229,13 +229,13 @@ for batch in WindowLoader(Windows(), batch_size=4, num_workers=2):
 """
 
 
-def test_processes_that_fetch_end_with_the_run_and_not_before() -> None:
+def test_worker_processes_ignore_sigterm_and_end_with_the_run() -> None:
     """The main process alone acts on a signal to all; a killed run leaves no traceback."""
     process = start(FETCHING, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stdout.readline() == "fetched 500 1\n"
     process.kill()
-    out, err = process.communicate(timeout=240)  # when all of them have closed it
+    out, err = process.communicate(timeout=240)  # ends when every process has closed the pipe
     assert (out, process.returncode) == ("", -signal.SIGKILL)
     assert "Traceback" not in err, err

@@ -1,4 +1,4 @@
-"""Windows that hold more tokens ahead than their depth asks for."""
+"""Windows with more look-ahead targets than their depth needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_modules.tasks.data_module import TaskDataModule
 from data_modules.tokenizers import ByteTokenizer
 
 
-def text(cache: Path, **options: int) -> TokenDataModule:
+def text_module(cache: Path, **options: int) -> TokenDataModule:
     source = SyntheticSource(size=6000, documents=40)
     data = TokenDataModule(
         source, ByteTokenizer(), seq_len=8, batch_size=2, depth=1, cache_dir=cache,
@@ -24,17 +24,17 @@ def text(cache: Path, **options: int) -> TokenDataModule:
     return data
 
 
-@pytest.mark.parametrize(("lookahead", "held"), [(0, 2), (1, 2), (2, 2), (5, 5), (9, 9), (50, 9)])
-def test_text(tmp_path: Path, lookahead: int, held: int) -> None:
-    data, plain = text(tmp_path, lookahead=lookahead), text(tmp_path)
+@pytest.mark.parametrize(("lookahead", "ahead"), [(0, 2), (1, 2), (2, 2), (5, 5), (9, 9), (50, 9)])
+def test_text_windows_look_ahead(tmp_path: Path, lookahead: int, ahead: int) -> None:
+    data, plain = text_module(tmp_path, lookahead=lookahead), text_module(tmp_path)
     tokens = data.store["train"].tokens()
-    dataset, other = data.train_dataloader().dataset, plain.train_dataloader().dataset
-    assert len(dataset) == len(other)  # the same windows, with more tokens
+    dataset, plain_dataset = data.train_dataloader().dataset, plain.train_dataloader().dataset
+    assert len(dataset) == len(plain_dataset)  # the same windows, with more tokens
     numbers = np.array([0, 3, len(dataset) - 1])
-    batch, short = dataset[numbers], other[numbers]
-    assert batch.seq_len == 8 and batch.tokens.shape == (3, 8 + held)
+    batch, short = dataset[numbers], plain_dataset[numbers]
+    assert batch.seq_len == 8 and batch.tokens.shape == (3, 8 + ahead)
     for row, number in zip(batch.tokens, numbers, strict=True):
-        assert row.tolist() == tokens[number * 8 : number * 8 + 8 + held].tolist()
+        assert row.tolist() == tokens[number * 8 : number * 8 + 8 + ahead].tolist()
     for k in (0, 1):
         assert batch.targets(k).equal(short.targets(k))
     assert batch.documents is not None
@@ -43,12 +43,12 @@ def test_text(tmp_path: Path, lookahead: int, held: int) -> None:
     assert all(part.seq_len == 8 and part.extra == batch.extra for part in parts)
     last = len(data.evaluation) - 1
     evaluated, shorter = data.evaluation[np.array([0, last])], plain.evaluation[np.array([0, last])]
-    assert evaluated.seq_len == 8 and evaluated.tokens.shape == (2, 8 + held)
+    assert evaluated.seq_len == 8 and evaluated.tokens.shape == (2, 8 + ahead)
     assert evaluated.tokens[:, :10].equal(shorter.tokens[:, :10])
     assert evaluated.scored is not None and not evaluated.scored[1, -1]  # padding
 
 
-def test_tasks() -> None:
+def test_task_windows_look_ahead() -> None:
     task = Copy(letters=3, shortest=2, periods=2)
     data, plain = (TaskDataModule(task, depth=1, lookahead=n, seq_len=14) for n in (40, 0))
     numbers = np.array([0, 1])

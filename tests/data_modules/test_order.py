@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation, the same everywhere, and no memory above a size."""
+"""The order of an epoch: a seeded permutation, which takes no memory for a large corpus."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ seeds = st.integers(0, 2**31)
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 3000), seeds, st.integers(0, 99))
-def test_a_permutation(n, seed, epoch):
+def test_feistel_order_is_a_permutation(n, seed, epoch):
     order = FeistelOrder(n, seed=seed, epoch=epoch)
-    found = order[:]
-    assert len(order) == len(found) == n and found.dtype == np.int64
-    assert np.array_equal(np.sort(found), np.arange(n))
+    entries = order[:]
+    assert len(order) == len(entries) == n and entries.dtype == np.int64
+    assert np.array_equal(np.sort(entries), np.arange(n))
 
 
 @settings(deadline=None, max_examples=80)
 @given(st.integers(1, 2**62), seeds, st.data())
-def test_of_any_size_a_slice_is_its_places(n, seed, data):
+def test_a_slice_of_an_order_of_any_size_equals_its_entries(n, seed, data):
     order = FeistelOrder(n, seed=seed, epoch=1)
     start = data.draw(st.integers(0, n - 1))
-    found = order[start : start + 50]
-    assert len(set(found.tolist())) == len(found) == min(50, n - start)
-    assert found.min() >= 0 and found.max() < n
-    middle = data.draw(st.integers(0, len(found) - 1))
-    assert order[start + middle : start + middle + 1][0] == found[middle]
+    entries = order[start : start + 50]
+    assert len(set(entries.tolist())) == len(entries) == min(50, n - start)
+    assert entries.min() >= 0 and entries.max() < n
+    middle = data.draw(st.integers(0, len(entries) - 1))
+    assert order[start + middle : start + middle + 1][0] == entries[middle]
 
 
-def test_the_order_up_to_the_threshold_is_the_shuffled_one(monkeypatch):
+def test_only_orders_above_the_threshold_are_feistel_orders(monkeypatch):
     assert LARGE == 2**26
     monkeypatch.setattr(order_module, "LARGE", 999)
     assert np.array_equal(window_order(999, seed=3, epoch=2), epoch_order(999, seed=3, epoch=2))
@@ -51,7 +51,7 @@ SMALL = [1, 5, 4, 0, 3, 7, 9, 6, 8, 2]
 HUGE = [837807340563, 281071186567, 470752200013]
 
 
-def test_it_looks_random():
+def test_feistel_order_has_the_statistics_of_a_shuffle():
     n = 200_003
     order = FeistelOrder(n, seed=7, epoch=0)[:]
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.01
@@ -68,14 +68,14 @@ def test_it_looks_random():
 def test_a_trillion_windows_take_no_memory():
     tracemalloc.start()
     order = window_order(10**12, seed=0, epoch=0)
-    found = [order[i * 10**9 : i * 10**9 + 256] for i in range(50)]
+    slices = [order[i * 10**9 : i * 10**9 + 256] for i in range(50)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2e6 and len(np.unique(np.concatenate(found))) == 50 * 256
+    assert peak < 2e6 and len(np.unique(np.concatenate(slices))) == 50 * 256
 
 
 @pytest.mark.parametrize("consumed", [1, 6, 9])
-def test_a_loader_resumes_in_it_exactly(tmp_path, monkeypatch, consumed):
+def test_a_loader_resumes_in_a_feistel_order(tmp_path, monkeypatch, consumed):
     monkeypatch.setattr(order_module, "LARGE", 0)
     expected = numbers(stream(loader_of(tmp_path, seed=1), 12))
     flat = sum(expected[:6], [])

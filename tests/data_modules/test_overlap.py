@@ -1,4 +1,4 @@
-"""The share of validation lines that stand in training documents, against brute force."""
+"""The share of validation lines that also occur in training, against brute force."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def line(i: int) -> str:
     return f"line {i} ".ljust(31, ".") + "!"
 
 
-def measured(documents: list[tuple[str, str]]) -> float | None:
+def share_of(documents: list[tuple[str, str]]) -> float | None:
     overlap = LineOverlap()
     for split, document in documents:
         overlap.add(split, document)
@@ -26,9 +26,9 @@ def brute_force(documents: list[tuple[str, str]]) -> float | None:
     lines: dict[str, list[str]] = {"train": [], "val": []}
     for split, document in documents:
         lines[split] += [t.strip() for t in document.splitlines() if len(t.strip()) >= 32]
-    known = set(lines["train"])
-    seen = [text in known for text in lines["val"]]
-    return sum(seen) / len(seen) if seen else None
+    train = set(lines["train"])
+    in_training = [text in train for text in lines["val"]]
+    return sum(in_training) / len(in_training) if in_training else None
 
 
 @given(
@@ -43,25 +43,26 @@ def brute_force(documents: list[tuple[str, str]]) -> float | None:
 )
 def test_share_equals_brute_force(documents, end):
     joined = [(split, end.join(lines)) for split, lines in documents]
-    assert measured(joined) == brute_force(joined)
+    assert share_of(joined) == brute_force(joined)
 
 
-def test_a_line_counts_from_32_characters_on_and_as_often_as_it_stands():
-    known, new = "k" * 32, "n" * 32
-    assert measured([("val", f"  {known}\n{known}\n{new}\n{new}\n"), ("train", known)]) == 0.5
-    assert measured([("train", known), ("val", "k" * 31)]) is None
-    assert measured([("train", known)]) is None and measured([]) is None
+def test_lines_of_at_least_32_characters_count_with_repetitions():
+    shared, fresh = "k" * 32, "n" * 32
+    lines = f"  {shared}\n{shared}\n{fresh}\n{fresh}\n"
+    assert share_of([("val", lines), ("train", shared)]) == 0.5
+    assert share_of([("train", shared), ("val", "k" * 31)]) is None
+    assert share_of([("train", shared)]) is None and share_of([]) is None
 
 
-def test_a_sample_keeps_within_its_limit_and_is_unbiased(monkeypatch):
+def test_a_sampled_share_stays_within_its_limit_and_is_unbiased(monkeypatch):
     monkeypatch.setattr("data_modules.overlap.LIMIT", 1000)
     order = random.Random(0)
     errors = []
     for corpus in range(8):
-        at = 10_000 * corpus
+        first = 10_000 * corpus
         # 3 of 10 validation lines, some of them repeated, among 9000 training lines.
-        train = [line(at + i) for i in range(9000)]
-        val = [line(at + i) for i in (*range(600), *range(9000, 9700), *range(9000, 9700))]
+        train = [line(first + i) for i in range(9000)]
+        val = [line(first + i) for i in (*range(600), *range(9000, 9700), *range(9000, 9700))]
         texts = [("train", text) for text in train] + [("val", text) for text in val]
         exact = brute_force(texts)
         assert exact == pytest.approx(0.3)
@@ -72,9 +73,9 @@ def test_a_sample_keeps_within_its_limit_and_is_unbiased(monkeypatch):
             assert max(map(len, overlap._counts.values())) <= 1000
         assert len(overlap._counts["train"]) > 300 and overlap.share() != exact
         # Which lines are in the sample is decided by the lines, not by their order.
-        assert overlap.share() == measured(sorted(texts))
+        assert overlap.share() == share_of(sorted(texts))
         whole = [(name, "\n".join(t for s, t in texts if s == name)) for name in ("val", "train")]
-        assert overlap.share() == measured(whole)
+        assert overlap.share() == share_of(whole)
         errors.append(overlap.share() - exact)
     mean = sum(errors) / len(errors)
     spread = (sum(error**2 for error in errors) / len(errors)) ** 0.5

@@ -1,4 +1,4 @@
-"""Compressed text and parquet: the documents of the plain files, and what is refused."""
+"""Compressed text and parquet files have the documents of the plain files, or are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from data_modules.sources import TextSource
-from tests.data_modules.stores import refused
+from tests.data_modules.stores import assert_refused
 
 TEXTS = ["one", "zwei \u00fc\nlines", "drei \u4e16" * 50_000]
 ROWS = "".join(json.dumps({"body": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -36,12 +36,12 @@ def test_compressed_text_is_the_plain_text(tmp_path, suffix):
     plain = tmp_path / f"b.txt{suffix}"
     plain.write_bytes(pack(TEXTS[1].encode()))
     assert list(TextSource(plain).documents()) == [TEXTS[1]]
-    refused(r"line 1, has no string under 'text'.*data.field", file)
+    assert_refused(r"line 1, has no string under 'text'.*data.field", file)
     for damage in (file.read_bytes()[:-20], b"plain", pack(ROWS)[:12] + b"\xff" * 40):
         file.write_bytes(damage)
-        refused(rf"rows\.jsonl\{suffix} .*damaged.*compress it again", file, field="body")
+        assert_refused(rf"rows\.jsonl\{suffix} .*damaged.*compress it again", file, field="body")
     file.write_bytes(pack(b'{"body": "caf\xe9"}\n'))
-    refused("not UTF-8: byte 0xe9 at byte offset 13", file, field="body")
+    assert_refused("not UTF-8: byte 0xe9 at byte offset 13", file, field="body")
 
 
 @pytest.mark.extras
@@ -55,17 +55,17 @@ def test_parquet_rows_are_documents(tmp_path):
     )
     (tmp_path / "zz.txt").write_text("text")
     assert list(TextSource(tmp_path, field="body").documents()) == [*TEXTS, "text"]
-    refused(r"has no column 'text' \(it has \['body', 'n'\]\)", file)
-    refused("row 1, has no string under 'n' but int", file, field="n")
+    assert_refused(r"has no column 'text' \(it has \['body', 'n'\]\)", file)
+    assert_refused("row 1, has no string under 'n' but int", file, field="n")
     whole = file.read_bytes()
     middle = len(whole) // 2
     for damaged in (whole[:-9], whole[:8] + b"\xff" * 40 + whole[48:], whole[:middle] + whole[-8:]):
         file.write_bytes(damaged)
-        refused("rows.parquet is not a parquet file, or is damaged", file, field="body")
+        assert_refused("rows.parquet is not a parquet file, or is damaged", file, field="body")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst"])
-def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch, name):
+def test_a_missing_pyarrow_names_the_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    refused(r"needs the package pyarrow: .*\.\[hf\]", tmp_path / name)
+    assert_refused(r"needs the package pyarrow: .*\.\[hf\]", tmp_path / name)

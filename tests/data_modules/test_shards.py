@@ -1,4 +1,4 @@
-"""Parts of files that another program changes while they are read."""
+"""Token files that another program changes while they are read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 from data_modules.shards import Shard, ShardedTokens
 
 
-@pytest.mark.parametrize("what", ["written to", "cut off", "removed"])
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, what: str) -> None:
-    """Or a run would read other ids, or be killed. A removed file can still be read."""
+@pytest.mark.parametrize("change", ["written to", "cut off", "removed"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, change: str) -> None:
+    """A run would read other ids, or be killed. A removed file can still be read."""
     file = tmp_path / "ids.bin"
     file.write_bytes(np.arange(4000, dtype="<u2").tobytes())
     tokens = ShardedTokens([Shard(file, "<u2", 0, 4000)])
     assert tokens[10:12].tolist() == [10, 11]
-    if what == "removed":
+    if change == "removed":
         file.unlink()
         assert tokens[10:12].tolist() == [10, 11]
         return
     with file.open("r+b") as handle:
-        handle.truncate(100) if what == "cut off" else handle.write(b"\0" * 40)
+        handle.truncate(100) if change == "cut off" else handle.write(b"\0" * 40)
     os.utime(file, (0, 0))  # within a clock's tick, too
     with pytest.raises(ValueError, match="ids.bin was written to while it was being read"):
         tokens[10:12]

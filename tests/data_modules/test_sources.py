@@ -1,4 +1,4 @@
-"""Sources: what they read, in which order, and how they refuse bad input."""
+"""Sources: what they read, in which order, and the input that they refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data_modules.sources import (
     TextSource,
 )
 from mtp_lightning.errors import UserError
-from tests.data_modules.stores import refused
+from tests.data_modules.stores import assert_refused
 
 
 def test_stdlib_is_the_running_library_without_tests():
@@ -64,34 +64,34 @@ def test_text_reads_json_lines(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"body": "one\\ntwo"}\n\n{"body": "three", "n": 1}\n')
     assert list(TextSource(file, field="body").documents()) == ["one\ntwo", "three"]
-    refused(r"x\.jsonl, line 1, has no string under 'text'.*'body': 'str'", file)
+    assert_refused(r"x\.jsonl, line 1, has no string under 'text'.*'body': 'str'", file)
     file.write_text('{"text": "one"}\n{"text": \n')
-    refused("line 2, is not JSON", file)
+    assert_refused("line 2, is not JSON", file)
     file.write_text('{"text": 5}\n')
-    refused("no string under 'text' .it has {'text': 'int'}", file)
+    assert_refused("no string under 'text' .it has {'text': 'int'}", file)
     file.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
-    refused("not UTF-8: byte 0xe9 at byte offset 29", file)
+    assert_refused("not UTF-8: byte 0xe9 at byte offset 29", file)
 
 
-def test_text_refuses_bad_input_by_name(tmp_path):
+def test_text_refuses_missing_empty_and_undecodable_files(tmp_path):
     good, latin, missing = tmp_path / "good.txt", tmp_path / "latin.txt", FileNotFoundError
     good.write_text("good")
-    refused("nowhere.txt does not exist", good, tmp_path / "nowhere.txt", error=missing)
-    refused(r"no file matches .*\*\.md", tmp_path / "*.md", error=missing)
+    assert_refused("nowhere.txt does not exist", good, tmp_path / "nowhere.txt", error=missing)
+    assert_refused(r"no file matches .*\*\.md", tmp_path / "*.md", error=missing)
     (tmp_path / "none").mkdir()
-    refused("holds no files", tmp_path / "none", error=missing)
+    assert_refused("holds no files", tmp_path / "none", error=missing)
     latin.write_bytes(b"caf\xe9 au lait")
-    refused(r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3.*-f LATIN1", tmp_path)
+    assert_refused(r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3.*-f LATIN1", tmp_path)
     latin.write_bytes("as Windows writes".encode("utf-16"))
-    refused(r"latin\.txt is not UTF-8: byte 0xff at byte offset 0.*-f UTF-16", latin)
+    assert_refused(r"latin\.txt is not UTF-8: byte 0xff at byte offset 0.*-f UTF-16", latin)
     latin.write_bytes(b"")
-    refused(r"latin\.txt is empty", tmp_path / "*.txt")
+    assert_refused(r"latin\.txt is empty", tmp_path / "*.txt")
     for nothing in ([], "", [""], None, 3, [3]):
         with pytest.raises(ValueError, match="data.paths must name a file"):
             TextSource(nothing)
 
 
-def test_a_folder_is_read_without_what_is_not_text(tmp_path, caplog):
+def test_a_folder_is_read_without_hidden_empty_and_binary_files(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "__init__.py").write_bytes(b"")
     (tmp_path / "logo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
@@ -100,11 +100,11 @@ def test_a_folder_is_read_without_what_is_not_text(tmp_path, caplog):
     (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"second\0"))
     assert list(TextSource(tmp_path).documents()) == ["first", "second\0"]
     assert "left out 1 hidden files, and 2 that are empty or of another kind" in caplog.text
-    # A file that was named itself is never left out.
-    refused(r"logo\.png is not UTF-8.*zero bytes.*leave it out", tmp_path / "logo.png")
+    # A file that the path names is never left out.
+    assert_refused(r"logo\.png is not UTF-8.*zero bytes.*leave it out", tmp_path / "logo.png")
 
 
-def test_text_fingerprint_follows_content_not_place(tmp_path):
+def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
     def corpus(folder: str, text: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "a.txt").write_text(text)
@@ -117,7 +117,7 @@ def test_text_fingerprint_follows_content_not_place(tmp_path):
     assert TextSource(tmp_path / "y").fingerprint() != first
 
 
-def test_synthetic_is_seeded_and_of_the_size_asked_for():
+def test_synthetic_text_is_seeded_and_has_its_size():
     source = SyntheticSource(size=300_000, documents=7, seed=1)
     documents = list(source.documents())
     assert documents == list(SyntheticSource(size=300_000, documents=7, seed=1).documents())
@@ -166,18 +166,18 @@ def test_shakespeare_has_the_plays():
     assert any("To be, or not to be" in document for document in documents)
 
 
-def test_a_dataset_folder_is_known_by_all_its_files(tmp_path):
+def test_the_fingerprint_of_a_dataset_folder_covers_all_files(tmp_path):
     data = tmp_path / "set"
     data.mkdir()
     (data / "README.md").write_text("a set")
-    found = []
+    fingerprints = []
     for content in (b"ARROW1\0\0one", b"ARROW1\0\0two"):
         (data / "rows.arrow").write_bytes(content)
-        found.append(HuggingFaceSource(str(data)).fingerprint())
-    assert found[0] != found[1]
+        fingerprints.append(HuggingFaceSource(str(data)).fingerprint())
+    assert fingerprints[0] != fingerprints[1]
 
 
-def test_files_of_a_dataset_on_the_hub_are_not_looked_for_here(tmp_path, monkeypatch):
+def test_data_files_of_a_hub_dataset_are_not_looked_up_locally(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert HuggingFaceSource("owner/name", data_files="train/0.parquet").files == []
     with pytest.raises(FileNotFoundError, match="data.source.data_files"):
@@ -200,8 +200,8 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
         file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
 
     def source(**options):
-        given = {"data_files": str(file), "cache_dir": str(tmp_path / "hf"), "field": "body"}
-        return HuggingFaceSource(kind, streaming=streaming, **given | options)
+        defaults = {"data_files": str(file), "cache_dir": str(tmp_path / "hf"), "field": "body"}
+        return HuggingFaceSource(kind, streaming=streaming, **defaults | options)
 
     assert list(source().documents()) == texts
     assert source().fingerprint() == source().fingerprint()
@@ -211,8 +211,8 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
         list(source(split="nosuch").documents())
 
 
-def test_a_link_is_read_by_its_own_name(tmp_path: Path) -> None:
-    """As in a cache of the Hugging Face hub: the file that it points to has no suffix."""
+def test_the_name_of_a_link_decides_the_format(tmp_path: Path) -> None:
+    """In a cache of the Hugging Face hub, the file that a link points to has no suffix."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "71ab").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "data").mkdir()

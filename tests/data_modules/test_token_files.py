@@ -46,13 +46,13 @@ def module(cache: Path, path, tokenizer=None, **options) -> TokenFilesDataModule
     return TokenFilesDataModule(tokenizer or ByteTokenizer(), path=path, **options)
 
 
-def refused(match: str, cache: Path, *given, **options) -> None:
+def assert_refused(match: str, cache: Path, *arguments, **options) -> None:
     """Checks that these files are refused with this message."""
     with pytest.raises((ValueError, FileNotFoundError), match=match):
-        module(cache, *given, **options).prepare()
+        module(cache, *arguments, **options).prepare()
 
 
-def header_refused(match: str, path: Path) -> None:
+def assert_header_refused(match: str, path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         read_header(path)
 
@@ -80,8 +80,8 @@ def test_every_format_gives_the_tokens_of_the_text(tmp_path, kind):
     assert batch.tokens[0].tolist() == flat[first * 32 : first * 32 + 35]
 
 
-def test_evaluation_is_that_of_the_same_text(tmp_path):
-    """Ids that a tokenizer made elsewhere: documents, bytes and fingerprint as of its text."""
+def test_token_files_evaluate_like_the_text_that_they_encode(tmp_path):
+    """Documents, bytes and fingerprint."""
     documents = texts(40, size=60_000, seed=3)
     (tmp_path / "text").mkdir()
     for i, document in enumerate(documents):
@@ -105,8 +105,8 @@ def test_evaluation_is_that_of_the_same_text(tmp_path):
             files = module(tmp_path / "c", trained, tokenizer, **options)
             assert files.evaluation_summary() == text.evaluation_summary()
             assert files.evaluated_bytes == text.evaluated_bytes
-            one, other = next(iter(files.val_dataloader())), next(iter(text.val_dataloader()))
-            assert (one.tokens == other.tokens).all() and (one.texts == other.texts).all()
+            batch, expected = next(iter(files.val_dataloader())), next(iter(text.val_dataloader()))
+            assert (batch.tokens == expected.tokens).all() and (batch.texts == expected.texts).all()
 
 
 def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
@@ -118,17 +118,17 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
             str(book), tokenizer, cache_dir=tmp_path / "c", eval_bytes=70_000, val_fraction=0.5
         )
         train, val = plain.split.documents("train"), plain.split.documents("val")
-        written, held_out = (
+        train_file, val_file = (
             nanogpt(tmp_path / f"{name}.bin", [[*tokenizer.encode(d).tolist()] for d in documents])
             for name, documents in (("t", train), ("v", val))
         )
-        options = {"val_path": held_out, "eval_bytes": 70_000}
-        files = module(tmp_path / "c", written, tokenizer, **options)
+        options = {"val_path": val_file, "eval_bytes": 70_000}
+        files = module(tmp_path / "c", train_file, tokenizer, **options)
         assert len(files.store["val"].pieces()) == len(plain.store["val"].pieces()) > 3
         assert files.evaluation_summary() == plain.evaluation_summary()
 
 
-def test_ids_of_one_byte(tmp_path):
+def test_ids_of_one_byte_have_an_end_of_text_beyond_their_type(tmp_path):
     """Their end of text, 256, does not fit into their type."""
     np.save(tmp_path / "t.npy", np.arange(2_000, dtype=np.uint8))
     data = module(tmp_path / "c", tmp_path / "t.npy")
@@ -137,7 +137,7 @@ def test_ids_of_one_byte(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["raw", "megatron", "litdata"])
-def test_shards_are_one_text(tmp_path, kind):
+def test_shards_equal_one_file(tmp_path, kind):
     documents = ids_of(texts())
     whole = WRITERS[kind](tmp_path / "whole", documents)
     flat = sum(documents, [])
@@ -177,12 +177,12 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
     folder = tmp_path_factory.mktemp("shards")
     flat = np.arange(sum(sizes), dtype=np.uint16)
-    shards, at = [], 0
+    shards, start = [], 0
     for i, n in enumerate(sizes):
         head = data.draw(st.integers(0, 5))
-        (folder / str(i)).write_bytes(bytes(head) + flat[at : at + n].tobytes())
+        (folder / str(i)).write_bytes(bytes(head) + flat[start : start + n].tobytes())
         shards.append(Shard(folder / str(i), "<u2", head, n))
-        at += n
+        start += n
     tokens = ShardedTokens(shards)
     first = data.draw(st.integers(0, len(flat)))
     last = data.draw(st.integers(0, len(flat)))
@@ -192,17 +192,17 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
     length = data.draw(st.integers(1, len(flat)))
     begins = places.clip(max=len(flat) - length)
     assert np.array_equal(tokens.windows(begins, length), flat[begins[:, None] + np.arange(length)])
-    path, there = tokens.locate(int(places[0]))
+    path, offset = tokens.locate(int(places[0]))
     begin = sum(sizes[: int(path.name)])
-    assert begin + there == places[0] and there < sizes[int(path.name)]
+    assert begin + offset == places[0] and offset < sizes[int(path.name)]
     for part, expected in zip(cut(shards, first), (flat[:first], flat[first:]), strict=True):
-        found = [shard.tokens()[:].tolist() for shard in part]
-        assert sum(found, []) == expected.tolist() and all(found)
+        lists = [shard.tokens()[:].tolist() for shard in part]
+        assert sum(lists, []) == expected.tolist() and all(lists)
 
 
 @settings(deadline=None, max_examples=80)
 @given(st.data())
-def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory, data):
+def test_documents_of_files_without_index_against_brute_force(tmp_path_factory, data):
     """A document starts at the first token and after end-of-text tokens. Those at the beginning,
     where llm.c writes one, are not a document."""
     flat = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=30))
@@ -230,9 +230,9 @@ def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory,
         assert val.counts.tolist() == [flat[train.n_tokens :].count(i) for i in range(3)]
         later = {s - train.n_tokens for s in expected if s > train.n_tokens}
         assert val.starts.tolist() == sorted({0, *later})
-        asked = min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
-        after = [s for s in expected if s >= asked]
-        assert not after or train.n_tokens == after[0]
+        wanted = min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
+        later_starts = [s for s in expected if s >= wanted]
+        assert not later_starts or train.n_tokens == later_starts[0]
 
 
 def test_the_end_is_held_out_in_whole_documents(tmp_path):
@@ -246,26 +246,26 @@ def test_the_end_is_held_out_in_whole_documents(tmp_path):
     # One document without an end is cut at that share.
     single = module(tmp_path / "c", nanogpt(tmp_path / "y.bin", [list(range(200)) * 10]))
     assert (single.store["train"].n_tokens, single.store["val"].n_tokens) == (1900, 100)
-    refused("z.bin has only one token", tmp_path / "c", nanogpt(tmp_path / "z.bin", [[7]]))
+    assert_refused("z.bin has only one token", tmp_path / "c", nanogpt(tmp_path / "z.bin", [[7]]))
 
 
-def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
+def test_ids_without_a_text_have_no_bytes(tmp_path, caplog):
     documents = [[*range(1, 200), 0]] * 100
     path = nanogpt(tmp_path / "x.bin", documents)
     data = module(tmp_path / "c", path, IdTokenizer(50257, eot_id=0), eval_bytes=1600)
     assert data.evaluated_bytes is None and not data.has_text
     assert "no bits per byte" in caplog.text
     # A token counts as four bytes: 199 of a document are 796.
-    evaluated, facts = data.evaluation_summary(), data.summary()
+    evaluated, summary = data.evaluation_summary(), data.summary()
     assert (evaluated["documents"], evaluated["tokens"]) == (3, 600) and "bytes" not in evaluated
-    assert facts["train"]["bytes"] is facts["train"]["bytes_per_token"] is None
+    assert summary["train"]["bytes"] is summary["train"]["bytes_per_token"] is None
     assert data.tokenizer.decode([5, 17]) == " 5 17"
     assert data.tokenizer.encode("5 17").tolist() == [5, 17]
     with pytest.raises(ValueError, match="'def' is not an id: tokenizer=ids knows no text"):
         data.tokenizer.encode("def f")
-    for other in ("50257", "-1", "\u00b2", "9" * 5000):
+    for text in ("50257", "-1", "\u00b2", "9" * 5000):
         with pytest.raises(ValueError, match="is not an id"):
-            data.tokenizer.encode(other)
+            data.tokenizer.encode(text)
     with pytest.raises(
         ValueError, match=r"tokenizer.eot_id must be a whole number in \[0, 4\], not 5"
     ):
@@ -278,8 +278,8 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
         IdTokenizer(5, "3")
 
 
-def test_chunks_that_litdata_wrote(tmp_path):
-    """litdata 0.2.76: twelve tensors of uint16, chunk_size=30, TokensLoader(). Its own
+def test_chunks_written_by_litdata_are_read(tmp_path):
+    """litdata 0.2.76: twelve tensors of uint16, chunk_size=30, TokensLoader(). Its
     StreamingDataset of blocks of 5 begins with [0, 1, 4, 256, 7], [8, 11, 16, 256, 14]."""
     folder = Path(__file__).parent / "litdata"
     documents = [[*((7 * i + j * j) % 256 for j in range(3 + i % 4)), EOT] for i in range(12)]
@@ -292,9 +292,9 @@ def test_chunks_that_litdata_wrote(tmp_path):
     assert [*train.starts(), *(val.starts() + train.n_tokens)] == starts[:-1].tolist()
 
 
-def test_chunks_of_something_else_are_refused(tmp_path):
+def test_litdata_chunks_without_token_ids_are_refused(tmp_path):
     index = litdata(tmp_path / "a", [[1, 2, 0], [3, 0]])
-    written = json.loads(index.read_text())
+    index_content = json.loads(index.read_text())
     types = [f"no_header_tensor:{number}" for number in ("0", "\u00b2", "9" * 5000, "")]
     for change, message in (
         ({"compression": "zstd"}, r"chunks with compression \(zstd\).*write them again without"),
@@ -303,37 +303,37 @@ def test_chunks_of_something_else_are_refused(tmp_path):
         *(({"data_format": [name]}, "not rows of token ids") for name in types),
         ({"item_loader": "PyTreeLoader"}, "item_loader PyTreeLoader"),
     ):
-        index.write_text(json.dumps({**written, "config": written["config"] | change}))
+        index.write_text(json.dumps({**index_content, "config": index_content["config"] | change}))
         for path in (index, index.parent / "chunk-0-0.bin", index.parent):
-            refused(message, tmp_path / "c", path)
+            assert_refused(message, tmp_path / "c", path)
     for name in ("../x.bin", "a\\b.bin", "\0.bin"):
-        outside = [written["chunks"][0] | {"filename": name}]
-        index.write_text(json.dumps({**written, "chunks": outside}))
-        refused("names chunks outside its folder", tmp_path / "c", index)
-    index.write_text(json.dumps({**written, "chunks": []}))
-    refused("names no chunk", tmp_path / "c", index)
+        outside = [index_content["chunks"][0] | {"filename": name}]
+        index.write_text(json.dumps({**index_content, "chunks": outside}))
+        assert_refused("names chunks outside its folder", tmp_path / "c", index)
+    index.write_text(json.dumps({**index_content, "chunks": []}))
+    assert_refused("names no chunk", tmp_path / "c", index)
     index.write_text('{"other": 1}')
-    refused(r"index\.json is not a file of token ids", tmp_path / "c", index)
+    assert_refused(r"index\.json is not a file of token ids", tmp_path / "c", index)
 
 
-def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
-    """Or its header would be read as ids."""
+def test_a_litdata_chunk_without_its_index_is_refused(tmp_path):
+    """Its header would be read as ids."""
     index = litdata(tmp_path / "a", ids_of(texts(8)), chunks=2)
     chunk, content = index.parent / "chunk-0-0.bin", index.read_text()
     for damaged in (content[:-20], "[" * 100_000):
         index.write_text(damaged)
-        refused(r"index\.json is not JSON, or is truncated", tmp_path / "c", chunk)
-    stranger = nanogpt(tmp_path / "a" / "x.bin", [[1, 2, 0]])
+        assert_refused(r"index\.json is not JSON, or is truncated", tmp_path / "c", chunk)
+    other = nanogpt(tmp_path / "a" / "x.bin", [[1, 2, 0]])
     index.write_text(content)
-    refused(r"x\.bin is not among the chunks of", tmp_path / "c", stranger)
+    assert_refused(r"x\.bin is not among the chunks of", tmp_path / "c", other)
     index.unlink()
     chunks = f"{tmp_path}/a/chunk*.bin"
-    refused(r"is a chunk of litdata without its index\.json", tmp_path / "c", chunks)
+    assert_refused(r"is a chunk of litdata without its index\.json", tmp_path / "c", chunks)
     empty = litdata(tmp_path / "b", [[]])
-    refused("chunk-0-0.bin holds no ids: leave it out", tmp_path / "c", empty)
+    assert_refused("chunk-0-0.bin holds no ids: leave it out", tmp_path / "c", empty)
 
 
-def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
+def test_megatron_documents_without_end_of_text_are_reported(tmp_path, caplog):
     documents = [document[:-1] for document in ids_of(texts())]
     data = module(tmp_path / "c", str(megatron(tmp_path / "x.bin", documents).with_suffix("")))
     data.prepare()
@@ -343,11 +343,11 @@ def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
     assert n_bytes == sum(map(len, documents))
 
 
-def test_files_that_moved_or_changed(tmp_path):
-    """Results are kept by content: those of a moved file are found, those of a changed one not."""
+def test_the_fingerprint_follows_content_not_path(tmp_path):
+    """A moved file keeps its results, a changed one does not."""
     documents = ids_of(texts())
-    one = module(tmp_path / "c", nanogpt(tmp_path / "x.bin", documents))
-    first = one.fingerprint
+    data = module(tmp_path / "c", nanogpt(tmp_path / "x.bin", documents))
+    first = data.fingerprint
     (tmp_path / "x.bin").rename(tmp_path / "y.bin")
     moved = module(tmp_path / "c", tmp_path / "y.bin")
     assert moved.fingerprint == first and moved.store["train"].shards[0].path.name == "y.bin"
@@ -360,36 +360,42 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
     nanogpt(tmp_path / "a.bin", [[1, 2, 3]] * 50)
     nanogpt(tmp_path / "b.bin", [[1, 2, 300]] * 50)
     message = r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: set"
-    refused(message, tmp_path / "c", f"{tmp_path}/*.bin")
+    assert_refused(message, tmp_path / "c", f"{tmp_path}/*.bin")
     megatron(tmp_path / "d.bin", [[1, -2, 3]] * 50, code=4)
-    refused("has the id -2 at token 1", tmp_path / "c", tmp_path / "d.bin")
+    assert_refused("has the id -2 at token 1", tmp_path / "c", tmp_path / "d.bin")
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_options_that_do_not_fit_are_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
     message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
-    refused(message, tmp_path, good, BPETokenizer(300))
-    refused("=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1)
-    refused(r"held_out .* must be a number in \(0, 1\), not 1", tmp_path, good, held_out=1)
-    refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
-    refused("nowhere.bin does not exist.*data.val_path", tmp_path, good, val_path="nowhere.bin")
-    refused("data.path must name a file", tmp_path, [])
+    assert_refused(message, tmp_path, good, BPETokenizer(300))
+    assert_refused(
+        "=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1
+    )
+    assert_refused(r"held_out .* must be a number in \(0, 1\), not 1", tmp_path, good, held_out=1)
+    assert_refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
+    assert_refused(
+        "nowhere.bin does not exist.*data.val_path", tmp_path, good, val_path="nowhere.bin"
+    )
+    assert_refused("data.path must name a file", tmp_path, [])
     both = [megatron(tmp_path / "m.bin", ids_of(texts())), good]
-    refused(r"x\.bin has none: use them in separate runs", tmp_path, both)
-    refused("data.dtype must be uint16.*not 'float32'", tmp_path, good, dtype="float32")
+    assert_refused(r"x\.bin has none: use them in separate runs", tmp_path, both)
+    assert_refused("data.dtype must be uint16.*not 'float32'", tmp_path, good, dtype="float32")
     np.save(tmp_path / "none.npy", np.zeros(0, np.int64))
-    refused(r"none\.npy is empty: leave the file out", tmp_path, tmp_path / "none.npy")
+    assert_refused(r"none\.npy is empty: leave the file out", tmp_path, tmp_path / "none.npy")
     short = llm_c(tmp_path / "l.bin", [[1]])
-    refused("its ids are uint16, not data.dtype=uint32", tmp_path, short, dtype="uint32")
+    assert_refused("its ids are uint16, not data.dtype=uint32", tmp_path, short, dtype="uint32")
     (tmp_path / "notes.md").write_text("x")
-    refused(r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, tmp_path / "notes.md")
+    assert_refused(
+        r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, tmp_path / "notes.md"
+    )
 
 
-def test_wide_ids_without_header_are_asked_for(tmp_path):
+def test_raw_ids_of_32_bits_need_data_dtype(tmp_path):
     path = nanogpt(tmp_path / "x.bin", ids_of(texts()), code="I")
-    refused("looks like ids of 32 bits: set data.dtype=uint32", tmp_path / "c", path)
+    assert_refused("looks like ids of 32 bits: set data.dtype=uint32", tmp_path / "c", path)
     longer = nanogpt(tmp_path / "y.bin", ids_of(texts()), code="q")
-    refused("looks like ids of 64 bits: set data.dtype=int64", tmp_path / "c", longer)
+    assert_refused("looks like ids of 64 bits: set data.dtype=int64", tmp_path / "c", longer)
     data = module(tmp_path / "c", path, dtype="uint32")
     assert data.store["train"].tokens()[:1].dtype == np.uint32
 
@@ -399,7 +405,7 @@ class Bomb:
         return (exec, ("raise SystemExit('executed')",))
 
 
-def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
+def test_files_of_other_formats_are_named_and_nothing_is_executed(tmp_path):
     path = tmp_path / "x.bin"
     for content, message in (
         (b"", "is empty"),
@@ -414,40 +420,40 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
         (np.array([20240520, 1, -1] + [0] * 253, "<i4").tobytes(), "truncated or damaged"),
     ):
         path.write_bytes(content)
-        header_refused(f"x.bin.* {message}", path)
+        assert_header_refused(f"x.bin.* {message}", path)
     path = tmp_path / "x.npy"
     np.save(path, np.array([Bomb()], object), allow_pickle=True)
-    header_refused(r"x\.npy is not a \.npy file of ids", path)
+    assert_header_refused(r"x\.npy is not a \.npy file of ids", path)
     path.write_bytes(pickle.dumps(Bomb()))
-    header_refused(r"x\.npy is not a \.npy file of ids", path)
+    assert_header_refused(r"x\.npy is not a \.npy file of ids", path)
     for array in (np.zeros(3), np.zeros((2, 3), int)):
         np.save(path, array)
-        header_refused("not a one-dimensional array of integers", path)
+        assert_header_refused("not a one-dimensional array of integers", path)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
-    """Bytes are changed, cut off or added: one sentence refuses the file, or its numbers fit."""
+def test_damaged_headers_are_refused_or_fit_the_file(tmp_path_factory, data):
+    """Bytes are changed, cut off or added."""
     folder = tmp_path_factory.mktemp("fuzz")
     documents = [[1, 2, 3, 0], [4, 5, 0], [6, 0]]
     kind = data.draw(st.sampled_from(["megatron", "llm.c", "npy", "litdata"]))
     path = WRITERS[kind](folder / "x", documents)
-    victim = path.with_suffix(".idx") if kind == "megatron" else path
-    content = bytearray(victim.read_bytes())
+    damaged = path.with_suffix(".idx") if kind == "megatron" else path
+    content = bytearray(damaged.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at] = data.draw(st.integers(0, 255))
     end = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
-    victim.write_bytes(bytes(content[:end]) + data.draw(st.binary(max_size=3)))
+    damaged.write_bytes(bytes(content[:end]) + data.draw(st.binary(max_size=3)))
     try:
-        found = read_header(path)
+        header = read_header(path)
     except ValueError as error:
         assert path.name in str(error) and "\n" not in str(error)
         return
-    shard = found.shard
+    shard = header.shard
     end = shard.offset + shard.n_tokens * np.dtype(shard.dtype).itemsize
     assert end <= path.stat().st_size and len(shard.tokens()) == shard.n_tokens > 0
-    if found.starts is not None:
-        starts = found.starts.tolist()
+    if header.starts is not None:
+        starts = header.starts.tolist()
         assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < shard.n_tokens

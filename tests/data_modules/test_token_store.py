@@ -19,13 +19,13 @@ from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.token_store import token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-from tests.data_modules.stores import Listed, store_of
+from tests.data_modules.stores import ListSource, store_of
 
 
 def test_store_holds_every_document_once(tmp_path):
     documents = [f"document {i} \u00fc\n" * (i % 5 + 1) for i in range(300)]
     store = store_of(documents, tmp_path, val_fraction=0.1)
-    split = DocumentSplit(Listed(documents), val_fraction=0.1)
+    split = DocumentSplit(ListSource(documents), val_fraction=0.1)
     tokenizer = ByteTokenizer()
     for name in ("train", "val"):
         file = store[name]
@@ -33,15 +33,15 @@ def test_store_holds_every_document_once(tmp_path):
         tokens, starts = file.tokens(), file.starts()
         assert tokens.dtype == np.uint16 and starts.dtype == np.int64
         bounds = [*starts.tolist(), len(tokens)]
-        read = [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        assert all(document[-1] == tokenizer.eot_id for document in read)
-        assert [tokenizer.decode(document[:-1]) for document in read] == expected
+        stored = [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert all(document[-1] == tokenizer.eot_id for document in stored)
+        assert [tokenizer.decode(document[:-1]) for document in stored] == expected
         assert file.n_documents == len(expected)
         assert file.n_bytes == sum(len(d.encode()) for d in expected)
     assert 15 < store["val"].n_documents < 50
 
 
-def test_the_share_of_validation_lines_that_were_trained_on_is_in_the_store(tmp_path):
+def test_the_store_has_the_share_of_validation_lines_in_training(tmp_path):
     header = "# One licence that every document of this corpus begins with.\n"
     documents = [header + f"{i} is all that document {i} has to say.\n{i}\n" for i in range(100)]
     store = store_of(documents, tmp_path)
@@ -53,10 +53,10 @@ def test_dtype_follows_the_vocabulary():
     assert [token_dtype(n).name for n in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
 
-def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch):
+def test_bpe_is_trained_once_and_on_training_documents_only(tmp_path, monkeypatch):
     documents = ["train words " * 40 if i % 2 else "zzqq" * 40 for i in range(10)]
     monkeypatch.setattr(DocumentSplit, "hash", lambda self, text: float("train" in text))
-    split = DocumentSplit(Listed(documents))
+    split = DocumentSplit(ListSource(documents))
     store, tokenizer = prepare_store(BPETokenizer(290), split, tmp_path)
     assert len(tokenizer.encode(" words")) == 1 and len(tokenizer.encode("zzqq")) == 4
     ids = store["val"].tokens()
@@ -69,8 +69,8 @@ def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch
         prepare_store(BPETokenizer(291), split, tmp_path)
 
 
-def test_a_trained_tokenizer_finds_the_store_that_it_was_trained_for(tmp_path, monkeypatch):
-    split = DocumentSplit(Listed(["some words " * 40, "and others " * 40] * 5))
+def test_a_trained_tokenizer_finds_the_store_of_its_training(tmp_path, monkeypatch):
+    split = DocumentSplit(ListSource(["some words " * 40, "and others " * 40] * 5))
     store, trained = prepare_store(BPETokenizer(290), split, tmp_path)
     stored = BPETokenizer.from_state(trained.state())
     with monkeypatch.context() as patch:
@@ -83,7 +83,7 @@ def test_a_trained_tokenizer_finds_the_store_that_it_was_trained_for(tmp_path, m
     assert np.array_equal(again["train"].tokens(), store["train"].tokens())
 
 
-def test_long_documents_in_pieces_give_the_ids_of_the_whole():
+def test_encoding_in_pieces_gives_the_ids_of_the_whole_document():
     text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
     tokenizer = BPETokenizer(300).train([text])
     whole = tokenizer.encode(text).tolist()
@@ -101,23 +101,23 @@ def test_pieces_cover_any_text(text, limit):
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(300)], ids=["byte", "bpe"])
-def test_half_a_character_is_named(tmp_path, tokenizer):
+def test_a_lone_surrogate_is_refused_with_its_document(tmp_path, tokenizer):
     documents = ["", *(f"fine {i}" for i in range(100)), "no\ud800"]
     with pytest.raises(ValueError, match="document 101 of listed .* U\\+D800.* character 2"):
         store_of(documents, tmp_path, tokenizer=tokenizer)
     assert not list((tmp_path / "stores").iterdir())
 
 
-def test_other_options_have_other_stores(tmp_path):
+def test_each_text_split_and_tokenizer_has_its_own_store(tmp_path):
     documents = [f"text {i}" for i in range(100)]
-    others = [{}, {"val_fraction": 0.2}, {"seed": 3}]
-    others += [{"tokenizer": BPETokenizer(n)} for n in (270, 271)]
-    stores = {store_of(documents, tmp_path, **other).folder for other in others}
+    variants = [{}, {"val_fraction": 0.2}, {"seed": 3}]
+    variants += [{"tokenizer": BPETokenizer(n)} for n in (270, 271)]
+    stores = {store_of(documents, tmp_path, **options).folder for options in variants}
     stores.add(store_of(documents[1:], tmp_path).folder)
     assert len(stores) == 6 and store_of(documents, tmp_path).folder in stores
 
 
-def test_cache_folder_order(tmp_path, monkeypatch):
+def test_cache_folder_is_the_argument_then_the_variable_then_home(tmp_path, monkeypatch):
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "env"))
     assert cache_folder(tmp_path) == tmp_path
     assert cache_folder() == cache_folder("") == tmp_path / "env"
@@ -125,7 +125,7 @@ def test_cache_folder_order(tmp_path, monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "mtp-lightning"
 
 
-def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
+def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -139,7 +139,7 @@ def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
 
 
 def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
-    """The first one was taken for dead, and was only asleep."""
+    """The first builder was silent for too long, but was not dead."""
     monkeypatch.setattr(build_turn, "SILENCE", 0.0)
 
     def slower(folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
+def test_only_abandoned_build_folders_are_removed(tmp_path):
     silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
     finished = tmp_path / "finished"
     for folder, age in (
@@ -165,13 +165,13 @@ def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
     assert not silent.exists() and alive.exists() and finished.exists()
 
 
-def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
-    """Other hosts, containers and processes then leave its folder alone."""
+def test_a_long_build_keeps_its_folder_from_being_removed(tmp_path, monkeypatch):
+    """So that other hosts, containers and processes leave it alone."""
     monkeypatch.setattr(cache, "STALE_SECONDS", 0.8)
     monkeypatch.setattr(build_turn, "BEAT", 0.02)
 
     def build(folder: Path) -> None:
-        for i in range(8):
+        for i in range(6):
             time.sleep(0.2)
             build_once(folder.with_name(f"{folder.name[1:5]}{i}"), lambda folder: None)
         (folder / "whole").write_text("")

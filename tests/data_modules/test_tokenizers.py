@@ -31,7 +31,7 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def trained() -> BPETokenizer:
+def trained_bpe() -> BPETokenizer:
     documents = [*SyntheticSource(size=60_000, documents=3).documents(), *TEXTS]
     return BPETokenizer(400).train(documents)
 
@@ -47,25 +47,25 @@ any_text = st.text(
 @given(text=any_text)
 @example(text=TEXTS[2])
 @example(text=TEXTS[4])
-def test_bpe_loses_nothing_and_agrees_with_the_library(trained, text):
-    ids = trained.encode(text)
-    assert trained.decode(ids) == text
-    assert ids.dtype == np.int64 and trained.eot_id not in ids
-    assert ids.tolist() == trained._library.encode(text, add_special_tokens=False).ids
+def test_bpe_is_lossless_and_equals_the_library(trained_bpe, text):
+    ids = trained_bpe.encode(text)
+    assert trained_bpe.decode(ids) == text
+    assert ids.dtype == np.int64 and trained_bpe.eot_id not in ids
+    assert ids.tolist() == trained_bpe._library.encode(text, add_special_tokens=False).ids
 
 
 @settings(deadline=None, max_examples=50)
 @given(text=any_text)
-def test_bytes_lose_nothing(text):
+def test_byte_tokens_are_lossless(text):
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text).tolist() == list(text.encode())
     assert tokenizer.encode_batch([text, "a"])[0].tolist() == list(text.encode())
 
 
-def test_bytes_of_tokens_make_the_text(trained):
+def test_token_bytes_join_to_the_text(trained_bpe):
     text = "naïve  text, \tsome of it – 漢字 🙂 – again and again and again.\n"
-    for tokenizer in (ByteTokenizer(), trained):
+    for tokenizer in (ByteTokenizer(), trained_bpe):
         table = tokenizer.token_bytes()
         assert len(table) == tokenizer.vocab_size
         assert b"".join(table[i] for i in tokenizer.encode(text)) == text.encode()
@@ -78,20 +78,20 @@ def test_byte_decoding_shows_end_of_text_and_broken_bytes():
     assert tokenizer.decode([97, 256, 0xC3, 256]) == "a<|endoftext|>\ufffd<|endoftext|>"
 
 
-def test_bpe_word_cache_can_overflow(trained, monkeypatch):
-    tokenizer = tokenizer_from_state(trained.state())
-    expected = [trained.encode(text).tolist() for text in TEXTS * 2]
+def test_bpe_word_cache_can_overflow(trained_bpe, monkeypatch):
+    tokenizer = tokenizer_from_state(trained_bpe.state())
+    expected = [trained_bpe.encode(text).tolist() for text in TEXTS * 2]
     monkeypatch.setattr(bpe, "CACHED_WORDS", 3)
     assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS * 2)] == expected
 
 
-def test_bpe_training_is_deterministic_and_compresses(trained):
+def test_bpe_training_is_deterministic_and_compresses(trained_bpe):
     documents = [*SyntheticSource(size=60_000, documents=3).documents(), *TEXTS]
     again = BPETokenizer(400).train(iter(documents))
-    assert again.state() == trained.state() and again.fingerprint() == trained.fingerprint()
-    assert trained.vocab_size == 400
-    assert len(trained.encode(documents[0])) < len(documents[0]) / 2
-    assert BPETokenizer(300).train(documents).fingerprint() != trained.fingerprint()
+    assert again.state() == trained_bpe.state() and again.fingerprint() == trained_bpe.fingerprint()
+    assert trained_bpe.vocab_size == 400
+    assert len(trained_bpe.encode(documents[0])) < len(documents[0]) / 2
+    assert BPETokenizer(300).train(documents).fingerprint() != trained_bpe.fingerprint()
 
 
 def test_a_text_with_fewer_merges_than_asked_for_is_said(caplog):
@@ -100,13 +100,13 @@ def test_a_text_with_fewer_merges_than_asked_for_is_said(caplog):
 
 
 def test_bpe_trains_on_the_first_bytes_only():
-    one = BPETokenizer(270, train_bytes=9).train(["abababab ", "xyxyxyxyxyxy"])
-    known = {"kind": "bpe", "vocab_size": 270, "train_bytes": 9}
-    assert one.state() == {**known, "tokenizer_json": one.state()["tokenizer_json"]}
-    assert len(one.encode("abab")) == 1 and len(one.encode("xyxy")) == 4
+    tokenizer = BPETokenizer(270, train_bytes=9).train(["abababab ", "xyxyxyxyxyxy"])
+    options = {"kind": "bpe", "vocab_size": 270, "train_bytes": 9}
+    assert tokenizer.state() == {**options, "tokenizer_json": tokenizer.state()["tokenizer_json"]}
+    assert len(tokenizer.encode("abab")) == 1 and len(tokenizer.encode("xyxy")) == 4
 
 
-def test_bpe_refuses_what_cannot_work():
+def test_bpe_refuses_small_vocabularies_and_use_before_training():
     with pytest.raises(ValueError, match=r"256 bytes, .* in \[257, 1048576\], not 256"):
         BPETokenizer(256)
     for use in (lambda t: t.encode("a"), lambda t: t.vocab_size, lambda t: t.state()):
@@ -116,9 +116,9 @@ def test_bpe_refuses_what_cannot_work():
         ByteTokenizer().train(["a"])
 
 
-def test_every_kind_survives_state_and_folder(trained, tmp_path):
-    (tmp_path / "t.json").write_text(trained.state()["tokenizer_json"])
-    for tokenizer in (ByteTokenizer(), trained, PretrainedTokenizer(str(tmp_path / "t.json"))):
+def test_every_tokenizer_is_restored_from_its_state_and_its_folder(trained_bpe, tmp_path):
+    (tmp_path / "t.json").write_text(trained_bpe.state()["tokenizer_json"])
+    for tokenizer in (ByteTokenizer(), trained_bpe, PretrainedTokenizer(str(tmp_path / "t.json"))):
         folder = tmp_path / tokenizer.kind
         tokenizer.save(folder)
         state = json.loads(json.dumps(tokenizer.state()))
@@ -164,8 +164,8 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
         assert PretrainedTokenizer(str(tmp_path / "out")).eot_id == tokenizer.eot_id
 
 
-def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
-    """By the file, or by ``add_bos_token``; without it for a model that was trained here."""
+def test_prompts_begin_with_the_beginning_of_text_tokens(tmp_path):
+    """By the file or ``add_bos_token``; a model that was trained here has none."""
     library_file(tmp_path / "tokenizer.json", ["<s>", "</s>"])
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     template = TemplateProcessing(
@@ -188,7 +188,7 @@ def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
         assert tokenizer.encode_prompt("a b").tolist() == [*expected, *text]
         assert tokenizer.encode_prompt("").tolist() == expected
         assert tokenizer.encode("a b").tolist() == text
-        # Names of special tokens are these, and a beginning that is typed comes once.
+        # The names stand for the special tokens; a beginning in the text is not doubled.
         typed = "".join("<s>" for _ in expected) + "a b</s>"
         assert tokenizer.encode_prompt(typed).tolist() == [*expected, *text, 257]
         bare = tokenizer.without_beginning()
@@ -203,7 +203,7 @@ def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
         PretrainedTokenizer(str(tmp_path)).encode_prompt("a")
 
 
-def test_an_older_folder_names_its_special_tokens_in_a_file_of_their_own(tmp_path):
+def test_eos_is_read_from_special_tokens_map_of_older_folders(tmp_path):
     library_file(tmp_path / "tokenizer.json", ["<s>", "</s>", "<|im_end|>"])
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     for config, eot in (
@@ -215,24 +215,24 @@ def test_an_older_folder_names_its_special_tokens_in_a_file_of_their_own(tmp_pat
         assert PretrainedTokenizer(str(tmp_path)).eot_id == eot
 
 
-def test_several_tokens_end_a_text(tmp_path):
-    """Those of the ``generation_config.json``, which an export keeps."""
+def test_several_ids_may_end_a_text(tmp_path):
+    """Those of ``generation_config.json``, which an export keeps."""
     library_file(tmp_path / "tokenizer.json", ["<s>", "</s>", "<|user|>"])
     file = tmp_path / "generation_config.json"
-    for listed, ends in (
+    for eos_token_id, ends in (
         (None, (257,)), (257, (257,)), (258, (257, 258)), ([258, 257], (257, 258)),
         ([258, 10**9, -1, "x", True], (257, 258)),
     ):  # fmt: skip
-        file.write_text(json.dumps({"eos_token_id": listed, "temperature": 0.6}))
+        file.write_text(json.dumps({"eos_token_id": eos_token_id, "temperature": 0.6}))
         tokenizer = tokenizer_from_state(PretrainedTokenizer(str(tmp_path)).state())
         assert tokenizer.end_ids == ends
-        said = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
-        assert tokenizer.generation_config() == {"do_sample": False, "temperature": 0.6, **said}
+        eos = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+        assert tokenizer.generation_config() == {"do_sample": False, "temperature": 0.6, **eos}
     assert ByteTokenizer().end_ids == (256,)
     assert ByteTokenizer().generation_config() == {"do_sample": False, "eos_token_id": 256}
 
 
-def test_pretrained_refuses_what_cannot_work(tmp_path):
+def test_pretrained_refuses_missing_files_and_tokens(tmp_path):
     library_file(tmp_path / "tokenizer.json", ["<pad>"])
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -247,7 +247,7 @@ def test_pretrained_refuses_what_cannot_work(tmp_path):
             PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
 
 
-def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):
+def test_damaged_files_of_a_pretrained_tokenizer_are_refused(tmp_path):
     library_file(tmp_path / "tokenizer.json", ["</s>"])
     state = PretrainedTokenizer(str(tmp_path)).state()
     for config in (3, None, "[", "[]", "[" * 5000):
@@ -263,7 +263,7 @@ def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):
         library_file(tmp_path / "tokenizer.json", ["</s>"])
 
 
-def test_pretrained_hub_name_that_cannot_be_had(monkeypatch):
+def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch):
     import tokenizers
 
     class Offline:

@@ -17,7 +17,7 @@ def batch_of(tokens: list[list[int]], depth: int, documents=None, scored=None) -
     return WindowBatch(torch.tensor(tokens), depth, *fields)
 
 
-def test_a_tiny_example_by_hand():
+def test_targets_of_a_small_batch_by_hand():
     # T = 4, D = 2: a window of 7 tokens. Documents: [10 11 12] [13 14 15 16].
     batch = batch_of([[10, 11, 12, 13, 14, 15, 16]], 2, [[5, 5, 5, 6, 6, 6, 6]])
     assert batch.seq_len == 4 and batch.batch_size == len(batch) == 1
@@ -28,7 +28,7 @@ def test_a_tiny_example_by_hand():
     assert batch.counts().tolist() == [3, 2, 1]
 
 
-def test_without_a_mask_all_are_full_width_views_of_one_tensor():
+def test_targets_without_a_mask_are_views_of_one_tensor():
     batch = batch_of([list(range(8)), list(range(10, 18))], 3)
     storage = batch.tokens.untyped_storage().data_ptr()
     for k in range(4):
@@ -83,7 +83,7 @@ def test_micro_batches_are_views_that_cover_the_batch():
     assert torch.equal(sum(part.counts() for part in parts), batch.counts())
 
 
-def test_transfer_keeps_everything():
+def test_moving_a_batch_to_a_device_moves_every_field():
     batch = batch_of([[1, 2, 3]], 1, [[0, 0, 1]], [[True, True, False]])
     moved = batch.to("meta")
     assert moved.device.type == moved.documents.device.type == "meta" and moved.depth == 1
@@ -91,7 +91,7 @@ def test_transfer_keeps_everything():
     assert batch.to("cpu").tokens.tolist() == [[1, 2, 3]]
 
 
-def test_another_depth_than_the_models_is_named():
+def test_a_depth_other_than_the_models_is_refused():
     batch = batch_of([[1, 2, 3]], 1)
     batch.require_depth(1)
     with pytest.raises(ValueError, match="D = 1 .* D = 2"):

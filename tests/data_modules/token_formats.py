@@ -81,22 +81,22 @@ def litdata(folder: Path, documents: Documents, *, chunks: int = 1, code: int = 
     kind = {20: "H", 18: "q"}[code]
     folder.mkdir()
     size = -(-len(documents) // chunks)
-    listed = []
+    entries = []
     for number, first in enumerate(range(0, len(documents), size)):
-        own = documents[first : first + size]
+        part = documents[first : first + size]
         width = struct.calcsize(kind)
-        offsets = [4 * (len(own) + 2)]
-        for document in own:
+        offsets = [4 * (len(part) + 2)]
+        for document in part:
             offsets.append(offsets[-1] + width * len(document))
-        data = struct.pack(f"<{len(own) + 2}I", len(own), *offsets)
-        data += b"".join(struct.pack(f"<{len(d)}{kind}", *d) for d in own)
+        data = struct.pack(f"<{len(part) + 2}I", len(part), *offsets)
+        data += b"".join(struct.pack(f"<{len(d)}{kind}", *d) for d in part)
         name = f"chunk-0-{number}.bin"
         (folder / name).write_bytes(data)
-        n_tokens = sum(map(len, own))
-        listed.append({"chunk_bytes": len(data), "chunk_size": len(own), "dim": n_tokens})
-        listed[-1]["filename"] = name
+        n_tokens = sum(map(len, part))
+        entries.append({"chunk_bytes": len(data), "chunk_size": len(part), "dim": n_tokens})
+        entries[-1]["filename"] = name
     config = {"chunk_bytes": None, "chunk_size": None, "compression": None, "encryption": None}
     config |= {"data_format": [f"no_header_tensor:{code}"], "item_loader": "TokensLoader"}
     index = folder / "index.json"
-    index.write_text(json.dumps({"chunks": listed, "config": config}))
+    index.write_text(json.dumps({"chunks": entries, "config": config}))
     return index

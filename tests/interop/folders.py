@@ -1,4 +1,4 @@
-"""Models that fill a folder, and what two folders have in common."""
+"""Writes small models as folders, and reads and compares folders."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def write(folder: Path, model: MTPModel, tokenizer: Any = None, **changes: Any) 
 
 @dataclass(frozen=True)
 class Folder:
-    """What is read of a folder or a GGUF file: its fields, and a model."""
+    """The fields and the model of a folder or a GGUF file."""
 
     fields: dict[str, Any]
     config: ModelConfig
@@ -105,7 +105,7 @@ def read_folder(path: str | Path) -> Folder:
     return Folder(*describe(Path(path)))
 
 
-def trained(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:
+def random_model(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:
     """A random model; a head over a part of the vocabulary has chosen its tokens."""
     model = models.build(trunk, mtp).eval()
     if model.mtp.own_head is not None:
@@ -123,8 +123,8 @@ def alone(model: MTPModel) -> MTPModel:
 
 def export_run(checkpoint: Path, output: Path, **changes: Any) -> Path:
     """What ``export.py`` does, in this process."""
-    asked = {"checkpoint": str(checkpoint), "output": str(output), **changes}
-    return export(OmegaConf.merge(OmegaConf.load(CONF / "export.yaml"), asked))
+    settings = {"checkpoint": str(checkpoint), "output": str(output), **changes}
+    return export(OmegaConf.merge(OmegaConf.load(CONF / "export.yaml"), settings))
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -173,6 +173,6 @@ def assert_equal_logits(model: MTPModel, theirs: Any, *, rows: int) -> None:
     with torch.no_grad():
         expected = theirs(tokens).logits
         batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
-        found = model.head(model(batch)[0])
+        logits = model.head(model(batch)[0])
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)

@@ -1,5 +1,4 @@
-"""Writes small GGUF files as llama.cpp's converter lays them out, and reads files as transformers
-does."""
+"""Writes small GGUF files as llama.cpp's converter does, and reads files with transformers."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
-gguf: Any = importlib.import_module("gguf") if THERE else None
-transformers: Any = importlib.import_module("transformers") if THERE else None
+INSTALLED = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
+gguf: Any = importlib.import_module("gguf") if INSTALLED else None
+transformers: Any = importlib.import_module("transformers") if INSTALLED else None
 MARKS = [
     pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
-    # transformers imports optional packages that warn; none of that is this project's.
+    pytest.mark.skipif(not INSTALLED, reason="GGUF files need pip install -e '.[hf]'"),
+    # transformers imports optional packages that warn.
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -34,11 +33,11 @@ def k_quant(generator: np.random.Generator, name: str, rows: int, columns: int) 
     numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     blocks = generator.integers(0, 256, (rows * columns // numbers, size), dtype=np.uint8)
     scales = generator.uniform(1, 2, (len(blocks), 2)) * [3e-4, 2e-3]
-    found = scales.astype(np.float16).view(np.uint8)
+    scale_bytes = scales.astype(np.float16).view(np.uint8)
     if name == "Q6_K":
-        blocks[:, -2:] = found[:, :2]
+        blocks[:, -2:] = scale_bytes[:, :2]
     else:
-        blocks[:, :4] = found
+        blocks[:, :4] = scale_bytes
     return blocks.reshape(rows, -1)
 
 
@@ -48,14 +47,14 @@ def write_gguf(
     """A random model of 4-bit blocks, or one of K-quants as in a file Q4_K_M, as llama.cpp's
     converter lays it out."""
     generator = np.random.default_rng(0)
-    width, wide = (256, 512) if k_quants else (WIDTH, 96)
+    width, d_ff = (256, 512) if k_quants else (WIDTH, 96)
     tokens = [*SPECIALS, *WORDS]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(width)
-    writer.add_feed_forward_length(wide)
+    writer.add_feed_forward_length(d_ff)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -76,9 +75,9 @@ def write_gguf(
     def matrix(name: str, rows: int, columns: int) -> None:
         if k_quants:
             high = name.endswith(("_v.weight", "embd.weight"))
-            of = "Q6_K" if high else "Q5_K" if "down" in name else "Q4_K"
-            blocks = k_quant(generator, of, rows, columns)
-            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[of])
+            dtype = "Q6_K" if high else "Q5_K" if "down" in name else "Q4_K"
+            blocks = k_quant(generator, dtype, rows, columns)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[dtype])
             return
         numbers = generator.normal(0, 0.1, (rows, columns)).astype(np.float32)
         blocks = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q4_1)
@@ -89,19 +88,19 @@ def write_gguf(
 
     matrix("token_embd.weight", len(tokens), width)
     vector("output_norm.weight", width)
-    narrow = KV * width // HEADS
+    kv_width = KV * width // HEADS
     for layer in range(LAYERS):
         block = f"blk.{layer}."
         vector(f"{block}attn_norm.weight", width)
         vector(f"{block}ffn_norm.weight", width)
-        for name, rows in (("q", width), ("k", narrow), ("v", narrow), ("output", width)):
+        for name, rows in (("q", width), ("k", kv_width), ("v", kv_width), ("output", width)):
             matrix(f"{block}attn_{name}.weight", rows, width)
         if kind == "qwen2":
-            for name, rows in (("q", width), ("k", narrow), ("v", narrow)):
+            for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
                 vector(f"{block}attn_{name}.bias", rows)
-        matrix(f"{block}ffn_gate.weight", wide, width)
-        matrix(f"{block}ffn_up.weight", wide, width)
-        matrix(f"{block}ffn_down.weight", width, wide)
+        matrix(f"{block}ffn_gate.weight", d_ff, width)
+        matrix(f"{block}ffn_up.weight", d_ff, width)
+        matrix(f"{block}ffn_down.weight", width, d_ff)
     if extra is not None:
         extra(writer)
     writer.write_header_to_file()
@@ -111,16 +110,16 @@ def write_gguf(
     return path
 
 
-def loaded(file: Path, **settings: Any) -> Any:
-    """transformers' own model of a file, with changed settings; its from_pretrained wants one more
-    package for that."""
+def hf_model(file: Path, **settings: Any) -> Any:
+    """The model that transformers reads from a file, with changed settings; its from_pretrained
+    needs one more package."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     for name, value in settings.items():
         setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
-    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
+    checkpoint = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(checkpoint["tensors"], strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     return model

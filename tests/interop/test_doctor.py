@@ -1,4 +1,4 @@
-"""The doctor on folders that are sound, and on those that systems have written and called sound."""
+"""The doctor on sound folders, and on broken ones as other systems have written them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return path
 
 
-def written(run: Path, folder: Path, change: Callable[[Tensors], None] | None = None) -> Path:
+def write_folder(run: Path, folder: Path, change: Callable[[Tensors], None] | None = None) -> Path:
     """A run as a folder of one file, with a change to its tensors."""
     loaded = open_model(run)
     folders.write(folder, loaded.model, loaded.tokenizer, max_positions=512)
@@ -49,7 +49,7 @@ def written(run: Path, folder: Path, change: Callable[[Tensors], None] | None = 
     return folder
 
 
-def depth(k: int, tensors: Tensors) -> list[str]:
+def tensor_names(k: int, tensors: Tensors) -> list[str]:
     """Names of a depth's tensors, copies left out; the trunk has one layer."""
     names = [name for name in tensors if name.startswith(f"model.layers.{k}.")]
     return [n for n in names if "embed_tokens" not in n and "shared_head.head" not in n]
@@ -57,33 +57,33 @@ def depth(k: int, tensors: Tensors) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["post", "mimo"])
-def test_a_sound_folder(runs: Path, tmp_path: Path, name: str) -> None:
-    found = doctor.examine(written(runs / name, tmp_path / "x"))
-    assert found.sound, found.verdict
-    assert "is sound: its 2 MTP layer(s) are complete and trained" in found.verdict
-    assert found.meant == found.best
-    assert found.meant == ("post", "embedding_first") if name == "post" else ("pre", "hidden_first")
-    best = found.agreement[found.best]
-    assert best > max(max(found.agreement.values()) - 0.03, found.constant + 0.05)
-    assert found.acceptance is not None and found.acceptance > 0.15
-    assert [len(m.lost) for m in found.modules] == [0, 0]
+def test_a_folder_of_trained_modules_is_sound(runs: Path, tmp_path: Path, name: str) -> None:
+    diagnosis = doctor.examine(write_folder(runs / name, tmp_path / "x"))
+    assert diagnosis.sound, diagnosis.verdict
+    assert "is sound: its 2 MTP layer(s) are complete and trained" in diagnosis.verdict
+    expected = ("post", "embedding_first") if name == "post" else ("pre", "hidden_first")
+    assert diagnosis.meant == diagnosis.best == expected
+    best = diagnosis.agreement[diagnosis.best]
+    assert best > max(max(diagnosis.agreement.values()) - 0.03, diagnosis.constant + 0.05)
+    assert diagnosis.acceptance is not None and diagnosis.acceptance > 0.15
+    assert [len(m.lost) for m in diagnosis.modules] == [0, 0]
 
 
 def zeroed(tensors: Tensors) -> None:
-    for name in depth(1, tensors):
+    for name in tensor_names(1, tensors):
         tensors[name] = torch.zeros_like(tensors[name])
 
 
 def fresh(tensors: Tensors) -> None:
     generator = torch.Generator().manual_seed(1)
-    for name in depth(1, tensors):
+    for name in tensor_names(1, tensors):
         shape = tensors[name].shape
         drawn = torch.randn(shape, generator=generator) * 0.02
         tensors[name] = torch.ones(shape) if len(shape) < 2 else drawn
 
 
 def half_missing(tensors: Tensors) -> None:
-    for name in depth(2, tensors)[::2]:
+    for name in tensor_names(2, tensors)[::2]:
         del tensors[name]
 
 
@@ -102,7 +102,7 @@ def swapped(tensors: Tensors) -> None:
 
 
 def copied(tensors: Tensors) -> None:
-    for name in depth(1, tensors):
+    for name in tensor_names(1, tensors):
         twin = name.replace("layers.1.", "layers.0.")
         if twin in tensors:
             tensors[name] = tensors[twin].clone()
@@ -133,21 +133,21 @@ def other_head(tensors: Tensors) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
-def test_what_is_not_sound(
+def test_broken_modules_are_not_sound(
     runs: Path, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
-    found = doctor.examine(written(runs / "post", tmp_path / "x", change))
-    assert not found.sound
-    assert re.search(message, found.verdict), found.verdict
+    diagnosis = doctor.examine(write_folder(runs / "post", tmp_path / "x", change))
+    assert not diagnosis.sound
+    assert re.search(message, diagnosis.verdict), diagnosis.verdict
 
 
-def test_every_convention_is_computed_as_a_model_of_it_would() -> None:
+def test_the_agreement_of_a_convention_is_that_of_its_model() -> None:
     """Against whole models, one a convention, with norm gains that tell the two states apart."""
     trunk = folders.dense(tie_embeddings=False)
     model = deepseek.build(trunk, depth=1).eval()
     texts = [torch.randint(folders.ROWS, (40,), generator=torch.Generator().manual_seed(3))]
     rights = agreement.agreement_of_conventions(model, texts).rights
-    for (norm, order), found in rights.items():
+    for (norm, order), expected in rights.items():
         twin = deepseek.build(trunk, depth=1, input_norm=norm, concat=order).eval()
         twin.load_state_dict(model.state_dict())
         padded = torch.cat((texts[0], texts[0][:1])).unsqueeze(0)  # T = 39 positions
@@ -156,7 +156,7 @@ def test_every_convention_is_computed_as_a_model_of_it_would() -> None:
         drafted = twin.head(hidden[1])[0].argmax(-1)
         chosen = twin.head(twin(WindowBatch(torch.cat((padded, padded[:, :1]), 1), 1))[0])
         right = drafted == chosen[0].argmax(-1)[1:]
-        assert torch.equal(found, right)
+        assert torch.equal(expected, right)
 
 
 def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
@@ -167,11 +167,11 @@ def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
     rights = {meant: right, other: torch.ones(200, dtype=torch.bool)}
     assert agreement.clearly_best(rights, meant) == other
     assert agreement.clearly_best({meant: right, other: right.roll(1)}, meant) == meant
-    found = doctor.Diagnosis(
+    diagnosis = doctor.Diagnosis(
         folder=tmp_path, layout="x", verdict="", sound=True, meant=meant, best=other,
         agreement={meant: 0.58, other: 1.0}, constant=0.1,
     )  # fmt: skip
-    sound, reason = doctor._judge_drafts(found, 1)
+    sound, reason = doctor._judge_drafts(diagnosis, 1)
     assert not sound and reason == (
         "its weights were trained on the state before the final norm, embedding first (agreement "
         "100.0%), but its layout gives them the state after the final norm, embedding first "
@@ -180,15 +180,15 @@ def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_and_its_exit_codes(
+def test_the_command_exits_with_2_if_a_folder_is_not_sound(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = helpers.execute([sys.executable, str(helpers.ROOT / "doctor.py"),
-                            str(written(runs / "post", tmp_path / "x"))])  # fmt: skip
+                            str(write_folder(runs / "post", tmp_path / "x"))])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "<- the layout's" in done.stdout and "is sound" in done.stdout.splitlines()[-1]
     for folder, code in (
-        (written(runs / "post", tmp_path / "zero", zeroed), 2),
+        (write_folder(runs / "post", tmp_path / "zero", zeroed), 2),
         (tmp_path / "nowhere", 1),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -203,12 +203,12 @@ def test_the_inventory_reads_a_modules_tensors_once(
     model = deepseek.build(folders.dense(tie_embeddings=False), depth=1)
     folders.write(tmp_path, model)
     _, parts = contents(tmp_path)
-    reads: list[str] = []
+    names_read: list[str] = []
     read = SafeTensor.read
-    monkeypatch.setattr(SafeTensor, "read", lambda part: reads.append(part.name) or read(part))
+    monkeypatch.setattr(SafeTensor, "read", lambda part: names_read.append(part.name) or read(part))
     take_inventory(model.config, parts)
     layer = f"model.layers.{model.config.trunk.n_layers}."
-    assert sorted(n for n in reads if n.startswith(layer)) == sorted(
+    assert sorted(n for n in names_read if n.startswith(layer)) == sorted(
         name for name in parts if name.startswith(layer)
     )
 
@@ -230,7 +230,7 @@ def test_a_small_matrix_among_trained_ones_may_look_fresh(
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (576, 1152)])
-def test_a_matrix_that_kept_its_distribution_and_grew_is_trained(shape: tuple[int, int]) -> None:
+def test_a_matrix_that_grew_is_not_of_initial_size(shape: tuple[int, int]) -> None:
     trunk = TrunkConfig(
         vocab_size=50, d_model=64, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96, init_std=0.05
     )
@@ -244,7 +244,7 @@ def test_a_matrix_that_kept_its_distribution_and_grew_is_trained(shape: tuple[in
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (32, 100), (576, 1152)])
-def test_fresh_matrices_are_known_and_trained_ones_not(shape: tuple[int, int]) -> None:
+def test_is_fresh_is_true_for_random_matrices_only(shape: tuple[int, int]) -> None:
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(shape, generator=generator).double()

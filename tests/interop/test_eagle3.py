@@ -26,9 +26,10 @@ from tests.interop.folders import read_folder
 VOCAB, DEPTH = folders.ROWS, 3
 
 
-def trained(**switches: Any) -> MTPModel:
+def build(**switches: Any) -> MTPModel:
     trunk = folders.dense(n_layers=4, init_std=0.3)
-    return folders.trained(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches}))
+    mtp = EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches})
+    return folders.random_model(trunk, mtp)
 
 
 class Published:
@@ -77,13 +78,13 @@ class Published:
         for at, state in enumerate(states):
             fused = self.w["fc.weight"] @ state
             hidden = self.layer(embedding[tokens[at + 1]], fused, at, cache)
-        found = []
+        logits = []
         for step in range(n):
-            found.append(self.w["lm_head.weight"] @ self.norm(hidden, "norm"))
-            row = int(found[-1].argmax())
+            logits.append(self.w["lm_head.weight"] @ self.norm(hidden, "norm"))
+            row = int(logits[-1].argmax())
             token = row + int(self.w["d2t"][row])
             hidden = self.layer(embedding[token], hidden, len(states) + step, cache)
-        return found
+        return logits
 
 
 @pytest.mark.parametrize("draft_vocab", [50, None])
@@ -91,44 +92,43 @@ class Published:
 def test_drafts_are_those_of_the_published_forward_pass(
     draft_vocab: int | None, tmp_path: Path
 ) -> None:
-    model = trained(draft_vocab=draft_vocab)
+    model = build(draft_vocab=draft_vocab)
     folders.write(tmp_path / "out", model)
-    theirs = Published(tmp_path / "out" / eagle3.FOLDER)
-    assert theirs.c["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert theirs.c["draft_vocab_size"] == (draft_vocab or VOCAB)
-    layers = theirs.c["eagle_aux_hidden_state_layer_ids"]
+    published = Published(tmp_path / "out" / eagle3.FOLDER)
+    assert published.c["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert published.c["draft_vocab_size"] == (draft_vocab or VOCAB)
+    layers = published.c["eagle_aux_hidden_state_layer_ids"]
     assert layers == [1, 2, 3]
-    assert theirs.c["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    assert published.c["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     tokens = [7, 200, 31, 31, 8, 99]
     embedding = model.trunk.embedding.weight
-    own = model.mtp.own_head
-    assert own is not None
+    head = model.mtp.own_head
+    assert head is not None
     with decoding_passes(model):
         session = Session(model, slots=1, capacity=24, max_draft=5)
         session.join([tokens[:-1]])
         session.put_pending(torch.tensor(tokens[-1:]))
         states = session.states[0][0, : len(tokens) - 1]
-        for k, wanted in enumerate(theirs.drafts(states, embedding, tokens, 5), start=1):
+        for k, expected in enumerate(published.drafts(states, embedding, tokens, 5), start=1):
             logits = session.draft(k).logits_BV[0]
-            torch.testing.assert_close(logits[own.tokens], wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits[head.tokens], expected, rtol=1e-4, atol=1e-4)
             session.put(logits.argmax().view(1, 1), k)
 
 
-def test_the_files_and_the_two_tables(tmp_path: Path) -> None:
-    """The other tensors are those that the published forward pass and the reader find."""
-    model = trained()
+def test_the_folder_has_the_two_tables_of_the_draft_vocabulary(tmp_path: Path) -> None:
+    model = build()
     contents = folders.write(tmp_path / "out", model)
     assert contents.heads and contents.layer_depths == 0
     assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
-    _, found = folders.read(tmp_path / "out" / eagle3.FOLDER)
+    _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
     tokens = model.mtp.layer.head.tokens
-    assert torch.equal(found["d2t"], tokens - torch.arange(50))
-    assert torch.equal(found["t2d"], torch.isin(torch.arange(VOCAB), tokens))
-    assert found["d2t"].dtype == torch.int64
+    assert torch.equal(tensors["d2t"], tokens - torch.arange(50))
+    assert torch.equal(tensors["t2d"], torch.isin(torch.arange(VOCAB), tokens))
+    assert tensors["d2t"].dtype == torch.int64
 
 
-def test_the_folder_is_read_back(tmp_path: Path) -> None:
-    model = trained(layers=(0, 2, 3))
+def test_the_folder_is_read_back_and_written_again(tmp_path: Path) -> None:
+    model = build(layers=(0, 2, 3))
     folders.write(tmp_path / "one", model)
     back = open_model(tmp_path / "one").model
     assert back.config == model.config
@@ -140,13 +140,13 @@ def test_the_folder_is_read_back(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """A folder's config.json as others write it, with changes."""
+    """Changes a config.json and removes this project's fields."""
     folders.change_config(folder / eagle3.FOLDER, mtp_lightning=None, **changes)
 
 
-def test_a_layer_from_elsewhere_is_read(tmp_path: Path) -> None:
-    """Of a release: without this project's words, for SGLang or vLLM or with the default layers."""
-    model = trained()
+def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
+    """For SGLang, for vLLM, or with the default layers."""
+    model = build()
     for name, changes in {
         "vllm": {"eagle_config": None},
         "sglang": {"eagle_aux_hidden_state_layer_ids": None},
@@ -178,18 +178,18 @@ def test_a_layer_from_elsewhere_is_read(tmp_path: Path) -> None:
         ({"eagle_aux_hidden_state_layer_ids": 3}, "names no layers"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_config_that_does_not_fit_the_trunk_is_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    folders.write(tmp_path / "out", trained())
+    folders.write(tmp_path / "out", build())
     rewrite(tmp_path / "out", **changes)
     with pytest.raises(UserError, match=message):
         read_folder(tmp_path / "out")
 
 
 @pytest.mark.parametrize("d2t", [[0] * 49 + [500], [1] + [0] * 49, [-5] + [0] * 49])
-def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
-    folders.write(tmp_path / "out", trained())
+def test_a_forged_draft_vocabulary_is_refused(d2t: list[int], tmp_path: Path) -> None:
+    folders.write(tmp_path / "out", build())
     _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
     forged = {**tensors, "d2t": torch.tensor(d2t)}
     tensor_files.write(tmp_path / "out" / eagle3.FOLDER / SINGLE, forged, {})
@@ -198,11 +198,11 @@ def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [(1, 2, 4), (2, 1, 3), (1, 1, 3)])
-def test_what_servers_cannot_compute_has_a_file_instead(
+def test_layers_that_servers_cannot_read_are_in_a_separate_file(
     layers: tuple[int, int, int], tmp_path: Path
 ) -> None:
     """They read states in ascending order, each once, and none after the last block."""
-    model = trained(layers=layers)
+    model = build(layers=layers)
     folders.write(tmp_path / "out", model)
     assert (tmp_path / "out" / heads.FILE).is_file() and not (tmp_path / "out" / "draft").exists()
     back = open_model(tmp_path / "out").model

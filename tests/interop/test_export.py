@@ -1,4 +1,4 @@
-"""``export.py``: from a run to a folder, checked, and what it says when it is not good."""
+"""``export.py``: from a run to a folder that is checked, or an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.integration import helpers
 from tests.interop import folders
 from tests.interop.folders import read_folder
 
-# transformers imports optional packages that warn; none of that is this project's.
+# transformers imports optional packages that warn.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 DEEPSEEK = {
@@ -36,7 +36,7 @@ DEEPSEEK = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A dense run and a DeepSeek one, and their cache."""
+    """A dense run, a DeepSeek run, and their cache."""
     path = tmp_path_factory.mktemp("export")
     (path / "cache").symlink_to(cache)
     settings = {"trainer.max_steps": 6, "trainer.val_check_interval": 3}
@@ -52,33 +52,34 @@ def test_a_run_is_exported_and_verified(
 ) -> None:
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     folders.export_run(base / name, tmp_path / "out", shard_gb=2e-5)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in ("trained tensors differ from their initialization", "tensors are the model's",
                  "logits of the trunk equal", f"logits of the MTP depth {depth} equal",
                  "use_mtp=True", "ids for a text"):  # fmt: skip
-        assert line in shown
-    assert shown.endswith("verified\n")
+        assert line in output
+    assert output.endswith("verified\n")
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "README.md", "model.safetensors.index.json"} < files  # fmt: skip
     assert len([name for name in files if name.startswith("model-")]) > 1
-    wanted = open_model(base / name).model.state_dict()
-    assert all(torch.equal(t, wanted[n]) for n, t in read_folder(tmp_path / "out").weights.items())
+    expected = open_model(base / name).model.state_dict()
+    weights = read_folder(tmp_path / "out").weights
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
     folders.export_run(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
     assert folders.files(tmp_path / "out") == folders.files(tmp_path / "again")
 
 
-def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) -> None:
     from safetensors.torch import load_file
 
     folders.export_run(base / "deepseek", tmp_path / "out", verify=False)
     text = (tmp_path / "out" / card.FILE).read_text()
-    said = capsys.readouterr().out
-    assert "NOT VERIFIED" in said
+    output = capsys.readouterr().out
+    assert "NOT VERIFIED" in output
     for part in ("llama.cpp's converter silently ignores DeepSeek-V3's MTP layers",
                  "SGLang reads one MTP layer and refuses a folder of 2"):  # fmt: skip
-        assert part in text and part in said
+        assert part in text and part in output
     folders.export_run(base / "dense", tmp_path / "llama", verify=False)
     assert "but not of llama" in capsys.readouterr().out
     assert "but not of llama" in (tmp_path / "llama" / card.FILE).read_text()
@@ -90,9 +91,9 @@ def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     trunk, whole = config.num_trunk_params(), config.num_params()
     # The embedding and the head of each of two depths; biases of four experts, three times.
     beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
-    said = f"{whole + beyond:,} values are stored: {trunk:,} of the trunk and its head, "
-    said += f"{whole - trunk:,} of the MTP modules, {beyond:,} that repeat others"
-    assert said in text
+    counts = f"{whole + beyond:,} values are stored: {trunk:,} of the trunk and its head, "
+    counts += f"{whole - trunk:,} of the MTP modules, {beyond:,} that repeat others"
+    assert counts in text
     files = (tmp_path / "out").glob("*.safetensors")
     assert sum(t.numel() for file in files for t in load_file(file).values()) == whole + beyond
     summary = {"step": 6, "val/loss_depth_0": 1.5, "decode/acceptance_position_1": 0.75}
@@ -110,10 +111,10 @@ def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.extras
-def test_a_lost_module_is_named_and_no_folder_has_the_name(
+def test_an_untrained_module_is_named_and_nothing_is_written(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The defect of others: MTP weights as they were initialized, exit code 0."""
+    """Other systems export MTP weights as they were initialized, with exit code 0."""
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     checkpoint = helpers.checkpoint(base / "dense", "best.ckpt")
     fresh = open_model(base / "dense").model
@@ -129,7 +130,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     assert [file.name for file in tmp_path.iterdir()] == ["lost.ckpt"]
 
 
-def test_what_was_not_trained_may_be_as_it_began() -> None:
+def test_untrained_parameters_may_equal_their_initialization() -> None:
     model = deepseek.build(folders.DENSE, depth=2)
     fresh = deepseek.build(folders.DENSE, depth=2, freeze_trunk=True)
     fresh.initialize(5)
@@ -144,7 +145,7 @@ def test_what_was_not_trained_may_be_as_it_began() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "error"),
+    ("step", "error"),
     [
         ("write_folder", OSError(errno.ENOSPC, "No space left")),
         ("card.render", KeyboardInterrupt()),
@@ -152,32 +153,32 @@ def test_what_was_not_trained_may_be_as_it_began() -> None:
         ("Path.replace", OSError(errno.ENOSPC, "No space left")),
     ],
 )
-def test_what_was_not_written_to_its_end_is_not_left(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException
+def test_an_interrupted_export_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
     monkeypatch.setattr(exporting, "import_transformers", lambda: None)
     for check in ("check_tokenizer", "check_with_transformers"):
         monkeypatch.setattr(exporting, check, lambda *_: [])
 
     def fail(*_: Any, **__: Any) -> None:
-        assert what == "write_folder" or (tmp_path / ".out.partial" / "config.json").is_file()
+        assert step == "write_folder" or (tmp_path / ".out.partial" / "config.json").is_file()
         raise error
 
-    if what == "write_folder":  # after its first file
+    if step == "write_folder":  # after its first file
         monkeypatch.setattr(writing, "_write_shards", fail)
     else:
-        monkeypatch.setattr(f"mtp_lightning.interop.exporting.{what}", fail)
+        monkeypatch.setattr(f"mtp_lightning.interop.exporting.{step}", fail)
     with pytest.raises(type(error)):
         folders.export_run(base / "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_modules(base: Path, tmp_path: Path) -> None:
+def test_depth_0_exports_the_trunk_alone(base: Path, tmp_path: Path) -> None:
     folders.export_run(base / "dense", tmp_path / "out", depth=0, verify=False)
     assert read_folder(tmp_path / "out").config.mtp.depth == 0
 
 
-def test_estimates_that_no_layout_has_are_announced(
+def test_confidence_estimates_are_left_out_and_reported(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"objective.confidence": "true", "trainer.max_steps": 2}
@@ -188,15 +189,15 @@ def test_estimates_that_no_layout_has_are_announced(
 
 @pytest.mark.extras
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
-def test_heads_without_a_layout_are_announced(
+def test_heads_without_a_layout_are_exported_and_reported(
     base: Path, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"mtp": variant, "trainer.max_steps": 3, "trainer.val_check_interval": 3}
     helpers.train_here(tmp_path / "run", base / "cache", settings)
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     folders.export_run(tmp_path / "run", tmp_path / "out")
-    shown = capsys.readouterr().out
-    assert f"mtp={variant}" in shown and "mtp_heads.safetensors, read back" in shown
+    output = capsys.readouterr().out
+    assert f"mtp={variant}" in output and "mtp_heads.safetensors, read back" in output
     assert "mtp_heads.safetensors" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -209,7 +210,7 @@ def test_heads_without_a_layout_are_announced(
         ({"depth": 1}, "depth=1"),
     ],
 )
-def test_options_out_of_range(
+def test_options_out_of_range_are_refused(
     base: Path, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -222,7 +223,7 @@ def test_options_out_of_range(
     ("mtp", "why"),
     [(LinearConfig(depth=1, rank=2), "mtp.rank=2"), (TeacherlessConfig(), "answers at once")],
 )
-def test_a_model_whose_next_token_no_program_computes(
+def test_models_that_no_program_decodes_are_refused(
     base: Path, output: str, depth: int | None, mtp: MTPConfig, why: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -234,7 +235,7 @@ def test_a_model_whose_next_token_no_program_computes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_in_use(base: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="is not empty"):
         folders.export_run(base / "dense", tmp_path, verify=False)

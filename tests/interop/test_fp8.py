@@ -1,4 +1,4 @@
-"""Weights in fp8 with a scale a block, against plain arithmetic; and what does not fit."""
+"""Weights in fp8 with a scale per block, against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.interop.folders import read_folder
 BLOCK = (8, 8)
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As README_WEIGHTS says: the largest number of a block becomes the largest of fp8, 448."""
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """DeepSeek's README_WEIGHTS: the largest number of a block becomes the largest of fp8, 448."""
     rows, columns = weight.shape
     stored, scales = torch.zeros_like(weight), []
     for i in range(0, rows, BLOCK[0]):
@@ -32,43 +32,43 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (10, 4), (8, 13), (1, 1)])
-def test_every_number_is_its_own_times_its_blocks_scale(shape: tuple[int, int]) -> None:
+def test_every_weight_is_multiplied_by_the_scale_of_its_block(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    weight, scale = quantise(torch.randn(shape))
-    found = scaled(weight, scale, BLOCK)
+    weight, scale = quantize(torch.randn(shape))
+    weights = scaled(weight, scale, BLOCK)
     for i in range(shape[0]):
         for j in range(shape[1]):
-            wanted = float(weight[i, j]) * float(scale[i // BLOCK[0], j // BLOCK[1]])
-            assert float(found[i, j]) == pytest.approx(wanted, rel=1e-6)
+            expected = float(weight[i, j]) * float(scale[i // BLOCK[0], j // BLOCK[1]])
+            assert float(weights[i, j]) == pytest.approx(expected, rel=1e-6)
 
 
-def write(folder: Path, change: Any = None) -> dict[str, torch.Tensor]:
-    """A DeepSeek folder whose layers' matrices are in fp8; and the numbers that they say."""
+def write_fp8(folder: Path, change: Any = None) -> dict[str, torch.Tensor]:
+    """A DeepSeek folder whose layers have matrices in fp8; returns the dequantized tensors."""
     folders.write(folder, deepseek.build(folders.TRUNKS["deepseek"], depth=1))
-    said: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
 
-    def quantise_matrices(tensors: dict[str, torch.Tensor]) -> None:
-        said.update(tensors)
-        for name, tensor in said.items():
+    def quantize_matrices(tensors: dict[str, torch.Tensor]) -> None:
+        expected.update(tensors)
+        for name, tensor in expected.items():
             if name.endswith("_proj.weight") and "eh_proj" not in name:
-                tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
-                said[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK)
+                tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
+                expected[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK)
         if change is not None:
             change(tensors)
 
-    folders.merge(folder, quantise_matrices)
+    folders.merge(folder, quantize_matrices)
     settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
     folders.change_config(folder, quantization_config=settings)
-    return said
+    return expected
 
 
-def test_a_folder_is_dequantised_and_says_so(
+def test_a_folder_is_dequantized_and_reports_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = write(tmp_path)
-    found = read_folder(tmp_path).weights
-    up = torch.cat([said[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up")])
-    assert torch.equal(found["trunk.blocks.0.feed_forward.gate_up.weight"], up)
+    expected = write_fp8(tmp_path)
+    weights = read_folder(tmp_path).weights
+    up = torch.cat([expected[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up")])
+    assert torch.equal(weights["trunk.blocks.0.feed_forward.gate_up.weight"], up)
     assert "in fp8 are dequantized to float32" in caplog.text
 
 
@@ -84,7 +84,7 @@ def test_a_folder_is_dequantised_and_says_so(
          "scales model.norm.weight, which is not a matrix"),
     ],
 )  # fmt: skip
-def test_scales_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> None:
-    write(tmp_path, change)
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    write_fp8(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         read_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""GGUF files against transformers' reading of them, and what a tokenizer of theirs brings along."""
+"""GGUF files of other programs: weights against transformers, and tokenizers."""
 
 from __future__ import annotations
 
@@ -32,33 +32,41 @@ from mtp_lightning.parts import is_gguf
 from tests.integration.helpers import ROOT, execute
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.gguf_files import MARKS, SPECIALS, WORDS, gguf, loaded, transformers, write_gguf
+from tests.interop.gguf_files import (
+    MARKS,
+    SPECIALS,
+    WORDS,
+    gguf,
+    hf_model,
+    transformers,
+    write_gguf,
+)
 
 pytestmark = MARKS
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_logits_are_transformers(
+def test_logits_equal_those_of_transformers(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", kind=kind)
-    theirs = loaded(file)
+    theirs = hf_model(file)
     model = read_folder(file).build()
     assert "is dequantized to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
 
 
-def test_messages_of_a_command_are_not_in_its_json(tmp_path: Path) -> None:
+def test_messages_of_generate_are_not_in_its_json(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
-    asked = ["prompt=a", "max_new_tokens=2", "output=json"]
+    options = ["prompt=a", "max_new_tokens=2", "output=json"]
     generate_py = str(ROOT / "generate.py")
-    done = execute([sys.executable, generate_py, f"checkpoint={file}", *asked])
+    done = execute([sys.executable, generate_py, f"checkpoint={file}", *options])
     assert json.loads(done.stdout)["new_tokens"] == 2
     assert "is dequantized to float32" in done.stderr
 
 
 @pytest.mark.parametrize("alignment", [None, 128])
-def test_a_header_is_read_as_ggufs_reader_reads_it(alignment: int | None, tmp_path: Path) -> None:
+def test_headers_equal_those_of_ggufs_reader(alignment: int | None, tmp_path: Path) -> None:
     def every_kind(writer: Any) -> None:
         if alignment is not None:
             writer.add_custom_alignment(alignment)
@@ -69,13 +77,13 @@ def test_a_header_is_read_as_ggufs_reader_reads_it(alignment: int | None, tmp_pa
 
     file = write_gguf(tmp_path / "tiny.gguf", k_quants=True, extra=every_kind)
     theirs, ours = gguf.GGUFReader(file), read_header(file)
-    said = {n: field.contents() for n, field in theirs.fields.items() if not n.startswith("GGUF.")}
-    assert ours.fields == said
-    for tensor, found in zip(theirs.tensors, ours.tensors.values(), strict=True):
-        assert (found.name, found.kind) == (tensor.name, tensor.tensor_type)
-        assert found.shape == tuple(reversed(tensor.shape.tolist()))
-        assert found.offset == tensor.data_offset
-        assert found.row_bytes == tensor.data.shape[-1] * tensor.data.itemsize
+    fields = {name: f.contents() for name, f in theirs.fields.items() if name[:5] != "GGUF."}
+    assert ours.fields == fields
+    for tensor, part in zip(theirs.tensors, ours.tensors.values(), strict=True):
+        assert (part.name, part.kind) == (tensor.name, tensor.tensor_type)
+        assert part.shape == tuple(reversed(tensor.shape.tolist()))
+        assert part.offset == tensor.data_offset
+        assert part.row_bytes == tensor.data.shape[-1] * tensor.data.itemsize
 
 
 def test_a_tensor_is_dequantized_in_portions(
@@ -89,17 +97,17 @@ def test_a_tensor_is_dequantized_in_portions(
     tensors = read_header(file).tensors
     for tensor in gguf.GGUFReader(file).tensors:
         expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        found = gguf_blocks.numbers(file, tensors[tensor.name])
-        assert torch.equal(found, expected), tensor.name
+        numbers = gguf_blocks.numbers(file, tensors[tensor.name])
+        assert torch.equal(numbers, expected), tensor.name
 
 
 @pytest.mark.skipif(native.library is None, reason="no C++ for the layers on this machine")
-def test_k_quants_are_decoded_from_blocks_to_the_bits_of_the_dequantized_model(
+def test_k_quants_decode_like_the_dequantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_blocks, "_SLAB", 1000)  # several portions a tensor
     file = write_gguf(tmp_path / "tiny.gguf", k_quants=True)
-    dequantized, light = open_model(file).model, open_for_decoding(file).model
+    dequantized, packed_model = open_model(file).model, open_for_decoding(file).model
     kinds = {
         "attention.qkv": Kind.BLOCKS8_FULL,  # of rows of Q4_K and Q6_K
         "attention.out": Kind.BLOCKS4_FULL,
@@ -107,57 +115,58 @@ def test_k_quants_are_decoded_from_blocks_to_the_bits_of_the_dequantized_model(
         "feed_forward.down": Kind.BLOCKS8_FULL,
         "trunk.embedding": Kind.BLOCKS8_FULL,
     }
-    for name, weight in light.named_parameters():
+    for name, weight in packed_model.named_parameters():
         if weight.ndim == 2:
             packed: Any = packed_copy(weight)
             assert [packed.kind] == [kind for n, kind in kinds.items() if n in name], name
             assert torch.equal(packed.unpacked(), dequantized.get_parameter(name)), name
     prompts = [[5, 9, 20, 7], [3]]
-    expected, found = (generate(m, prompts, max_new_tokens=20) for m in (dequantized, light))
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    models = (dequantized, packed_model)
+    expected, continued = (generate(m, prompts, max_new_tokens=20) for m in models)
+    assert [g.token_ids for g in continued] == [g.token_ids for g in expected]
 
 
 @pytest.mark.parametrize("rule", gguf_tokenizer._RULES)
-def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
+def test_tokenizers_split_by_the_rule_that_the_file_names(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files of others name the rule; those of this project also hold the whole tokenizer.json."""
+    """Files of other programs name the rule; this project also writes the tokenizer.json."""
     texts = [*gguf_tokenizer._SAMPLE.split("\n"), "<|im_start|> 1234 words"]
-    trained: Any = BPETokenizer(500).train([gguf_tokenizer._SAMPLE * 4])
-    content = json.loads(trained.library_json()) | {
+    bpe: Any = BPETokenizer(500).train([gguf_tokenizer._SAMPLE * 4])
+    content = json.loads(bpe.library_json()) | {
         "pre_tokenizer": gguf_tokenizer._RULES[rule],
         "normalizer": None,
     }
-    monkeypatch.setattr(trained, "library_json", lambda: json.dumps(content))
-    fields, _ = gguf_tokenizer.to_fields(trained, 500)
+    monkeypatch.setattr(bpe, "library_json", lambda: json.dumps(content))
+    fields, _ = gguf_tokenizer.to_fields(bpe, 500)
     fields |= {gguf_tokenizer.WHOLE: None, "tokenizer.ggml.pre": rule}
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert gguf_tokenizer.unpack(fields.get, tmp_path)
-    found = PretrainedTokenizer(str(tmp_path))
+    tokenizer = PretrainedTokenizer(str(tmp_path))
     expected = gguf_tokenizer._ids(json.dumps(content), texts)
-    assert [found.encode(text).tolist() for text in texts] == expected
-    assert [found.decode(ids) for ids in expected] == texts
-    assert found.eot_id == trained.eot_id
+    assert [tokenizer.encode(text).tolist() for text in texts] == expected
+    assert [tokenizer.decode(ids) for ids in expected] == texts
+    assert tokenizer.eot_id == bpe.eot_id
     aliases = {"llama-bpe": "glm4", "qwen2": "deepseek-r1-qwen"}
     if rule in aliases:
-        named = fields | {"tokenizer.ggml.pre": aliases[rule]}
-        assert gguf_tokenizer.unpack(named.get, tmp_path)
+        alias_fields = fields | {"tokenizer.ggml.pre": aliases[rule]}
+        assert gguf_tokenizer.unpack(alias_fields.get, tmp_path)
         other = PretrainedTokenizer(str(tmp_path))
         assert [other.encode(text).tolist() for text in texts] == expected
     # Without the key, llama.cpp begins texts of Llama 3's kind alone.
-    begun = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": None}
-    assert gguf_tokenizer.unpack((fields | begun).get, tmp_path)
+    without_key = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": None}
+    assert gguf_tokenizer.unpack((fields | without_key).get, tmp_path)
     prompt = PretrainedTokenizer(str(tmp_path)).encode_prompt("a").tolist()
     assert (prompt[:1] == [0]) == (rule == "llama-bpe")
-    starts = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
-    assert gguf_tokenizer.unpack((fields | starts).get, tmp_path)
+    with_key = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
+    assert gguf_tokenizer.unpack((fields | with_key).get, tmp_path)
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
     for other in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
         assert not gguf_tokenizer.unpack((fields | other).get, tmp_path)
 
 
-def joined(text: str, scores: dict[str, float]) -> list[str]:
+def merge_by_scores(text: str, scores: dict[str, float]) -> list[str]:
     """SentencePiece's BPE: joins the leftmost pair with the highest score, again and again."""
     pieces = list(text)
     while pairs := [
@@ -171,31 +180,31 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
 
 
 @pytest.mark.parametrize("spaced", [True, False])
-def test_a_tokenizer_of_sentencepiece_joins_by_scores(spaced: bool, tmp_path: Path) -> None:
+def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     letters = ["\u2581", *"abcdé"]
-    grown = dict.fromkeys(letters)
-    while len(grown) < 60:
-        grown |= dict.fromkeys(["".join(draw.choice(list(grown), 2))])
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *grown]
-    scores = [0.0] * 259 + [-float(i) for i in draw.permutation(len(grown))]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * len(grown)]
+    pieces = dict.fromkeys(letters)
+    while len(pieces) < 60:
+        pieces |= dict.fromkeys(["".join(draw.choice(list(pieces), 2))])
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    scores = [0.0] * 259 + [-float(i) for i in draw.permutation(len(pieces))]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
     fields = {
         "model": "llama", "tokens": tokens, "scores": scores, "token_type": kinds,
         "unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "add_space_prefix": spaced,
     }  # fmt: skip
-    held = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-    assert gguf_tokenizer.unpack(held.get, tmp_path)
+    keys = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    assert gguf_tokenizer.unpack(keys.get, tmp_path)
     tokenizer = PretrainedTokenizer(str(tmp_path))
-    normal = {piece: scores[tokens.index(piece)] for piece in grown if len(piece) > 1}
+    merged = {piece: scores[tokens.index(piece)] for piece in pieces if len(piece) > 1}
     for _ in range(200):
         text = "".join(draw.choice([*" abcdé", "z", "\n"], draw.integers(1, 12)))
-        read = "\u2581" * spaced + text.replace(" ", "\u2581")
+        text_pieces = "\u2581" * spaced + text.replace(" ", "\u2581")
         expected = [
             i
-            for piece in joined(read, normal)
+            for piece in merge_by_scores(text_pieces, merged)
             for i in (
-                [tokens.index(piece)] if piece in grown else [3 + byte for byte in piece.encode()]
+                [tokens.index(piece)] if piece in pieces else [3 + byte for byte in piece.encode()]
             )
         ]
         assert tokenizer.encode(text).tolist() == expected
@@ -203,36 +212,36 @@ def test_a_tokenizer_of_sentencepiece_joins_by_scores(spaced: bool, tmp_path: Pa
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids[0] == 1  # llama.cpp's default for this kind
     # Written without the scores, only from the order of merges.
-    written, said = gguf_tokenizer.to_fields(tokenizer, len(tokens) + 1)
-    assert not said and written.pop(gguf_tokenizer.WHOLE)
-    same = ("model", "token_type", "unknown_token_id", "eos_token_id", "add_space_prefix")
-    for key in same:
+    exported, note = gguf_tokenizer.to_fields(tokenizer, len(tokens) + 1)
+    assert not note and exported.pop(gguf_tokenizer.WHOLE)
+    names = ("model", "token_type", "unknown_token_id", "eos_token_id", "add_space_prefix")
+    for key in names:
         name = f"tokenizer.ggml.{key}"
-        assert written[name] == (held[name] if key != "token_type" else [*kinds, 5]), key
+        assert exported[name] == (keys[name] if key != "token_type" else [*kinds, 5]), key
     (tmp_path / "again").mkdir()
-    assert gguf_tokenizer.unpack(written.get, tmp_path / "again")
+    assert gguf_tokenizer.unpack(exported.get, tmp_path / "again")
     again = PretrainedTokenizer(str(tmp_path / "again"))
     text = " ab  cd\u00e9 " * 3 + "z"
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
-    several = held | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 4}
+    several = keys | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 4}
     assert gguf_tokenizer.unpack(several.get, tmp_path / "again")
     again = PretrainedTokenizer(str(tmp_path / "again"))
     assert again.end_ids == (2, 5, 4)
-    written, _ = gguf_tokenizer.to_fields(again, len(tokens))
-    assert all(written[name] == several[name] for name in several if "_token_id" in name)
-    broken = held | {"tokenizer.ggml.scores": ["high"] * len(tokens)}
+    exported, _ = gguf_tokenizer.to_fields(again, len(tokens))
+    assert all(exported[name] == several[name] for name in several if "_token_id" in name)
+    broken = keys | {"tokenizer.ggml.scores": ["high"] * len(tokens)}
     assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 
 
 def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads a tokenizer whose rule is not known here. By default it would ask whether
-    to run code that the files next to it name, and run it after "y"."""
+    """transformers reads a tokenizer whose rule is unknown here. By default it would ask whether to
+    run code that the files next to it name, and run it after "y"."""
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes().replace(b"smollm", b"newest"))
     assert open_model(file).tokenizer.vocab_size == len(SPECIALS) + len(WORDS)
     (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
-    named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(
         UserError, match="transformers reads no tokenizer from .*tiny.gguf"
@@ -241,19 +250,19 @@ def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
-def test_a_file_is_opened_without_reading_or_building_anything_twice(
+def test_opening_reads_the_header_and_builds_the_tokenizer_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, read = write_gguf(tmp_path / "tiny.gguf"), []
+    file, headers = write_gguf(tmp_path / "tiny.gguf"), []
     header = gguf_reader._Reader.header
-    monkeypatch.setattr(gguf_reader._Reader, "header", lambda r: read.append(0) or header(r))
+    monkeypatch.setattr(gguf_reader._Reader, "header", lambda r: headers.append(0) or header(r))
     run = open_model(file)
-    assert len(read) == 1
+    assert len(headers) == 1
     first = PretrainedTokenizer.from_state(run.tokenizer_state)
     assert first._library is run.tokenizer._library  # type: ignore[attr-defined]
 
 
-def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
+def test_chat_template_and_special_tokens_are_exported(tmp_path: Path) -> None:
     """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
     run = open_model(write_gguf(tmp_path / "tiny.gguf"))
     assert run.seq_len == 128
@@ -267,14 +276,14 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     folders.write(tmp_path / "two", again.model, again.tokenizer, max_positions=128)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
-    said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert said == "<|im_start|>user\nhi<|im_end|>\n"
+    chat = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n"
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
     fields = json.loads((tmp_path / "two" / "config.json").read_text())
     assert [fields[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 2, 0]
     first = PretrainedTokenizer(str(tmp_path / "one"))
-    kept = {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    assert set(first.state()["beside"]) == kept
+    files = {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert set(first.state()["beside"]) == files
 
 
 def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
@@ -299,7 +308,7 @@ def scaled(writer: Any) -> None:
 
 
 @pytest.mark.parametrize("extra", [frequencies, stretched, scaled])
-def test_what_transformers_passes_over_is_refused(extra: Any, tmp_path: Path) -> None:
+def test_rope_scaling_that_transformers_ignores_is_refused(extra: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not read from GGUF"):
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
 
@@ -307,23 +316,23 @@ def test_what_transformers_passes_over_is_refused(extra: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("version", "message"), [(b"\0\0\0\3", "is big-endian"), (b"\1\0\0\0", "is of version 1")]
 )
-def test_another_version(version: bytes, message: str, tmp_path: Path) -> None:
+def test_other_versions_are_refused(version: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + version + b"\0" * 40)
     with pytest.raises(UserError, match=rf"x.gguf is damaged or not a GGUF file: it {message}"):
         read_folder(tmp_path / "x.gguf")
     assert not is_gguf(tmp_path / "none.gguf")
 
 
-def test_a_file_that_was_cut(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"x.gguf is damaged .*blk.1.ffn_down.weight ends after it"):
         read_folder(file)
 
 
-@pytest.mark.parametrize("what", ["tensors", "fields", "key", "array", "name", "dimension"])
-def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
-    """Each in its place, of 2^62: refused at once, whatever the file says that it holds."""
+@pytest.mark.parametrize("length", ["tensors", "fields", "key", "array", "name", "dimension"])
+def test_forged_lengths_are_refused_at_once(tmp_path: Path, length: str) -> None:
+    """Each length in turn becomes 2^62."""
     file = write_gguf(tmp_path / "x.gguf")
     content = bytearray(file.read_bytes())
     key, name = b"tokenizer.ggml.tokens", b"token_embd.weight"
@@ -334,7 +343,7 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
         "array": content.index(key) + len(key) + 8,  # after the kinds of the field and its items
         "name": content.index(name) - 8,
         "dimension": content.index(name) + len(name) + 4,
-    }[what]
+    }[length]
     content[place : place + 8] = (1 << 62).to_bytes(8, "little")
     file.write_bytes(content)
     began = time.monotonic()
@@ -347,7 +356,7 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
 @pytest.mark.skipif(
     not (smollm2.FOLDER / smollm2.MODEL).is_file(), reason="python -m data_modules.corpora.smollm2"
 )
-def test_greedy_texts_of_a_real_model_do_not_change() -> None:
+def test_drafts_do_not_change_the_greedy_texts_of_smollm2() -> None:
     run = open_model(smollm2.FOLDER / smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)
@@ -357,9 +366,9 @@ def test_greedy_texts_of_a_real_model_do_not_change() -> None:
     plain = generate(model, prompts, max_new_tokens=24, speculative=False)
     drafted = generate(model, prompts, max_new_tokens=24)
     require_same_greedy(model, prompts, plain, drafted)
-    theirs = loaded(smollm2.FOLDER / smollm2.MODEL)
+    theirs = hf_model(smollm2.FOLDER / smollm2.MODEL)
     with torch.no_grad():
         expected = theirs(torch.tensor([prompts[0]])).logits
         batch = WindowBatch(torch.tensor([[*prompts[0], 0, 0]]), 1)
-        found = model.head(model(batch)[0])
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+        logits = model.head(model(batch)[0])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)

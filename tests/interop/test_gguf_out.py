@@ -1,4 +1,4 @@
-"""GGUF files that this project writes: read back, by transformers, and drafting in llama.cpp."""
+"""GGUF files that this project writes, read back here, by transformers and by llama.cpp."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from mtp_lightning.opening import open_model
 from tests import deepseek, models
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.gguf_files import MARKS, gguf, loaded
+from tests.interop.gguf_files import MARKS, gguf, hf_model
 
 pytestmark = MARKS
-engine = pytest.mark.skipif(
+needs_llama_cpp = pytest.mark.skipif(
     not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
 )
-# The plain architectures of trunks. That with a module is glm4moe, of latent attention deepseek2.
+# The architectures of trunks. With a module it is glm4moe, with latent attention deepseek2.
 ARCHS = {
     **dict.fromkeys(("llama", "llama-tied", "llama-wide-heads"), "llama"),
     **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"},
@@ -67,38 +67,39 @@ def test_a_file_read_back_is_the_model(name: str, depth: int, tmp_path: Path) ->
     back = read_folder(tmp_path / "m.gguf").build()
     if name != "deepseek-no-mixture-in-trunk" or depth:  # alone it is a dense trunk
         spread = float(np.float32(model.config.trunk.init_std))
-        found_trunk = {**back.config.trunk.to_dict(), "init_std": 0}
-        assert found_trunk == {**model.config.trunk.to_dict(), "init_std": 0}
+        trunk = {**back.config.trunk.to_dict(), "init_std": 0}
+        assert trunk == {**model.config.trunk.to_dict(), "init_std": 0}
         assert back.config.trunk.init_std == pytest.approx(spread, rel=1e-6)
-    own = {
+    expected = {
         n: t
         for n, t in model.state_dict().items()
         if not n.startswith(("mtp.depths.1", "mtp.depths.2"))
     }
-    found = back.state_dict()
-    assert found.keys() == own.keys()
-    for key, tensor in own.items():
-        assert torch.equal(found[key], tensor), key
+    tensors = back.state_dict()
+    assert tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensors[key], tensor), key
     tokens = torch.randint(folders.ROWS, (2, 24))
-    one = WindowBatch(tokens, back.depth)
-    wanted = WindowBatch(torch.cat((tokens, tokens[:, : model.depth - back.depth]), 1), model.depth)
+    back_window = WindowBatch(tokens, back.depth)
+    window = WindowBatch(torch.cat((tokens, tokens[:, : model.depth - back.depth]), 1), model.depth)
     with torch.no_grad():
-        for k, hidden in back(one).items():
-            torch.testing.assert_close(hidden, model(wanted)[k][:, : hidden.shape[1]])
+        for k, hidden in back(back_window).items():
+            torch.testing.assert_close(hidden, model(window)[k][:, : hidden.shape[1]])
 
 
-def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
+def test_shared_and_hidden_first_modules_are_converted(tmp_path: Path) -> None:
     """One shared module is written once, and the state's half of its projection second."""
     mtp = SequentialConfig(depth=2, share_layers=True, concat="hidden_first")
     model = models.build(TRUNKS["llama"], mtp)
     assert "left out" not in " ".join(write(tmp_path / "m.gguf", model).notes)
-    found = read_folder(tmp_path / "m.gguf").build().mtp.state_dict()["depths.0.eh_proj.weight"]
+    read_back = read_folder(tmp_path / "m.gguf").build()
     first, second = model.mtp.state_dict()["depths.0.eh_proj.weight"].chunk(2, dim=1)
-    assert torch.equal(found, torch.cat((second, first), dim=1))
+    projection = read_back.mtp.state_dict()["depths.0.eh_proj.weight"]
+    assert torch.equal(projection, torch.cat((second, first), dim=1))
 
 
 @pytest.mark.parametrize(
-    ("trunk", "arch", "mtp", "said"),
+    ("trunk", "arch", "mtp", "message"),
     [
         ("llama", "llama", ParallelConfig(depth=2), "mtp=parallel"),
         ("llama", "llama", SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
@@ -109,23 +110,23 @@ def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_heads_that_llama_cpp_does_not_read_are_named(
-    trunk: str, arch: str, mtp: Any, said: str, tmp_path: Path
+    trunk: str, arch: str, mtp: Any, message: str, tmp_path: Path
 ) -> None:
     written = write(tmp_path / "m.gguf", models.build(TRUNKS[trunk], mtp))
     assert written.layout.arch == arch and "heads are left out" in written.notes[0]
-    assert said in written.notes[0]
+    assert message in written.notes[0]
     assert read_folder(tmp_path / "m.gguf").config.mtp.depth == 0
 
 
 @pytest.mark.parametrize(
-    ("trunk", "said"),
+    ("trunk", "message"),
     [
         ("llama3", "model.rope_scaling cannot be written as GGUF"),
         ("deepseek", "one epsilon for all"),
     ],
 )
-def test_trunks_that_llama_cpp_does_not_compute(trunk: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_trunks_that_llama_cpp_does_not_compute_are_refused(trunk: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
 
 
@@ -146,22 +147,22 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
     assert "tensors, read back, are the model's" in gguf_writing.check_tensors(
         file, model, written, dtype
     )
-    held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    wanted = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
-    assert held["token_embd.weight"] == wanted
+    dtypes = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    expected = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    assert dtypes["token_embd.weight"] == expected
     # Its rows have 24 numbers in the small DeepSeek, so they do not fill blocks.
     halves = dtype == "q8_0" and name == "deepseek-shared"
-    assert held["blk.0.attn_output.weight"] == ("F16" if halves else wanted)
-    assert held["output_norm.weight"] == "F32"
-    assert held[f"blk.{model.config.trunk.n_layers}.nextn.eh_proj.weight"] == wanted
-    weights = read_folder(file).build().trunk.embedding.weight
-    own = model.trunk.embedding.weight.detach()
+    assert dtypes["blk.0.attn_output.weight"] == ("F16" if halves else expected)
+    assert dtypes["output_norm.weight"] == "F32"
+    assert dtypes[f"blk.{model.config.trunk.n_layers}.nextn.eh_proj.weight"] == expected
+    read_back = read_folder(file).build().trunk.embedding.weight
+    embedding = model.trunk.embedding.weight.detach()
     if dtype == "q8_0":
-        blocks = own.unflatten(1, (-1, 32))
-        assert 0 < float(((weights - own).abs().unflatten(1, (-1, 32)) * 127
+        blocks = embedding.unflatten(1, (-1, 32))
+        assert 0 < float(((read_back - embedding).abs().unflatten(1, (-1, 32)) * 127
                           / blocks.abs().amax(-1, keepdim=True)).max()) < 0.6  # fmt: skip
     else:
-        assert torch.equal(weights, own.to(getattr(torch, dtype)).float())
+        assert torch.equal(read_back, embedding.to(getattr(torch, dtype)).float())
     with torch.no_grad():  # another model, by about a step of 8 bits
         model.mtp.state_dict()["depths.0.eh_proj.weight"][3, 5] += 0.05
     with pytest.raises(CheckFailed, match="nextn.eh_proj.weight in .* is not the model's"):
@@ -169,20 +170,20 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
-def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
+def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     """An independent reader of the plain architectures."""
     model = models.build(TRUNKS[name], SequentialConfig(depth=0))
     write(tmp_path / "m.gguf", model)
     # It takes 128 from no key of the file.
     settings = {"head_dim": model.config.trunk.d_head} if name == "qwen3" else {}
-    theirs = loaded(tmp_path / "m.gguf", **settings)
-    folders.assert_equal_logits(model.eval(), theirs, rows=folders.ROWS)
+    reader = hf_model(tmp_path / "m.gguf", **settings)
+    folders.assert_equal_logits(model.eval(), reader, rows=folders.ROWS)
 
 
 @functools.cache
-def learn(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
-    """On a trunk of that name, a model that has learned a language in which two letters decide the
-    next, and a module that knows it badly."""
+def trained_model(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
+    """A model that has learned a language in which two letters decide the next, with a module whose
+    drafts are often wrong."""
     torch.manual_seed(0)
     model = MTPModel(models.build(TRUNKS[name], SequentialConfig(depth=depth, **mtp)).config)
     model.initialize(0)
@@ -204,14 +205,14 @@ def learn(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
         optimizer.zero_grad()
         (losses[0] + 0.3 * sum(losses[1:])).backward()
         optimizer.step()
-    with torch.no_grad():  # so that a good part of the drafts is wrong
+    with torch.no_grad():  # so that many drafts are wrong
         projection = model.mtp.state_dict()["depths.0.eh_proj.weight"]
         noise = torch.randn(projection.shape, generator=generator)
         projection += 2.0 * projection.std() * noise
     return model.eval()
 
 
-@engine
+@needs_llama_cpp
 @pytest.mark.parametrize(
     ("name", "drafts", "mtp"),
     [
@@ -222,23 +223,23 @@ def learn(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
         ("deepseek-dense", 1, {}),
     ],
 )
-def test_llama_cpp_accepts_as_many_drafts(
+def test_llama_cpp_accepts_the_same_share_of_drafts(
     name: str, drafts: int, mtp: dict[str, Any], tmp_path: Path
 ) -> None:
     """On 16 prompts, within one draft in a hundred; texts and log-probabilities are the same."""
     file = tmp_path / "m.gguf"
-    model = learn(name, **mtp)
+    model = trained_model(name, **mtp)
     write(file, model)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(64, (16, 6), generator=generator).tolist()
     options: dict[str, Any] = {"max_new_tokens": 40, "eot_id": None}
     # llama.cpp's module has one cache for all drafts of a round.
-    own = generate(model, prompts, draft_depth=drafts, cache="single", **options)
+    drafted = generate(model, prompts, draft_depth=drafts, cache="single", **options)
     plain = generate(model, prompts, speculative=False, **options)
-    found = llama_cpp.continue_prompts(file, prompts, [40] * 16, drafts=drafts)
-    assert [text.ids for text in found] == [text.token_ids for text in plain]
-    ours = sum(sum(text.drafts_accepted) for text in own) / sum(text.drafts for text in own)
-    theirs = sum(text.accepted for text in found) / sum(text.drafted for text in found)
+    answers = llama_cpp.continue_prompts(file, prompts, [40] * 16, drafts=drafts)
+    assert [text.ids for text in answers] == [text.token_ids for text in plain]
+    ours = sum(sum(text.drafts_accepted) for text in drafted) / sum(text.drafts for text in drafted)
+    theirs = sum(text.accepted for text in answers) / sum(text.drafted for text in answers)
     print(name, ours, theirs)
     assert 0.15 < ours < 0.95, "a share that could differ"
     assert abs(ours - theirs) <= 0.01
@@ -246,27 +247,27 @@ def test_llama_cpp_accepts_as_many_drafts(
     assert "16 of 16 greedy texts the same" in lines[0] and "accepts" in lines[1]
 
 
-@engine
+@needs_llama_cpp
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
-def test_llama_cpp_on_rounded_weights(dtype: str, tmp_path: Path) -> None:
+def test_llama_cpp_computes_rounded_weights(dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
-    model = learn("llama")
+    model = trained_model("llama")
     write(file, model, dtype)
     back = read_folder(file).build()
     lines = list(llama_cpp.check(file, back, ByteTokenizer(), dtype=dtype, context=64))
     assert len(lines) == 2
 
 
-@engine
-@pytest.mark.parametrize("what", ["trunk", "module"])
-def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) -> None:
+@needs_llama_cpp
+@pytest.mark.parametrize("part", ["trunk", "module"])
+def test_the_check_fails_for_a_file_of_another_model(part: str, tmp_path: Path) -> None:
     """The wrong rotary base, or the halves of the projection in the wrong order."""
     file = tmp_path / "m.gguf"
-    model = learn("llama")
-    theta = 3.0 if what == "trunk" else model.config.trunk.rope_theta
+    model = trained_model("llama")
+    theta = 3.0 if part == "trunk" else model.config.trunk.rope_theta
     other = models.build(folders.dense(tie_embeddings=False, rope_theta=theta), model.config.mtp)
     other.load_state_dict(model.state_dict())
-    if what == "module":
+    if part == "module":
         projection = other.mtp.state_dict()["depths.0.eh_proj.weight"]
         projection.copy_(torch.cat(projection.chunk(2, dim=1)[::-1], dim=1))
     write(file, other)
@@ -274,22 +275,22 @@ def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) ->
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
 
 
-def test_texts_are_compared_up_to_any_token_that_ends_one(
+def test_texts_are_compared_up_to_their_first_end_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp never chooses an end token of the file, nor one that has a name of such tokens."""
-    model, kept = learn("llama"), []
+    """llama.cpp never chooses an end token of the file, nor a token with the name of one."""
+    model, compared = trained_model("llama"), []
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
 
     def continue_prompts(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
         plain = generate(model, prompts, max_new_tokens=32, speculative=False, eot_id=None)
         ids = [text.token_ids[:n] for text, n in zip(plain, lengths, strict=True)]
-        kept.extend(ids)
+        compared.extend(ids)
         return [llama_cpp.Continuation(text, None, 0, 0) for text in ids]
 
     monkeypatch.setattr(llama_cpp, "continue_prompts", continue_prompts)
     assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
-    assert min(map(len, kept)) < 32 and not any(23 in ids for ids in kept)
+    assert min(map(len, compared)) < 32 and not any(23 in ids for ids in compared)
 
     class Named(ByteTokenizer):
         def library_json(self) -> str:
@@ -299,18 +300,17 @@ def test_texts_are_compared_up_to_any_token_that_ends_one(
             )
             return json.dumps(content)
 
-    asked: list[Any] = []
+    end_ids: list[Any] = []
     monkeypatch.setattr(llama_cpp, "is_there", lambda: True)
-    monkeypatch.setattr(llama_cpp, "check", lambda f, m, t, **_: asked.append(t.end_ids) or [])
+    monkeypatch.setattr(llama_cpp, "check", lambda f, m, t, **_: end_ids.append(t.end_ids) or [])
     file = tmp_path / "m.gguf"
     model = models.build(folders.dense(vocab_size=258), SequentialConfig(depth=0))
     written = write_file(file, model, Named(), dtype="float32", max_positions=64)
     list(gguf_writing.check_file(file, model, Named(), written, "float32"))
-    assert asked == [(256, 257)]
+    assert end_ids == [(256, 257)]
 
 
-def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> None:
-    """The file says that its routed expert is zeros."""
+def test_a_module_with_a_routed_expert_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     write(file, models.build(TRUNKS["llama"], SequentialConfig(depth=1)))
     tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.2.ffn_up_exps.weight")
@@ -322,7 +322,7 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("glm4moe.block_count", "three", "glm4moe.block_count=three, which is not a count"),
         ("glm4moe.attention.head_count", [4, 4, 4], "head_count=.4, 4, 4., which is not a count"),
@@ -334,80 +334,80 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
         ("general.architecture", "bert", "bert, which cannot be imported"),
     ],
 )
-def test_descriptions_that_lie(
-    key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_forged_fields_are_refused(
+    key: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "m.gguf", models.build(TRUNKS["glm4_moe"], SequentialConfig(depth=1)))
 
-    def lying(file: Path) -> Header:
+    def forged_header(file: Path) -> Header:
         header = read_header(file)
         return Header({**header.fields, key: value}, header.tensors)
 
-    monkeypatch.setattr(reading, "read_header", lying)
-    with pytest.raises(UserError, match=said):
+    monkeypatch.setattr(reading, "read_header", forged_header)
+    with pytest.raises(UserError, match=message):
         read_folder(tmp_path / "m.gguf")
 
 
-def test_tokenizers(tmp_path: Path) -> None:
+def test_tokenizers_are_written_by_the_name_of_their_rule(tmp_path: Path) -> None:
     def library(rule: dict[str, Any]) -> Any:
-        class Own(ByteTokenizer):
+        class WithRule(ByteTokenizer):
             def library_json(self) -> str:
-                return json.dumps({**json.loads(trained.library_json()), "pre_tokenizer": rule})
+                return json.dumps({**json.loads(bpe.library_json()), "pre_tokenizer": rule})
 
-        Tokenizer.from_str(Own().library_json())
-        return Own()
+        Tokenizer.from_str(WithRule().library_json())
+        return WithRule()
 
     texts = [
         "def read_lines(path, 1234): it's a_b  don't\n" * 3,
         "Numbers 12 345, caf\u00e9 isn't\n" * 9,
     ]
-    trained: Any = BPETokenizer(400).train(texts)
+    bpe: Any = BPETokenizer(400).train(texts)
     for name, rule in gguf_tokenizer._RULES.items():
-        fields, said = gguf_tokenizer.to_fields(library(rule), 400)
-        assert not said
+        fields, note = gguf_tokenizer.to_fields(library(rule), 400)
+        assert not note
         # The vocabulary is too small to tell DeepSeek-V3's rule from Llama 3's.
         assert fields["tokenizer.ggml.pre"] == name or name == "deepseek-v3"
-    fields, said = gguf_tokenizer.to_fields(trained, 410)
-    assert "sample texts get the same token ids" in said
+    fields, note = gguf_tokenizer.to_fields(bpe, 410)
+    assert "sample texts get the same token ids" in note
     assert fields["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
     assert fields["tokenizer.ggml.token_type"][0] == 3
     assert fields["tokenizer.ggml.token_type"][409] == 5
     model = models.build(folders.dense(vocab_size=410), SequentialConfig(depth=0))
-    write_file(tmp_path / "m.gguf", model, trained, dtype="float32", max_positions=64)
+    write_file(tmp_path / "m.gguf", model, bpe, dtype="float32", max_positions=64)
     back = open_model(tmp_path / "m.gguf")
-    assert back.tokenizer.encode(texts[0]).tolist() == trained.encode(texts[0]).tolist()
+    assert back.tokenizer.encode(texts[0]).tolist() == bpe.encode(texts[0]).tolist()
     assert back.tokenizer.eot_id == 0 and back.seq_len == 64
     several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    trained.beside = {"tokenizer_config.json": json.dumps({"chat_template": several})}
-    assert gguf_tokenizer.to_fields(trained, 410)[0]["tokenizer.chat_template"] == "d"
+    bpe.beside = {"tokenizer_config.json": json.dumps({"chat_template": several})}
+    assert gguf_tokenizer.to_fields(bpe, 410)[0]["tokenizer.chat_template"] == "d"
     with pytest.raises(UserError, match="only BPE of bytes"):
         gguf_tokenizer.to_fields(SymbolTokenizer(["end", "a"]), 8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
-def test_the_command(
+def test_export_writes_verifies_and_describes_a_file(
     finished: Path,
     dtype: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
-    folders.export_run(**asked)
-    shown = capsys.readouterr().out
+    settings = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
+    folders.export_run(**settings)
+    output = capsys.readouterr().out
     for line in ("architecture glm4moe", "module 2 is left out", "--spec-type draft-mtp",
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
-        assert line in shown
-    assert shown.endswith("verified\n") and "llama.cpp" in shown
-    assert "is dequantized" not in caplog.text  # the file under its temporary name, for the check
+        assert line in output
+    assert output.endswith("verified\n") and "llama.cpp" in output
+    assert "is dequantized" not in caplog.text  # the check reads it under its temporary name
     assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
     text = (tmp_path / "mine.md").read_text()
     assert "module 2 is left out" in text and "after 10 optimizer steps" in text
     with pytest.raises(FileExistsError, match="mine.gguf exists: choose another output="):
-        folders.export_run(**asked)
+        folders.export_run(**settings)
     (tmp_path / "mine.gguf").unlink()
     with pytest.raises(FileExistsError, match="mine.md exists: choose another output="):
-        folders.export_run(**asked)
+        folders.export_run(**settings)
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
             folders.export_run(finished, tmp_path / "folder", dtype=dtype)

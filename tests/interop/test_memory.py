@@ -1,4 +1,4 @@
-"""What an import, and a training of heads on it, take of memory: once the model, not twice."""
+"""The peak memory of reading a folder and of training heads on it: one copy of the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = [
 ]
 
 MEGABYTE = 2**20
-# Each is done with a small model first, whose imports and caches are then there. The text that ends
-# a run is left out: decoding packs a copy of the weights.
+# A small model first fills imports and caches. The text that ends a run is left out: decoding packs
+# a copy of the weights.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.interop.folders import read_folder
 from tests.integration import helpers
 from tests import closed_forms
 
-what, small, large, work, more = sys.argv[1:]
+task, small, large, work, settings_json = sys.argv[1:]
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -38,21 +38,21 @@ def train(folder):
     settings = {
         **helpers.FROM_FOLDER, "init_from": folder, "mtp.freeze_trunk": "true", "mtp.depth": 1,
         "trainer.max_steps": 3, "trainer.val_check_interval": 3, "data.batch_size": 1,
-        "data.eval_batch_size": 1, **json.loads(more),
+        "data.eval_batch_size": 1, **json.loads(settings_json),
     }
     helpers.train_here(Path(work) / Path(folder).name, Path(work) / "cache", settings)
 
 samples.print_samples = lambda *args, **kwargs: None
-do = train if what == "train" else lambda folder: read_folder(folder).build()
-kept = do(small)
+do = train if task == "train" else lambda folder: read_folder(folder).build()
+result = do(small)
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-kept = do(large)
+result = do(large)
 print(json.dumps(status("VmHWM") - before))
 """
 
 
-# What is done, the folder's dtype, settings, and what the peak may be of the weights in float32.
+# Task, dtype of the folder, settings, and the highest peak as a share of the weights in float32.
 CASES: dict[str, tuple[str, str, dict[str, str], float]] = {
     "an import": ("build", "float32", {}, 1.3),
     "an import of halves": ("build", "bfloat16", {}, 1.3),
@@ -61,15 +61,15 @@ CASES: dict[str, tuple[str, str, dict[str, str], float]] = {
     "heads on a trunk in bf16": ("train", "bfloat16", {"trainer.precision": "bf16-true"}, 0.75),
 }
 
-CHECKED = ("an import of halves", "heads on a trunk in bf16")
+NOT_LONG = ("an import of halves", "heads on a trunk in bf16")
 
 
 @pytest.mark.parametrize(
     "case",
-    [case if case in CHECKED else pytest.param(case, marks=pytest.mark.long) for case in CASES],
+    [case if case in NOT_LONG else pytest.param(case, marks=pytest.mark.long) for case in CASES],
 )
-def test_the_peak_is_little_more_than_the_model(case: str, tmp_path: Path) -> None:
-    what, dtype, settings, share = CASES[case]
+def test_peak_memory_is_little_more_than_the_model(case: str, tmp_path: Path) -> None:
+    task, dtype, settings, share = CASES[case]
     large = folders.dense(d_model=1024, n_layers=8, n_heads=16, n_kv_heads=4, d_ff=2816, d_head=64)
     for name, trunk in (("small", folders.dense()), ("large", large)):
         model = deepseek.build(trunk)
@@ -78,12 +78,12 @@ def test_the_peak_is_little_more_than_the_model(case: str, tmp_path: Path) -> No
     assert weights > 300
     del model
     paths = [str(tmp_path / name) for name in ("small", "large")]
-    arguments = [what, *paths, str(tmp_path), json.dumps(settings)]
+    arguments = [task, *paths, str(tmp_path), json.dumps(settings)]
     done = helpers.execute([sys.executable, "-c", PROGRAM, *arguments])
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout.splitlines()[-1])
     # A module is a block and its projection; its gradients and two moments come on top.
     module = closed_forms.block(large, 0)[0] + 2 * large.d_model**2
-    heads = module * 4 / MEGABYTE if what == "train" else 0
+    heads = module * 4 / MEGABYTE if task == "train" else 0
     assert weights / 2 < peak < share * weights + 4 * heads, (peak, weights, heads)
     print(f"{case}: {peak:.0f} MB for {weights:.0f} MB of weights, {heads:.0f} of heads")

@@ -26,23 +26,23 @@ from tests.interop.folders import Folder, read_folder
 
 
 def round_trip(
-    model: MTPModel, path: Path, *, dtype: str = "float32", apart: float = 0.0
+    model: MTPModel, path: Path, *, dtype: str = "float32", tolerance: float = 0.0
 ) -> tuple[Contents, Folder]:
-    """A model written and read, with its logits if nothing is rounded, and written again as the
-    same bytes.
+    """Writes and reads a model, compares the logits if nothing is rounded, and writes the same
+    bytes again.
 
     Args:
         model: the model.
         path: where ``one`` and ``two`` are written.
         dtype: of the folders.
-        apart: how much logits may differ.
+        tolerance: how much logits may differ.
     """
     contents = folders.write(path / "one", model, dtype=dtype)
     folder = read_folder(path / "one")
     built = folder.build()
     if dtype == "float32":
-        for found, wanted in zip(folders.logits(built), folders.logits(model), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=apart, atol=apart)
+        for logits, expected in zip(folders.logits(built), folders.logits(model), strict=True):
+            torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     folders.write(path / "two", built, PretrainedTokenizer(str(path / "one")), dtype=dtype)
     assert folders.files(path / "one") == folders.files(path / "two")
     return contents, folder
@@ -51,14 +51,14 @@ def round_trip(
 @pytest.mark.parametrize(
     ("name", "depth"), [*((name, 2) for name in folders.TRUNKS), ("llama", 0), ("deepseek", 0)]
 )
-def test_every_layout(name: str, depth: int, tmp_path: Path) -> None:
+def test_every_layout_is_read_back_and_written_again(name: str, depth: int, tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
     contents, folder = round_trip(model, tmp_path)
     assert contents.layer_depths == depth and not contents.heads and contents.shards > 1
     assert folder.config.mtp.depth == depth
 
 
-def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
     """As in transformers, which leaves the old shards and their index when it saves a folder."""
     old, new = (deepseek.build(folders.TRUNKS["llama"], depth=0, seed=seed) for seed in (0, 1))
     for name, model in (("old", old), ("new", new)):
@@ -70,27 +70,27 @@ def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_halves_are_rounded_once(dtype: str, tmp_path: Path) -> None:
+def test_16_bit_weights_are_rounded_once(dtype: str, tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
     _, folder = round_trip(model, tmp_path, dtype=dtype)
     for name, tensor in model.state_dict().items():
-        found = folder.weights[name]
-        assert found.dtype == torch.float32
+        weight = folder.weights[name]
+        assert weight.dtype == torch.float32
         if name.endswith("expert_bias"):
-            assert torch.equal(found, tensor), "biases move by 0.001: they stay precise"
+            assert torch.equal(weight, tensor), "biases move by 0.001: they stay precise"
         else:
-            assert torch.equal(found, tensor.to(getattr(torch, dtype)).float()), name
+            assert torch.equal(weight, tensor.to(getattr(torch, dtype)).float()), name
 
 
 @pytest.mark.parametrize(
     ("name", "switch"),
     [("llama", {"share_layers": True}), ("deepseek", {"concat": "hidden_first"})],
 )
-def test_modules_of_another_form_are_converted(
+def test_shared_and_hidden_first_modules_are_converted(
     name: str, switch: dict[str, Any], tmp_path: Path
 ) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=2, **switch).eval()
-    contents, folder = round_trip(model, tmp_path, apart=1e-5)
+    contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
     assert contents.layer_depths == 2
     assert folder.config.to_dict()["mtp"] | switch != folder.config.to_dict()["mtp"]
 
@@ -117,7 +117,7 @@ def model_of(variant: str, **mtp: Any) -> MTPModel:
         ("masked", {"lora_rank": 3}),
     ],
 )
-def test_heads_without_a_layout_have_a_file_of_their_own(
+def test_heads_without_a_layout_are_in_a_separate_file(
     variant: str, mtp: dict[str, Any], tmp_path: Path
 ) -> None:
     model = model_of(variant, **mtp)
@@ -131,17 +131,17 @@ def test_heads_without_a_layout_have_a_file_of_their_own(
 
 
 @pytest.mark.parametrize("concat", ["hidden_first", "embedding_first"])
-def test_the_state_before_the_norm_on_qwen2_is_mimos_layout(concat: str, tmp_path: Path) -> None:
+def test_pre_norm_modules_on_qwen2_are_in_mimos_layout(concat: str, tmp_path: Path) -> None:
     """Names and order of vLLM's mimo_mtp.py, and of the modeling_mimo.py of MiMo-7B."""
     trunk = folders.dense(tie_embeddings=False, attention=GroupedQueryConfig(qkv_bias=True))
     model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
-    contents, folder = round_trip(model, tmp_path, apart=1e-5)
+    contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
     assert contents.layer_depths == 2 and not contents.heads
     fields = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
     index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    found = {n.removeprefix("model.mtp_layers.1.") for n in index["weight_map"] if "_layers.1" in n}
-    assert {n for n in found if not n.startswith("model.")} == {
+    names = {n.removeprefix("model.mtp_layers.1.") for n in index["weight_map"] if "_layers.1" in n}
+    assert {n for n in names if not n.startswith("model.")} == {
         "token_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight",
         "input_layernorm.weight", "post_attention_layernorm.weight", "final_layernorm.weight",
         *(f"self_attn.{n}_proj.weight" for n in "qkvo"),
@@ -165,7 +165,7 @@ def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "one").config.mtp.variant == "none"
 
 
-def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
+def test_depth_k_is_the_layer_k_after_the_trunk(tmp_path: Path) -> None:
     """docs/semantics.md: depth k is layer L + k - 1, with copies of embedding and head."""
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2)
     folders.write(tmp_path / "one", model)
@@ -180,7 +180,7 @@ def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("d_head", "rotary_dim"), [(44, 30), (16, 16), (128, 64), (20, 2)])
-def test_the_rotated_share_survives_its_rounding(d_head: int, rotary_dim: int) -> None:
+def test_the_rotated_share_of_heads_is_read_back_exactly(d_head: int, rotary_dim: int) -> None:
     """30 / 44 * 44 is less than 30."""
     trunk = folders.TRUNKS["glm4_moe"]
     trunk = replace(trunk, d_head=d_head, attention=replace(trunk.attention, d_rope=rotary_dim))
@@ -204,16 +204,16 @@ def test_the_rotated_share_survives_its_rounding(d_head: int, rotary_dim: int) -
         (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),
     ],
 )  # fmt: skip
-def test_what_no_layout_computes(trunk: Any, message: str, tmp_path: Path) -> None:
+def test_trunks_without_a_layout_are_refused(trunk: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         folders.write(tmp_path / "one", deepseek.build(trunk))
     assert not (tmp_path / "one").exists()
 
 
-def test_layouts_hold_modules_that_read_tokens() -> None:
+def test_modules_that_never_read_tokens_have_no_layout() -> None:
     for p, fits in ((0.0, True), (0.5, True), (1.0, False)):
         model = deepseek.build(folders.DENSE, depth=1, token_dropout=p)
         assert names.has_layout(model.config) == fits
         config, weights = names.plain(model)
-        if fits:  # there nobody knows of the vector, and nobody needs it
+        if fits:  # without the vector for dropped tokens
             assert config.mtp == SequentialConfig(depth=1) and "mtp.blank" not in weights

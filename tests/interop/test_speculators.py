@@ -1,4 +1,4 @@
-"""Heads in the layout of vLLM's library speculators: the folder, and its logits by that library.
+"""Heads in the layout of vLLM's library speculators: the folder, and the logits of that library.
 
 The library needs an older transformers than this project, and so an environment of its own.
 ``SPECULATORS_PYTHON`` names its interpreter:
@@ -53,15 +53,15 @@ MODELS: dict[str, tuple[TrunkConfig, MTPConfig]] = {
 LENGTH = 24
 
 
-def trained(name: str) -> MTPModel:
-    return folders.trained(*MODELS[name])
+def build(name: str) -> MTPModel:
+    return folders.random_model(*MODELS[name])
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype = torch.float32) -> Path:
     """The trunk's folder with the heads inside; returns the heads'."""
     folders.write(folder, folders.alone(model))
-    stated = {"max_positions": 64, "eot_id": ByteTokenizer().eot_id}
-    speculators.write(folder, model, verifier=folder, dtype=dtype, **stated)
+    options = {"max_positions": 64, "eot_id": ByteTokenizer().eot_id}
+    speculators.write(folder, model, verifier=folder, dtype=dtype, **options)
     return folder / speculators.FOLDER
 
 
@@ -103,10 +103,10 @@ EAGLE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "layout"), [("one", MTP), ("eagle", EAGLE)])
-def test_names_shapes_dtypes_and_fields(
+def test_the_folder_has_the_names_shapes_and_fields_of_the_library(
     name: str, layout: dict[str, list[int]], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = trained(name)
+    model = build(name)
     fields, tensors = folders.read(write(tmp_path, model, dtype))
     tables = {n: tensors.pop(n) for n in ("d2t", "t2d") if n in tensors}
     assert {n: list(t.shape) for n, t in tensors.items()} == {
@@ -124,8 +124,8 @@ def test_names_shapes_dtypes_and_fields(
         "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     }  # fmt: skip
-    found = fields.pop("transformer_layer_config")
-    assert {n: found.get(n) for n in layer} == layer
+    layer_config = fields.pop("transformer_layer_config")
+    assert {n: layer_config.get(n) for n in layer} == layer
     assert fields.pop("speculators_config") == {
         "algorithm": kind,
         "default_proposal_method": "greedy",
@@ -150,18 +150,18 @@ def test_names_shapes_dtypes_and_fields(
         assert not tables
 
 
-def test_a_shared_module_is_written_once_and_the_embedding_first(tmp_path: Path) -> None:
-    model = trained("shared")
+def test_a_shared_module_is_written_once_with_the_embedding_first(tmp_path: Path) -> None:
+    model = build("shared")
     fields, tensors = folders.read(write(tmp_path, model))
     assert tensors.keys() == {f"{n}.weight" for n in MTP}
     assert fields["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     hidden, embedded = model.mtp.state_dict()["depths.0.eh_proj.weight"].chunk(2, dim=1)
-    found = tensors["mtp_layers.0.input_proj.weight"]
-    assert torch.equal(found, torch.cat((embedded, hidden), dim=1))
+    projection = tensors["mtp_layers.0.input_proj.weight"]
+    assert torch.equal(projection, torch.cat((embedded, hidden), dim=1))
 
 
-def test_a_whole_vocabulary_has_no_tables(tmp_path: Path) -> None:
-    fields, tensors = folders.read(write(tmp_path, trained("eagle-whole")))
+def test_a_whole_draft_vocabulary_has_no_tables(tmp_path: Path) -> None:
+    fields, tensors = folders.read(write(tmp_path, build("eagle-whole")))
     assert fields["draft_vocab_size"] == len(tensors["lm_head.weight"]) == folders.ROWS
     assert not {"d2t", "t2d"} & tensors.keys()
 
@@ -181,7 +181,7 @@ def test_a_whole_vocabulary_has_no_tables(tmp_path: Path) -> None:
         (QWEN3, EagleConfig(depth=2, confidence=True), "objective.confidence=true has no place"),
     ],
 )
-def test_what_the_library_computes_differently_is_refused(
+def test_models_that_the_library_computes_differently_are_refused(
     trunk: TrunkConfig, mtp: MTPConfig, message: str
 ) -> None:
     start = "layout=speculators cannot hold this model, and layout=own can: "
@@ -189,34 +189,34 @@ def test_what_the_library_computes_differently_is_refused(
         speculators.kind(ModelConfig(trunk=trunk, mtp=mtp))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_a_speculator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
-    model, source, out = trained("one"), tmp_path / "in", tmp_path / "out"
+    model, source, out = build("one"), tmp_path / "in", tmp_path / "out"
     folders.write(source, model)
     (source / card.FILE).write_text("of a model with MTP layers")
     folders.export_run(source, out, layout="speculators")
-    said = capsys.readouterr().out
-    assert "logits of the trunk equal" in said and said.endswith("verified\n")
-    assert "speculator, read back, holds the heads" in said
+    output = capsys.readouterr().out
+    assert "logits of the trunk equal" in output and output.endswith("verified\n")
+    assert "speculator, read back, holds the heads" in output
     fields, _ = folders.read(out / "speculator")
     assert fields["speculators_config"]["verifier"]["name_or_path"] == str(out.resolve())
     assert open_model(out).model.depth == 0
     text = (out / card.FILE).read_text()
     assert "folder `speculator` in the layout of vLLM's library speculators 0.9.0" in text
     assert f"{model.config.num_params() - model.config.num_trunk_params():,} of the MTP" in text
-    refused: list[tuple[Path, str, dict[str, Any], str]] = [
+    refusals: list[tuple[Path, str, dict[str, Any], str]] = [
         (source, "m.gguf", {}, "is a single file"),
         (source, "x", {"depth": 0}, "depth=0 leaves the heads out"),
         (out, "x", {}, "of depth 0 has no heads"),
     ]
-    for checkpoint, name, settings, message in refused:
+    for checkpoint, name, settings, message in refusals:
         with pytest.raises(UserError, match=f"layout=speculators .*{message}"):
             folders.export_run(checkpoint, tmp_path / name, layout="speculators", **settings)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
-def test_another_models_heads_are_not_its_own(tmp_path: Path) -> None:
-    model = trained("one")
+def test_heads_of_another_model_fail_the_check(tmp_path: Path) -> None:
+    model = build("one")
     write(tmp_path, model)
     with torch.no_grad():
         model.mtp.state_dict()["depths.0.hnorm.weight"][3] += 1e-3
@@ -225,7 +225,7 @@ def test_another_models_heads_are_not_its_own(tmp_path: Path) -> None:
         speculators.check(tmp_path, model, torch.float32)
 
 
-def theirs(tokens: str, *heads: str) -> None:
+def library_logits(tokens: str, *heads: str) -> None:
     """Writes into the heads' folders the logits that the library computes for every depth, and the
     heads as it saves them. The other interpreter runs this function's source."""
     from pathlib import Path
@@ -241,22 +241,23 @@ def theirs(tokens: str, *heads: str) -> None:
         # Its default for EAGLE-3, blocks of FlexAttention, needs lengths of whole blocks.
         config.transformer_layer_config._attn_implementation = "eager"
         draft: Any = SpeculatorModel.from_pretrained(folder, config=config).eval()
-        asked = config.speculators_config
-        verifier = AutoModelForCausalLM.from_pretrained(asked.verifier.name_or_path).eval()
+        settings = config.speculators_config
+        verifier = AutoModelForCausalLM.from_pretrained(settings.verifier.name_or_path).eval()
         logits: list[Any] = []
         draft.lm_head.register_forward_hook(lambda *call, to=logits: to.append(call[2]))
-        steps = asked.proposal_methods[0].speculative_tokens
+        steps = settings.proposal_methods[0].speculative_tokens
         with torch.no_grad():
             states = verifier(ids, output_hidden_states=True).hidden_states
             if config.speculators_model_type == "mtp":
                 draft(input_ids=ids, hidden_states=states[-1])  # the last one is normed
             else:
                 layers = config.eagle_aux_hidden_state_layer_ids
-                read = torch.cat([states[n] for n in layers], dim=-1)[:, :-1]
-                one = torch.zeros_like(ids[:, 1:])
-                draft(hidden_states=read, input_ids=ids[:, 1:], document_ids=one, ttt_steps=steps)
-        found = {str(k): x.contiguous() for k, x in enumerate(logits, start=1)}
-        save_file(found, Path(folder) / "logits.safetensors")
+                fused = torch.cat([states[n] for n in layers], dim=-1)[:, :-1]
+                document = torch.zeros_like(ids[:, 1:])
+                inputs = {"hidden_states": fused, "input_ids": ids[:, 1:]}
+                draft(**inputs, document_ids=document, ttt_steps=steps)
+        by_depth = {str(k): x.contiguous() for k, x in enumerate(logits, start=1)}
+        save_file(by_depth, Path(folder) / "logits.safetensors")
         draft.save_pretrained(Path(folder) / "saved")
 
 
@@ -266,34 +267,35 @@ def theirs(tokens: str, *heads: str) -> None:
 def test_the_library_computes_the_same_logits(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    ask = "from importlib.util import find_spec; assert find_spec('speculators')"
-    if subprocess.run([str(PYTHON), "-c", ask], capture_output=True).returncode:
+    probe = "from importlib.util import find_spec; assert find_spec('speculators')"
+    if subprocess.run([str(PYTHON), "-c", probe], capture_output=True).returncode:
         pytest.skip(f"{PYTHON} cannot import speculators: pip install speculators==0.9.0")
-    models = {name: trained(name) for name in MODELS}
+    models = {name: build(name) for name in MODELS}
     paths = {name: write(tmp_path / name, model) for name, model in models.items()}
     # As many tokens as the deepest of them reads.
     ids = torch.randint(folders.ROWS, (1, LENGTH + 4), generator=torch.Generator().manual_seed(3))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    code = f"from typing import Any\n{inspect.getsource(theirs)}\nimport sys\ntheirs(*sys.argv[1:])"
+    source = inspect.getsource(library_logits)
+    code = f"import sys\nfrom typing import Any\n{source}\nlibrary_logits(*sys.argv[1:])"
     arguments = [str(tmp_path / "ids.safetensors"), *map(str, paths.values())]
     done = subprocess.run(
         [str(PYTHON), "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, model in models.items():
-        found, depth = load_file(paths[name] / "logits.safetensors"), model.depth
-        assert found.keys() == {str(k) for k in range(1, depth + 1)}
+        by_depth, depth = load_file(paths[name] / "logits.safetensors"), model.depth
+        assert by_depth.keys() == {str(k) for k in range(1, depth + 1)}
         with torch.no_grad():
             hidden = model(WindowBatch(ids[:, : LENGTH + depth + 1], depth))
-            own = {k: model.head_of(k)(h)[0] for k, h in hidden.items()}
+            outputs = {k: model.head_of(k)(h)[0] for k, h in hidden.items()}
         for k in range(1, depth + 1):
-            wanted = own[k]
+            expected = outputs[k]
             if model.mtp.own_head is not None:
-                wanted = wanted[:, model.mtp.own_head.tokens]
-            logits = found[str(k)][0, :LENGTH]
-            worst = (logits - wanted).abs().max().item()
-            print(f"{name} depth {k}: {worst:.1e} of {wanted.abs().max():.1f}")
-            assert wanted.std() > 0.1 and worst <= 1e-4, (name, k, worst)
+                expected = expected[:, model.mtp.own_head.tokens]
+            logits = by_depth[str(k)][0, :LENGTH]
+            worst = (logits - expected).abs().max().item()
+            print(f"{name} depth {k}: {worst:.1e} of {expected.abs().max():.1f}")
+            assert expected.std() > 0.1 and worst <= 1e-4, (name, k, worst)
         tensors, saved = folders.read(paths[name])[1], folders.read(paths[name] / "saved")[1]
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[n], tensors[n]) for n in tensors)

@@ -1,4 +1,4 @@
-"""Runs that start from a folder: its model, its tokenizer, and a refusal of others."""
+"""Runs that start from the model and the tokenizer of a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORT = {**helpers.FROM_FOLDER, "trainer.max_steps": 4, "trainer.val_check_inter
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """Two folders, and their cache."""
+    """A Llama folder, a DeepSeek folder, and a cache."""
     path = tmp_path_factory.mktemp("start")
     (path / "cache").symlink_to(cache)
     folders.write(
@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 class CommandLine:
-    """What Hydra tells an app of its command line."""
+    """Hydra's description of the command line."""
 
     def __init__(self, overrides: list[str]) -> None:
         self.overrides = SimpleNamespace(task=overrides)
@@ -63,24 +63,24 @@ class CommandLine:
 def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
     base: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command line may name the same model, and how it is computed."""
-    given = {"model.d_ff": 48, "model.recompute": "true", "model.init_std": 0.1}
-    overrides = [f"{key}={value}" for key, value in given.items()]
+    """The command line may repeat the model's settings, and say how it is computed."""
+    model_settings = {"model.d_ff": 48, "model.recompute": "true", "model.init_std": 0.1}
+    overrides = [f"{key}={value}" for key, value in model_settings.items()]
     monkeypatch.setattr(compose, "HydraConfig", CommandLine(overrides))
-    settings = {**SHORT, **given, "init_from": base / "llama", "mtp.freeze_trunk": "true"}
+    settings = {**SHORT, **model_settings, "init_from": base / "llama", "mtp.freeze_trunk": "true"}
     settings |= {"mtp.depth": 2}
     with caplog.at_level(logging.INFO):
         summary = helpers.train_here(base / "run", base / "cache", settings)
     assert "new: mtp.depths.0, mtp.depths.1" in caplog.text
     assert summary["init_from"] == str(base / "llama")
     run = open_model(base / "run")
-    wanted = read_folder(base / "llama")
+    expected = read_folder(base / "llama")
     assert replace(run.model.config.trunk, recompute=False, init_std=0.02) == replace(
-        wanted.config.trunk, init_std=0.02
+        expected.config.trunk, init_std=0.02
     )
     assert run.model.config.trunk.vocab_size == folders.ROWS > run.tokenizer.vocab_size
     assert isinstance(run.tokenizer, PretrainedTokenizer) and run.tokenizer.eot_id == 256
-    for name, tensor in wanted.weights.items():
+    for name, tensor in expected.weights.items():
         assert torch.equal(run.model.state_dict()[name], tensor), f"{name} moved"
     prompt = [1, 2, 3]
     plain, drafted = (
@@ -88,12 +88,12 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
         for speculative in (False, True)
     )
     assert plain == drafted
-    alone = open_model(base / "llama")
-    assert plain == generate(alone.model, [prompt], max_new_tokens=20)[0].token_ids
+    folder_run = open_model(base / "llama")
+    assert plain == generate(folder_run.model, [prompt], max_new_tokens=20)[0].token_ids
 
 
 @pytest.mark.slow
-def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mtp_layers_are_trained_further(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {
         **SHORT, "init_from": base / "deepseek", "mtp.depth": 2,
         "+model.feed_forward.bias_rate": 0.0, "model.recompute": "true",
@@ -103,7 +103,7 @@ def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixtu
     assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
     trunk = open_model(base / "more").model.config.trunk
     assert isinstance(trunk.feed_forward, ExpertsConfig) and trunk.recompute
-    assert trunk.feed_forward.bias_rate == 0.0, "how it is trained is the run's to say"
+    assert trunk.feed_forward.bias_rate == 0.0, "the run decides how it is trained"
     assert trunk.feed_forward.n_routed == 8
 
     again = {**SHORT, "init_from": base / "more", "mtp.depth": 2}
@@ -111,7 +111,7 @@ def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixtu
     assert open_model(base / "again").model.config.trunk.vocab_size == folders.ROWS
 
 
-def test_a_run_goes_on_without_the_folder(base: Path) -> None:
+def test_a_run_resumes_after_its_folder_is_deleted(base: Path) -> None:
     shutil.copytree(base / "llama", base / "gone")
     settings = {**SHORT, "init_from": base / "gone", "mtp.depth": 1}
     helpers.train_here(base / "halves", base / "cache", {**settings, "trainer.max_steps": 2})
@@ -122,7 +122,7 @@ def test_a_run_goes_on_without_the_folder(base: Path) -> None:
     assert f"vocab_size: {folders.ROWS}" in config and "d_ff: 48" in config
 
 
-def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_may_bring_the_tokenizer(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(base / "llama", base / "bare")
     (base / "bare" / "tokenizer.json").unlink()
     settings = {**SHORT, "init_from": base / "bare", "tokenizer": "byte", "trainer.max_steps": 2}
@@ -159,7 +159,7 @@ def test_another_model_on_the_command_line_is_refused(
 
 
 @pytest.mark.slow
-def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
+def test_train_py_refuses_another_model_than_the_folders(base: Path, tmp_path: Path) -> None:
     settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", "model.n_kv_heads": 4}
     done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))
     assert done.returncode == 1 and "with model.n_kv_heads=2: leave" in done.stderr, done.stderr
@@ -168,42 +168,45 @@ def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
 
 def test_evaluate_reads_a_folder(base: Path, tmp_path: Path) -> None:
     folder = base / "deepseek"
-    given = ["decode.n_prompts=0", f"paths.cache_dir={base / 'cache'}"]
+    options = ["decode.n_prompts=0", f"paths.cache_dir={base / 'cache'}"]
     text = ["data=synthetic", "data.source.size=60000", "data.val_fraction=0.05", "data.seq_len=16"]
     with pytest.raises(ValueError, match="deepseek has no validation text of its own: give one"):
-        helpers.evaluated(folder, *given)
-    metrics = helpers.evaluated(folder, *given, *text)
+        helpers.evaluated(folder, *options)
+    metrics = helpers.evaluated(folder, *options, *text)
     depths = read_folder(folder).config.mtp.depth
     assert [k for k in range(9) if f"val/loss_depth_{k}" in metrics] == list(range(depths + 1))
     assert metrics["val/bits_per_byte"] > 0 and metrics["checkpoint"] == str(folder)
 
 
-def generated(folder: Path, **asked: Any) -> None:
+def run_generate(folder: Path, **settings: Any) -> None:
     """What ``generate.py`` does, in this process."""
-    given = {"checkpoint": str(folder), "output": "json", "accelerator": "cpu", "num_threads": 1}
-    generate_text(OmegaConf.merge(OmegaConf.load(helpers.CONF / "generate.yaml"), given, asked))
+    defaults = {"checkpoint": str(folder), "output": "json", "accelerator": "cpu", "num_threads": 1}
+    config = OmegaConf.load(helpers.CONF / "generate.yaml")
+    generate_text(OmegaConf.merge(config, defaults, settings))
 
 
-def test_a_file_of_prompts_says_what_it_took(
+def test_a_file_of_prompts_is_continued_and_timed(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, file = ["abc", "d", "efg h"], tmp_path / "prompts"
     file.write_text("\n".join(prompts))
-    generated(base / "deepseek", prompts=str(file), max_new_tokens=6, batch_size=2)
-    said = capsys.readouterr()
+    run_generate(base / "deepseek", prompts=str(file), max_new_tokens=6, batch_size=2)
+    captured = capsys.readouterr()
     model = open_model(base / "deepseek").model
-    wanted = [generate(model, [list(p.encode())], max_new_tokens=6)[0] for p in prompts]
-    shown = [json.loads(line)["token_ids"] for line in said.out.splitlines()]
-    assert shown == [g.token_ids for g in wanted]
-    line = re.fullmatch(r"3 prompts, (\d+) new tokens in ([\d.]+) s: (\d+) tokens/s.*\n", said.err)
-    assert line and int(line[1]) == sum(g.new_tokens for g in wanted)
+    expected = [generate(model, [list(p.encode())], max_new_tokens=6)[0] for p in prompts]
+    token_ids = [json.loads(line)["token_ids"] for line in captured.out.splitlines()]
+    assert token_ids == [g.token_ids for g in expected]
+    counts = re.fullmatch(
+        r"3 prompts, (\d+) new tokens in [\d.]+ s: \d+ tokens/s.*\n", captured.err
+    )
+    assert counts and int(counts[1]) == sum(g.new_tokens for g in expected)
 
 
-def test_prompts_begin_with_the_token_of_the_models_tokenizer(
+def test_prompts_begin_with_the_bos_token_of_the_folder(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in the programs that the model comes from: generated texts, those that heads are trained
-    on, and the decoding of a run on this trunk. A model that was trained here never saw one."""
+    """In generated texts, in the texts that heads are trained on, and in the decoding of a run on
+    this trunk. A model that was trained here has no such token."""
     shutil.copytree(base / "llama", tmp_path / "begins")
     file = tmp_path / "begins" / "tokenizer.json"
     library = Tokenizer.from_file(str(file))
@@ -216,16 +219,16 @@ def test_prompts_begin_with_the_token_of_the_models_tokenizer(
 
     def continued(folder: Path) -> list[int]:
         capsys.readouterr()
-        generated(folder, prompt="ab", max_new_tokens=6)
+        run_generate(folder, prompt="ab", max_new_tokens=6)
         return json.loads(capsys.readouterr().out)["token_ids"]  # type: ignore[no-any-return]
 
     model = open_model(tmp_path / "begins").model
-    wanted = generate(model, [prompt], max_new_tokens=6)[0].token_ids
-    assert continued(tmp_path / "begins") == wanted
+    expected = generate(model, [prompt], max_new_tokens=6)[0].token_ids
+    assert continued(tmp_path / "begins") == expected
 
     heads = {**SHORT, "init_from": tmp_path / "begins", "mtp.freeze_trunk": "true"}
     helpers.train_here(tmp_path / "run", base / "cache", {**heads, "mtp.depth": 1})
-    assert continued(tmp_path / "run") == wanted
+    assert continued(tmp_path / "run") == expected
     texts = SelfGenerated(
         SyntheticSource(size=20_000, documents=20), PretrainedTokenizer(str(file)),
         model=str(tmp_path / "begins"), n_prompts=12, prompt_tokens=6, new_tokens=20,
@@ -233,12 +236,12 @@ def test_prompts_begin_with_the_token_of_the_models_tokenizer(
     ).store["train"]  # fmt: skip
     assert (texts.tokens()[texts.starts()] == 256).all()
 
-    own = {"tokenizer": "pretrained", "tokenizer.path": str(file), "tokenizer.vocab_size": None}
-    helpers.train_here(tmp_path / "own", base / "cache", {"trainer.max_steps": 2, **own})
+    settings = {"tokenizer": "pretrained", "tokenizer.path": file, "tokenizer.vocab_size": None}
+    helpers.train_here(tmp_path / "own", base / "cache", {"trainer.max_steps": 2, **settings})
     assert open_model(tmp_path / "own").tokenizer.encode_prompt("ab").tolist() == [97, 98]
 
 
-def test_ends_that_config_json_alone_names(base: Path, tmp_path: Path) -> None:
+def test_eos_ids_of_config_json_end_a_text(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "llama", tmp_path / "older")
     (tmp_path / "older" / "generation_config.json").unlink()
     file = tmp_path / "older" / "config.json"

@@ -1,4 +1,4 @@
-"""Against transformers itself: models that it made, and what it makes of models from here."""
+"""Models of transformers here, and models of this project in transformers."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.theirs import LLAMA3, THEIRS, THERE, YARN, make, transformers
+from tests.interop.theirs import INSTALLED, LLAMA3, THEIRS, YARN, save, transformers
 
 pytestmark = [
     pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="transformers is compared with: pip install -e '.[hf]'"),
-    # transformers imports optional packages that warn; none of that is this project's.
+    pytest.mark.skipif(not INSTALLED, reason="needs transformers: pip install -e '.[hf]'"),
+    # transformers imports optional packages that warn.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
-    theirs = make(tmp_path, name)
+def test_models_of_transformers_give_equal_logits_here(name: str, tmp_path: Path) -> None:
+    theirs = save(tmp_path, name)
     folder = read_folder(tmp_path)
     model = folder.build()
     assert model.depth == 0
@@ -53,7 +53,7 @@ def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_missing_field_has_their_value(name: str) -> None:
+def test_a_missing_field_has_the_default_of_transformers(name: str) -> None:
     kind, sizes = THEIRS[name]
     config = getattr(transformers, f"{kind}Config")
 
@@ -62,14 +62,14 @@ def test_a_missing_field_has_their_value(name: str) -> None:
         return from_json(fields, depth=0, source="x")
 
     whole = config(**sizes).to_dict()
-    # Tensors of other shapes show these.
+    # A wrong default of these is seen in the shapes of tensors.
     for missing in whole.keys() - {"model_type", "num_key_value_heads", "q_lora_rank"}:
         fields = {field: value for field, value in whole.items() if field != missing}
         try:
-            found = trunk(fields)
+            read = trunk(fields)
         except UserError:  # refused by its name
             continue
-        assert found == trunk(config(**copy.deepcopy(fields)).to_dict()), missing
+        assert read == trunk(config(**copy.deepcopy(fields)).to_dict()), missing
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_a_missing_field_has_their_value(name: str) -> None:
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32},
     ],
 )
-def test_rotary_parameters_are_found_where_they_find_them(
+def test_rotary_parameters_are_read_from_the_fields_of_transformers(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    make(tmp_path, "llama")
+    save(tmp_path, "llama")
     folders.change_config(tmp_path, **changes)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     here = read_folder(tmp_path).build()
@@ -92,20 +92,20 @@ def test_rotary_parameters_are_found_where_they_find_them(
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek", "glm4_moe"])
-def test_their_shards_and_halves(name: str, tmp_path: Path) -> None:
-    theirs = make(tmp_path, name, dtype=torch.bfloat16, max_shard_size="20KB")
+def test_sharded_folders_in_bfloat16_are_read(name: str, tmp_path: Path) -> None:
+    theirs = save(tmp_path, name, dtype=torch.bfloat16, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     folder = read_folder(tmp_path)
-    found = folder.weights["trunk.blocks.1.attention_norm.weight"]
-    assert torch.equal(found, theirs.model.layers[1].input_layernorm.weight)
+    norm = folder.weights["trunk.blocks.1.attention_norm.weight"]
+    assert torch.equal(norm, theirs.model.layers[1].input_layernorm.weight)
     lines = list(check_with_transformers(tmp_path, folder.build()))
     assert any("logits of the trunk" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "glm4_moe"])
-def test_modules_for_their_model(name: str, tmp_path: Path, cache: Path) -> None:
-    """Post-hoc MTP, end to end: their trunk, modules trained here, decoded here and there."""
-    make(tmp_path / "theirs", name)
+def test_training_modules_keeps_the_trunk(name: str, tmp_path: Path, cache: Path) -> None:
+    """Trains modules on a trunk of transformers, decodes with them, and exports both."""
+    save(tmp_path / "theirs", name)
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     theirs = read_folder(tmp_path / "theirs")
     settings = {
@@ -130,12 +130,12 @@ def test_modules_for_their_model(name: str, tmp_path: Path, cache: Path) -> None
     [
         *((name, 2, {}) for name in folders.TRUNKS),
         *((name, 0, {}) for name in ("llama", "deepseek")),
-        # The original model's logits, not the converted one's, are what transformers must give.
+        # transformers must give the logits of the original model, not of the converted one.
         ("deepseek", 2, {"share_layers": True}),
         ("deepseek", 2, {"concat": "hidden_first"}),
     ],
 )
-def test_our_models_pass_the_check(
+def test_exported_models_pass_the_check(
     name: str, depth: int, switches: dict[str, Any], tmp_path: Path
 ) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=depth, **switches).eval()
@@ -177,8 +177,8 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
         ("model.layers.1.mlp.gate.e_score_correction_bias", 0),
     ],
 )
-def test_a_changed_tensor_is_found(name: str, depth: int, tmp_path: Path) -> None:
-    """Once by its name, and once by the depth whose logits it moves."""
+def test_a_changed_tensor_fails_the_checks(name: str, depth: int, tmp_path: Path) -> None:
+    """One check names the tensor, the other the depth whose logits differ."""
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2).eval()
     folders.write(tmp_path / "one", model)
     shape = next(s for p in weight_map(model.config) for n, s in p.parts if n == name)
@@ -190,7 +190,7 @@ def test_a_changed_tensor_is_found(name: str, depth: int, tmp_path: Path) -> Non
         list(check_with_transformers(tmp_path / "one", model))
 
 
-def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
+def test_a_missing_tensor_fails_the_checks(tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2).eval()
     folders.write(tmp_path / "one", model)
     change(tmp_path / "one", "model.layers.4.hnorm.weight", None)
@@ -201,10 +201,9 @@ def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek", "glm4_moe"])
-def test_the_one_line_is_all_that_a_user_needs(
+def test_transformers_drafts_after_the_one_line_of_the_card(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain transformers, AutoModel and all."""
     model = deepseek.build(folders.TRUNKS[name], depth=2).eval()
     folders.write(tmp_path / "one", model)
     fields = read_folder(tmp_path / "one").fields
@@ -222,15 +221,15 @@ def test_the_one_line_is_all_that_a_user_needs(
     assert plain.tolist() == drafted.tolist()
 
 
-def test_check_shows_the_line_and_what_was_found(
+def test_check_prints_the_line_and_its_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
     folders.write(tmp_path / "one", model)
     check.check(tmp_path / "one")
-    shown = capsys.readouterr().out
-    assert one_line("deepseek_v3", 3, 1) in shown and "use_mtp=True" in shown
-    assert shown.endswith("all equal\n")
+    output = capsys.readouterr().out
+    assert one_line("deepseek_v3", 3, 1) in output and "use_mtp=True" in output
+    assert output.endswith("all equal\n")
     before = transformers.DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected
     assert before == [r"model\.layers\.61.*"], "the check leaves the process' class alone"
 
@@ -272,14 +271,14 @@ def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
             check_tokenizer(tmp_path, tokenizer)
 
 
-def test_a_tokenizer_config_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that names code, which is not run, and one that transformers cannot read."""
+def test_code_of_a_tokenizer_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that transformers cannot read is refused."""
     write_tokenizer(tmp_path, ByteTokenizer(), max_positions=64)
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    custom_code = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
     (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, **named}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, **custom_code}))
     assert "but not in AutoTokenizer" in check_tokenizer(tmp_path, ByteTokenizer())
     assert not (tmp_path / "ran").exists()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, "model_max_length": "x"}))
@@ -287,12 +286,12 @@ def test_a_tokenizer_config_from_elsewhere(tmp_path: Path, monkeypatch: pytest.M
         check_tokenizer(tmp_path, ByteTokenizer())
 
 
-def test_a_tokenizer_next_to_qwen2s_layout_is_read_by_the_class_that_is_named(
+def test_tokenizers_of_qwen2_folders_are_checked_with_the_named_class(
     tmp_path: Path,
 ) -> None:
-    """AutoTokenizer splits text by Qwen2's own rule there, whatever tokenizer.json says."""
-    model = folders.trained(folders.TRUNKS["qwen2"], SequentialConfig(depth=1))
+    """AutoTokenizer splits text by Qwen2's rule there instead of tokenizer.json's."""
+    model = folders.random_model(folders.TRUNKS["qwen2"], SequentialConfig(depth=1))
     tokenizer: Any = BPETokenizer(vocab_size=300).train([TEXT * 20])
     folders.write(tmp_path / "one", model, tokenizer)
-    told = check_tokenizer(tmp_path / "one", tokenizer)
-    assert told.endswith("in PreTrainedTokenizerFast, but not in AutoTokenizer")
+    note = check_tokenizer(tmp_path / "one", tokenizer)
+    assert note.endswith("in PreTrainedTokenizerFast, but not in AutoTokenizer")

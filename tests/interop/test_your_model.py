@@ -1,5 +1,5 @@
-"""The commands of docs/your_model.md in order, each typed as a user would, on small models of
-transformers: from a folder of Llama's, Qwen's or DeepSeek's to verified heads and back."""
+"""The commands of docs/your_model.md in order, on small models of transformers: from a folder of
+Llama's, Qwen's or DeepSeek's to verified heads and back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import ROOT, execute
 from tests.interop.folders import read_folder
-from tests.interop.theirs import THERE, make
+from tests.interop.theirs import INSTALLED, save
 
-pytestmark = [pytest.mark.extras, pytest.mark.skipif(not THERE, reason="pip install -e '.[hf]'")]
+pytestmark = [pytest.mark.extras, pytest.mark.skipif(not INSTALLED, reason="extra 'hf'")]
 
 PAGE = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
@@ -26,11 +26,11 @@ COMMANDS = [
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
 ]
-# What is not of the model: an installation, and a download.
-ELSEWHERE = (["pip"], ["python", "-m", "data_modules.corpora.smollm2"])
-# The user's own model and texts, and less of everything.
+# An installation and a download.
+SKIPPED = (["pip"], ["python", "-m", "data_modules.corpora.smollm2"])
+# A small model, few texts and few steps.
 HEADS = "mtp_lightning.heads"
-SHORT = {
+SETTINGS = {
     "generate.py": ["max_new_tokens=6", "num_threads=1"],
     HEADS: [
         "--hours", "0.02", "data.n_prompts=64", "trainer.max_steps=10",
@@ -48,7 +48,7 @@ SHORT = {
 }  # fmt: skip
 
 
-def typed(words: list[str]) -> list[str]:
+def small_command(words: list[str]) -> list[str]:
     """The command's words with a small model in the place of the page's."""
     words = [re.sub(r"^(checkpoint=)?checkpoints/.*", r"\1theirs", word) for word in words]
     words = ["theirs" if word == "FOLDER" else word for word in words]
@@ -56,11 +56,11 @@ def typed(words: list[str]) -> list[str]:
         words = ["python", "-m", HEADS, *words[2:]]
     program, rest = words[1], words[2:]
     if program == "-m":
-        return ["-m", *rest, *SHORT[rest[0]]]
-    less = SHORT.get(program, [])
-    named = {word.split("=")[0] for word in less}
-    kept = [word for word in rest if word.split("=")[0] not in named]
-    return [str(ROOT / program), *kept, *less]
+        return ["-m", *rest, *SETTINGS[rest[0]]]
+    settings = SETTINGS.get(program, [])
+    keys = {word.split("=")[0] for word in settings}
+    others = [word for word in rest if word.split("=")[0] not in keys]
+    return [str(ROOT / program), *others, *settings]
 
 
 @pytest.mark.parametrize(
@@ -71,34 +71,34 @@ def typed(words: list[str]) -> list[str]:
         pytest.param("deepseek", marks=pytest.mark.slow),
     ],
 )
-def test_every_command_runs(name: str, tmp_path: Path) -> None:
-    make(tmp_path / "theirs", name)
+def test_every_command_of_the_page_runs(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "theirs", name)
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(60)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
     cache = {"PYTHONPATH": str(ROOT), "MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
-    said: list[str] = []
+    outputs: list[str] = []
     for words in COMMANDS:
-        if words[:3] in ELSEWHERE or words[:1] in ELSEWHERE:
+        if words[:3] in SKIPPED or words[:1] in SKIPPED:
             continue
-        done = execute([sys.executable, *typed(words)], tmp_path, **cache)
-        # Nothing to be sound before there are heads, nor after four steps.
-        allowed = (0, 2) if words[1] == "doctor.py" else (0,)
+        done = execute([sys.executable, *small_command(words)], tmp_path, **cache)
+        # Without heads, and with heads of four steps, the doctor finds nothing sound.
+        codes = (0, 2) if words[1] == "doctor.py" else (0,)
         if name == "deepseek" and "output=smollm2_heads.gguf" in words:
-            allowed = (1,)  # its norms have two epsilons
+            codes = (1,)  # its norms have two epsilons
             assert "one epsilon for all" in done.stderr
-        assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-        said.append(done.stdout)
+        assert done.returncode in codes, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        outputs.append(done.stdout)
         if words[1] == "heads":
-            again = execute([sys.executable, *typed(words)], tmp_path, **cache)
+            again = execute([sys.executable, *small_command(words)], tmp_path, **cache)
             assert again.stdout.count("done before: ") == 4, again.stdout
-    assert len(said) == 9
-    assert all(word in said[1] for word in ("verified", "lossless", "agreement", "Measured"))
+    assert len(outputs) == 9
+    assert all(word in outputs[1] for word in ("verified", "lossless", "agreement", "Measured"))
     assert (tmp_path / "smollm2_heads" / "certificate" / "badge.svg").is_file()
     # the head of the last step, not of the first validation
     assert open_model(tmp_path / "smollm2_heads" / "run").step == 10
-    assert "no MTP" in said[4] and "x transformers" in said[6]
-    assert "agreement" in said[8]
+    assert "no MTP" in outputs[4] and "x transformers" in outputs[6]
+    assert "agreement" in outputs[8]
     card = tmp_path / "smollm2_heads.md"
     assert name == "deepseek" or "1 MTP module" in card.read_text()
     before, after = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "smollm2_mtp")

@@ -1,4 +1,4 @@
-"""Small random models of transformers', as it makes and saves them."""
+"""Small random models that transformers builds and saves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from tests.interop import folders
 
-THERE = importlib.util.find_spec("transformers") is not None
-transformers = importlib.import_module("transformers") if THERE else None
+INSTALLED = importlib.util.find_spec("transformers") is not None
+transformers = importlib.import_module("transformers") if INSTALLED else None
 
 SIZES = {
     "vocab_size": folders.ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -29,7 +29,7 @@ DEEPSEEK = {
     "v_head_dim": 6, "qk_nope_head_dim": 8, "n_group": 4, "topk_group": 2,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.0,
 }  # fmt: skip
-# As GLM-4.5 is: biases, norms on heads, half of which is rotated; GLM-4.5-Air is without the norms.
+# GLM-4.5 has biases and norms on heads, half of which is rotated; GLM-4.5-Air has no norms.
 GLM = {
     **SIZES, "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True,
     "use_qk_norm": True, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
@@ -76,8 +76,8 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **saving: Any) -> Any:
-    """A random model of transformers', saved by it, with gains and biases that are not trivial."""
+def save(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **saving: Any) -> Any:
+    """A random model, saved by transformers, with gains and biases that are not trivial."""
     kind, fields = THEIRS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**fields)

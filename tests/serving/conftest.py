@@ -27,13 +27,13 @@ NAME = "tiny"
 
 @pytest.fixture(scope="session")
 def run() -> OpenedModel:
-    """Its texts are bytes of all kinds, few of them characters."""
+    """Its texts are random bytes."""
     torch.manual_seed(0)
     return opened_model(3, seq_len=SEQ_LEN, path=Path(NAME))
 
 
 def config(**settings: Any) -> Any:
-    """``conf/serve.yaml`` with settings. The number of drafts is not measured, but the model's."""
+    """``conf/serve.yaml`` with settings, and with the model's depth as the number of drafts."""
     cfg = OmegaConf.load(CONF / "serve.yaml")
     for name in ("hydra", "defaults"):
         del cfg[name]
@@ -43,7 +43,7 @@ def config(**settings: Any) -> Any:
 
 
 class Serving:
-    """A server that answers, and where."""
+    """A running server and its address."""
 
     def __init__(self, server: Any, port: int) -> None:
         self.server = server
@@ -62,12 +62,12 @@ class Serving:
         return httpx2.get(f"http://127.0.0.1:{self.port}/{path}", headers=headers)
 
     def post(self, body: Any, kind: str = "application/json", path: str = "completions") -> Any:
-        """The answer to a body, which is bytes or made of its fields."""
+        """The answer to a body of bytes, or of an object as JSON."""
         import httpx2
 
-        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"content-type": kind}
-        return httpx2.post(f"{self.base_url}/{path}", content=sent, headers=headers, timeout=60)
+        return httpx2.post(f"{self.base_url}/{path}", content=content, headers=headers, timeout=60)
 
     def stream(self, **fields: Any) -> list[dict[str, Any]]:
         """The events of a text."""
@@ -80,12 +80,12 @@ class Serving:
     def meter(self, name: str) -> float:
         """A value of /metrics, 0 where it has not been counted yet."""
         text = self.get("metrics").text
-        found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        return float(found[0].split()[1]) if found else 0.0
+        lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(lines[0].split()[1]) if lines else 0.0
 
     def wait_for(self, name: str, value: float) -> None:
         """Until a meter has a value."""
-        until(lambda: self.meter(name) == value, f"{name} == {value}")
+        wait_until(lambda: self.meter(name) == value, f"{name} == {value}")
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -95,29 +95,28 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def refused(response: Any, status: int, told: str, *, param: str | None = None) -> None:
-    """Check that a response is an error of one short sentence, about the field ``param`` if one is
-    given."""
+def assert_refused(response: Any, status: int, message: str, *, param: str | None = None) -> None:
+    """Checks that a response is an error of one short sentence, about the field ``param``."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert told in error["message"], error["message"]
+    assert message in error["message"], error["message"]
     assert param in (None, error["param"]), error
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
-def expected(run: OpenedModel, prompt: str | list[int], max_tokens: int, **settings: Any) -> Any:
-    """The text that generate() writes."""
+def generation(run: OpenedModel, prompt: str | list[int], max_tokens: int, **settings: Any) -> Any:
+    """The answer of generate()."""
     ids = run.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
     settings["tokenizer"] = run.tokenizer
     (generation,) = generate(run.model, [ids], max_new_tokens=max_tokens, **settings)
     return generation
 
 
-def until(condition: Callable[[], bool], told: str) -> None:
+def wait_until(condition: Callable[[], bool], message: str) -> None:
     end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, f"not in 60 s: {told}"
+        assert time.monotonic() < end, f"not in 60 s: {message}"
         time.sleep(0.01)
 
 
@@ -126,13 +125,13 @@ def serving(run: OpenedModel, **settings: Any) -> Iterator[Serving]:
     from mtp_lightning.serving.server import Server
     from mtp_lightning.serving.start import listen
 
-    with listen("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0) as listener:
         server = Server(config(**settings), run, name=NAME)
-        thread = threading.Thread(target=server.run, args=([listening],))
+        thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            until(lambda: server.started, "the server has started")
-            yield Serving(server, listening.getsockname()[1])
+            wait_until(lambda: server.started, "the server has started")
+            yield Serving(server, listener.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(30)
@@ -141,15 +140,15 @@ def serving(run: OpenedModel, **settings: Any) -> Iterator[Serving]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While it is clear, no round begins."""
-    opened = threading.Event()
+    """An event: no decoding round begins before it is set."""
+    event = threading.Event()
     step = Engine.step
 
-    def waits(self: Engine) -> Any:
+    def gated_step(self: Engine) -> Any:
         if self.sequences:
-            assert opened.wait(60)
+            assert event.wait(60)
         return step(self)
 
-    monkeypatch.setattr(Engine, "step", waits)
-    yield opened
-    opened.set()
+    monkeypatch.setattr(Engine, "step", gated_step)
+    yield event
+    event.set()

@@ -1,4 +1,4 @@
-"""``python serve.py``: what it says, what it refuses, and how a signal ends it."""
+"""``python serve.py``: its first lines, settings that it refuses, and its end by a signal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIELDS = {"prompt": "def ", "temperature": 0, "stream": True}
 
 @contextmanager
 def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """The process, the model's name and its address."""
+    """The process, the model's name and the address."""
     process = subprocess.Popen(
         [*APP, "port=0", "num_threads=1", *settings],
         stdout=subprocess.PIPE,
@@ -40,14 +40,14 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"(\S+) \(page: http://127\.0\.0\.1:\d+/\) answers at (http://127\.0\.0\.1:\d+/v1)\n",
             line,
         )
-        assert found, line + (process.communicate(timeout=60)[1] if not line else "")
+        assert match, line + (process.communicate(timeout=60)[1] if not line else "")
         assert re.fullmatch(r"context: \d+ tokens\n", process.stdout.readline())
         assert process.stdout.readline().startswith("CPU layers by ")
-        yield process, found[1], found[2]
+        yield process, match[1], match[2]
     finally:
         process.kill()
         process.communicate()
@@ -57,45 +57,45 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
 @pytest.mark.parametrize(
     ("grace", "number", "code"), [(60, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
 )
-def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: int) -> None:
-    """Who waits or comes is told at once; running texts end, or are cut when their time is up."""
+def test_a_signal_ends_the_server(finished: Path, grace: int, number: int, code: int) -> None:
+    """Waiting and new requests get 503; running texts end, or are cut after ``grace`` seconds."""
     import httpx2
 
     settings = [f"checkpoint={finished}", f"grace={grace}", "batch_size=1", "long=slide"]
     body = {**FIELDS, "max_tokens": 4000}
-    waited: list[int] = []
+    statuses: list[int] = []
     with app(*settings, "max_new_tokens=4000") as (process, name, url):
         assert name == finished.name
         with httpx2.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
-            found = events(response.iter_lines())
-            told = [next(found)]
+            stream = events(response.iter_lines())
+            chunks = [next(stream)]
 
-            def wait() -> None:
-                waited.append(httpx2.post(f"{url}/completions", json=body).status_code)
+            def post() -> None:
+                statuses.append(httpx2.post(f"{url}/completions", json=body).status_code)
 
-            waiting = threading.Thread(target=wait)
-            waiting.start()
+            thread = threading.Thread(target=post)
+            thread.start()
             metrics = f"{url.removesuffix('/v1')}/metrics"
             while "mtp_queue_length 1.0" not in httpx2.get(metrics).text:
                 time.sleep(0.01)
             process.send_signal(number)
-            waiting.join(60)
+            thread.join(60)
             if grace:  # the socket stays open until the running text has ended
                 assert httpx2.get(metrics.replace("metrics", "health")).status_code == 503
                 assert httpx2.post(f"{url}/completions", json=body).status_code == 503
-            told += list(found)
+            chunks += list(stream)
         output, errors = process.communicate(timeout=60)
-        assert process.returncode == code and waited == [503]
+        assert process.returncode == code and statuses == [503]
     if grace:
-        assert told[-1]["choices"][0]["finish_reason"] == "length"
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert errors == "ended; no text was cut short.\n"
     else:
-        assert told[-1]["error"]["code"] == "ending" and len(told) < 4000
+        assert chunks[-1]["error"]["code"] == "ending" and len(chunks) < 4000
         assert errors == "ended; 1 text was cut short.\n"
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"port": 70000}, "port must be"),
         ({"queue": 0}, "queue must be"),
@@ -109,13 +109,13 @@ def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: in
     ],
     ids=str,
 )
-def test_settings_are_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         start.serve(config(**settings))
 
 
 @pytest.mark.extras
-def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
+def test_a_wrong_setting_is_one_sentence_and_exit_code_1(finished: Path) -> None:
     done = execute([*APP, f"checkpoint={finished}", "port=0", "draft_depth=7"])
     assert done.returncode == 1 and done.stdout == "", done
     assert done.stderr.startswith("error: draft_depth=7, but the model drafts 2 tokens")
@@ -123,7 +123,7 @@ def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
 
 
 @pytest.mark.extras
-def test_prompts_that_do_not_fit_are_refused_at_the_start() -> None:
+def test_max_prompt_beyond_the_context_is_refused_at_the_start() -> None:
     from mtp_lightning.serving.parsing import BodyParser
 
     run = opened_model(0, seq_len=64)
@@ -132,21 +132,21 @@ def test_prompts_that_do_not_fit_are_refused_at_the_start() -> None:
     BodyParser(config(max_prompt=65, long="slide"), run, name="x", max_draft=0)
 
 
-def test_the_context_of_heads_on_an_imported_trunk_is_told() -> None:
+def test_the_context_of_heads_on_an_imported_trunk_is_shown() -> None:
     run = opened_model(0, seq_len=64)
     imported = replace(run, brings_trunk=True)
     assert start._context(run) == start._context(imported) == "context: 64 tokens"
     assert "64 tokens, the window of its training" in start._context(replace(imported, step=5))
 
 
-def test_an_address_that_no_machine_has() -> None:
+def test_an_unknown_host_is_refused() -> None:
     with pytest.raises(UserError, match="host=no.such.host.invalid port=0 is not available"):
         start.listen("no.such.host.invalid", 0)
     with pytest.raises(UserError, match=r"host=a\.\.b port=0 is not available"):
         start.listen("a..b", 0)
 
 
-def test_a_folder_serves_under_its_whole_name(tmp_path: Path) -> None:
+def test_models_are_named_after_their_folder_file_or_run(tmp_path: Path) -> None:
     folder, file = tmp_path / "Llama-3.2-1B", tmp_path / "small.Q4_1.gguf"
     folder.mkdir()
     last = tmp_path / "run.1" / "checkpoints" / "last.ckpt"
@@ -154,14 +154,14 @@ def test_a_folder_serves_under_its_whole_name(tmp_path: Path) -> None:
     assert names == ["Llama-3.2-1B", "small.Q4_1", "run.1"]
 
 
-def test_an_address_that_is_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port} is not available .*in use"):
             start.listen("127.0.0.1", port)
 
 
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: name if name != "uvicorn" else None
     )

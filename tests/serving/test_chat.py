@@ -1,4 +1,4 @@
-"""Chat: the template of a tokenizer, messages, and their answers by OpenAI's own client."""
+"""Chat: the template of a tokenizer, and messages by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.opening import OpenedModel, pretrained_state
 from tests.decoding.models import small_model
-from tests.serving.conftest import NAME, Serving, expected, refused, serving
+from tests.serving.conftest import NAME, Serving, assert_refused, generation, serving
 
 pytestmark = pytest.mark.extras
 
@@ -58,56 +58,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def talking(folder: Path, run: OpenedModel) -> OpenedModel:
+def chat_model(folder: Path, run: OpenedModel) -> OpenedModel:
     model = small_model(5, 2, vocab=259)
     return replace(run, model=model, tokenizer_state=pretrained_state(folder))
 
 
 @pytest.fixture(scope="module")
-def served(talking: OpenedModel) -> Iterator[Serving]:
-    with serving(talking, batch_size=2) as found:
-        yield found
+def served(chat_model: OpenedModel) -> Iterator[Serving]:
+    with serving(chat_model, batch_size=2) as server:
+        yield server
 
 
-def test_a_template_may_mark_the_models_words_and_ask_for_tools() -> None:
+def test_templates_may_use_generation_tags_and_tools() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     source += "{% if tools is not none %}tools{% endif %}"
     assert ChatTemplate(source, {}).render([{"content": "a"}, {"content": "b"}]) == "ab"
 
 
 def test_a_model_with_a_broken_template_still_completes_texts(
-    folder: Path, talking: OpenedModel, caplog: pytest.LogCaptureFixture
+    folder: Path, chat_model: OpenedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = {**talking.tokenizer_state, "beside": {"chat_template.jinja": "{% nope %}"}}
-    with serving(replace(talking, tokenizer_state=state)) as api:
+    state = {**chat_model.tokenizer_state, "beside": {"chat_template.jinja": "{% nope %}"}}
+    with serving(replace(chat_model, tokenizer_state=state)) as api:
         assert "Chats are refused: the model's chat template is not one of Jinja" in caplog.text
         answer = api.post({"prompt": "a", "max_tokens": 2})
         assert answer.status_code == 200
 
 
-def test_a_message_in_parts_and_by_a_newer_role_is_as_in_other_servers(served: Serving) -> None:
+def test_developer_messages_and_parts_equal_a_system_text(served: Serving) -> None:
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
     developer = [{"role": "developer", "content": parts}, MESSAGES[1]]
     system = [{"role": "system", "content": "Be\nbrief."}, MESSAGES[1]]
     fields = {"model": NAME, "max_tokens": 9, "temperature": 0}
-    said = [
+    answers = [
         served.client().chat.completions.create(**fields, messages=messages)
         for messages in (developer, system)
     ]
-    assert said[0].choices[0].message == said[1].choices[0].message
-    assert said[0].usage.prompt_tokens == said[1].usage.prompt_tokens
+    assert answers[0].choices[0].message == answers[1].choices[0].message
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
 
 
-def test_what_changes_nothing_is_accepted(served: Serving) -> None:
-    said = {"role": "assistant", "content": "b", "refusal": None}
-    answered = [*MESSAGES, {**said, "annotations": [], "tool_calls": []}, MESSAGES[1]]
-    plain = [*MESSAGES, said, MESSAGES[1]]
+def test_fields_that_change_nothing_are_accepted(served: Serving) -> None:
+    message = {"role": "assistant", "content": "b", "refusal": None}
+    with_extras = [*MESSAGES, {**message, "annotations": [], "tool_calls": []}, MESSAGES[1]]
+    plain = [*MESSAGES, message, MESSAGES[1]]
     tools = [{"type": "function", "function": {"name": "f"}}]
     texts = set()
     for fields in (
         {"messages": plain},
-        {"messages": answered},
-        {"messages": [{**message, "name": "me"} for message in plain]},
+        {"messages": with_extras},
+        {"messages": [{**m, "name": "me"} for m in plain]},
         {"messages": plain, "tools": tools, "tool_choice": "none"},
         {"messages": plain, "tools": [], "tool_choice": "auto"},
         {"messages": plain, "tool_choice": "auto"},
@@ -119,41 +119,41 @@ def test_what_changes_nothing_is_accepted(served: Serving) -> None:
     assert len(texts) == 1
 
 
-def test_a_template_may_read_names(talking: OpenedModel) -> None:
+def test_templates_may_read_names(chat_model: OpenedModel) -> None:
     template = "{% for m in messages %}{{ m.name }}{% endfor %}"
-    state = {**talking.tokenizer_state, "beside": {"chat_template.jinja": template}}
-    with serving(replace(talking, tokenizer_state=state)) as api:
+    state = {**chat_model.tokenizer_state, "beside": {"chat_template.jinja": template}}
+    with serving(replace(chat_model, tokenizer_state=state)) as api:
         messages = [{"role": "user", "content": "a", "name": "me"}]
         body = {"messages": messages, "max_tokens": 2}
         answer = api.post(body, path="chat/completions").json()
     assert answer["usage"]["prompt_tokens"] == 2
 
 
-def test_the_prompt_is_that_of_transformers(folder: Path) -> None:
+def test_the_prompt_equals_that_of_transformers(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = PretrainedTokenizer(str(folder))
     template = ChatTemplate.of(tokenizer.state())
     assert template is not None
     text = template.render(MESSAGES)
-    wanted = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert text == wanted and "<|im_start|>assistant" in text and "Be  brief.<" in text
+    expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert text == expected and "<|im_start|>assistant" in text and "Be  brief.<" in text
     assert tokenizer.encode_specials(text).tolist() == theirs(text).input_ids
 
 
-def test_where_a_template_is_kept() -> None:
+def test_the_default_template_of_a_tokenizer_config_is_read() -> None:
     assert ChatTemplate.of({"kind": "byte"}) is None
     named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
-    for given, wanted in (("x", "x"), (named, "d")):
-        config = json.dumps({"chat_template": given})
+    for value, expected in (("x", "x"), (named, "d")):
+        config = json.dumps({"chat_template": value})
         template = ChatTemplate.of({"beside": {"tokenizer_config.json": config}})
-        assert template is not None and template.render([]) == wanted
+        assert template is not None and template.render([]) == expected
     with pytest.raises(ValueError, match="not one of Jinja"):
         ChatTemplate("{% if %}", {})
 
 
 @pytest.mark.parametrize("value", [3, {}, [1], [{"name": [1], "template": "x"}]])
-def test_values_that_are_no_template_and_no_token_are_left_out(value: Any) -> None:
+def test_values_that_are_not_templates_or_tokens_are_ignored(value: Any) -> None:
     odd = json.dumps({"chat_template": value, "bos_token": value})
     assert ChatTemplate.of({"beside": {"tokenizer_config.json": odd}}) is None
     files = {"tokenizer_config.json": odd, "chat_template.jinja": "<{{ bos_token }}>"}
@@ -161,7 +161,7 @@ def test_values_that_are_no_template_and_no_token_are_left_out(value: Any) -> No
     assert template is not None and template.render([]) == "<>"
 
 
-def test_a_template_sees_messages_alone() -> None:
+def test_templates_cannot_reach_python_or_files() -> None:
     for source in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
@@ -173,7 +173,7 @@ def test_a_template_sees_messages_alone() -> None:
         assert ChatTemplate(source, {}).around() is None
 
 
-def test_what_a_template_writes_around_a_question(folder: Path) -> None:
+def test_around_is_the_text_before_and_after_a_question(folder: Path) -> None:
     template = ChatTemplate.of(PretrainedTokenizer(str(folder)).state())
     assert template is not None
     before, after = template.around() or ("", "")
@@ -183,42 +183,42 @@ def test_what_a_template_writes_around_a_question(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=str)
-def test_answers_are_generates(talking: OpenedModel, served: Serving, settings: Any) -> None:
-    template = ChatTemplate.of(talking.tokenizer_state)
+def test_answers_equal_generates(chat_model: OpenedModel, served: Serving, settings: Any) -> None:
+    template = ChatTemplate.of(chat_model.tokenizer_state)
     assert template is not None
-    prompt = talking.tokenizer.encode_specials(template.render(MESSAGES)).tolist()
-    wanted = expected(talking, prompt, 50, **settings)
+    prompt = chat_model.tokenizer.encode_specials(template.render(MESSAGES)).tolist()
+    expected = generation(chat_model, prompt, 50, **settings)
     api = served.client().chat.completions
     fields = {"model": NAME, "messages": MESSAGES, "max_completion_tokens": 50, **settings}
     whole = api.create(**fields, logprobs=True, top_logprobs=2)
     (choice,) = whole.choices
-    assert choice.message.content == wanted.text and choice.message.role == "assistant"
+    assert choice.message.content == expected.text and choice.message.role == "assistant"
     assert whole.usage.prompt_tokens == len(prompt)
-    assert whole.usage.completion_tokens == wanted.new_tokens
+    assert whole.usage.completion_tokens == expected.new_tokens
     parts = [[{"type": "text", "text": m["content"]}] for m in MESSAGES]
     in_parts = [{**m, "content": part} for m, part in zip(MESSAGES, parts, strict=True)]
     chunks = list(api.create(**{**fields, "messages": in_parts}, logprobs=True, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert deltas[0].role == "assistant" and chunks[0].object == "chat.completion.chunk"
-    assert "".join(delta.content or "" for delta in deltas) == wanted.text
+    assert "".join(delta.content or "" for delta in deltas) == expected.text
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == [
         choice.finish_reason
     ]
-    told = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
-    tokens = [token for part in told for token in part]
+    logprobs = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    tokens = [token for part in logprobs for token in part]
     assert [t.token for t in tokens] == [t.token for t in choice.logprobs.content]
-    read = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
-    assert read.decode("utf-8", "replace") == wanted.text
+    text = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
+    assert text.decode("utf-8", "replace") == expected.text
     assert all(len(t.top_logprobs) == 2 for t in choice.logprobs.content)
 
 
-def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
+def test_chats_without_max_tokens_may_be_long(served: Serving) -> None:
     answer = served.client().chat.completions.create(model=NAME, messages=MESSAGES, seed=1)
     assert answer.usage.completion_tokens > 16 or answer.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"messages": []}, "at least one message"),
         ({"messages": "hi"}, "at least one message"),
@@ -244,9 +244,9 @@ def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
     ],
     ids=str,
 )
-def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
+def test_wrong_fields_are_refused(served: Serving, fields: dict[str, Any], message: str) -> None:
     body = {"model": NAME, "messages": MESSAGES, **fields}
-    refused(served.post(body, path="chat/completions"), 400, told, param=[*fields][-1])
+    assert_refused(served.post(body, path="chat/completions"), 400, message, param=[*fields][-1])
 
 
 def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:

@@ -1,4 +1,4 @@
-"""Bodies that no client of good faith sends: a sentence for each, and the server lives."""
+"""Malformed requests are refused in one sentence, and the server still answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.opening import OpenedModel
-from tests.serving.conftest import NAME, SEQ_LEN, Serving, refused, serving
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, assert_refused, serving
 
 pytestmark = pytest.mark.extras
 
@@ -22,8 +22,8 @@ BODY_LIMIT = 100_000
 
 @pytest.fixture(scope="module")
 def served(run: OpenedModel) -> Iterator[Serving]:
-    with serving(run, batch_size=2, max_body=BODY_LIMIT, hosts=["other.example"]) as found:
-        yield found
+    with serving(run, batch_size=2, max_body=BODY_LIMIT, hosts=["other.example"]) as server:
+        yield server
 
 
 RAW = {
@@ -49,13 +49,13 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_bytes(served: Serving, name: str) -> None:
-    body, status, told = RAW[name]
-    refused(served.post(body), status, told)
+def test_malformed_bodies_are_refused(served: Serving, name: str) -> None:
+    body, status, message = RAW[name]
+    assert_refused(served.post(body), status, message)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"prompt": 5}, "prompt must be one string or one list of token ids"),
         ({"prompt": ["a", "b"]}, "send a request for each prompt"),
@@ -103,17 +103,18 @@ def test_bytes(served: Serving, name: str) -> None:
     ],
     ids=str,
 )
-def test_fields(served: Serving, fields: dict[str, Any], told: str) -> None:
-    refused(served.post({"model": NAME, "prompt": "a", **fields}), 400, told, param=[*fields][-1])
+def test_wrong_fields_are_refused(served: Serving, fields: dict[str, Any], message: str) -> None:
+    answer = served.post({"model": NAME, "prompt": "a", **fields})
+    assert_refused(answer, 400, message, param=[*fields][-1])
 
 
-def test_drafts_of_a_server_that_makes_none(run: OpenedModel) -> None:
-    with serving(run, draft_depth=None, speculative=False) as plain:
-        told = "draft_depth must be 0 on this server, which makes no drafts, not 1."
-        refused(plain.post({"prompt": "a", "draft_depth": 1}), 400, told)
+def test_draft_depth_is_refused_without_speculation(run: OpenedModel) -> None:
+    with serving(run, draft_depth=None, speculative=False) as server:
+        message = "draft_depth must be 0 on this server, which makes no drafts, not 1."
+        assert_refused(server.post({"prompt": "a", "draft_depth": 1}), 400, message)
 
 
-def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
+def test_neutral_and_ignored_fields_are_accepted(served: Serving) -> None:
     neutral = {"n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "presence_penalty": 0.0}
     ignored = {"user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None, "seed": None}
     fields = {"prompt": "a", "max_tokens": 3, **neutral, **ignored}
@@ -126,15 +127,15 @@ def test_extreme_settings_give_a_text(served: Serving) -> None:
         assert served.post(body).status_code == 200, fields
 
 
-def test_paths_methods_and_kinds(served: Serving) -> None:
-    refused(served.post(b"{}", kind="text/plain"), 415, "application/json")
-    refused(served.get("v1/completions"), 405, "Method Not Allowed")
+def test_wrong_paths_methods_and_content_types_are_refused(served: Serving) -> None:
+    assert_refused(served.post(b"{}", kind="text/plain"), 415, "application/json")
+    assert_refused(served.get("v1/completions"), 405, "Method Not Allowed")
     for path in ("v1/engines", "docs"):
-        refused(served.get(path), 404, "Not Found")
+        assert_refused(served.get(path), 404, "Not Found")
 
 
-def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
-    for sent in (
+def test_broken_http_and_unfinished_bodies_free_their_rows(served: Serving) -> None:
+    for content in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,
         b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
         b"content-length: 1000\r\n\r\n{",
@@ -142,23 +143,23 @@ def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
         b"content-length: -5\r\n\r\n{}",
     ):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
-            connection.sendall(sent)
+            connection.sendall(content)
     assert served.post({"prompt": "a", "max_tokens": 3}).status_code == 200
     served.wait_for("mtp_rows", 0)
 
 
 @pytest.mark.parametrize("path", ["v1/models", "health", "metrics", "nothing"])
-def test_foreign_names_are_not_answered(served: Serving, path: str) -> None:
-    """As a page's site would call it whose name leads here."""
+def test_foreign_host_headers_are_refused(served: Serving, path: str) -> None:
+    """A page of another site could send them (DNS rebinding)."""
     for host in ("evil.example", "evil.example:80", "localhost.evil.example"):
-        told = f'"{host}" is not allowed: start the server with hosts=[NAME]'
-        refused(served.get(path, host=host), 421, told)
+        message = f'"{host}" is not allowed: start the server with hosts=[NAME]'
+        assert_refused(served.get(path, host=host), 421, message)
     for host in ("localhost", f"localhost:{served.port}", "[::1]", "10.0.0.7", "Other.example:1"):
         assert served.get(path, host=host).status_code in (200, 404), host
 
 
-def _ended(connection: socket.socket, seconds: float) -> bool:
-    """Whether the server closes it in time."""
+def _closed_in_time(connection: socket.socket, seconds: float) -> bool:
+    """Whether the server closes the connection in time."""
     connection.settimeout(seconds)
     try:
         while connection.recv(1 << 16):
@@ -170,24 +171,24 @@ def _ended(connection: socket.socket, seconds: float) -> bool:
     return True
 
 
-def test_headers_that_do_not_end(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_lightning.serving.guard._HEADER_SECONDS", 1)
+def test_slow_headers_are_cut_off(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_lightning.serving.guard._HEADER_SECONDS", 0.5)
     whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    for sent in (b"", b"GET", b"GET /health HTTP/1.1\r\nhost: local", whole + b"GET /hea"):
+    for content in (b"", b"GET", b"GET /health HTTP/1.1\r\nhost: local", whole + b"GET /hea"):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
-            connection.sendall(sent)
-            assert _ended(connection, 60), sent
+            connection.sendall(content)
+            assert _closed_in_time(connection, 60), content
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        ended = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         connection.sendall(b"GET /health HTTP/1.1\r\nx: ")
         with suppress(BrokenPipeError, ConnectionResetError):
-            while time.monotonic() < ended:  # every byte in time, and never the last
+            while time.monotonic() < deadline:  # slow bytes without an end
                 connection.sendall(b"y")
                 time.sleep(0.1)
-        assert time.monotonic() < ended, "it was kept"
+        assert time.monotonic() < deadline, "the connection stayed open"
 
 
-def test_a_slow_body_and_a_second_request_are_no_slow_headers(
+def test_slow_bodies_and_second_requests_are_answered(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mtp_lightning.serving.guard._HEADER_SECONDS", 0.5)
@@ -204,8 +205,8 @@ def test_a_slow_body_and_a_second_request_are_no_slow_headers(
             assert json.loads(answer.read())["usage"]["completion_tokens"] == 3
 
 
-def test_it_lives(served: Serving) -> None:
-    """The last of this file, after all that was sent."""
+def test_the_server_still_answers(served: Serving) -> None:
+    """The last test of this file, after all requests above."""
     import httpx2
 
     assert served.get("health").json() == {"status": "ok"}

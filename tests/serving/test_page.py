@@ -1,4 +1,4 @@
-"""How a stream tells how every token came, and the page at ``/`` that shows it."""
+"""The drafts in streams, and the page at ``/`` that shows them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import ROOT
 from tests.hostile import MARKS, Page
-from tests.serving.conftest import Serving, expected, serving
+from tests.serving.conftest import Serving, generation, serving
 from tests.sweeps.browser import CHROMIUM, Browser
 
 HTML = (ROOT / "mtp_lightning" / "serving" / "page.html").read_text(encoding="utf-8")
-WAYS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "stop": ["e", "\n"]})
+SAMPLING: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "stop": ["e", "\n"]}]
 
 
 def streamed(served: Serving, **fields: Any) -> list[dict[str, Any]]:
@@ -38,70 +38,71 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def served(run: OpenedModel) -> Iterator[Serving]:
-    with serving(run, batch_size=2) as found:
-        yield found
+    with serving(run, batch_size=2) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def drawing_trees(run: OpenedModel) -> Iterator[Serving]:
-    with serving(run, batch_size=1, tree=[3, 2]) as found:
-        yield found
+def served_trees(run: OpenedModel) -> Iterator[Serving]:
+    with serving(run, batch_size=1, tree=[3, 2]) as server:
+        yield server
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("fields", WAYS, ids=str)
+@pytest.mark.parametrize("fields", SAMPLING, ids=str)
 @pytest.mark.parametrize("tree", [None, [3, 2]], ids=str)
-def test_a_stream_tells_how_tokens_came(
+def test_streams_have_the_depth_and_rejected_drafts_of_each_token(
     run: OpenedModel,
     served: Serving,
-    drawing_trees: Serving,
+    served_trees: Serving,
     tree: list[int] | None,
     fields: dict[str, Any],
 ) -> None:
-    server = drawing_trees if tree else served
+    server = served_trees if tree else served
     chunks = streamed(server, **fields, stream_options={"include_drafts": True})
-    wanted = expected(run, "import os", 40, **fields, tree=tree, seed=5)
-    told = [chunk for chunk in chunks if "mtp" in chunk]
-    for chunk in told[:-1]:
+    expected = generation(run, "import os", 40, **fields, tree=tree, seed=5)
+    with_drafts = [chunk for chunk in chunks if "mtp" in chunk]
+    for chunk in with_drafts[:-1]:
         pieces = "".join(token["text"] for token in chunk["mtp"]["tokens"])
         assert pieces == chunk["choices"][0]["text"]
-    tokens = [token for chunk in told for token in chunk["mtp"]["tokens"]]
-    assert [t["depth"] > 0 for t in tokens] == wanted.accepted_mask[: len(tokens)]
-    assert len(tokens) >= len(wanted.token_ids) - 1
-    assert [t["depth"] for t in tokens if t["depth"]].count(1) == wanted.drafts_accepted[0]
-    left = [draft for t in tokens for draft in t.get("rejected", [])]
-    inside = [draft for draft in wanted.rejected if draft.at < len(tokens)]
-    assert [(d["depth"], d["after"]) for d in left] == [(d.depth, d.after) for d in inside]
-    assert len(left) > 5 and {d["depth"] for d in left} == {1, 2}
+    tokens = [token for chunk in with_drafts for token in chunk["mtp"]["tokens"]]
+    assert [t["depth"] > 0 for t in tokens] == expected.accepted_mask[: len(tokens)]
+    assert len(tokens) >= len(expected.token_ids) - 1
+    assert [t["depth"] for t in tokens if t["depth"]].count(1) == expected.drafts_accepted[0]
+    drafts = [draft for t in tokens for draft in t.get("rejected", [])]
+    wanted = [draft for draft in expected.rejected if draft.at < len(tokens)]
+    assert [(d["depth"], d["after"]) for d in drafts] == [(d.depth, d.after) for d in wanted]
+    assert len(drafts) > 5 and {d["depth"] for d in drafts} == {1, 2}
     for token in tokens:  # a draft follows one that is a depth above it
         rejected = token.get("rejected", [])
         for draft in rejected:
             assert draft["after"] is None or (
                 rejected[draft["after"]]["depth"] == draft["depth"] - 1
             )
-    seconds = [chunk["mtp"]["seconds"] for chunk in told]
+    seconds = [chunk["mtp"]["seconds"] for chunk in with_drafts]
     assert seconds == sorted(seconds)
     plain = streamed(server, **fields)
     assert all("mtp" not in chunk for chunk in plain)
-    assert text_of(plain) == wanted.text == text_of(chunks)
+    assert text_of(plain) == expected.text == text_of(chunks)
 
 
 @pytest.mark.extras
-def test_a_stream_tells_what_was_looked_up(run: OpenedModel) -> None:
+def test_streams_mark_looked_up_tokens_and_drafts(run: OpenedModel) -> None:
     fields = {"prompt": "import os" * 8, "max_tokens": 60, "temperature": 0}
     with serving(run, lookup=8) as server:
         chunks = streamed(server, **fields, stream_options={"include_drafts": True})
-    wanted = expected(run, fields["prompt"], 60, temperature=0, lookup=8, draft_depth=2)
+    expected = generation(run, fields["prompt"], 60, temperature=0, lookup=8, draft_depth=2)
     tokens = [token for c in chunks if "mtp" in c for token in c["mtp"]["tokens"]]
-    assert [t.get("looked_up", False) for t in tokens] == wanted.lookup_mask[: len(tokens)]
-    assert sum(wanted.lookup_mask) == wanted.lookups_accepted > 0
-    left = [draft for t in tokens for draft in t.get("rejected", [])]
-    inside = [draft.looked_up for draft in wanted.rejected if draft.at < len(tokens)]
-    assert [draft.get("looked_up", False) for draft in left] == inside and set(inside) == {0, 1}
+    assert [t.get("looked_up", False) for t in tokens] == expected.lookup_mask[: len(tokens)]
+    assert sum(expected.lookup_mask) == expected.lookups_accepted > 0
+    drafts = [draft for t in tokens for draft in t.get("rejected", [])]
+    looked_up = [draft.looked_up for draft in expected.rejected if draft.at < len(tokens)]
+    assert [draft.get("looked_up", False) for draft in drafts] == looked_up
+    assert set(looked_up) == {False, True}
 
 
 @pytest.mark.extras
-def test_a_request_may_ask_for_fewer_drafts(run: OpenedModel, served: Serving) -> None:
+def test_draft_depth_limits_the_drafts_of_a_request(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "def main(", "seed": 1, "stream_options": {"include_drafts": True}}
     texts = set()
     for depth in (0, 1, 2):
@@ -119,22 +120,29 @@ def test_the_page_is_one_file_that_loads_nothing() -> None:
     assert page.tags["script"] == page.tags["style"] == 1
     assert not page.tags["link"] and not page.tags["img"]
     assert " style=" not in HTML and "url(" not in HTML and "@import" not in HTML
-    found = re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL)[0]
+    script = re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL)[0]
     # Text becomes markup by none of these.
-    for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function("):
-        assert way not in found, way
-    assert re.findall(r"fetch\(([^,)]*)", found) == [
+    for name in [
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "Function(",
+    ]:
+        assert name not in script, name
+    assert re.findall(r"fetch\(([^,)]*)", script) == [
         'chat ? "v1/chat/completions" : "v1/completions"',
         '"v1/models"',
     ]
     # Every control has a name, and the script finds what it asks for.
     ids = set(re.findall(r'\bid="([^"]+)"', HTML))
-    assert set(re.findall(r'\$\("([^"]+)"\)', found)) <= ids
+    assert set(re.findall(r'\$\("([^"]+)"\)', script)) <= ids
     assert HTML.count('lang="en"') == 1 and 'name="viewport"' in HTML
 
 
 @pytest.mark.extras
-def test_the_policy_allows_its_own_code_by_hash_alone(served: Serving) -> None:
+def test_the_content_security_policy_allows_code_by_hash_alone(served: Serving) -> None:
     answer = served.get("")
     assert answer.status_code == 200 and answer.text == HTML
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -162,36 +170,36 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def opened(browser: Browser, served: Serving, *, width: int = 1280, dark: bool = False) -> None:
+def open_page(browser: Browser, served: Serving, *, width: int = 1280, dark: bool = False) -> None:
     browser.show(width=width, dark=dark)
     browser.open(f"http://127.0.0.1:{served.port}/")
-    waits(browser, "document.title !== 'mtp-lightning'")
+    wait_for(browser, "document.title !== 'mtp-lightning'")
     browser.run("document.getElementById('tokens').value = 40")
 
 
-def waits(browser: Browser, condition: str) -> None:
+def wait_for(browser: Browser, condition: str) -> None:
     end = time.monotonic() + 60
     while not browser.run(condition):
         assert time.monotonic() < end, browser.run("document.body.innerText")
         time.sleep(0.02)
 
 
-def done(browser: Browser) -> None:
-    waits(browser, "!document.getElementById('write').disabled")
+def wait_for_text(browser: Browser) -> None:
+    wait_for(browser, "!document.getElementById('write').disabled")
 
 
 def press(browser: Browser, name: str) -> None:
     browser.run(f"document.getElementById('{name}').click()")
-    done(browser)
+    wait_for_text(browser)
 
 
 def key(browser: Browser, name: str, modifiers: int = 0, text: str = "") -> None:
     code = {"Enter": 13, "Escape": 27, "Tab": 9}[name]
-    own = {"key": name, "code": name, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+    event = {"key": name, "code": name, "windowsVirtualKeyCode": code, "modifiers": modifiers}
     browser.call(
-        "Input.dispatchKeyEvent", type="keyDown", **own, **({"text": text} if text else {})
+        "Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {})
     )
-    browser.call("Input.dispatchKeyEvent", type="keyUp", **own)
+    browser.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
 
 TEXT = """[...document.querySelectorAll('pre')].map(pre =>
@@ -202,38 +210,38 @@ NUMBERS = """[...document.querySelectorAll('article')].map(one => Object.fromEnt
         [pair.querySelector('dt').textContent, pair.querySelector('dd').textContent])))"""
 
 
-def complained(browser: Browser) -> list[str]:
-    return [told for told in browser.complaints() if not told.startswith("request to http://127.")]
+def complaints(browser: Browser) -> list[str]:
+    return [line for line in browser.complaints() if not line.startswith("request to http://127.")]
 
 
 @in_a_browser
 def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Browser) -> None:
     browser.events.clear()
-    opened(browser, served)
+    open_page(browser, served)
     browser.run("document.getElementById('temperature').value = 1")
     press(browser, "race")
     options = {"temperature": 1.0, "seed": 1}
-    wanted = expected(run, "def main(", 40, **options)
-    plainly = streamed(served, prompt="def main(", draft_depth=0, **options)
-    texts = [wanted.text, text_of(plainly)]
+    expected = generation(run, "def main(", 40, **options)
+    plain_chunks = streamed(served, prompt="def main(", draft_depth=0, **options)
+    texts = [expected.text, text_of(plain_chunks)]
     assert browser.run(TEXT) == texts
     drafted, plain = browser.run(NUMBERS)
-    passes = wanted.verify_passes + 1
+    passes = expected.verify_passes + 1
     assert drafted["tokens"] == plain["tokens"] == plain["passes"] == "40"
     assert drafted["passes"] == str(passes)
     assert drafted["tokens / pass"] == f"{40 / passes:.2f}" and plain["tokens / pass"] == "1.00"
     first = "document.querySelector('article')"
     for depth in (1, 2):
         accepted = f"{first}.querySelectorAll('pre .draft.d{depth}').length"
-        assert browser.run(accepted) == wanted.drafts_accepted[depth - 1] > 0
-    inside = [draft for draft in wanted.rejected if draft.at < 40]
+        assert browser.run(accepted) == expected.drafts_accepted[depth - 1] > 0
+    drafts = [draft for draft in expected.rejected if draft.at < 40]
     rejected = f"{first}.querySelectorAll('pre .rejected')"
-    assert browser.run(f"{rejected}.length") == len(inside) > 5
-    said = browser.run("document.getElementById('status').textContent")
+    assert browser.run(f"{rejected}.length") == len(drafts) > 5
+    status = browser.run("document.getElementById('status').textContent")
     assert re.fullmatch(
         r"With drafts [\d.]+ × the tokens per second: [\d.]+ tokens per pass, "
         r"and a pass takes [\d.]+ × as long\.",
-        said,
+        status,
     )
     assert browser.run(f"{first}.querySelectorAll('.passes svg').length") == 5
     # Rejected drafts can be hidden.
@@ -243,18 +251,18 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
     press(browser, "replay")
     assert browser.run(TEXT) == texts
     assert browser.run(NUMBERS)[0] == drafted
-    assert complained(browser) == []
-    at = f"http://127.0.0.1:{served.port}/"
-    asked = {url.removeprefix(at) for url in browser.requests()}
-    assert asked - {"favicon.ico"} == {"", "v1/models", "v1/completions"}
+    assert complaints(browser) == []
+    address = f"http://127.0.0.1:{served.port}/"
+    paths = {url.removeprefix(address) for url in browser.requests()}
+    assert paths - {"favicon.ico"} == {"", "v1/models", "v1/completions"}
 
 
 @in_a_browser
-def test_switches_and_the_keyboard(
+def test_settings_tab_order_and_escape(
     served: Serving, browser: Browser, gate: threading.Event
 ) -> None:
     gate.set()
-    opened(browser, served)
+    open_page(browser, served)
     browser.run("""(() => {
         for (const [id, value] of [["depth", 1], ["temperature", 0.7]]) {
             document.getElementById(id).value = value;
@@ -263,24 +271,24 @@ def test_switches_and_the_keyboard(
         document.getElementById("prompt").focus();
     })()""")
     key(browser, "Enter", modifiers=2)
-    waits(browser, "document.getElementById('columns').children.length === 1")
-    done(browser)
+    wait_for(browser, "document.getElementById('columns').children.length === 1")
+    wait_for_text(browser)
     assert browser.run("document.getElementById('depth-shown').textContent") == "1"
     assert browser.run("document.querySelectorAll('pre .d2').length") == 0
     assert browser.run("document.getElementById('status').textContent").startswith("40 tokens in")
     # Tab reaches every control in order.
     browser.run("document.getElementById('prompt').focus()")
-    reached = []
+    order = []
     for _ in range(6):
         key(browser, "Tab")
-        reached.append(browser.run("document.activeElement.id"))
-    assert reached == ["temperature", "depth", "tokens", "seed", "write", "race"]
+        order.append(browser.run("document.activeElement.id"))
+    assert order == ["temperature", "depth", "tokens", "seed", "write", "race"]
     # Escape stops a text that is being written, which the gate keeps from ending by itself.
     gate.clear()
     browser.run("document.getElementById('write').click()")
-    waits(browser, "document.querySelectorAll('pre span').length > 0")
+    wait_for(browser, "document.querySelectorAll('pre span').length > 0")
     key(browser, "Escape")
-    done(browser)
+    wait_for_text(browser)
     gate.set()
     assert browser.run("document.getElementById('status').textContent").startswith("Stopped: ")
     served.wait_for("mtp_rows", 0)
@@ -293,14 +301,14 @@ def test_switches_and_the_keyboard(
 def test_drafts_start_at_the_servers_default(
     run: OpenedModel, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never, one = Payoff((1.0, 9.0, 9.0), (0.5, 0.5)), Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
-    options = DecodingOptions(draft_depth="auto", measured=Measured(greedy=one, sampled=never))
+    none, one = Payoff((1.0, 9.0, 9.0), (0.5, 0.5)), Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
+    options = DecodingOptions(draft_depth="auto", measured=Measured(greedy=one, sampled=none))
     monkeypatch.setattr("mtp_lightning.serving.server.decoding_options", lambda *_: options)
-    with serving(run) as found:
-        (model,) = found.get("v1/models").json()["data"]
+    with serving(run) as server:
+        (model,) = server.get("v1/models").json()["data"]
         assert model["mtp"]["draft_depth"] == {"greedy": 1, "sampled": 0}
         assert model["mtp"]["max_draft_depth"] == 2
-        opened(browser, found)
+        open_page(browser, server)
         about = "document.getElementById('about').textContent"
         assert "up to 2 tokens, by default 1 (in samples 0); " in browser.run(about)
         for value, depth in ((0, "1"), (1, "0"), (0, "1")):
@@ -314,8 +322,8 @@ def test_drafts_start_at_the_servers_default(
 
 @in_a_browser
 def test_long_passes_are_titled_and_drawn_whole(run: OpenedModel, browser: Browser) -> None:
-    with serving(run, lookup=4, draft_depth=1, batch_size=1) as found:
-        opened(browser, found, width=800)
+    with serving(run, lookup=4, draft_depth=1, batch_size=1) as server:
+        open_page(browser, server, width=800)
         browser.run("document.getElementById('tokens').value = 200")
         browser.run("document.getElementById('prompt').value = 'import os'.repeat(8)")
         press(browser, "race")
@@ -332,25 +340,25 @@ def test_long_passes_are_titled_and_drawn_whole(run: OpenedModel, browser: Brows
 
 
 @in_a_browser
-def test_a_text_that_ends_with_a_draft_has_a_last_pass(run: OpenedModel, browser: Browser) -> None:
-    with serving(run, draft_depth=1) as found:
-        opened(browser, found)
-        said = browser.run("""(() => {
+def test_the_last_pass_of_a_text_counts(run: OpenedModel, browser: Browser) -> None:
+    with serving(run, draft_depth=1) as server:
+        open_page(browser, server)
+        summary = browser.run("""(() => {
             const tokens = [["a", 0], ["b", 1], ["c", 0], ["d", 1]];
             const column = new Column("title", "");
             column.take({tokens: tokens.map(([text, depth]) => ({text, depth})), text: "abcd"});
             return column.told;
         })()""")
-        assert said == "4 tokens in 3 passes, 1.33 per pass; 2 drafts accepted of 2"
+        assert summary == "4 tokens in 3 passes, 1.33 per pass; 2 drafts accepted of 2"
 
 
 @in_a_browser
-def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
-    opened(browser, drawing_trees)
+def test_a_tree_of_drafts_is_drawn(served_trees: Serving, browser: Browser) -> None:
+    open_page(browser, served_trees)
     press(browser, "write")
     drawn = browser.run("""[...document.querySelectorAll('.passes svg')].map(svg =>
         [svg.querySelectorAll('rect').length, svg.querySelectorAll('path').length])""")
-    # The token before, nine drafts, the model's own; each but the first hangs on another.
+    # The token before, nine drafts, the model's own; each but the first has a parent.
     assert len(drawn) == 5 and all(paths == boxes - 1 for boxes, paths in drawn)
     assert [11, 10] in drawn
 
@@ -362,24 +370,24 @@ def test_a_chat_keeps_its_messages(
     monkeypatch.setattr(ByteTokenizer, "encode_specials", ByteTokenizer.encode)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     state = {**run.tokenizer_state, "beside": {"chat_template.jinja": template}}
-    with serving(replace(run, tokenizer_state=state), batch_size=1) as found:
-        opened(browser, found)
+    with serving(replace(run, tokenizer_state=state), batch_size=1) as server:
+        open_page(browser, server)
         assert not browser.run("document.getElementById('kinds').hidden")
         browser.run("document.querySelector('[value=chat]').click()")
-        for said, earlier in (("Hello", 0), ("<b>And</b>", 2)):
-            browser.run(f"document.getElementById('prompt').value = {json.dumps(said)}")
+        for question, earlier in (("Hello", 0), ("<b>And</b>", 2)):
+            browser.run(f"document.getElementById('prompt').value = {json.dumps(question)}")
             press(browser, "write")
             lines = "[...document.querySelectorAll('#turns li')].map(one => one.textContent)"
-            told = browser.run(lines)
-            assert len(told) == earlier + 1 and told[-1] == f"You: {said}"
+            turns = browser.run(lines)
+            assert len(turns) == earlier + 1 and turns[-1] == f"You: {question}"
             assert browser.run("document.getElementById('prompt').value") == ""
-        assert told[1].startswith("Model: ")
+        assert turns[1].startswith("Model: ")
         press(browser, "fresh")
         assert browser.run(lines) == []
-    assert complained(browser) == []
+    assert complaints(browser) == []
 
 
-class Foreign:
+class MarkupTokenizer:
     """A tokenizer whose every token is markup."""
 
     def __init__(self, inner: Any) -> None:
@@ -396,17 +404,17 @@ class Foreign:
         return [MARKS[i % len(MARKS)].encode() for i in range(257)]
 
 
-class ForeignModel(OpenedModel):
+class MarkupModel(OpenedModel):
     @property
     def tokenizer(self) -> Any:
-        return Foreign(super().tokenizer)
+        return MarkupTokenizer(super().tokenizer)
 
 
 @in_a_browser
-def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None:
-    foreign = ForeignModel(**{name: getattr(run, name) for name in run.__dataclass_fields__})
-    with serving(foreign, batch_size=1) as found:
-        opened(browser, found)
+def test_markup_in_a_text_is_shown_as_text(run: OpenedModel, browser: Browser) -> None:
+    model = MarkupModel(**{name: getattr(run, name) for name in run.__dataclass_fields__})
+    with serving(model, batch_size=1) as server:
+        open_page(browser, server)
         browser.run(f"document.getElementById('prompt').value = {json.dumps(''.join(MARKS))}")
         press(browser, "race")
         browser.run("new Promise(done => setTimeout(done, 100))")
@@ -414,7 +422,7 @@ def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None
         wrong = "document.querySelectorAll('x-hit, [x-hit], img, [onerror], [onload]').length"
         assert browser.run(wrong) == 0
         assert MARKS[0] in browser.run(TEXT)[0]
-        # What would get in all the same is not run.
+        # Markup that got in would not run.
         browser.run("""document.body.insertAdjacentHTML("beforeend",
             "<img src=x: onerror=__hit=1><p onclick=__hit=1 id=hit>x</p>");
             document.getElementById("hit").click()""")
@@ -424,10 +432,10 @@ def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None
 @in_a_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 380])
-def test_it_reads(
+def test_the_page_is_readable_at_each_width_and_theme(
     served: Serving, browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    opened(browser, served, width=width, dark=dark)
+    open_page(browser, served, width=width, dark=dark)
     press(browser, "race")
     assert browser.run("document.documentElement.scrollWidth") <= width
     ratios = browser.run("""(() => {

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: texts, streams, counts, and those who hang up."""
+"""OpenAI's own client against the server: texts, streams, counts and disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.opening import OpenedModel
-from tests.serving.conftest import NAME, SEQ_LEN, Serving, expected, serving, until
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, generation, serving, wait_until
 
 pytestmark = pytest.mark.extras
 
@@ -34,19 +34,19 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def served(run: OpenedModel) -> Iterator[Serving]:
-    with serving(run, batch_size=4) as found:
-        yield found
+    with serving(run, batch_size=4) as server:
+        yield server
 
 
-def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
+def test_sixteen_streams_equal_the_texts_of_generate(run: OpenedModel) -> None:
     from openai import AsyncOpenAI
 
-    asked = [
+    requests = [
         {"prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": 20 + 7 * i, **SETTINGS[i % 4]}
         for i in range(16)
     ]
 
-    async def one(api: AsyncOpenAI, fields: dict[str, Any]) -> tuple[str, str, int]:
+    async def read(api: AsyncOpenAI, fields: dict[str, Any]) -> tuple[str, str, int]:
         text, reason, tokens = "", "", 0
         usage = {"include_usage": True}
         stream = await api.completions.create(
@@ -61,100 +61,100 @@ def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
                 tokens = chunk.usage.completion_tokens
         return text, reason, tokens
 
-    async def everyone() -> list[tuple[str, str, int]]:
+    async def read_all() -> list[tuple[str, str, int]]:
         async with AsyncOpenAI(base_url=served.base_url, api_key="none", max_retries=0) as api:
-            return await asyncio.gather(*(one(api, fields) for fields in asked))
+            return await asyncio.gather(*(read(api, fields) for fields in requests))
 
-    wanted = [expected(run, **fields) for fields in asked]
+    expected = [generation(run, **fields) for fields in requests]
     with serving(run, batch_size=4) as served:
-        found = asyncio.run(everyone())
+        answers = asyncio.run(read_all())
         served.wait_for('mtp_requests_total{status="200"}', 16)
-        assert served.meter("mtp_tokens_total") == sum(w.new_tokens for w in wanted)
+        assert served.meter("mtp_tokens_total") == sum(w.new_tokens for w in expected)
         for position in (1, 2):
             label = f'{{position="{position}"}}'
-            reached = sum(w.drafts_reached[position - 1] for w in wanted)
-            accepted = sum(w.drafts_accepted[position - 1] for w in wanted)
+            reached = sum(w.drafts_reached[position - 1] for w in expected)
+            accepted = sum(w.drafts_accepted[position - 1] for w in expected)
             assert served.meter(f"mtp_drafts_reached_total{label}") == reached > 0
             assert served.meter(f"mtp_drafts_accepted_total{label}") == accepted
         assert served.meter("mtp_rows") == served.meter("mtp_queue_length") == 0
         assert served.meter("mtp_first_token_seconds_count") == 16
         assert 0 < served.meter("mtp_round_seconds_sum") < 60
-    assert [text for text, _, _ in found] == [w.text for w in wanted]
-    assert [n for _, _, n in found] == [w.new_tokens for w in wanted]
-    reasons = [{"eot": "stop"}.get(w.finish_reason, w.finish_reason) for w in wanted]
-    assert [reason for _, reason, _ in found] == reasons
-    assert len({w.text for w in wanted}) == 16 and {"stop", "length"} <= set(reasons)
+    assert [text for text, _, _ in answers] == [w.text for w in expected]
+    assert [n for _, _, n in answers] == [w.new_tokens for w in expected]
+    reasons = [{"eot": "stop"}.get(w.finish_reason, w.finish_reason) for w in expected]
+    assert [reason for _, reason, _ in answers] == reasons
+    assert len({w.text for w in expected}) == 16 and {"stop", "length"} <= set(reasons)
 
 
-def test_by_default_samples_are_the_same_under_any_load(run: OpenedModel) -> None:
-    """The number of drafts is measured at the start and kept; greedy text does not depend on it."""
+def test_seeded_samples_do_not_depend_on_the_load(run: OpenedModel) -> None:
+    """The number of drafts is measured once, at the start; greedy text does not depend on it."""
     from openai import AsyncOpenAI
 
     sampled = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0.9, "seed": 7}
     greedy = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0.0}
 
-    async def texts(asked: list[dict[str, Any]]) -> list[str]:
+    async def texts(requests: list[dict[str, Any]]) -> list[str]:
         async with AsyncOpenAI(base_url=served.base_url, api_key="none", max_retries=0) as api:
-            found = await asyncio.gather(
-                *(api.completions.create(model=NAME, **fields) for fields in asked)
+            answers = await asyncio.gather(
+                *(api.completions.create(model=NAME, **fields) for fields in requests)
             )
-        return [answer.choices[0].text for answer in found]
+        return [answer.choices[0].text for answer in answers]
 
     with serving(run, draft_depth=None, batch_size=4) as served:
         alone = asyncio.run(texts([sampled]))
         loaded = asyncio.run(texts([sampled, *[greedy] * 3, {**sampled, "seed": 8}, sampled]))
     assert loaded[0] == loaded[5] == alone[0] != loaded[4]
-    assert set(loaded[1:4]) == {expected(run, **greedy).text}
+    assert set(loaded[1:4]) == {generation(run, **greedy).text}
 
 
-def test_metrics_count_looked_up_drafts_apart(run: OpenedModel) -> None:
+def test_metrics_count_looked_up_drafts_separately(run: OpenedModel) -> None:
     prompt = PROMPTS[0] * 6
-    wanted = expected(run, prompt, 100, temperature=0.0, lookup=8, draft_depth=2)
+    expected = generation(run, prompt, 100, temperature=0.0, lookup=8, draft_depth=2)
     with serving(run, lookup=8) as served:
-        asked = {"model": NAME, "prompt": prompt, "max_tokens": 100, "temperature": 0}
-        told = served.client().completions.create(**asked).usage.completion_tokens_details
+        fields = {"model": NAME, "prompt": prompt, "max_tokens": 100, "temperature": 0}
+        details = served.client().completions.create(**fields).usage.completion_tokens_details
         meters = [served.meter(f"mtp_lookups{end}_total") for end in ("", "_accepted")]
         accepted = served.get("metrics").text.split("\nmtp_drafts_accepted_total{")[1:]
-    assert meters == [wanted.lookups, wanted.lookups_accepted] and 0 < meters[1] < meters[0]
+    assert meters == [expected.lookups, expected.lookups_accepted] and 0 < meters[1] < meters[0]
     modules = sum(float(line.split()[1]) for line in accepted)
-    assert modules + meters[1] == told.accepted_prediction_tokens
+    assert modules + meters[1] == details.accepted_prediction_tokens
 
 
-def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Serving) -> None:
+def test_answers_have_the_log_probabilities_of_generate(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
     answer = served.client().completions.create(model=NAME, logprobs=3, **fields)
-    wanted = expected(run, **fields, logprobs=3)
+    expected = generation(run, **fields, logprobs=3)
     (choice,) = answer.choices
-    assert choice.text == wanted.text and choice.finish_reason == "length"
+    assert choice.text == expected.text and choice.finish_reason == "length"
     assert answer.usage.prompt_tokens == 9 and answer.usage.total_tokens == 39
     drafts = answer.usage.completion_tokens_details
-    assert drafts.accepted_prediction_tokens == sum(wanted.accepted_mask)
-    assert drafts.rejected_prediction_tokens == wanted.drafts - sum(wanted.accepted_mask) > 0
-    found = choice.logprobs
-    assert found.token_logprobs == pytest.approx([p.logprob for p in wanted.logprobs])
-    assert len(found.tokens) == 30 and all(len(top) == 3 for top in found.top_logprobs)
-    # Part of a character is told by its bytes.
-    named = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in wanted.token_ids}
-    assert set(found.tokens) == named and len(named) > 10
-    for token, begin in zip(found.tokens, found.text_offset, strict=True):
+    assert drafts.accepted_prediction_tokens == sum(expected.accepted_mask)
+    assert drafts.rejected_prediction_tokens == expected.drafts - sum(expected.accepted_mask) > 0
+    logprobs = choice.logprobs
+    assert logprobs.token_logprobs == pytest.approx([p.logprob for p in expected.logprobs])
+    assert len(logprobs.tokens) == 30 and all(len(top) == 3 for top in logprobs.top_logprobs)
+    # Part of a character is named by its bytes.
+    names = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in expected.token_ids}
+    assert set(logprobs.tokens) == names and len(names) > 10
+    for token, begin in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         assert token.startswith("bytes:") or choice.text.startswith(token, begin)
     ids = served.client().completions.create(
         model=NAME, **{**fields, "prompt": list(b"import os")}, logprobs=0
     )
-    assert ids.choices[0].text == wanted.text
+    assert ids.choices[0].text == expected.text
     assert ids.choices[0].logprobs.top_logprobs == [{}] * 30
 
 
-def test_a_stream_tells_the_log_probabilities_of_a_whole_answer(served: Serving) -> None:
+def test_streams_have_the_log_probabilities_of_whole_answers(served: Serving) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 25, "seed": 4, "logprobs": 1}
     whole = served.client().completions.create(**fields).choices[0].logprobs
     streamed = [
         c.choices[0].logprobs for c in served.client().completions.create(**fields, stream=True)
     ]
-    told = [part for part in streamed if part is not None]
-    assert [t for part in told for t in part.tokens] == whole.tokens
-    assert [o for part in told for o in part.text_offset] == whole.text_offset
-    assert [p for part in told for p in part.token_logprobs] == pytest.approx(whole.token_logprobs)
+    parts = [part for part in streamed if part is not None]
+    assert [t for part in parts for t in part.tokens] == whole.tokens
+    assert [o for part in parts for o in part.text_offset] == whole.text_offset
+    assert [p for part in parts for p in part.token_logprobs] == pytest.approx(whole.token_logprobs)
 
 
 def test_samples_without_a_seed_differ(served: Serving) -> None:
@@ -176,17 +176,15 @@ def test_models_are_listed(served: Serving) -> None:
 
 
 @pytest.mark.parametrize(("long", "most"), [("refuse", SEQ_LEN), ("slide", 5000)])
-def test_the_most_tokens_that_are_told_fit_into_the_context(
-    run: OpenedModel, long: str, most: int
-) -> None:
+def test_the_listed_max_tokens_fit_into_the_context(run: OpenedModel, long: str, most: int) -> None:
     with serving(run, max_new_tokens=5000, long=long) as served:
         (model,) = served.get("v1/models").json()["data"]
         assert model["mtp"]["max_tokens"] == most
-        told = served.stream(prompt="a", max_tokens=most)
-        assert "error" not in told[0]
+        chunks = served.stream(prompt="a", max_tokens=most)
+        assert "error" not in chunks[0]
 
 
-def test_no_chat_without_a_template(served: Serving) -> None:
+def test_chats_without_a_template_are_refused(served: Serving) -> None:
     from openai import BadRequestError
 
     with pytest.raises(BadRequestError, match="no chat template: ask it by /v1/completions"):
@@ -195,62 +193,62 @@ def test_no_chat_without_a_template(served: Serving) -> None:
         )
 
 
-def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(
+def test_a_disconnect_frees_a_row_and_a_place_in_the_queue(
     run: OpenedModel, gate: threading.Event
 ) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 1000, "temperature": 0}
-    gone = 'mtp_requests_total{status="499"}'
-    with serving(run, batch_size=1) as found, found.client() as api, found.client() as other:
+    disconnects = 'mtp_requests_total{status="499"}'
+    with serving(run, batch_size=1) as server, server.client() as api, server.client() as other:
         running = api.completions.create(**fields, stream=True)
-        found.wait_for("mtp_rows", 1)
-        waiting = threading.Thread(target=_ask_and_drop, args=(found, fields))
-        waiting.start()  # it waits for the row, and goes before it has it
-        found.wait_for("mtp_queue_length", 1)
+        server.wait_for("mtp_rows", 1)
+        waiting = threading.Thread(target=_ask_and_drop, args=(server, fields))
+        waiting.start()  # disconnects while it waits for the row
+        server.wait_for("mtp_queue_length", 1)
         waiting.join()
-        found.wait_for("mtp_queue_length", 0)
-        assert found.meter("mtp_rows") == 1
+        server.wait_for("mtp_queue_length", 0)
+        assert server.meter("mtp_rows") == 1
         running.close()
-        found.wait_for(gone, 2)
+        server.wait_for(disconnects, 2)
         gate.set()
-        found.wait_for("mtp_rows", 0)
+        server.wait_for("mtp_rows", 0)
         answer = other.completions.create(**{**fields, "max_tokens": 5})
-        assert answer.choices[0].text == expected(run, "a", 5).text
-        assert found.meter("mtp_tokens_total") < 1000
+        assert answer.choices[0].text == generation(run, "a", 5).text
+        assert server.meter("mtp_tokens_total") < 1000
 
 
-def _ask_and_drop(found: Serving, fields: dict[str, Any]) -> None:
+def _ask_and_drop(server: Serving, fields: dict[str, Any]) -> None:
     import httpx2
 
     patience = httpx2.Timeout(60, read=0.3)
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{found.base_url}/completions", json=fields, timeout=patience)
+        httpx2.post(f"{server.base_url}/completions", json=fields, timeout=patience)
 
 
-def test_a_full_queue_says_when_to_come_again(run: OpenedModel, gate: threading.Event) -> None:
+def test_a_full_queue_is_answered_with_retry_after(run: OpenedModel, gate: threading.Event) -> None:
     from openai import RateLimitError
 
     fields = {"model": NAME, "prompt": "a", "max_tokens": 10, "temperature": 0}
     with (
-        serving(run, batch_size=1, queue=2) as found,
-        found.client() as api,
+        serving(run, batch_size=1, queue=2) as server,
+        server.client() as api,
         ThreadPoolExecutor(3) as pool,
     ):
-        asked = [pool.submit(api.completions.create, **fields) for _ in range(3)]
-        found.wait_for("mtp_queue_length", 2)
-        with pytest.raises(RateLimitError, match="2 requests are waiting already") as refused:
+        answers = [pool.submit(api.completions.create, **fields) for _ in range(3)]
+        server.wait_for("mtp_queue_length", 2)
+        with pytest.raises(RateLimitError, match="2 requests are waiting already") as error:
             api.completions.create(**fields)
-        assert refused.value.response.headers["retry-after"] == "1"
+        assert error.value.response.headers["retry-after"] == "1"
         gate.set()
-        texts = [answer.result(30).choices[0].text for answer in asked]
-        assert texts == [expected(run, "a", 10).text] * 3
-        found.wait_for('mtp_requests_total{status="429"}', 1)
+        texts = [answer.result(30).choices[0].text for answer in answers]
+        assert texts == [generation(run, "a", 10).text] * 3
+        server.wait_for('mtp_requests_total{status="429"}', 1)
 
 
-def test_memory_is_flat(run: OpenedModel) -> None:
-    """Some hundreds of requests, one in four of which hangs up."""
+def test_memory_does_not_grow_with_requests(run: OpenedModel) -> None:
+    """One request in four disconnects."""
     fields = {"model": NAME, "prompt": "a" * 40, "max_tokens": 12, "logprobs": 2, "seed": 1}
 
-    def rounds(found: Serving, api: Any, n: int) -> int:
+    def resident_after(server: Serving, api: Any, n: int) -> int:
         for i in range(n):
             stream = api.completions.create(**fields, stream=True)
             if i % 4:
@@ -258,14 +256,14 @@ def test_memory_is_flat(run: OpenedModel) -> None:
             else:
                 next(iter(stream))
             stream.close()
-        found.wait_for("mtp_rows", 0)
+        server.wait_for("mtp_rows", 0)
         return _resident()
 
-    with serving(run, batch_size=2) as found, found.client() as api:
-        before = rounds(found, api, 60)
-        after = rounds(found, api, 200)
-        assert not found.server.worker._running and not found.server.worker._waiting
-        until(lambda: found.meter('mtp_requests_total{status="200"}') >= 195, "they are counted")
+    with serving(run, batch_size=2) as server, server.client() as api:
+        before = resident_after(server, api, 60)
+        after = resident_after(server, api, 200)
+        assert not server.server.worker._running and not server.server.worker._waiting
+        wait_until(lambda: server.meter('mtp_requests_total{status="200"}') >= 195, "counted")
     assert after - before < 4 * 2**20, f"{(after - before) / 2**20:.1f} MiB by 200 requests"
 
 
@@ -274,21 +272,21 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_defect_ends_the_server_and_tells_everyone(
+def test_a_defect_ends_the_server_and_its_requests(
     run: OpenedModel, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from openai import InternalServerError
 
-    with serving(run) as found, found.client() as api:
-        step = type(found.server.worker._engine).step
+    with serving(run) as running, running.client() as api:
+        step = type(running.server.worker._engine).step
 
-        def breaks(self: Any) -> Any:
+        def broken_step(self: Any) -> Any:
             step(self)
             raise ZeroDivisionError("a defect")
 
-        monkeypatch.setattr(type(found.server.worker._engine), "step", breaks)
+        monkeypatch.setattr(type(running.server.worker._engine), "step", broken_step)
         gate.set()
         with pytest.raises(InternalServerError, match="The server is ending"):
             api.completions.create(model=NAME, prompt="a", max_tokens=SEQ_LEN // 2)
-        until(lambda: found.server.should_exit, "the server ends")
-        assert isinstance(found.server.worker.failure, ZeroDivisionError)
+        wait_until(lambda: running.server.should_exit, "the server ends")
+        assert isinstance(running.server.worker.failure, ZeroDivisionError)

@@ -1,4 +1,4 @@
-"""The thread that decodes: whoever asked hears something, whenever it ends."""
+"""The decoding thread answers every request, even if the server ends."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mtp_lightning.serving.served_text import ServedText
 pytestmark = pytest.mark.extras
 
 
-async def heard(worker: Any, run: OpenedModel) -> str:
-    """How a text ended, or what it was refused with."""
+async def outcome(worker: Any, run: OpenedModel) -> str:
+    """The finish reason of a text, or the code of its refusal."""
     served = ServedText(Request(prompt=[1, 2], max_new_tokens=6))
     try:
         worker.submit(served)
@@ -39,13 +39,13 @@ def worker_of(run: OpenedModel) -> Any:
     return worker
 
 
-def test_who_waits_for_a_free_place_when_time_is_up(run: OpenedModel, gate: Event) -> None:
+def test_running_and_waiting_requests_end_when_time_is_up(run: OpenedModel, gate: Event) -> None:
     async def both() -> list[str]:
         worker = worker_of(run)
-        tasks = [asyncio.create_task(heard(worker, run))]
+        tasks = [asyncio.create_task(outcome(worker, run))]
         while not worker._running:
             await asyncio.sleep(0.001)
-        tasks.append(asyncio.create_task(heard(worker, run)))
+        tasks.append(asyncio.create_task(outcome(worker, run)))
         while not worker._waiting:
             await asyncio.sleep(0.001)
         worker.hurry()
@@ -55,20 +55,20 @@ def test_who_waits_for_a_free_place_when_time_is_up(run: OpenedModel, gate: Even
     assert asyncio.run(both()) == ["ending", "ending"]
 
 
-def test_nobody_is_forgotten_at_the_end(run: OpenedModel) -> None:
-    async def one(seconds: float) -> list[str]:
+def test_every_request_is_answered_when_the_worker_closes(run: OpenedModel) -> None:
+    async def close_after(seconds: float) -> list[str]:
         worker = worker_of(run)
-        tasks = [asyncio.create_task(heard(worker, run)) for _ in range(5)]
+        tasks = [asyncio.create_task(outcome(worker, run)) for _ in range(5)]
         await asyncio.sleep(seconds)
         worker.close(grace=0)
-        told = await asyncio.wait_for(asyncio.gather(*tasks), 60)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks), 60)
         worker.join(60)
         assert not worker.is_alive() and worker.failure is None
-        return told
+        return outcomes
 
-    drawn, longest, told = random.Random(0), 0.04, []
+    generator, longest, outcomes = random.Random(0), 0.04, []
     for _ in range(30):
-        told += asyncio.run(one(drawn.random() * longest))
-        if "length" not in told:
-            longest *= 1.5  # a machine so slow, or so busy, that nobody has ended yet
-    assert set(told) == {"length", "ending"}, told
+        outcomes += asyncio.run(close_after(generator.random() * longest))
+        if "length" not in outcomes:
+            longest *= 1.5  # too busy a machine: no text has ended yet
+    assert set(outcomes) == {"length", "ending"}, outcomes

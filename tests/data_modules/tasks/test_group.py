@@ -19,14 +19,14 @@ def matrix(symbol: str) -> np.ndarray:
 
 def products(word: list[str]) -> list[str]:
     """Running products; by rows, a product's first factor acts first."""
-    found, product = [], np.eye(5, dtype=int)
+    results, product = [], np.eye(5, dtype=int)
     for symbol in word:
         product = product @ matrix(symbol)
-        found.append("".join(map(str, product.argmax(1))))
-    return found
+        results.append("".join(map(str, product.argmax(1))))
+    return results
 
 
-def test_the_elements_are_the_even_permutations_and_two_generate_all() -> None:
+def test_the_elements_are_the_even_permutations_that_two_generate() -> None:
     symbols = Group().symbols[2:]
     assert len(set(symbols)) == 60
     assert all(round(np.linalg.det(matrix(symbol))) == 1 for symbol in symbols)
@@ -38,28 +38,28 @@ def test_the_elements_are_the_even_permutations_and_two_generate_all() -> None:
 
 @pytest.mark.parametrize("generators, kinds", [("two", 2), ("all", 60)])
 def test_answers_are_the_running_products(generators: str, kinds: int) -> None:
-    task, seen = Group(generators=generators), set()
+    task, symbols = Group(generators=generators), set()
     for i in range(600):
         example = task.example(i)
         word = task.show(example.prompt).split()[:-1]
-        seen.update(word)
+        symbols.update(word)
         assert task.show(example.answer).split() == products(word)
         wrong = list(example.answer)
         wrong[i % len(wrong)] = 2 + (wrong[i % len(wrong)] - 1) % 60
         assert not task.check(example.prompt, wrong)
-    assert len(seen) == kinds
+    assert len(symbols) == kinds
 
 
-def test_the_last_product_alone() -> None:
-    task, every = Group(running=False), Group()
+def test_without_running_only_the_last_product_is_the_answer() -> None:
+    task, running = Group(running=False), Group()
     for i in range(500):
-        example, whole = task.example(i), every.example(i)
+        example, whole = task.example(i), running.example(i)
         assert example.prompt == whole.prompt and example.answer == whole.answer[-1:]
-        assert task.groups(example)[0] == every.groups(whole)[-1]
+        assert task.groups(example)[0] == running.groups(whole)[-1]
     assert task.chance == 1 / 60 and task.longest_answer == 1
 
 
-def test_chance_and_groups() -> None:
+def test_the_chance_and_the_groups_of_answers() -> None:
     assert Group(length=2).chance == pytest.approx((1 / 60 + 1 / 3600) / 2)
     task = Group(shortest=5, length=5)
     names = ["factors_1", "factors_2-3", "factors_2-3", "factors_4-7", "factors_4-7"]

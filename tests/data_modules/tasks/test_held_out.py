@@ -1,4 +1,4 @@
-"""What a model could answer in validation from training alone: nothing, or a reported share."""
+"""The share of validation that training alone answers: zero, or logged as a baseline."""
 
 from __future__ import annotations
 
@@ -40,37 +40,37 @@ SMALL: list[Task] = [
 ]  # fmt: skip
 
 
-def configured(name: str) -> Task:
+def configured_task(name: str) -> Task:
     """A task by the options of conf/data/NAME.yaml."""
     options = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text())["task"]
     return getattr(tasks, options.pop("_target_").split(".")[-1])(**options)  # type: ignore[no-any-return]
 
 
-def of_seed(task: Task, seed: int, n: int) -> list[Example]:
+def of_training(task: Task, seed: int, n: int) -> list[Example]:
     return [task.example(((seed + 1) << 48) + i) for i in range(n)]
 
 
-def asked_of(example: Example) -> list[int]:
+def asked_tokens(example: Example) -> list[int]:
     return [t for t, asked in zip(example.answer, example.asked, strict=True) if asked]
 
 
-def filled(example: Example, said: list[int]) -> list[int]:
-    answer, said = list(example.answer), list(said)
+def with_answers(example: Example, tokens: list[int]) -> list[int]:
+    answer, tokens = list(example.answer), list(tokens)
     for place in np.flatnonzero(example.asked):
-        answer[place] = said.pop(0) if said else 0
+        answer[place] = tokens.pop(0) if tokens else 0
     return answer
 
 
-def most(found: list[Any]) -> Any:
-    """The most frequent, and of several the first."""
-    return max(dict.fromkeys(found), key=found.count) if found else None
+def most_frequent(values: list[Any]) -> Any:
+    """The most frequent one, the first of several."""
+    return max(dict.fromkeys(values), key=values.count) if values else None
 
 
-def expected(task: Task, examples: list[Example], training: list[Example]) -> dict[str, float]:
+def baselines_of(task: Task, examples: list[Example], training: list[Example]) -> dict[str, float]:
     """By looking through all of training for every example."""
 
     def question(example: Example) -> tuple[list[int], list[int]]:
-        return example.prompt, filled(example, [-1] * len(asked_of(example)))
+        return example.prompt, with_answers(example, [-1] * len(asked_tokens(example)))
 
     def content(example: Example) -> Any:
         if isinstance(task, Sibling):
@@ -80,76 +80,78 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
     seen, right = 0, [0, 0, 0]
     for example in examples:
         seen += any(content(other) == content(example) for other in training)
-        n = len(asked_of(example))
-        said = [tuple(asked_of(other)) for other in training]
-        constant = most([answer for answer in said if len(answer) == n]) or ()
-        by_place = [most([a[i] for a in said if len(a) > i]) or 0 for i in range(n)]
-        known = [a for a, o in zip(said, training, strict=True) if question(o) == question(example)]
-        for i, answer in enumerate((constant, by_place, most(known) or constant)):
-            right[i] += task.check(example.prompt, filled(example, list(answer)))
+        n = len(asked_tokens(example))
+        answers = [tuple(asked_tokens(other)) for other in training]
+        constant = most_frequent([answer for answer in answers if len(answer) == n]) or ()
+        by_place = [most_frequent([a[i] for a in answers if len(a) > i]) or 0 for i in range(n)]
+        pairs = zip(answers, training, strict=True)
+        known = [answer for answer, other in pairs if question(other) == question(example)]
+        for i, answer in enumerate((constant, by_place, most_frequent(known) or constant)):
+            right[i] += task.check(example.prompt, with_answers(example, list(answer)))
     return {"seen": seen / len(examples), "trivial": max(right) / len(examples)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_validation_asks_nothing_that_training_has_answered(name, monkeypatch):
-    """Or the share is logged, with the best of the strategies that do not know the task."""
+def test_validation_questions_are_not_in_training(name, monkeypatch):
+    """Or the share is logged, with the best strategy that does not know the task."""
     monkeypatch.setattr("data_modules.tasks.answers.TRIED", 400)
-    task = configured(name)
-    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 400)}
-    asked = {tuple(task.example(i).prompt) for i in range(256)}
-    share = len(asked & training) / len(asked)
-    found = TaskDataModule(task).answer_sets[""].baselines
-    assert found.keys() == {"chance", "seen", "trivial"}
+    task = configured_task(name)
+    training = {tuple(e.prompt) for seed in (0, 5) for e in of_training(task, seed, 400)}
+    validation = {tuple(task.example(i).prompt) for i in range(256)}
+    share = len(validation & training) / len(validation)
+    baselines = TaskDataModule(task).answer_sets[""].baselines
+    assert baselines.keys() == {"chance", "seen", "trivial"}
     if name in HELD_OUT:
-        assert share == 0 == found["seen"] and found["trivial"] < 0.01
+        assert share == 0 == baselines["seen"] and baselines["trivial"] < 0.01
     elif name in ("hmm", "induction"):  # all have the same prompt, and only answers differ
-        assert share == 1 and found["seen"] < 0.01
+        assert share == 1 and baselines["seen"] < 0.01
     elif name == "sibling":
-        assert found["seen"] > 0 and found["trivial"] == 1
+        assert baselines["seen"] > 0 and baselines["trivial"] == 1
     else:
-        assert share == 0 == found["seen"] and found["trivial"] < 0.05
+        assert share == 0 == baselines["seen"] and baselines["trivial"] < 0.05
 
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
-def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_against_brute_force(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_modules.tasks.answers.TRIED", 150)
     sets = TaskDataModule(task, eval_examples=40, seed=3).answer_sets
-    by_hand = expected(task, [task.example(i) for i in range(40)], of_seed(task, 3, 150))
+    by_hand = baselines_of(task, [task.example(i) for i in range(40)], of_training(task, 3, 150))
     assert sets[""].baselines == {"chance": task.chance, **by_hand}
     assert by_hand["seen"] > 0 or isinstance(task, Induction | Polynomial | Sat)
     for name, questions in sets.items():
         assert not name or questions.baselines == {"chance": questions.task.chance}
 
 
-def test_a_fixed_training_set_is_what_is_looked_at() -> None:
+def test_baselines_of_a_fixed_training_set_against_brute_force() -> None:
     task = Sibling(parents=2, children=3)
-    found = TaskDataModule(task, examples=4, eval_examples=50, seed=3).answer_sets[""].baselines
-    by_hand = expected(task, [task.example(i) for i in range(50)], of_seed(task, 0, 4))
-    assert {key: found[key] for key in by_hand} == by_hand and 0 < found["seen"] < 1
+    baselines = TaskDataModule(task, examples=4, eval_examples=50, seed=3).answer_sets[""].baselines
+    by_hand = baselines_of(task, [task.example(i) for i in range(50)], of_training(task, 0, 4))
+    assert {key: baselines[key] for key in by_hand} == by_hand and 0 < baselines["seen"] < 1
 
 
 @pytest.mark.parametrize("generators, deciding", [("two", 8), ("all", 2)])
-def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, deciding: int) -> None:
+def test_no_training_word_begins_with_a_validation_word(generators: str, deciding: int) -> None:
     """Its running products would be the answer."""
     task = Group(generators=generators, held_out=16)
-    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 2000) for i in range(1, len(e.prompt))}
+    prompts = [example.prompt for example in of_training(task, 0, 2000)]
+    beginnings = {tuple(prompt[:i]) for prompt in prompts for i in range(1, len(prompt))}
     for i in range(256):
         prompt = task.example(i).prompt
-        assert len(prompt) > deciding and tuple(prompt[:deciding]) not in begun
-    lengths = {len(e.prompt) - 1 for e in of_seed(task, 0, 1000)}
+        assert len(prompt) > deciding and tuple(prompt[:deciding]) not in beginnings
+    lengths = {len(e.prompt) - 1 for e in of_training(task, 0, 1000)}
     assert lengths == set(range(1, 17)), "training has the short ones"
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_about_one_question_in_so_many_is_held_out(name: str) -> None:
-    task = configured(name)
-    everything = type(task)()
-    kept = sum(task.is_held_out(everything.example(i).prompt) for i in range(4000))
+def test_the_option_held_out_decides_the_share_of_questions(name: str) -> None:
+    task = configured_task(name)
+    unrestricted = type(task)()
+    held_out = sum(task.is_held_out(unrestricted.example(i).prompt) for i in range(4000))
     share = 9 / 16 if name == "group" else 1  # of words, those that have eight letters
-    assert abs(kept / 4000 - share / 16) < (0.02 if name == "group" else 0.015)
+    assert abs(held_out / 4000 - share / 16) < (0.02 if name == "group" else 0.015)
 
 
-def test_chance_is_of_the_lengths_that_validation_has() -> None:
+def test_chance_is_that_of_the_lengths_in_validation() -> None:
     task = Copy(letters=3, periods=4, held_out=4)
     lengths = [len(task.example(i).answer) for i in range(4000)]
     assert task.chance == pytest.approx(np.mean([3.0**-n for n in lengths]), rel=0.2)
@@ -157,26 +159,26 @@ def test_chance_is_of_the_lengths_that_validation_has() -> None:
     assert Group(held_out=16, running=False).chance == pytest.approx(1 / 60)
 
 
-def test_what_cannot_be_shared_is_one_sentence() -> None:
+def test_a_task_with_too_few_questions_to_hold_out_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no question of data=copy to"):
         TaskDataModule(Copy(letters=1, periods=1, held_out=9))
 
 
-def digest(task: Task, seed: int) -> str:
+def windows_digest(task: Task, seed: int) -> str:
     """Hex digest of the first windows of a run and of its validation."""
     data = TaskDataModule(task, seed=seed, depth=3)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for windows in (data.train_dataloader().dataset, data.evaluation):
         batch = windows[np.arange(100)]
         assert batch.scored is not None
-        found.update(batch.tokens.numpy().tobytes() + batch.scored.numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(batch.tokens.numpy().tobytes() + batch.scored.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def test_the_examples_of_stored_runs_never_change() -> None:
     """With the options that claims have run, and without the key that holds questions out."""
-    assert {task: (digest(task, 0), digest(task, 7)) for task in STORED} == STORED
-    assert configured("star_graph") == StarGraph(), "what planning claims have run"
+    assert {task: (windows_digest(task, 0), windows_digest(task, 7)) for task in STORED} == STORED
+    assert configured_task("star_graph") == StarGraph(), "what planning claims have run"
     assert {task: task.fingerprint() for task in FINGERPRINTS} == FINGERPRINTS
 
 

@@ -14,19 +14,19 @@ from data_modules.tasks.hmm import FIRST, START
 BOTH = [HMM(length=6), HMM(process="rrxor", length=6), HMM(length=6, x=0.15, a=0.6)]
 
 
-def paths(task: HMM, word: tuple[int, ...]) -> np.ndarray:
+def path_probabilities(task: HMM, word: tuple[int, ...]) -> np.ndarray:
     """Probability of a word and each last state, a term for every path of states."""
     n = len(task.stationary)
-    found = np.zeros(n)
+    probabilities = np.zeros(n)
     for path in product(range(n), repeat=len(word) + 1):
         p = task.stationary[path[0]]
         for symbol, state, after in zip(word, path[:-1], path[1:], strict=True):
             p = p * task.transitions[symbol, state, after]
-        found[path[-1]] += p
-    return found
+        probabilities[path[-1]] += p
+    return probabilities
 
 
-def test_the_processes_are_the_papers() -> None:
+def test_the_transitions_are_those_of_the_papers() -> None:
     table = HMM().transitions
     paper = [[0.765, 0.00375, 0.00375], [0.0425, 0.0675, 0.00375], [0.0425, 0.00375, 0.0675]]
     np.testing.assert_allclose(table[0], paper, rtol=1e-12)
@@ -42,17 +42,17 @@ def test_filtering_is_the_sum_over_all_paths(task: HMM) -> None:
     for word in product(range(len(task.transitions)), repeat=4):
         ids = [START, *(FIRST + symbol for symbol in word)]
         with np.errstate(divide="ignore", invalid="ignore"):
-            joint = np.array([paths(task, word[:t]) for t in range(5)])
+            joint = np.array([path_probabilities(task, word[:t]) for t in range(5)])
             expected = joint / joint.sum(1, keepdims=True)
             nats = -np.diff(np.log(joint.sum(1)), prepend=0)
         np.testing.assert_allclose(task.beliefs(ids), expected, rtol=1e-10, atol=1e-14)
         possible = np.isfinite(nats)
-        found = task.surprisals(ids)
-        np.testing.assert_allclose(found[possible], nats[possible], rtol=1e-10, atol=1e-12)
-        assert not np.isfinite(found[~possible]).any()
+        surprisals = task.surprisals(ids)
+        np.testing.assert_allclose(surprisals[possible], nats[possible], rtol=1e-10, atol=1e-12)
+        assert not np.isfinite(surprisals[~possible]).any()
 
 
-def test_filtering_takes_batches_and_marks_tell_nothing() -> None:
+def test_filtering_takes_batches_and_ignores_start_and_end() -> None:
     task = HMM(length=5)
     rows = np.array([[START, *task.example(i).answer, END, END] for i in range(20)])
     beliefs, nats = task.beliefs(rows), task.surprisals(rows)
@@ -74,24 +74,24 @@ def test_examples_have_the_probabilities_of_the_process(task: HMM) -> None:
         symbols = [token - FIRST for token in task.example(i).answer]
         counts[0, number[tuple(symbols[:3])]] += 1
         counts[1, number[tuple(symbols[3:])]] += 1
-    p = np.array([paths(task, word).sum() for word in words])
+    p = np.array([path_probabilities(task, word).sum() for word in words])
     assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p) + 1e-9).all()
 
 
 def entropy(task: HMM, length: int) -> float:
     """Of a word, given the state before it, in nats: over all words."""
     words = product(range(len(task.transitions)), repeat=length)
-    found = 0.0
+    nats = 0.0
     for word in words:
         joint = np.eye(len(task.stationary))
         for symbol in word:
             joint = joint @ task.transitions[symbol]
         p = joint.sum(1)
-        found -= task.stationary @ (p * np.log(p, where=p > 0, out=np.zeros_like(p)))
-    return float(found)
+        nats -= task.stationary @ (p * np.log(p, where=p > 0, out=np.zeros_like(p)))
+    return float(nats)
 
 
-def test_surprisals_far_from_the_start_are_the_entropy_rate() -> None:
+def test_late_surprisals_are_the_entropy_rate() -> None:
     """``H(x_n | x_1 .. x_n-1, state before)`` is near it (Cover & Thomas 2006, theorem 4.5.1)."""
     rates = {HMM(process="rrxor", length=1000): 2 / 3 * np.log(2)}
     for task in (HMM(length=1000), HMM(length=1000, x=0.15, a=0.6)):
@@ -102,14 +102,14 @@ def test_surprisals_far_from_the_start_are_the_entropy_rate() -> None:
         assert abs(means.mean() - rate) < 4 * means.std() / 10 + 1e-4
 
 
-def test_what_the_process_can_say_is_right() -> None:
+def test_the_check_accepts_the_possible_strings() -> None:
     for task in BOTH:
         ids = range(FIRST, FIRST + len(task.transitions))
         right = [task.check([START], word) for word in product(ids, repeat=6)]
         assert task.chance == pytest.approx(sum(right) / len(right))
     assert BOTH[0].chance == 1
     rrxor = HMM(process="rrxor", length=9)
-    # Two triples whole, at each of the three places that the first may begin at.
+    # Two whole triples, at each of the three possible offsets.
     assert rrxor.check([START], [FIRST + b for b in (0, 1, 1, 1, 1, 0, 1, 0, 1)])
     assert rrxor.check([START], [FIRST + b for b in (1, 0, 1, 1, 1, 1, 0, 1, 0)])
     assert not rrxor.check([START], [FIRST + b for b in (1, 1, 1, 1, 1, 1, 1, 1, 1)])

@@ -1,4 +1,4 @@
-"""Stories, read as people read them."""
+"""The stories of the induction task, parsed from their text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SENTENCE = re.compile(
 
 
 @pytest.mark.parametrize("task", [Induction(), Induction(sentences=5, names=4, endings=2)])
-def test_names_are_asked_and_always_the_same(task: Induction) -> None:
-    used = set()
+def test_repeated_names_are_asked_and_keep_their_endings(task: Induction) -> None:
+    templates = set()
     for i in range(400):
         example = task.example(i)
         story = task.show(example.answer)
         sentences = [sentence.strip() + " ." for sentence in story.split(".")[:-1]]
         assert len(sentences) == task.sentences
-        used.update(re.sub(r"[Ab]\d+", "", sentence) for sentence in sentences)
+        templates.update(re.sub(r"[Ab]\d+", "", sentence) for sentence in sentences)
         for sentence in sentences:
             assert SENTENCE.fullmatch(sentence)
             people = [name[0] for name in NAME.findall(sentence)]
@@ -52,24 +52,24 @@ def test_names_are_asked_and_always_the_same(task: Induction) -> None:
         for j in asked:
             least, *most = (int(n) for n in groups[j].removeprefix("distance_").split("-"))
             assert least <= back[j] <= (most or [least])[0]
-    assert len(used) > 20
+    assert len(templates) > 20
 
 
-def test_a_repeated_name_ends_as_it_did_at_first() -> None:
+def test_another_ending_of_a_repeated_name_is_wrong() -> None:
     task = Induction()
     for i in range(500):
         example = task.example(i)
         asked = [j for j, asked in enumerate(example.asked) if asked]
         ending = max(example.answer[j] for j in asked)
         other = ending + 1 if ending + 1 < len(task.symbols) else ending - 1
-        one = asked[i % len(asked)]
-        once = [other if j == one else token for j, token in enumerate(example.answer)]
+        place = asked[i % len(asked)]
+        changed = [other if j == place else token for j, token in enumerate(example.answer)]
         assert task.check(example.prompt, example.answer)
-        assert task.check(example.prompt, once) == (once == example.answer)
+        assert task.check(example.prompt, changed) == (changed == example.answer)
 
 
-def test_who_ends_all_names_alike_tells_no_story() -> None:
-    """What is given cannot be changed, so one ending for all is right for one of the names."""
+def test_one_ending_for_all_names_is_wrong() -> None:
+    """First mentions are given, so one ending for all is right for at most one name."""
     task = Induction()
     right = 0
     for i in range(500):
@@ -83,7 +83,7 @@ def test_who_ends_all_names_alike_tells_no_story() -> None:
     assert right < 25
 
 
-def test_what_is_no_story_is_refused() -> None:
+def test_stories_without_a_token_a_sentence_or_an_end_are_wrong() -> None:
     task = Induction(sentences=4)
     for i in range(60):
         example = task.example(i)
@@ -95,7 +95,7 @@ def test_what_is_no_story_is_refused() -> None:
         assert not task.check(example.prompt, example.answer[period:])
 
 
-def test_chance_is_that_of_the_names_so_far() -> None:
+def test_chance_is_that_of_a_guess_among_earlier_names() -> None:
     task = Induction()
     total = 0.0
     for i in range(256):

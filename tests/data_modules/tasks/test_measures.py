@@ -1,4 +1,4 @@
-"""What tasks report besides exact match, against numpy on all examples at once."""
+"""Measures of tasks besides exact match, against numpy on all examples at once."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def outputs(
     return SimpleNamespace(batch=batch, states_BPC=torch.tensor(np.stack(states)))
 
 
-def probed(measure: TaskMeasure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
+def probe_r2(measure: TaskMeasure, task: HMM, batches: list[np.ndarray], **options: float) -> float:
     for numbers in batches:
-        measure.update(numbers, outputs(task, numbers, **how))  # type: ignore[arg-type]
+        measure.update(numbers, outputs(task, numbers, **options))  # type: ignore[arg-type]
     return measure.compute()["belief_r2"]
 
 
-def by_lstsq(task: HMM, n: int, *, part: int, **how: float) -> float:
+def lstsq_r2(task: HMM, n: int, *, part: int, **options: float) -> float:
     """With numpy, on all positions at once; fitted on the even or odd examples."""
-    given = outputs(task, np.arange(n), **how)  # type: ignore[arg-type]
-    valid = given.batch.valid(0)
+    made = outputs(task, np.arange(n), **options)  # type: ignore[arg-type]
+    valid = made.batch.valid(0)
     assert valid is not None
-    beliefs = task.beliefs(given.batch.tokens.numpy())[:, : given.batch.seq_len]
+    beliefs = task.beliefs(made.batch.tokens.numpy())[:, : made.batch.seq_len]
     sides = []
     for of in (part, 1 - part):
         mask = valid.numpy() & (np.arange(n) % 2 == of)[:, None]
-        x = given.states_BPC.numpy()[mask]
+        x = made.states_BPC.numpy()[mask]
         sides.append((x, beliefs[mask]))
     (x, y), (x_new, y_new) = sides
     weights, *_ = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=LEAST)
@@ -63,30 +63,30 @@ def probe(task: HMM) -> TaskMeasure:
 @pytest.mark.parametrize("noise", [0.0, 0.3, 100.0])
 def test_the_probe_against_numpy(noise: float, rank: int) -> None:
     task = HMM(length=LENGTH)
-    how = {"noise": noise, "rank": rank}
+    options = {"noise": noise, "rank": rank}
     batches = [np.arange(1, 30, 3), np.arange(2, 30, 3), np.arange(0, 30, 3), np.array([30])]
-    found = probed(probe(task), task, batches, **how)
-    assert found == pytest.approx(by_lstsq(task, 31, part=0, **how), abs=1e-9)
-    # It is scored on what it was not fitted on.
-    assert abs(found - by_lstsq(task, 31, part=1, **how)) > 1e-6
+    r2 = probe_r2(probe(task), task, batches, **options)
+    assert r2 == pytest.approx(lstsq_r2(task, 31, part=0, **options), abs=1e-9)
+    # It is scored on other examples than it is fitted on.
+    assert abs(r2 - lstsq_r2(task, 31, part=1, **options)) > 1e-6
     low, high = {0.0: (0.9, 1.0), 0.3: (0.4, 0.95), 100.0: (-1.0, 0.1)}[noise]
-    assert low < found < high
+    assert low < r2 < high
 
 
-def test_what_varies_as_little_as_rounding_is_not_read() -> None:
-    """Or the probe would differ with the batch size."""
+def test_the_probe_ignores_variation_as_small_as_rounding() -> None:
+    """Otherwise the probe would depend on the batch size."""
     task, numbers = HMM(length=LENGTH), np.arange(30)
     exact, rounded = probe(task), probe(task)
-    given = outputs(task, numbers, rank=3)
-    exact.update(numbers, given)
-    given.states_BPC += 1e-6 * torch.randn(
-        given.states_BPC.shape, generator=torch.Generator().manual_seed(0)
+    made = outputs(task, numbers, rank=3)
+    exact.update(numbers, made)
+    made.states_BPC += 1e-6 * torch.randn(
+        made.states_BPC.shape, generator=torch.Generator().manual_seed(0)
     )
-    rounded.update(numbers, given)
+    rounded.update(numbers, made)
     assert rounded.compute() == pytest.approx(exact.compute(), abs=1e-5)
 
 
-def test_no_probe_without_two_parts_or_anything_to_find() -> None:
+def test_the_probe_needs_two_parts_and_beliefs_that_vary() -> None:
     task = HMM(length=LENGTH)
     alone = probe(task)
     alone.update(np.array([0]), outputs(task, np.array([0])))
@@ -98,7 +98,7 @@ def test_no_probe_without_two_parts_or_anything_to_find() -> None:
 
 
 @pytest.mark.parametrize("process", ["mess3", "rrxor"])
-def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
+def test_excess_loss_is_measured_from_the_surprisal_of_the_process(process: str) -> None:
     task, n = HMM(process=process, length=LENGTH), 20
     _, excess = task.measures(n=n, d_model=C)
     surprisals, nats = [], []
@@ -123,19 +123,19 @@ def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
 def test_the_creativity_of_samples() -> None:
     task = Sibling(parents=3, children=4, hash=2)
     training = [task.example(i).answer for i in range(10)]
-    known = {frozenset(answer) for answer in training}
-    new = next(a for i in range(100) if frozenset(a := task.example(i).answer) not in known)
+    siblings = {frozenset(answer) for answer in training}
+    new = next(a for i in range(100) if frozenset(a := task.example(i).answer) not in siblings)
     one, other, parent = training[0]  # in the other order they are the same siblings
-    said = [new, [new[1], new[0], new[2]], [other, one, parent], [1, 2, 3], [new[0], *new[::2]]]
+    samples = [new, [new[1], new[0], new[2]], [other, one, parent], [1, 2, 3], [new[0], *new[::2]]]
     (measure,) = task.measures(n=5, d_model=C, training=lambda: training)
     prompt = [2, 3, 1]
     for numbers in (np.array([3, 1]), np.array([0, 4, 2])):  # whatever the order
-        rows = torch.tensor([[*prompt, *said[i], 0] for i in numbers])
+        rows = torch.tensor([[*prompt, *samples[i], 0] for i in numbers])
         measure.update(numbers, SimpleNamespace(sampled_BW=rows))
     shares = {"sampled_coherent": 3 / 5, "sampled_distinct": 2 / 5}
     assert measure.compute() == shares | {"creativity": 1 / 5}
     (fresh,) = task.measures(n=5, d_model=C)
-    rows = torch.tensor([[*prompt, *s, 0] for s in said])
+    rows = torch.tensor([[*prompt, *s, 0] for s in samples])
     fresh.update(np.arange(5), SimpleNamespace(sampled_BW=rows))
     assert fresh.compute() == shares
 
@@ -155,7 +155,7 @@ def test_the_training_set_is_what_the_loader_reads() -> None:
     assert TaskDataModule(Sibling(**options)).answer_sets[""].training is None
 
 
-def test_numbers_to_draw_by_are_an_examples_own() -> None:
+def test_each_example_has_its_own_uniform_numbers() -> None:
     questions = AnswerSet(Sibling(), 50, depth=2)
     wide = questions.uniforms(np.arange(50), 30)
     assert torch.equal(questions.uniforms(np.array([7, 3]), 20), wide[[7, 3], :20])

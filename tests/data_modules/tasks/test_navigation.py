@@ -1,4 +1,4 @@
-"""The graph, its paths and what is measured on it, from what a person would read."""
+"""The navigation task: its graph, paths and measures, recomputed from the text of examples."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TASKS = [Navigation(), Navigation(graph="random", nodes=25, density=0.08)]
 
 
 def read(task: Navigation, prompt: list[int], answer: list[int]) -> tuple[int, int, list[int]]:
-    """Start, goal and path of what is shown."""
-    said, steps = task.show(prompt).split(), task.show(answer).split()
-    assert said[2] == "=" and steps[-1] == "."
-    start, goal = (int(name.removeprefix("n")) for name in said[:2])
+    """Start, goal and path, from the text."""
+    words, steps = task.show(prompt).split(), task.show(answer).split()
+    assert words[2] == "=" and steps[-1] == "."
+    start, goal = (int(name.removeprefix("n")) for name in words[:2])
     return start, goal, list(itertools.accumulate(map(int, steps[:-1]), initial=start))
 
 
@@ -30,29 +30,29 @@ def neighbors(task: Navigation) -> dict[int, list[int]]:
 
 
 def hops(task: Navigation, start: int) -> dict[int, int]:
-    """Steps to every node that can be reached, by breadth."""
-    out, found, ring = neighbors(task), {start: 0}, [start]
-    while ring:
-        after = []
-        for a in ring:
+    """Steps to every reachable node, by breadth-first search."""
+    out, distances, frontier = neighbors(task), {start: 0}, [start]
+    while frontier:
+        next_frontier = []
+        for a in frontier:
             for b in out[a]:
-                if b not in found:
-                    found[b] = found[a] + 1
-                    after.append(b)
-        ring = after
-    return found
+                if b not in distances:
+                    distances[b] = distances[a] + 1
+                    next_frontier.append(b)
+        frontier = next_frontier
+    return distances
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_validation_asks_for_shortest_paths_of_pairs_that_training_leaves(task: Navigation) -> None:
+def test_validation_asks_for_shortest_paths_between_untrained_pairs(task: Navigation) -> None:
     table, out = {a: hops(task, a) for a in range(task.nodes)}, neighbors(task)
     reachable = {(a, b) for a in table for b in table[a] if a != b}
     n_held = len(reachable) - round(len(reachable) / 2)
-    held, trained, others = set(), set(), 0
+    held_out, trained, n_longer = set(), set(), 0
     for i in range(n_held):
         example = task.example(i)
         start, goal, path = read(task, example.prompt, example.answer)
-        held.add((start, goal))
+        held_out.add((start, goal))
         assert path[-1] == goal and len(path) - 1 == table[start][goal]
         assert all(b in out[a] for a, b in itertools.pairwise(path))
     for i in range(4000):
@@ -60,10 +60,10 @@ def test_validation_asks_for_shortest_paths_of_pairs_that_training_leaves(task: 
         start, goal, path = read(task, example.prompt, example.answer)
         trained.add((start, goal))
         assert all(b in out[a] for a, b in itertools.pairwise(path)) and path[-1] == goal
-        others += len(path) - 1 > table[start][goal]
-    assert len(held) == n_held and not trained & held and trained | held <= reachable
+        n_longer += len(path) - 1 > table[start][goal]
+    assert len(held_out) == n_held and not trained & held_out and trained | held_out <= reachable
     assert len(trained) > 0.9 * (len(reachable) - n_held)
-    assert 0.03 < others / 4000 < 0.2  # detours and recoveries that are longer
+    assert 0.03 < n_longer / 4000 < 0.2  # detours and recoveries that are longer
 
 
 def test_detours_avoid_a_node_and_recoveries_begin_anywhere() -> None:
@@ -82,7 +82,7 @@ def test_detours_avoid_a_node_and_recoveries_begin_anywhere() -> None:
     assert longer > 60 and wrong > 60
 
 
-def test_paths_are_drawn_uniformly_and_the_surprisals_are_their_logarithms() -> None:
+def test_paths_are_uniform_and_surprisals_their_log_probabilities() -> None:
     task = Navigation(nodes=12, density=0.8)
     a, b = max(task._pairs[1], key=lambda pair: float(task.ways[pair]))
     n = int(task.ways[a, b])
@@ -93,8 +93,8 @@ def test_paths_are_drawn_uniformly_and_the_surprisals_are_their_logarithms() -> 
         counts[path] = counts.get(path, 0) + 1
     assert len(counts) == n
     assert all(abs(c - 3000 / n) < 5 * (3000 / n) ** 0.5 for c in counts.values())
-    written = task._written(b, list(next(iter(counts))))
-    nats = task.surprisals(np.array([*written.prompt, *written.answer]))
+    example = task._written(b, list(next(iter(counts))))
+    nats = task.surprisals(np.array([*example.prompt, *example.answer]))
     assert nats.sum() == pytest.approx(np.log(n)) and nats[-1] == 0
 
 
@@ -106,9 +106,9 @@ def test_a_street_graph_is_a_tree_and_edges_of_the_triangulation() -> None:
         assert 2 * 55 < task.edges.sum() < 2 * 65
 
 
-def test_the_triangulation_has_edges_of_triangles_with_an_empty_circle() -> None:
+def test_delaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
     points = np.random.default_rng(0).uniform(size=(14, 2))
-    want = np.zeros((14, 14), dtype=bool)
+    expected = np.zeros((14, 14), dtype=bool)
     for corners in itertools.combinations(range(14), 3):
         a, b, c = points[list(corners)]
         center = np.linalg.solve(2 * np.array([b - a, c - a]), [b @ b - a @ a, c @ c - a @ a])
@@ -116,8 +116,8 @@ def test_the_triangulation_has_edges_of_triangles_with_an_empty_circle() -> None
         others = [i for i in range(14) if i not in corners]
         if (np.linalg.norm(points[others] - center, axis=1) > radius).all():
             for i, j in itertools.permutations(corners, 2):
-                want[i, j] = True
-    assert (_delaunay(points) == want).all()
+                expected[i, j] = True
+    assert (_delaunay(points) == expected).all()
 
 
 def test_a_random_graph_has_each_edge_with_its_probability() -> None:
@@ -127,7 +127,7 @@ def test_a_random_graph_has_each_edge_with_its_probability() -> None:
         assert abs(edges - n * p) < 4 * (n * p * (1 - p)) ** 0.5
 
 
-def test_the_chance_of_arrival_is_that_of_all_answers() -> None:
+def test_arrival_chance_is_the_share_of_all_answers_that_arrive() -> None:
     task = Navigation(nodes=4, density=1.0)
     vars(task)["longest_answer"] = 4
     walks = task.measures(n=1, d_model=4)[0]
@@ -136,8 +136,8 @@ def test_the_chance_of_arrival_is_that_of_all_answers() -> None:
         prompt = [FIRST + start, FIRST + goal, 1]
         rows = [[*prompt, *answer] for answer in itertools.product(symbols, repeat=4)]
         walks.update(np.arange(1), SimpleNamespace(greedy_BW=torch.tensor(rows)))  # type: ignore[arg-type]
-    found = walks.compute()
-    assert found["arrival"] == pytest.approx(found["arrival_chance"]) and found["arrival"] > 0.02
+    shares = walks.compute()
+    assert shares["arrival"] == pytest.approx(shares["arrival_chance"]) and shares["arrival"] > 0.02
 
 
 def test_chance_is_what_random_symbols_reach() -> None:
@@ -152,8 +152,8 @@ def test_chance_is_what_random_symbols_reach() -> None:
     assert right > 100 and abs(right / n - task.chance) < 5 * (task.chance / n) ** 0.5
 
 
-def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> SimpleNamespace:
-    """A model that knows the graph, or one that says any symbol and whose states are noise."""
+def model_outputs(task: Navigation, numbers: np.ndarray, *, knows: bool) -> SimpleNamespace:
+    """Of a model that knows the graph, or of a uniform one whose states are noise."""
     batch = AnswerSet(task, 1000, depth=1).batch(numbers)
     tokens, valid = batch.tokens.numpy(), batch.valid(0)
     assert valid is not None
@@ -183,26 +183,26 @@ def measured(task: Navigation, batches: list[np.ndarray], *, knows: bool) -> dic
     measures = task.measures(n=1000, d_model=4)
     for numbers in batches:
         for measure in measures:
-            measure.update(numbers, given(task, numbers, knows=knows))  # type: ignore[arg-type]
+            measure.update(numbers, model_outputs(task, numbers, knows=knows))  # type: ignore[arg-type]
     return {name: value for measure in measures for name, value in measure.compute().items()}
 
 
-def test_a_model_that_knows_the_graph_has_every_reference() -> None:
+def test_a_model_that_knows_the_graph_reaches_every_reference() -> None:
     task = Navigation()
-    found = measured(task, [np.arange(200)], knows=True)
-    parts = measured(task, [np.arange(90), np.arange(90, 200)], knows=True)
-    assert found == pytest.approx(parts)
-    assert found["legality"] == found["arrival"] == 1 and found["shortcut_mass"] == 0
-    assert found["legal_mass"] == pytest.approx(1) and found["belief_cosine"] == pytest.approx(1)
-    assert abs(found["belief_cosine_others"]) < 0.1
-    assert found["excess_loss"] == pytest.approx(0, abs=1e-12) and found["surprisal"] > 0
+    values = measured(task, [np.arange(200)], knows=True)
+    in_two_batches = measured(task, [np.arange(90), np.arange(90, 200)], knows=True)
+    assert values == pytest.approx(in_two_batches)
+    assert values["legality"] == values["arrival"] == 1 and values["shortcut_mass"] == 0
+    assert values["legal_mass"] == pytest.approx(1) and values["belief_cosine"] == pytest.approx(1)
+    assert abs(values["belief_cosine_others"]) < 0.1
+    assert values["excess_loss"] == pytest.approx(0, abs=1e-12) and values["surprisal"] > 0
 
 
-def test_a_model_that_says_anything_has_every_chance() -> None:
+def test_a_uniform_model_is_at_chance() -> None:
     task = Navigation()
-    found = measured(task, [np.arange(200)], knows=False)
+    values = measured(task, [np.arange(200)], knows=False)
     for name in ("shortcut_mass", "legal_mass"):
-        assert found[name] == pytest.approx(found[f"{name}_chance"])
+        assert values[name] == pytest.approx(values[f"{name}_chance"])
     table, masses = {a: hops(task, a) for a in range(task.nodes)}, []
     for i in range(200):
         _, goal, path = read(task, (e := task.example(i)).prompt, e.answer)
@@ -210,14 +210,14 @@ def test_a_model_that_says_anything_has_every_chance() -> None:
         for a in near.intersection(path):
             shortcuts = near - {a} - set(neighbors(task)[a])
             masses.append(len(shortcuts) / len(task.symbols))
-    assert found["shortcut_mass"] == pytest.approx(np.mean(masses)) and np.mean(masses) > 0.05
-    assert abs(found["belief_cosine"] - found["belief_cosine_others"]) < 0.1
-    assert found["excess_loss"] == pytest.approx(np.log(len(task.symbols)) - found["surprisal"])
+    assert values["shortcut_mass"] == pytest.approx(np.mean(masses)) and np.mean(masses) > 0.05
+    assert abs(values["belief_cosine"] - values["belief_cosine_others"]) < 0.1
+    assert values["excess_loss"] == pytest.approx(np.log(len(task.symbols)) - values["surprisal"])
 
 
-def test_the_cosine_is_that_of_all_pairs() -> None:
+def test_belief_cosines_are_means_over_all_pairs_of_states() -> None:
     task, numbers = Navigation(), np.arange(60)
-    made = given(task, numbers, knows=False)
+    made = model_outputs(task, numbers, knows=False)
     tokens = made.batch.tokens.numpy()
     rows = []
     for i in numbers:
@@ -229,14 +229,14 @@ def test_the_cosine_is_that_of_all_pairs() -> None:
     others: list[float] = []
     for (a, x), (b, y) in itertools.combinations(rows, 2):
         (same if a == b else others).append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-    found = measured(task, [numbers], knows=False)
-    assert found["belief_cosine"] == pytest.approx(np.mean(same))
-    assert found["belief_cosine_others"] == pytest.approx(np.mean(others))
+    values = measured(task, [numbers], knows=False)
+    assert values["belief_cosine"] == pytest.approx(np.mean(same))
+    assert values["belief_cosine_others"] == pytest.approx(np.mean(others))
 
 
 def test_walks_are_judged_step_by_step() -> None:
     task = Navigation(nodes=12, density=0.8)
-    made = given(task, np.arange(50), knows=True)
+    made = model_outputs(task, np.arange(50), knows=True)
     a, b = 0, next(b for b in range(1, 12) if not task.edges[0, b])
     c = int(np.flatnonzero(task.edges[b])[0])
     made.greedy_BW = torch.full_like(made.batch.tokens, END)
@@ -244,7 +244,7 @@ def test_walks_are_judged_step_by_step() -> None:
     made.greedy_BW[:, :5] = torch.tensor(walk)
     walks = task.measures(n=50, d_model=4)[0]
     walks.update(np.arange(50), made)  # type: ignore[arg-type]
-    found = walks.compute()
-    assert found["legality"] == 0.5 and found["arrival"] == 1  # by a shortcut
-    assert found["legality_chance"] == pytest.approx(task.edges[[a, b]].sum() / 2 / 23)
+    values = walks.compute()
+    assert values["legality"] == 0.5 and values["arrival"] == 1  # by a shortcut
+    assert values["legality_chance"] == pytest.approx(task.edges[[a, b]].sum() / 2 / 23)
     assert not task.check(walk[:3], [*walk[3:], END])

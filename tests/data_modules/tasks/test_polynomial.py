@@ -36,14 +36,14 @@ def value(tokens: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("least, most", [(1, 5), (6, 12)])
 def test_answers_are_the_reduced_polynomials(least: int, most: int) -> None:
     task = Polynomial(least=least, operations=most)
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for i in range(800):
         example = task.example(i)
         tokens = task.show(example.prompt).split()
         operations = [t for t in tokens if t in ("-", "+", "*", "o")]
         assert least <= len(operations) <= most
         assert task.groups(example) == [f"operations_{len(operations)}"] * 5
-        seen.update(operations)
+        counts.update(operations)
         assert tokens.pop() == "="
         expected = value(tokens).tolist()
         assert not tokens, "an expression and nothing else"
@@ -51,11 +51,11 @@ def test_answers_are_the_reduced_polynomials(least: int, most: int) -> None:
         example.answer[i % 5] = 6 + (example.answer[i % 5] - 5) % 7
         assert not task.check(example.prompt, example.answer)
     # Each of the four equally often.
-    total = sum(seen.values())
-    assert all(abs(seen[o] - total / 4) < 4 * (total * 3 / 16) ** 0.5 for o in "-+*o")
+    total = sum(counts.values())
+    assert all(abs(counts[o] - total / 4) < 4 * (total * 3 / 16) ** 0.5 for o in "-+*o")
 
 
-def test_the_docstrings_example() -> None:
+def test_the_example_of_the_docstring_is_right() -> None:
     task = Polynomial()
 
     def read(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""3-SAT against a table of all assignments, read from what people read."""
+"""3-SAT against a table of all assignments, parsed from the text."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ def solutions(formula: str) -> list[str]:
     clauses = [[int(n) for n in clause.split()] for clause in formula.rstrip("= ").split("|")]
     assert all(len({abs(n) for n in clause}) == 3 for clause in clauses)
     names = sorted({abs(n) for clause in clauses for n in clause})
-    found = []
+    satisfying = []
     for signs in product((1, -1), repeat=len(names)):
         literals = [n * sign for n, sign in zip(names, signs, strict=True)]
         if all(set(clause) & set(literals) for clause in clauses):
-            found.append(" ".join(map(str, literals)))
-    return found
+            satisfying.append(" ".join(map(str, literals)))
+    return satisfying
 
 
-@pytest.mark.parametrize("variables, many", [(3, 400), (5, 400), (8, 80), (12, 5)])
-def test_formulas_have_few_solutions_and_the_answer_is_one(variables: int, many: int) -> None:
+@pytest.mark.parametrize("variables, n", [(3, 400), (5, 400), (8, 80), (12, 5)])
+def test_formulas_have_few_solutions_and_the_answer_is_one(variables: int, n: int) -> None:
     task = Sat(variables=variables)
-    for i in range(many):
+    for i in range(n):
         example = task.example(i)
         formula = task.show(example.prompt)
         assert formula.count("|") + 1 == round(4.26 * variables) == task.clauses
-        found = solutions(formula)
-        assert 1 <= len(found) <= 3
-        assert task.show(example.answer) in found and len(example.answer) == variables
+        satisfying = solutions(formula)
+        assert 1 <= len(satisfying) <= 3
+        assert task.show(example.answer) in satisfying and len(example.answer) == variables
 
 
 def test_the_check_finds_every_solution_and_no_other() -> None:
@@ -54,9 +54,9 @@ def test_every_number_of_solutions_occurs_and_each_solution_is_asked() -> None:
     counts, first = [], 0
     for i in range(500):
         example = task.example(i)
-        found = solutions(task.show(example.prompt))
-        counts.append(len(found))
-        first += len(found) == 2 and task.show(example.answer) == found[0]
+        satisfying = solutions(task.show(example.prompt))
+        counts.append(len(satisfying))
+        first += len(satisfying) == 2 and task.show(example.answer) == satisfying[0]
     assert set(counts) == {1, 2}
     twos = counts.count(2)
     assert abs(first - twos / 2) < 4 * (twos / 4) ** 0.5

@@ -1,4 +1,4 @@
-"""Siblings against a graph that is put together from the examples alone."""
+"""Siblings against a graph that is built from the examples alone."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import pytest
 from data_modules.tasks import Sibling
 
 
-def graph(task: Sibling, many: int) -> dict[str, set[str]]:
-    """Every parent's children, as the first examples tell."""
-    found: dict[str, set[str]] = {}
-    for i in range(many):
+def children_by_parent(task: Sibling, n_examples: int) -> dict[str, set[str]]:
+    """Every parent's children, from the first examples."""
+    children: dict[str, set[str]] = {}
+    for i in range(n_examples):
         one, other, parent = task.show(task.example(i).answer).split()
         assert one != other
-        found.setdefault(parent, set()).update((one, other))
-    return found
+        children.setdefault(parent, set()).update((one, other))
+    return children
 
 
 def test_examples_are_of_one_graph_which_the_seed_decides() -> None:
     task = Sibling(parents=4, children=30)
-    found = graph(task, 3000)
-    assert sorted(found) == ["P0", "P1", "P2", "P3"]
-    assert all(len(children) == 30 for children in found.values())
-    assert len(set().union(*found.values())) == 120
-    assert graph(Sibling(parents=4, children=30, seed=1), 3000) != found
+    families = children_by_parent(task, 3000)
+    assert sorted(families) == ["P0", "P1", "P2", "P3"]
+    assert all(len(children) == 30 for children in families.values())
+    assert len(set().union(*families.values())) == 120
+    assert children_by_parent(Sibling(parents=4, children=30, seed=1), 3000) != families
 
 
-def test_the_check_agrees_on_all_triples() -> None:
+def test_the_check_against_all_triples() -> None:
     task = Sibling(parents=3, children=3)
-    found = graph(task, 2000)
+    families = children_by_parent(task, 2000)
     right = 0
     for answer in product(range(len(task.symbols)), repeat=3):
         one, other, parent = (task.symbols[i] for i in answer)
-        expected = one != other and {one, other} <= found.get(parent, set())
+        expected = one != other and {one, other} <= families.get(parent, set())
         assert task.check([], answer) == expected
         right += expected
     # Of two random children of 9, and a random parent of 3.
@@ -43,7 +43,7 @@ def test_the_check_agrees_on_all_triples() -> None:
     assert not task.check([], []) and not task.check([], [*task.example(0).answer, 0])
 
 
-def test_each_triple_is_as_frequent_as_another() -> None:
+def test_triples_are_uniform() -> None:
     task = Sibling(parents=2, children=3)
     counts: dict[tuple[int, ...], int] = {}
     for i in range(6000):

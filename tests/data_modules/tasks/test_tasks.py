@@ -82,23 +82,23 @@ def test_variants_share_symbols_and_are_larger(task: Task) -> None:
         assert variant.longest > task.longest or task.spec()["fixed"]
 
 
-def test_draws_are_the_stream_of_numpys_generator() -> None:
-    """However they are asked for, and whatever another example draws in between."""
+def test_draws_equal_the_stream_of_numpys_philox() -> None:
+    """Draws of any size, between those of other examples."""
     sizes = np.random.default_rng(0)
     key = np.random.SeedSequence(3).generate_state(2, np.uint64)
     indices = [0, 1, (1 << 48) + 5, (1 << 64) - 1, 1 << 64, (1 << 127) + 9]
     draws = [Draws(key, index) for index in indices]
-    found: list[list[int]] = [[] for _ in indices]
+    streams: list[list[int]] = [[] for _ in indices]
     for _ in range(40):
-        for one, numbers in zip(draws, found, strict=True):
+        for one, numbers in zip(draws, streams, strict=True):
             numbers += one.raw(int(sizes.integers(0, 50))).tolist()
-    for index, numbers in zip(indices, found, strict=True):
+    for index, numbers in zip(indices, streams, strict=True):
         plain = np.random.Philox(key=key, counter=index << 128)
         assert numbers == plain.random_raw(len(numbers)).tolist()
 
 
-def test_the_stream_never_changes() -> None:
-    """As people read it; test_held_out.py has the ids."""
+def test_the_first_example_never_changes() -> None:
+    """As text; test_held_out.py has the ids."""
     shown = [task.show([*task.example(0).prompt, *task.example(0).answer]) for task in STREAMS]
     assert shown == list(STREAMS.values())
 
@@ -161,22 +161,22 @@ def test_recall_against_brute_force() -> None:
     slots = np.zeros(12)
     for i in range(MANY):
         example = task.example(i)
-        said = [*task.show(example.prompt).split(), *task.show(example.answer).split()]
-        assert said.index("=") == 8
-        value_of = dict(zip(said[:8:2], said[1:8:2], strict=True))
+        words = [*task.show(example.prompt).split(), *task.show(example.answer).split()]
+        assert words.index("=") == 8
+        value_of = dict(zip(words[:8:2], words[1:8:2], strict=True))
         assert len(value_of) == 4
         asked = []
         for place, is_asked in enumerate(example.asked, start=9):
             if is_asked:
-                key = said[place - 1]
-                assert said[place] == value_of[key] and (place - 9) % 2 == 1
+                key = words[place - 1]
+                assert words[place] == value_of[key] and (place - 9) % 2 == 1
                 asked.append(key)
                 slots[(place - 9) // 2] += 1
-                back = said[: place - 1][::-1].index(key) + 1
+                back = words[: place - 1][::-1].index(key) + 1
                 low, _, high = task.groups(example)[place - 9][9:].partition("-")
                 assert int(low) <= back <= int(high or low)
             elif (place - 9) % 2 == 0:
-                assert said[place] == "_" or said[place] in value_of
+                assert words[place] == "_" or words[place] in value_of
         assert len(asked) == 4 and example.asked[-1]
     random, weights = np.random.default_rng(0), np.arange(1, 13) ** (0.01 - 1)
     drawn = [random.choice(12, 4, replace=False, p=weights / weights.sum()) for _ in range(MANY)]
@@ -220,7 +220,7 @@ def test_chance_is_what_guessing_reaches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "words"),
     [
         (lambda: StarGraph(nodes=6), ["data.task.nodes=6", "7 nodes"]),
         (lambda: StarGraph(degree=0), ["data.task.degree", "at least 1"]),
@@ -262,7 +262,7 @@ def test_chance_is_what_guessing_reaches() -> None:
         (lambda: Sibling(hash=-1), ["data.task.hash must be", "at least 0, not -1."]),
     ],
 )
-def test_options_that_do_not_fit_are_one_sentence(make, told):
-    with pytest.raises(ValueError) as refused:
+def test_wrong_options_are_one_sentence(make, words):
+    with pytest.raises(ValueError) as error:
         make()
-    assert all(words in str(refused.value) for words in told) and "\n" not in str(refused.value)
+    assert all(part in str(error.value) for part in words) and "\n" not in str(error.value)

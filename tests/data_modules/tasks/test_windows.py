@@ -1,4 +1,4 @@
-"""Windows of whole examples: targets, which tokens see each other, and the order of batches."""
+"""Windows of whole examples: targets, attention between examples, and the order of batches."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_targets_against_a_loop(task, per_window, depth, train_prompt):
         assert batch.tokens[row].tolist() == [token for token, _, _ in layout]
         for k in range(depth + 1):
             for i in range(seq_len):
-                token, owner, may = layout[i + k + 1]
-                # Where examples share a window, one predicts nothing of another.
-                counts = may and (per_window == 1 or layout[i][1] == owner)
+                token, owner, scored = layout[i + k + 1]
+                # In a shared window, an example predicts only its own tokens.
+                counts = scored and (per_window == 1 or layout[i][1] == owner)
                 assert int(batch.targets(k)[row, i]) == (token if counts else -100)
     assert not train_prompt or int(batch.counts()[0]) > 0
 
 
-def test_a_packed_example_sees_itself_alone() -> None:
+def test_packed_examples_do_not_attend_to_each_other() -> None:
     """Examples next to it in the window do not change a model's states."""
     from mtp_lightning.mtp.parallel import ParallelConfig
     from mtp_lightning.nn.config import TrunkConfig
@@ -83,13 +83,13 @@ def test_a_packed_example_sees_itself_alone() -> None:
             valid = one.valid(k)
             assert valid is not None
             n = int(valid[i].nonzero().max()) + 1
-            found = together[k][0, 25 * i : 25 * i + n]
-            assert torch.allclose(found, alone[k][i, :n], atol=1e-5)
+            states = together[k][0, 25 * i : 25 * i + n]
+            assert torch.allclose(states, alone[k][i, :n], atol=1e-5)
 
 
 @pytest.mark.parametrize("examples", [None, 50])
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_ranks_and_workers_read_the_same(monkeypatch, task, examples):
+def test_ranks_and_workers_read_the_same_batches(monkeypatch, task, examples):
     def first(n: int, **options: Any) -> list[WindowBatch]:
         batches = iter(module(task, examples=examples, seed=3, **options).train_dataloader())
         return [next(batches) for _ in range(n)]
@@ -102,7 +102,7 @@ def test_ranks_and_workers_read_the_same(monkeypatch, task, examples):
             assert torch.equal(batch.tokens[4 * rank : 4 * rank + 4], part.tokens)
 
 
-def test_fresh_examples_never_come_again_and_no_validation_is_trained_on() -> None:
+def test_fresh_examples_never_repeat_and_exclude_validation() -> None:
     task = StarGraph()
 
     def seen(seed: int, n: int) -> set[tuple[int, ...]]:
@@ -119,7 +119,7 @@ def test_fresh_examples_never_come_again_and_no_validation_is_trained_on() -> No
         assert not any(one & other for other in trained[:i])
 
 
-def test_the_validation_is_the_same_for_every_seed_and_window() -> None:
+def test_validation_is_the_same_for_every_seed_and_window() -> None:
     answers = []
     for options in ({}, {"seed": 5}, {"seq_len": 99, "depth": 2}):
         data = module(Copy(), eval_examples=70, **options)
@@ -158,7 +158,7 @@ def test_a_padding_window_has_no_target() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         ({"seq_len": 23}, ["data.seq_len=23", "25 tokens", "24 or more"]),
         ({"document_mask": True}, ["data.document_mask", "leave it out"]),
@@ -168,13 +168,13 @@ def test_a_padding_window_has_no_target() -> None:
         ({"batch_size": 0}, ["data.batch_size"]),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(options: dict[str, Any], told: list[str]) -> None:
-    with pytest.raises(ValueError) as refused:
+def test_wrong_options_are_one_sentence(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
         module(StarGraph(), **options)
-    assert all(words in str(refused.value) for words in told) and "\n" not in str(refused.value)
+    assert all(part in str(error.value) for part in words) and "\n" not in str(error.value)
 
 
-def test_too_few_examples_for_a_step() -> None:
+def test_too_few_examples_for_a_step_are_refused() -> None:
     with pytest.raises(ValueError, match="data.examples=3 fill 3 windows but one step takes 8"):
         module(StarGraph(), examples=3, accumulate=2).prepare()
 
@@ -186,7 +186,7 @@ def test_another_vocabulary_is_refused() -> None:
     TaskDataModule(StarGraph(degree=3), module(StarGraph()).tokenizer)
 
 
-def test_symbols_come_back() -> None:
+def test_the_tokenizer_of_a_task_is_lossless() -> None:
     from data_modules.tokenizers import tokenizer_from_state
 
     tokenizer = tokenizer_from_state(module(StarGraph()).tokenizer.state())
@@ -201,7 +201,7 @@ def test_symbols_come_back() -> None:
     assert library.encode(text).ids == example.prompt
 
 
-def test_prompts_to_decode_are_whole_and_their_answers_of_one_length() -> None:
+def test_held_out_prompts_are_whole_with_answers_of_one_length() -> None:
     data = module(Copy(periods=5), eval_examples=60)
     prompts = data.held_out_prompts(4, 2)
     assert data.answer_length == 5 and {len(prompt) for prompt in prompts} == {6}
