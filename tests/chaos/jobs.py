@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from mtp_lightning.run.checkpoints import damage
+from mtp_lightning.run.checkpoints import inspect
 from tests.chaos.cases import hold
 from tests.integration.helpers import checkpoint, overrides, rows
 from tests.sweeps.claims.fixture_claims import write_claim
@@ -236,7 +236,7 @@ def whole_files(folder: Path) -> None:
             elif file.suffix == ".yaml":
                 yaml.safe_load(file.read_text())
             elif file.suffix == ".ckpt":
-                reason = damage(file)
+                reason, _ = inspect(file)
                 hold(reason is None, f"{file.name} is damaged: {reason}")
         except (ValueError, yaml.YAMLError) as error:
             hold(False, f"{file.relative_to(folder)} cannot be read: {error}")
