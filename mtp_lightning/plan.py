@@ -276,11 +276,11 @@ def describe(plans: Sequence[Plan], tokens: float) -> list[str]:
     first, machines, model = plans[0], plans[0].machines, plans[0].model
     flops = first.cost.per_token(first.seq_len)
     head = [
-        f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B for a "
-        f"token; {flops / 1e9:.2f} GFLOPs a token at T={first.seq_len}; {first.batch} windows a "
-        "device",
+        f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B "
+        f"active; {flops / 1e9:.2f} GFLOPs per token at T={first.seq_len}; {first.batch} windows "
+        "per device",
         f"estimated, not run: MFU {machines.mfu:g} of {machines.peak / 1e12:g} TFLOP/s, "
-        f"{machines.memory / 1e9:g} GB, {machines.in_machine} devices a machine, "
+        f"{machines.memory / 1e9:g} GB, {machines.in_machine} devices per machine, "
         f"{machines.near / 1e9:g} GB/s within and {machines.far / 1e9:g} GB/s between machines",
     ]
     names = ("devices", "strategy", "states", "gathered", "activations", "head", "total GB", "fits")

@@ -72,8 +72,7 @@ def write_pages(root: Path, claims: Path = FOLDER, **options: Any) -> list[Path]
 def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
     pairs = _pairs(root, claims, **options)
-    facts = {**_results(pairs), "questions": answers(pairs, root, page="docs/results.md")}
-    texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
+    texts = {root / "docs" / "results.md": _render("results.jinja", _results(pairs))}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
             texts[root / name] = part(pairs, name, root)
@@ -81,20 +80,20 @@ def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
 
 
 def block(root: Path, claims: Path = FOLDER, **options: Any) -> str:
-    """The answers to the three questions for a page in the checkout's root, such as README.md;
-    arguments and errors as in :func:`write_pages`."""
+    """The answers to the three questions, as README.md has them; arguments and errors as in
+    :func:`write_pages`."""
     return answers(_pairs(root, claims, **options), root)
 
 
-def answers(pairs: Sequence[Pair], root: Path, *, page: str = "README.md") -> str:
-    """What a module is worth, whether it teaches to plan, and how much faster a real model writes,
-    in Markdown, with links that work on ``page``."""
-    return _render("questions.jinja", _answers(pairs, root, page))
+def answers(pairs: Sequence[Pair], root: Path) -> str:
+    """What a module is worth, whether it teaches to plan, and how much faster a real model decodes,
+    in Markdown, with links that work in README.md."""
+    return _render("questions.jinja", _answers(pairs, root))
 
 
 def part(pairs: Sequence[Pair], name: str, root: Path) -> str:
     """The text between the markers of the README of that file name."""
-    return _render(READMES[name], {**_answers(pairs, root, name), **_counts(pairs)})
+    return _render(READMES[name], {**_answers(pairs, root), **_counts(pairs)})
 
 
 def _pairs(root: Path, claims: Path, **options: Any) -> list[Pair]:
@@ -168,13 +167,10 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     }
 
 
-def _answers(pairs: Sequence[Pair], root: Path, page: str) -> dict[str, Any]:
-    """The facts of the three questions, and the paths of ``results/`` and ``docs/`` as seen from
-    the page."""
+def _answers(pairs: Sequence[Pair], root: Path) -> dict[str, Any]:
+    """The facts of the three questions."""
     by_name = _by_name(pairs)
-    facts = {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
-    results, docs = ("../results/", "") if page.startswith("docs/") else ("results/", "docs/")
-    return {**facts, "results": results, "docs": docs}
+    return {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
 
 
 def _counts(pairs: Sequence[Pair]) -> dict[str, Any]:

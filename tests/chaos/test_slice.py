@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.helpers import ROOT, environment
+
+
+def test_the_harness_starts() -> None:
+    """Its cases run rarely, so a name that is gone would be noticed late."""
+    importlib.import_module("tests.chaos.__main__")
 
 
 @pytest.mark.long

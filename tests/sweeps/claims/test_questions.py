@@ -41,7 +41,7 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     found += [{**of, "measure": effect, "effect": 0.9, "low": 0.8, "high": 1.1} for of in found]
     small = read_claim("equivalent_gain_200k_long")
     pairs = [(small, None), (claim, result(claim, found))]
-    text = answers(pairs, tmp_path, page="docs/results.md")
+    text = answers(pairs, tmp_path)
     assert "main prediction?** It depends on the head." in text
     assert (
         "\n| weights | | sequential modules | parallel heads | top head |\n|---|---|---|---|---|\n"
@@ -50,7 +50,7 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
         in text
     )
     assert "over seeds; 0.2 M is predicted and not measured yet):" in text
-    assert f"](../results/{GAIN}.svg)" in text and "plan?" not in text
+    assert f"](results/{GAIN}.svg)" in text and "plan?" not in text
     chinese = part(pairs, "README.zh-CN.md", tmp_path)
     assert "| 0.6 M | 增益 | 超出范围（0/5 个种子） | 0.812 ×" in chinese
     assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
