@@ -108,6 +108,8 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
             f"{name} is not a key of Hydra or of the launcher: conf/hydra/launcher has the "
             "launchers' keys."
         )
+    if name in groups():
+        return f"{name} has no keys before an option is chosen: add {name}=NAME. (--help {name})"
     if (group := _group_of(name)) and (options := _options_with(name)):
         first = options[0]
         if len(options) == 1:

@@ -75,6 +75,7 @@ train.py data.paths=x => data.paths is a key of data=text: add that
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
 train.py ~callbacks.progres => ~callbacks.progres deletes nothing | --cfg job
 evaluate.py checkpoit=x  [*] => did you mean checkpoint?
+evaluate.py checkpoint=x data.paths=a => data has no keys before an option is chosen: add data=NAME
 evaluate.py checkpoint=x seed=1 => seed is not a key: --help names
 evaluate.py decode.prompts=3 => decode.prompts is not a key | decode.n_prompts
 generate.py promt=hello  [*] => promt is not a key: did you mean prompt?
