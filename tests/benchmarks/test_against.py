@@ -1,4 +1,4 @@
-"""The comparison with a commit: ratios of turns, and both sides by the code of their own tree."""
+"""The comparison with a commit: ratios over turns, and each side with its own code."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def answers(seconds: list[float], rss: float, result: str) -> list[dict[str, Any
     return [{"seconds": s, "rss": rss, "result": result} for s in seconds]
 
 
-def test_ratios_are_those_of_turns() -> None:
+def test_ratios_are_medians_over_turns() -> None:
     base = answers([1.0, 2.0, 4.0], 50e6, "a")
     row = against.compare("x", {"base": base, "tree": answers([1.1, 1.0, 5.0], 100e6, "a")})
     assert (row["base_ms"], row["tree_ms"]) == (2000, 1100)
     assert (row["ratio"], row["low"], row["high"]) == (1.1, 0.5, 1.25)
     assert (row["base_mb"], row["tree_mb"], row["memory"]) == (50, 100, 2)
     assert row["same"] == "yes"
-    other = {"base": answers([1.0], 1e6, "a"), "tree": answers([1.0], 1e6, "b")}
-    assert against.compare("x", other)["same"] == "NO"
+    different = {"base": answers([1.0], 1e6, "a"), "tree": answers([1.0], 1e6, "b")}
+    assert against.compare("x", different)["same"] == "NO"
 
 
-def test_rows_have_names_of_their_own() -> None:
+def test_workloads_have_different_names() -> None:
     tasks = against.workloads()
     assert len(tasks) == 6 + 4 + 3
     assert {task["precision"] for name, (_, task) in tasks.items() if "SmolLM2" in name} == {
@@ -35,14 +35,14 @@ def test_rows_have_names_of_their_own() -> None:
 
 
 @pytest.mark.long
-def test_a_tree_from_before_gets_the_files_of_workers(tmp_path: Path) -> None:
-    """It then measures its own code: what is not there cannot be imported."""
-    words = ["git", "archive", "--format=tar", "ed24bd7", "mtp_lightning", "benchmarks", "conf"]
-    words += ["data_modules", "sweeps", "hydra_plugins"]
-    found = subprocess.run(words, cwd=harness.ROOT, capture_output=True)
-    if found.returncode:
+def test_an_old_tree_is_measured_with_its_own_code(tmp_path: Path) -> None:
+    """The tree gets the files of workers; without its package, nothing can be imported."""
+    command = ["git", "archive", "--format=tar", "ed24bd7", "mtp_lightning", "benchmarks", "conf"]
+    command += ["data_modules", "sweeps", "hydra_plugins"]
+    archive = subprocess.run(command, cwd=harness.ROOT, capture_output=True)
+    if archive.returncode:
         pytest.skip("this clone does not have the commit")
-    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=found.stdout, check=True)
+    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive.stdout, check=True)
     against.give_worker_files("ed24bd7", tmp_path)
     task = {"model": "pico", "vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 8}
     with harness.Worker("benchmarks.workloads:training", task, tree=tmp_path) as worker:

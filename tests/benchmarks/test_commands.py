@@ -1,4 +1,4 @@
-"""The commands of benchmarks/ at tiny sizes, and what they make of their numbers."""
+"""The commands of benchmarks/ at tiny sizes, and how they combine measurements."""
 
 from __future__ import annotations
 
@@ -24,28 +24,31 @@ def test_overhead_is_a_median_of_ratios() -> None:
     assert (row["ms"], row["bare_ms"], row["ratio"]) == (6, 4, 2)
 
 
+@pytest.fixture
+def output(tmp_path: Path) -> list[str]:
+    """The option with the file of results."""
+    return ["--output", str(tmp_path / "result.json")]
+
+
 @pytest.mark.long
-def test_overhead(tmp_path: Path) -> None:
+def test_the_overhead_command_compares_a_run_with_a_bare_loop(output: list[str]) -> None:
     arguments = ["--quick", "--steps", "3", "--cases", "parallel, D=3"]
-    output = ["--output", str(tmp_path / "overhead.json")]
-    found = overhead.main([*arguments, *output, "--overrides", *TINY])
-    (row,) = found["rows"]
+    result = overhead.main([*arguments, *output, "--overrides", *TINY])
+    (row,) = result["rows"]
     assert row["ms"] * row["steps_per_second"] == pytest.approx(1e3)
     # The run's own work is most of a step of so small a model.
     assert 0.5 < row["ratio"] < 20
-    (process,) = found["runs"]["parallel, D=3"]
+    (process,) = result["runs"]["parallel, D=3"]
     assert len(process["run_ms"]) == len(process["bare_ms"]) == 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_parts_of_a_round_sum_to_it(temperature: float, tmp_path: Path) -> None:
+def test_the_parts_of_a_round_sum_to_it(temperature, tmp_path, output):
     stored = checkpoint_of(small_model(0, 2, vocab=257))
     stored |= {"tokenizer": ByteTokenizer().state(), "config": {"data": {"seq_len": 64}}}
     torch.save(stored, tmp_path / "run.ckpt")
     options = ["--quick", "--draft-vocab", "64", "--temperature", str(temperature)]
-    result = rounds.main(
-        [str(tmp_path / "run.ckpt"), *options, "--output", str(tmp_path / "rounds.json")]
-    )
+    result = rounds.main([str(tmp_path / "run.ckpt"), *options, *output])
     for way in ("plain", "with drafts"):
         *parts, whole = [row for row in result["rows"] if row["way"] == way]
         assert whole["part"] == "the round" and whole["ms"] > 0
@@ -59,9 +62,8 @@ def test_the_parts_of_a_round_sum_to_it(temperature: float, tmp_path: Path) -> N
 
 
 @pytest.mark.long
-def test_startup(tmp_path: Path) -> None:
+def test_the_startup_command_times_each_stage(output: list[str]) -> None:
     synthetic = ["data=synthetic", "data.source.size=20000", "data.seq_len=32", "data.batch_size=2"]
-    output = ["--output", str(tmp_path / "startup.json")]
     result = runs.main(["startup", *synthetic, "--quick", *output])
     seconds = {row["what"]: row["seconds"] for row in result["rows"]}
     # --help does not wait for torch.
@@ -70,9 +72,8 @@ def test_startup(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_validation(tmp_path: Path) -> None:
+def test_the_validation_command_adds_up(output: list[str]) -> None:
     small = ["data.eval_examples=8", "data.batch_size=4", "trainer.accelerator=cpu"]
-    output = ["--output", str(tmp_path / "validation.json")]
     result = overhead.main(["validation", *small, "--quick", *output])
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
     assert len(result["rows"]) == 4 and all(row["seconds"] > 0 for row in result["rows"])
@@ -82,24 +83,22 @@ def test_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_both_kinds_of_checkpoints(tmp_path: Path) -> None:
-    output = ["--output", str(tmp_path / "result.json")]
+def test_checkpoints_in_one_file_and_in_parts_are_measured(output: list[str]) -> None:
     result = overhead.main(["checkpoints", "--megabytes", "48", "--rounds", "1", *output])
-    one, other = result["file"], result["parts"]
-    assert 0 < one["waits_s"] == one["named_s"]
-    assert 0 < other["waits_s"] < other["named_s"]
+    file, parts = result["file"], result["parts"]
+    assert 0 < file["waits_s"] == file["named_s"]
+    assert 0 < parts["waits_s"] < parts["named_s"]
     # The first process gathers 48 MB, and copies 24.
-    assert one["beside_bytes"] > 40e6 and other["beside_bytes"] > 20e6
-    assert other["steps_meanwhile"] > 0
+    assert file["beside_bytes"] > 40e6 and parts["beside_bytes"] > 20e6
+    assert parts["steps_meanwhile"] > 0
 
 
 @pytest.mark.long
-def test_gpu_on_a_cpu(tmp_path: Path) -> None:
-    """A row that fails does not stop the others."""
+def test_the_gpu_command_runs_on_a_cpu(output: list[str]) -> None:
+    """A failed row does not stop the others."""
     arguments = ["--device", "cpu", "--rows", "pico:1:2", "nope:0:1", "--vocab-size", "300"]
     small = ["--seq-len", "32", "--steps", "1", "--no-compile", "--no-tests", "--quick"]
-    result = gpu.main([*arguments, *small, "--output", str(tmp_path / "gpu.json")])
-    row, failed = result["rows"]
+    row, failed = gpu.main([*arguments, *small, *output])["rows"]
     assert "error" not in row and failed["error"]
     assert row["tokens_per_second"] == pytest.approx(2 * 32 / row["ms"] * 1e3)
     assert row["mfu"] is None and 0 < row["of_matmul"] < 10 and 1 < row["loss"] < 10
@@ -110,7 +109,7 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
             gpu.main([])
 
 
-def test_ratio_to_the_best_of_the_others() -> None:
+def test_training_steps_are_compared_with_the_best_peer() -> None:
     times = {"ours": [9.0, 1.0, 2.0], "transformers": [4.0, 5.0, 9.0], "litgpt": [3.0, 3.0, 0.1]}
     facts = {"rss_peak": 3e6, "loss": 1.0, "parameters": 2}
     row = peers.compare_steps(
@@ -123,22 +122,22 @@ def test_ratio_to_the_best_of_the_others() -> None:
 
 
 @pytest.mark.extras
-def test_serve(tmp_path: Path) -> None:
+def test_the_server_is_measured_with_and_without_drafts(tmp_path: Path) -> None:
     train_here(tmp_path / "mine", tmp_path / "cache", {"data.seq_len": 64})
     run = str(tmp_path / "mine")
-    found = serve.measure(run, clients=[1, 2], requests=4, turns=1, tokens=3, cpu_time=False)
-    assert found["same_texts"] is True
-    assert [(row["way"], row["clients"]) for row in found["rows"]] == [
+    result = serve.measure(run, clients=[1, 2], requests=4, turns=1, tokens=3, cpu_time=False)
+    assert result["same_texts"] is True
+    assert [(row["way"], row["clients"]) for row in result["rows"]] == [
         *(("speculative", 1), ("plain", 1), ("speculative", 2), ("plain", 2))
     ]
-    for row in found["rows"]:
+    for row in result["rows"]:
         assert 0 < row["requests_per_second"] <= row["tokens_per_second"]
         assert row["way"] != "plain" or row["speedup"] == 1
         assert row["clients"] != 1 or row["against_one"] == 1
 
 
 @pytest.mark.extras
-def test_llama_cpp(tmp_path: Path) -> None:
+def test_llama_cpp_is_measured_next_to_this_project(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs pip install -e '.[engines]'")
     pytest.importorskip("gguf")
     from tests.interop.gguf_files import write_gguf

@@ -1,4 +1,4 @@
-"""What benchmarks share: turns, workers, memory, command lines."""
+"""Turns, workers, measured memory and command lines of benchmarks."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def count(task):
 
 def test_a_worker_answers_every_turn(tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text(COUNTING)
-    there = {"environment": {"PYTHONPATH": str(tmp_path)}}
-    with harness.Worker("counting:count", {"first": 3, "last": 5}, **there) as worker:
+    options = {"environment": {"PYTHONPATH": str(tmp_path)}}
+    with harness.Worker("counting:count", {"first": 3, "last": 5}, **options) as worker:
         assert worker.first == {"began": 3}
         assert [worker.turn() for _ in range(2)] == [{"turn": 3}, {"turn": 4}]
         with pytest.raises(RuntimeError, match="ValueError: no more turns"):
             worker.turn()
-    once = harness.measure_once("counting:count", {"first": 7, "last": 9}, **there)
-    assert once == {"began": 7, "turn": 7}
+    answer = harness.measure_once("counting:count", {"first": 7, "last": 9}, **options)
+    assert answer == {"began": 7, "turn": 7}
     sides = {
-        n: partial(harness.Worker, "counting:count", {"first": n, "last": 9}, **there)
+        n: partial(harness.Worker, "counting:count", {"first": n, "last": 9}, **options)
         for n in (5, 7)
     }
     assert harness.race(sides, 2) == {
@@ -51,15 +51,15 @@ def test_a_worker_that_cannot_start_is_reported() -> None:
 
 
 def test_sides_take_turns() -> None:
-    said: list[str] = []
-    sides = {name: lambda name=name: said.append(name) or len(said) for name in "ab"}
+    order: list[str] = []
+    sides = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
     assert harness.take_turns(sides, 3) == {"a": [1, 4, 5], "b": [2, 3, 6]}
-    assert said == list("abbaab")
+    assert order == list("abbaab")
     assert harness.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 1.0]) == 3
     assert harness.medians([{"x": 1}, {"x": 5}, {"x": 2}]) == {"x": 2}
 
 
-def test_usage_of_a_program() -> None:
+def test_the_usage_of_a_program_is_its_time_and_memory() -> None:
     script = "x = bytes(100_000_000); sum(range(3_000_000))"
     usage = harness.usage_of([sys.executable, "-c", script])
     assert usage["seconds"] > 0.01 and usage["rss"] > 100e6
@@ -97,32 +97,32 @@ def other() -> dict[str, Any]:
     return {}
 
 
-def test_parameters_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parameters_of_a_command_are_its_options(tmp_path, capsys):
     main = cli.program(example, other)
     output = ["--output", str(tmp_path / "new" / "x.json")]
-    plain = main(["there", "--base", "c0ffee", *output])
-    assert (plain["sizes"], plain["steps"], plain["flags"]) == ([1, 2], 9, [True, False])
-    assert plain["benchmark"] == "example" and plain["options"]["where"] == "there"
-    assert plain == json.loads((tmp_path / "new" / "x.json").read_text(encoding="utf-8"))
-    assert plain["machine"]["torch"] == torch.__version__
+    defaults = main(["there", "--base", "c0ffee", *output])
+    assert (defaults["sizes"], defaults["steps"], defaults["flags"]) == ([1, 2], 9, [True, False])
+    assert defaults["benchmark"] == "example" and defaults["options"]["where"] == "there"
+    assert defaults == json.loads((tmp_path / "new" / "x.json").read_text(encoding="utf-8"))
+    assert defaults["machine"]["torch"] == torch.__version__
     typed = ["example", "there", "--base", "c", "--sizes", "3,4", "5", "--no-wide", "--even"]
-    found = main([*typed, "--quick", "--only", "x", *output])
-    assert (found["sizes"], found["steps"], found["only"]) == ([3, 4, 5], 2, "x")
-    assert found["flags"] == [False, True]
+    result = main([*typed, "--quick", "--only", "x", *output])
+    assert (result["sizes"], result["steps"], result["only"]) == ([3, 4, 5], 2, "x")
+    assert result["flags"] == [False, True]
     assert main([*typed, "--quick", "--steps", "5", *output])["steps"] == 5
     assert main(["other", *output])["options"] == {}
-    for wrong in (["there"], ["there", "--base", "c", "--kinds", "c"], ["other", "--quick"]):
+    for arguments in (["there"], ["there", "--base", "c", "--kinds", "c"], ["other", "--quick"]):
         with pytest.raises(SystemExit):
-            main(wrong)
+            main(arguments)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["example", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "a commit, on two lines" in said and "100 % of them; default 1 2" in said
-    assert "default 9, with --quick 2" in said
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "a commit, on two lines" in help_text and "100 % of them; default 1 2" in help_text
+    assert "default 9, with --quick 2" in help_text
 
 
-def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_format_numbers_and_leave_gaps(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": "one", "n": 1234.5}, {"name": "two"}]
     cli.print_table("Numbers", "what: name; a number: n ,.0f", rows)
     lines = capsys.readouterr().out.splitlines()
@@ -141,14 +141,14 @@ def test_saved_tensors_counts_every_storage_once() -> None:
     assert count["now"] == 0
 
 
-def test_peak_memory_outlives_its_cause() -> None:
+def test_peak_memory_includes_memory_that_is_freed() -> None:
     before = harness.current_rss()
     with mmap.mmap(-1, 100_000_000) as block:  # not malloc's, which may have freed memory left
         block.write(bytes([1]) * 100_000_000)
     assert harness.peak_rss() > before + 90e6
 
 
-def test_peak_memory_is_not_the_parents() -> None:
+def test_peak_memory_of_a_child_excludes_its_parent() -> None:
     assert harness.peak_rss() > 100e6  # this process has torch
     script = "from benchmarks import harness; print(harness.peak_rss())"
     done = subprocess.run(
@@ -157,8 +157,8 @@ def test_peak_memory_is_not_the_parents() -> None:
     assert 1e6 < int(done.stdout) < 60e6
 
 
-def test_cpu_time_leaves_out_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Set first, so that monkeypatch puts both back as they were.
+def test_cpu_time_excludes_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set through monkeypatch first, so that it restores both.
     monkeypatch.setenv(harness._CPU_TIME, "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     waiting = {"wait": lambda: time.sleep(0.05)}

@@ -1,4 +1,4 @@
-"""The comparison of two trees sees the last bit of a number, and what is missing."""
+"""The comparison of two trees sees differences of one bit, and missing runs, columns and steps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def run_folder(folder: Path, column: str = "train/loss", last: str = "0.1") -> P
     return folder
 
 
-def test_verdicts(tmp_path: Path) -> None:
+def test_the_verdict_sees_the_last_bit_and_missing_columns(tmp_path: Path) -> None:
     base = run_folder(tmp_path / "base")
     same = same_bits.compare(base, run_folder(tmp_path / "same"))
     assert same == {"numbers": STEPS + 1, "verdict": "identical"}
-    other = same_bits.compare(base, run_folder(tmp_path / "bit", last="0.10000000000000002"))
-    assert other["verdict"] == "differs"
-    assert other["first"] == f"train/loss at step {STEPS}: 0.1 -> 0.10000000000000002"
+    changed = same_bits.compare(base, run_folder(tmp_path / "bit", last="0.10000000000000002"))
+    assert changed["verdict"] == "differs"
+    assert changed["first"] == f"train/loss at step {STEPS}: 0.1 -> 0.10000000000000002"
     renamed = same_bits.compare(base, run_folder(tmp_path / "renamed", column="train/losses"))
     assert renamed["verdict"] == "differs" and "train/loss is in the base" in renamed["first"]
     absent = same_bits.compare(base, tmp_path / "absent")
     assert absent == {"verdict": "failed", "first": "tree: not run"}
 
 
-def test_short_runs_prove_nothing(tmp_path: Path) -> None:
+def test_runs_of_too_few_steps_fail(tmp_path: Path) -> None:
     base = run_folder(tmp_path / "base", column="val/loss")
     row = same_bits.compare(base, base)
     assert row["verdict"] == "failed"  # no train/ column at all
@@ -42,7 +42,7 @@ def test_short_runs_prove_nothing(tmp_path: Path) -> None:
     assert same_bits.compare(base, base)["first"] == "only 8 steps were logged"
 
 
-def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_configurations_and_commits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--only", "sequentil"], ["--base", "no-such-commit"]):
         with pytest.raises(SystemExit):
             same_bits.main(arguments)
@@ -51,7 +51,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.long
 def test_a_small_change_of_one_setting_is_found(tmp_path: Path) -> None:
-    """Both trees train; the second's optimizer has another epsilon."""
+    """Trains both trees; the second has another epsilon in its optimizer."""
     changed = tmp_path / "changed"
     no_cache = shutil.ignore_patterns("__pycache__")
     for name in ("mtp_lightning", "data_modules", "conf", "sweeps", "hydra_plugins"):

@@ -1,8 +1,7 @@
-"""What a training step costs: the numbers of a tiny model can be true."""
+"""The measured cost of a training step, with plausible numbers for tiny models."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ def row(name: str, depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_numbers_are_those_of_the_variants() -> None:
+def test_costs_of_variants_depend_on_their_depths() -> None:
     plain, single = row("none", 0), row("sequential", 1)
     for shallow, name, grows in (
         (single, "sequential", True),
         (row("parallel", 1), "parallel", False),
     ):
         deep = row(name, 4)
-        for found in (shallow, deep):
-            train_step.compare(found, plain)
+        for measured in (shallow, deep):
+            train_step.compare(measured, plain)
         grown = deep["saved_peak"] / shallow["saved_peak"]
         assert grown > 1.2 if grows else grown < 1.001, (name, grown)
         assert deep["parameters_added"] == 4 * shallow["parameters_added"] > 0
@@ -47,8 +46,8 @@ def test_numbers_are_those_of_the_variants() -> None:
     assert free["parameters_added"] == 0 and free["stack_share"] == 0
 
 
-def test_an_objective_costs_what_its_teacher_costs() -> None:
-    """A chain's is free; that of heads side by side is a pass for each."""
+def test_the_cost_of_an_objective_includes_its_teacher() -> None:
+    """The teacher of sequential modules is free; parallel heads need a pass for each depth."""
     flops = {name: row(name, 2)["gflop_per_step"] / 32 * 1e9 for name in ("sequential", "parallel")}
     taught = {name: row(f"{name}, kl", 2)["gflop_per_step"] / 32 * 1e9 for name in flops}
     assert taught["sequential"] == flops["sequential"]
@@ -56,14 +55,11 @@ def test_an_objective_costs_what_its_teacher_costs() -> None:
 
 
 @pytest.mark.long
-def test_train_step(tmp_path: Path) -> None:
-    output = tmp_path / "folder" / "train_step.json"
+def test_the_command_measures_steps_and_memory(tmp_path: Path) -> None:
     shape = ["--batch-size", "2", "--seq-len", "32"]
+    shape += ["--steps", "2", "--repeats", "1", "--output", str(tmp_path / "x.json")]
     arguments = ["--model", "nano", "--vocab-sizes", "300", "--depths", "0,2", *shape]
-    result = train_step.main(
-        [*arguments, "--steps", "2", "--repeats", "1", "--output", str(output)]
-    )
-    assert json.loads(output.read_text(encoding="utf-8")) == result
+    result = train_step.main(arguments)
     plain, deep = result["rows"]
     assert (plain["depth"], deep["depth"]) == (0, 2)
     for row in result["rows"]:
@@ -100,7 +96,7 @@ def test_profile_of_a_step_adds_up() -> None:
     assert layers | {f"{layer}, backward" for layer in layers} <= parts.keys()
     platform = {profiles.STEP, profiles.LOSS, profiles.PRODUCTS, "optimizer", "clipping"}
     assert platform <= parts.keys()
-    # The work of linear layers and head, by hand: all their matrices, and three passes.
+    # The FLOPs of linear layers and head by hand: all matrices, in three passes.
     matrices = sum(p.numel() for n, p in built.model.named_parameters() if p.dim() == 2)
     matrices -= 300 * 96  # the embedding, tied to the head
     # A feed-forward layer is one op; in C++ its products are not visible.
@@ -117,22 +113,19 @@ def test_profile_of_a_step_adds_up() -> None:
     gflop = sum(row["gflop"] for row in linear)
     assert gflop == pytest.approx(2 * 2 * 32 * matrices / 1e9)
     assert sum(row["gflop"] for row in back) == pytest.approx(2 * gflop)
-    head = parts[profiles.PRODUCTS]["gflop"]
-    assert head == pytest.approx(3 * 3 * 2 * 64 * 96 * 300 / 1e9)
+    assert parts[profiles.PRODUCTS]["gflop"] == pytest.approx(3 * 3 * 2 * 64 * 96 * 300 / 1e9)
     assert all(row["products_ms"] > 0 and row["operators"] >= 2 for row in linear)
 
 
 @pytest.mark.long
-def test_other_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Profile, precision and memory from their command lines."""
+def test_the_commands_profile_precision_and_memory(tmp_path, monkeypatch):
     shape = {"vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 16}
     monkeypatch.setitem(train_step.MODELS, "pico", {**shape, "mtp": "parallel"})
     output = ["--quick", "--output", str(tmp_path / "result.json")]
     result = train_step.main(["profile", "--models", "pico", "--threads", "1", *output])
-    (found,) = result["profiles"]
-    assert found["model"] == "pico" and found["threads"] == 1
-    ms = sum(row["ms"] for row in found["rows"])
-    assert ms == pytest.approx(found["ms_per_step"])
+    (profile,) = result["profiles"]
+    assert profile["model"] == "pico" and profile["threads"] == 1
+    assert sum(row["ms"] for row in profile["rows"]) == pytest.approx(profile["ms_per_step"])
     result = train_step.main(["precision", "--models", "pico", *output])
     (row,) = result["rows"]
     assert row["tokens_per_second"] * row["ms_bf16"] == pytest.approx(16 * 1e3)

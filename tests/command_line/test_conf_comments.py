@@ -1,4 +1,4 @@
-"""conf/'s comments as help: a group's options, an option's keys; and the quiet mode."""
+"""Help for groups, options and keys from conf/'s comments; the quiet mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.integration.helpers import ROOT, execute
 from tests.warm import LIGHT, Done
 
 
-def test_a_files_comments(tmp_path: Path) -> None:
+def test_comments_of_a_file_describe_the_option_and_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "# @package _global_\n# What it is. And more:\n#   a command\n"
@@ -43,21 +43,21 @@ def test_a_files_comments(tmp_path: Path) -> None:
         ("By Liu et al. 2019: more.", "By Liu et al. 2019"),
     ],
 )
-def test_the_first_sentence_of_a_comment(comment: str, brief: str) -> None:
+def test_the_brief_of_an_option_is_its_first_sentence(comment: str, brief: str) -> None:
     assert Option("group", "name", comment, (), {}).brief == brief
 
 
-def test_every_option_is_told() -> None:
-    found = groups()
+def test_every_option_has_a_description() -> None:
+    all_options = groups()
     files = {file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml")}
-    told = {f"{g}/{o.name}".lstrip("/") for g, options in found.items() for o in options}
-    assert files == told
-    for options in found.values():
+    described = {f"{g}/{o.name}".lstrip("/") for g, options in all_options.items() for o in options}
+    assert files == described
+    for options in all_options.values():
         for option in options:
             assert option.comment and option.brief, f"{option.group}={option.name} says nothing"
 
 
-def test_help_for_groups_and_options() -> None:
+def test_help_describes_groups_and_options() -> None:
     mtp = help_for("mtp")
     assert "  sequential " in mtp and "DeepSeek-V3" in mtp and "depth =" not in mtp
     option = help_for("mtp=sequential")
@@ -74,24 +74,28 @@ def test_help_for_groups_and_options() -> None:
         help_for("mtp=nope")
 
 
-def test_the_command_line_helps(tmp_path: Path) -> None:
+def test_train_prints_help_in_any_folder(tmp_path: Path) -> None:
     (tmp_path / "mtp").mkdir()
     (tmp_path / "mtp" / "mine.yaml").write_text("# Mine.\n\n# how far\nstretch: 2\n")
 
-    def typed(*words: str) -> Done:
-        return execute([sys.executable, str(ROOT / "train.py"), *words], imported=LIGHT)
+    def train_py(*words: str) -> Done:
+        return execute([sys.executable, str(ROOT / "train.py"), *words], tmp_path, imported=LIGHT)
 
-    whole = typed("--help")
+    whole = train_py("--help")
     assert whole.returncode == 0 and len(whole.stdout.splitlines()) <= 55, "one screen"
     assert "--help GROUP" in whole.stdout
-    assert typed("help").stdout == whole.stdout
-    assert typed("--help", "mtp").stdout.strip() == help_for("mtp")
-    told = "mtp=mine\n\nMine.\n\n  stretch = 2\n      how far\n"
-    assert typed("--config-dir", str(tmp_path), "--help", "mtp=mine").stdout == told
-    assert typed("--help", "mtp=mine", "--config-dir", str(tmp_path)).stdout == told
+    (group,) = [line for line in whole.stdout.splitlines() if line.startswith("sweeps: ")]
+    sweeps = {file.stem for file in (CONF / "sweeps").glob("*.yaml")}
+    assert set(group.removeprefix("sweeps: ").split(", ")) == sweeps
+    assert "tests" not in whole.stdout.split("Overrides used most")[0]
+    assert train_py("help").stdout == whole.stdout
+    assert train_py("--help", "mtp").stdout.strip() == help_for("mtp")
+    own_option = "mtp=mine\n\nMine.\n\n  stretch = 2\n      how far\n"
+    assert train_py("--config-dir", str(tmp_path), "--help", "mtp=mine").stdout == own_option
+    assert train_py("--help", "mtp=mine", "--config-dir", str(tmp_path)).stdout == own_option
 
 
-def test_quiet_is_inherited_by_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quiet_mode_silences_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     StepProgressBar().print("said")

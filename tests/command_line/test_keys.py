@@ -1,4 +1,4 @@
-"""The comments of conf/ as rules for values."""
+"""Comments of conf/ as rules for the values of keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_word_that_a_comment_only_mentions_is_refused(app: str, key: str, valu
         keys.require_allowed(key, value, comment(app, key))
 
 
-def test_a_words_meaning_may_have_a_type() -> None:
+def test_a_number_is_required_where_the_comment_says_so() -> None:
     rules = keys.of_class("data_modules.tasks.Navigation")
     assert rules is not None
     with pytest.raises(UserError, match="must be a number"):
@@ -59,11 +59,11 @@ def test_a_words_meaning_may_have_a_type() -> None:
         ("export", "depth", None),
     ],
 )
-def test_a_declared_word_is_taken(app: str, key: str, value: Any) -> None:
+def test_a_declared_word_is_accepted(app: str, key: str, value: Any) -> None:
     keys.require_allowed(key, value, comment(app, key))
 
 
-def test_every_default_is_taken() -> None:
+def test_every_default_is_accepted() -> None:
     for group, options in groups().items():
         for option in options if group.partition("/")[0] not in ("sweeps", "hydra") else ():
             for key in option.keys:

@@ -1,8 +1,7 @@
-"""A typed text or path reaches the app unchanged."""
+"""Texts and paths of the command line reach the app unchanged."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,14 +57,14 @@ def in_quotes(text: str) -> bool:
 
 @settings(deadline=None, max_examples=100)
 @given(ANY)
-def test_a_prompt_is_the_text(text: str) -> None:
+def test_prompts_are_read_literally(text: str) -> None:
     if not in_quotes(text):
         assert read("prompt", text) == text
 
 
 @settings(deadline=None, max_examples=100)
 @given(ANY)
-def test_a_path_is_the_text(text: str) -> None:
+def test_paths_are_read_literally(text: str) -> None:
     if text and not (in_quotes(text) or "${" in text or text.lower() == "null"):
         for key in ("run_dir", "checkpoint", "+init_from"):
             assert read(key, text) == text
@@ -76,8 +75,8 @@ def test_a_path_is_the_text(text: str) -> None:
 @example("prompt", "\\'", ())
 @example("data.paths", "a,文,'x'", ("-m",))
 @example("stop", "[a(,b]", ())
-def test_given_back_in_nothing_changes(key: str, text: str, flags: tuple[str, ...]) -> None:
-    """A sweep passes its arguments on to its jobs, and Lightning to its ranks."""
+def test_quoting_a_second_time_changes_nothing(key: str, text: str, flags: tuple[str, ...]) -> None:
+    """Sweeps pass quoted arguments to jobs, and Lightning to ranks, which quote them again."""
     assume(key in TEXTS or text not in ("", '""', "''"))
     once = literal([*flags, f"{key}={text}"])
     assert literal(once) == once
@@ -85,18 +84,18 @@ def test_given_back_in_nothing_changes(key: str, text: str, flags: tuple[str, ..
 
 @settings(deadline=None, max_examples=100)
 @given(ANY)
-def test_hydra_hands_a_quoted_text_on_as_it_is(text: str) -> None:
+def test_hydra_passes_quoted_texts_on_unchanged(text: str) -> None:
     argument = f"prompt={quoted(text)}"
-    handed_on = f"prompt={parse(argument).get_value_element_as_str()}"
-    assert literal([handed_on]) == [handed_on] == [argument]
+    passed_on = f"prompt={parse(argument).get_value_element_as_str()}"
+    assert literal([passed_on]) == [passed_on] == [argument]
 
 
 @pytest.mark.parametrize("text", TYPED)
-def test_typed(text: str) -> None:
+def test_typical_texts_are_read_literally(text: str) -> None:
     assert read("prompt", text) == text
     for key in ("stop", "run_dir", "data.paths"):
         for_hydra = key != "stop" and ("${" in text or text == "null")
-        # Brackets mean a list for keys that take one. An empty path is refused.
+        # Keys of lists read brackets as a list. An empty path is refused.
         empty = key != "stop" and not text
         if not (empty or for_hydra or key in LISTS and text.startswith("[")):
             assert read(key, text) == text
@@ -118,18 +117,18 @@ def test_typed(text: str) -> None:
         ("+data.paths=[a]", ["a"]),
     ],
 )
-def test_what_hydra_reads_goes_on_meaning_it(argument: str, value: Any) -> None:
+def test_quotes_and_lists_of_hydra_keep_their_meaning(argument: str, value: Any) -> None:
     assert read(*argument.split("=", 1)) == value
 
 
-def test_interpolations_of_paths_are_hydras() -> None:
+def test_interpolations_in_paths_are_left_to_hydra() -> None:
     assert parse(literal(["run_dir=运行/${now:%H,%M}"])[0]).value() == "运行/${now:%H,%M}"
 
 
-def test_other_arguments_are_hydras() -> None:
-    given_ = ["-m", "mtp_lambda=[0.3,0.1]", "+sweeps=depth", "~callbacks.x", "--config-dir", "a b",
-              "model=nano,micro", "--cfg", "job", "mtp.depth=0,2"]  # fmt: skip
-    assert literal(given_) == given_
+def test_other_arguments_stay_unchanged() -> None:
+    arguments = ["-m", "mtp_lambda=[0.3,0.1]", "+sweeps=depth", "~callbacks.x"]
+    arguments += ["--config-dir", "a b", "model=nano,micro", "--cfg", "job", "mtp.depth=0,2"]
+    assert literal(arguments) == arguments
 
 
 def values(argument: str) -> list[str]:
@@ -140,7 +139,7 @@ def values(argument: str) -> list[str]:
     return [str(parse(f"key={string}").value()) for string in strings]
 
 
-def test_commas_part_a_sweeps_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commas_separate_the_paths_of_a_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert values("init_from=runs/a,runs/b") == ["runs/a", "runs/b"]
     assert values("init_from=运行/a b,c(") == ["运行/a b", "c("]
@@ -153,9 +152,9 @@ def test_commas_part_a_sweeps_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert values("sweep_dir=c, d") == ["c, d"]
 
 
-def test_every_key_is_one_of_the_apps() -> None:
-    """A key that was renamed would be parsed by Hydra again."""
-    found: set[str] = set()
+def test_every_quoted_key_is_in_an_app() -> None:
+    """Values of a renamed key would be parsed by Hydra."""
+    keys: set[str] = set()
     for app, *groups in (
         ("config", "data=text"),
         ("config", "data=huggingface"),
@@ -165,7 +164,7 @@ def test_every_key_is_one_of_the_apps() -> None:
         ("generate",),
         ("export",),
     ):
-        plain = OmegaConf.to_container(composed(app, groups))
-        assert isinstance(plain, dict)
-        found |= flatten(plain).keys() & KEYS
-    assert found == KEYS and MAPPINGS <= LISTS <= found
+        config = OmegaConf.to_container(composed(app, groups))
+        assert isinstance(config, dict)
+        keys |= flatten(config).keys() & KEYS
+    assert keys == KEYS and MAPPINGS <= LISTS <= keys

@@ -1,12 +1,10 @@
-"""Which errors are the user's, and which are shown in full."""
+"""Errors of the user are printed in one line; defects keep their traceback."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,11 +20,11 @@ def user_error() -> None:
     raise UserError("a sentence")
 
 
-def own_value_error() -> None:
+def value_error_of_this_project() -> None:
     TrunkConfig(vocab_size=37, d_model=33, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
 
 
-def users_value_error() -> None:
+def value_error_of_the_users_code() -> None:
     int("many")  # raised by C code that a file outside any library calls
 
 
@@ -42,15 +40,13 @@ def missing_value() -> None:
     ("fails", "of_users_code"),
     [
         (user_error, False),
-        (own_value_error, False),
+        (value_error_of_this_project, False),
         (missing_value, False),
         (missing_file, False),
-        (users_value_error, True),
+        (value_error_of_the_users_code, True),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
-    fails: Callable[[], Any], of_users_code: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_that_a_user_can_correct_are_one_line(fails, of_users_code, capsys):
     with pytest.raises(SystemExit) as ended, readable_errors():
         fails()
     assert ended.value.code == 1
@@ -60,30 +56,28 @@ def test_what_a_user_can_mend_is_one_line(
     assert ("HYDRA_FULL_ERROR" in line) == of_users_code
 
 
-def torchs_value_error() -> None:
+def value_error_of_torch() -> None:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=-1.0)
 
 
-def standard_librarys_value_error() -> None:
+def value_error_of_the_standard_library() -> None:
     json.loads("{")
 
 
-def own_defect() -> None:
+def defect_of_this_project() -> None:
     exec(compile("int('many')", ROOT / "mtp_lightning" / "made.py", "exec"))
 
 
-@pytest.mark.parametrize("fails", [torchs_value_error, standard_librarys_value_error, own_defect])
-def test_another_value_error_of_a_library_or_of_this_project_is_a_defect(
-    fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "fails", [value_error_of_torch, value_error_of_the_standard_library, defect_of_this_project]
+)
+def test_value_errors_of_libraries_and_defects_keep_tracebacks(fails, capsys):
     with pytest.raises(ValueError), readable_errors():
         fails()
     assert capsys.readouterr().err == ""
 
 
-def test_an_installed_extension_is_a_library_and_a_user_error_of_it_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_user_errors_of_an_installed_extension_are_one_line(tmp_path, capsys):
     file = tmp_path / "site-packages" / "theirs.py"
     file.parent.mkdir()
     file.write_text(
@@ -92,22 +86,22 @@ def test_an_installed_extension_is_a_library_and_a_user_error_of_it_is_not(
     )
     spec = importlib.util.spec_from_file_location("theirs", file)
     assert spec is not None and spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
     with pytest.raises(ValueError), readable_errors():
-        theirs.fail("value")
+        extension.fail("value")
     with pytest.raises(SystemExit), readable_errors():
-        theirs.fail("user")
+        extension.fail("user")
     assert "error: theirs" in capsys.readouterr().err
 
 
-def test_all_errors_are_shown_in_full_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_full_error_keeps_every_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UserError), readable_errors():
         user_error()
 
 
-def test_a_stop_ends_with_the_signals_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_exits_with_the_code_of_its_signal(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, readable_errors():
         raise Stopped("saved", 15)
     assert ended.value.code == 143 and capsys.readouterr().err == "saved\n"

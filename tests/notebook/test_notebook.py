@@ -1,4 +1,4 @@
-"""The notebook's calls: runs of the command line, with their numbers and text as objects."""
+"""The functions for notebooks: runs, sweeps and texts as objects."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides of a quick run, with a cache for this file's tests."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides of a quick run, with a cache for this file."""
     return overrides(tmp_path_factory.mktemp("cache"), {})
 
 
 @pytest.fixture(scope="module")
-def run(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(*given, f"run_dir={tmp_path_factory.mktemp('runs')}/a (b), c", quiet=True)
+def run(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(*quick, f"run_dir={tmp_path_factory.mktemp('runs')}/a (b), c", quiet=True)
 
 
-def test_a_run_is_the_command_lines(run: Run, tmp_path: Path) -> None:
+def test_a_run_equals_that_of_the_command_line(run: Run, tmp_path: Path) -> None:
     assert run.folder.name == "a (b), c"
     reference = train_here(tmp_path / "run", tmp_path / "cache")
     assert run.summary["val/loss_depth_0"] == reference["val/loss_depth_0"]
@@ -43,15 +43,15 @@ def test_a_run_is_the_command_lines(run: Run, tmp_path: Path) -> None:
     assert newest.iloc[-1] == pytest.approx(run.summary["val/loss_depth_1"], rel=1e-6)
 
 
-def test_it_draws_its_curves(run: Run) -> None:
+def test_a_run_draws_its_curves(run: Run) -> None:
     assert run.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     (losses,) = run.plot().axes  # its windows are too short to draft in
     named = [text.get_text() for text in losses.get_legend().get_texts()]
     assert named == ["next token", "depth 1", "depth 2"]
-    more = run.metrics.assign(**{"decode/acceptance_position_1": 0.5, "val/exact_match": 0.25})
-    drafts = draw_overview(more.drop(columns="val/exact_match")).axes[1]
+    metrics = run.metrics.assign(**{"decode/acceptance_position_1": 0.5, "val/exact_match": 0.25})
+    drafts = draw_overview(metrics.drop(columns="val/exact_match")).axes[1]
     assert drafts.get_ylim() == (0, 1) and "accepted" in drafts.get_ylabel()
-    right = draw_overview(more).axes[1].get_lines()
+    right = draw_overview(metrics).axes[1].get_lines()
     assert [set(line.get_ydata()) for line in right] == [{0.25}]
     (axes,) = run.plot("train/lr").axes
     (line,) = axes.get_lines()
@@ -60,9 +60,9 @@ def test_it_draws_its_curves(run: Run) -> None:
         run.plot("train/nope")
 
 
-def test_it_evaluates_and_generates(run: Run) -> None:
-    found = run.evaluate("long_range=false")
-    assert found["val/loss_depth_0"] == run.summary["val/loss_depth_0"]
+def test_a_run_evaluates_and_generates(run: Run) -> None:
+    numbers = run.evaluate("long_range=false")
+    assert numbers["val/loss_depth_0"] == run.summary["val/loss_depth_0"]
     text = run.generate("a [b] = 'c'", max_new_tokens=12, speculative=True, top_k=None)
     assert str(text).startswith("a [b] = 'c'") and text.generation.new_tokens == 12
     again = generate(f"checkpoint={run.folder}", "prompt=a [b] = 'c'", "max_new_tokens=12")
@@ -74,7 +74,7 @@ def test_it_evaluates_and_generates(run: Run) -> None:
 
 
 class Letters:
-    """A tokenizer of single letters."""
+    """A tokenizer of single characters."""
 
     eot_id, end_ids = 0, (0,)
 
@@ -85,8 +85,8 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_drafts_are_coloured_and_text_is_text() -> None:
-    """Markup in a text stays text, which ends before a stop string."""
+def test_drafted_tokens_are_colored_and_markup_is_escaped() -> None:
+    """The text ends before the stop string."""
     ids = [ord(letter) for letter in "x<b>;;"]
     mask = [False, True, True, False, True, True]
     generation = Generation(ids, "x<b>", "stop", 1.0, 3, [3], [6], mask)
@@ -97,9 +97,9 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
     assert "1.67 per pass" in page
 
 
-def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
+def test_errors_are_one_sentence(quick: list[str], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^mtp.depth must .* not -1\.$"):
-        train(*given, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)
+        train(*quick, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)
     with pytest.raises(RuntimeError, match="nothing does not exist"):
         evaluate(f"checkpoint={tmp_path / 'nothing'}")
     with pytest.raises(ValueError, match="give the path itself"):
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None
         _ = mtp_lightning.nothing
 
 
-def test_a_defect_keeps_its_trace() -> None:
+def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError"):
         process.start(["-c", "1 / 0"], quiet=True)
 
@@ -126,12 +126,12 @@ def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.long
-def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Path) -> None:
-    """As a notebook's stop button does; the same line continues the run."""
+def test_an_interrupted_run_saves_and_continues(quick: list[str], tmp_path: Path) -> None:
+    """By Ctrl-C, as from the stop button of a notebook; the same call continues the run."""
     folder = tmp_path / "run"
     program = f"""
         from mtp_lightning import train
-        train(*{given!r}, "trainer.max_steps=100000", "run_dir={folder}")
+        train(*{quick!r}, "trainer.max_steps=100000", "run_dir={folder}")
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -142,18 +142,18 @@ def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Pat
     ) as notebook:
         wait_for_step(notebook, folder, 20)  # type: ignore[arg-type]
         notebook.send_signal(signal.SIGINT)
-        said, _ = notebook.communicate(timeout=480)
-    assert "KeyboardInterrupt" in said and "saved" in said
+        output, _ = notebook.communicate(timeout=480)
+    assert "KeyboardInterrupt" in output and "saved" in output
     step = int(Run(folder).metrics.index[-1])
-    run = train(*given, f"trainer.max_steps={step + 2}", f"run_dir={folder}", quiet=True)
+    run = train(*quick, f"trainer.max_steps={step + 2}", f"run_dir={folder}", quiet=True)
     assert run.summary["step"] == step + 2
 
 
-def test_a_sweep_is_a_table(given: list[str], tmp_path: Path) -> None:
-    kept = [text for text in given if not text.startswith("mtp.depth=")]
-    found = sweep(*kept, "mtp.depth=0,1", f"sweep_dir={tmp_path / 'sweep'}", quiet=True)
-    table = found.table
+def test_a_sweep_has_a_table_and_a_report(quick: list[str], tmp_path: Path) -> None:
+    other_overrides = [text for text in quick if not text.startswith("mtp.depth=")]
+    depths = sweep(*other_overrides, "mtp.depth=0,1", f"sweep_dir={tmp_path / 'sweep'}", quiet=True)
+    table = depths.table
     assert list(table["state"]) == ["done", "done"] and list(table["mtp.depth"]) == ["0", "1"]
-    assert [run.folder.name for run in found.runs] == list(table.index)
+    assert [run.folder.name for run in depths.runs] == list(table.index)
     assert table["val/loss_depth_0"].notna().all()
-    assert found.report().is_file() and "mtp.depth" in found._repr_html_()
+    assert depths.report().is_file() and "mtp.depth" in depths._repr_html_()

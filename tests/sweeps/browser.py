@@ -124,7 +124,7 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Errors and warnings on the console, exceptions, and requests that left the page."""
-        self.run("0")  # everything that was said before this has then arrived
+        self.run("0")  # all earlier events have then arrived
         found = []
         for event in self.events:
             params = event.get("params", {})
@@ -142,8 +142,8 @@ class Browser:
         return found
 
     def requests(self) -> list[str]:
-        """What was asked for, pages themselves too; not what is part of an address, nor what a
-        page's policy has stopped."""
+        """The requested addresses, those of pages included, without data: addresses and requests
+        that the page's policy blocked."""
         self.run("0")
         urls: dict[str, str] = {}
         for event in self.events:

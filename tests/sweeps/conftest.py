@@ -16,7 +16,7 @@ __all__ = ["cache", "once"]
 if not all(map(find_spec, ("jinja2", "matplotlib", "scipy"))):  # the extra report
     collect_ignore_glob = ["claims/*", "test_report*", "test_equivalent.py"]
 
-# Drawing takes most of a report's time, so all figures in a format of _ONCE are the first one.
+# Drawing takes most of a report's time. All figures of a format in _ONCE are copies of the first.
 _SAVED: dict[str, bytes] = {}
 _ONCE = {"png"}
 
@@ -43,17 +43,17 @@ def saved_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def drawn() -> None:
+def real_figures() -> None:
     """Requested by a test that needs a report's real figures."""
 
 
 @pytest.fixture(autouse=True)
-def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use one SVG for all figures of a test's reports, but not for those of module fixtures."""
+def one_figure_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Use one SVG for all figures of a test's reports; module fixtures still draw theirs."""
     name = request.module.__name__.split(".")[-1]
-    looks = "drawn" in request.fixturenames or name == "test_report_browser"
+    needs_figures = "real_figures" in request.fixturenames or name == "test_report_browser"
     of_report = name.startswith(("test_report", "test_equivalent"))
-    with svg_once() if of_report and not looks else nullcontext():
+    with svg_once() if of_report and not needs_figures else nullcontext():
         yield
 
 

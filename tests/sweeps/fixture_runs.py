@@ -1,4 +1,4 @@
-"""Run folders as training writes them, with numbers for which the report is known."""
+"""Folders of runs as training writes them, with numbers of which the report is known."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def evaluated(fingerprint: str | None, *, bytes: int = 1_000_000, tokens: int = 400_000) -> Any:
-    """What a summary says about the text of its numbers."""
+def on_text(fingerprint: str | None, *, bytes: int = 1_000_000, tokens: int = 400_000) -> Any:
+    """The entry of a summary about the evaluated text."""
     counts = {"documents": 20, "bytes": bytes, "tokens": tokens}
     return {"evaluation": {"fingerprint": fingerprint, **counts}}
 
 
-def asked(fingerprint: str | None = "e" * 32) -> Any:
-    """The same for a task's run."""
+def on_questions(fingerprint: str | None = "e" * 32) -> Any:
+    """The entry of a summary about the evaluated questions of a task."""
     return {"evaluation": {"fingerprint": fingerprint, "examples": 512, "tokens": 2048}}
 
 
 def trained_on(data: str = "d", tokenizer: str = "t", **more: Any) -> dict[str, Any]:
-    """What a summary says about its data: the letters of their fingerprint and the tokenizer's."""
-    of_tokenizer = {"fingerprint": tokenizer * 32}
-    return {"data": {"fingerprint": data * 32, "tokenizer": of_tokenizer, **more}}
+    """The entry of a summary about its data. The fingerprints repeat these letters."""
+    tokenizer_facts = {"fingerprint": tokenizer * 32}
+    return {"data": {"fingerprint": data * 32, "tokenizer": tokenizer_facts, **more}}
 
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
 # Settings of a run without MTP.
-NONE = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
+NO_MTP = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write_run(
         config: over BASE, by dotted key; ``data.seed`` follows ``seed``, and ``data.depth``
             ``mtp.depth``, as in training.
         loss: final ``val/loss_depth_0``; None leaves it out.
-        summary: more of it, over what is made up here; a value of None takes the key away.
+        summary: entries that replace the usual ones; None removes the key.
         status: of the launcher; None for a run that was started by hand.
         done: whether there is a summary.
         curve: main losses of the validations before the last one.
@@ -94,8 +94,8 @@ def write_run(
             "versions": VERSIONS, "machine": "Linux x86_64, 2 cores", "git_commit": "a" * 40,
             "evaluation": {"fingerprint": "e" * 32}, **(summary or {}),
         }  # fmt: skip
-        kept = {key: value for key, value in content.items() if value is not None}
-        (folder / "summary.json").write_text(json.dumps(kept))
+        stored = {key: value for key, value in content.items() if value is not None}
+        (folder / "summary.json").write_text(json.dumps(stored))
     return folder
 
 
@@ -117,11 +117,11 @@ def task_run(
         rights: ``val/exact_match`` at steps 10, 20, ..; the last one is a finished run's.
         chance: ``val/chance``.
         summary: as for :func:`write_run`.
-        done: likewise.
+        done: as for :func:`write_run`.
     """
-    own = {"val/exact_match": rights[-1], "val/chance": chance} if rights else {}
-    own = {**own, **asked(), **(summary or {})}
-    write_run(folder, config, done=done, summary=own, **options)
+    numbers = {"val/exact_match": rights[-1], "val/chance": chance} if rights else {}
+    numbers = {**numbers, **on_questions(), **(summary or {})}
+    write_run(folder, config, done=done, summary=numbers, **options)
     lines = ["step,val/loss_depth_0,val/exact_match,val/chance"]
     lines += [f"{10 * i},2.0,{right!r},{chance!r}" for i, right in enumerate(rights, start=1)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
@@ -132,7 +132,7 @@ def depth_sweep(
     folder: Path, losses: dict[int, tuple[float, ...]], **options: Any
 ) -> dict[tuple[int, int], Path]:
     """A sweep over the depth: for every depth the final losses of seeds 0, 1, ..."""
-    made = {}
+    runs = {}
     for depth, values in losses.items():
         speed = {"decode/tokens_per_step": 1 + 0.5 * depth, "decode/speedup": 1 + 0.1 * depth}
         for seed, loss in enumerate(values):
@@ -142,12 +142,14 @@ def depth_sweep(
                 summary = {**summary, f"val/loss_depth_{k}": loss + 0.1 * k, **rates}
             config = {"mtp.depth": depth, "seed": seed}
             run = folder / f"depth-{depth}_seed-{seed}"
-            made[depth, seed] = write_run(run, config, loss=loss, summary=summary, **options)
-    return made
+            runs[depth, seed] = write_run(run, config, loss=loss, summary=summary, **options)
+    return runs
 
 
 def write_plan(folder: Path, overrides: dict[str, list[str]]) -> None:
-    """The launcher's sweep.json: overrides by the job's folder."""
+    """Write the launcher's sweep.json from overrides by the job's folder."""
     plan = SweepPlan(folder)
-    plan.jobs = [PlannedJob(name, tuple(given)) for name, given in overrides.items()]
+    plan.jobs = [
+        PlannedJob(name, tuple(job_overrides)) for name, job_overrides in overrides.items()
+    ]
     plan.write([])

@@ -21,40 +21,40 @@ from sweeps.report.settings import Settings
 from sweeps.report.tables import TableCell, of_settings
 
 
-def collected(*folders: Path, **options: Any) -> Settings:
+def settings_of(*folders: Path, **options: Any) -> Settings:
     """The settings of the runs in folders; several folders name their runs."""
     names = [folder.name if len(folders) > 1 else "" for folder in folders]
     sweeps = [read_sweep(folder, name=name) for folder, name in zip(folders, names, strict=True)]
     return collect(sweeps, **options)
 
 
-def runs_of(settings: Settings) -> list[tuple[str, int, int]]:
+def run_counts(settings: Settings) -> list[tuple[str, int, int]]:
     """The label, the finished and the planned runs of every setting."""
     return [(one.label, len(one.done), one.planned) for one in settings.all]
 
 
-def drawings(of: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dict[str, Drawing]:
+def drawings(source: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dict[str, Drawing]:
     """All figures of a report of a folder or of settings, by name."""
-    settings = collected(of) if isinstance(of, Path) else of
+    settings = settings_of(source) if isinstance(source, Path) else source
     with styled():
         return {drawing.name: drawing for drawing in draw(settings, comparisons)}
 
 
-def answered(of: Path | Settings) -> str:
+def answer_of(source: Path | Settings) -> str:
     """The report's answer for a folder, or for settings."""
-    settings = collected(of) if isinstance(of, Path) else of
+    settings = settings_of(source) if isinstance(source, Path) else source
     return " ".join(answer(settings, compare(settings)))
 
 
-def noted(folder: Path) -> str:
+def notes_of(folder: Path) -> str:
     """The report's caveats, one per line."""
-    return "\n".join(caveats(collected(folder)))
+    return "\n".join(caveats(settings_of(folder)))
 
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of ``runs.csv``."""
-    written = runs_csv(collected(folder))
-    return list(csv.DictReader(written.splitlines()))
+    text = runs_csv(settings_of(folder))
+    return list(csv.DictReader(text.splitlines()))
 
 
 def page_of(folder: Path, **options: Any) -> str:
@@ -62,13 +62,13 @@ def page_of(folder: Path, **options: Any) -> str:
     return report([folder], **options)[0].read_text(encoding="utf-8")
 
 
-def whole(folder: Path) -> str:
+def checked_page(folder: Path) -> str:
     """The page of a report in a folder, after checks that its parts fit together."""
     html = (folder / "report.html").read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 20
-    used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)
-    assert used and set(used) <= set(ids)
+    references = re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)
+    assert references and set(references) <= set(ids)
     assert html.count("<figure") == len(list((folder / "figures").glob("*.png")))
     assert html.count('scope="col"') == html.count('aria-sort="none"')
     for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
@@ -89,4 +89,4 @@ def rows_of(table: str) -> list[str]:
 
 def cells(folder: Path) -> list[TableCell]:
     """All cells of the table of settings."""
-    return [cell for row in of_settings(collected(folder), []).rows for cell in row]
+    return [cell for row in of_settings(settings_of(folder), []).rows for cell in row]

@@ -1,11 +1,11 @@
-"""Jobs' configs equal Hydra's, and are composed faster."""
+"""The composer of jobs gives the same configs as Hydra, and reads each file once."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hydra import initialize_config_dir
@@ -39,7 +39,10 @@ CHOICES = {
 }
 
 
-Sweep = tuple[DictConfig, ConfigLoader, Composer]
+class Sweep(NamedTuple):
+    config: DictConfig
+    loader: ConfigLoader
+    composer: Composer
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +52,28 @@ def sweep() -> Sweep:
         typed = ["seed=0,1", "hydra.job.chdir=false", "hydra.mode=MULTIRUN"]
         config = loader.load_configuration("config", typed, run_mode=RunMode.MULTIRUN)
     assert config.sweep_dir  # has the time, the same for all jobs
-    return config, loader, Composer(config, loader)
+    return Sweep(config, loader, Composer(config, loader))
 
 
 def by_hydra(sweep: Sweep, job: list[str]) -> DictConfig:
-    composed = sweep[1].load_sweep_config(sweep[0], job)
+    composed = sweep.loader.load_sweep_config(sweep.config, job)
     with open_dict(composed):
         del composed["hydra"]
     return composed
 
 
 def settled(sweep: Sweep, *overrides: str) -> dict[str, Any]:
-    return settle(sweep[2].compose(overrides), Path("/x"))
+    return settle(sweep.composer.compose(overrides), Path("/x"))
 
 
-def test_random_jobs_are_what_hydra_composes(sweep: Sweep) -> None:
+def test_random_jobs_equal_the_configs_of_hydra(sweep: Sweep) -> None:
     chance = random.Random(0)
     for _ in range(4):
         keys = chance.sample(list(CHOICES), chance.randint(1, 7))
         job = [chance.choice(CHOICES[key]) for key in keys]
-        # Other values for the same groups, before and after: no job may leave a trace in another.
-        sweep[2].compose([*job, "seed=99", "optimizer.lr=99"])
-        ours, theirs = sweep[2].compose(job), by_hydra(sweep, job)
+        # Another job with the same groups first: it may leave no trace in this one.
+        sweep.composer.compose([*job, "seed=99", "optimizer.lr=99"])
+        ours, theirs = sweep.composer.compose(job), by_hydra(sweep, job)
         assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs), job
         assert list(ours) == list(theirs)
         assert settle(ours, Path("/x")) == settle(theirs, Path("/x")), job
@@ -87,40 +90,40 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_hydra_refuses_is_refused_in_its_words(sweep: Sweep, wrong: str) -> None:
+def test_refused_overrides_have_the_message_of_hydra(sweep: Sweep, wrong: str) -> None:
     job = ["trainer.max_steps=3", wrong]
     with pytest.raises(HydraException) as refused:
         by_hydra(sweep, job)
     with pytest.raises(UserError) as ours:
-        sweep[2].compose(job)
+        sweep.composer.compose(job)
     assert str(ours.value) == sentence(refused.value)
 
 
-def test_a_value_that_is_missing_is_named(sweep: Sweep) -> None:
+def test_a_missing_value_is_named(sweep: Sweep) -> None:
     for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
         with pytest.raises(ValueError, match=r"data\.paths has no value"):
             settled(sweep, *overrides)
 
 
-def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
+def test_jobs_of_several_processes_need_a_number_and_a_strategy(sweep: Sweep) -> None:
     two = settled(sweep, "trainer.devices=2", "trainer.strategy=ddp")
     assert count_processes(two) == 2
     for key in ("devices", "num_nodes"):
-        said = rf"trainer.{key}=2 in a sweep needs trainer.strategy=ddp or fsdp"
-        with pytest.raises(UserError, match=said):
+        message = rf"trainer.{key}=2 in a sweep needs trainer.strategy=ddp or fsdp"
+        with pytest.raises(UserError, match=message):
             count_processes(settled(sweep, f"trainer.{key}=2"))
     with pytest.raises(UserError, match=r"trainer.devices=-1 in a sweep: give a number"):
         count_processes(settled(sweep, "trainer.devices=-1"))
 
 
 @pytest.mark.parametrize(("match", "steps"), [("none", 7), ("parameters", 7), ("flops", None)])
-def test_steps_that_the_run_chooses_are_unknown(sweep, match, steps):
+def test_steps_chosen_by_matching_flops_are_unknown(sweep, match, steps):
     job = settled(sweep, "trainer.max_steps=7", f"compare.match={match}")
     assert Recipe.of(job).max_steps == steps
 
 
-def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, loader, _ = sweep
+def test_jobs_with_equal_groups_read_the_config_files_once(sweep, monkeypatch):
+    loader = sweep.loader
     calls = []
     load = type(loader).load_sweep_config
 
@@ -129,7 +132,7 @@ def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyP
         return load(self, config, overrides)
 
     monkeypatch.setattr(type(loader), "load_sweep_config", counted)
-    composer = Composer(config, loader)
+    composer = Composer(sweep.config, loader)
     for seed in range(5):
         for mtp in ("parallel", "linear"):
             composed = composer.compose([f"mtp={mtp}", f"seed={seed}", "mtp.depth=1"])
@@ -158,15 +161,15 @@ def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
     Plugins.instance()  # Hydra imports its plugins again
     from hydra_plugins.mtp_sweeps.launchers import GridSweeper, SweepLauncher
 
-    looked = []
+    checked = []
 
     class Loader:
         def load_sweep_config(self, *, master_config: object, sweep_overrides: list[str]) -> None:
-            looked.append(sweep_overrides)
+            checked.append(sweep_overrides)
 
     sweeper: Any = GridSweeper(max_batch_size=None)
     sweeper.config, sweeper.hydra_context = DictConfig({}), SimpleNamespace(config_loader=Loader())
     for launcher in (SweepLauncher(module=None), SimpleNamespace()):
         sweeper.launcher = launcher
         sweeper.validate_batch_is_legal([["seed=1"]])
-    assert looked == [["seed=1"]], "another launcher composes a job when its turn comes"
+    assert checked == [["seed=1"]], "another launcher composes a job when its turn comes"

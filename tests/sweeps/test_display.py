@@ -1,4 +1,4 @@
-"""The display of a running sweep, and the files that it reads."""
+"""The display of a running sweep: a table in a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sweep(tmp_path: Path) -> list[Job]:
     return jobs
 
 
-def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_live_table_shows_step_loss_and_remaining_time(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     out = io.StringIO()
@@ -59,7 +59,7 @@ def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.index("failed") < text.index("done")
 
 
-def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_report_starts_ends_and_progress(tmp_path, capsys):
     jobs = sweep(tmp_path)
     with Lines(3, seconds=0) as lines:
         for job in jobs:
@@ -74,18 +74,18 @@ def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, 0:00"
 
 
-def test_a_status_that_cannot_be_read_stops_no_display(tmp_path, capsys):
+def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
     with Lines(1) as lines:
         lines.ended(Job(folder=tmp_path / "a", overrides=(), command=()))
     assert capsys.readouterr().out == "pending a (1 of 1)\n"
 
 
-def test_lines_where_nobody_looks() -> None:
+def test_without_a_terminal_the_display_is_lines() -> None:
     assert isinstance(make_display(1), Lines)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3700, "1:01:40")])
-def test_duration(seconds: float, text: str) -> None:
+def test_durations_have_hours_minutes_and_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -98,7 +98,7 @@ def test_duration(seconds: float, text: str) -> None:
         ("", "nothing in the log"),
     ],
 )
-def test_last_words(tmp_path: Path, log: str, words: str) -> None:
+def test_the_last_words_of_a_log_are_its_error_or_last_line(tmp_path, log, words):
     (tmp_path / "job.log").write_text(log)
     assert last_words(tmp_path / "job.log") == words
     assert last_words(tmp_path / "none") == "no log"

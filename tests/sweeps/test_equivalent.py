@@ -1,4 +1,4 @@
-"""Compute-equivalent gains are recovered from curves on which they are known."""
+"""Compute-equivalent gains of runs on curves for which they are known."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sweeps.report.__main__ import report
 from sweeps.report.chart import styled
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
-from tests.sweeps.fixture_runs import NONE, evaluated, write_run
-from tests.sweeps.reported import collected, drawings, table_of
+from tests.sweeps.fixture_runs import NO_MTP, on_text, write_run
+from tests.sweeps.reported import drawings, settings_of, table_of
 
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
 FULL = 5e12
@@ -25,7 +25,7 @@ STEP = 2.5e9
 
 
 def plain_runs(loss: object, budgets: tuple[float, ...] = BUDGETS) -> list[Spent]:
-    """Plain runs at the budgets, of a loss as a function of FLOPs."""
+    """Plain runs at these budgets; ``loss`` is a function of FLOPs."""
     return [Spent(flops=b * FULL, loss=loss(b * FULL), steps=b * FULL / STEP) for b in budgets]
 
 
@@ -37,29 +37,29 @@ def plain_runs(loss: object, budgets: tuple[float, ...] = BUDGETS) -> list[Spent
     price=st.floats(0.4, 1.0),
     effect=st.floats(0.31, 1.34),
 )
-def test_a_power_law_gives_the_gain_back_within_one_percent(floor, scale, power, price, effect):
+def test_gains_of_a_power_law_are_exact_within_one_percent(floor, scale, power, price, effect):
     def loss(flops: float) -> float:
         return floor + scale * (flops / FULL) ** -power
 
-    # As many steps as the full plain run, each at its price, worth `effect` plain steps.
+    # The steps of the full plain run, each of 1 / price plain FLOPs and worth `effect` plain steps.
     run = Spent(flops=FULL / price, loss=loss(effect * FULL), steps=FULL / STEP)
-    found = PlainCurve(plain_runs(loss)).gain(run)
-    assert isinstance(found, Gain)
-    assert found.price == pytest.approx(price, rel=1e-12)
-    assert found.effect == pytest.approx(effect, rel=0.01)
-    assert found.total == pytest.approx(price * effect, rel=0.01)
+    gain = PlainCurve(plain_runs(loss)).gain(run)
+    assert isinstance(gain, Gain)
+    assert gain.price == pytest.approx(price, rel=1e-12)
+    assert gain.effect == pytest.approx(effect, rel=0.01)
+    assert gain.total == pytest.approx(price * effect, rel=0.01)
 
 
-def test_plain_runs_gain_nothing_and_lose_nothing():
+def test_the_gain_of_a_plain_run_is_one():
     runs = plain_runs(lambda flops: 3 - 0.4 * math.log(flops / FULL))
     curve = PlainCurve(runs[::-1])
     for run in runs:
-        found = curve.gain(run)
-        assert isinstance(found, Gain)
-        assert found.total == pytest.approx(1) and found.price == found.effect / found.total == 1
+        gain = curve.gain(run)
+        assert isinstance(gain, Gain)
+        assert gain.total == pytest.approx(1) and gain.price == gain.effect / gain.total == 1
 
 
-def test_nothing_is_extrapolated():
+def test_losses_outside_the_plain_curve_have_no_gain():
     curve = PlainCurve(plain_runs(lambda flops: 2 + FULL / flops))
     best, worst = curve.runs[-1].loss, curve.runs[0].loss
     assert curve.flops_at(best) == pytest.approx(1.35 * FULL)
@@ -89,29 +89,28 @@ def law(flops: float, seed: int) -> float:
 
 
 def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = BUDGETS) -> None:
-    """Plain runs by :func:`law` at several budgets, and arms whose steps are worth so many plain
-    ones."""
+    """Plain runs by :func:`law` at several budgets, and an arm for each of EFFECTS."""
     steps = FULL / STEP
 
     def run(name: str, seed: int, loss: float, flops: float, length: float, **config: Any) -> None:
-        summary = {"flops": flops, "step": round(length), **evaluated("a" * 32)}
-        given = {"seed": seed, "trainer.max_steps": round(length), **config}
-        write_run(folder / f"{name}-{seed}", given, loss=loss, summary=summary)
+        summary = {"flops": flops, "step": round(length), **on_text("a" * 32)}
+        config = {"seed": seed, "trainer.max_steps": round(length), **config}
+        write_run(folder / f"{name}-{seed}", config, loss=loss, summary=summary)
 
     for seed in range(seeds):
         for budget in budgets:
             flops = budget * FULL
-            run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **NONE)
+            run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **NO_MTP)
         for head, effect in EFFECTS.items():
-            own = {"mtp._target_": f"mtp_lightning.mtp.{head}.Config"}
-            own |= {"mtp.stride": 2, "data.stride": 2}
+            config = {"mtp._target_": f"mtp_lightning.mtp.{head}.Config"}
+            config |= {"mtp.stride": 2, "data.stride": 2}
             loss = law(effect * NOISE[seed] * FULL, seed)
-            run(head, seed, loss, FULL / PRICE, steps, **own)
+            run(head, seed, loss, FULL / PRICE, steps, **config)
 
 
-def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
+def test_gains_in_a_report_are_exact_within_one_percent(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     (family,) = families(settings)
     assert len(family.plain) == 5
     arms = {arm.setting.config["mtp._target_"].split(".")[2]: arm for arm in family.arms}
@@ -134,18 +133,18 @@ def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
     (axes,) = drawing.chart.panels
     assert axes.get_xscale() == "log" and "lower is better" in axes.get_ylabel()
     assert axes.get_xlabel() == "training FLOPs"
-    written = {text.get_text() for text in axes.texts}
-    assert {"0.72 ×", "0.88 ×"} <= written and len(written - {""}) == 2
+    labels = {text.get_text() for text in axes.texts}
+    assert {"0.72 ×", "0.88 ×"} <= labels and len(labels - {""}) == 2
     arrows = [text for text in axes.texts if text.get_text() == ""]
-    for arrow in arrows:  # horizontal, from the arm to what plain training needs
+    for arrow in arrows:  # horizontal, from the arm's FLOPs to those of plain training
         (end, height), (start, level) = arrow.xy, arrow.xyann
         assert height == level and start == pytest.approx(FULL / PRICE)
         assert min(abs(end / start / gain - 1) for gain in (0.72, 0.88)) < 0.01
 
 
-def test_the_order_of_keys_does_not_part_an_arm_from_its_curve(tmp_path: Path) -> None:
+def test_the_order_of_config_keys_does_not_change_families(tmp_path: Path) -> None:
     priced_sweep(tmp_path, seeds=1)
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     for setting in settings.all[::2]:
         setting.config = {"optimizer.lr": 0.1, **setting.config}
     for setting in settings.all[1::2]:
@@ -154,10 +153,10 @@ def test_the_order_of_keys_does_not_part_an_arm_from_its_curve(tmp_path: Path) -
     assert len(family.plain) == 5 and len(family.arms) == 3
 
 
-def test_an_arm_of_fewer_layers_is_not_on_the_curve_of_the_whole_trunk(tmp_path: Path) -> None:
-    """A match of parameters takes layers away, and only the summary says so."""
+def test_an_arm_matched_to_fewer_layers_leaves_the_family(tmp_path: Path) -> None:
+    """Matching parameters removes layers, which only the summary has."""
     priced_sweep(tmp_path, seeds=1)
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     before = {arm.setting.label for family in families(settings) for arm in family.arms}
     *_, smaller = (s for s in settings.all if s.label in before)
     smaller.done[0].summary["compare"] = {"n_layers": 3}
@@ -165,58 +164,58 @@ def test_an_arm_of_fewer_layers_is_not_on_the_curve_of_the_whole_trunk(tmp_path:
     assert after == before - {smaller.label}
 
 
-def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Path) -> None:
+def test_the_page_has_a_table_and_a_sentence_of_gains(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
-    path, said, _ = report([tmp_path])
+    path, sentences, _ = report([tmp_path])
     html = path.read_text(encoding="utf-8")
     table = table_of(html, "gains")
     assert re.search(r'0\.720 <span class="half">0\.\d+ to 0\.\d+</span>', table)
     assert "0.800" in table and "out of range: its loss of" in table
     assert 'id="figure-gains"' in html and (tmp_path / "figures" / "gains.svg").exists()
     (sentence,) = [
-        text for text in said if "sequential modules" in text and "Plain training" in text
+        text for text in sentences if "sequential modules" in text and "Plain training" in text
     ]
     assert "needs 0.72 times the FLOPs of" in sentence
     assert "a price of 0.80 times an effect of 0.90" in sentence
 
 
-def test_a_report_without_a_plain_curve_says_what_is_missing(tmp_path: Path) -> None:
+def test_without_a_plain_curve_the_report_names_what_is_missing(tmp_path: Path) -> None:
     priced_sweep(tmp_path, budgets=(1.0,))
-    assert families(collected(tmp_path)) == []
+    assert families(settings_of(tmp_path)) == []
     why = drawings(tmp_path)["gains"].why
     assert why == "no plain runs (mtp=none) of two lengths and an arm to compare"
 
 
-def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Path) -> None:
+def test_a_plain_curve_has_only_comparable_runs_of_its_seed(tmp_path: Path) -> None:
     priced_sweep(tmp_path / "a")
     for run in (tmp_path / "a").glob("none_*-2"):
         (run / "summary.json").unlink()
-    (family,) = families(collected(tmp_path / "a"))
+    (family,) = families(settings_of(tmp_path / "a"))
     assert {arm.why for arm in family.arms if "out of range" not in arm.why} == {
         "seed 2: a plain curve needs runs of at least two lengths"
     }
-    # Runs that have not annealed, or of another size, are on no arm's curve.
+    # Runs of a constant learning rate or another size are on no arm's curve.
     priced_sweep(tmp_path / "b", budgets=(0.3, 1.35))
-    other = {"model.d_model": 64, **NONE}
-    constant = {"optimizer.schedule.kind": "constant", **NONE}
+    other = {"model.d_model": 64, **NO_MTP}
+    constant = {"optimizer.schedule.kind": "constant", **NO_MTP}
     for name, config in (("small", other), ("constant", constant)):
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
     # Nor are lengths at which a run stopped early.
-    stopped = {"trainer.max_steps": 900, **NONE}
-    early = {"stopped_early": True, "step": 800, "flops": 2e12, **evaluated("a" * 32)}
+    stopped = {"trainer.max_steps": 900, **NO_MTP}
+    early = {"stopped_early": True, "step": 800, "flops": 2e12, **on_text("a" * 32)}
     write_run(tmp_path / "b" / "stopped", stopped, loss=2.0, summary=early)
-    (family,) = families(collected(tmp_path / "b"))
+    (family,) = families(settings_of(tmp_path / "b"))
     assert len(family.plain) == 2
 
 
-def test_gain_is_price_times_effect_where_seeds_differ_in_price(tmp_path: Path) -> None:
-    """As with ``balance=sampled_depths``, whose draws decide what a step costs."""
+def test_gain_is_price_times_effect_if_prices_differ_by_seed(tmp_path: Path) -> None:
+    """As with ``balance=sampled_depths``, whose random draws change the cost of a step."""
     priced_sweep(tmp_path)
     for seed, factor in enumerate((1.0, 1.5, 3.0)):
         summary = tmp_path / f"sequential-{seed}" / "summary.json"
         content = json.loads(summary.read_text("utf-8"))
         summary.write_text(json.dumps({**content, "flops": factor * content["flops"]}))
-    (family,) = families(collected(tmp_path))
+    (family,) = families(settings_of(tmp_path))
     (arm,) = (arm for arm in family.arms if "sequential" in arm.setting.label)
     assert arm.price.mean == pytest.approx(PRICE / 4.5 ** (1 / 3))
     assert arm.total.mean == pytest.approx(arm.price.mean * arm.effect.mean)

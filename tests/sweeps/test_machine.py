@@ -24,7 +24,7 @@ def eight_cores_and_four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-abc,3")
 
 
-def test_gpus_are_handed_out_once() -> None:
+def test_a_gpu_belongs_to_one_job_at_a_time() -> None:
     queue = DeviceQueue(gpus=["0", "1", "2"])
     one, two = queue.take(1), queue.take(2)
     assert (one.gpus, two.gpus) == (("0",), ("1", "2"))
@@ -47,7 +47,7 @@ def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_jobs", "given", "processes", "at_once", "threads"),
+    ("n_jobs", "requested", "processes", "at_once", "threads"),
     [
         (None, None, 1, 8, 1),  # one job per core
         (None, None, 2, 4, 1),  # one core per process
@@ -57,20 +57,20 @@ def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
         (2, None, 1, 2, 1),
         (2, None, 2, 2, 1),
         (8, None, 2, 4, 1),  # a job of two processes takes two places
-        (20, None, 1, 20, 1),  # more jobs than cores, if they are asked for
+        (20, None, 1, 20, 1),  # more jobs than cores, if requested
         (20, None, 2, 10, 1),
         (None, 2, 1, 4, 2),
         (None, 2, 2, 2, 2),
         (None, 16, 1, 1, 16),
-        (None, "auto", 1, 1, 8),  # a single job at a time gets all
-        (None, "auto", 2, 1, 4),  # and its processes share
+        (None, "auto", 1, 1, 8),  # one job at a time, with all cores
+        (None, "auto", 2, 1, 4),  # which its processes share
         (2, "auto", 1, 2, 4),
         (2, "auto", 2, 2, 2),
         (20, "auto", 1, 20, 1),
     ],
 )
-def test_cores_are_divided(n_jobs, given, processes, at_once, threads):
-    queue = DeviceQueue(n_jobs=n_jobs, threads=given)
+def test_cores_are_divided_among_jobs_and_processes(n_jobs, requested, processes, at_once, threads):
+    queue = DeviceQueue(n_jobs=n_jobs, threads=requested)
     taken = [queue.take(processes) for _ in range(at_once)]
     assert queue.take(processes) is None
     first = taken[0]
@@ -81,32 +81,30 @@ def test_cores_are_divided(n_jobs, given, processes, at_once, threads):
         queue.give_back(job)
     again = [queue.take(processes) for _ in range(at_once)]
     assert None not in again and queue.take(processes) is None
-    # A job for the CPU does not find the GPU that is there.
-    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["CUDA_VISIBLE_DEVICES"] == "", "a CPU job must not see the GPUs"
 
 
-def test_with_gpus_a_process_has_its_gpus_share_of_the_cores() -> None:
+def test_a_process_with_a_gpu_has_the_gpus_share_of_the_cores() -> None:
     queue = DeviceQueue(gpus=["0", "1", "2", "3"], host="node1")
     one, two = queue.take(1), queue.take(2)
     assert one.threads == two.threads == 2
     assert (one.name, two.name) == ("node1:cuda:0", "node1:cuda:1,2")
-    given = DeviceQueue(gpus=["0", "1"], threads=3).take(1)
-    assert given.threads == 3
+    assert DeviceQueue(gpus=["0", "1"], threads=3).take(1).threads == 3
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("n_jobs", 0, "n_jobs=0 must be a whole number of at least 1"),
         *[("threads", n, f"threads_per_process={n}: give a number") for n in (0, -1, "all", 1.5)],
     ],
 )
-def test_jobs_and_threads_are_numbers(key: str, value: object, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_numbers_of_jobs_and_threads_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
         DeviceQueue(**{key: value})
 
 
-GROUPS = {
+QUOTAS = {
     "no limit": ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
     "nothing to read": ({}, None),
     "a container": ({"sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0),
@@ -131,9 +129,9 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("case", GROUPS)
-def test_the_quota_of_control_groups(tmp_path, monkeypatch, case):
-    files, quota = GROUPS[case]
+@pytest.mark.parametrize("case", QUOTAS)
+def test_cores_follow_the_quota_of_control_groups(tmp_path, monkeypatch, case):
+    files, quota = QUOTAS[case]
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -143,17 +141,17 @@ def test_the_quota_of_control_groups(tmp_path, monkeypatch, case):
     assert cores() == (16 if quota is None else max(1, int(quota)))
 
 
-def test_what_launchers_leave_behind_does_not_reach_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_other_launchers_do_not_reach_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     leaks = ("LOCAL_RANK", "MASTER_PORT", "PL_GLOBAL_SEED", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")
     for name in leaks:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    kept = clean_environment()
-    assert not kept.keys() & set(leaks)
-    assert kept["SLURM_JOB_ID"] == "7"
+    environment = clean_environment()
+    assert not environment.keys() & set(leaks)
+    assert environment["SLURM_JOB_ID"] == "7"
 
 
-def test_choosing_gpus() -> None:
+def test_devices_choose_gpus_and_wrong_ones_are_refused() -> None:
     assert choose_gpus("auto") == ["0", "1", "GPU-abc", "3"]
     assert choose_gpus("cpu") == []
     assert choose_gpus([3, 0]) == ["3", "0"]
@@ -162,20 +160,17 @@ def test_choosing_gpus() -> None:
             choose_gpus(wrong)
 
 
-def test_gpus_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidia_smi_no_gpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert devices.find_gpus() == []
-
-
-# Memory.
 
 
 GB = 1_000_000_000
 
 
 class Machine:
-    """A file system with the files of a machine's memory."""
+    """The files in which a system reports its memory."""
 
     def __init__(self, root: Path, free: float) -> None:
         self.root = root
@@ -201,31 +196,31 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path, 10)
 
 
-def test_a_job_takes_what_the_ones_before_took(machine: Machine) -> None:
+def test_the_memory_of_a_job_is_estimated_from_earlier_jobs(machine: Machine) -> None:
     use = MemoryUse(machine.root)
     assert use.per_process == GB and use.missing(10) is None
     assert "10.0 GB are available" in (use.missing(11) or "")
     use.begin(7, 1)
     use.begin(8, 2)
-    assert use.missing(7) is None and use.missing(8) is not None, "three are promised"
+    assert use.missing(7) is None and use.missing(8) is not None, "3 GB are reserved"
     machine.process(70, 7, 0.25)
     machine.process(80, 8, 3.0)
-    machine.process(81, 8, 2.0)  # its second process
+    machine.process(81, 8, 2.0)  # the second process of the same job
     machine.free(4.75)
     use.look()
-    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the larger of both, a process"
-    # 2.25 are promised to the small one.
+    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the largest job, per process"
+    # 2.25 GB are still reserved for the small job.
     assert use.missing(1) is None and use.missing(2) is not None
-    machine.process(80, 8, 0.5)  # it is at its end
+    machine.process(80, 8, 0.5)
     use.look()
-    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the most that it took"
+    assert use.per_process == pytest.approx(2.5 * GB, rel=1e-5), "the peak counts"
     use.end(8, succeeded=False)
-    assert use.per_process == GB, "nobody knows what a failed one would have taken"
+    assert use.per_process == GB, "a failed job does not count"
     use.end(7, succeeded=True)
     assert use.per_process == pytest.approx(GB / 4, rel=1e-5)
 
 
-def test_the_limit_of_a_control_group_counts(machine: Machine) -> None:
+def test_available_memory_is_limited_by_the_control_group(machine: Machine) -> None:
     group = machine.root / "sys/fs/cgroup/box"
     group.mkdir(parents=True)
     (machine.root / "proc" / "self").mkdir()
@@ -238,14 +233,14 @@ def test_the_limit_of_a_control_group_counts(machine: Machine) -> None:
     assert available(machine.root) == 2 * GB
 
 
-def test_nobody_says(tmp_path: Path) -> None:
+def test_without_files_of_the_system_memory_is_unlimited(tmp_path: Path) -> None:
     assert available(tmp_path) is None and MemoryUse(tmp_path).missing(1000) is None
 
 
-def test_what_a_process_takes_is_seen() -> None:
-    grows = "x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); print(1); input()"
+def test_the_memory_of_a_real_process_is_measured() -> None:
+    program = "x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); print(1); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
-    with subprocess.Popen([sys.executable, "-u", "-c", grows], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-u", "-c", program], **pipes) as process:
         assert process.stdout.readline() == b"1\n"
         assert 200_000_000 < bytes_by_group()[process.pid] < 260_000_000
         process.communicate(b"\n")
@@ -253,7 +248,7 @@ def test_what_a_process_takes_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("free", "at_once"), [(0.5, 1), (2.5, 2), (10, 4)])
-def test_a_pool_starts_no_more_than_memory_holds(machine, tmp_path, capsys, free, at_once):
+def test_a_pool_starts_only_jobs_that_fit_in_memory(machine, tmp_path, capsys, free, at_once):
     machine.free(free)
     script = "date +%s%N > a; sleep 0.4; date +%s%N > b; echo '{}' > summary.json"
     jobs = []

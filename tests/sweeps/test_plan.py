@@ -1,4 +1,4 @@
-"""A job is identified by its overrides, and keeps its folder."""
+"""The plan of a sweep: jobs are identified by their overrides and keep their folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
 
 
-def test_names_show_what_varies() -> None:
+def test_folder_names_have_the_varied_keys() -> None:
     assert folder_name(["mtp.depth=2", "seed=0", "model=pico"], ["seed"]) == "seed-0"
     assert folder_name(["mtp.depth=2", "seed=0"], []) == "mtp.depth-2_seed-0"
     assert folder_name(["+sweeps=depth", "mtp.depth=0"], []) == "sweeps-depth_mtp.depth-0"
@@ -33,7 +33,7 @@ TEXT = st.text(string.printable + "é文🙂\u200b", min_size=1, max_size=40)
 
 @settings(max_examples=40)
 @given(st.lists(TEXT, max_size=6), TEXT)
-def test_names_are_safe(values: list[str], last: str) -> None:
+def test_folder_names_are_short_and_safe(values: list[str], last: str) -> None:
     overrides = [f"key_{i}={value}" for i, value in enumerate([*values, last])]
     name = folder_name(overrides, ["key_0"])
     assert 0 < len(name) <= 80
@@ -68,11 +68,11 @@ def test_commands_that_differ_in_a_constant_have_other_folders(tmp_path: Path) -
 def test_a_sweep_of_older_names_continues_in_its_folders(tmp_path: Path) -> None:
     jobs = [{"folder": "seed-0_model-pico", "overrides": ["seed=0", "model=pico"]}]
     (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "jobs": jobs}))
-    found = SweepPlan(tmp_path).add([[f"seed={seed}", "model=pico"] for seed in (0, 1)])
-    assert [job.folder for job in found] == ["seed-0_model-pico", "seed-1"]
+    planned = SweepPlan(tmp_path).add([[f"seed={seed}", "model=pico"] for seed in (0, 1)])
+    assert [job.folder for job in planned] == ["seed-0_model-pico", "seed-1"]
 
 
-def test_fewer_values_remove_nothing(tmp_path: Path) -> None:
+def test_fewer_values_keep_all_jobs_in_the_plan(tmp_path: Path) -> None:
     plan = SweepPlan(tmp_path)
     plan.add(GRID)
     plan.write([])
@@ -82,24 +82,24 @@ def test_fewer_values_remove_nothing(tmp_path: Path) -> None:
     assert len(SweepPlan(tmp_path).jobs) == 4
 
 
-def test_values_that_look_alike_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_similar_values_get_different_folders(tmp_path: Path) -> None:
     folders = [job.folder for job in SweepPlan(tmp_path).add([["x='a b'"], ["x=a-b"], ["x=a/b"]])]
     assert len(set(folders)) == 3
 
 
-def test_a_folder_that_another_job_has_used_is_not_taken(tmp_path: Path) -> None:
+def test_a_folder_that_another_job_has_used_is_not_reused(tmp_path: Path) -> None:
     write_status(tmp_path / "seed-0", ["seed=0", "other=1"], "done")
     (job,) = SweepPlan(tmp_path).add([["seed=0"]])
     assert job.folder == f"seed-0_{overrides_digest(['seed=0'])}"
 
 
-def test_where_a_job_lives_is_no_part_of_it(tmp_path: Path) -> None:
+def test_paths_and_retries_are_not_part_of_a_job(tmp_path: Path) -> None:
     batch = [["seed=0", "sweep.retry_failed=true", "sweep_dir=x", "paths.cache_dir=y"], ["seed=0"]]
     assert [job.overrides for job in SweepPlan(tmp_path).add(batch)] == [("seed=0",)]
     assert without_housekeeping(["run_dir=a", "+sweeps=depth"]) == ("+sweeps=depth",)
 
 
-def test_varied_keys() -> None:
+def test_varied_keys_differ_between_jobs() -> None:
     assert varied_keys([["a=1", "b=1"], ["a=1", "b=2", "+c=1"]]) == ["b", "c"]
     assert varied_keys([["a=1"]]) == []
 
@@ -112,6 +112,6 @@ def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{", "[" * 100_000])
-def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
+def test_a_damaged_status_reads_as_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     assert read_status(tmp_path) is None

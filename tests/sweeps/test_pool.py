@@ -1,4 +1,4 @@
-"""The pool, with jobs that are small shell programs."""
+"""The pool that runs jobs, with small shell programs as jobs."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ def wait_for(file: Path) -> str:
     return file.read_text()
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return True
 
 
-def test_what_becomes_of_one_job_touches_no_other(tmp_path, capsys):
+def test_every_job_has_its_own_status_and_stops_no_other(tmp_path, capsys):
     jobs = [
         job(tmp_path / "good", f"sleep 0.3; {DONE}"),
         job(tmp_path / "error", "echo 'error: a bad value' >&2; exit 1"),
         job(tmp_path / "killed", "kill -9 $$"),
         job(tmp_path / "empty", "true"),
-        job(tmp_path / "told", "exit 143"),
+        job(tmp_path / "stopped", "exit 143"),
         job(tmp_path / "last", DONE),
     ]
     pool(len(jobs)).run(jobs)
-    found = [status(one)["state"] for one in jobs]
-    assert found == ["done", "failed", "failed", "failed", "interrupted", "done"]
+    states = [status(one)["state"] for one in jobs]
+    assert states == ["done", "failed", "failed", "failed", "interrupted", "done"]
     assert status(jobs[1])["reason"] == "exit code 1: error: a bad value"
     assert status(jobs[1])["exit_code"] == 1
     assert "SIGKILL" in status(jobs[2])["reason"]
@@ -77,7 +77,7 @@ def test_what_becomes_of_one_job_touches_no_other(tmp_path, capsys):
     assert "failed error (" in printed and str(tmp_path / "error" / LOG_FILE) in printed
 
 
-def test_no_more_at_once_than_allowed_and_all_devices_in_use(tmp_path: Path) -> None:
+def test_jobs_use_all_gpus_and_share_none(tmp_path: Path) -> None:
     timed = "date +%s%N > a; sleep 0.3; date +%s%N > b"
     program, needs = f'echo "$CUDA_VISIBLE_DEVICES" > gpus; {timed}; {DONE}', [1, 2, 1, 1]
     jobs = [job(tmp_path / str(i), program, processes=n) for i, n in enumerate(needs)]
@@ -91,41 +91,40 @@ def test_no_more_at_once_than_allowed_and_all_devices_in_use(tmp_path: Path) -> 
         for j in range(i):
             if max(one[0], spans[j][0]) < min(one[1], spans[j][1]):  # at the same time
                 assert not set(gpus[i]) & set(gpus[j])
-    assert spans[3][0] < spans[2][1], "the last two fit side by side"
+    assert spans[3][0] < spans[2][1], "the last two jobs run at the same time"
 
 
-def is_up(job: Job) -> str | None:
-    """Stops a job as soon as it has said that it is up."""
+def hopeless_if_up(job: Job) -> str | None:
+    """A reason to stop the job, as soon as its file ``up`` exists."""
     return "hopeless" if (job.folder / "up").exists() else None
 
 
 def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
     jobs = [job(tmp_path / "slow", "echo up > up; exec sleep 60"), job(tmp_path / "b", DONE)]
     ended = []
-    pool(2).run(jobs, watch=is_up, ended=lambda t: ended.append(t.folder.name))
+    pool(2).run(jobs, watch=hopeless_if_up, ended=lambda t: ended.append(t.folder.name))
     assert (status(jobs[0])["state"], status(jobs[0])["reason"]) == ("interrupted", "hopeless")
     assert state_of(jobs[1].folder) == "done"
     assert sorted(ended) == ["b", "slow"]
 
 
-def test_a_watcher_does_not_wait_for_ever(tmp_path: Path) -> None:
+def test_a_job_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     one = job(tmp_path / "deaf", "trap '' TERM; echo up > up; while true; do sleep 0.05; done")
     began = time.monotonic()
-    pool(1, grace_seconds=0.5).run([one], watch=is_up)
+    pool(1, grace_seconds=0.5).run([one], watch=hopeless_if_up)
     assert status(one)["reason"] == "hopeless" and time.monotonic() - began < 120
 
 
-def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
+def test_child_processes_of_a_finished_job_are_ended(tmp_path: Path) -> None:
     one = job(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
     assert state_of(one.folder) == "done"
     child = int((one.folder / "child").read_text())
-    wait_until(lambda: gone(child))
+    wait_until(lambda: has_ended(child))
 
 
-def test_a_log_is_continued(tmp_path: Path) -> None:
-    one = job(tmp_path / "a", "echo 'error: first'; exit 1")
-    pool(1).run([one])
+def test_the_log_of_a_restarted_job_is_appended(tmp_path: Path) -> None:
+    pool(1).run([job(tmp_path / "a", "echo 'error: first'; exit 1")])
     two = job(tmp_path / "a", f"echo second; {DONE}")
     pool(1).run([two])
     log = (tmp_path / "a" / LOG_FILE).read_text()
@@ -169,32 +168,32 @@ def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], lis
     ("kind", "signum"),
     [("saving", signal.SIGINT), ("deaf", signal.SIGTERM), ("two", signal.SIGINT)],
 )
-def test_interrupt_ends_the_jobs_and_says_so(tmp_path, kind, signum):
+def test_interrupted_jobs_save_and_have_the_signal_as_reason(tmp_path, kind, signum):
     process, pids = start_sweep(tmp_path, kind)
     process.send_signal(signum)
     assert process.wait(120) != 0
-    wait_until(lambda: all(map(gone, pids)))
+    wait_until(lambda: all(map(has_ended, pids)))
     assert (tmp_path / "one" / "saved").exists()
-    # One that does not listen is killed when the time is over.
+    # A job that ignores SIGTERM is killed after the grace period.
     assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
     for name in ("one", "two"):
-        found = read_status(tmp_path / name)
-        said = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-        assert (found["state"], found["reason"]) == ("interrupted", said)
+        job_status = read_status(tmp_path / name)
+        reason = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        assert (job_status["state"], job_status["reason"]) == ("interrupted", reason)
 
 
 @pytest.mark.parametrize("kind", ["deaf", "two"])
-def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) -> None:
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path, kind: str) -> None:
     process, pids = start_sweep(tmp_path, kind)
     process.kill()
     process.wait()
-    wait_until(lambda: all(map(gone, pids)))
+    wait_until(lambda: all(map(has_ended, pids)))
     assert (tmp_path / "one" / "saved").exists()
     assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
-    assert state_of(tmp_path / "one") == "running"  # nobody was left to write
+    assert state_of(tmp_path / "one") == "running", "no process was left to write a status"
 
 
-def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
+def test_a_job_waits_for_a_process_of_an_earlier_sweep(tmp_path: Path) -> None:
     one = job(tmp_path / "a", DONE)
     holder = subprocess.Popen(["flock", str(one.folder / ".lock"), "sleep", "1"])
     lock = Lock(one.folder / ".lock")
@@ -204,16 +203,16 @@ def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
         assert time.monotonic() < until
     pool(1).run([one])
     assert state_of(one.folder) == "done"
-    assert holder.wait(120) == 0  # it was over before the job could begin
+    assert holder.wait(120) == 0
 
 
 @pytest.mark.parametrize("finished", ["since", "before", "not"])
-def test_what_ended_while_its_sweep_was_dead_is_not_run_again(tmp_path, finished):
+def test_a_job_that_finished_without_its_sweep_is_not_run_again(tmp_path, finished):
     one = job(tmp_path / "a", f"echo x >> begun; {DONE}")
     write_status(one.folder, one.overrides, "running")
     if finished != "not":
         (one.folder / "summary.json").write_text("{}")
-        # The summary of an earlier start does not count.
+        # A summary older than the status is of an earlier start, and does not count.
         at = (one.folder / "status.json").stat().st_mtime + (5 if finished == "since" else -5)
         os.utime(one.folder / "summary.json", (at, at))
     pool(1).run([one])
@@ -221,14 +220,14 @@ def test_what_ended_while_its_sweep_was_dead_is_not_run_again(tmp_path, finished
     assert (one.folder / "begun").exists() == (finished != "since")
 
 
-def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -> None:
+def test_jobs_of_several_nodes_are_refused_before_any_starts(tmp_path: Path) -> None:
     far, wide = (job(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
     with pytest.raises(UserError, match="num_nodes=2 in a sweep takes hydra/launcher=slurm"):
         run([wide, far])
     assert read_status(wide.folder) is read_status(far.folder) is None
 
 
-def test_jobs_on_the_cpu_run_beside_jobs_on_gpus(tmp_path, monkeypatch):
+def test_jobs_on_the_cpu_run_next_to_jobs_on_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     wide = job(tmp_path / "wide", DONE, processes=2, on_cpu=True)
     other = job(tmp_path / "other", DONE)
@@ -245,8 +244,8 @@ def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
     assert status(missing)["state"] == "failed" and "/no/such/program" in status(missing)["reason"]
 
 
-def test_a_job_that_an_earlier_start_still_saves_is_not_failed(tmp_path: Path, monkeypatch) -> None:
-    """The earlier process may still finish it, or the next start runs it."""
+def test_a_job_locked_by_an_earlier_start_is_interrupted(tmp_path: Path, monkeypatch) -> None:
+    """The earlier process may still finish the job; otherwise the next start runs it."""
     one = job(tmp_path / "a", DONE)
     holder = Lock(one.folder / ".lock")
     assert holder.acquire()

@@ -1,4 +1,4 @@
-"""Sweeps by Ray, which each test's sweep starts on this machine and stops again."""
+"""Sweeps by Ray; each test's sweep starts Ray on this machine and stops it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import importlib.util
 import json
 import signal
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.integration.helpers import ROOT, overrides, start
-from tests.sweeps.typed import execute, plan, states, wait_until
+from tests.integration.helpers import start
+from tests.sweeps import typed
+from tests.sweeps.typed import execute, job_folders, job_states, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,18 +25,15 @@ pytestmark = [
 ]
 
 
-def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
-    given = overrides(cache, settings)
-    train = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=ray"]
-    return [*train, f"sweep_dir={folder}", *more, *given]
+command = partial(typed.command, launcher="ray")
 
 
-def test_jobs_fail_alone_and_train_with_the_processes_asked_for(tmp_path, cache):
+def test_jobs_fail_alone_and_use_the_configured_processes(tmp_path, cache):
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp", "seed": "-1,0"}
     execute(command(folder, cache, settings), tmp_path, code=1)
-    assert sorted(states(folder).values()) == ["done", "done", "failed", "failed"]
-    for name, job in plan(folder).items():
+    assert sorted(job_states(folder).values()) == ["done", "done", "failed", "failed"]
+    for name, job in job_folders(folder).items():
         status = json.loads((job / "status.json").read_text())
         assert status["device"].startswith("ray:")
         if "seed=0" in name:
@@ -44,7 +41,7 @@ def test_jobs_fail_alone_and_train_with_the_processes_asked_for(tmp_path, cache)
             assert f"trainer.devices={size}" in name
 
 
-def test_interrupted_and_continued(tmp_path: Path, cache: Path) -> None:
+def test_an_interrupted_sweep_continues(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     settings = {"seed": "0,1,2", "trainer.max_steps": 300}
     args = command(folder, cache, settings)
@@ -52,14 +49,16 @@ def test_interrupted_and_continued(tmp_path: Path, cache: Path) -> None:
     wait_until(lambda: list(folder.glob("*/metrics.csv")))
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()
-    assert set(states(folder).values()) == {"interrupted"}
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(folder) not in left
+    assert set(job_states(folder).values()) == {"interrupted"}
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(folder) not in processes
     execute(args, tmp_path)
-    assert set(states(folder).values()) == {"done"}
-    assert "Continuing" in "".join((job / "job.log").read_text() for job in plan(folder).values())
+    assert set(job_states(folder).values()) == {"done"}
+    assert "Continuing" in "".join(
+        (job / "job.log").read_text() for job in job_folders(folder).values()
+    )
 
 
-def test_more_than_there_is_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_more_cores_than_the_machine_has_are_refused(tmp_path: Path, cache: Path) -> None:
     args = command(tmp_path / "sweep", cache, {}, "hydra.launcher.cpus_per_process=999")
     assert "999 cores" in execute(args, tmp_path, code=1).stderr

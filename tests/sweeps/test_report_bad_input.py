@@ -1,5 +1,4 @@
-"""Runs that are half written, broken, or not alike: a clear message or a visible gap, never a wrong
-mean."""
+"""Half-written, broken and different runs give a message or a gap in a report, no wrong mean."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ import os
 import time
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,15 +17,31 @@ from sweeps.report.compare import compare
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import RunRecord, read_run, read_sweep
 from sweeps.status import main as status_of
-from tests.sweeps.fixture_runs import NONE, VERSIONS, depth_sweep, trained_on, write_plan, write_run
-from tests.sweeps.reported import answered, collected, noted, page_of, runs_of
+from tests.sweeps.fixture_runs import (
+    NO_MTP,
+    VERSIONS,
+    depth_sweep,
+    trained_on,
+    write_plan,
+    write_run,
+)
+from tests.sweeps.reported import answer_of, notes_of, page_of, run_counts, settings_of
 
 
-def states(folder: Path) -> dict[str, tuple[str, str]]:
+def run_states(folder: Path) -> dict[str, tuple[str, str]]:
     return {run.folder.name: (run.state, run.reason) for run in read_sweep(folder).runs}
 
 
-def test_folders_without_runs(tmp_path: Path) -> None:
+def silent_jobs(folder: Path) -> None:
+    """A sweep of two running jobs, a and b, that have written nothing for 15 minutes."""
+    write_plan(folder, {"a": ["seed=0"], "b": ["seed=1"]})
+    for name in "ab":
+        run = write_run(folder / name, status={"state": "running"}, done=False)
+        for file in run.iterdir():
+            os.utime(file, (time.time() - 900,) * 2)
+
+
+def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no folder .*/nowhere"):
         read_sweep(tmp_path / "nowhere")
     (tmp_path / "notes").mkdir()
@@ -39,34 +53,34 @@ def test_folders_without_runs(tmp_path: Path) -> None:
         read_sweep(tmp_path)
     write_run(tmp_path / "run", done=False)
     assert read_sweep(tmp_path).notes == ["Sweeps in subfolders are left out: sweep_a."]
-    text = answered(tmp_path)
+    text = answer_of(tmp_path)
     assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
 
 
-def test_half_written_runs(tmp_path: Path) -> None:
+def test_half_written_runs_are_unfinished_for_a_reason(tmp_path: Path) -> None:
     write_run(tmp_path / "a_good")
     (write_run(tmp_path / "b_torn") / "summary.json").write_text('{"val/loss_depth_0": 2.')
     (write_run(tmp_path / "c_list") / "summary.json").write_text("[1, 2]")
     (write_run(tmp_path / "d_lost") / "config.yaml").unlink()
     (write_run(tmp_path / "e_yaml") / "config.yaml").write_text("a: [1, 2")
     write_run(tmp_path / "f_late", done=False)
-    torn = write_run(tmp_path / "g_rows", done=False) / "metrics.csv"
-    torn.write_text(torn.read_text() + "30,,2.")
+    cut_file = write_run(tmp_path / "g_rows", done=False) / "metrics.csv"
+    cut_file.write_text(cut_file.read_text() + "30,,2.")
     write_run(tmp_path / "h_more", {"trainer.max_steps": 40}, summary={"step": 20})
-    found = states(tmp_path)
-    assert [state for state, _ in found.values()] == ["done"] + 7 * ["unfinished"]
+    states = run_states(tmp_path)
+    assert [state for state, _ in states.values()] == ["done"] + 7 * ["unfinished"]
     for runs, reason in (
         (("b_torn", "c_list"), "summary.json is damaged"),
         (("d_lost", "e_yaml"), "config.yaml is missing or damaged"),
         (("f_late", "g_rows"), "summary.json is missing"),
         (("h_more",), "of step 20, its config asks for 40"),
     ):
-        assert all(reason in found[name][1] for name in runs)
+        assert all(reason in states[name][1] for name in runs)
     assert [row["step"] for row in read_run(tmp_path / "g_rows").rows] == [10.0, 20.0]
 
 
-def test_a_single_runs_own_folders_are_no_runs(tmp_path: Path) -> None:
-    """Hydra's folder has a config.yaml, too."""
+def test_subfolders_of_a_run_are_not_runs(tmp_path: Path) -> None:
+    """Hydra's own folder has a config.yaml, too."""
     run = write_run(tmp_path / "run")
     (run / ".hydra").mkdir()
     (run / ".hydra" / "config.yaml").write_text("seed: 1")
@@ -74,29 +88,29 @@ def test_a_single_runs_own_folders_are_no_runs(tmp_path: Path) -> None:
     assert [r.folder for r in read_sweep(tmp_path).runs] == [run]
 
 
-def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
+def test_a_run_with_matched_flops_is_done_after_its_own_steps(tmp_path: Path) -> None:
     """compare.match=flops chooses the steps itself."""
     matched = {"step": 17, "compare": {"match": "flops", "max_steps": 17}}
     write_run(tmp_path / "run", {"compare.match": "flops"}, summary=matched)
-    assert states(tmp_path)["run"] == ("done", "")
+    assert run_states(tmp_path)["run"] == ("done", "")
 
 
 @pytest.mark.parametrize("value", [{LOSS: v} for v in (math.nan, math.inf, "1.1", None)] + [{}])
-def test_a_missing_number_is_a_gap(tmp_path: Path, value: dict[str, Any]) -> None:
+def test_a_missing_number_is_a_gap_and_leaves_no_mean(tmp_path, value):
     """Runs write null, since JSON has no NaN; older runs have NaN."""
-    made = depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.0, 1.1, 1.2)})
-    file = made[1, 1] / "summary.json"
+    runs = depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.0, 1.1, 1.2)})
+    file = runs[1, 1] / "summary.json"
     content = json.loads(file.read_text())
     del content[LOSS]
     file.write_text(json.dumps(content | value))
-    settings, notes = collected(tmp_path), noted(tmp_path)
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
     zero, one = settings.all
     assert zero.estimate(LOSS).interval is not None
-    found = one.estimate(LOSS)
-    assert found.interval is None and found.gap == "not a number in 1 of 3"
-    assert one.estimate(BITS).interval is not None  # which all three have
-    said = "There is no mean of val/loss_depth_0, not a number in 1 of 3 runs, with D = 1."
-    assert said in notes
+    estimate = one.estimate(LOSS)
+    assert estimate.interval is None and estimate.gap == "not a number in 1 of 3"
+    assert one.estimate(BITS).interval is not None  # all three runs have this metric
+    note = "There is no mean of val/loss_depth_0, not a number in 1 of 3 runs, with D = 1."
+    assert note in notes
     (difference,) = compare(settings)
     assert difference.verdict == "no test: a mean is missing"
     assert difference.result is None and difference.adjusted is None
@@ -114,97 +128,89 @@ def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> N
     pending = tmp_path / "seed-4"
     pending.mkdir()
     (pending / "status.json").write_text('{"version": 1, "state": "pending"}')
-    found = states(tmp_path)
-    assert found["seed-1"] == ("failed", "the loss is not finite at step 10")
-    assert found["seed-2"] == ("running", "")
-    assert found["seed-3"][0] == "unfinished" and "though its job ended well" in found["seed-3"][1]
-    assert found["seed-4"][0] == "pending" and found["seed-5"][0] == "missing"
-    settings, notes = collected(tmp_path), noted(tmp_path)
+    states = run_states(tmp_path)
+    assert states["seed-1"] == ("failed", "the loss is not finite at step 10")
+    assert states["seed-2"] == ("running", "")
+    state, reason = states["seed-3"]
+    assert state == "unfinished" and "though its job ended well" in reason
+    assert states["seed-4"][0] == "pending" and states["seed-5"][0] == "missing"
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
     (setting,) = settings.all
     assert setting.estimate(LOSS).values == {0: 2.0}
-    # Four have a config. Nothing tells the two others apart yet: their folders are empty.
-    assert len(setting.runs) == 4
+    assert len(setting.runs) == 4, "the two jobs without a config count for no setting yet"
     assert "Means are of 1 of" in notes
 
 
-def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
+def test_planned_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 2: (1.9,)})
     jobs = {f"depth-{d}_seed-{s}": [f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)}
     write_plan(tmp_path, jobs)
-    settings, notes = collected(tmp_path), noted(tmp_path)
-    assert runs_of(settings) == [("mtp.depth=0", 2, 2), ("mtp.depth=2", 1, 2)]
-    said = (
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
+    assert run_counts(settings) == [("mtp.depth=0", 2, 2), ("mtp.depth=2", 1, 2)]
+    note = (
         "Means are of 1 of 2 runs, and too good if the others failed because of their seed, with "
     )
-    assert f"{said}D = 2." in notes
+    assert f"{note}D = 2." in notes
     assert "Add seeds: with two, an interval reaches 6 times the distance" in notes
     assert "Two seeds have D = 0." in notes
     depth_sweep(tmp_path / "all", {0: (2.0, 2.1), 2: (1.9, 2.2)})
-    assert "All settings have two seeds." in noted(tmp_path / "all")
+    assert "All settings have two seeds." in notes_of(tmp_path / "all")
     assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
 
 
-def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
+def test_booleans_of_the_plan_and_of_configs_are_one_setting(tmp_path: Path) -> None:
     jobs = {}
     for shared in ("true", "false"):
         for seed in (0, 1):
             name = f"{shared}_{seed}"
-            # A sweep of true,false has its jobs' overrides as Hydra writes them.
+            # Hydra writes True and False into the overrides of jobs.
             jobs[name] = [f"mtp.share_layers={shared.title()}", f"seed={seed}"]
             if seed == 0:
                 write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
     write_plan(tmp_path, jobs)
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     assert [(s.label, s.name, s.planned) for s in settings.all] == [
         ("mtp.share_layers=false", "shared: false", 2),
         ("mtp.share_layers=true", "one for all depths", 2),
     ]
 
 
-def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
+def test_a_running_job_that_writes_nothing_is_suspected(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", status={"state": "running"}, done=False)
     for file in folder.iterdir():
         os.utime(file, (time.time() - 3600,) * 2)
-    assert states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
+    assert run_states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
 
 
 def test_a_running_job_whose_process_is_gone_is_interrupted(tmp_path, capsys):
-    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]})
-    for name in "ab":
-        folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
-        for file in folder.iterdir():
-            os.utime(file, (time.time() - 900,) * 2)
+    silent_jobs(tmp_path)
     lives, killed = (Lock(tmp_path / name / ".lock") for name in "ab")
     assert lives.acquire() and killed.acquire()
     killed.release()  # as the system does for a process that it kills
     silent = "nothing written for 15 minutes: is it alive?"
     gone = ("interrupted", "its process is gone")
-    assert states(tmp_path) == {"a": ("running", silent), "b": gone}
+    assert run_states(tmp_path) == {"a": ("running", silent), "b": gone}
     with pytest.raises(SystemExit):
         status_of([str(tmp_path)])
     assert "2 jobs: 1 running, 1 lost" in capsys.readouterr().out
-    (tmp_path / "b" / "job.log").write_text("where locks do not reach, it may be alive elsewhere")
-    assert states(tmp_path)["b"] == ("running", "")
+    (tmp_path / "b" / "job.log").write_text("alive on a machine whose locks are not visible here")
+    assert run_states(tmp_path)["b"] == ("running", "")
     lives.release()
 
 
-def test_a_job_whose_worker_has_a_lease_is_not_gone(tmp_path: Path) -> None:
-    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]})
-    for name in "ab":
-        folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
-        for file in folder.iterdir():
-            os.utime(file, (time.time() - 900,) * 2)
+def test_a_job_whose_worker_has_a_lease_is_running(tmp_path: Path) -> None:
+    silent_jobs(tmp_path)
     worker = Leases(tmp_path, owner="elsewhere-1")
     assert worker.take("a", None) and worker.take("b", None)
     worker.release("b")
-    assert [state for state, _ in states(tmp_path).values()] == ["running", "interrupted"]
+    assert [state for state, _ in run_states(tmp_path).values()] == ["running", "interrupted"]
 
 
 def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", status={"state": "done"})
     (tmp_path / "sweep.json").write_text("{")
     (folder / "status.json").write_text("")
-    settings, notes = collected(tmp_path), noted(tmp_path)
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
     assert len(settings.all) == 1 and "sweep.json is damaged" in notes
     assert "a: status.json is damaged." in notes
 
@@ -213,7 +219,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path: Pat
     write_run(tmp_path / "a", {"seed": 0})
     write_run(tmp_path / "b", {"seed": 1, "model.d_model": 256})
     write_run(tmp_path / "c", {"seed": 2, "data.split_seed": 7})
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     assert sorted(s.label for s in settings.all) == [
         "model.d_model=128, data.split_seed=0",
         "model.d_model=128, data.split_seed=7",
@@ -221,36 +227,35 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path: Pat
     ]
 
 
-def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
-    """data.seed=0 in one of two runs whose seed is 1."""
+def test_a_data_seed_other_than_the_seed_is_a_setting(tmp_path: Path) -> None:
+    """Two runs of seed=1, one of them with data.seed=0."""
     write_run(tmp_path / "a", {"seed": 1})
     file = write_run(tmp_path / "b", {"seed": 1}) / "config.yaml"
     file.write_text(file.read_text().replace("  seed: 1", "  seed: 0"))
-    settings = collected(tmp_path)
-    assert [s.label for s in settings.all] == ["data.seed=0", "data.seed=1"]
+    assert [s.label for s in settings_of(tmp_path).all] == ["data.seed=0", "data.seed=1"]
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         *[({key: "/a"}, {key: "/b"}) for key in ("logger.csv.folder", "run_dir")],
-        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, typed in two ways
+        (NO_MTP, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, typed in two ways
     ],
 )
-def test_what_changes_nothing_is_no_setting(tmp_path, one, other):
+def test_keys_without_effect_do_not_split_a_setting(tmp_path, one, other):
     write_run(tmp_path / "a", one)
     write_run(tmp_path / "b", {**other, "seed": 1})
-    (setting,) = collected(tmp_path).all
+    (setting,) = settings_of(tmp_path).all
     assert len(setting.done) == 2
 
 
-def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
+def test_a_repeated_seed_is_left_out(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", loss=9.0)
     new = write_run(tmp_path / "new", loss=2.0)
     write_run(tmp_path / "late", done=False)
     os.utime(old / "summary.json", (1, 1))
     os.utime(new / "summary.json", (2, 2))
-    settings, notes = collected(tmp_path), noted(tmp_path)
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
     assert settings.all[0].estimate(LOSS).values == {0: 2.0}
     assert "old repeats a seed of its setting and is left out" in notes
     assert "late repeats a seed" in notes and "new repeats" not in notes
@@ -262,7 +267,7 @@ def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> 
     other["machine"] = "Linux x86_64, 64 cores"
     write_run(tmp_path / "b", {"seed": 1}, summary=other)
     write_run(tmp_path / "c", {"seed": 2}, summary={"versions": None, "git_commit": None})
-    notes = noted(tmp_path)
+    notes = notes_of(tmp_path)
     assert "version of torch: 2.13.0 (1), 2.11.0 (1), unknown (1)" in notes
     assert f"git commit: {'a' * 40} (1); {'b' * 40} (1); unknown (1)." in notes
     assert "64 cores (1). Seconds and speeds do not compare." in notes
@@ -270,52 +275,52 @@ def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> 
 
 
 def test_other_data_is_another_setting(tmp_path: Path) -> None:
-    """Two runs with equal configs, whose text file was changed in between."""
+    """The text file was changed between two runs of equal configs."""
     write_run(tmp_path / "a", loss=2.0)
     write_run(tmp_path / "b", {"seed": 1}, loss=3.0, summary=trained_on("e"))
     write_run(tmp_path / "c", {"seed": 2}, done=False)
-    settings, notes = collected(tmp_path), noted(tmp_path)
-    told = {"dddddddd": 1, "eeeeeeee": 1, "unknown": 0}
-    assert runs_of(settings) == [(f"data.fingerprint={of}", n, 1) for of, n in told.items()]
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
+    done = {"dddddddd": 1, "eeeeeeee": 1, "unknown": 0}
+    assert run_counts(settings) == [(f"data.fingerprint={key}", n, 1) for key, n in done.items()]
     assert "2 different data fingerprints" in notes and "tokenizer" not in notes
     assert settings.headline.tag == LOSS
 
 
-def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
-    """Each vocabulary has its own tokens; the run that has not ended will have its setting's."""
+def test_data_that_follow_from_the_config_split_no_setting(tmp_path: Path) -> None:
+    """Each vocabulary size has its own token store; unfinished runs have no fingerprint yet."""
     for size, summary in ((300, {}), (999, trained_on("e", "u"))):
         vocabulary = {"tokenizer.vocab_size": size}
         write_run(tmp_path / f"{size}_a", {**vocabulary, "seed": 0}, summary=summary)
         write_run(tmp_path / f"{size}_b", {**vocabulary, "seed": 1}, done=False)
     sizes = [(f"tokenizer.vocab_size={size}", 1, 2) for size in (300, 999)]
-    assert runs_of(collected(tmp_path)) == sizes
+    assert run_counts(settings_of(tmp_path)) == sizes
 
 
 def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"tokenizer.vocab_size": 300})
     other = {"tokenizer.vocab_size": 999}
     write_run(tmp_path / "b", other, loss=1.9, summary=trained_on("e", "u"))
-    settings, notes = collected(tmp_path), noted(tmp_path)
+    settings, notes = settings_of(tmp_path), notes_of(tmp_path)
     assert settings.headline.tag == BITS
     assert "compare bits per byte" in notes
-    text = answered(settings)
+    text = answer_of(settings)
     assert "0.9500 bits per byte" in text and "nats" not in text
 
 
-def test_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_two_folders_are_compared_setting_by_setting(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "before", {0: (2.0, 2.1), 1: (1.9, 2.0)})
     depth_sweep(tmp_path / "after", {0: (2.0, 2.1), 1: (1.7, 1.8)})
-    settings = collected(tmp_path / "before", tmp_path / "after")
+    settings = settings_of(tmp_path / "before", tmp_path / "after")
     assert settings.varied == ["folder", "mtp.depth"]
     labels = [f"folder={f}, mtp.depth={d}" for f in ("before", "after") for d in (0, 1)]
     means = [(s.label, round(s.estimate(LOSS).interval.mean, 9)) for s in settings.all]
     assert means == list(zip(labels, (2.05, 1.95, 2.05, 1.75), strict=True))
-    # Each setting of the second folder against the same one of the first.
+    # Each setting of the second folder is compared with the same one of the first.
     pairs = {c.setting.label: c.reference.label for c in compare(settings)}
     assert pairs == dict(zip(labels[2:], labels[:2], strict=True))
 
 
-def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
+def test_settings_are_named_by_group_choices_if_keys_do_not(tmp_path: Path) -> None:
     overrides = "[lambda_schedule=constant, +lambda_schedule.unit=fraction]"
     choices = "hydra: {runtime: {choices: {lambda_schedule: deepseek_v3}}}"
     for name, config, file, text in (
@@ -324,29 +329,29 @@ def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
     ):
         (written := write_run(tmp_path / name, config) / ".hydra").mkdir()
         (written / file).write_text(text)
-    assert [s.label for s in collected(tmp_path).all] == [
+    assert [s.label for s in settings_of(tmp_path).all] == [
         "lambda_schedule=constant",
         "lambda_schedule=deepseek_v3",
     ]
 
 
-def test_names_are_sorted_as_people_do(tmp_path: Path) -> None:
+def test_runs_are_sorted_by_the_numbers_in_their_names(tmp_path: Path) -> None:
     for name in ("d-10", "d-2", "d-1"):
         write_run(tmp_path / name, done=False)
-    assert list(states(tmp_path)) == ["d-1", "d-2", "d-10"]
+    assert list(run_states(tmp_path)) == ["d-1", "d-2", "d-10"]
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("seed: 7", "seed: [1, 2]"), ("d_model: 128", f"d_model: {10**400}")]
 )
-def test_settings_of_any_kind_and_size_are_read(tmp_path: Path, old: str, new: str) -> None:
+def test_configs_with_odd_types_and_sizes_are_read(tmp_path: Path, old: str, new: str) -> None:
     write_run(tmp_path / "a")
     config = write_run(tmp_path / "b", {"seed": 7}) / "config.yaml"
     config.write_text(config.read_text().replace(old, new))
-    assert "2 runs: 2 done" in answered(tmp_path)
+    assert "2 runs: 2 done" in answer_of(tmp_path)
 
 
-def test_a_run_knows_its_seed(tmp_path: Path) -> None:
+def test_the_seed_is_read_from_overrides(tmp_path: Path) -> None:
     assert RunRecord(folder=tmp_path, overrides={"seed": "3"}).seed == 3
     for other in ("x", "²", "9" * 5000):
         assert RunRecord(folder=tmp_path, overrides={"seed": other}).seed == other
@@ -354,16 +359,15 @@ def test_a_run_knows_its_seed(tmp_path: Path) -> None:
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
-    """Neither has a depth. The label has the group's choice if the sweep names the group, else the
-    class."""
+    """Neither has depths. Labels have the choice of the group mtp, or the class without one."""
     write_run(tmp_path / "own" / "a")
-    write_run(tmp_path / "own" / "b", NONE)
-    assert [s.label for s in collected(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]
+    write_run(tmp_path / "own" / "b", NO_MTP)
+    assert [s.label for s in settings_of(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]
     for name in ("none", "teacherless"):
         target = f"mtp_lightning.mtp.{name}.{'NoMTP' if name == 'none' else 'Teacherless'}Config"
         for seed in (0, 1):
             config = {"seed": seed, "mtp._target_": target, "mtp.depth": 0}
-            asked = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
-            write_run(tmp_path / f"{name}{seed}", config, status=asked)
-    told = [(f"mtp={name}", 2, 2) for name in ("none", "teacherless")]
-    assert runs_of(collected(tmp_path)) == told
+            status = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
+            write_run(tmp_path / f"{name}{seed}", config, status=status)
+    counts = [(f"mtp={name}", 2, 2) for name in ("none", "teacherless")]
+    assert run_counts(settings_of(tmp_path)) == counts

@@ -1,5 +1,4 @@
-"""The page in a real browser: it sorts, shows its figures without errors, and is readable in a
-narrow window and in the dark."""
+"""The report's page in a real browser: sorting, figures, narrow windows and the dark scheme."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything on it: gaps, failures, long names."""
+    """A report with gaps, failures and long names."""
     folder = tmp_path_factory.mktemp("sweep")
     losses = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0), 10: (1.85, float("nan"))}
     depth_sweep(folder, losses)
@@ -61,23 +60,23 @@ def click(browser: Browser, name: str) -> str:
     return browser.run(f"{find}.parentElement.getAttribute('aria-sort')")
 
 
-def test_the_tables_sort(browser: Browser, page: Path) -> None:
+def test_tables_sort_by_a_clicked_column(browser: Browser, page: Path) -> None:
     browser.show(width=1280)
     browser.open(page)
     assert column(browser, "mtp.depth") == ["0", "1", "2", "10"]
     assert click(browser, "nats per token") == "ascending"
-    # The gap of depth 10 stays below, whichever way the others go.
+    # The gap of depth 10 stays last in both directions.
     assert column(browser, "mtp.depth") == ["2", "1", "0", "10"]
     assert click(browser, "nats per token") == "descending"
     assert column(browser, "mtp.depth") == ["0", "1", "2", "10"]
     assert click(browser, "mtp.depth") == "ascending"
     assert click(browser, "mtp.depth") == "descending"
     assert column(browser, "mtp.depth") == ["10", "2", "1", "0"]  # by number, not by letter
-    sorted_now = "document.querySelectorAll('th[aria-sort$=ending]').length"
-    assert browser.run(sorted_now) == 1
+    sorted_columns = "document.querySelectorAll('th[aria-sort$=ending]').length"
+    assert browser.run(sorted_columns) == 1
 
 
-def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
+def test_tables_sort_by_keyboard(browser: Browser, page: Path) -> None:
     browser.show(width=1280)
     browser.open(page)
     browser.run("document.querySelector('table.sortable th button').focus()")
@@ -89,7 +88,7 @@ def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_reads(browser, page, tmp_path, width, dark):
+def test_the_page_fits_its_window_without_errors(browser, page, tmp_path, width, dark):
     browser.events.clear()
     browser.show(width=width, dark=dark)
     browser.open(page)
@@ -99,10 +98,10 @@ def test_the_page_reads(browser, page, tmp_path, width, dark):
     outside = f"""[...document.querySelectorAll("p, li, h1, h2, h3, figure, svg.figure, .table")]
         .filter(one => one.getBoundingClientRect().right > {width}).length"""
     assert browser.run(outside) == 0
-    drawn = browser.run("""[...document.querySelectorAll("figure svg")].map(svg =>
+    figures = browser.run("""[...document.querySelectorAll("figure svg")].map(svg =>
         [svg.getBoundingClientRect().width, svg.querySelectorAll("path").length])""")
-    assert len(drawn) >= 8
-    assert all(wide > 300 and paths > 5 for wide, paths in drawn)
+    assert len(figures) >= 8
+    assert all(wide > 300 and paths > 5 for wide, paths in figures)
     # A table that scrolls has a shadow, and its first column, which stays, lines and a background.
     styles = browser.run("""(() => {
         const [frame, name] = ["", " tbody tr + tr th"].map(part =>
@@ -112,9 +111,9 @@ def test_the_page_reads(browser, page, tmp_path, width, dark):
     })()""")
     assert styles == ["local, scroll", "1px", "1px", True]
     # Text of figures, in CSS pixels.
-    small = browser.run("""Math.min(...[...document.querySelectorAll("figure svg text")]
+    smallest = browser.run("""Math.min(...[...document.querySelectorAll("figure svg text")]
         .map(text => text.getBoundingClientRect().height).filter(height => height > 0))""")
-    assert small >= 9
+    assert smallest >= 9
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000
 
@@ -150,39 +149,39 @@ def test_text_has_contrast(browser: Browser, page: Path, dark: bool) -> None:
     assert (page_is_dark == "rgb(20, 24, 29)") == dark
 
 
-def test_a_point_says_its_values_and_a_legend_hides(browser: Browser, page: Path) -> None:
+def test_points_show_their_values_and_legends_hide_settings(browser: Browser, page: Path) -> None:
     browser.show(width=1280)
     browser.open(page)
     browser.run("sessionStorage.clear()")
     browser.open(page)
     # Over the third setting's point at depth 0, whose mean is (1.8 + 1.9 + 2.0) / 3.
-    said = browser.run("""(() => {
+    title = browser.run("""(() => {
         const figure = document.querySelector('#figure-loss_depth');
         figure.scrollIntoView({block: 'center'});
         const box = figure.querySelector('circle.series-2').getBoundingClientRect();
         const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
         return top.querySelector('title')?.textContent;
     })()""")
-    assert said.splitlines()[0] == "D = 2"
-    assert "nats per token: 1.9 ± 0.24841" in said, said
+    assert title.splitlines()[0] == "D = 2"
+    assert "nats per token: 1.9 ± 0.24841" in title, title
     # A click on a legend entry hides its setting in every figure; a second click shows it.
     hidden = """[...document.querySelectorAll('[id*="-series-2-"], .series-2')]
         .filter(one => getComputedStyle(one).display === 'none').length"""
-    every = browser.run("document.querySelectorAll('[id*=\"-series-2-\"], .series-2').length")
+    marks = browser.run("document.querySelectorAll('[id*=\"-series-2-\"], .series-2').length")
     switch = "document.querySelector('[id^=\"loss_depth-switch-2-\"][role=button]')"
-    press = f"{switch}.dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"
-    assert every > 3 and browser.run(hidden) == 0
-    browser.run(press)
-    assert browser.run(hidden) == every
+    click = f"{switch}.dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"
+    assert marks > 3 and browser.run(hidden) == 0
+    browser.run(click)
+    assert browser.run(hidden) == marks
     assert browser.run(f"{switch}.getAttribute('aria-pressed')") == "false"
     browser.open(page)
-    assert browser.run(hidden) == every, "kept while the page loads itself again"
-    browser.run(press)
+    assert browser.run(hidden) == marks, "kept while the page loads itself again"
+    browser.run(click)
     assert browser.run(hidden) == 0
     assert browser.complaints() == []
 
 
-def test_two_runs_are_compared(browser: Browser, page: Path) -> None:
+def test_configs_of_two_runs_are_compared(browser: Browser, page: Path) -> None:
     browser.show(width=1280)
     browser.open(page)
     rows = "[...document.querySelectorAll('#diff tbody th')].map(cell => cell.textContent)"

@@ -32,7 +32,7 @@ from tests.sweeps.fixture_runs import task_run, write_run
 
 
 class Board:
-    """What TensorBoard's server answers for a log folder."""
+    """The answers of TensorBoard's server for a log folder."""
 
     def __init__(self, folder: Path) -> None:
         self.multiplexer = EventMultiplexer()
@@ -47,19 +47,19 @@ class Board:
 
     def columns(self) -> tuple[list[str], list[str]]:
         """Keys and metrics of the HPARAMS tab."""
-        ask = api_pb2.GetExperimentRequest(experiment_name="", include_metrics=True)
-        found = GetExperiment(RequestContext(), self.context, "", ask).run()
-        keys = [info.name for info in found.hparam_infos]
-        return keys, [info.name.tag for info in found.metric_infos]
+        request = api_pb2.GetExperimentRequest(experiment_name="", include_metrics=True)
+        experiment = GetExperiment(RequestContext(), self.context, "", request).run()
+        keys = [info.name for info in experiment.hparam_infos]
+        return keys, [info.name.tag for info in experiment.metric_infos]
 
     def rows(self) -> dict[str, tuple[dict[str, Any], dict[str, float], int]]:
         """(keys, metrics, status) of every run in the HPARAMS tab."""
-        every = [api_pb2.ColParams(hparam=name) for name in self.columns()[0]]
+        all_columns = [api_pb2.ColParams(hparam=name) for name in self.columns()[0]]
         status = list(api_pb2.Status.values())
-        ask = api_pb2.ListSessionGroupsRequest(
-            allowed_statuses=status, col_params=every, slice_size=100, include_metrics=True
+        request = api_pb2.ListSessionGroupsRequest(
+            allowed_statuses=status, col_params=all_columns, slice_size=100, include_metrics=True
         )
-        groups = ListGroups(RequestContext(), self.context, "", ask).run().session_groups
+        groups = ListGroups(RequestContext(), self.context, "", request).run().session_groups
         rows = {}
         for group in groups:
             keys = {n: getattr(v, v.WhichOneof("kind")) for n, v in group.hparams.items()}
@@ -75,7 +75,7 @@ class Board:
 
 
 def log_run(folder: Path, depth: int, *, seed: int = 0, done: bool = True) -> None:
-    """What training writes, in short."""
+    """Write the events of a short training run."""
     logger = RunTensorBoard(folder, depth)
     params = {"mtp.depth": depth, "seed": seed, "mtp": "sequential", "mtp_lambda": [0.3, 0.1]}
     logger.log_hyperparams(params)
@@ -87,14 +87,13 @@ def log_run(folder: Path, depth: int, *, seed: int = 0, done: bool = True) -> No
     logger.finalize("success")
 
 
-def test_the_hparams_tab_of_runs_alone(tmp_path: Path) -> None:
-    """Keys that only some runs have, and metrics that only some have, all have a column."""
+def test_hparams_have_a_column_per_key_and_metric_of_any_run(tmp_path: Path) -> None:
     log_run(tmp_path / "depth-0", 0)
     log_run(tmp_path / "depth-2", 2, done=False)
-    extra = RunTensorBoard(tmp_path / "lr", 1)
-    extra.log_hyperparams({"optimizer.lr": 0.1})
-    extra.log_final({"optimizer.lr": 0.1}, {"val/accuracy_depth_0": 0.5}, 20)
-    extra.finalize("success")
+    other_run = RunTensorBoard(tmp_path / "lr", 1)
+    other_run.log_hyperparams({"optimizer.lr": 0.1})
+    other_run.log_final({"optimizer.lr": 0.1}, {"val/accuracy_depth_0": 0.5}, 20)
+    other_run.finalize("success")
     board = Board(tmp_path)
     assert board.runs == {"depth-0", "depth-2", "lr"}
     keys, metrics = board.columns()
@@ -130,12 +129,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         log_run(run, depth, seed=seed)
     with svg_once():
         report([folder])
-        report([folder])  # which must not double anything
+        report([folder])  # must not duplicate anything
     return folder
 
 
-def test_the_hparams_tab_of_a_reported_sweep(sweep: Path) -> None:
-    """The varied keys and the report's metrics, whatever else the runs have."""
+def test_hparams_of_a_reported_sweep_are_varied_keys_and_metrics(sweep: Path) -> None:
     board = Board(sweep)
     keys, metrics = board.columns()
     assert keys == ["mtp.depth", "seed"]
@@ -143,14 +141,13 @@ def test_the_hparams_tab_of_a_reported_sweep(sweep: Path) -> None:
     assert "train/loss" not in metrics
     rows = board.rows()
     assert set(rows) == {f"mtp.depth-{d}_seed-{s}" for d in (0, 1) for s in (0, 1)}
-    found, values, _ = rows["mtp.depth-1_seed-1"]
-    assert (found["mtp.depth"], found["seed"]) == (1, 1)
+    run_keys, values, _ = rows["mtp.depth-1_seed-1"]
+    assert (run_keys["mtp.depth"], run_keys["seed"]) == (1, 1)
     assert values["val/loss_depth_0"] == 1.0 and values["progress/seconds"] == 1.5
 
 
-def test_the_hparams_tab_of_a_task(tmp_path: Path) -> None:
-    other = {"val/longer/exact_match": 0.1}
-    task_run(tmp_path / "a", rights=(0.5, 1.0), summary=other)
+def test_hparams_of_a_task_begin_with_exact_match(tmp_path: Path) -> None:
+    task_run(tmp_path / "a", rights=(0.5, 1.0), summary={"val/longer/exact_match": 0.1})
     report([tmp_path])
     _, metrics = Board(tmp_path).columns()
     assert metrics[:3] == ["val/exact_match", "val/longer/exact_match", "val/loss_depth_0"]
@@ -169,7 +166,7 @@ def test_the_figures_are_in_tensorboard(sweep: Path) -> None:
 
 
 def test_every_run_has_its_depths_in_one_chart(sweep: Path) -> None:
-    """And runs of different D share the charts."""
+    """Runs of different D share the charts."""
     titles = Board(sweep).charts()
     assert {"train loss", "validation loss", "lambda", "tokens per pass"} <= set(titles)
     assert len(titles) == len(set(titles)) == 8

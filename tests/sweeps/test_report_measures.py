@@ -10,7 +10,7 @@ from sweeps.report.read import RunRecord
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
 from tests.sweeps.fixture_runs import write_run
-from tests.sweeps.reported import collected
+from tests.sweeps.reported import settings_of
 
 VALUES = {
     "val/rejection_depth_1": 0.5, "val/recall_16_depth_1": 0.75, "val/floor_depth_1_order_0": 0.3,
@@ -21,14 +21,14 @@ VALUES = {
 }  # fmt: skip
 
 
-def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
+def test_the_floor_table_has_a_row_per_setting_depth_and_order(tmp_path: Path) -> None:
     for depth, seed in product((1, 2), (0, 1)):
         shift = 0.02 * seed
-        own = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
-        own |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
+        summary = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
+        summary |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
         config = {"mtp.depth": depth, "seed": seed}
-        write_run(tmp_path / f"{depth}_{seed}", config, summary=own)
-    settings = collected(tmp_path)
+        write_run(tmp_path / f"{depth}_{seed}", config, summary=summary)
+    settings = settings_of(tmp_path)
     table = of_floors(settings)
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows == [
@@ -43,7 +43,7 @@ def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
 
 def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     assert of_floors(settings).rows == []
     assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
 
@@ -61,7 +61,7 @@ def settings(*summaries: dict[str, float]) -> Settings:
     return Settings(all=[one], varied=["mtp.depth"], left_out=[], sweeps=[])
 
 
-def test_a_curve_of_every_measure_with_its_interval() -> None:
+def test_every_measure_of_distant_context_has_a_curve() -> None:
     tags = {
         "loss_position": {"val/loss_position_1": 1, "val/loss_position_2-3": 2},
         "context_gain": {"val/context_gain_8": 8},
@@ -74,8 +74,8 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
         },
     }
     others = ["val/loss_position_1_depth_1", "val/context_gain_8_se", "val/share_no_repeat"]
-    every = [*(tag for curve in tags.values() for tag in curve), *others]
-    drawings = long_range(settings(dict.fromkeys(every, 0.25), dict.fromkeys(every, 0.75)))
+    all_tags = [*(tag for curve in tags.values() for tag in curve), *others]
+    drawings = long_range(settings(dict.fromkeys(all_tags, 0.25), dict.fromkeys(all_tags, 0.75)))
     assert [drawing.name for drawing in drawings] == list(tags)
     for drawing in drawings:
         (container,) = drawing.chart.axes.containers
@@ -86,7 +86,7 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
         assert all(s[1, 1] - s[0, 1] > 0.9 for s in segments.get_segments())
 
 
-def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:
+def test_positions_are_on_a_log_axis_with_plain_labels() -> None:
     tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
     (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
     (axes,) = drawing.chart.panels

@@ -19,13 +19,13 @@ def test_keys_and_values_have_names() -> None:
     assert name_of("mtp.token_dropout", show(0.0)) == "no token dropout"
     assert name_of("mtp.own", "x") == "mtp.own=x" and axis_of("mtp.own") == "mtp.own"
     assert [joined(list("abc"[:n])) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
-    asked = question(["mtp.depth", "mtp_lambda"], BY_TAG[LOSS], task=False)
-    assert asked == "Which D and lambda give the lowest loss in nats per token?"
+    title = question(["mtp.depth", "mtp_lambda"], BY_TAG[LOSS], task=False)
+    assert title == "Which D and lambda give the lowest loss in nats per token?"
     assert question(["mtp"], None, task=True) == "Which kind of head solves the task?"
     assert question([], BY_TAG[LOSS], task=False) == ""
 
 
-def test_arms_have_the_names_that_tell_them_apart() -> None:
+def test_arms_are_named_by_the_keys_that_distinguish_them() -> None:
     shared = ["mtp.depth=2", "data.seq_len=64"]
     arms = {
         "none": ["mtp=none"],
@@ -35,15 +35,15 @@ def test_arms_have_the_names_that_tell_them_apart() -> None:
         "own_key": ["mtp=sequential", "my.key=3"],
         "own_class": ["mtp=none", "mtp._target_=my_ideas.heads.GatedConfig"],
     }
-    found = arm_names({arm: [*shared, *overrides] for arm, overrides in arms.items()})
-    told = {"none": "no MTP, bytes", "bpe": "no MTP, BPE", "own_key": "own key"}
-    told["own_class"] = "Gated head"
-    told["shared"] = "sequential modules, one for all depths"
-    told["seq"] = "seq"  # the keys with names do not tell it from the next
-    assert found == told
+    names = {"none": "no MTP, bytes", "bpe": "no MTP, BPE", "own_key": "own key"}
+    names["own_class"] = "Gated head"
+    names["shared"] = "sequential modules, one for all depths"
+    names["seq"] = "seq"  # the keys with names do not tell it from the next
+    arms = {arm: [*shared, *overrides] for arm, overrides in arms.items()}
+    assert arm_names(arms) == names
 
 
-def test_tags_are_said_in_words_with_their_unit() -> None:
+def test_tags_are_named_in_words_with_their_unit() -> None:
     assert in_words("val/bits_per_byte") == ("loss in bits per byte", "lower is better")
     assert in_words("val/loss_depth_2")[0] == "loss of depth 2 in nats per token"
     assert in_words("val/accuracy_distance_16-31")[0] == "right tokens at a distance of 16-31"
@@ -52,7 +52,7 @@ def test_tags_are_said_in_words_with_their_unit() -> None:
     assert form_of("decode/acceptance_slope_entropy") == 4 and form_of("flops") == "si"
 
 
-@pytest.mark.usefixtures("drawn")
+@pytest.mark.usefixtures("real_figures")
 def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0)})
     html = page_of(tmp_path)

@@ -1,4 +1,4 @@
-"""The report's numbers against numbers by hand."""
+"""Means, comparisons and the CSV of a report, against numbers by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.metrics import LOSS, number, p_value
 from tests.sweeps.fixture_runs import depth_sweep, write_plan, write_run
-from tests.sweeps.reported import answered, collected, csv_rows
+from tests.sweeps.reported import answer_of, csv_rows, settings_of
 
 
-def test_settings_of_a_sweep(tmp_path: Path) -> None:
+def test_settings_are_sorted_by_number_with_means_over_seeds(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 2: (1.9, 2.0, 2.1), 10: (1.5, 1.6, 1.7)})
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     assert settings.varied == ["mtp.depth"]
     assert [s.label for s in settings.all] == ["mtp.depth=0", "mtp.depth=2", "mtp.depth=10"]
     means = [s.estimate(LOSS).interval for s in settings.all]
@@ -24,16 +24,16 @@ def test_settings_of_a_sweep(tmp_path: Path) -> None:
     assert {m.n for m in means if m} == {3}
 
 
-def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
-    # Depth 1 differs by -0.1, -0.1, -0.101: clear. Depth 2 by 0.1, -0.1, 0.05: noise.
+def test_comparisons_tell_differences_from_noise(tmp_path: Path) -> None:
+    # Depth 1 differs by -0.1, -0.1, -0.101, beyond noise; depth 2 by 0.1, -0.1, 0.05, within it.
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199), 2: (2.1, 2.0, 2.35)})
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     one, two = compare(settings)
     assert one.reference.label == two.reference.label == "mtp.depth=0"
     assert one.result.difference.mean == pytest.approx(-0.301 / 3)
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
-    text = answered(settings)
+    text = answer_of(settings)
     assert "D = 1 is better than D = 0 by 0.1003 nats per token, beyond noise" in text
     assert "1 other difference is within noise" in text
     assert "D = 1 has the lowest validation loss of the main depth: 2.0330 ±" in text
@@ -42,7 +42,7 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speeds", "told"),
+    ("speeds", "sentence_end"),
     [
         ((1.25, 1.26), " pass.\n"),
         ((1.0, 1.3), "The interval contains 1: neither a gain nor a loss is shown.\n"),
@@ -51,51 +51,52 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
         ((0.9,), " pass: no gain.\n"),
     ],
 )
-def test_a_speed_is_judged_by_its_interval(tmp_path, speeds, told):
+def test_a_speed_is_judged_by_its_interval(tmp_path, speeds, sentence_end):
     for seed, speed in enumerate(speeds):
-        decoded = {"decode/tokens_per_step": 1.5, "decode/speedup": speed}
-        write_run(tmp_path / str(seed), {"seed": seed, "mtp.depth": 1}, summary=decoded)
-    assert told in answered(collected(tmp_path)) + "\n"
+        summary = {"decode/tokens_per_step": 1.5, "decode/speedup": speed}
+        write_run(tmp_path / str(seed), {"seed": seed, "mtp.depth": 1}, summary=summary)
+    assert sentence_end in answer_of(settings_of(tmp_path)) + "\n"
 
 
-def test_no_gain_is_called_none(tmp_path: Path) -> None:
+def test_differences_within_noise_are_not_called_gains(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (2.05, 2.0)})
-    settings = collected(tmp_path)
-    text = answered(settings)
+    text = answer_of(settings_of(tmp_path))
     assert "No setting's loss differs from its reference's by more than the seeds' noise" in text
     assert "fewer than five seeds" in text and "better than" not in text
 
 
-def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
+def test_a_difference_equal_at_every_seed_is_a_fact_without_a_test(tmp_path: Path) -> None:
     losses = {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.2), 2: (2.0, 2.1, 2.3), 3: (2.1, 2.1, 2.2)}
     depth_sweep(tmp_path, losses)
-    settings = collected(tmp_path)
-    found = compare(settings)
-    assert [c.verdict for c in found] == [FACT, "identical", "within noise"]
-    assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
-    text = answered(settings)
+    settings = settings_of(tmp_path)
+    comparisons = compare(settings)
+    assert [c.verdict for c in comparisons] == [FACT, "identical", "within noise"]
+    assert not any(c.differs for c in comparisons)
+    assert [c.adjusted is None for c in comparisons] == [True, True, False]
+    text = answer_of(settings)
     assert "D = 1 differs from D = 0 by −0.1000 nats per token at all 3 seeds" in text
     assert "D = 2 equals D = 0 at all 3 seeds" in text and "(1 paired t-test" in text
     del losses[3]
     depth_sweep(tmp_path / "two", losses)
-    settings = collected(tmp_path / "two")
-    text = answered(settings)
+    settings = settings_of(tmp_path / "two")
+    text = answer_of(settings)
     assert "so there is no variance to test" in text and "No difference can be tested" not in text
 
 
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0,), 1: (1.0,)})
-    settings = collected(tmp_path)
-    (found,) = compare(settings)
-    assert found.adjusted is None and found.verdict == "one seed: no test" and not found.differs
-    text = answered(settings)
+    settings = settings_of(tmp_path)
+    (comparison,) = compare(settings)
+    assert (comparison.adjusted, comparison.verdict) == (None, "one seed: no test")
+    assert not comparison.differs
+    text = answer_of(settings)
     assert "No difference can be tested" in text and "one seed, no interval" in text
 
 
 def test_a_grid_is_compared_with_plain_training_which_has_no_lambda(tmp_path: Path) -> None:
     for depth, weight in product((0, 1), (0.1, 0.3)):
         write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     assert [r.label for r in references(settings)] == ["mtp.depth=0"] * 3
     assert [c.against.label for c in compare(settings)] == ["mtp.depth=0"] * 2
     assert len(settings.left_out) == 1, "plain training with another lambda is the same run"
@@ -111,34 +112,34 @@ def test_a_grid_with_one_plain_run_is_compared_with_it(tmp_path: Path) -> None:
     write_run(tmp_path / "plain", {"mtp.depth": 0, "mtp_lambda": 0.3})
     for weight in (0.1, 0.3):
         write_run(tmp_path / f"{weight}", {"mtp_lambda": weight})
-    assert {r.label for r in references(collected(tmp_path))} == {"mtp.depth=0"}
+    assert {r.label for r in references(settings_of(tmp_path))} == {"mtp.depth=0"}
 
 
 def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) -> None:
     for width in (32, 64):
         write_run(tmp_path / f"plain{width}", {"mtp.depth": 0, "model.d_model": width})
         for weight, shared in ((0.1, True), (0.3, False)):
-            own = {"model.d_model": width, "mtp_lambda": weight, "mtp.share_layers": shared}
-            write_run(tmp_path / f"{width}{weight}", own)
+            config = {"model.d_model": width, "mtp_lambda": weight, "mtp.share_layers": shared}
+            write_run(tmp_path / f"{width}{weight}", config)
     write_run(tmp_path / "other", {"model.d_model": 64, "trainer.max_steps": 50})
-    settings = collected(tmp_path)
+    settings = settings_of(tmp_path)
     for setting, reference in zip(settings.all, references(settings), strict=True):
         assert reference.depth == 0
         assert setting.config["model.d_model"] == reference.config["model.d_model"]
     (longer,) = (c for c in compare(settings) if c.setting.config["trainer.max_steps"] == 50)
     assert longer.verdict == "not compared: no plain training of this trainer.max_steps"
     plain = next(s.label for s in settings.all if s.depth == 0)
-    (asked,) = (
+    (chosen,) = (
         c for c in compare(settings, reference=plain) if c.setting.config["trainer.max_steps"] == 50
     )
-    assert asked.verdict == "one seed: no test"
+    assert chosen.verdict == "one seed: no test"
 
 
-def test_runs_from_before_a_key_are_of_the_setting_with_its_default(tmp_path: Path) -> None:
+def test_runs_older_than_a_key_join_the_setting_of_its_default(tmp_path: Path) -> None:
     for seed in range(4):
         later = {"data.train_windows": "all"} if seed > 1 else {}
         write_run(tmp_path / f"{seed}", {"seed": seed, **later})
-    (setting,) = collected(tmp_path).all
+    (setting,) = settings_of(tmp_path).all
     assert len(setting.runs) == 4
 
 
@@ -148,7 +149,7 @@ def test_branches_of_two_seeds_are_one_setting(tmp_path: Path) -> None:
         write_run(parent, {"seed": seed, "trainer.max_steps": 40})
         branch = {"seed": seed, "trainer.max_steps": 20, "branch_from": f"{parent}@10"}
         write_run(tmp_path / "runs" / f"short_seed={seed}", branch)
-    settings = collected(tmp_path / "runs")
+    settings = settings_of(tmp_path / "runs")
     assert settings.varied == ["trainer.max_steps"]
     assert [(s.label, len(s.runs)) for s in settings.all] == [
         ("trainer.max_steps=20", 2),
@@ -156,14 +157,13 @@ def test_branches_of_two_seeds_are_one_setting(tmp_path: Path) -> None:
     ]
 
 
-def test_pareto_by_hand() -> None:
+def test_the_pareto_front_by_hand() -> None:
     points = [(1.0, 5.0), (2.0, 3.0), (3.0, 3.0), (4.0, 1.0), (5.0, 2.0), (2.0, 3.0)]
     assert pareto(points) == [True, True, False, True, False, True]
 
 
 def test_runs_csv_has_every_number_to_the_last_bit(tmp_path: Path) -> None:
-    losses = {0: (2.0 + 1e-15, 2.1), 1: (1 / 3, math.nan)}
-    depth_sweep(tmp_path, losses)
+    depth_sweep(tmp_path, {0: (2.0 + 1e-15, 2.1), 1: (1 / 3, math.nan)})
     write_run(tmp_path / "late", {"seed": 5}, done=False)
     by_name = {row["run"]: row for row in csv_rows(tmp_path)}
     assert float(by_name["depth-0_seed-0"][LOSS]) == 2.0 + 1e-15
@@ -175,7 +175,7 @@ def test_runs_csv_has_every_number_to_the_last_bit(tmp_path: Path) -> None:
     assert (late["state"], late["counted"], late[LOSS]) == ("unfinished", "0", "")
 
 
-def test_values_of_a_search_are_told_to_the_last_bit(tmp_path: Path) -> None:
+def test_values_of_a_search_keep_every_digit(tmp_path: Path) -> None:
     rates = (0.0012345678901, 0.0012345678902)
     jobs = {
         f"{i}_{s}": [f"optimizer.lr={rate}", f"seed={s}"]
@@ -185,8 +185,8 @@ def test_values_of_a_search_are_told_to_the_last_bit(tmp_path: Path) -> None:
     for i, rate in enumerate(rates):
         write_run(tmp_path / f"{i}_0", {"optimizer.lr": rate})
     write_plan(tmp_path, jobs)
-    labels = [f"optimizer.lr={rate}" for rate in rates]
-    assert [(s.label, s.planned) for s in collected(tmp_path).all] == [(of, 2) for of in labels]
+    planned = {s.label: s.planned for s in settings_of(tmp_path).all}
+    assert planned == {f"optimizer.lr={rate}": 2 for rate in rates}
     assert {float(row["optimizer.lr"]) for row in csv_rows(tmp_path)} == {*rates}
 
 
@@ -204,9 +204,9 @@ def test_values_of_a_search_are_told_to_the_last_bit(tmp_path: Path) -> None:
         (math.nan, 4, "nan"),
     ],
 )
-def test_numbers_for_people(value: float, form: str | int, text: str) -> None:
+def test_numbers_are_formatted(value: float, form: str | int, text: str) -> None:
     assert number(value, form) == text
 
 
-def test_p_values_for_people() -> None:
+def test_p_values_are_formatted() -> None:
     assert [p_value(p) for p in (None, 0.0, 0.0123, 0.5)] == ["", "< 0.001", "0.012", "0.50"]

@@ -1,4 +1,4 @@
-"""The report's files: written where they should be, complete, safe, and right about each figure."""
+"""The report's files: their places, completeness, escaping, figures and captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
 from sweeps.report.tables import of_jobs, of_settings
 from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
-from tests.sweeps.reported import collected, drawings, page_of, rows_of, table_of, whole
+from tests.sweeps.reported import checked_page, drawings, page_of, rows_of, settings_of, table_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,30 +34,30 @@ def grid(folder: Path, *, without: tuple[int, float] | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a whole sweep."""
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep with its report."""
     folder = tmp_path_factory.mktemp("sweep")
     grid(folder)
     report([folder])
     return folder
 
 
-def test_the_files(made: Path) -> None:
-    assert (made / "report.html").is_file() and (made / "runs.csv").is_file()
-    names = {path.stem for path in (made / "figures").glob("*.png")}
-    assert names == {path.stem for path in (made / "figures").glob("*.svg")}
+def test_a_report_writes_its_files_and_nothing_into_the_runs(reported: Path) -> None:
+    assert (reported / "report.html").is_file() and (reported / "runs.csv").is_file()
+    names = {path.stem for path in (reported / "figures").glob("*.png")}
+    assert names == {path.stem for path in (reported / "figures").glob("*.svg")}
     wanted = {"loss_tokens", "loss_flops", "loss_seconds", "loss_depth", "differences"}
     wanted |= {"lambda_loss_depth_0", "heat_map", "pareto_flops", "pareto_decoding"}
     assert wanted <= names
-    assert not list(made.rglob("*.tmp"))
-    for svg in (made / "figures").glob("*.svg"):
+    assert not list(reported.rglob("*.tmp"))
+    for svg in (reported / "figures").glob("*.svg"):
         ElementTree.parse(svg)
-    for run in made.glob("d0*"):  # nothing was written into the runs
+    for run in reported.glob("d0*"):
         assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.csv", "summary.json"}
 
 
-def test_the_page_is_whole_and_needs_nothing_else(made: Path) -> None:
-    html = whole(made)
+def test_the_page_is_complete_and_self_contained(reported: Path) -> None:
+    html = checked_page(reported)
     assert not re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(?!#)[^"]*"', html)
     assert not re.findall(r"@import|url\((?!#)", html)
     assert "default-src 'none'" in html
@@ -66,12 +66,13 @@ def test_the_page_is_whole_and_needs_nothing_else(made: Path) -> None:
     assert "1.9150" in html  # d1_l0.1: 1.91 and 1.92
 
 
-def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+def test_a_second_report_replaces_the_first_and_no_other_files(tmp_path: Path) -> None:
     grid(tmp_path)
     report([tmp_path])
     before = (tmp_path / "runs.csv").read_bytes()
-    mine = [tmp_path / "figures" / name for name in ("speedup_final.png", "heat_map_paper.svg")]
-    for file in mine:
+    names = ("speedup_final.png", "heat_map_paper.svg")
+    files_of_the_user = [tmp_path / "figures" / name for name in names]
+    for file in files_of_the_user:
         file.write_bytes(b"the user's")
     for run in {*tmp_path.glob("d2*"), *tmp_path.glob("*_l0.3_*")}:
         for file in run.iterdir():
@@ -79,21 +80,21 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     path, sentences, _ = report([tmp_path])
     assert path == tmp_path / "report.html" and sentences[0].startswith("2 settings")
     assert not (tmp_path / "figures" / "heat_map.svg").exists()  # lambda is not varied any more
-    assert all(file.exists() for file in mine)
+    assert all(file.exists() for file in files_of_the_user)
     assert (tmp_path / "runs.csv").read_bytes() != before
     assert len(list((tmp_path / "figures").glob("events*"))) == 1
 
 
-@pytest.mark.usefixtures("drawn")
-def test_the_same_runs_give_the_same_figures(made: Path) -> None:
+@pytest.mark.usefixtures("real_figures")
+def test_the_same_runs_give_the_same_figures(reported: Path) -> None:
     with styled():
         for name in ("loss_tokens", "heat_map", "lambda_loss_depth_0"):
-            chart = drawings(made)[name].chart
-            assert chart.svg() == (made / "figures" / f"{name}.svg").read_bytes()
+            chart = drawings(reported)[name].chart
+            assert chart.svg() == (reported / "figures" / f"{name}.svg").read_bytes()
 
 
 def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
-    """Seed 0 has ended, seed 1 is at its second validation: the mean ends there."""
+    """Seed 0 has ended and seed 1 has validated twice, so the mean has two points."""
     write_run(tmp_path / "a", {"seed": 0}, loss=2.0, curve=(3.0, 2.5))
     write_run(tmp_path / "b", {"seed": 1}, done=False, curve=(3.2, 2.9))
     drawing = drawings(tmp_path)["loss_flops"]
@@ -112,7 +113,7 @@ def test_a_nan_breaks_the_curve(tmp_path: Path) -> None:
     assert [str(y) for y in line.get_ydata()] == ["3.0", "nan", "2.0"]
 
 
-def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
+def test_a_heat_map_has_a_gap_for_a_missing_setting(tmp_path: Path) -> None:
     grid(tmp_path, without=(2, 0.3))
     drawing = drawings(tmp_path)["heat_map"]
     texts = [text.get_text() for text in drawing.chart.axes.texts]
@@ -126,26 +127,22 @@ def test_a_grid_of_three_keys_has_a_map_for_each_size(tmp_path: Path) -> None:
         config = {"model.d_model": size, "mtp.depth": depth, "mtp_lambda": weight}
         write_run(tmp_path / f"{size}{depth}{weight}", config)
     maps = [d for name, d in drawings(tmp_path).items() if name.startswith("heat_map")]
-    titles = [d.title for d in maps]
-    assert titles == [f"D by lambda at model.d_model={n}" for n in (64, 128)]
+    assert [d.title for d in maps] == [f"D by lambda at model.d_model={n}" for n in (64, 128)]
     assert len({d.name for d in maps}) == 2
 
 
 def test_steps_that_matching_has_set_are_a_column(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "plain", {"mtp.depth": 0})
     write_run(tmp_path / "a" / "heads", {"mtp.depth": 1})
-    assert ("Training", "steps") not in of_settings(collected(tmp_path / "a"), ()).head
-    write_run(
-        tmp_path / "a" / "matched",
-        {"mtp.depth": 2},
-        summary={"step": 7, "compare": {"max_steps": 7}},
-    )
-    table = of_settings(collected(tmp_path / "a"), ())
+    assert ("Training", "steps") not in of_settings(settings_of(tmp_path / "a"), ()).head
+    matched = {"step": 7, "compare": {"max_steps": 7}}
+    write_run(tmp_path / "a" / "matched", {"mtp.depth": 2}, summary=matched)
+    table = of_settings(settings_of(tmp_path / "a"), ())
     at = table.head.index(("Training", "steps"))
     assert [row[at].text for row in table.rows] == ["20", "20", "7"]
 
 
-def test_the_front_is_filled(tmp_path: Path) -> None:
+def test_markers_of_the_pareto_front_are_filled(tmp_path: Path) -> None:
     for d_model, loss, flops in ((64, 3.0, 1e9), (128, 2.0, 2e9), (256, 2.5, 3e9)):
         config, summary = {"model.d_model": d_model}, {"flops": flops}
         write_run(tmp_path / f"{d_model}", config, loss=loss, summary=summary)
@@ -162,40 +159,40 @@ def test_a_speed_is_drawn_with_the_ends_of_its_interval(tmp_path: Path) -> None:
         write_run(tmp_path / f"{seed}", {"seed": seed}, loss=2.0 + seed / 8, summary=summary)
     (across, _) = drawings(tmp_path)["pareto_decoding"].chart.axes.containers[0].lines[2]
     low, high = across.get_segments()[0][:, 0]
-    (setting,) = collected(tmp_path).all
+    (setting,) = settings_of(tmp_path).all
     interval = setting.estimate("decode/tokens_per_second").interval
     assert interval is not None and (low, high) == pytest.approx(interval.span)
     assert low > 0
 
 
-def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
+def test_missing_figures_have_a_reason(tmp_path: Path) -> None:
     write_run(tmp_path / "a", loss=2.0)
-    lacking = {name: d.why for name, d in drawings(tmp_path).items() if d.why}
-    said = {"lambda_loss_depth_0": "mtp_lambda is not varied"}
-    said |= {"speedup": "no finished run has decode/speedup"}
-    said |= {"differences": "no two finished settings share a seed"}
-    assert said.items() <= lacking.items()
-    assert f"Speed-up against D: {said['speedup']}." in page_of(tmp_path)
+    reasons = {name: d.why for name, d in drawings(tmp_path).items() if d.why}
+    wanted = {"lambda_loss_depth_0": "mtp_lambda is not varied"}
+    wanted |= {"speedup": "no finished run has decode/speedup"}
+    wanted |= {"differences": "no two finished settings share a seed"}
+    assert wanted.items() <= reasons.items()
+    assert f"Speed-up against D: {wanted['speedup']}." in page_of(tmp_path)
 
 
 def test_a_legend_of_many_settings_is_by_key() -> None:
     grid = product((0, 1, 2), range(9), "xy")
-    every = [Setting(values={"a": a, "b": b, "c": c}, config={}) for a, b, c in grid]
-    assert len({(o.color, o.dash, o.marker) for o in looks(every).values()}) == len(every)
-    small = [one for one in every if one.values["b"] < 2]  # dashes are enough for them
+    settings = [Setting(values={"a": a, "b": b, "c": c}, config={}) for a, b, c in grid]
+    assert len({(o.color, o.dash, o.marker) for o in looks(settings).values()}) == len(settings)
+    small = [one for one in settings if one.values["b"] < 2]  # dashes are enough for them
     assert len({(o.color, o.dash) for o in looks(small).values()}) == len(small)
-    key = [label for label, _ in key_to(every, every)]
-    assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
-    few = [label for label, _ in key_to(every, every[:3])]
+    legend = [label for label, _ in key_to(settings, settings)]
+    assert legend[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(legend) == 3 + 18
+    few = [label for label, _ in key_to(settings, settings[:3])]
     assert few == ["a=0, b=0, c=x", "a=0, b=0, c=y", "a=0, b=1, c=x"]
 
 
-def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
+def test_a_report_of_a_running_sweep_lists_running_and_missing_jobs(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1)}, status={"state": "done"})
     running = {"state": "running", "overrides": ["mtp.depth=1", "seed=0"]}
     folder = write_run(tmp_path / "new", {"mtp.depth": 1}, status=running, done=False)
     with (folder / "metrics.csv").open("a") as file:
-        file.write("30,,2.")  # a line that is being written
+        file.write("30,,2.")  # an incomplete line
     jobs = {f"depth-0_seed-{s}": ["mtp.depth=0", f"seed={s}"] for s in (0, 1)}
     jobs |= {"new": running["overrides"], "next": ["mtp.depth=1", "seed=1"]}
     write_plan(tmp_path, jobs)
@@ -208,8 +205,8 @@ def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
     assert report([tmp_path])[1][0].startswith("2 settings, 3 seeds, 5 runs: 3 done")
 
 
-@pytest.mark.usefixtures("drawn")
-def test_text_from_files_is_only_text(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("real_figures")
+def test_markup_in_files_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     status = {"state": "failed", "reason": evil, "overrides": [f"x={evil}"]}
     write_run(tmp_path / "a", status=status, done=False)
@@ -220,7 +217,7 @@ def test_text_from_files_is_only_text(tmp_path: Path) -> None:
     assert html.count("<script>") == 1
 
 
-def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
+def test_links_to_logs_are_relative_to_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "s" / "a", status={"state": "failed"}, done=False)
     (folder / "job.log").write_text("Traceback")
     runs = read_sweep(tmp_path / "s").runs
@@ -244,47 +241,45 @@ def variants(folder: Path, readers: dict[str, bool | None]) -> None:
         write_run(folder / name, config, summary=rates)
 
 
-def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> None:
+def test_depths_with_and_without_true_tokens_are_noted_as_two_tasks(tmp_path: Path) -> None:
     variants(tmp_path / "both", {"sequential": True, "parallel": False, "linear": False})
-    drawn = drawings(tmp_path / "both")
+    figures = drawings(tmp_path / "both")
     html = page_of(tmp_path / "both")
-    for text in (drawn["loss_depth"].caption, drawn["agreement_depth"].caption, html):
+    for text in (figures["loss_depth"].caption, figures["agreement_depth"].caption, html):
         assert "The depths solve two different tasks" in text and "decode/*" in text
         where = text.index("two different tasks")
-        given, blind = text[where : where + 450].split("it reads none")
-        assert "sequential" in given and "parallel" not in given
-        assert "parallel" in blind and "linear" in blind
+        reading, not_reading = text[where : where + 450].split("it reads none")
+        assert "sequential" in reading and "parallel" not in reading
+        assert "parallel" in not_reading and "linear" in not_reading
     table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
     assert table and "two different tasks" in table[0]
-    assert "two different tasks" not in drawn["loss_tokens"].caption
+    assert "two different tasks" not in figures["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
-    assert "reads the true tokens before its" in note_on_depths(collected(tmp_path / "given"))
+    assert "reads the true tokens before its" in note_on_depths(settings_of(tmp_path / "given"))
     variants(tmp_path / "blind", {"parallel": False})
-    assert "reads no token beyond" in note_on_depths(collected(tmp_path / "blind"))
+    assert "reads no token beyond" in note_on_depths(settings_of(tmp_path / "blind"))
 
 
-def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
+def test_a_head_that_predicts_no_tokens_is_noted_apart(tmp_path: Path) -> None:
     variants(tmp_path, {"sequential": True, "none": None})
     config = {"mtp._target_": "mtp_lightning.mtp.bag", "mtp.depth": 1}
-    said = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
-    write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **said})
-    caption = drawings(tmp_path)["loss_depth"].caption  # drawn with its main depth alone
+    facts = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
+    write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **facts})
+    caption = drawings(tmp_path)["loss_depth"].caption  # the figure has only its main depth
     assert "two different tasks" not in caption and "reads the true tokens before its" in caption
     where = caption.index("predicts no token of its own")
     assert "bag" in caption[where:]
 
 
-def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Path) -> None:
+def test_a_difference_equal_at_every_seed_has_no_interval(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.0), 2: (1.9, 2.2)})
-    html = page_of(tmp_path)
-    table = table_of(html, "differences")
-    one, two = rows_of(table)
+    one, two = rows_of(table_of(page_of(tmp_path), "differences"))
     assert ">the same at every seed, so there is no variance to test<" in one
     assert "−0.1000</td>" in one and "±" not in one
     assert "±" in two and "within noise" in two
 
 
-def test_two_folders(tmp_path: Path) -> None:
+def test_a_report_of_two_folders_names_their_runs_and_its_folder(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "a", {0: (2.0, 2.1)})
     depth_sweep(tmp_path / "b", {0: (1.0, 1.1001)})
     path, sentences, _ = report([tmp_path / "a", tmp_path / "b"])
@@ -299,11 +294,11 @@ def test_two_folders(tmp_path: Path) -> None:
     assert "\nx/sweep/depth-0_seed-0" in (path.parent / "runs.csv").read_text()
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_answer_and_the_page(tmp_path, capsys):
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.001)})
     main([str(tmp_path), "--reference", "mtp.depth=1"])
-    said = capsys.readouterr().out
-    assert "D = 0 is worse than D = 1" in said and f"{tmp_path}/report.html" in said
+    output = capsys.readouterr().out
+    assert "D = 0 is worse than D = 1" in output and f"{tmp_path}/report.html" in output
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +307,8 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         report([tmp_path])
 
 
-def test_fixtures_are_like_real_runs() -> None:
-    """The keys that the report reads are those that a run's config has."""
+def test_fixture_runs_have_the_keys_of_real_configs() -> None:
+    """A renamed key would make the report's tests meaningless."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

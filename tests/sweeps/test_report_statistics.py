@@ -32,23 +32,23 @@ T1, T2 = 12.7062, 4.30265
 
 
 def test_interval_by_hand() -> None:
-    found = interval([2.0, 2.1, 2.3])
-    assert found.mean == pytest.approx(6.4 / 3)
+    estimate = interval([2.0, 2.1, 2.3])
+    assert estimate.mean == pytest.approx(6.4 / 3)
     # squared deviations: (0.4/3)^2 + (0.1/3)^2 + (0.5/3)^2 = 0.42 / 9; over n - 1 = 2, over n = 3
-    assert found.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
+    assert estimate.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
     assert interval([2.0]) == Interval(2.0, None, 1)
 
 
 def test_paired_by_hand() -> None:
     """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
     where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
-    found = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
-    assert found.difference.mean == pytest.approx(0.2)
-    assert found.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
-    assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+    test = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
+    assert test.difference.mean == pytest.approx(0.2)
+    assert test.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
+    assert test.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
 
 
-def test_paired_at_its_limits() -> None:
+def test_one_pair_or_a_constant_difference_has_no_p_value() -> None:
     assert paired({0: 1.0}, {1: 1.0}) is None
     alone = paired({0: 1.0}, {0: 3.0})
     assert alone.p is None and alone.difference == Interval(-2.0, None, 1)
@@ -81,12 +81,13 @@ def at_least(count: int, n: int, p: float) -> float:
 @pytest.mark.parametrize("n", [1, 3, 5, 20])
 def test_clopper_pearson_ends_where_the_tails_are_two_and_a_half_percent(n: int) -> None:
     for count in range(n + 1):
-        found = share(count, n)
-        assert found.rate == count / n and 0 <= found.low <= found.rate <= found.high <= 1
+        estimate = share(count, n)
+        assert estimate.rate == count / n
+        assert 0 <= estimate.low <= estimate.rate <= estimate.high <= 1
         if count > 0:
-            assert at_least(count, n, found.low) == pytest.approx(0.025, rel=1e-6)
+            assert at_least(count, n, estimate.low) == pytest.approx(0.025, rel=1e-6)
         if count < n:
-            assert 1 - at_least(count + 1, n, found.high) == pytest.approx(0.025, rel=1e-6)
+            assert 1 - at_least(count + 1, n, estimate.high) == pytest.approx(0.025, rel=1e-6)
     assert (share(0, n).low, share(n, n).high) == (0.0, 1.0)
 
 
@@ -94,22 +95,22 @@ def fisher(a: int, n_a: int, b: int, n_b: int) -> float:
     """Sum over all tables of these margins that are at most as likely as the one seen."""
     total = a + b
     ways = {k: comb(n_a, k) * comb(n_b, total - k) for k in range(total + 1)}
-    seen = ways[a]
-    return float(Fraction(sum(w for w in ways.values() if w <= seen), comb(n_a + n_b, total)))
+    observed = ways[a]
+    return float(Fraction(sum(w for w in ways.values() if w <= observed), comb(n_a + n_b, total)))
 
 
 def test_fisher_is_the_sum_over_tables() -> None:
     for n_a, n_b in ((2, 2), (5, 5), (3, 7)):
         for a in range(n_a + 1):
             for b in range(n_b + 1):
-                found = unpaired(share(a, n_a), share(b, n_b))
-                assert found.p == pytest.approx(fisher(a, n_a, b, n_b), rel=1e-6)
-                assert found.least == pytest.approx(fisher(n_a, n_a, 0, n_b), rel=1e-6)
-                assert found.p >= found.least * (1 - 1e-9)
+                test = unpaired(share(a, n_a), share(b, n_b))
+                assert test.p == pytest.approx(fisher(a, n_a, b, n_b), rel=1e-6)
+                assert test.least == pytest.approx(fisher(n_a, n_a, 0, n_b), rel=1e-6)
+                assert test.p >= test.least * (1 - 1e-9)
     # Five of five against none of five: two of the 252 tables are so extreme.
     assert fisher(5, 5, 0, 5) == pytest.approx(2 / 252)
-    alone = unpaired(share(1, 1), share(0, 20))
-    assert (alone.p, alone.least) == (None, None)
+    one_seed = unpaired(share(1, 1), share(0, 20))
+    assert (one_seed.p, one_seed.least) == (None, None)
 
 
 def still_waiting(waits: list[Wait], time: float) -> float:
@@ -121,42 +122,42 @@ def still_waiting(waits: list[Wait], time: float) -> float:
     return left
 
 
-def test_survival_is_the_product() -> None:
+def test_survival_is_the_kaplan_meier_product() -> None:
     draw = random.Random(0)
     for n in (1, 2, 5, 20):
         for _ in range(20):
             waits = [Wait(10.0 * draw.randint(1, 6), draw.random() < 0.6) for _ in range(n)]
-            found = survival(waits)
-            assert found.n == n
-            assert found.ended == sum(w.ended for w in waits)
+            curve = survival(waits)
+            assert curve.n == n
+            assert curve.ended == sum(w.ended for w in waits)
             for time in range(0, 80, 5):
-                assert found.after(time) == pytest.approx(still_waiting(waits, time))
+                assert curve.after(time) == pytest.approx(still_waiting(waits, time))
             medians = [t for t in range(0, 80, 5) if still_waiting(waits, t) <= 0.5 + 1e-9]
-            assert found.median == (medians[0] if medians else None)
+            assert curve.median == (medians[0] if medians else None)
 
 
 def test_survival_by_hand() -> None:
     """Of five, one ends at 10 (4/5 wait); at 20 two of four do, one of them last looked at there
     (4/5 x 2/4)."""
     waits = [Wait(10, True), Wait(20, True), Wait(20, True), Wait(20, False), Wait(30, False)]
-    found = survival(waits)
-    assert (found.times, found.censored, found.median) == ((10, 20, 30), (20, 30), 20)
-    assert found.shares == pytest.approx((0.8, 0.4, 0.4))
-    assert (found.after(9), found.after(20)) == (1.0, pytest.approx(0.4))
+    curve = survival(waits)
+    assert (curve.times, curve.censored, curve.median) == ((10, 20, 30), (20, 30), 20)
+    assert curve.shares == pytest.approx((0.8, 0.4, 0.4))
+    assert (curve.after(9), curve.after(20)) == (1.0, pytest.approx(0.4))
 
 
 def test_survival_of_none_and_of_all() -> None:
     assert survival([]) is None
-    none = survival([Wait(10, False), Wait(20, False)])
-    assert set(none.shares) == {1.0} and none.median is None
-    every = survival([Wait(10, True), Wait(20, True)])
-    assert every.shares == (0.5, 0.0) and every.median == 10
+    none_ended = survival([Wait(10, False), Wait(20, False)])
+    assert set(none_ended.shares) == {1.0} and none_ended.median is None
+    all_ended = survival([Wait(10, True), Wait(20, True)])
+    assert all_ended.shares == (0.5, 0.0) and all_ended.median == 10
     # 9/10 x 7/9 x 5/7 is half, and one bit more than it in floating point.
     half = survival([Wait(t, True) for t in (3, 4, 4, 5, 5)] + 5 * [Wait(6, False)])
     assert half.shares[2] > 0.5 and half.median == 5
 
 
-# Intervals of shares over seeds: Wilson's equation solved numerically, and what is shown.
+# Intervals of shares over seeds, against Wilson's equation solved numerically.
 
 
 def wilson(values: list[float]) -> tuple[float, float]:
@@ -175,15 +176,15 @@ def wilson(values: list[float]) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "values", [[0.97, 0.99, 1.0], [0.0, 1.0], [0.5, 0.52, 0.47, 0.51], [1e-6, 0.0, 2e-6]]
 )
-def test_the_ends_solve_the_equation(values: list[float]) -> None:
-    found = share_interval(values)
-    assert found.ends == pytest.approx(wilson(values), abs=1e-11, rel=1e-7)
-    assert found.mean == interval(values).mean and found.n == len(values)
-    assert 2 * found.half == pytest.approx(found.ends[1] - found.ends[0])
+def test_share_intervals_solve_wilsons_equation(values: list[float]) -> None:
+    estimate = share_interval(values)
+    assert estimate.ends == pytest.approx(wilson(values), abs=1e-11, rel=1e-7)
+    assert estimate.mean == interval(values).mean and estimate.n == len(values)
+    assert 2 * estimate.half == pytest.approx(estimate.ends[1] - estimate.ends[0])
 
 
-def test_it_stays_within_0_and_1() -> None:
-    """The t interval does not. Error bars have no negative length."""
+def test_share_intervals_stay_within_0_and_1() -> None:
+    """Unlike t intervals. Error bars have no negative length."""
     draw = random.Random(0)
     outside = 0
     for _ in range(1000):
@@ -191,16 +192,16 @@ def test_it_stays_within_0_and_1() -> None:
         values = [draw.random() ** power for _ in range(n)]
         if draw.random() < 0.5:
             values = [1 - value for value in values]
-        found, plain = share_interval(values), interval(values)
-        below, above = found.reach
+        estimate, plain = share_interval(values), interval(values)
+        below, above = estimate.reach
         assert below >= 0 and above >= 0
-        if found.ends is not None:
-            assert 0 <= found.ends[0] <= found.mean <= found.ends[1] <= 1, values
+        if estimate.ends is not None:
+            assert 0 <= estimate.ends[0] <= estimate.mean <= estimate.ends[1] <= 1, values
         outside += not (plain.half <= plain.mean <= 1 - plain.half)
     assert outside > 200
 
 
-def test_near_one_half_it_is_the_t_interval_to_second_order() -> None:
+def test_share_intervals_near_one_half_are_nearly_t_intervals() -> None:
     for middle in (0.5, 0.48):
         differences = []
         for size in (1e-2, 1e-3, 1e-4):
@@ -212,14 +213,14 @@ def test_near_one_half_it_is_the_t_interval_to_second_order() -> None:
         assert differences[1] < differences[0] / 90 and differences[2] < differences[1] / 90
 
 
-def test_without_noise_it_is_a_point() -> None:
+def test_share_intervals_without_noise_are_points() -> None:
     for value in (0.0, 0.25, 1.0):
         assert share_interval([value] * 3) == Interval(value, 0.0, 3)
     assert share_interval([0.9]) == Interval(0.9, None, 1)
     assert share_interval([1.0, math.nextafter(1.0, 0.0)]).mean == 1.0
 
 
-def test_what_is_shown_in_percent_is_a_share() -> None:
+def test_metrics_in_percent_are_shares() -> None:
     for metric in (*TABLE, ANSWERS, *OF_TASKS):
         assert is_share(metric.tag) == (metric.form == "%"), metric.tag
     shares = ["val/longer/exact_match", "val/forced_accuracy_position_17-32", "val/overlap_depth_2"]
@@ -230,8 +231,8 @@ def test_what_is_shown_in_percent_is_a_share() -> None:
     assert not any(map(is_share, [*others, "decode/tokens_per_step", "accuracy"]))
 
 
-def test_the_report_shows_its_ends(tmp_path: Path) -> None:
-    """In the table, as bars of the figures, and under the pointer."""
+def test_the_report_shows_the_ends_of_share_intervals(tmp_path: Path) -> None:
+    """In the table and in the titles of points."""
     values = [0.97, 0.99, 1.0]
     for seed, value in enumerate(values):
         summary = {"val/agreement_depth_1": value, "val/loss_depth_1": 2.5}
@@ -239,14 +240,14 @@ def test_the_report_shows_its_ends(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     low, high = wilson(values)
     assert f'98.7 % <span class="half">{100 * low:.1f} % to {100 * high:.1f} %</span>' in page
-    assert re.search(r'2\.1000 <span class="half">± 0\.\d+</span>', page)  # the loss keeps its own
+    assert re.search(r'2\.1000 <span class="half">± 0\.\d+</span>', page)  # a loss is not a share
     assert f"agreement: 0.98667 ({low:.5g} to {high:.5g})</title>" in page
     assert re.search(r"nats per token: 2\.1 ± 0\.\d+</title>", page)
 
 
-def test_a_share_by_name_alone_keeps_its_t_interval(tmp_path: Path) -> None:
-    """A user's own metric, of 0 .. 100."""
+def test_values_beyond_1_keep_their_t_interval_under_any_name(tmp_path: Path) -> None:
+    """A metric of the user from 0 to 100, with the tag of a share."""
     for seed, value in enumerate((97.0, 99.0)):
         write_run(tmp_path / f"s{seed}", {"seed": seed}, summary={"val/agreement_depth_1": value})
-    (found,) = [cell for cell in cells(tmp_path) if cell.text == "9800.0 %"]
-    assert found.half.startswith("±")
+    (cell,) = [cell for cell in cells(tmp_path) if cell.text == "9800.0 %"]
+    assert cell.half.startswith("±")

@@ -23,18 +23,18 @@ from sweeps.report.compare import (
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.statistics import Wait, holm, share_interval
-from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
+from tests.sweeps.fixture_runs import depth_sweep, on_questions, task_run, write_run
 from tests.sweeps.reported import (
-    answered,
+    answer_of,
     cells,
-    collected,
+    checked_page,
     csv_rows,
     drawings,
-    noted,
+    notes_of,
     page_of,
     rows_of,
+    settings_of,
     table_of,
-    whole,
 )
 
 EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)
@@ -50,8 +50,8 @@ def sweep(folder: Path, seeds: dict[int, tuple[tuple[float, ...], ...]], **optio
     return folder
 
 
-def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
-    settings = collected(sweep(tmp_path, {0: (NEVER, NEVER, FELL), 1: (EARLY, LATE, NEVER)}))
+def test_a_seed_solves_if_its_exact_match_is_above_the_level(tmp_path: Path) -> None:
+    settings = settings_of(sweep(tmp_path, {0: (NEVER, NEVER, FELL), 1: (EARLY, LATE, NEVER)}))
     assert settings.is_task
     shares = [solved_share(s, settings.level) for s in settings.all]
     assert [(s.count, s.n) for s in shares if s] == [(0, 3), (2, 3)]
@@ -59,9 +59,9 @@ def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
     # The level itself is not above the level.
     assert [s.count for one in settings.all if (s := solved_share(one, 0.96))] == [0, 1]
     assert [s.count for one in settings.all if (s := solved_share(one, 0.5))] == [1, 2]
-    # This also holds in single precision, in which runs log it.
+    # This also holds for values logged in single precision.
     logged = float(np.float32(0.98))
-    (single,) = collected(sweep(tmp_path / "single", {0: ((logged, logged, logged),)})).all
+    (single,) = settings_of(sweep(tmp_path / "single", {0: ((logged, logged, logged),)})).all
     share = solved_share(single, 0.98)
     assert logged > 0.98 and share and share.count == 0
 
@@ -73,29 +73,29 @@ def test_time_to_solve_is_the_first_validation_above(tmp_path: Path) -> None:
         Wait(10, True),
         Wait(30, True),
         Wait(30, False),
-        Wait(20, True),  # though it does not solve in the end
+        Wait(20, True),  # solved once, though not at the end
     ]
-    curve = time_to_solve(collected(folder).all[0], 0.95)
+    curve = time_to_solve(settings_of(folder).all[0], 0.95)
     assert curve.times == (10, 20, 30) and curve.median == 20
     assert curve.shares == pytest.approx((0.75, 0.5, 0.25)) and curve.censored == (30,)
 
 
-def test_runs_that_go_on_or_failed_are_censored_and_in_no_share(tmp_path: Path) -> None:
+def test_unfinished_and_failed_runs_are_censored_and_in_no_share(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     task_run(tmp_path / "runs", {"mtp.depth": 0, "seed": 2}, rights=(0.1, 0.2), done=False)
     status = {"state": "failed", "reason": "it broke"}
     config = {"mtp.depth": 0, "seed": 3}
     task_run(tmp_path / "fails", config, rights=(0.99,), done=False, status=status)
     task_run(tmp_path / "starts", {"mtp.depth": 0, "seed": 4}, rights=(), done=False)
-    (setting,) = collected(tmp_path).all
+    (setting,) = settings_of(tmp_path).all
     share, curve = solved_share(setting, 0.95), time_to_solve(setting, 0.95)
     assert (share.count, share.n) == (1, 2) and list(setting.runs) != setting.done
     assert (curve.n, curve.ended, curve.censored) == (4, 2, (20, 30))
-    # 3/4 after step 10; one is last looked at at 20; one of the two others solves at 30.
+    # 3/4 after step 10; one run has its last validation at 20; one of the other two solves at 30.
     assert curve.shares == pytest.approx((3 / 4, 3 / 4, 3 / 8)) and curve.median == 30
 
 
-def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
+def test_validations_without_a_number_do_not_count(tmp_path: Path) -> None:
     nan = math.nan
     for rows, level, wait in (
         ([{"step": 10, EXACT: 0.1}, {"step": 20, EXACT: nan}], 0.95, Wait(10, False)),
@@ -104,30 +104,29 @@ def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
         ([{"step": 10, "val/loss_depth_0": 1.0}], 0.9, None),
     ):
         assert wait_of(RunRecord(folder=tmp_path, rows=rows), level) == wait
-    settings = collected(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
+    settings = settings_of(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
     assert [solved_share(s, 0.95) is None for s in settings.all] == [False, True]
-    (found,) = compare(settings)
-    assert (found.verdict, found.solved) == ("no test: a share is missing", None)
+    (comparison,) = compare(settings)
+    assert (comparison.verdict, comparison.solved) == ("no test: a share is missing", None)
     assert "not a number in 1 of 2" in [cell.gap for cell in cells(tmp_path)]
 
 
-def test_the_test_is_fishers_with_holms_correction(tmp_path: Path) -> None:
+def test_shares_are_compared_by_fishers_test_with_holms_correction(tmp_path: Path) -> None:
     seeds = {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: (LATE, *(4 * (NEVER,))), 3: 5 * (NEVER,)}
-    settings = collected(sweep(tmp_path, seeds))
-    found = compare(settings)
-    assert [c.against.label for c in found] == 3 * ["mtp.depth=0"]
+    settings = settings_of(sweep(tmp_path, seeds))
+    comparisons = compare(settings)
+    assert [c.against.label for c in comparisons] == 3 * ["mtp.depth=0"]
     p = [2 / 252, 1.0, 1.0]  # five and one of ten solve, none of ten
-    assert [c.solved.p for c in found if c.solved] == pytest.approx(p)
-    assert [c.adjusted for c in found] == pytest.approx(holm(p))
-    assert [c.verdict for c in found] == ["beyond noise", "within noise", "within noise"]
-    assert smallest_p(found) == pytest.approx(3 * 2 / 252)
+    assert [c.solved.p for c in comparisons if c.solved] == pytest.approx(p)
+    assert [c.adjusted for c in comparisons] == pytest.approx(holm(p))
+    assert [c.verdict for c in comparisons] == ["beyond noise", "within noise", "within noise"]
+    assert smallest_p(comparisons) == pytest.approx(3 * 2 / 252)
     (other,) = {c.reference.label for c in compare(settings, reference="mtp.depth=1")}
     assert other == "mtp.depth=1"
 
 
-def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
-    folder = sweep(tmp_path, {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)})
-    text = answered(folder)
+def test_the_answer_has_shares_times_and_fishers_test(tmp_path: Path) -> None:
+    text = answer_of(sweep(tmp_path, {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)}))
     assert (
         "The largest share of seeds solves the task (a final val/exact_match above 0.95) with "
         "D = 1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
@@ -141,20 +140,20 @@ def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
     assert "loss" not in text and "t-test" not in text and "So few seeds" not in text
 
 
-def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
-    text = answered(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
+def test_three_seeds_are_too_few_for_a_difference(tmp_path: Path) -> None:
+    text = answer_of(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
     assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
     assert "These seeds are too few" in text and "the correction would be 0.10" in text
 
 
-def test_none_solved_and_all_solved(tmp_path: Path) -> None:
-    none = answered(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
+def test_the_answer_counts_seeds_if_none_or_all_solve(tmp_path: Path) -> None:
+    none = answer_of(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
     assert (
         "No seed solves the task (a final val/exact_match above 0.95): 0 of 4 seeds (95 % "
         "interval 0.0 % to 60.2 %) with D = 0; the same with D = 1." in none
     )
     assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
-    every = answered(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
+    every = answer_of(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
     assert "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with" in every
     # One of four solves at 10; the others were last validated at 30.
     sweep(tmp_path / "few", {0: (EARLY, NEVER, NEVER, NEVER)})
@@ -162,34 +161,34 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
         assert any(cell.beside == "not by step 30" for cell in cells(tmp_path / name)) == late
 
 
-def test_before_the_first_run_is_done(tmp_path: Path) -> None:
-    path, said, _ = report([sweep(tmp_path, {0: (LATE,)}, done=False)])
-    assert said[-1] == "No setting has a finished run with val/exact_match yet."
+def test_a_report_without_a_finished_run_has_no_answer(tmp_path: Path) -> None:
+    path, sentences, _ = report([sweep(tmp_path, {0: (LATE,)}, done=False)])
+    assert sentences[-1] == "No setting has a finished run with val/exact_match yet."
     assert "Seeds that solve: no finished run has val/exact_match." in path.read_text()
 
 
-def test_one_seed_alone(tmp_path: Path) -> None:
+def test_one_seed_has_a_share_and_no_test(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: (LATE,), 1: (NEVER,)})
-    text = answered(folder)
+    text = answer_of(folder)
     assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
     assert "No difference can be tested: that takes two seeds of each setting." in text
-    (found,) = compare(collected(folder))
-    assert found.verdict == "one seed: no test" and smallest_p([found]) is None
-    alone = sweep(tmp_path / "alone", {0: (LATE,)})
-    assert "solves the task (a final val/exact_match above 0.95) with all runs." in answered(alone)
+    (comparison,) = compare(settings_of(folder))
+    assert comparison.verdict == "one seed: no test" and smallest_p([comparison]) is None
+    text = answer_of(sweep(tmp_path / "alone", {0: (LATE,)}))
+    assert "solves the task (a final val/exact_match above 0.95) with all runs." in text
 
 
-def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+def test_settings_with_other_questions_are_not_compared(tmp_path: Path) -> None:
     for length in (3, 4):
         for seed in range(4):
             config = {"data.task.length": length, "seed": seed, "mtp.depth": 0}
-            evaluation = asked(str(length) * 32)
-            rights = LATE if length == 3 else NEVER
+            evaluation = on_questions(str(length) * 32)
+            matches = LATE if length == 3 else NEVER
             folder = tmp_path / f"{length}_{seed}"
-            task_run(folder, config, rights=rights, chance=1 / length, summary=evaluation)
-    (found,) = compare(settings := collected(tmp_path))
-    assert found.verdict == OTHER_DATA and found.refused and found.solved is None
-    text = answered(tmp_path)
+            task_run(folder, config, rights=matches, chance=1 / length, summary=evaluation)
+    (comparison,) = compare(settings := settings_of(tmp_path))
+    assert comparison.verdict == OTHER_DATA and comparison.refused and comparison.solved is None
+    text = answer_of(tmp_path)
     assert "different evaluation data" in text and "data.task.*" in text and "beyond" not in text
     assert "different text" not in page_of(tmp_path)
     axes = drawings(settings)["exact_match"].chart.axes
@@ -198,8 +197,7 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_curves_have_means_seeds_and_chance(tmp_path: Path) -> None:
-    settings = collected(sweep(tmp_path, {0: (LATE, NEVER)}))
-    axes = drawings(settings)["exact_match"].chart.axes
+    axes = drawings(settings_of(sweep(tmp_path, {0: (LATE, NEVER)})))["exact_match"].chart.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["all runs"] == pytest.approx([0.35, 0.5, 0.73])
     assert set(lines["chance"]) == {0.5} and set(lines["solved"]) == {0.95}
@@ -209,10 +207,10 @@ def test_curves_have_means_seeds_and_chance(tmp_path: Path) -> None:
     assert xs == {(10, 20, 30)}
 
 
-def test_figures_of_shares_and_times(tmp_path: Path) -> None:
+def test_figures_show_shares_of_seeds_and_times_to_solve(tmp_path: Path) -> None:
     sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, EARLY, LATE, NEVER, FELL)})
-    drawn = drawings(tmp_path)
-    axes = drawn["solved"].chart.axes
+    figures = drawings(tmp_path)
+    axes = figures["solved"].chart.axes
     bars = {}
     for container in axes.containers:
         (point, _, (reach,)) = container.lines
@@ -220,14 +218,13 @@ def test_figures_of_shares_and_times(tmp_path: Path) -> None:
         bars[container.get_label()] = (point.get_xdata()[0], *ends)
     assert bars["D = 0"] == pytest.approx((0, 0, 1 - 0.025**0.2))
     assert bars["D = 1"] == pytest.approx((0.6, 0.1466, 0.9473), abs=1e-4)  # a table's
-    ticks = [text.get_text() for text in axes.get_yticklabels()]
-    assert ticks == ["D = 1", "D = 0"]
-    axes = drawn["time_to_solve"].chart.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["D = 1", "D = 0"]
+    axes = figures["time_to_solve"].chart.axes
     curve = {line.get_label(): line for line in axes.lines}["D = 1"]
     assert list(curve.get_xdata()) == [0, 10, 20, 30]
     assert list(curve.get_ydata()) == pytest.approx([1, 0.6, 0.4, 0.2])
     assert curve.get_drawstyle() == "steps-post"
-    assert "differences" not in drawn
+    assert "differences" not in figures
 
 
 TAGS = {
@@ -240,26 +237,26 @@ TAGS = {
 }  # fmt: skip
 
 
-def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
-    for seed, more in enumerate((0.0, 0.1)):
-        summary = {tag: value + more for tag, value in TAGS.items()}
+def test_accuracy_is_drawn_by_position_and_by_group(tmp_path: Path) -> None:
+    for seed, shift in enumerate((0.0, 0.1)):
+        summary = {tag: value + shift for tag, value in TAGS.items()}
         task_run(tmp_path / str(seed), {"seed": seed}, rights=LATE, summary=summary)
-    drawn = drawings(tmp_path)
-    named = [n for n in drawn if n.startswith("accuracy_")]
-    assert named == ["accuracy_position", "accuracy_distance", "accuracy_period"]
+    figures = drawings(tmp_path)
+    names = [n for n in figures if n.startswith("accuracy_")]
+    assert names == ["accuracy_position", "accuracy_distance", "accuracy_period"]
     wanted = {
         "accuracy_position": ([1, 2, 17], [0.95, 0.85, 0.55]),
         "accuracy_period": ([1, 2], [0.75, 0.65]),
         "accuracy_distance": ([16], [0.45]),
     }
     for name, (xs, ys) in wanted.items():
-        axes = drawn[name].chart.axes
+        axes = figures[name].chart.axes
         (container,) = axes.containers
         assert list(container.lines[0].get_xdata()) == xs
         assert list(container.lines[0].get_ydata()) == pytest.approx(ys)
         (low, high) = container.lines[2][0].get_segments()[0][:, 1]
         assert (low, high) == pytest.approx(share_interval([ys[0] - 0.05, ys[0] + 0.05]).ends)
-    axes = drawn["accuracy_position"].chart.axes
+    axes = figures["accuracy_position"].chart.axes
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
     assert axes.get_xscale() == "log"
@@ -284,36 +281,36 @@ def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
     assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
 
 
-def test_what_a_task_reports_beside_is_a_column(tmp_path: Path) -> None:
+def test_further_metrics_of_a_task_are_columns(tmp_path: Path) -> None:
     sweep(tmp_path / "plain", {0: (EARLY, LATE)})
-    beside = {"val/creativity": 0.125}
-    sweep(tmp_path / "more", {0: (EARLY, LATE)}, summary=beside)
-    assert "val/creativity" not in [metric.tag for metric in collected(tmp_path / "plain").columns]
-    assert "val/creativity" in [metric.tag for metric in collected(tmp_path / "more").columns]
+    sweep(tmp_path / "more", {0: (EARLY, LATE)}, summary={"val/creativity": 0.125})
+    for name, shown in (("plain", False), ("more", True)):
+        tags = [metric.tag for metric in settings_of(tmp_path / name).columns]
+        assert ("val/creativity" in tags) == shown
     assert "12.5 %" in [cell.text for cell in cells(tmp_path / "more")]
 
 
-def test_a_run_that_stopped_when_solved_counts_what_it_used(tmp_path: Path) -> None:
+def test_a_run_that_stopped_when_solved_counts_its_own_flops(tmp_path: Path) -> None:
     for name, steps, flops in (("short", 20, 2e9), ("whole", 40, 4e9)):
         early = {"stopped_early": True, "solved": True, "solved_at": {"step": steps}}
         summary = {"step": steps, "flops": flops} | (early if name == "short" else {})
         config = {"trainer.max_steps": 40, "mtp.depth": int(name == "short")}
         rights = (0.1,) * (steps // 10 - 1) + (1.0,)
         task_run(tmp_path / name, config, rights=rights, summary=summary)
-    whole, short = collected(tmp_path).all
-    for setting, steps, flops in ((whole, 40, 4e9), (short, 20, 2e9)):
+    full, short = settings_of(tmp_path).all
+    for setting, steps, flops in ((full, 40, 4e9), (short, 20, 2e9)):
         (run,) = setting.done
         assert wait_of(run, 0.95) == Wait(steps, True)
         assert setting.estimate("flops").interval.mean == flops
 
 
-@pytest.mark.usefixtures("drawn")
-def test_the_page_is_whole(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("real_figures")
+def test_the_page_of_a_task_is_complete(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
     report([tmp_path])
-    whole(tmp_path)
-    drawn = [*(tmp_path / "figures").glob("accuracy_*.svg")]
-    assert len(drawn) == 3 and not any("mathdefault" in svg.read_text() for svg in drawn)
+    checked_page(tmp_path)
+    figures = [*(tmp_path / "figures").glob("accuracy_*.svg")]
+    assert len(figures) == 3 and not any("mathdefault" in svg.read_text() for svg in figures)
 
 
 def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
@@ -322,42 +319,43 @@ def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
     assert [float(row[EXACT]) for row in rows] == [1.0, 0.96, 0.5]
 
 
-def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_option_solved_sets_the_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep(tmp_path, {0: (NEVER, NEVER)})
     main([str(tmp_path), "--solved", "0.4"])
-    said = capsys.readouterr().out
-    assert "2 of 2 seeds" in said and "above 0.4" in said
+    output = capsys.readouterr().out
+    assert "2 of 2 seeds" in output and "above 0.4" in output
     for level in ("1", "-0.1", "nan"):
         with pytest.raises(SystemExit):
             main([str(tmp_path), "--solved", level])
-        told = f"--solved {float(level):g} must be at least 0 and below 1"
-        assert told in capsys.readouterr().err
+        message = f"--solved {float(level):g} must be at least 0 and below 1"
+        assert message in capsys.readouterr().err
 
 
-def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
+def test_text_runs_next_to_a_task_are_noted(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     write_run(tmp_path / "text", {"mtp.depth": 3})
-    said = "The comparison leaves out settings without val/exact_match: D = 3."
-    assert said in noted(tmp_path)
+    note = "The comparison leaves out settings without val/exact_match: D = 3."
+    assert note in notes_of(tmp_path)
     assert report([tmp_path])[0].is_file()
 
 
-def test_a_finished_run_without_its_curve_is_named(tmp_path: Path) -> None:
+def test_a_finished_run_without_its_curve_is_noted(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     (tmp_path / "d0_s0" / "metrics.csv").unlink()
-    said = "unknown where no validation with val/exact_match was logged: d0_s0."
-    assert said in noted(tmp_path)
-    share = solved_share(collected(tmp_path).all[0], 0.95)
+    note = "unknown where no validation with val/exact_match was logged: d0_s0."
+    assert note in notes_of(tmp_path)
+    share = solved_share(settings_of(tmp_path).all[0], 0.95)
     assert (share.count, share.n) == (1, 2)
 
 
-def test_text_stays_text(tmp_path: Path) -> None:
+def test_a_report_of_text_runs_has_no_words_of_tasks(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199)})
-    settings = collected(tmp_path)
-    assert not settings.is_task
-    path, said, _ = report([tmp_path], level=0.5)
-    assert "lowest validation loss" in " ".join(said)
-    # Its figures may be those of another report (conftest.py).
+    assert not settings_of(tmp_path).is_task
+    path, sentences, _ = report([tmp_path], level=0.5)
+    assert "lowest validation loss" in " ".join(sentences)
+    # The figures may be copies of another report's (conftest.py).
     html = re.sub(r"<figure.*?</figure>", "", path.read_text(), flags=re.DOTALL)
     assert "paired t-test" in html and "solve" not in html and "Fisher" not in html
     assert "solved_at_step" not in (tmp_path / "runs.csv").read_text()

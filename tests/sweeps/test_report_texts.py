@@ -1,5 +1,5 @@
-"""Numbers of different evaluation texts are never averaged, tested or ranked together; next to a
-comparison stand the bytes of context of each model, and the text's own error."""
+"""Numbers of different evaluation texts are never averaged, tested or ranked together; the bytes of
+context of each model, and the sampling error of the text."""
 
 from __future__ import annotations
 
@@ -16,48 +16,56 @@ from sweeps.report.metrics import BITS_ERROR, SPEEDUP
 from sweeps.report.names import sentence
 from sweeps.report.settings import Settings
 from sweeps.report.tables import of_settings
-from tests.sweeps.fixture_runs import evaluated, trained_on, write_run
-from tests.sweeps.reported import answered, cells, collected, csv_rows, drawings, noted, page_of
+from tests.sweeps.fixture_runs import on_text, trained_on, write_run
+from tests.sweeps.reported import (
+    answer_of,
+    cells,
+    csv_rows,
+    drawings,
+    notes_of,
+    page_of,
+    settings_of,
+)
 
 A, B = "a1" * 16, "b2" * 16
-OLD: dict[str, Any] = {"evaluation": None}  # takes the entry away
+NO_ENTRY: dict[str, Any] = {"evaluation": None}  # removes the entry
 
 
 def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
-    """Depths of clearly different losses, each evaluated on a text: a fingerprint, None for an
-    unknown part, OLD for a run without the entry, or one of these per seed."""
-    for depth, given in texts.items():
+    """Depths of clearly different losses. ``texts`` has for each the fingerprint of its text, None
+    for an unknown part, NO_ENTRY for a run without the entry, or one of these per seed."""
+    for depth, texts_of_seeds in texts.items():
         for seed in range(seeds):
-            text = given[seed] if isinstance(given, tuple) else given
+            text = texts_of_seeds[seed] if isinstance(texts_of_seeds, tuple) else texts_of_seeds
             config = {"mtp.depth": depth, "seed": seed}
             loss = 2.0 - 0.1 * depth + 0.01 * seed + 0.0001 * (depth + 1) ** seed
             summary = {"flops": 1e9 * (1 + depth) + seed, SPEEDUP: 1 + 0.1 * depth}
-            summary |= text if text is OLD else evaluated(text, bytes=1_000_000 + depth)
+            summary |= text if text is NO_ENTRY else on_text(text, bytes=1_000_000 + depth)
             write_run(folder / f"d{depth}_s{seed}", config, loss=loss, summary=summary)
-    return collected(folder)
+    return settings_of(folder)
 
 
-def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
+def compared(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
     """The comparisons, the answer and the notes."""
-    return compare(settings), answered(settings), noted(folder)
+    return compare(settings), answer_of(settings), notes_of(folder)
 
 
-def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
-    """A document mask may leave out a few bytes of the text."""
+def test_runs_on_one_text_are_compared_without_a_note(tmp_path: Path) -> None:
+    """Their bytes may differ a little, since a document mask may skip some."""
     settings = sweep(tmp_path, {0: A, 1: A})
-    (found,), text, notes = said(settings, tmp_path)
-    assert found.verdict == "beyond noise" and found.result is not None
+    (comparison,), text, notes = compared(settings, tmp_path)
+    assert comparison.verdict == "beyond noise" and comparison.result is not None
     assert "D = 1 has the lowest validation loss of the main depth" in text
     assert refusal(settings.all) == "" and "text" not in notes + text
     assert settings.varied == ["mtp.depth"]
 
 
 def test_two_texts_are_not_compared(tmp_path: Path) -> None:
-    settings = sweep(tmp_path, {0: A, 1: B, 2: A})
-    found, text, notes = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_DATA, "beyond noise"]
-    assert found[0].result is None and found[0].adjusted is None and not found[0].differs
-    assert found[1].adjusted == found[1].result.p  # one test alone
+    comparisons, text, notes = compared(sweep(tmp_path, {0: A, 1: B, 2: A}), tmp_path)
+    assert [c.verdict for c in comparisons] == [OTHER_DATA, "beyond noise"]
+    refused, tested = comparisons
+    assert refused.result is None and refused.adjusted is None and not refused.differs
+    assert tested.adjusted == tested.result.p, "Holm's correction counts one test"
     assert "D = 1 is better" not in text and "is better than D = 0" in text
     assert "Of those on evaluation data a1a1a1a1: " in text
     assert "D = 2 has the lowest validation loss of the main depth: 1.8" in text
@@ -68,10 +76,10 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
         assert sentence("remedy") in where and "data.eval_bytes" in where
 
 
-def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
+def test_no_setting_is_best_if_every_text_differs(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: B})
-    found, text, _ = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_DATA]
+    comparisons, text, _ = compared(settings, tmp_path)
+    assert [c.verdict for c in comparisons] == [OTHER_DATA]
     for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
         assert word not in text
     assert "is averaged, tested or ranked across them" in text
@@ -85,7 +93,7 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
         assert figures[name].chart is not None and figures[name].caption.endswith(end)
 
 
-def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
+def test_tables_of_the_page_note_different_texts(tmp_path: Path) -> None:
     sweep(tmp_path, {0: A, 1: B})
     html = page_of(tmp_path)
     assert html.count("on data a1a1a1a1 (1,000,000 bytes): D = 0 | data b2b2b2b2") == 4
@@ -104,28 +112,27 @@ def test_seeds_of_two_texts_have_no_common_mean(tmp_path: Path) -> None:
         (f"mtp.depth=1, {TEXT}=b2b2b2b2", [2]),
     ]
     # The part on the text of depth 0 is compared with it.
-    found, _, notes = said(settings, tmp_path)
-    verdicts = {c.setting.label.split("=")[-1]: c.verdict for c in found}
+    comparisons, _, notes = compared(settings, tmp_path)
+    verdicts = {c.setting.label.split("=")[-1]: c.verdict for c in comparisons}
     assert verdicts == {"a1a1a1a1": "beyond noise", "b2b2b2b2": OTHER_DATA}
     assert f"data b2b2b2b2 (1,000,001 bytes): D = 1, {TEXT}=b2b2b2b2" in notes
 
 
-def test_digests_that_begin_alike_are_two_texts(tmp_path: Path) -> None:
+def test_digests_with_equal_beginnings_are_two_texts(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {1: (A, A, A[:8] + 24 * "0")})
     assert sorted(len(s.done) for s in settings.all) == [1, 2]
     assert len(by_text(settings.all)) == 2
 
 
-def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> None:
+def test_an_unfinished_run_joins_the_only_text_of_its_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "late", {"mtp.depth": 1, "seed": 7}, done=False)
     settings = sweep(tmp_path, {1: A})
     assert [(len(s.runs), len(s.done)) for s in settings.all] == [(4, 3)]
-    two = sweep(tmp_path / "two", {1: (A, B)}, seeds=2)
-    assert [len(s.done) for s in two.all] == [1, 1]
+    assert [len(s.done) for s in sweep(tmp_path / "two", {1: (A, B)}, seeds=2).all] == [1, 1]
     write_run(tmp_path / "two" / "late", {"mtp.depth": 1, "seed": 7}, done=False)
-    write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=evaluated(A))
+    write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=on_text(A))
     write_run(tmp_path / "two" / "later", {"mtp.depth": 2, "seed": 7}, done=False)
-    three = collected(tmp_path / "two")
+    three = settings_of(tmp_path / "two")
     assert [(s.label, len(s.runs), len(s.done)) for s in three.all] == [
         (f"mtp.depth=1, {TEXT}=a1a1a1a1", 1, 1),
         (f"mtp.depth=1, {TEXT}=b2b2b2b2", 1, 1),
@@ -134,51 +141,49 @@ def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> Non
     ]
 
 
-def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
-    """Two settings may have evaluated two parts; the seeds of one have evaluated the same."""
+def test_unknown_parts_of_a_text_are_not_compared(tmp_path: Path) -> None:
+    """Two settings may have evaluated different parts; seeds of one setting evaluate the same."""
     settings = sweep(tmp_path, {0: None, 1: None})
     assert [len(s.done) for s in settings.all] == [3, 3]
-    (found,), text, notes = said(settings, tmp_path)
-    assert found.verdict == OTHER_DATA and "lowest" not in text
+    (comparison,), text, notes = compared(settings, tmp_path)
+    assert comparison.verdict == OTHER_DATA and "lowest" not in text
     part = "unknown data, or a part that each has for itself (1,000,000 to 1,000,001"
     assert f"{part} bytes): D = 0; D = 1" in notes
-    # Other counts within one setting are another part.
-    more = {"seed": 3, "mtp.depth": 1}
-    write_run(tmp_path / "more", more, summary=evaluated(None, bytes=5))
-    parts = collected(tmp_path).all
+    # Other counts of bytes in one setting mean another part.
+    write_run(tmp_path / "more", {"seed": 3, "mtp.depth": 1}, summary=on_text(None, bytes=5))
+    parts = settings_of(tmp_path).all
     assert [len(s.done) for s in parts if s.depth == 1] == [3, 1]
 
 
-def test_runs_that_do_not_name_their_text_compare_with_none(tmp_path: Path) -> None:
-    settings = sweep(tmp_path, {0: OLD, 1: A, 2: OLD})
-    found, _, notes = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_DATA] * 2
+def test_runs_without_the_entry_of_a_text_are_not_compared(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: NO_ENTRY, 1: A, 2: NO_ENTRY})
+    comparisons, _, notes = compared(settings, tmp_path)
+    assert [c.verdict for c in comparisons] == [OTHER_DATA] * 2
     assert "unknown data, or a part that each has for itself: D = 0; D = 2" in notes
-    mixed = sweep(tmp_path / "mixed", {1: (OLD, A, None)})
+    mixed = sweep(tmp_path / "mixed", {1: (NO_ENTRY, A, None)})
     names = ["a1a1a1a1", "unknown", "unknown (1,000,001 bytes)"]
     assert [s.values[TEXT] for s in mixed.all] == names
 
 
 @pytest.mark.parametrize("entry", [[], "x", {"fingerprint": 7, "bytes": "many"}, {}])
-def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: Any) -> None:
+def test_a_malformed_entry_is_an_unknown_text(tmp_path: Path, entry: Any) -> None:
     write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
-    write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
-    settings = collected(tmp_path)
+    write_run(tmp_path / "b", {"mtp.depth": 1}, summary=on_text(A))
+    settings = settings_of(tmp_path)
     assert [c.verdict for c in compare(settings)] == [OTHER_DATA]
 
 
 def test_the_csv_names_the_text(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1)
+    sweep(tmp_path, {0: A, 1: B, 2: NO_ENTRY}, seeds=1)
     assert [row["evaluated_text"] for row in csv_rows(tmp_path)] == [A, B, ""]
 
 
-def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> None:
+def test_a_chosen_reference_on_another_text_is_not_compared(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: A, 2: B})
-    found = compare(settings, reference="mtp.depth=2")
-    assert [c.verdict for c in found] == [OTHER_DATA] * 2
+    assert [c.verdict for c in compare(settings, reference="mtp.depth=2")] == [OTHER_DATA] * 2
 
 
-# How many bytes of context each model had.
+# Bytes of context of each model.
 
 
 def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
@@ -191,22 +196,21 @@ def contexts_of(folder: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[st
     for kind, seq_len, summary in runs:
         config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
         write_run(folder / f"{kind}_{seq_len}", config, summary=summary)
-    return contexts(collected(folder).all)
+    return contexts(settings_of(folder).all)
 
 
 def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
-    """256 x 1 byte against 256 x 3.9 bytes, by the rate of the evaluated text and not the split."""
-    text = evaluated("a" * 32, bytes=3_900, tokens=1_000)
-    said = contexts_of(
+    """256 x 1 byte against 256 x 3.9 bytes, by the rate of the evaluated text, not of the split."""
+    text = on_text("a" * 32, bytes=3_900, tokens=1_000)
+    notes = contexts_of(
         tmp_path,
-        ("byte", 256, {**tokenized("t", 9.0), **evaluated("a" * 32, bytes=3_900, tokens=3_900)}),
+        ("byte", 256, {**tokenized("t", 9.0), **on_text("a" * 32, bytes=3_900, tokens=3_900)}),
         ("bpe", 256, {**tokenized("u", 9.0), **text}),
     )
-    assert len(said) == 1 and said[0].startswith("The context is not equal")
-    assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in said[0]
-    assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in said[0]
-    html = page_of(tmp_path)
-    assert html.count("The context is not equal") == 3  # notes and both tables
+    assert len(notes) == 1 and notes[0].startswith("The context is not equal")
+    assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in notes[0]
+    assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in notes[0]
+    assert page_of(tmp_path).count("The context is not equal") == 3  # notes and both tables
 
 
 BYTE, BPE, TWICE = tokenized("t", 1.0), tokenized("u", 4.0), tokenized("t", 2.0)
@@ -226,70 +230,70 @@ CONTEXTS = {
         ("Whether the context is equal in bytes is unknown", "128 tokens x unknown bytes"),
     ),
     "not compared": (
-        [("byte", 128, {**BYTE, **evaluated(A)}), ("bpe", 128, {**BPE, **evaluated(B)})],
+        [("byte", 128, {**BYTE, **on_text(A)}), ("bpe", 128, {**BPE, **on_text(B)})],
         (),
     ),
 }
 
 
 @pytest.mark.parametrize("case", CONTEXTS)
-def test_what_is_said_of_windows(tmp_path: Path, case: str) -> None:
+def test_notes_on_contexts_compare_windows_in_bytes(tmp_path: Path, case: str) -> None:
     runs, parts = CONTEXTS[case]
-    found = contexts_of(tmp_path, *runs)
-    assert len(found) == bool(parts)
-    for said in found:
-        assert said.startswith(parts[0]) and all(part in said for part in parts)
+    notes = contexts_of(tmp_path, *runs)
+    assert len(notes) == bool(parts)
+    for note in notes:
+        assert note.startswith(parts[0]) and all(part in note for part in parts)
 
 
-# The text's own error, which is not the interval over seeds.
+# The sampling error of the text, which is not the interval over seeds.
 
 
-NOT = "it is not the error of a difference between runs on the same text"
+NOT_A_DIFFERENCE = "it is not the error of a difference between runs on the same text"
 
 
 def with_errors(folder: Path, errors: dict[int, tuple[float | None, ...]], **more: Any) -> Path:
-    """Depths with the text's errors of their seeds."""
+    """Runs of some depths; ``errors`` has the error of the text for each depth and seed."""
     for depth, values in errors.items():
         for seed, error in enumerate(values):
             config, loss = {"mtp.depth": depth, "seed": seed}, 2.0 - 0.1 * depth + 0.02 * seed
-            summary = {BITS_ERROR: error, **evaluated("a" * 32), **more}
+            summary = {BITS_ERROR: error, **on_text("a" * 32), **more}
             write_run(folder / f"d{depth}_s{seed}", config, loss=loss, summary=summary)
     return folder
 
 
-def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
+def test_the_error_of_a_text_is_the_mean_over_seeds(tmp_path: Path) -> None:
     folder = with_errors(tmp_path, {0: (0.010, 0.012), 1: (0.02, 0.02), 2: (0.5, None)})
-    settings = collected(folder)
+    settings = settings_of(folder)
     assert [error_of_text(s) for s in settings.all] == [pytest.approx(0.011), 0.02, None]
     text = text_errors(settings.all)
-    assert "The text's own error in bits per byte is 0.0110 to 0.0200" in text and NOT in text
+    assert "The text's own error in bits per byte is 0.0110 to 0.0200" in text
+    assert NOT_A_DIFFERENCE in text
 
 
-def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
+def test_the_table_has_the_interval_and_the_error_of_the_text(tmp_path: Path) -> None:
     html = page_of(with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)}))
-    found = [(c.text, c.half, c.beside) for c in cells(tmp_path) if c.beside]
+    cells_with_error = [(c.text, c.half, c.beside) for c in cells(tmp_path) if c.beside]
     # 1.0 and 1.01 bits: the interval over seeds is t(1) x 0.005.
-    assert found == [
+    assert cells_with_error == [
         ("1.0050", "± 0.0635", "text: s.e. 0.0111"),
         ("0.9550", "± 0.0635", "text: s.e. 0.0200"),
     ]
     assert html.count("text: s.e.") == 2
     where = html.index('<h2 id="settings">')
-    assert NOT in html[where : html.index("</caption>", where)]
+    assert NOT_A_DIFFERENCE in html[where : html.index("</caption>", where)]
     where = html.index('<h2 id="differences">')
     assert "text: s.e." not in html[where:].split("</table>")[0]
 
 
-def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
+def test_the_answer_in_bits_has_the_error_of_the_text(tmp_path: Path) -> None:
     with_errors(tmp_path, {0: (0.01, 0.01)})
     with_errors(tmp_path, {3: (0.02, 0.02)}, **trained_on("e", "u"))
-    settings = collected(tmp_path)
-    told = answer(settings, compare(settings))
-    (best,) = [text for text in told if "has the lowest" in text]
+    settings = settings_of(tmp_path)
+    (best,) = [text for text in answer(settings, compare(settings)) if "has the lowest" in text]
     assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
 
 
-def test_runs_without_it_have_a_table_as_ever(tmp_path: Path) -> None:
-    table = of_settings(collected(with_errors(tmp_path, {0: (None, None)})), [])
+def test_without_errors_of_the_text_the_table_has_none(tmp_path: Path) -> None:
+    table = of_settings(settings_of(with_errors(tmp_path, {0: (None, None)})), [])
     assert "bits per byte" not in [unit for _, unit in table.head]
     assert not any(cell.beside for row in table.rows for cell in row)

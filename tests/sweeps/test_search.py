@@ -1,4 +1,4 @@
-"""The search, with trials that are small programs, and once with real runs."""
+"""The hyperparameter search, with small programs as trials, and once with real runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sweeps import plan as plan_module
 from sweeps import search as search_module
 from sweeps.search_space import parse, shown
 from tests.integration.helpers import execute, overrides
-from tests.sweeps.claims.fixture_claims import own_conf
+from tests.sweeps.claims.fixture_claims import conf_with_own_head
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
 
 METRIC = "val/loss_depth_0"
 RANGES = ["optimizer.lr=interval(1e-4,1e-1,log)", "mtp.depth=1,2"]
 
-# A run that "trains": its loss is best at a learning rate of 0.01 and depth 1.
+# Replaces a run: its loss is lowest at a learning rate of 0.01 and depth 1.
 RUN = """
 import json, math, os, sys, time
 folder, *overrides = sys.argv[1:]
@@ -49,7 +49,8 @@ json.dump({"METRIC": best if "nan" not in values.get("mtp_lambda", "") else math
 
 
 @pytest.fixture
-def fake_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a search whose trials run RUN."""
     program = tmp_path / "run.py"
     program.write_text(RUN)
 
@@ -57,6 +58,7 @@ def fake_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return (sys.executable, "-S", str(program), str(folder), *overrides)
 
     monkeypatch.setattr(plan_module, "python_command", command)
+    return tmp_path / "search"
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -69,23 +71,22 @@ def study(folder: Path) -> Any:
     return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
 
 
-def test_fixed_paths_are_taken_as_they_are_typed(tmp_path: Path, fake_runs: None) -> None:
-    folder = tmp_path / "找 (1), [2]"
+def test_paths_with_special_characters_are_taken_literally(folder: Path) -> None:
+    folder = folder.with_name("找 (1), [2]")
     assert run(folder, "data=text", "data.paths=文本 (1)", "--trials", "1") == 0
     (job,) = json.loads((folder / "sweep.json").read_text())["jobs"]
     assert "data.paths='文本 (1)'" in job["overrides"]
 
 
-def test_a_folder_of_configs_reaches_the_trials(tmp_path, fake_runs, monkeypatch, capsys):
-    monkeypatch.chdir(own_conf(tmp_path / "conf").parent)
+def test_a_folder_of_configs_reaches_the_trials(folder, monkeypatch, capsys):
+    monkeypatch.chdir(conf_with_own_head(folder.with_name("conf")).parent)
     own = ["mtp=mine", "--trials", "1"]
-    assert run(tmp_path / "search", *own) == 1
+    assert run(folder, *own) == 1
     assert "needs --config-dir" in capsys.readouterr().err
-    assert run(tmp_path / "search", *own, "--config-dir", "conf") == 0
+    assert run(folder, *own, "--config-dir", "conf") == 0
 
 
-def test_finds_the_better_half(tmp_path, fake_runs, capsys):
-    folder = tmp_path / "search"
+def test_trials_are_stored_and_the_best_has_the_better_depth(folder, capsys):
     assert run(folder, "--trials", "9", "--no-pruning") == 0
     trials = study(folder).trials
     assert [trial.number for trial in trials] == list(range(9))
@@ -105,43 +106,40 @@ def test_finds_the_better_half(tmp_path, fake_runs, capsys):
     assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 9
 
 
-@pytest.mark.parametrize("metric, meant", [("val/los_depth_0", METRIC), ("train/loss", METRIC)])
-def test_a_metric_that_no_validation_logs_stops_the_search(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], metric: str, meant: str
-) -> None:
-    folder, slow = tmp_path / "search", "data.val_fraction=0.5"
+@pytest.mark.parametrize("metric", ["val/los_depth_0", "train/loss"])
+def test_a_metric_that_no_validation_logs_stops_the_search(folder, capsys, metric):
+    slow = "data.val_fraction=0.5"
     assert run(folder, slow, "--trials", "4", "--n-jobs", "1", "--metric", metric) == 1
     error = capsys.readouterr().err
-    assert f"--metric {metric} was not logged by the first validation" in error and meant in error
+    assert f"--metric {metric} was not logged by the first validation" in error and METRIC in error
     assert len(study(folder).trials) == 1
-    assert run(folder, slow, "--trials", "1") == 0, "the same folder, with the right one"
+    assert run(folder, slow, "--trials", "1") == 0, "the folder takes the right metric"
 
 
-def test_looks_at_the_end_of_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {"space": {}, "fixed": [], "n_trials": 1, "warmup": None, "seed": 0}
-    search = search_module.Search(tmp_path, metric="val/excess_loss", **told)
+def test_watching_reads_only_the_new_rows_of_metrics(tmp_path, monkeypatch):
+    options: dict[str, Any] = {"space": {}, "fixed": [], "n_trials": 1, "warmup": None, "seed": 0}
+    search = search_module.Search(tmp_path, metric="val/excess_loss", **options)
     job: Any = SimpleNamespace(folder=tmp_path / "job")
     trial = search.study.ask()
     search._trials[job.folder] = [trial]
     csv = MetricsFile(job.folder / "metrics.csv")
     csv.write({METRIC: 2.0}, 5)
-    assert search.watch(job) is None, "a callback adds its number to the row later"
+    assert search.watch(job) is None, "a callback adds its metric to the row later"
     csv.write({"val/excess_loss": 1.0}, 5)
     assert search.watch(job) is None
-    whole = []
-    monkeypatch.setattr(search_module, "read_metrics", lambda f: whole.append(f) or read_metrics(f))
+    reads = []
+    monkeypatch.setattr(search_module, "read_metrics", lambda f: reads.append(f) or read_metrics(f))
     for step in (6, 7, 8):
         csv.write({"train/loss": 1.0}, step)
         search.watch(job)
-    assert whole == []
+    assert reads == [], "the whole file was read"
     csv.write({METRIC: 2.0, "val/excess_loss": 0.5}, 10)
     search.watch(job)
     assert search.study.trials[trial.number].intermediate_values == {5: 1.0, 10: 0.5}
 
 
-def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
-    folder = tmp_path / "search"
-    # Slow enough to be watched; the warm-up is a quarter of these 5 steps instead of 3500.
+def test_trials_above_the_median_are_pruned(folder: Path) -> None:
+    # Slow enough to be watched; the warm-up is a quarter of these 5 steps.
     fixed = ["data.val_fraction=0.5", "trainer.max_steps=5"]
     assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
     pruned = [t for t in study(folder).trials if t.state.name == "PRUNED"]
@@ -156,8 +154,7 @@ def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> Non
         assert not (folder_of / "summary.json").exists()
 
 
-def test_goes_on_with_what_was_cut_off(tmp_path, fake_runs, monkeypatch):
-    folder = tmp_path / "search"
+def test_an_interrupted_search_continues_its_trials(folder, monkeypatch):
     begun: set[Path] = set()
 
     def cut_off(self: Any, job: Any) -> None:
@@ -168,7 +165,7 @@ def test_goes_on_with_what_was_cut_off(tmp_path, fake_runs, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setenv("STEP_SECONDS", "600")  # none ends before it is cut off
+        patch.setenv("STEP_SECONDS", "600")  # no trial ends before the interrupt
         patch.setattr(search_module.Search, "watch", cut_off)
         assert run(folder, "--trials", "4") == 130
     open_trials = [t for t in study(folder).trials if t.state.name == "RUNNING"]
@@ -180,37 +177,34 @@ def test_goes_on_with_what_was_cut_off(tmp_path, fake_runs, monkeypatch):
         assert trials[old.number].params == old.params
         log = (folder / old.user_attrs["folder"] / "job.log").read_text()
         assert "started again" in log
-    # All trials are there: nothing more to do.
+    # All trials are done.
     assert run(folder, "--trials", "4") == 0
     assert len(study(folder).trials) == 4
     assert run(folder, "--trials", "6") == 0
     values = [t.params["optimizer.lr"] for t in study(folder).trials]
-    assert len(set(values)) == 6, "the sampler began again with its first proposals"
+    assert len(set(values)) == 6, "the sampler repeated its first proposals"
 
 
-def test_a_trial_that_was_cut_off_before_it_had_values_fails(tmp_path, fake_runs):
-    folder = tmp_path / "search"
+def test_a_trial_interrupted_before_it_had_values_fails(folder):
     assert run(folder, "--trials", "1") == 0
     study(folder).ask()
     assert run(folder, "--trials", "3") == 0
     assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
-def test_the_same_values_are_run_once(tmp_path, fake_runs, monkeypatch):
+def test_equal_values_are_run_once(folder, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
-    folder = tmp_path / "search"
     assert run(folder, "optimizer.lr=0.01", "--trials", "5") == 0
     assert len(list(folder.glob("*/job.log"))) <= 2
     assert {t.value for t in study(folder).trials if t.params["mtp.depth"] == "1"} <= {1.0}
     assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 5
 
 
-def test_values_whose_trial_was_pruned_are_pruned_again(tmp_path, fake_runs, monkeypatch):
+def test_values_whose_trial_was_pruned_are_pruned_again(folder, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
-    folder = tmp_path / "search"
     assert run(folder, "optimizer.lr=0.01", "--trials", "1") == 0
     (done,) = study(folder).trials
-    # The other depth's trial, in the folder that it would get.
+    # A pruned trial of the other depth, in the folder that it would get.
     other = {"1": "2", "2": "1"}[done.params["mtp.depth"]]
     named = done.user_attrs["folder"].replace(f"depth-{done.params['mtp.depth']}", f"depth-{other}")
     pruned = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {5: 3.0}}
@@ -222,16 +216,16 @@ def test_values_whose_trial_was_pruned_are_pruned_again(tmp_path, fake_runs, mon
 
 
 @pytest.mark.parametrize("fixed", ["seed=13", "mtp_lambda=nan"])
-def test_failures_are_told(tmp_path, fake_runs, capsys, fixed):
-    assert run(tmp_path / "search", fixed, "--trials", "2") == 1
+def test_failed_trials_are_counted_with_their_reason(folder, capsys, fixed):
+    assert run(folder, fixed, "--trials", "2") == 1
     printed = capsys.readouterr().out
     assert "2 trials: 0 complete, 0 pruned, 2 failed" in printed
     assert ("told to fail" if fixed == "seed=13" else "not a finite number") in printed
 
 
-def test_a_moved_folder_keeps_its_search_and_takes_no_other(tmp_path, fake_runs, capsys):
-    run(tmp_path / "search", "--trials", "1")
-    moved = (tmp_path / "search").rename(tmp_path / "moved")
+def test_a_moved_folder_keeps_its_search_and_refuses_another(folder, capsys):
+    run(folder, "--trials", "1")
+    moved = folder.rename(folder.with_name("moved"))
     assert run(moved, "--trials", "2") == 0
     (name,) = optuna.get_all_study_names(storage := f"sqlite:///{moved / 'study.db'}")
     assert name == "search"
@@ -261,38 +255,38 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("typed", REFUSED)
-def test_mistakes_are_told_before_there_is_a_search(tmp_path, fake_runs, capsys, typed):
-    assert run(tmp_path / "search", *typed.split(), "--trials", "2") == 1
+def test_mistakes_are_refused_before_the_search_begins(folder, capsys, typed):
+    assert run(folder, *typed.split(), "--trials", "2") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and REFUSED[typed] in error
-    assert list(tmp_path.glob("search/*/job.log")) == []
-    assert not (tmp_path / "search" / "study.db").exists()
+    assert list(folder.glob("*/job.log")) == []
+    assert not (folder / "study.db").exists()
 
 
-def test_ranges_and_what_is_shown_and_stored_of_them() -> None:
+def test_ranges_are_parsed_and_printed() -> None:
     typed = "a=interval(1e-4,1e-2,log)|b=int(1, 8)|c=choice(x,y)|d=[1,2],[3]|e=5|f=[1,2]"
     space, fixed = parse(typed.split("|"))
-    found = {
+    distributions = {
         "interval(0.0001,0.01,log)": FloatDistribution(1e-4, 1e-2, log=True),
         "int(1,8)": IntDistribution(1, 8),
         "choice(x,y)": CategoricalDistribution(("x", "y")),
         "choice([1,2],[3])": CategoricalDistribution(("[1,2]", "[3]")),
     }
-    assert space == dict(zip("abcd", found.values(), strict=True))
-    assert list(map(shown, space.values())) == list(found) and fixed == ["e=5", "f=[1,2]"]
+    assert space == dict(zip("abcd", distributions.values(), strict=True))
+    assert list(map(shown, space.values())) == list(distributions) and fixed == ["e=5", "f=[1,2]"]
     with pytest.raises(ValueError, match="nothing to search"):
         parse(["e=5"])
 
 
-def test_a_search_on_the_cpu_leaves_gpus_alone(tmp_path, fake_runs, capsys, monkeypatch):
+def test_a_search_on_the_cpu_uses_no_gpu(folder, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     wide = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
-    assert run(tmp_path / "search", *wide, "--trials", "1") == 0
+    assert run(folder, *wide, "--trials", "1") == 0
     assert "on cpu:0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_real_runs(tmp_path: Path, cache: Path) -> None:
+def test_trials_train_real_runs(tmp_path: Path, cache: Path) -> None:
     settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
     command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
     command += ["--trials", "2", "--n-jobs", "2", *overrides(cache, settings)]

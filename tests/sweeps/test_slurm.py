@@ -1,4 +1,4 @@
-"""Sweeps in a real Slurm queue: a cluster of this machine, as tests/install_slurm.sh makes it."""
+"""Sweeps in a real Slurm queue on this machine, set up by tests/install_slurm.sh."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.helpers import ROOT, overrides, start
-from tests.sweeps.typed import execute, plan, states, wait_until
+from tests.integration.helpers import start
+from tests.sweeps import typed
+from tests.sweeps.typed import execute, job_folders, job_states, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -25,27 +25,23 @@ def cluster() -> None:
     pytest.importorskip("submitit", reason="needs the extra slurm")
     if shutil.which("sinfo") is None:
         pytest.skip("Slurm is not installed: bash tests/install_slurm.sh")
-    seen = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True)
-    if seen.returncode != 0 or not seen.stdout.strip():
+    nodes = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True)
+    if nodes.returncode != 0 or not nodes.stdout.strip():
         pytest.skip("Slurm does not run: bash tests/install_slurm.sh")
 
 
 def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
-    launcher = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_process=1", *more]
-    given = overrides(cache, settings)
-    return [
-        sys.executable, str(ROOT / "train.py"), "-m", f"sweep_dir={folder}", *launcher, *given
-    ]  # fmt: skip
+    one_core = "hydra.launcher.cpus_per_process=1"
+    return typed.command(folder, cache, settings, one_core, *more, launcher="slurm")
 
 
-def test_jobs_fail_alone_and_train_with_the_processes_asked_for(tmp_path, cache):
+def test_jobs_fail_alone_and_use_the_configured_processes(tmp_path, cache):
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp", "seed": "-1,0"}
     done = execute(command(folder, cache, settings), tmp_path, code=1)
-    found = states(folder)
-    assert sorted(found.values()) == ["done", "done", "failed", "failed"]
+    assert sorted(job_states(folder).values()) == ["done", "done", "failed", "failed"]
     assert done.stdout.count("\nfailed: ") == 2
-    for name, job in plan(folder).items():
+    for name, job in job_folders(folder).items():
         status = json.loads((job / "status.json").read_text())
         assert re.fullmatch(r"slurm:\d+(_\d+)?", status["device"])
         if "seed=0" in name:
@@ -71,14 +67,14 @@ def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> N
     args = command(folder, cache, settings)
     process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
-    (job,) = plan(folder).values()
+    (job,) = job_folders(folder).values()
     number = json.loads((job / "status.json").read_text())["device"].removeprefix("slurm:")
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
-    wait_until(lambda: states(folder)[""] == "interrupted")
+    wait_until(lambda: job_states(folder)[""] == "interrupted")
     wait_until(lambda: "PENDING" in _queue(number))
     subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
     assert process.wait(200) == 0, (tmp_path / "log").read_text()
-    assert states(folder) == {"": "done"}
+    assert job_states(folder) == {"": "done"}
     text = (job / "job.log").read_text()
     (step,) = {int(step) for step in re.findall(r"Continuing .* from step (\d+)", text)}
     assert 0 < step < 400
@@ -99,12 +95,12 @@ def test_ctrl_c_empties_the_queue(tmp_path: Path, cache: Path) -> None:
     wait_until(lambda: len(list(folder.glob("*/metrics.csv"))) == 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()
-    assert set(states(folder).values()) == {"interrupted"}
+    assert set(job_states(folder).values()) == {"interrupted"}
     queue = ["squeue", "-h", "-t", "pending,running", "-n", "sweep"]
     assert subprocess.run(queue, capture_output=True, text=True).stdout == ""
 
 
-def test_what_slurm_refuses_is_told(tmp_path: Path, cache: Path) -> None:
+def test_a_refusal_by_slurm_is_reported(tmp_path: Path, cache: Path) -> None:
     args = command(tmp_path / "sweep", cache, {}, "hydra.launcher.partition=nosuch")
     error = execute(args, tmp_path, code=1).stderr
     assert "error: Slurm refuses the job" in error and "artition" in error

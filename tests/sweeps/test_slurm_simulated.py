@@ -1,7 +1,4 @@
-"""Requests to Slurm and the handling of its answers, with programs in place of Slurm's.
-
-``test_slurm.py`` uses the real one, if it is installed.
-"""
+"""Requests to Slurm and its answers, with scripts in place of its programs (see test_slurm.py)."""
 
 from __future__ import annotations
 
@@ -46,52 +43,52 @@ def program(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose programs go before all others."""
+    """A folder that comes first in PATH, for scripts in place of Slurm's programs."""
     (folder := tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
 
 
-def test_arrays_are_of_one_kind_and_no_longer_than_slurm_takes(tmp_path: Path) -> None:
+def test_arrays_have_one_kind_of_job_and_at_most_slurms_length(tmp_path: Path) -> None:
     single, double = jobs_of(tmp_path, 7), jobs_of(tmp_path, 2, processes=2)
-    far, cpu = jobs_of(tmp_path, 1, processes=2, nodes=2), jobs_of(tmp_path, 1, on_cpu=True)
-    given = [*double, *single, *far, *cpu]
-    arrays = in_arrays(given, 3)
+    two_nodes, cpu = jobs_of(tmp_path, 1, processes=2, nodes=2), jobs_of(tmp_path, 1, on_cpu=True)
+    jobs = [*double, *single, *two_nodes, *cpu]
+    arrays = in_arrays(jobs, 3)
     assert [len(array) for array in arrays] == [3, 3, 1, 1, 2, 1]
-    assert sorted(map(id, given)) == sorted(id(job) for array in arrays for job in array)
+    assert sorted(map(id, jobs)) == sorted(id(job) for array in arrays for job in array)
     for array in arrays:
         assert len({(job.processes, job.nodes, job.on_cpu) for job in array}) == 1
 
 
-def test_the_clusters_limit_is_asked_for(slurm: Path) -> None:
+def test_the_limit_of_arrays_is_read_from_scontrol(slurm: Path) -> None:
     program(slurm, "scontrol", "echo 'MaxArraySize            = 40'; echo 'MaxJobCount = 9'")
     assert max_array_size() == 40
     program(slurm, "scontrol", "exit 1")
     assert max_array_size() == 1001
 
 
-def test_the_queue_is_asked_at_most_every_fifteen_seconds(tmp_path, slurm, monkeypatch):
-    asked = tmp_path / "asked"
-    program(slurm, "squeue", f"echo x >> {asked}; echo 5_0")
+def test_squeue_is_called_at_most_every_fifteen_seconds(tmp_path, slurm, monkeypatch):
+    calls = tmp_path / "calls"
+    program(slurm, "squeue", f"echo x >> {calls}; echo 5_0")
     one, two = jobs_of(tmp_path, 2)
     queue = _Queue({one: "5_0", two: "5_1"})
     clock = [1000.0]
     monkeypatch.setattr(slurm_cluster, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    found = []
+    ended = []
     for _ in range(61):
-        found.append(queue.find_ended())
+        ended.append(queue.find_ended())
         clock[0] += 1
-    assert asked.read_text().count("x") == 5
-    assert found[0] == {} and list(found[15]) == [two] and "5_1" in found[60][two]
-    program(slurm, "squeue", "exit 1")  # a controller that is away decides nothing about jobs
+    assert calls.read_text().count("x") == 5
+    assert ended[0] == {} and list(ended[15]) == [two] and "5_1" in ended[60][two]
+    program(slurm, "squeue", "exit 1")  # jobs keep their state while the controller is away
     clock[0] += 15
     assert list(queue.find_ended()) == [two]
 
 
 class Executor:
-    """In place of submitit's executor."""
+    """Replaces submitit's executor: records settings and the number of jobs of each array."""
 
-    asked: list[tuple[dict[str, Any], int]] = []
+    submitted: list[tuple[dict[str, Any], int]] = []
 
     def __init__(self, folder: Path, max_num_timeout: int) -> None:
         self._settings: dict[str, Any] = {}
@@ -99,44 +96,44 @@ class Executor:
 
     def update_parameters(self, **settings: Any) -> None:
         self._settings = settings
-        self.asked.append((settings, 0))
+        self.submitted.append((settings, 0))
 
     def batch(self) -> Any:
         return nullcontext()
 
     def submit(self, function: Any) -> Any:
-        settings, n = self.asked[-1]
-        self.asked[-1] = settings, n + 1
-        return SimpleNamespace(job_id=f"{len(self.asked)}_{n}")
+        settings, n = self.submitted[-1]
+        self.submitted[-1] = settings, n + 1
+        return SimpleNamespace(job_id=f"{len(self.submitted)}_{n}")
 
 
-def test_a_thousand_and_more_jobs_are_submitted_in_parts(tmp_path, slurm, monkeypatch):
+def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, slurm, monkeypatch):
     program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
     program(slurm, "squeue", "exit 0")
     fake = SimpleNamespace(SlurmExecutor=Executor, __spec__="found")
     monkeypatch.setitem(sys.modules, "submitit", fake)
     followed = []
     monkeypatch.setattr(slurm_cluster, "follow", lambda jobs, **values: followed.append(jobs))
-    Executor.asked = []
+    Executor.submitted = []
     jobs = [*jobs_of(tmp_path, 1500), *jobs_of(tmp_path / "far", 2, processes=4, nodes=2)]
     slurm_cluster.run(jobs, **SETTINGS)
     assert followed == [jobs]
-    assert [n for _, n in Executor.asked] == [1001, 499, 2]
-    first, second, far = (settings for settings, _ in Executor.asked)
+    assert [n for _, n in Executor.submitted] == [1001, 499, 2]
+    first, second, far = (settings for settings, _ in Executor.submitted)
     assert first["array_parallelism"] + second["array_parallelism"] <= 100
     assert (first["nodes"], first["cpus_per_task"], first["gpus_per_node"]) == (1, 2, 1)
     assert (far["nodes"], far["cpus_per_task"], far["gpus_per_node"]) == (2, 8, 4)
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
 
 
-def test_jobs_that_say_how_they_ended_are_not_waited_for(tmp_path, capsys):
+def test_jobs_with_a_final_status_are_not_waited_for(tmp_path, capsys):
     """A failure of an earlier start does not count as one of this start."""
     jobs = jobs_of(tmp_path, 3)
     write_status(jobs[0].folder, (), "failed", reason="before")
     write_status(jobs[1].folder, (), "pending")
     rounds = []
 
-    def over() -> dict[Job, str]:
+    def find_ended() -> dict[Job, str]:
         rounds.append(1)
         if len(rounds) == 1:
             write_status(jobs[1].folder, (), "done", device="slurm:1")
@@ -147,24 +144,23 @@ def test_jobs_that_say_how_they_ended_are_not_waited_for(tmp_path, capsys):
             write_status(jobs[0].folder, (), "done", device="slurm:2")
         return {}
 
-    follow(jobs, find_ended=over, cancel=lambda left: None, grace_seconds=1)
+    follow(jobs, find_ended=find_ended, cancel=lambda left: None, grace_seconds=1)
     assert len(rounds) == 3
     assert [state_of(job.folder) for job in jobs] == ["done", "done", "failed"]
-    ended = [line for line in capsys.readouterr().out.splitlines() if " of 3)" in line]
-    assert len(ended) == 3
+    assert len([line for line in capsys.readouterr().out.splitlines() if " of 3)" in line]) == 3
 
 
-def test_torchrun_on_each_machine(tmp_path, slurm, monkeypatch):
+def test_torchrun_gets_the_node_rank_and_the_master_address(tmp_path, slurm, monkeypatch):
     program(slurm, "scontrol", 'test "$3" = "n[1-2]" && printf "n1\\nn2\\n"')
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("SLURM_JOB_ID", "1234567")
     command = ("python", "-m", "mtp_lightning.apps.train", "seed=1")
     job = Job(folder=tmp_path, overrides=(), command=command, processes=4, nodes=2)
-    told = torchrun(job, node=1)
-    assert told[:3] == (sys.executable, "-m", "torch.distributed.run")
-    assert told[-3:] == ("-m", "mtp_lightning.apps.train", "seed=1")
-    assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=4"} <= set(told)
-    assert {"--master-addr=n1", "--master-port=24567"} <= set(told)
+    arguments = torchrun(job, node=1)
+    assert arguments[:3] == (sys.executable, "-m", "torch.distributed.run")
+    assert arguments[-3:] == ("-m", "mtp_lightning.apps.train", "seed=1")
+    assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=4"} <= set(arguments)
+    assert {"--master-addr=n1", "--master-port=24567"} <= set(arguments)
 
 
 MACHINE = """
@@ -178,7 +174,7 @@ SlurmRun(Job(folder=folder, overrides=("x",), command=command, nodes=2), threads
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one(tmp_path: Path, cache: Path, slurm: Path) -> None:
+def test_two_nodes_train_one_run(tmp_path: Path, cache: Path, slurm: Path) -> None:
     """Two processes on this machine, with the environments that Slurm would set."""
     program(slurm, "scontrol", "echo 127.0.0.1")
     settings = {"trainer.num_nodes": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
@@ -189,12 +185,12 @@ def test_two_machines_train_as_one(tmp_path: Path, cache: Path, slurm: Path) -> 
     command += [f"run_dir={folder}", f"sweep_dir={tmp_path}"]
     machines = []
     for node in ("0", "1"):
-        own = {
+        variables = {
             "SLURM_JOB_ID": str(int(time.time()) % 10_000), "SLURM_JOB_NODELIST": "here",
             "SLURM_NODEID": node, "SLURM_NTASKS": "2", "SLURM_PROCID": node,
         }  # fmt: skip
         machine = [sys.executable, "-c", MACHINE, str(folder), json.dumps(command)]
-        env = {**environment(), **own, "PYTHONPATH": str(ROOT)}
+        env = {**environment(), **variables, "PYTHONPATH": str(ROOT)}
         machines.append(subprocess.Popen(machine, env=env, cwd=tmp_path))
     assert [machine.wait(240) for machine in machines] == [0, 0]
     status = json.loads((folder / "status.json").read_text())

@@ -1,4 +1,4 @@
-"""Workers that share a sweep through its folder, some of which are killed."""
+"""Workers share a sweep through leases in its folder, and continue the jobs of killed ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sweeps.lease import FOLDER, Leases, live
 from sweeps.plan import Recipe, SweepPlan
 from sweeps.pool import Pool
 from sweeps.process import Job
-from sweeps.work import SweepWorker
+from sweeps.work import SweepWorker, main
 from tests.integration import helpers
-from tests.integration.helpers import ROOT, overrides, rows, train_here, typed
-from tests.sweeps.typed import execute, plan, states, wait_until
+from tests.integration.helpers import ROOT, rows, train_here, typed
+from tests.sweeps.typed import command, execute, job_folders, job_states, wait_until
 
-# In place of a run: it writes its end once only, or fails if its seed is 13.
+# Replaces a run: it writes its summary exclusively, or fails if its seed is 13.
 STUB = """
 import json, os, sys, time
 if "-m" in sys.argv:
@@ -40,7 +40,7 @@ with open(f"{folder}/begun", "a") as begun:
     begun.write("x")
 if os.path.exists(f"{folder}/summary.json"):
     open(f"{folder}/ended", "a").close()
-    sys.exit()  # its worker was killed before it could note that; a run finds so itself
+    sys.exit()  # finished, but its worker was killed before it could write the status
 time.sleep(float(os.environ["STUB_SECONDS"]))
 if values["seed"] == "13" and "FAIL" in os.environ:
     sys.exit("error: unlucky")
@@ -51,18 +51,18 @@ open(f"{folder}/ended", "a").close()
 
 
 def stubs(folder: Path, seeds: str, *more: str) -> list[str]:
-    """The command line of a sweep of stubs."""
+    """The command line of a sweep whose jobs are stubs."""
     command = [sys.executable, str(folder.parent / "stub.py"), "-m", f"seed={seeds}"]
     return [*command, "trainer.accelerator=cpu", f"sweep_dir={quoted(str(folder))}", *more]
 
 
 def planned(tmp_path: Path, seeds: str) -> Path:
-    """A sweep of stubs at a path with spaces, planned as any sweep is."""
-    (there := tmp_path / "my programs").mkdir()
-    (there / "stub.py").write_text(STUB)
-    args = stubs(there / "sweep", seeds, "hydra/launcher=plan")
-    assert "python -m sweeps.work sweep" in execute(args, there).stdout
-    return there / "sweep"
+    """The folder of a planned sweep of stubs, at a path with spaces."""
+    (programs := tmp_path / "my programs").mkdir()
+    (programs / "stub.py").write_text(STUB)
+    args = stubs(programs / "sweep", seeds, "hydra/launcher=plan")
+    assert "python -m sweeps.work sweep" in execute(args, programs).stdout
+    return programs / "sweep"
 
 
 # The environment of a worker and its stubs.
@@ -73,12 +73,12 @@ def start(folder: Path, *more: str, real: bool = False, **values: str) -> subpro
     """A worker whose jobs are stubs, or real runs."""
     program = [] if real else ["--program", f"'{folder.parent / 'stub.py'}'"]
     command = [sys.executable, "-m", "sweeps.work", str(folder), *program, *more]
-    own = {**WORKER, **values}
-    return helpers.start(command, folder.parent / "workers.log", cwd=folder.parent, **own)
+    environment = {**WORKER, **values}
+    return helpers.start(command, folder.parent / "workers.log", cwd=folder.parent, **environment)
 
 
-def told_of(folder: Path, *, code: int = 0) -> str:
-    """What ``sweeps.status`` prints."""
+def status_output(folder: Path, *, code: int = 0) -> str:
+    """The output of ``sweeps.status``."""
     command = [sys.executable, "-m", "sweeps.status", str(folder)]
     return execute(command, folder, code=code).stdout
 
@@ -90,42 +90,41 @@ def log_of(folder: Path) -> str:
 @pytest.mark.slow
 def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     folder = planned(tmp_path, "range(10,20)")
-    assert "10 jobs: 10 pending" in told_of(folder, code=2)
+    assert "10 jobs: 10 pending" in status_output(folder, code=2)
     workers = [start(folder, "--n-jobs=2", "--stale=4", FAIL="1") for _ in range(2)]
     for worker in workers:
         assert worker.wait(240) == 0, log_of(folder)
     begun = {job.parent.name: job.read_text() for job in folder.glob("*/begun")}
     assert begun == {f"seed-{i}": "x" for i in range(10, 20)}
-    assert sorted(states(folder).values()) == ["done"] * 9 + ["failed"]
-    told = told_of(folder, code=1)
-    assert "10 jobs: 9 done, 1 failed" in told and "error: unlucky" in told
+    assert sorted(job_states(folder).values()) == ["done"] * 9 + ["failed"]
+    output = status_output(folder, code=1)
+    assert "10 jobs: 9 done, 1 failed" in output and "error: unlucky" in output
     assert "9 of 10 jobs done" in log_of(folder)
     assert set(log_of(folder).split()) & {"started", "done", "failed"}
-    # A failed job stays failed until its sweep is planned again so.
+    # A failed job stays failed until the sweep is planned with sweep.retry_failed=true.
     assert start(folder, FAIL="1").wait(240) == 0
     assert {job.read_text() for job in folder.glob("*/begun")} == {"x"}
     again = stubs(folder, "range(10,20)", "hydra/launcher=plan", "sweep.retry_failed=true")
     assert "9 done before" in execute(again, tmp_path).stdout
     assert start(folder).wait(240) == 0
-    assert set(states(folder).values()) == {"done"} and told_of(folder)
+    assert set(job_states(folder).values()) == {"done"} and status_output(folder)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path) -> None:
+def test_another_worker_continues_the_jobs_of_a_stopped_one(tmp_path: Path) -> None:
     folder = planned(tmp_path, "0,1,2")
     first = start(folder, "--n-jobs=1", STUB_SECONDS="60")
     wait_until(lambda: list(folder.glob("*/begun")))
-    told = told_of(folder, code=2)
-    assert "1 running" in told and f"{os.uname().nodename}-{first.pid}" in told
-    # Another sweep cannot run the jobs meanwhile.
-    other = execute(stubs(folder, "0,1,2"), tmp_path, code=1)
-    assert "Workers are at work" in other.stderr
+    output = status_output(folder, code=2)
+    assert "1 running" in output and f"{os.uname().nodename}-{first.pid}" in output
+    # A sweep cannot run the jobs meanwhile.
+    assert "Workers are at work" in execute(stubs(folder, "0,1,2"), tmp_path, code=1).stderr
     first.send_signal(signal.SIGTERM)
     assert first.wait(240) == 143, log_of(folder)
-    assert sorted(states(folder).values()) == ["interrupted", "pending", "pending"]
-    # At once, before the leases would be stale.
+    assert sorted(job_states(folder).values()) == ["interrupted", "pending", "pending"]
+    # It released its leases, so another worker need not wait until they are stale.
     assert start(folder, "--n-jobs=2").wait(240) == 0
-    assert set(states(folder).values()) == {"done"}
+    assert set(job_states(folder).values()) == {"done"}
     assert sorted(job.read_text() for job in folder.glob("*/begun")) == ["x", "x", "xx"]
 
 
@@ -134,15 +133,15 @@ def recipe_of(processes: int, nodes: int, *, on_cpu: bool, max_steps: int | None
     return Recipe(program="train", options=(), cwd="/", **size)
 
 
-def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -> None:
-    """This worker slept too long, and does not change the status that the other one wrote."""
+def test_a_worker_stops_a_job_that_another_has_taken_over(tmp_path: Path) -> None:
+    """A worker that slept too long loses its lease, and leaves the status of the new owner."""
     recipe = recipe_of(1, 1, on_cpu=True)
-    laid = SweepPlan(tmp_path)
-    for job in laid.add([["seed=0"], ["seed=1"]]):
+    sweep = SweepPlan(tmp_path)
+    for job in sweep.add([["seed=0"], ["seed=1"]]):
         job.recipe = recipe
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
-    worker = SweepWorker(laid, leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(sweep, leases=leases, queue=queue, look_seconds=0)
     sleeps = "trap '' TERM; echo > begun; sleep 600"
     programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
     for name, job in worker.jobs.items():
@@ -153,8 +152,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
 
     def watch(job: Job) -> str | None:
         if (tmp_path / "seed-0" / "begun").exists() and not other.held:
-            (lease,) = (found for found in leases.look().values() if found.job == "seed-0")
-            assert other.take("seed-0", lease)
+            assert other.take("seed-0", leases.look()["seed-0"])
             write_status(tmp_path / "seed-0", ["seed=0"], "running", device="other")
             worker.beat()
         return worker.watch(job)
@@ -166,21 +164,21 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
     status = read_status(tmp_path / "seed-0")
     assert (status["state"], status["device"]) == ("running", "other")
     assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
-    assert not leases.free(leases.look()["seed-0"]), "it is the other's"
+    assert not leases.free(leases.look()["seed-0"]), "the other worker has the lease"
     assert worker.has_jobs
     write_status(tmp_path / "seed-0", ["seed=0"], "failed")
     assert not worker.has_jobs
 
 
-def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
-    laid = SweepPlan(tmp_path)
-    laid.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
-    facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
-    for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True):
+def test_a_worker_takes_only_jobs_that_fit_its_devices(tmp_path: Path) -> None:
+    sweep = SweepPlan(tmp_path)
+    sweep.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
+    sizes = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
+    for job, (n, m, cpu) in zip(sweep.jobs, sizes, strict=True):
         job.recipe = recipe_of(n, m, max_steps=n - 1 or None, on_cpu=cpu)
-    laid.write([])
+    sweep.write([])
     stored = SweepPlan(tmp_path)
-    assert stored.jobs == laid.jobs
+    assert stored.jobs == sweep.jobs
     leases = Leases(tmp_path, owner="a")
     queue = DeviceQueue(gpus=["0", "1"])
     worker = SweepWorker(stored, leases=leases, queue=queue, look_seconds=0)
@@ -188,7 +186,7 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     assert [job.name for job in worker] == ["a-1", "a-3"] == leases.held
 
 
-def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
+def test_invalid_folders_and_options_of_workers_are_refused(tmp_path, capsys):
     folder = planned(tmp_path, "0,1")
     (empty := tmp_path / "empty").mkdir()
     stored = json.loads((folder / "sweep.json").read_text())
@@ -200,7 +198,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         ([str(folder), "--stale=0"], "--stale must be above 0"),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
     ]
-    for name, changed, told in (
+    for name, changed, message in (
         ("cwd", {"cwd": "/not/here"}, "has no such folder"),
         ("own", {"program": "train"}, "run this project's train.py: leave --program out"),
         ("run", None, "does not say how"),
@@ -210,14 +208,15 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         if changed is not None:
             jobs = [{**job, "run": {**job["run"], **changed}} for job in stored["jobs"]]
         (copy / "sweep.json").write_text(json.dumps({**stored, "jobs": jobs}))
-        cases.append(([str(copy), "--program=x"], told))
-    for arguments, told in cases:
-        command = [sys.executable, "-m", "sweeps.work", *arguments]
-        assert told in execute(command, tmp_path, code=1).stderr
+        cases.append(([str(copy), "--program=x"], message))
+    for arguments, message in cases:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+def test_three_workers_do_a_thousand_jobs_though_one_is_killed(tmp_path: Path) -> None:
     began = time.process_time(), time.monotonic()
     folder = planned(tmp_path, "range(1000)")
     assert len(SweepPlan(folder).jobs) == 1000
@@ -228,16 +227,18 @@ def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path)
     wait_until(lambda: len(list(folder.glob("*/ended"))) > 100)
     workers[0].kill()
     assert workers[0].wait() == -signal.SIGKILL
-    held = [job for job in plan(folder).values() if _is_of(job, workers[0].pid, folder)]
-    assert held, "it had begun some"
+    begun_by_killed = [
+        job for job in job_folders(folder).values() if _is_of(job, workers[0].pid, folder)
+    ]
+    assert begun_by_killed
     for worker in workers[1:]:
         assert worker.wait(400) == 0, log_of(folder)
     print(f"worked in {time.monotonic() - began_work:.1f} s")
-    assert set(states(folder).values()) == {"done"}
+    assert set(job_states(folder).values()) == {"done"}
     # No job was lost or finished twice: the stub creates its summary exclusively.
     assert len(list(folder.glob("*/ended"))) == 1000
     twice = {job.parent for job in folder.glob("*/begun") if job.read_text() != "x"}
-    assert twice <= set(held), "only what the killed one had was begun again"
+    assert twice <= set(begun_by_killed), "only jobs of the killed worker run again"
     assert all((folder / ".leases" / f"{job.name}.2").exists() for job in twice)
     assert not list((folder / ".leases").glob("*.3"))
 
@@ -249,14 +250,13 @@ def _is_of(job: Path, pid: int, folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: Path) -> None:
+def test_another_worker_continues_the_run_of_a_killed_one(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     settings = typed(
         "seed=0,1 trainer.max_steps=150 trainer.val_check_interval=150 "
         "callbacks.checkpoints.every_n_steps=10"
     )
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
-    execute([*command, f"sweep_dir={folder}", "hydra/launcher=plan"], tmp_path)
+    execute(command(folder, cache, settings, launcher="plan"), tmp_path)
     options = ("--n-jobs=1", "--stale=6", "--allow", str(cache))
     first = start(folder, *options, real=True)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
@@ -264,29 +264,29 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     first.kill()
     first.wait()
     assert second.wait(300) == 0, log_of(folder)
-    assert set(states(folder).values()) == {"done"}
-    logs = {job.name: (job / "job.log").read_text() for job in plan(folder).values()}
+    assert set(job_states(folder).values()) == {"done"}
+    logs = {job.name: (job / "job.log").read_text() for job in job_folders(folder).values()}
     assert sum("Continuing" in text for text in logs.values()) == 1
     train_here(tmp_path / "alone", cache, {**settings, "seed": 0})
-    assert rows(plan(folder)["seed=0"]) == rows(tmp_path / "alone")
+    assert rows(job_folders(folder)["seed=0"]) == rows(tmp_path / "alone")
 
 
-# Leases: one of all workers that ask for a job gets it, and loses it when it is gone.
+# Leases.
 
 
-def at(folder: Path, owner: str, **values: float) -> Leases:
+def leases_of(folder: Path, owner: str, **values: float) -> Leases:
     return Leases(folder, owner=owner, **values)
 
 
-def grow_old(folder: Path, lease: str, seconds: float) -> None:
+def make_old(folder: Path, lease: str, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(folder / FOLDER / lease, (then, then))
 
 
-def test_one_of_many_gets_it(tmp_path: Path) -> None:
-    """Twenty threads, a hundred jobs, each asking for all at once."""
+def test_only_one_of_many_workers_gets_a_job(tmp_path: Path) -> None:
+    """Twenty threads that each ask for a hundred jobs at the same time."""
     jobs = [f"seed-{i}.5" for i in range(100)]  # names with dots, as values have them
-    workers = [at(tmp_path, str(i)) for i in range(20)]
+    workers = [leases_of(tmp_path, str(i)) for i in range(20)]
     barrier = threading.Barrier(len(workers))
 
     def ask(worker: Leases) -> None:
@@ -304,16 +304,16 @@ def test_one_of_many_gets_it(tmp_path: Path) -> None:
     assert {lease.number for lease in workers[0].look().values()} == {1}
 
 
-def test_a_stale_one_is_taken_over_by_one(tmp_path: Path) -> None:
-    gone, a, b = (at(tmp_path, name, stale_seconds=120) for name in ("gone", "a", "b"))
+def test_a_stale_lease_is_taken_over_by_only_one_worker(tmp_path: Path) -> None:
+    gone, a, b = (leases_of(tmp_path, name, stale_seconds=120) for name in ("gone", "a", "b"))
     assert gone.take("job", None)
     seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
     assert not a.free(seen["a"]) and a.owner(seen["a"]) == "gone"
     (tmp_path / FOLDER / "job.1").write_text("[" * 100_000)
     assert a.owner(seen["a"]) == "", "a damaged lease has no owner"
-    grow_old(tmp_path, "job.1", 119)
+    make_old(tmp_path, "job.1", 119)
     assert not a.free(a.look()["job"])
-    grow_old(tmp_path, "job.1", 121)
+    make_old(tmp_path, "job.1", 121)
     seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
     assert a.free(seen["a"]) and b.free(seen["b"])
     assert a.take("job", seen["a"])
@@ -322,29 +322,29 @@ def test_a_stale_one_is_taken_over_by_one(tmp_path: Path) -> None:
     assert a.look()["job"].number == 2 and a.owner(a.look()["job"]) == "a"
     assert a.beat() == [] and gone.beat() == ["job"] and gone.held == []
     gone.release("job")
-    assert not b.free(b.look()["job"]), "one who has lost it cannot release it"
+    assert not b.free(b.look()["job"]), "a worker that has lost a lease cannot release it"
 
 
-def test_beating_keeps_it_and_letting_go_frees_it_at_once(tmp_path: Path) -> None:
-    a, b = at(tmp_path, "a", stale_seconds=120), at(tmp_path, "b", stale_seconds=120)
+def test_a_heartbeat_keeps_a_lease_and_a_release_frees_it(tmp_path: Path) -> None:
+    a, b = leases_of(tmp_path, "a", stale_seconds=120), leases_of(tmp_path, "b", stale_seconds=120)
     assert a.take("job", None)
-    grow_old(tmp_path, "job.1", 500)
+    make_old(tmp_path, "job.1", 500)
     assert a.beat() == []
     assert not b.free(b.look()["job"])
     a.release("job")
     assert b.free(b.look()["job"]) and b.take("job", b.look()["job"])
 
 
-def test_only_the_file_servers_clock_counts(tmp_path, monkeypatch):
-    a, b = at(tmp_path, "a"), at(tmp_path, "b")
+def test_the_age_of_a_lease_is_by_the_file_servers_clock(tmp_path, monkeypatch):
+    a, b = leases_of(tmp_path, "a"), leases_of(tmp_path, "b")
     assert a.take("job", None)
     monkeypatch.setattr(time, "time", lambda: 4e9)  # a machine whose clock is wrong
     assert abs(b.look()["job"].age) < 60
 
 
-def test_who_is_at_work(tmp_path: Path) -> None:
+def test_live_leases_exclude_released_ones(tmp_path: Path) -> None:
     assert live(tmp_path) == []
-    a = at(tmp_path, "a")
+    a = leases_of(tmp_path, "a")
     assert a.take("one", None) and a.take("two", None)
     a.release("one")
     assert [lease.job for lease in live(tmp_path)] == ["two"]

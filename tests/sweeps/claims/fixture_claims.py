@@ -1,4 +1,4 @@
-"""Claims and observations written by hand, whose verdicts are known."""
+"""Claims and observations with known verdicts, and calls of the claims' command."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sweeps.claims.result import Result, make_result
 
 
 def predict(arm: str, side: str, by: float | None = None, **more: Any) -> dict[str, Any]:
-    """A prediction in a claim's file; None leaves a key out."""
-    given = {"arm": arm, "side": side, "by": by, **more}
-    return {key: value for key, value in given.items() if value is not None}
+    """A prediction as in a claim's file; None leaves a key out."""
+    prediction = {"arm": arm, "side": side, "by": by, **more}
+    return {key: value for key, value in prediction.items() if value is not None}
 
 
 CONTENT: dict[str, Any] = {
@@ -60,7 +60,7 @@ def claim_of(folder: Path, name: str = "mine", **changes: Any) -> Claim:
     return read_claim(name, folder)
 
 
-def own_conf(folder: Path) -> Path:
+def conf_with_own_head(folder: Path) -> Path:
     """A folder of configs with ``mtp=mine``: parallel heads, with two depths."""
     (folder / "mtp").mkdir(parents=True)
     (folder / "mtp" / "mine.yaml").write_text("defaults: [parallel, _self_]\ndepth: 2\n")
@@ -74,12 +74,12 @@ def observed(
     costs: Mapping[str, float] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Arms:
-    """Runs by arm: for every seed the claim's first measure, None for a run without that number, or
-    the state of one that is not done.
+    """Runs by arm and seed.
 
     Args:
         claim: its first measure is observed.
-        values: of seeds 0, 1, ..
+        values: by arm the measure of seeds 0, 1, ..; None for a run without that number, or the
+            state of a run that is not done.
         costs: cost in the claim's ``equal``, by arm; 1,000 by default.
         texts: fingerprints of the evaluation text by arm.
     """
@@ -91,7 +91,7 @@ def observed(
             if isinstance(value, str):
                 arms[arm][seed] = ArmRun(folder=f"{arm}-{seed}", state=value)
                 continue
-            arms[arm][seed] = finished(
+            arms[arm][seed] = finished_run(
                 f"{arm}-{seed}",
                 values={} if value is None else {measure.key: value},
                 costs={claim.equal: (costs or {}).get(arm, 1000.0), "seconds": 60.0},
@@ -100,31 +100,39 @@ def observed(
     return arms
 
 
-def result_of(claim: Claim, values: Mapping[str, Sequence[float | None | str]]) -> Result:
-    """The result of runs with these values, predicted in a commit."""
+def result_of(claim: Claim, values: Mapping[str, Any] | None = None) -> Result:
+    """The result of runs with these values, predicted in a commit. By default the arm ``mtp`` is
+    lower than ``plain`` by 0.05, beyond noise."""
+    values = values or {"plain": PLAIN, "mtp": shifted(-0.05)}
     return make_result(claim, observed(claim, values), BEGAN)
 
 
 def register(
     claim: Claim, runs: Path, folders: Any = None, *, commit: str | None = None
 ) -> Preregistration:
-    """Store that a claim's runs were begun, in these folders by arm and seed."""
+    """Store a claim's preregistration with the folders of its runs by arm and seed."""
     stored = Preregistration(digest=claim.digest, commit=commit, runs=folders or {})
     write_preregistration(stored, claim, runs)
     return stored
 
 
-def moved(by: float, scale: float = 1.0) -> tuple[float, ...]:
-    """PLAIN plus ``by`` and a little noise, seed by seed."""
+def shifted(by: float, scale: float = 1.0) -> tuple[float, ...]:
+    """PLAIN plus ``by`` and a little noise for each seed."""
     return tuple(p + by + scale * e for p, e in zip(PLAIN, NOISE, strict=True))
 
 
-def rights(solved: int, n: int = 8) -> list[float]:
+def exact_matches(solved: int, n: int = 8) -> list[float]:
+    """The final exact match of n seeds, the first ``solved`` of which solve the task."""
     return [0.96] * solved + [0.5] * (n - solved)
 
 
-def run(*arguments: object) -> int:
-    """The command's exit code."""
+def solved_seeds(plain: int, mtp: int) -> dict[str, list[float]]:
+    """The exact matches of both arms of a claim, by how many seeds solve the task."""
+    return {"plain": exact_matches(plain), "mtp": exact_matches(mtp)}
+
+
+def exit_code(*arguments: object) -> int:
+    """Run the claims' command; its exit code."""
     from sweeps.claims.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
@@ -132,15 +140,15 @@ def run(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """The command's output, or its standard error if it fails."""
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Run the claims' command; its output, or its standard error if it fails with ``code``."""
     capsys.readouterr()
-    assert run(*arguments) == code
-    printed = capsys.readouterr()
-    return printed.err if code else printed.out
+    assert exit_code(*arguments) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
 
 
-def root(folder: Path) -> Path:
+def with_pages(folder: Path) -> Path:
     """Write pages with markers into a folder, and return it."""
     (folder / "docs").mkdir()
     for page in (folder / "docs" / "results.md", folder / "README.md"):
@@ -149,13 +157,13 @@ def root(folder: Path) -> Path:
 
 
 def measured_speeds(folder: Path, rows: list[dict[str, Any]], name: str = "", **more: Any) -> None:
-    """Write what ``benchmarks.pretrained_heads`` measures into a checkout's folder."""
+    """Write results of ``benchmarks.pretrained_heads`` into a checkout's folder."""
     file = folder / "benchmarks" / "results" / f"pretrained_heads{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"rows": rows, **more}))
 
 
-def finished(folder: str, **facts: Any) -> ArmRun:
+def finished_run(folder: str, **facts: Any) -> ArmRun:
     """A finished run; ``facts`` replace the usual ones."""
     usual = {"text": "e" * 32, "machine": "Linux x86_64, 2 cores", "commit": "c" * 40}
     usual["ended"] = "2026-11-25T10:00:00+00:00"
@@ -163,9 +171,9 @@ def finished(folder: str, **facts: Any) -> ArmRun:
 
 
 def commit(folder: Path) -> str:
-    """Commit a folder to a new repository in it; returns the commit."""
+    """Make a Git repository in a folder and commit all its files; returns the commit."""
     git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "predict"]):
         subprocess.run([*git, *arguments], check=True)
-    said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    return said.stdout.strip()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return head.stdout.strip()

@@ -1,4 +1,4 @@
-"""The training loss against compute is that of the logged steps, by arm and tokenizer."""
+"""Curves of the training loss against FLOPs, by arm and tokenizer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def logged(folder: Path, losses: dict[int, float], **settings: object) -> Path:
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("steps", [100, 173])
-def test_a_point_is_the_mean_of_its_part(tmp_path: Path, steps: int, every: int) -> None:
-    chance = random.Random(steps)
-    losses = {step: chance.uniform(1, 5) for step in range(every, steps + 1, every)}
+def test_a_point_is_the_mean_loss_of_its_part_of_the_run(tmp_path, steps, every):
+    generator = random.Random(steps)
+    losses = {step: generator.uniform(1, 5) for step in range(every, steps + 1, every)}
     losses[steps] = 3.0
-    found = curve_of(read_run(logged(tmp_path / "run", losses)))
-    assert len(found) == POINTS
-    for i, (flops, mean) in enumerate(found):
+    points = curve_of(read_run(logged(tmp_path / "run", losses)))
+    assert len(points) == POINTS
+    for i, (flops, mean) in enumerate(points):
         assert flops == pytest.approx(3_000_000_000 * (i + 0.5) / POINTS)
         inside = [v for s, v in losses.items() if i / POINTS < s / steps <= (i + 1) / POINTS]
         part = [v for s, v in losses.items() if int((s - 1) / steps * POINTS) == i]
@@ -41,12 +41,12 @@ def test_a_point_is_the_mean_of_its_part(tmp_path: Path, steps: int, every: int)
             assert part == inside
 
 
-def test_a_part_without_a_step_is_no_curve(tmp_path: Path) -> None:
+def test_fewer_logged_steps_than_points_give_no_curve(tmp_path: Path) -> None:
     assert curve_of(read_run(logged(tmp_path / "run", {50: 2.0, 100: 1.0}))) == []
 
 
 @pytest.mark.parametrize("equal", ["flops", "steps"])
-def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
+def test_the_figure_has_a_panel_per_tokenizer(tmp_path: Path, equal: str) -> None:
     arms = {
         "plain": ["mtp=none", "mtp.depth=0"],
         "mtp": ["mtp=sequential"],

@@ -1,4 +1,4 @@
-"""All three verdicts on results made by hand, for values and for shares of seeds that solve."""
+"""The three verdicts on values and on shares of solved seeds, against scipy's tests."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     SOLVED,
     claim_of,
-    moved,
+    exact_matches,
     observed,
     predict,
-    rights,
+    shifted,
 )
 
 
-def one(claim: Claim, values: dict[str, Any], **options: Any) -> Finding:
-    (finding,) = decide(claim, observed(claim, values, **options))
+def finding_of(claim: Claim, mtp: Any, plain: Any = PLAIN, **options: Any) -> Finding:
+    """The finding of a claim's only prediction, from the values of its two arms by seed."""
+    (finding,) = decide(claim, observed(claim, {"plain": plain, "mtp": mtp}, **options))
     return finding
 
 
@@ -50,21 +51,21 @@ def predicting(
 @pytest.mark.parametrize(
     ("by", "scale", "verdict"), [(-0.05, 1.0, HOLDS), (0.05, 1.0, FAILS), (-0.002, 3.0, UNDECIDED)]
 )
-def test_a_paired_difference(tmp_path: Path, by: float, scale: float, verdict: str) -> None:
-    found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": moved(by, scale)})
-    assert found.verdict == verdict and found.test == PAIRED and found.n == 5
-    reference = stats.ttest_rel(moved(by, scale), PLAIN)
+def test_paired_differences_agree_with_scipy(tmp_path, by, scale, verdict):
+    finding = finding_of(predicting(tmp_path), shifted(by, scale))
+    assert finding.verdict == verdict and finding.test == PAIRED and finding.n == 5
+    reference = stats.ttest_rel(shifted(by, scale), PLAIN)
     low, high = reference.confidence_interval(0.95)
-    assert found.p == pytest.approx(reference.pvalue, rel=1e-6)
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
-    assert bool(found.why) == (verdict == UNDECIDED)
+    assert finding.p == pytest.approx(reference.pvalue, rel=1e-6)
+    assert (finding.low, finding.high) == (pytest.approx(low), pytest.approx(high))
+    assert bool(finding.why) == (verdict == UNDECIDED)
 
 
-def test_pairs_are_by_seed_and_not_by_place(tmp_path: Path) -> None:
+def test_pairs_are_matched_by_seed_and_not_by_order(tmp_path: Path) -> None:
     claim = predicting(tmp_path)
-    arms = observed(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
-    turned = {"plain": arms["plain"], "mtp": dict(reversed(arms["mtp"].items()))}
-    assert decide(claim, turned) == decide(claim, arms)
+    arms = observed(claim, {"plain": PLAIN, "mtp": shifted(-0.05)})
+    reversed_arms = {"plain": arms["plain"], "mtp": dict(reversed(arms["mtp"].items()))}
+    assert decide(claim, reversed_arms) == decide(claim, arms)
 
 
 @pytest.mark.parametrize(
@@ -81,24 +82,24 @@ def test_pairs_are_by_seed_and_not_by_place(tmp_path: Path) -> None:
         ("within", 0.02, -0.05, FAILS),
     ],
 )
-def test_thresholds(tmp_path: Path, side: str, by: float, effect: float, verdict: str) -> None:
-    found = one(predicting(tmp_path, side=side, by=by), {"plain": PLAIN, "mtp": moved(effect)})
-    assert found.verdict == verdict
-    # The interval and the test say the same.
+def test_verdicts_at_thresholds_agree_with_the_interval(tmp_path, side, by, effect, verdict):
+    finding = finding_of(predicting(tmp_path, side=side, by=by), shifted(effect))
+    assert finding.verdict == verdict
+    # The interval agrees with the test.
     ends = (-by, by) if side == "within" else (by, by)
-    straddles = any(found.low < end < found.high for end in ends)
+    straddles = any(finding.low < end < finding.high for end in ends)
     assert straddles == (verdict == UNDECIDED)
 
 
-def test_an_arm_alone_against_a_threshold(tmp_path: Path) -> None:
+def test_an_arm_alone_is_tested_against_a_threshold(tmp_path: Path) -> None:
     claim = predicting(tmp_path, against=None, side="above", by=0.85)
     rates = (0.90, 0.93, 0.91, 0.88, 0.92)
-    found = one(claim, {"plain": PLAIN, "mtp": rates})
-    assert found.verdict == HOLDS and found.test == ALONE
-    assert found.p == pytest.approx(stats.ttest_1samp(rates, 0.85).pvalue, rel=1e-6)
-    low = one(claim, {"plain": PLAIN, "mtp": tuple(r - 0.3 for r in rates)})
+    finding = finding_of(claim, rates)
+    assert finding.verdict == HOLDS and finding.test == ALONE
+    assert finding.p == pytest.approx(stats.ttest_1samp(rates, 0.85).pvalue, rel=1e-6)
+    low = finding_of(claim, tuple(r - 0.3 for r in rates))
     assert low.verdict == FAILS
-    assert one(claim, {"plain": PLAIN, "mtp": (0.9, 0.8, 0.86, 0.83, 0.88)}).verdict == UNDECIDED
+    assert finding_of(claim, (0.9, 0.8, 0.86, 0.83, 0.88)).verdict == UNDECIDED
 
 
 def solving(folder: Path, side: str = "above", **prediction: Any) -> Claim:
@@ -108,40 +109,41 @@ def solving(folder: Path, side: str = "above", **prediction: Any) -> Claim:
 @pytest.mark.parametrize(
     ("plain", "mtp", "verdict"), [(0, 7, HOLDS), (7, 0, FAILS), (2, 4, UNDECIDED)]
 )
-def test_shares_of_seeds_that_solve(tmp_path: Path, plain: int, mtp: int, verdict: str) -> None:
-    found = one(solving(tmp_path), {"plain": rights(plain), "mtp": rights(mtp)})
-    assert found.verdict == verdict and found.test == FISHER
+def test_shares_of_seeds_agree_with_scipys_fisher_test(tmp_path, plain, mtp, verdict):
+    finding = finding_of(solving(tmp_path), exact_matches(mtp), exact_matches(plain))
+    assert finding.verdict == verdict and finding.test == FISHER
     table = [[mtp, 8 - mtp], [plain, 8 - plain]]
-    assert found.p == pytest.approx(stats.fisher_exact(table).pvalue)
-    assert found.effect == pytest.approx((mtp - plain) / 8)
-    for share, count in ((found.own, mtp), (found.other, plain)):
+    assert finding.p == pytest.approx(stats.fisher_exact(table).pvalue)
+    assert finding.effect == pytest.approx((mtp - plain) / 8)
+    for share, count in ((finding.own, mtp), (finding.other, plain)):
         exact = stats.binomtest(count, 8).proportion_ci(0.95, "exact")
         assert (share.low, share.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
 
 @pytest.mark.parametrize(("solved", "verdict"), [(0, HOLDS), (8, FAILS), (3, UNDECIDED)])
-def test_a_share_alone(tmp_path: Path, solved: int, verdict: str) -> None:
+def test_one_share_is_tested_against_a_threshold(tmp_path: Path, solved: int, verdict: str) -> None:
     claim = solving(tmp_path, against=None, side="below", by=0.5)
-    found = one(claim, {"plain": rights(0), "mtp": rights(solved)})
-    assert found.verdict == verdict and found.test == BINOMIAL
-    assert (found.low < 0.5 < found.high) == (verdict == UNDECIDED)
+    finding = finding_of(claim, exact_matches(solved), exact_matches(0))
+    assert finding.verdict == verdict and finding.test == BINOMIAL
+    assert (finding.low < 0.5 < finding.high) == (verdict == UNDECIDED)
 
 
 @pytest.mark.parametrize("count", range(9))
 @pytest.mark.parametrize("by", [0.05, 0.3, 0.5, 0.85])
 def test_the_binomials_p_agrees_with_clopper_and_pearson(tmp_path, count, by):
     claim = solving(tmp_path, against=None, side="below", by=by)
-    found = one(claim, {"plain": rights(0), "mtp": rights(count)})
+    finding = finding_of(claim, exact_matches(count), exact_matches(0))
     for level in (0.8, 0.95, 0.99):
         ends = stats.binomtest(count, 8).proportion_ci(level, "exact")
-        assert (ends.low <= by <= ends.high) == (found.p >= 1 - level)
+        assert (ends.low <= by <= ends.high) == (finding.p >= 1 - level)
 
 
-def test_holm_is_over_the_claims_predictions(tmp_path: Path) -> None:
+def test_holms_correction_is_over_the_predictions_of_a_claim(tmp_path: Path) -> None:
     arms = {"plain": [], "mtp": ["mtp_lambda=1"], "b": ["mtp_lambda=2"], "c": ["mtp_lambda=3"]}
     pairs = [predict(a, "below", against="plain") for a in ("mtp", "b", "c")]
     claim = claim_of(tmp_path, arms=arms, predictions=pairs)
-    values = {"plain": PLAIN, "mtp": moved(-0.05), "b": moved(-0.012, 2.8), "c": moved(0.0, 2.0)}
+    values = {"plain": PLAIN, "mtp": shifted(-0.05)}
+    values |= {"b": shifted(-0.012, 2.8), "c": shifted(0.0, 2.0)}
     first, second, third = decide(claim, observed(claim, values))
     assert None not in (first.p, second.p, third.p)
     assert first.adjusted == pytest.approx(3 * first.p)
@@ -154,59 +156,57 @@ def test_holm_is_over_the_claims_predictions(tmp_path: Path) -> None:
     assert decide(claim, observed(claim, less))[1].adjusted == pytest.approx(second.adjusted)
 
 
-def test_too_few_pairs(tmp_path: Path) -> None:
-    waiting = [*moved(-0.05)[:2], "running", "missing", "missing"]
-    found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": waiting})
-    assert found.verdict == UNDECIDED and found.n == 2
-    assert found.why == "n = 2 is below the claim's minimum of 3"
-    assert found.effect is not None and found.low is not None, "the numbers are shown"
-    nothing = one(predicting(tmp_path), {"plain": PLAIN, "mtp": ["missing"] * 5})
+def test_fewer_seeds_than_the_minimum_are_undecided(tmp_path: Path) -> None:
+    waiting = [*shifted(-0.05)[:2], "running", "missing", "missing"]
+    finding = finding_of(predicting(tmp_path), waiting)
+    assert finding.verdict == UNDECIDED and finding.n == 2
+    assert finding.why == "n = 2 is below the claim's minimum of 3"
+    assert finding.effect is not None and finding.low is not None
+    nothing = finding_of(predicting(tmp_path), ["missing"] * 5)
     assert nothing.verdict == UNDECIDED and nothing.effect is None
-    single = one(predicting(tmp_path), {"plain": PLAIN, "mtp": [1.9, *["missing"] * 4]})
+    single = finding_of(predicting(tmp_path), [1.9, *["missing"] * 4])
     assert single.low is None and single.verdict == UNDECIDED
 
 
-def test_a_prefix_of_seeds_is_enough_where_the_claim_says_so(tmp_path: Path) -> None:
-    waiting = [*moved(-0.05)[:4], "running"]
-    found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": waiting})
-    assert found.verdict == HOLDS and found.n == 4
+def test_seeds_above_the_minimum_can_decide_before_all_are_done(tmp_path: Path) -> None:
+    finding = finding_of(predicting(tmp_path), [*shifted(-0.05)[:4], "running"])
+    assert finding.verdict == HOLDS and finding.n == 4
 
 
 @pytest.mark.parametrize("bad", ["failed", None])
-def test_no_seed_is_dropped(tmp_path: Path, bad: str | None) -> None:
-    found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], bad]})
-    assert found.verdict == UNDECIDED and "seed 4" in found.why
-    shares = one(solving(tmp_path), {"plain": rights(0), "mtp": [*rights(7, 7), bad]})
+def test_a_failed_seed_leaves_the_verdict_undecided(tmp_path: Path, bad: str | None) -> None:
+    finding = finding_of(predicting(tmp_path), [*shifted(-0.05)[:4], bad])
+    assert finding.verdict == UNDECIDED and "seed 4" in finding.why
+    shares = finding_of(solving(tmp_path), [*exact_matches(7, 7), bad], exact_matches(0))
     assert shares.verdict == UNDECIDED
 
 
 def test_other_texts_and_unequal_costs_are_not_compared(tmp_path: Path) -> None:
-    values = {"plain": PLAIN, "mtp": moved(-0.05)}
-    claim = predicting(tmp_path)
-    assert "different texts" in one(claim, values, texts={"mtp": "f" * 32}).why
-    assert "5.0% in steps" in one(claim, values, costs={"mtp": 1050.0}).why
+    claim, mtp = predicting(tmp_path), shifted(-0.05)
+    assert "different texts" in finding_of(claim, mtp, texts={"mtp": "f" * 32}).why
+    assert "5.0% in steps" in finding_of(claim, mtp, costs={"mtp": 1050.0}).why
     claim = predicting(tmp_path, equal="flops")
-    assert one(claim, values, costs={"mtp": 1010.0}).verdict == HOLDS
-    assert one(claim, values, costs={"mtp": 1050.0}).verdict == UNDECIDED
+    assert finding_of(claim, mtp, costs={"mtp": 1010.0}).verdict == HOLDS
+    assert finding_of(claim, mtp, costs={"mtp": 1050.0}).verdict == UNDECIDED
 
 
-def test_what_is_the_same_at_every_seed_has_no_test(tmp_path: Path) -> None:
-    found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": PLAIN})
-    assert found.verdict == UNDECIDED and "no variance to test" in found.why
+def test_a_difference_equal_at_every_seed_has_no_test(tmp_path: Path) -> None:
+    finding = finding_of(predicting(tmp_path), PLAIN)
+    assert finding.verdict == UNDECIDED and "no variance to test" in finding.why
 
 
-def test_a_claim_is_all_of_its_predictions() -> None:
+def test_a_claim_holds_if_all_its_predictions_hold() -> None:
     assert overall([HOLDS, HOLDS]) == HOLDS
     assert overall([HOLDS, UNDECIDED]) == UNDECIDED
     assert overall([HOLDS, UNDECIDED, FAILS]) == FAILS
 
 
-def test_a_prediction_that_waits_for_seeds_weakens_no_other_when_they_come(tmp_path: Path) -> None:
-    """Its p-value so far does not count in Holm's correction, and is larger later."""
+def test_predictions_waiting_for_seeds_count_fully_in_holms_correction(tmp_path: Path) -> None:
+    """Otherwise their later, larger p-values could weaken the verdicts of other predictions."""
     predictions = [predict(arm, "below", against="plain") for arm in ("mtp", "few")]
     arms = {"plain": ["mtp=none"], "mtp": ["mtp=sequential"], "few": ["mtp=linear"]}
     claim = claim_of(tmp_path, arms=arms, predictions=predictions, minimum=5)
-    values = {"plain": PLAIN, "mtp": moved(-0.0035), "few": moved(-0.05)[:3]}
+    values = {"plain": PLAIN, "mtp": shifted(-0.0035), "few": shifted(-0.05)[:3]}
     first, waiting = decide(claim, observed(claim, values))
     assert waiting.why.startswith("n = 3") and waiting.p is not None and waiting.p < 0.002
     assert first.p is not None and first.adjusted == pytest.approx(min(1.0, 2 * first.p))

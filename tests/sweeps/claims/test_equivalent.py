@@ -1,4 +1,4 @@
-"""Claims about compute-equivalent gains, and arms that branch from others."""
+"""Claims about compute-equivalent gains, and arms that start from runs of other arms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.result import make_result
 from sweeps.claims.reuse import shared_runs
 from sweeps.claims.run import _Ready, _with_parents
-from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished, predict
+from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished_run, predict
 
 TAG = "val/bits_per_byte"
 PLAIN = {"short": 0.5, "middle": 1.0, "long": 2.0}
@@ -35,13 +35,13 @@ def gain_claim(folder: Path, predictions: list[dict[str, Any]], **changes: Any) 
         "heads": ["mtp=sequential"],
         "large": ["mtp=sequential", "model.n_layers=3"],
     }
-    given = {"arms": arms, "measure": GAIN, "predictions": predictions, "equal": "nothing"}
-    return claim_of(folder, **{**given, **changes})
+    content = {"arms": arms, "measure": GAIN, "predictions": predictions, "equal": "nothing"}
+    return claim_of(folder, **{**content, **changes})
 
 
 def run(flops: float, loss: float, *, steps: float) -> ArmRun:
     costs = {"flops": flops, "step": steps, "seconds": 1.0}
-    return finished("x", values={TAG: loss}, costs=costs)
+    return finished_run("x", values={TAG: loss}, costs=costs)
 
 
 def law(flops: float, seed: int) -> float:
@@ -49,7 +49,8 @@ def law(flops: float, seed: int) -> float:
 
 
 def arms_of(effects: dict[str, list[float]], price: float = 0.8) -> Arms:
-    """Plain runs by :func:`law`, and arms whose steps are worth so many plain steps, by seed."""
+    """Plain runs by :func:`law`, and arms. ``effects`` has by seed how many plain steps one of an
+    arm's steps is worth."""
     seeds = range(len(next(iter(effects.values()))))
     plain = {
         name: {s: run(length, law(length, s), steps=100 * length) for s in seeds}
@@ -75,9 +76,9 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     ]
     claim = gain_claim(tmp_path, predictions)
     effects = {"heads": list(NOISE), "large": [1.3 * n**2 for n in NOISE]}
-    found = decide(claim, arms_of(effects))
-    assert [f.verdict for f in found] == [HOLDS, HOLDS, FAILS, HOLDS]
-    gain, effect, _, ratio = found
+    findings = decide(claim, arms_of(effects))
+    assert [f.verdict for f in findings] == [HOLDS, HOLDS, FAILS, HOLDS]
+    gain, effect, _, ratio = findings
     mean = math.exp(math.fsum(map(math.log, NOISE)) / 5)
     # A curve of three points is accurate to one percent.
     assert gain.effect == pytest.approx(0.8 * mean, rel=0.01)
@@ -91,43 +92,41 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     assert math.log(gain.high / gain.low) == pytest.approx(width, rel=0.05)
 
 
-def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
+def test_an_arm_of_another_size_has_its_own_plain_curve(tmp_path):
     wide = {f"wide_{name}": length for name, length in PLAIN.items()}
     grows = [predict("large", "above", 1, against="heads")]
     arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
     arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
-    own = {**GAIN, "own_curves": {"large": list(wide)}}
-    claim = gain_claim(tmp_path, grows, arms=arms, measure=own)
-    found = dict(arms_of({"heads": list(NOISE)}))
-    del found["trunk"]
+    measure = {**GAIN, "own_curves": {"large": list(wide)}}
+    claim = gain_claim(tmp_path, grows, arms=arms, measure=measure)
+    runs = dict(arms_of({"heads": list(NOISE)}))
+    del runs["trunk"]
     seeds = range(len(NOISE))
     # Each costs three times as much as a small one; a step is worth 1.4 of its plain steps.
     for name, length in wide.items():
-        found[name] = {s: run(3 * length, law(length, s) - 0.5, steps=100 * length) for s in seeds}
-    found["large"] = {
-        s: run(3 / 0.8, law(1.4 * n, s) - 0.5, steps=100) for s, n in enumerate(NOISE)
-    }
-    (ratio,) = decide(claim, found)
+        runs[name] = {s: run(3 * length, law(length, s) - 0.5, steps=100 * length) for s in seeds}
+    runs["large"] = {s: run(3 / 0.8, law(1.4 * n, s) - 0.5, steps=100) for s, n in enumerate(NOISE)}
+    (ratio,) = decide(claim, runs)
     assert ratio.verdict == HOLDS and ratio.effect == pytest.approx(1.4, rel=0.01)
-    result = json.loads(json.dumps(make_result(claim, found, BEGAN)))
+    result = json.loads(json.dumps(make_result(claim, runs, BEGAN)))
     assert result["predictions"][0]["measure"]["own_curves"] == [["large", list(wide)]]
     assert shared_runs(claim, [result])
     with_default = gain_claim(tmp_path / "b", grows, arms=arms)
-    (without,) = decide(with_default, found)
+    (without,) = decide(with_default, runs)
     assert without.why.startswith("large at seed 0: out of range")
 
 
-def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_path):
+def test_a_loss_beyond_the_plain_runs_is_undecided(tmp_path):
     claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
-    (found,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
-    assert found.verdict == UNDECIDED and found.why.startswith("heads at seed 2: out of range")
+    (finding,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
+    assert finding.verdict == UNDECIDED and finding.why.startswith("heads at seed 2: out of range")
     arms = arms_of({"heads": [1.0] * 3, "large": [1.0] * 3})
     missing = {**arms, "short": {s: ArmRun(folder="", state="missing") for s in range(3)}}
-    (found,) = decide(claim, missing)
-    assert found.why == "heads at seed 0: a run of the plain curve is not finished"
+    (finding,) = decide(claim, missing)
+    assert finding.why == "heads at seed 0: a run of the plain curve is not finished"
 
 
-def test_its_numbers_for_people_and_in_the_result(tmp_path):
+def test_gains_have_words_and_their_runs_can_be_shared(tmp_path):
     claim = gain_claim(tmp_path, [predict("large", "above", 1, against="heads")])
     arms = arms_of({"heads": list(NOISE), "large": [1.3 * n for n in NOISE]})
     result = make_result(claim, arms, BEGAN)
@@ -135,13 +134,13 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     assert words.subject(entry) == "large / heads"
     assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"
     assert words.measured(entry).startswith("1.302 × [1.302, ")
-    # A claim that reads the same tag can share these runs, whether it measures a gain or not.
+    # Other claims with the same tag can share these runs, also if they measure no gain.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
     assert shared_runs(plain, [result]).keys() == {"x"}
 
 
 @pytest.mark.parametrize(
-    ("measure", "prediction", "says"),
+    ("measure", "prediction", "message"),
     [
         ({"equivalent": TAG}, {}, "no curve in measure"),
         ({**GAIN, "curve": ["short"]}, {}, "give at least two arms of plain runs"),
@@ -155,46 +154,46 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
         (GAIN, {"by": 0}, "by a number above 0"),
     ],
 )
-def test_what_is_no_gain_is_one_sentence(tmp_path, measure, prediction, says):
-    asked = [{"arm": "heads", "side": "below", "by": 1, **prediction}]
-    with pytest.raises(UserError, match=says):
-        gain_claim(tmp_path, asked, measure=measure)
+def test_invalid_claims_about_gains_are_refused(tmp_path, measure, prediction, message):
+    predictions = [{"arm": "heads", "side": "below", "by": 1, **prediction}]
+    with pytest.raises(UserError, match=message):
+        gain_claim(tmp_path, predictions, measure=measure)
 
 
-def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
+def test_an_arm_branches_from_the_run_of_the_same_seed(tmp_path):
     claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
-    found = jobs(claim, [3, 1], RUNS)
-    trunks = {job.seed: job.name for job in found if job.arm == "trunk"}
-    for job in found:
+    all_jobs = jobs(claim, [3, 1], RUNS)
+    trunks = {job.seed: job.name for job in all_jobs if job.arm == "trunk"}
+    for job in all_jobs:
         branches = job.arm in PLAIN
         assert job.parent == (trunks[job.seed] if branches else None)
         assert (f"branch_from={RUNS / trunks[job.seed]}@9" in job.overrides) == branches
-    # Their names say what they compute, not where.
+    # Names depend on the config and not on the folder.
     elsewhere = jobs(claim, [3, 1], Path("/somewhere/else"))
-    assert [job.name for job in elsewhere] == [job.name for job in found]
-    # A branch waits for its trunk, and nothing waits for a branch.
-    asked = [job for job in found if job.arm in ("trunk", "long")]
-    ready = _Ready(asked)
+    assert [job.name for job in elsewhere] == [job.name for job in all_jobs]
+    # A branch waits for its trunk.
+    chosen = [job for job in all_jobs if job.arm in ("trunk", "long")]
+    ready = _Ready(chosen)
     first = list(ready)
     assert [job.name for job in first] == [trunks[3], trunks[1]]
     assert list(ready) == []
     for ended, begins in ((1, 3), (0, 1)):
         ready.ended(first[ended])
-        assert [job.name for job in ready] == [asked[begins].name]
-    # If a branch's parent is only in a result, the parent runs again for its checkpoints.
-    (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
+        assert [job.name for job in ready] == [chosen[begins].name]
+    # A parent that is only in a stored result runs again, for its checkpoints.
+    (branch,) = [job for job in all_jobs if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)
     assert [(job.arm, job.seed) for job in again] == [("trunk", 1), ("long", 1)]
 
 
-def test_a_branch_of_no_arm_is_one_sentence(tmp_path):
+def test_a_branch_from_a_later_arm_is_refused(tmp_path):
     arms = {"late": ["branch_from=trunk@9"], "trunk": ["mtp=none"]}
     claim = claim_of(tmp_path, arms=arms, predictions=[predict("late", "below", 1)])
     with pytest.raises(UserError, match="branch_from=trunk@9: name an arm that is listed before"):
         jobs(claim, [0], RUNS)
 
 
-def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
+def test_arms_start_from_arms_that_start_from_others(tmp_path):
     arms = {
         "trunk": ["mtp=none", "trainer.max_steps=100"],
         "long": ["mtp=none", "trainer.max_steps=200", "branch_from=trunk@100"],
@@ -207,7 +206,7 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     assert f"init_from={RUNS / long.name}" in heads.overrides
     assert "init_from=runs/somewhere" in other.overrides
     assert jobs(claim, [3], Path("/somewhere/else"))[2].name == heads.name
-    # If no parent's folder is here, all parents run again.
+    # All parents whose folders are missing run again.
     again = _with_parents([heads], [claim], tmp_path)
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
     ready = _Ready(again)
@@ -220,17 +219,18 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
         jobs(claim, [0], RUNS)
 
 
-def test_a_mean_leaves_out_no_seed_beyond_the_curve(tmp_path):
-    """It would be the best one, or the worst."""
+def test_one_seed_beyond_the_curve_leaves_no_mean(tmp_path):
+    """The seed out of range would be the best or the worst, so a mean without it is biased."""
     claim = gain_claim(tmp_path, [predict("heads", "below", 1)], seeds=[0, 1, 2, 3, 4])
-    (found,) = decide(claim, arms_of({"heads": [*NOISE[:4], 3.0]}))
-    assert "out of range" in found.why and found.effect is None and found.p is None
+    (finding,) = decide(claim, arms_of({"heads": [*NOISE[:4], 3.0]}))
+    assert "out of range" in finding.why and finding.effect is None and finding.p is None
 
 
-def test_the_plain_curve_is_of_the_same_text(tmp_path):
+def test_a_plain_curve_on_another_text_is_undecided(tmp_path):
     claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
     arms = arms_of({"heads": list(NOISE)})
     for name in PLAIN:
         arms[name] = {seed: replace(run, text="another") for seed, run in arms[name].items()}
-    (found,) = decide(claim, arms)
-    assert found.verdict == UNDECIDED and found.why == "the arms were evaluated on different texts"
+    (finding,) = decide(claim, arms)
+    why = "the arms were evaluated on different texts"
+    assert (finding.verdict, finding.why) == (UNDECIDED, why)

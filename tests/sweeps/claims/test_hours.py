@@ -1,4 +1,4 @@
-"""Pending runs and their costs, seeds that fit into a time, and seeds that would decide."""
+"""Costs of pending runs, seeds that fit into a time, and seeds that would decide a claim."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tests.sweeps.claims.fixture_claims import (
     SOLVED,
     claim_of,
     observed,
+    output_of,
     predict,
     result_of,
-    rights,
-    root,
-    told,
+    solved_seeds,
+    with_pages,
 )
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
@@ -60,17 +60,17 @@ def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Res
 
 def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, shared=SMALL, minutes=600)
-    took = {s: (m, HERE) for s, m in enumerate((30.0, 60.0, 45.0))}
-    done = {"plain": took | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
+    minutes_here = {s: (m, HERE) for s, m in enumerate((30.0, 60.0, 45.0))}
+    done = {"plain": minutes_here | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
     (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
     assert left.done == 5 and left.seeds == [1, 2, 3, 4]
     costs = [("mtp", 1, 1.5), ("mtp", 2, 1.5), ("mtp", 3, 1.5), ("plain", 4, 0.75), ("mtp", 4, 1.5)]
     assert [(c.arm, c.seed, c.hours) for c in left.costs] == costs
     assert {c.source for c in left.costs} == {MEASURED}
     assert left.hours == 6.75 and left.sources == "5 measured"
-    # If no run has finished on this machine, those of others count, and the table says so.
-    far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
-    (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
+    # Without a run on this machine, runs of other machines count and are marked.
+    elsewhere = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
+    (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, elsewhere)})
     assert left.hours == 8 and left.sources == "8 measured elsewhere"
 
 
@@ -79,11 +79,11 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path, monkeypatch):
     claim = claim_of(tmp_path, shared=SMALL, minutes=600, seeds=[0, 4], minimum=2)
     results = {"mine": finished(claim, {"plain": {0: (100.0, HERE)}})}
     (left,) = pending_of([claim], tmp_path / "runs", results)
-    of = {cost.arm: cost for cost in left.costs if cost.seed == 4}
-    assert of["plain"].source == MEASURED and of["mtp"].source == BY_FLOPS
+    cost_of = {cost.arm: cost for cost in left.costs if cost.seed == 4}
+    assert cost_of["plain"].source == MEASURED and cost_of["mtp"].source == BY_FLOPS
     # 1e12 FLOPs took 100 minutes.
-    assert of["mtp"].hours == pytest.approx(3 * 100 / 60)
-    # Without composing, or without any finished run, the claim's own estimate counts.
+    assert cost_of["mtp"].hours == pytest.approx(3 * 100 / 60)
+    # Without counting FLOPs or without any finished run, the claim's estimate counts.
     (quick,) = pending_of([claim], tmp_path / "runs", results, count_flops=False)
     assert {c.hours for c in quick.costs if c.arm == "mtp"} == {2.5}
     assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
@@ -100,17 +100,17 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
         "next": ["trainer.max_steps=1000", "branch_from=long@800"],
     }
     predictions = [predict("long", "below", 1, against="short")]
-    asked = {"arms": arms, "seeds": [0, 1], "minimum": 2, "predictions": predictions}
-    claim = claim_of(tmp_path, shared=SMALL, **asked)
+    changes = {"arms": arms, "seeds": [0, 1], "minimum": 2, "predictions": predictions}
+    claim = claim_of(tmp_path, shared=SMALL, **changes)
     result = finished(claim, {"short": {0: (100.0, HERE)}})
     (left,) = pending_of([claim], tmp_path / "runs", {"mine": result})
-    of = {cost.arm: cost.hours for cost in left.costs if cost.seed == 1}
+    hours_of = {cost.arm: cost.hours for cost in left.costs if cost.seed == 1}
     # A fifth of 1e12 FLOPs took a fifth of 100 minutes.
-    assert of["short"] == pytest.approx(20 / 60) and of["next"] == pytest.approx(200 / 60)
+    assert (hours_of["short"], hours_of["next"]) == pytest.approx((20 / 60, 200 / 60))
     assert result["minutes"] == 20
 
 
-def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
+def test_estimated_flops_are_those_of_stored_results(tmp_path: Path) -> None:
     """Of results/text_equal_flops.json: 1,736,835,072,000 of plain training, which all arms of
     compare.match=flops get; of results/lambda.json: 2,857,500,672,000 with two depths."""
     arms = {
@@ -120,12 +120,12 @@ def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
     }
     predictions = [predict("plain", "below", 1)]
     claim = claim_of(tmp_path, arms=arms, shared=SMALL, predictions=predictions)
-    found = {job.arm: flops_of(job) for job in jobs(claim, [0], tmp_path)}
-    assert found["plain"] == found["heads"] == pytest.approx(1736835072000, rel=0.01)
-    assert found["deep"] == pytest.approx(2857500672000, rel=0.01)
+    flops = {job.arm: flops_of(job) for job in jobs(claim, [0], tmp_path)}
+    assert flops["plain"] == flops["heads"] == pytest.approx(1736835072000, rel=0.01)
+    assert flops["deep"] == pytest.approx(2857500672000, rel=0.01)
 
 
-def test_flops_are_unknown_where_the_trunk_is_that_of_another_model(tmp_path: Path) -> None:
+def test_flops_are_unknown_for_the_trunk_of_another_model(tmp_path: Path) -> None:
     arms = {"base": ["objective=kl"], "next": ["objective=tv", "init_from=base"]}
     predictions = [predict("next", "below", 1, against="base")]
     shared = ["experiment=smollm2_heads"]
@@ -133,18 +133,19 @@ def test_flops_are_unknown_where_the_trunk_is_that_of_another_model(tmp_path: Pa
     assert [flops_of(job) for job in jobs(claim, [0], tmp_path)] == [None, None]
 
 
-def left(name: str, seeds: int, hours: list[float], claim: Claim) -> Pending:
+def pending(name: str, seeds: int, hours: list[float], claim: Claim) -> Pending:
     costs = [Cost(f"a{i}", s, h, MEASURED) for s in range(seeds) for i, h in enumerate(hours)]
     return Pending(replace(claim, name=name), 0, tuple(costs))
 
 
-def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
+def test_whole_seeds_are_planned_in_the_order_of_the_claims(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    asked = [left("x", 3, [1, 1], claim), left("y", 2, [3, 3], claim), left("z", 2, [0.5], claim)]
+    runs = {"x": (3, [1, 1]), "y": (2, [3, 3]), "z": (2, [0.5])}
+    claims = [pending(name, *of_claim, claim) for name, of_claim in runs.items()]
     assert makespan([1, 1, 1], 2) == 2 and makespan([2, 1, 1], 2) == 2 and makespan([], 2) == 0
 
     def plan(hours: float, cores: int) -> dict[str, list[int]]:
-        return {each.claim.name: seeds for each, seeds in fitting(asked, hours=hours, cores=cores)}
+        return {each.claim.name: seeds for each, seeds in fitting(claims, hours=hours, cores=cores)}
 
     assert plan(6, 1) == {"x": [0, 1, 2]}
     assert plan(6.5, 1) == {"x": [0, 1, 2], "z": [0]}
@@ -154,39 +155,37 @@ def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
     assert plan(6, 2_000_000_000) == plan(6, 100)
 
 
-def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_costs_a_plan_and_a_command(tmp_path, capsys, monkeypatch):
     claims = tmp_path / "claims"
     claim = claim_of(claims, shared=SMALL)
-    took = {arm: {0: (60.0, HERE)} for arm in claim.arms}
-    write_result(finished(claim, took), "mine", tmp_path / "results")
-    where = ["--claims", claims, "--runs", tmp_path / "runs"]
+    minutes = {arm: {0: (60.0, HERE)} for arm in claim.arms}
+    write_result(finished(claim, minutes), "mine", tmp_path / "results")
+    options = ["--claims", claims, "--runs", tmp_path / "runs"]
     # The stored runs have names of another config: this checkout cannot continue them.
-    out = told(capsys, "hours", *where, "--hours", 3, "--cores", 2)
+    out = output_of(capsys, "hours", *options, "--hours", 3, "--cores", 2)
     assert "mine was run with another config" in out and "not one seed fits" in out
     monkeypatch.setattr("sweeps.claims.__main__.left_to_run", lambda *_: [])
-    out = told(capsys, "hours", *where, "--hours", 3, "--cores", 2)
+    out = output_of(capsys, "hours", *options, "--hours", 3, "--cores", 2)
     for line in (r"mine +8 +8\.00  8 measured", r"all +8 +8\.00", r"mine   1 2 3 +3 of 4 +6\.00"):
         assert re.search(f"^{line}$", out, re.MULTILINE), line
-    out = told(capsys, "hours", *where, "--allow", "ours", "--hours", 3, "--cores", 2)
+    out = output_of(capsys, "hours", *options, "--allow", "ours", "--hours", 3, "--cores", 2)
     command = f"python -m sweeps.claims run mine --claims {claims} --allow ours --seeds 1 2 3"
     command += f" --jobs 2 --runs {tmp_path / 'runs'}"
     assert out.splitlines()[-1] == command
-    assert "not one seed fits" in told(capsys, "hours", "mine", *where, "--hours", 0.5)
-    for wrong, says in ((["--hours", 0], "above 0"), (["--hours", 1, "--cores", 0], "at least 1")):
-        assert says in told(capsys, "hours", *where, *wrong, code=1)
-    (line,) = told(capsys, "list", *where).splitlines()[1:]
+    assert "not one seed fits" in output_of(capsys, "hours", "mine", *options, "--hours", 0.5)
+    for wrong, message in (("--hours=0", "above 0"), ("--hours=1 --cores=0", "at least 1")):
+        assert message in output_of(capsys, "hours", *options, *wrong.split(), code=1)
+    (line,) = output_of(capsys, "list", *options).splitlines()[1:]
     assert re.match(r"mine +0/1  undecided +2/10 +8\.0  MTP helps\.$", line), line
 
 
 def entries_of(folder: Path, values: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
-    claim = claim_of(folder, seeds=list(range(20)), **changes)
-    return result_of(claim, values)["predictions"]
+    return result_of(claim_of(folder, seeds=list(range(20)), **changes), values)["predictions"]
 
 
 @pytest.mark.parametrize("by", [0.0, -0.01])
-def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -> None:
-    """By simulation: as many seeds as estimated, drawn repeatedly with the observed effect and
-    noise."""
+def test_the_estimated_seeds_decide_in_four_of_five_simulations(tmp_path: Path, by: float) -> None:
+    """Simulates the estimated number of seeds 200 times with the observed effect and noise."""
     random = np.random.default_rng(0)
     noise = random.normal(size=8)
     noise = (noise - noise.mean()) / noise.std(ddof=1)
@@ -198,7 +197,7 @@ def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -
     assert entry["verdict"] == "undecided"
     (number,) = seeds_needed([entry], 3)
     normal = math.ceil((1.959964 + 0.841621) ** 2 * (deviation / 0.02) ** 2)
-    assert normal < number < normal + 5, "the noise of few seeds is not known well"
+    assert normal < number < normal + 5, "a t test needs a few more seeds than the normal estimate"
     claim = claim_of(tmp_path, predictions=predictions)
     decided = 0
     for _ in range(200):
@@ -208,27 +207,27 @@ def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -
     assert 0.7 < decided / 200 < 0.9
 
 
-def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
+def test_no_seeds_are_estimated_if_decided_failed_or_without_noise(tmp_path: Path) -> None:
     plain = [2.0, 2.1, 2.2]
     noisy = [2.3, 1.9, 2.4]
     for values, changes in (
         ({"plain": plain, "mtp": [1.0, 1.1, 1.21]}, {}),  # decided
         ({"plain": plain, "mtp": [*noisy, "failed"]}, {}),
         ({"plain": [2.0], "mtp": [1.0]}, {}),  # no noise is known
-        ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # a fact
+        ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # equal at every seed
     ):
         assert seeds_needed(entries_of(tmp_path, values, **changes), 3) == [None]
     # Too few seeds: at least the claim's own minimum.
     few = entries_of(tmp_path, {"plain": plain, "mtp": [1.0, 1.101, 1.19]}, minimum=5)
     assert few[0]["why"].startswith("n = 3") and seeds_needed(few, 5) == [5]
     two = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
-    assert seeds_needed(two, 5) == [None], "two seeds do not say how large the noise is"
+    assert seeds_needed(two, 5) == [None], "two seeds are too few to estimate the noise"
 
 
 @pytest.mark.parametrize("deviation", [0.02, 0.035])
-def test_a_few_seeds_are_enough_as_often_as_is_said(tmp_path: Path, deviation: float) -> None:
-    """Where the normal approximation is far off: the smallest number that decides in four of five
-    cases, by simulation."""
+def test_small_estimates_of_seeds_agree_with_simulation(tmp_path: Path, deviation: float) -> None:
+    """Where the normal approximation is far off, the estimate is still the smallest number of seeds
+    that decides in four of five simulated cases."""
     random = np.random.default_rng(1)
     noise = np.array([-1.0, 0.2, 0.8])
     noise = (noise - noise.mean()) / noise.std(ddof=1)
@@ -248,7 +247,6 @@ def test_a_few_seeds_are_enough_as_often_as_is_said(tmp_path: Path, deviation: f
 
 def test_the_correction_for_other_predictions_needs_more_seeds(tmp_path: Path) -> None:
     plain, noisy = [2.0, 2.1, 2.2], [2.3, 1.9, 2.4]
-    # With the correction for the claim's other predictions, more seeds are needed.
     one = [predict("mtp", "below", against="plain")]
     both = [*one, predict("mtp", "above", 0.3, against="plain")]
     values = {"plain": plain, "mtp": noisy}
@@ -258,13 +256,12 @@ def test_the_correction_for_other_predictions_needs_more_seeds(tmp_path: Path) -
     assert max(corrected) > 3 and corrected[0] >= alone
 
 
-def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
+def test_seeds_for_shares_are_estimated_and_on_the_page(tmp_path: Path) -> None:
     claims = tmp_path / "claims"
     more = [predict("mtp", "above", against="plain"), predict("mtp", "above", 0.4)]
     claim = claim_of(claims, measure=SOLVED, minimum=3, predictions=more, seeds=list(range(10)))
-    values = {"plain": rights(3), "mtp": rights(5)}
-    result = result_of(claim, values)
-    n = len(rights(3))
+    result = result_of(claim, solved_seeds(3, 5))
+    n = 8
     p, q = 6 / (n + 2), 4 / (n + 2)
     z = [1.959964 + 0.841621, 2.241403 + 0.841621]
     ps = [entry["p"] for entry in result["predictions"]]
@@ -273,6 +270,6 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     both = enumerate((of_two, of_one))
     expected = [math.ceil(z[ps[i] < ps[1 - i]] ** 2 * each) for i, each in both]
     assert seeds_needed(result["predictions"], 3) == expected
-    write_result(result, "mine", root(tmp_path) / "results")
+    write_result(result, "mine", with_pages(tmp_path) / "results")
     page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]
     assert f"the noise; about {expected[0]} seeds per arm would decide it |" in page

@@ -1,4 +1,4 @@
-"""The independent measurement of the gain runs, and imports nothing of this project."""
+"""results/independent/gain.py measures the gain without code of this project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = {"vocabulary": 17, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "c
 TINY |= {"steps": 60, "warmup": 3, "evaluated": 40}
 
 
-def test_it_is_short_and_imports_no_code_of_this_project() -> None:
+def test_the_script_is_short_and_imports_no_code_of_this_project() -> None:
     source = SCRIPT.read_text()
     assert len(source.splitlines()) < 150
     nodes = list(ast.walk(ast.parse(source)))
@@ -34,8 +34,8 @@ def test_it_is_short_and_imports_no_code_of_this_project() -> None:
 
 
 @pytest.mark.slow
-def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
-    """A text of a periodic source with noise, which every step learns better."""
+def test_the_script_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
+    """On a periodic text with noise."""
     generator = np.random.default_rng(0)
     for split, n in (("train", 20_000), ("val", 2_000)):
         ids = np.arange(n) % 17
@@ -46,8 +46,8 @@ def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
     output = tmp_path / "gain.json"
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--output", str(output), *sizes]
     execute([*command, "--seeds", "1", "2"], code=0)
-    found = json.loads(output.read_text())
-    assert [one["seed"] for one in found["seeds"]] == [1, 2]
+    result = json.loads(output.read_text())
+    assert [of_seed["seed"] for of_seed in result["seeds"]] == [1, 2]
     # FLOPs as this project counts them.
     shape = {"vocab_size": 17, "d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
     trunk = TrunkConfig(**shape, d_ff=24)
@@ -55,13 +55,14 @@ def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
         StepCost(ModelConfig(trunk=trunk, mtp=mtp)).per_token(16)
         for mtp in (NoMTPConfig(), ParallelConfig(depth=1))
     )
-    for one in found["seeds"]:
-        assert one["price"] == pytest.approx(plain / heads, rel=0.001)
-        flops, losses = zip(*one["curve"], strict=True)
+    for of_seed in result["seeds"]:
+        assert of_seed["price"] == pytest.approx(plain / heads, rel=0.001)
+        flops, losses = zip(*of_seed["curve"], strict=True)
         assert flops == pytest.approx(
             [b * 60 * plain * 64 for b in (0.75, 1, 1.4, 2, 2.8)], rel=0.02
         )
         assert losses[-1] < losses[0] < math.log(17)
-        if one["gain"] is not None:
-            assert one["effect"] == pytest.approx(one["gain"] / one["price"])
-            assert flops[0] <= one["gain"] * 60 * 64 * heads * 1.001 and losses[-1] <= one["loss"]
+        if of_seed["gain"] is not None:
+            assert of_seed["effect"] == pytest.approx(of_seed["gain"] / of_seed["price"])
+            assert flops[0] <= of_seed["gain"] * 60 * 64 * heads * 1.001
+            assert losses[-1] <= of_seed["loss"]

@@ -1,4 +1,4 @@
-"""The three questions of the front page, from results alone."""
+"""Answers to the three questions of the front page, from stored results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers, part
 from sweeps.claims.read import read_claim
 from sweeps.report.names import arm_names
-from tests.sweeps.claims.fixture_claims import claim_of, told
+from tests.sweeps.claims.fixture_claims import claim_of, output_of
 
 GAIN = "equivalent_gain_600k"
 
@@ -30,17 +30,20 @@ def result(claim: Claim, predictions: list[dict[str, Any]]) -> dict[str, Any]:
     return {**made, "verdict": "undecided", "predicted_in": "d" * 40, "unfinished": []}
 
 
-def test_what_a_module_is_worth(tmp_path: Path) -> None:
+def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     claim = read_claim(GAIN)
-    found = [
+    predictions = [
         entry("sequential", None, why="sequential at seed 1: out of range: its loss"),
         entry("parallel", 0.8125, n=1),
         entry("top", 0.75, low=0.7, high=0.8, n=5, verdict="holds"),
     ]
     effect = {**entry("top", 1)["measure"], "part": "effect"}
-    found += [{**of, "measure": effect, "effect": 0.9, "low": 0.8, "high": 1.1} for of in found]
+    predictions += [
+        {**prediction, "measure": effect, "effect": 0.9, "low": 0.8, "high": 1.1}
+        for prediction in predictions
+    ]
     small = read_claim("equivalent_gain_200k_long")
-    pairs = [(small, None), (claim, result(claim, found))]
+    pairs = [(small, None), (claim, result(claim, predictions))]
     text = answers(pairs, tmp_path)
     assert "main prediction?** It depends on the head." in text
     assert (
@@ -54,14 +57,14 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     chinese = part(pairs, "README.zh-CN.md", tmp_path)
     assert "| 0.6 M | 增益 | 超出范围（0/5 个种子） | 0.812 ×" in chinese
     assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
-    for verdict, said in (("holds", "Less than it costs"), ("does not hold", "More than")):
-        alike = [{**of, "verdict": verdict} for of in found]
-        assert f"?** {said}" in answers([(claim, result(claim, alike))], tmp_path)
+    for verdict, answer in (("holds", "Less than it costs"), ("does not hold", "More than")):
+        alike = [{**prediction, "verdict": verdict} for prediction in predictions]
+        assert f"?** {answer}" in answers([(claim, result(claim, alike))], tmp_path)
     # A claim that was changed after its runs has no numbers.
-    assert answers([(claim, {**result(claim, found), "digest": "other"})], tmp_path) == ""
+    assert answers([(claim, {**result(claim, predictions), "digest": "other"})], tmp_path) == ""
 
 
-def test_nothing_is_said_without_numbers(tmp_path, capsys):
+def test_without_results_there_is_no_answer(tmp_path, capsys):
     assert answers([(claim_of(tmp_path), None)], tmp_path) == ""
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sweeps.claims.__main__.block", lambda *_, **_options: "\n")
@@ -70,16 +73,16 @@ def test_nothing_is_said_without_numbers(tmp_path, capsys):
 
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
-    there = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "jinja2" else there(name)
+        "importlib.util.find_spec", lambda name: None if name == "jinja2" else find_spec(name)
     )
-    said = told(capsys, "questions", "--root", tmp_path, code=1)
-    assert "a page of claims needs the package jinja2" in said
+    message = output_of(capsys, "questions", "--root", tmp_path, code=1)
+    assert "a page of claims needs the package jinja2" in message
 
 
-def test_what_teaches_to_plan(tmp_path: Path) -> None:
-    """A head is named once, if it is above the plain model or a level, and not if it is below."""
+def test_shares_of_seeds_answer_which_heads_teach_to_plan(tmp_path: Path) -> None:
+    """Heads above the plain model or a level are named once; heads below are not."""
     claim = read_claim("planning_seeds")
 
     def share(count: int, n: int = 20) -> dict[str, Any]:
@@ -88,20 +91,20 @@ def test_what_teaches_to_plan(tmp_path: Path) -> None:
     def solving(arm: str, against: str | None, side: str, n: int = 20, **more: Any) -> Any:
         shares = {"own": share(8, n), "other": None if against is None else share(0, n)}
         measure = {**entry(arm, 0.4)["measure"], "curve": None, "solved": 0.95}
-        given = {"against": against, "side": side, "verdict": "holds", "n": n, "measure": measure}
-        return {**entry(arm, 0.4), **given, **shares, **more}
+        facts = {"against": against, "side": side, "verdict": "holds", "n": n, "measure": measure}
+        return {**entry(arm, 0.4), **facts, **shares, **more}
 
     arms = list(claim.arms)
     plain = next(a for a in arms if "mtp=none" in claim.overrides(a))
     first, second, third = [a for a in arms if a != plain][:3]
-    found = [
+    predictions = [
         solving(first, None, "above"),
         solving(second, plain, "above"),
         solving(second, first, "below"),
         solving(third, second, "above"),
         solving(plain, None, "below"),
     ]
-    made = result(claim, found)
+    made = result(claim, predictions)
     made["arms"] = {a: {"overrides": claim.overrides(a), "seeds": {}} for a in arms}
     text = answers([(claim, made)], tmp_path)
     names = arm_names({a: claim.overrides(a) for a in arms})

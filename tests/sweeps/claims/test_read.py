@@ -1,4 +1,4 @@
-"""Claims' files: valid contents, and the errors for others."""
+"""Files of claims: how valid ones are read, and the errors for others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def predicted(**changes: Any) -> dict[str, Any]:
     return {"predictions": [{**PREDICTION, **changes}]}
 
 
-def test_what_a_file_says(tmp_path: Path) -> None:
-    own = {"tag": "decode/tokens_per_step", "last": 0.5}
+def test_all_keys_of_a_claim_are_read(tmp_path: Path) -> None:
+    speed = {"tag": "decode/tokens_per_step", "last": 0.5}
     predictions = [
         {**PREDICTION, "by": -0.1, "expected": -0.2, "published": "2.1"},
-        predict("mtp", "above", 1, measure=own),
+        predict("mtp", "above", 1, measure=speed),
     ]
     claim = claim_of(tmp_path, predictions=predictions)
     assert claim.name == claim.label == "mine" and claim.scale.seeds == (0, 1, 2, 3, 4)
@@ -37,7 +37,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert second.measure.last == 0.5 and len(claim.measures) == 2
 
 
-def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
+def test_the_gpu_setting_replaces_only_its_own_keys(tmp_path: Path) -> None:
     gpu = {
         "shared": ["experiment=gpu"], "arms": {"mtp": ["mtp=parallel"]}, "seeds": [7, 8],
         "minimum": 2, "minutes": 600,
@@ -54,7 +54,7 @@ def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"treshold": 1}, "the key treshold: known are arms"),
         (predicted(treshold=1), r"the key treshold in predictions\[0\]"),
@@ -86,14 +86,14 @@ def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
         ({"sentence": 3}, "give a text"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_invalid_claims_are_refused_with_their_file(tmp_path, changes, message):
     write_claim(tmp_path, **changes)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_claim("mine", tmp_path)
     assert str(tmp_path / "mine.yaml") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_claim_that_is_not_there_and_one_that_is_no_yaml(tmp_path: Path) -> None:
+def test_missing_claims_and_invalid_yaml_are_refused(tmp_path: Path) -> None:
     write_claim(tmp_path, "yours")
     with pytest.raises(ValueError, match="no claim mine in .*: choose one of yours"):
         read_claim("mine", tmp_path)
@@ -102,7 +102,7 @@ def test_a_claim_that_is_not_there_and_one_that_is_no_yaml(tmp_path: Path) -> No
         read_claim("mine", tmp_path)
 
 
-def test_the_digest_is_of_what_is_said_and_not_of_comments(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content_and_not_on_comments(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     file = tmp_path / "mine.yaml"
     file.write_text("# why\n" + file.read_text())
@@ -111,23 +111,23 @@ def test_the_digest_is_of_what_is_said_and_not_of_comments(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", names())
-def test_the_claims_that_there_are(name: str) -> None:
+def test_the_projects_claims_are_complete_and_readable(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text()
-    assert text.startswith("# "), "the first line says what is asked"
+    assert text.startswith("# "), "the first line is the question"
     claim = read_claim(name)
     assert any(digits in claim.source for digits in ("arXiv", "this project"))
     used = {arm for p in claim.predictions for arm in (p.arm, p.against)} - {None}
     used |= {arm for p in claim.predictions for n in used for arm in p.measure.curve_of(str(n))}
-    for arm in reversed(claim.arms):  # an arm comes after the one that it continues
+    for arm in reversed(claim.arms):  # an arm comes after the arm that it continues
         if arm in used:
             links = [o.partition("=")[2] for o in claim.arms[arm] if "_from=" in o.split(".")[0]]
             used |= {link.split("@")[0] for link in links}
-    assert used == set(claim.arms), "an arm that nothing is predicted of"
+    assert used == set(claim.arms), "an arm without a prediction"
     readable = arm_names({arm: claim.overrides(arm) for arm in claim.arms})
     assert len(set(readable.values())) == len(claim.arms), "two arms have one name"
     for entry in entries(None, claim):
-        said = f"{subject(entry)} {quantity(entry['measure'])}"
-        assert not re.search(r"[=/]\S|\w_\w", said), f"{said} has a raw key"
+        words = f"{subject(entry)} {quantity(entry['measure'])}"
+        assert not re.search(r"[=/]\S|\w_\w", words), f"{words} has a raw key"
 
 
 def test_classes_of_other_packages_are_allowed_by_name(tmp_path, capsys):
@@ -140,5 +140,5 @@ def test_classes_of_other_packages_are_allowed_by_name(tmp_path, capsys):
     for allow in ([], ["--allow", "tests"]):
         with pytest.raises(SystemExit):
             main(["questions", "--claims", str(tmp_path), "--root", str(tmp_path), *allow])
-        said = capsys.readouterr().err
-        assert ("has a result" if allow else "--allow tests") in said
+        message = capsys.readouterr().err
+        assert ("has a result" if allow else "--allow tests") in message

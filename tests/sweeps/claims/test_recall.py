@@ -1,4 +1,4 @@
-"""A claim continues without the folders of its runs, from its committed result."""
+"""Claims continue from committed results, without the folders of their runs."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     SOLVED,
     claim_of,
-    moved,
     observed,
     predict,
     register,
+    shifted,
 )
 from tests.sweeps.fixture_runs import write_run
 
 
-def elsewhere(claim: Claim, runs: Path) -> Result:
-    """Three of five seeds done, one failed and one never begun, with the folders that they have."""
-    values = {"plain": PLAIN[:3], "mtp": moved(-0.05)[:3]}
+def result_of_another_machine(claim: Claim, runs: Path) -> Result:
+    """A result with the folders of three finished seeds, one failed seed and one not begun."""
+    values = {"plain": PLAIN[:3], "mtp": shifted(-0.05)[:3]}
     arms = observed(claim, {arm: [*of, "failed", "missing"] for arm, of in values.items()})
     for job in jobs(claim, range(5), runs):
         arms[job.arm][job.seed].folder = job.name
     return json.loads(json.dumps(make_result(claim, arms, BEGAN)))
 
 
-def test_what_is_done_elsewhere_is_not_run_again(tmp_path: Path) -> None:
+def test_runs_of_the_stored_result_are_not_run_again(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     assert {(job.arm, job.seed) for job in left_to_run(claim, range(5), tmp_path, stored)} == {
         (arm, seed) for arm in claim.arms for seed in (3, 4)
     }
@@ -51,15 +51,15 @@ def test_what_is_done_elsewhere_is_not_run_again(tmp_path: Path) -> None:
 
 def test_another_config_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     stored["arms"]["mtp"]["seeds"]["1"]["folder"] = "of_another_default"
     with pytest.raises(ValueError, match="settings of mtp have changed.*commit cccc"):
         left_to_run(claim, [4], tmp_path, stored)
 
 
-def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
+def test_a_verdict_counts_runs_of_the_stored_result(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     runs = tmp_path / "runs"
     here = {a: {s: f"{a}{s}" for s in (3, 4)} for a in claim.arms}
     for seed in (3, 4):
@@ -79,9 +79,9 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
     assert judge(claim, runs, results) == both
 
 
-def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
+def test_started_and_failed_runs_of_the_stored_result_are_kept(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     observed_here = observed(claim, {"plain": [*["missing"] * 3, "running"], "mtp": []})
     both = with_stored(observed_here, claim, {claim.label: stored})
     assert [seed.state for seed in both["plain"].values()] == [*["done"] * 3, "running", "missing"]
@@ -90,9 +90,9 @@ def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
     assert with_stored(observed_here, changed, {claim.label: stored}) == observed_here
 
 
-def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None:
+def test_a_run_both_here_and_in_the_stored_result_is_one_run(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     stored["arms"]["plain"]["seeds"]["0"]["weights"] = "f" * 64
     here = observed(claim, {"plain": PLAIN[:1], "mtp": []})
     here["plain"][0].folder = stored["arms"]["plain"]["seeds"]["0"]["folder"]
@@ -105,21 +105,20 @@ def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None
 
 def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    stored = elsewhere(claim, tmp_path)
+    stored = result_of_another_machine(claim, tmp_path)
     later = Preregistration(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
     assert beginning(later, claim, stored) == BEGAN
     assert beginning(later, claim, None) == (later.began, later.commit)
 
 
-def of_another(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
-    """A result in ``folder`` of a claim that has the arm ``plain`` under another name, done at
-    seeds 0 to 2."""
+def store_result_of_another_claim(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
+    """Store a result of a claim that has the arm ``plain`` under another name, for three seeds."""
     arms = {"control": claim.arms["plain"], "parallel": ["mtp=parallel"]}
     predictions = [predict("control", "above", against="parallel")]
     other = claim_of(folder / "claims", "other", arms=arms, predictions=predictions, **changes)
-    found = observed(other, {"control": PLAIN[:3], "parallel": []})
+    runs_by_arm = observed(other, {"control": PLAIN[:3], "parallel": []})
     named = {job.seed: job.name for job in jobs(other, range(3), runs) if job.arm == "control"}
-    seeds = {n: replace(seed, folder=named[n]) for n, seed in found["control"].items()}
+    seeds = {n: replace(seed, folder=named[n]) for n, seed in runs_by_arm["control"].items()}
     result = make_result(other, {"control": seeds, "parallel": {}}, BEGAN)
     write_result(result, "other", folder / "results")
 
@@ -128,7 +127,7 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     claim, results = claim_of(tmp_path), tmp_path / "results"
     runs = tmp_path / "runs"
     named = {(job.arm, job.seed): job.name for job in jobs(claim, range(3), runs)}
-    of_another(claim, runs, tmp_path)
+    store_result_of_another_claim(claim, runs, tmp_path)
     shared = set(shared_runs(claim, read_results(results).values()))
     assert shared == {named["plain", seed] for seed in range(3)}
     here = {arm: {seed: named[arm, seed] for seed in range(3)} for arm in claim.arms}
@@ -137,23 +136,22 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     register(claim, runs, here, commit="a" * 40)
     alone, both = judge(claim, runs), judge(claim, runs, results)
     assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)
-    values = both["arms"]["plain"]["seeds"]["1"]["values"]
-    assert values == {"val/bits_per_byte": PLAIN[1]}
+    assert both["arms"]["plain"]["seeds"]["1"]["values"] == {"val/bits_per_byte": PLAIN[1]}
 
 
 @pytest.mark.parametrize("changes", [{"measure": SOLVED}, {"measure": {"tag": "val/loss"}}])
-def test_an_arm_of_which_something_else_was_measured_is_not(tmp_path, changes):
+def test_an_arm_with_another_measure_is_not_shared(tmp_path, changes):
     claim = claim_of(tmp_path)
-    of_another(claim, tmp_path / "runs", tmp_path, **changes)
+    store_result_of_another_claim(claim, tmp_path / "runs", tmp_path, **changes)
     assert shared_runs(claim, read_results(tmp_path / "results").values()) == {}
 
 
-def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shared_runs_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = {"plain": ["mtp=none", "mtp.depth=0"], "again": ["mtp=none", "mtp.depth=0"]}
     predictions = [predict("again", "within", 1, against="plain")]
     claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
     runs = tmp_path / "runs"
-    of_another(claim, runs, tmp_path)
+    store_result_of_another_claim(claim, runs, tmp_path)
     assert run([claim], runs, commits={"mine": "a" * 40}, results=tmp_path / "results") == 0
     assert "Nothing to run" in capsys.readouterr().out
     result = judge(claim, runs, tmp_path / "results")

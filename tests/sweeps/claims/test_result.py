@@ -1,4 +1,4 @@
-"""Results in files: stale ones, unfinished ones, figures, and the pages made of them."""
+"""Results of claims: their files, staleness, figures, pages and replications."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
-from sweeps.claims.claim import is_stale
+from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import MORE_PLANNING, PLANNING, READMES, pages, part, write_pages
-from sweeps.claims.preregistration import write_preregistration
+from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import names, read_claim
 from sweeps.claims.result import judge, make_result, read_result, write_result
 from sweeps.claims.words import beside
@@ -25,31 +25,38 @@ from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     SOLVED,
     claim_of,
+    exact_matches,
     measured_speeds,
-    moved,
     observed,
+    output_of,
     predict,
     register,
     result_of,
-    rights,
-    root,
-    told,
+    shifted,
+    solved_seeds,
+    with_pages,
     write_claim,
 )
-from tests.sweeps.fixture_runs import evaluated, task_run, write_run
+from tests.sweeps.fixture_runs import on_text, task_run, write_run
 
 ENGLISH, CHINESE = READMES
 
 
-def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
+def begin(claim: Claim, runs: Path, *, seeds: int) -> Preregistration:
+    """Preregister the runs p0, p1, .. of the arm ``plain`` and m0, m1, .. of the arm ``mtp``."""
+    folders = {arm: {s: f"{arm[0]}{s}" for s in range(seeds)} for arm in ("plain", "mtp")}
+    return register(claim, runs, folders)
+
+
+def test_the_result_file_has_all_numbers(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
-    result = result_of(claim, {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], "running"]})
+    result = result_of(claim, {"plain": PLAIN, "mtp": [*shifted(-0.05)[:4], "running"]})
     write_result(result, claim.label, tmp_path)
     stored = read_result(claim.label, tmp_path)
     assert stored == json.loads(json.dumps(result))
     assert stored["verdict"] == "holds"
     seeds = stored["arms"]["mtp"]["seeds"]
-    assert [seeds[str(s)]["values"]["val/bits_per_byte"] for s in range(4)] == [*moved(-0.05)[:4]]
+    assert [seeds[str(s)]["values"]["val/bits_per_byte"] for s in range(4)] == [*shifted(-0.05)[:4]]
     assert seeds["4"]["state"] == "running" and seeds["4"]["values"] == {}
     assert stored["unfinished"] == ["mtp: 4 of 5 seeds done, 1 running"]
     assert stored["predicted_in"] == "d" * 40 and stored["digest"] == claim.digest
@@ -62,38 +69,38 @@ def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
 
 def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, measure=SOLVED, minimum=2)
-    arms = observed(claim, {"plain": rights(0, 3), "mtp": rights(3, 3)})
+    arms = observed(claim, {"plain": exact_matches(0, 3), "mtp": exact_matches(3, 3)})
     steps = {"plain": [Wait(100, False)] * 3, "mtp": [Wait(at, True) for at in (10, 20, 30)]}
     with_waits = {
         arm: {s: replace(seed, waits={"val/exact_match": steps[arm][s]}) for s, seed in of.items()}
         for arm, of in arms.items()
     }
     result = make_result(claim, with_waits, BEGAN)
-    found = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
-    assert found["mtp"]["median_steps"] == 20
-    assert found["mtp"]["waiting"] == pytest.approx([2 / 3, 1 / 3, 0])
-    assert found["plain"]["median_steps"] is None and found["plain"]["censored"] == [100] * 3
+    times = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
+    assert times["mtp"]["median_steps"] == 20
+    assert times["mtp"]["waiting"] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert times["plain"]["median_steps"] is None and times["plain"]["censored"] == [100] * 3
 
 
-def test_what_is_read_of_runs(tmp_path: Path) -> None:
-    own = {"tag": "moe/max_violation", "last": 0.5}
-    predictions = [predict("mtp", "below", against="plain"), predict("mtp", "below", measure=own)]
+def test_values_and_states_are_read_from_runs(tmp_path: Path) -> None:
+    violation = {"tag": "moe/max_violation", "last": 0.5}
+    below = predict("mtp", "below", against="plain")
+    predictions = [below, predict("mtp", "below", measure=violation)]
     claim = claim_of(tmp_path, predictions=predictions)
     runs = tmp_path / "runs"
     for seed, bits in enumerate(PLAIN):
-        write_run(runs / f"p{seed}", {"seed": seed}, loss=2 * bits, summary=evaluated("a" * 32))
+        write_run(runs / f"p{seed}", {"seed": seed}, loss=2 * bits, summary=on_text("a" * 32))
         write_run(runs / f"m{seed}", {"seed": seed}, loss=2 * bits - 0.1 - seed / 1000)
         lines = ["step,moe/max_violation", "5,9.0", "11,1.0", "20,2.0", "21,"]
         (runs / f"m{seed}" / "metrics.csv").write_text("\n".join(lines) + "\n")
-    folders = {a: {s: f"{a[0]}{s}" for s in range(5)} for a in ("plain", "mtp")}
-    preregistration = register(claim, runs, folders)
+    preregistration = begin(claim, runs, seeds=5)
     result = judge(claim, runs)
     values = result["arms"]["mtp"]["seeds"]["3"]["values"]
     assert values["val/bits_per_byte"] == pytest.approx(PLAIN[3] - 0.0515)
     assert values["moe/max_violation, last 0.5"] == 1.5, "of steps 11 to 20"
     assert "different texts" in result["predictions"][0]["why"]
     assert "no moe/max_violation at seed 0" not in result["predictions"][1]["why"]
-    # An extra seed that was ever started counts; a planned one that was not is shown.
+    # Seeds that were started count even if they were not planned; missing planned ones are shown.
     write_run(runs / "p9", {"seed": 9}, done=False)
     preregistration.runs["plain"][9] = "p9"
     del preregistration.runs["plain"][0]
@@ -102,24 +109,23 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
 
 
-def test_steps_are_those_that_matching_has_set(tmp_path: Path) -> None:
+def test_steps_set_by_matching_are_compared(tmp_path: Path) -> None:
     claim, runs = claim_of(tmp_path, seeds=[0, 1, 2]), tmp_path / "runs"
     for seed in range(3):
         write_run(runs / f"p{seed}", {"seed": seed}, loss=2.0 + seed)
         fewer = {"step": 7, "compare": {"max_steps": 7}}
         write_run(runs / f"m{seed}", {"seed": seed}, loss=1.0 + seed * 1.1, summary=fewer)
-    register(claim, runs, {a: {s: f"{a[0]}{s}" for s in range(3)} for a in ("plain", "mtp")})
+    begin(claim, runs, seeds=3)
     assert judge(claim, runs)["predictions"][0]["why"] == "the arms differ by 65.0% in steps"
 
 
-def test_solving_is_read_of_runs(tmp_path: Path) -> None:
+def test_times_to_solve_are_read_from_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, measure=SOLVED, seeds=[0, 1], minimum=2)
     runs = tmp_path / "runs"
     for seed in (0, 1):
         task_run(runs / f"p{seed}", {"seed": seed}, rights=(0.4, 0.5))
         task_run(runs / f"m{seed}", {"seed": seed}, rights=(0.4, 0.97))
-    folders = {a: {s: f"{a[0]}{s}" for s in range(2)} for a in ("plain", "mtp")}
-    register(claim, runs, folders)
+    begin(claim, runs, seeds=2)
     result = judge(claim, runs)
     assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
     (entry,) = result["predictions"]
@@ -131,19 +137,19 @@ def test_a_result_whose_claim_was_changed_is_stale(tmp_path, capsys):
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     runs.mkdir()
     claim = claim_of(claims)
-    where = ["--claims", claims, "--root", root(tmp_path)]
+    options = ["--claims", claims, "--root", with_pages(tmp_path)]
     register(claim, runs)
-    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    result = result_of(claim)
     write_result(result, "mine", tmp_path / "results")
     before = (tmp_path / "results" / "mine.json").read_bytes()
-    # The threshold moves to where the result would no longer hold.
+    # With another threshold, the result would no longer hold.
     changed = claim_of(claims, predictions=[predict("mtp", "below", -0.06, against="plain")])
     stored = read_result("mine", tmp_path / "results")
     assert is_stale(stored, changed)
-    said = told(capsys, "verdict", "mine", "--runs", runs, *where, code=1)
-    assert "is stale: it was changed after its runs began" in said
-    told(capsys, "verdict", "--all", "--runs", runs, *where, code=1)
-    assert re.search(r"^mine +0/1  stale", told(capsys, "list", *where), re.MULTILINE)
+    message = output_of(capsys, "verdict", "mine", "--runs", runs, *options, code=1)
+    assert "is stale: it was changed after its runs began" in message
+    output_of(capsys, "verdict", "--all", "--runs", runs, *options, code=1)
+    assert re.search(r"^mine +0/1  stale", output_of(capsys, "list", *options), re.MULTILINE)
     assert (tmp_path / "results" / "mine.json").read_bytes() == before
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "### mine: stale" in page and "changed after these runs began" in page
@@ -151,21 +157,21 @@ def test_a_result_whose_claim_was_changed_is_stale(tmp_path, capsys):
         judge(changed, runs)
 
 
-def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_have_verdicts_numbers_and_commands(tmp_path, capsys):
     claims = tmp_path / "claims"
     gpu = {"seeds": [0, 1], "minimum": 2, "minutes": 900}
     published = [predict("mtp", "below", against="plain", expected=-0.1, published="2.1")]
     claim = claim_of(claims, gpu=gpu, predictions=published)
     write_claim(claims, "other", note="Nobody knows.")
-    where = ["--claims", claims, "--root", root(tmp_path), "--runs", tmp_path / "none"]
-    result = result_of(claim, {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], "failed"]})
+    options = ["--claims", claims, "--root", with_pages(tmp_path), "--runs", tmp_path / "none"]
+    result = result_of(claim, {"plain": PLAIN, "mtp": [*shifted(-0.05)[:4], "failed"]})
     write_result(result, "mine", tmp_path / "results")
-    said = told(capsys, "verdict", "--all", *where)
-    assert "mine: undecided. MTP helps." in said and "other: not run" in said
-    assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in said
+    output = output_of(capsys, "verdict", "--all", *options)
+    assert "mine: undecided. MTP helps." in output and "other: not run" in output
+    assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in output
     page = (tmp_path / "docs" / "results.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "\nold\n" not in page
-    for said_there in (
+    for text in (
         "### mine: undecided",
         "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
         "![mine. 4 to 5 seeds an arm. Bars are 95 % intervals, orange ticks the thresholds; filled "
@@ -182,40 +188,39 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Nobody knows.",
         f"`python -m sweeps.claims run other --claims {claims}`, about 7 minutes on two cores.",
     ):
-        assert said_there in page, said_there
+        assert text in page, text
     readme = (tmp_path / "README.md").read_text()
     row = "| [mine](#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold | 4–5 |"
     assert row in page and "Predicted and not run yet: other." in page
     assert "then run, 0 hold, 0 do not, and 1 is undecided: an" in readme
     assert "1 more is predicted and not run yet" in readme
-    assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
-    assert write_pages(tmp_path, claims) == [], "nothing changes"
+    assert write_pages(tmp_path, claims) == [], "nothing to update"
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines <!-- claims"):
         pages(tmp_path, claims)
 
 
-def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None:
+def test_later_remarks_are_not_part_of_the_prediction(tmp_path: Path) -> None:
     claim = claim_of(tmp_path / "claims")
     write_claim(tmp_path / "claims", "later")
-    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
-    write_result(result, "mine", root(tmp_path) / "results")
+    result = result_of(claim)
+    write_result(result, "mine", with_pages(tmp_path) / "results")
     since = claim_of(tmp_path / "claims", remark="Nobody knew.", superseded_by="later")
     assert since.digest == claim.digest and not is_stale(result, since)
     for readme in READMES:
         shown, left = (part([(one, result)], readme, tmp_path) for one in (claim, since))
-        assert "docs/results.md" in shown and left == shown, "no outcome leaves the count"
+        assert "docs/results.md" in shown and left == shown, "superseded claims still count"
     page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
     assert "**Superseded by later.**" in page and "**Added after the runs:** Nobody knew." in page
     with pytest.raises(ValueError, match="remark"):
         claim_of(tmp_path / "claims", remark=3)
 
 
-def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_claim(tmp_path)
-    where = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
-    for arguments, said in (
+    options = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
+    for arguments, message in (
         (["run", "mine", "--seeds", 1, -1], "--seeds -1: give whole numbers >= 0"),
         (["run", "mine", "--gpu"], "has no gpu setting"),
         (["run", "yours"], "choose one of mine"),
@@ -223,37 +228,38 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         (["verdict"], "needs either names of claims or --all"),
         (["weights", "mine", "--arms", "none"], "--arms none: choose from plain, mtp"),
     ):
-        assert said in told(capsys, *arguments, *where, code=1)
+        assert message in output_of(capsys, *arguments, *options, code=1)
     for action in ("list", "hours", "verdict"):
-        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=1)
-        assert "nowhere is not a folder: check the path" in said
+        message = output_of(capsys, action, "--claims", tmp_path / "nowhere", code=1)
+        assert "nowhere is not a folder: check the path" in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_installed_copy_keeps_results_where_it_is_run(tmp_path, monkeypatch, capsys):
+def test_an_installed_copy_stores_results_in_the_current_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
     shutil.copy(ROOT / "results" / "lambda.json", tmp_path / "results")
     monkeypatch.setattr("sweeps.claims.__main__.ROOT", tmp_path / "site-packages")
     monkeypatch.chdir(tmp_path)
-    said = told(capsys, "verdict", "lambda")
-    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in said
+    output = output_of(capsys, "verdict", "lambda")
+    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in output
     assert (tmp_path / "results" / "lambda.svg").is_file()
     assert not (tmp_path / "site-packages").exists()
 
 
-def test_figures_by_measure(tmp_path: Path) -> None:
-    own = {"tag": "decode/tokens_per_step"}
-    more = [predict("mtp", "within", 0.1, against="plain"), predict("mtp", "above", 1, measure=own)]
-    claim = claim_of(tmp_path, predictions=more)
-    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+def test_every_kind_of_measure_has_its_figure(tmp_path: Path) -> None:
+    speed = {"tag": "decode/tokens_per_step"}
+    within = predict("mtp", "within", 0.1, against="plain")
+    predictions = [within, predict("mtp", "above", 1, measure=speed)]
+    claim = claim_of(tmp_path, predictions=predictions)
+    result = result_of(claim)
     assert [f.name for f in write_figures(result, "mine", tmp_path)] == ["mine.svg"]
     solved = claim_of(tmp_path, measure=SOLVED)
-    result = result_of(solved, {"plain": rights(0), "mtp": rights(7)})
+    result = result_of(solved, solved_seeds(0, 7))
     (file,) = write_figures(result, "mine", tmp_path)
     assert "seeds with more than 95 % right answers" in file.read_text()
-    # The mean of the last half of a run has its own values.
+    # A mean over the last half of a run is drawn as values, not as shares of seeds.
     late = claim_of(tmp_path, measure={**SOLVED, "last": 0.5})
-    result = result_of(late, {"plain": rights(0), "mtp": rights(7)})
+    result = result_of(late, solved_seeds(0, 7))
     (late_file,) = write_figures(result, "late", tmp_path)
     assert "no MTP" in late_file.read_text() and "sequential" in late_file.read_text()
     empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
@@ -273,29 +279,27 @@ def test_a_difference_of_shares_is_in_points(tmp_path: Path) -> None:
     assert words.measured(alone).startswith("44.3 % [") and words.predicted(alone) == "above 40 %"
 
 
-def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
+def test_a_replication_is_compared_with_the_committed_result(tmp_path: Path) -> None:
     claim = claim_of(tmp_path / "claims")
-    committed = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
-    single = [*moved(-0.05)[:1], *["missing"] * 4]
+    committed = result_of(claim)
+    single = [*shifted(-0.05)[:1], *["missing"] * 4]
     same, other, one, none = (
         result_of(claim, {"plain": PLAIN, "mtp": mtp})
-        for mtp in (moved(-0.0501), moved(0.3), single, ["missing"])
+        for mtp in (shifted(-0.0501), shifted(0.3), single, ["missing"])
     )
     (line,) = beside(same, committed)
     for number in (same, committed):
         assert words.measured(number["predictions"][0]) in line
     assert line.startswith("sequential modules − no MTP, loss in bits per byte: here ")
-    # One seed has no interval to compare.
-    for result, words_ in (
+    # A result of one seed has no interval to compare with.
+    for result, outcome in (
         (same, "they agree"), (other, "they do not agree"), (one, "one seed"),
         (one, "not to be compared yet"), (none, "not to be compared yet"),
     ):  # fmt: skip
-        assert words_ in beside(result, committed)[0]
+        assert outcome in beside(result, committed)[0]
     predictions = [predict("mtp", "above", against="plain")]
     solved = claim_of(tmp_path / "claims", measure=SOLVED, predictions=predictions)
-    few, many = (
-        result_of(solved, {"plain": rights(0), "mtp": rights(n)}) for n in (0, len(rights(0)))
-    )
+    few, many = (result_of(solved, solved_seeds(0, n)) for n in (0, 8))
     assert "they do not agree" in beside(few, many)[0] and "they agree" in beside(few, few)[0]
 
 
@@ -303,50 +307,49 @@ def test_the_readme_counts_the_claims_in_every_language(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     for readme in READMES:
         assert part([(claim, None)], readme, tmp_path) == "", "no empty table, no picture"
-    result = result_of(claim, {"plain": PLAIN, "mtp": moved(0.05)})
-    counted = {
+    result = result_of(claim, {"plain": PLAIN, "mtp": shifted(0.05)})
+    sentences = {
         ENGLISH: "Of 1 claims that were predicted and then run, 0 hold, 1 does not, and 0 are",
         CHINESE: "1 个论断中，0 个成立，1 个不成立，0 个未决",
     }
-    for readme, words_ in counted.items():
-        assert words_ in part([(claim, result)], readme, tmp_path)
+    for readme, sentence in sentences.items():
+        assert sentence in part([(claim, result)], readme, tmp_path)
 
 
-def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
-    more = [predict("plain", "below", 0.5), predict("mtp", "above", against="plain")]
-    claim = claim_of(tmp_path, PLANNING, measure=SOLVED, predictions=more)
-    for count, said in (
+def test_the_readme_names_the_heads_that_learned_to_plan(tmp_path: Path) -> None:
+    predictions = [predict("plain", "below", 0.5), predict("mtp", "above", against="plain")]
+    claim = claim_of(tmp_path, PLANNING, measure=SOLVED, predictions=predictions)
+    for count, sentences in (
         (7, ("Some heads do, beyond noise: sequential modules.", "超出噪声：串行模块。")),
         (2, ("No head does, beyond noise.", "没有预测头超出噪声。")),
     ):
-        result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
+        result = result_of(claim, solved_seeds(0, count))
         english, chinese = (part([(claim, result)], one, tmp_path) for one in (ENGLISH, CHINESE))
-        n = len(rights(0))
         assert "\n| no MTP | sequential modules |\n|---|---|\n" in english
-        assert f"\n| 0 of {n} | {count} of {n} |\n" in english
-        assert f"\n| 无 MTP | 串行模块 |\n|---|---|\n| 0/{n} | {count}/{n} |\n" in chinese
-        assert said[0] in english and said[1] in chinese
+        assert f"\n| 0 of 8 | {count} of 8 |\n" in english
+        assert f"\n| 无 MTP | 串行模块 |\n|---|---|\n| 0/8 | {count}/8 |\n" in chinese
+        assert sentences[0] in english and sentences[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
 
 
-def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
-    found = []
+def test_the_readme_joins_the_two_claims_about_planning(tmp_path: Path) -> None:
+    pairs = []
     for name, arm, count in ((PLANNING, "top", 0), (MORE_PLANNING, "bag", 7)):
         arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: [f"mtp={arm}"]}
-        more = [predict(arm, "above", against="plain")]
-        claim = claim_of(tmp_path, name, measure=SOLVED, arms=arms, predictions=more)
-        found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
-    n = len(rights(0))
-    text = part(found, ENGLISH, tmp_path)
+        predictions = [predict(arm, "above", against="plain")]
+        claim = claim_of(tmp_path, name, measure=SOLVED, arms=arms, predictions=predictions)
+        values = {"plain": exact_matches(0), arm: exact_matches(count)}
+        pairs.append((claim, result_of(claim, values)))
+    text = part(pairs, ENGLISH, tmp_path)
     assert "| no MTP | top head | bag head |" in text
-    assert f"| 0 of {n} | 0 of {n} | 7 of {n} |" in text
+    assert "| 0 of 8 | 0 of 8 | 7 of 8 |" in text
     assert "beyond noise: bag head." in text
     # Without numbers of the first claim, the group is not shown.
-    assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH, tmp_path)
+    assert "plan?" not in part([(pairs[0][0], None), pairs[1]], ENGLISH, tmp_path)
 
 
-def test_the_readme_says_how_fast_where_nothing_is_stored_of_the_head(tmp_path: Path) -> None:
+def test_the_readme_shows_speeds_without_facts_about_the_head(tmp_path: Path) -> None:
     row = {"kind": "code", "temperature": 0.0, "tokens": 192, "drafts_1": {"over_plain_cpu": 1.36}}
     measured_speeds(tmp_path, [row], processor="P")
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
@@ -354,15 +357,15 @@ def test_the_readme_says_how_fast_where_nothing_is_stored_of_the_head(tmp_path: 
     assert "| P |  | 1.36 倍 | 3 段，无置信区间 |\n" in chinese
 
 
-def test_the_projects_pages_are_those_of_its_results() -> None:
-    """``python -m sweeps.claims verdict --all`` makes them."""
-    made = pages(ROOT)
-    assert set(made) == {ROOT / page for page in ("docs/results.md", *READMES)}
-    for page, text in made.items():
+def test_the_projects_pages_match_its_results() -> None:
+    """``python -m sweeps.claims verdict --all`` writes them."""
+    texts = pages(ROOT)
+    assert set(texts) == {ROOT / page for page in ("docs/results.md", *READMES)}
+    for page, text in texts.items():
         assert text == page.read_text(encoding="utf-8"), page
 
 
-def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
+def test_every_stored_result_has_its_claim_and_figures() -> None:
     for file in sorted((ROOT / "results").glob("*.json")):
         name, _, setting = file.stem.partition(".")
         assert name in names()

@@ -1,4 +1,4 @@
-"""The final weights of runs: their digests and files."""
+"""Digests and files of the final weights of runs."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def digest(run: Path) -> str:
     return digest_of(weights)
 
 
-def test_the_digest_is_of_names_types_shapes_and_numbers(tmp_path: Path) -> None:
+def test_the_digest_covers_names_types_shapes_and_numbers(tmp_path: Path) -> None:
     by_hand = hashlib.sha256(
         b"a torch.bfloat16 []\n" + bytes([0x60, 0x40])
         + b"b torch.float32 [3, 2]\n" + torch.tensor([0.0, 3, 1, 4, 2, 5]).numpy().tobytes()
     )  # fmt: skip
     assert digest(finish(tmp_path / "run")) == by_hand.hexdigest()
     assert last_weights(tmp_path) is None
-    for name, other in (
+    for name, change in (
         ("number", {"model.a": torch.tensor(3.0, dtype=torch.bfloat16)}),
         ("type", {"model.a": torch.tensor(3.5)}),
         ("shape", {"model.b": torch.arange(6.0).view(2, 3)}),
         ("name", {"model.c": torch.ones(1)}),
     ):
-        assert digest(finish(tmp_path / name, STATE | other)) != by_hand.hexdigest()
-    # Values of other objects than the model do not count.
-    others = STATE | {"balance.x": torch.zeros(3)}
-    assert digest(finish(tmp_path / "else", others)) == by_hand.hexdigest()
+        assert digest(finish(tmp_path / name, STATE | change)) != by_hand.hexdigest()
+    # Tensors outside the model do not count.
+    with_other_objects = STATE | {"balance.x": torch.zeros(3)}
+    assert digest(finish(tmp_path / "else", with_other_objects)) == by_hand.hexdigest()
     (tmp_path / "run" / CHECKPOINTS / LAST).write_bytes(b"cut")
     assert last_weights(tmp_path / "run") is None
 
@@ -62,25 +62,25 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     claim = claim_of(tmp_path / "claims")
     plain, mtp = jobs(claim, [0], tmp_path)[:2]
-    known = digest(finish(tmp_path / plain.name))
+    stored = digest(finish(tmp_path / plain.name))
     finish(tmp_path / mtp.name, {**STATE, "model.tied": STATE["model.b"]})
-    done = ArmRun(folder="x", state="done", weights=known, commit="c" * 40, machine="a machine")
+    done = ArmRun(folder="x", state="done", weights=stored, commit="c" * 40, machine="a machine")
 
     def written(**stored: ArmRun) -> list[str]:
-        of = {arm: {0: seed} for arm, seed in stored.items()}
+        runs = {arm: {0: seed} for arm, seed in stored.items()}
         folder, arms = tmp_path / "to", list(claim.arms)
-        lines, gone = write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
-        assert gone == 2 and all(
+        lines, lost = write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=runs)
+        assert lost == 2 and all(
             "has no weights left: delete the folder" in line for line in lines[2:]
         )
         return lines[:2]
 
     same, unknown = written(plain=done)
-    assert same.endswith(f"plain_seed-0.safetensors: weights {known[:12]}, those of the result")
+    assert same.endswith(f"plain_seed-0.safetensors: weights {stored[:12]}, those of the result")
     assert unknown.endswith("the result has no digest of this run")
     other, _ = written(plain=replace(done, weights="0" * 64))
     assert other.endswith("the result's are 000000000000, made by commit cccccccc on a machine")
-    found = safetensors.load_file(tmp_path / "to" / "plain_seed-0.safetensors")
-    assert set(found) == {"a", "b"} and torch.equal(found["b"], STATE["model.b"])
-    only, gone = write_weights(claim, tmp_path, tmp_path / "to", seeds=[0], arms=["mtp"], stored={})
-    assert len(only) == 1 and "mtp_seed-0" in only[0] and gone == 0
+    tensors = safetensors.load_file(tmp_path / "to" / "plain_seed-0.safetensors")
+    assert set(tensors) == {"a", "b"} and torch.equal(tensors["b"], STATE["model.b"])
+    only, lost = write_weights(claim, tmp_path, tmp_path / "to", seeds=[0], arms=["mtp"], stored={})
+    assert len(only) == 1 and "mtp_seed-0" in only[0] and lost == 0
