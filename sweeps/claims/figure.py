@@ -59,7 +59,7 @@ def digest(result: Result) -> str:
 
 
 def seeds_and_size(result: Result) -> tuple[str, str]:
-    """Numbers of finished seeds an arm and of parameters: ``("4 to 5", "218 k to 384 k")``."""
+    """Numbers of finished seeds per arm and of parameters: ``("4 to 5", "218 k to 384 k")``."""
     by_arm = [
         [run for run in arm["seeds"].values() if run["state"] == "done"]
         for arm in result["arms"].values()
@@ -76,10 +76,10 @@ def _span(texts: Sequence[str]) -> str:
 def caption(result: Result, *, curves: bool = False) -> str:
     """The number of seeds and the size of the models, and how the figure is read."""
     seeds, size = seeds_and_size(result)
-    facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} an arm"
+    facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} per arm"
     facts += f", {size} parameters" if size else ""
     shares = any(e["measure"]["solved"] is not None for e in result["predictions"])
-    details = "" if curves or shares else ", orange ticks the thresholds; filled is decided"
+    details = "" if curves or shares else ", orange ticks the thresholds; filled points are decided"
     return f"{facts}. {'Bands' if curves else 'Bars'} are 95 % intervals{details}."
 
 

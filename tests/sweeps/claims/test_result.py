@@ -174,8 +174,8 @@ def test_the_pages_have_verdicts_numbers_and_commands(tmp_path, capsys):
     for text in (
         "### mine: undecided",
         "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
-        "![mine. 4 to 5 seeds an arm. Bars are 95 % intervals, orange ticks the thresholds; filled "
-        "is decided.](../results/mine.svg)",
+        "![mine. 4 to 5 seeds per arm. Bars are 95 % intervals, orange ticks the thresholds; "
+        "filled points are decided.](../results/mine.svg)",
         "below 0, expected −0.1 | 2.1 | −0.049",
         "paired t, n = 4, p < 0.001 (Holm 1.00)",
         "**undecided**: mtp failed at seed 4, and no seed is dropped",
