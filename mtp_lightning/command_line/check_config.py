@@ -15,7 +15,6 @@ from typing import Any
 from mtp_lightning import parts
 from mtp_lightning.command_line import keys
 from mtp_lightning.command_line.conf_comments import PARTS, groups, value_at
-from mtp_lightning.command_line.hydra_errors import unknown_option
 from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
@@ -45,6 +44,8 @@ def check(
     for override in typed:
         group, _, name = override.lstrip("+").partition("=")
         if name in PARTS and group in groups():
+            from mtp_lightning.command_line.hydra_errors import unknown_option
+
             raise UserError(unknown_option(group, name, [o.name for o in groups()[group]]))
         if override.startswith("+"):
             _require_read(override, config, app)

@@ -65,7 +65,8 @@ def quick(words: list[str], cache: Path) -> list[str]:
     ]
     if (config_dir := "--config-dir") in options:
         at = arguments.index(config_dir)
-        options = [*arguments[at : at + 2], *(o for o in options if o != config_dir)]
+        pair = arguments[at : at + 2]
+        options = [*pair, *(option for option in options if option not in pair)]
     return [*start, *options, *short, *chosen]
 
 
