@@ -202,9 +202,9 @@ def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
 
 def refuse_run_folder(overrides: Iterable[str], remedy: str) -> None:
     """Raises a UserError for an override of a folder that every job has by itself."""
-    own = ("run_dir", "paths.output_dir", "logger.csv.folder", "logger.tensorboard.folder")
+    folders = ("run_dir", "paths.output_dir", "logger.csv.folder", "logger.tensorboard.folder")
     for override in overrides:
-        if key_of(override) in own:
+        if key_of(override) in folders:
             raise UserError(f"{override} is the folder of one run: {remedy}.")
 
 

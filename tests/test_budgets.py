@@ -28,7 +28,7 @@ LINES = {
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_855,
     "mtp_lightning/heads": 906,
-    "mtp_lightning/interop": 5_265,
+    "mtp_lightning/interop": 5_261,
     "mtp_lightning/loggers": 674,
     "mtp_lightning/metrics": 1_035,
     "mtp_lightning/mtp": 3_948,

@@ -42,14 +42,14 @@ def check(
             or a part is missing, or a path is wrong.
     """
     for override in typed:
-        group, _, name = override.lstrip("+").partition("=")
-        if name in PARTS and group in groups():
+        group, _, option = override.lstrip("+").partition("=")
+        if option in PARTS and group in groups():
             from mtp_lightning.command_line.hydra_errors import unknown_option
 
-            raise UserError(unknown_option(group, name, [o.name for o in groups()[group]]))
+            raise UserError(unknown_option(group, option, [o.name for o in groups()[group]]))
         if override.startswith("+"):
             _require_read(override, config, app)
-        if override.lstrip("+").startswith("data.tokenizer="):
+        if group == "data.tokenizer":
             raise UserError(
                 f"{override} does not set the tokenizer: train.py has tokenizer=..., and a trained "
                 "model has its own."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -83,8 +83,6 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
     last = {p.own.removeprefix(prefix): p.parts for p in places if p.own.startswith(prefix)}
     modules: dict[int, dict[str, str]] = {k: {} for k in range(1, config.mtp.depth + 1)}
     copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
-    doubtful: dict[int, list[str]] = {k: [] for k in modules}
-    changed = set()  # depths with a matrix that is surely trained
     for place in places:
         if place.own.startswith("mtp.depths."):
             depth = int(place.own.split(".")[2]) + 1
@@ -94,13 +92,8 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
             for (name, shape), twin in zip(place.parts, twins, strict=True):
                 tensor = parts[name].read() if name in parts else None
                 state = modules[depth][name] = _state(name, tensor, shape, config.trunk)
-                if state == "fresh" and math.prod(shape) < _FEWEST_ALONE:
-                    doubtful[depth].append(name)
-                if state != "trained" or tensor is None or len(shape) < 2:
-                    continue
-                if _can_be_judged(tensor):
-                    changed.add(depth)
-                if twin in parts and equal(tensor, parts[twin].read()):
+                comparable = state == "trained" and len(shape) > 1 and twin in parts
+                if comparable and tensor is not None and equal(tensor, parts[twin].read()):
                     copied_blocks[depth].append(name)
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
@@ -111,13 +104,16 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
             if name in parts and base is not None and not equal(parts[name].read(), base.read()):
                 modules[depth][name] = "different"
+    for states in modules.values():
+        if any(s == "trained" and _can_be_judged(parts[n].shape) for n, s in states.items()):
+            fresh = [name for name, state in states.items() if state == "fresh"]
+            small = [name for name in fresh if math.prod(parts[name].shape) < _FEWEST_ALONE]
+            states |= dict.fromkeys(small, "trained")
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
         matrices = [n for n in block if n in parts and len(parts[n].shape) > 1]
         if names and len(names) == len(matrices):  # a whole block that was never trained
             modules[depth] |= dict.fromkeys(names, "copied")
-    for depth in changed:
-        modules[depth] |= dict.fromkeys(doubtful[depth], "trained")
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 
@@ -147,8 +143,8 @@ def has_initial_size(matrix: Tensor, trunk: TrunkConfig) -> bool:
     return any(abs(std / size - 1) < chance + _ROUNDED for size in usual)
 
 
-def _can_be_judged(matrix: Tensor) -> bool:
-    return min(matrix.shape) >= _FEWEST_ROWS and matrix.numel() >= _FEWEST
+def _can_be_judged(shape: Sequence[int]) -> bool:
+    return len(shape) > 1 and min(shape) >= _FEWEST_ROWS and math.prod(shape) >= _FEWEST
 
 
 def is_fresh(matrix: Tensor) -> bool:
@@ -156,7 +152,7 @@ def is_fresh(matrix: Tensor) -> bool:
     normal or uniform distribution, and the lengths of rows and columns vary no more than chance."""
     rows, columns = matrix.shape
     n = matrix.numel()
-    if not _can_be_judged(matrix):
+    if not _can_be_judged(matrix.shape):
         return False
     square = (matrix - matrix.mean()) ** 2
     variance = square.mean()
