@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
-from data_modules.sources.base import Source
+from data_modules.sources.base import Source, require_unicode
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number
 
@@ -81,7 +81,7 @@ class DocumentSplit:
         """(group, document) of the documents that hold text; datasets have empty rows."""
         for number, (group, document) in enumerate(self.source.grouped()):
             if document:
-                _require_unicode(document, f"document {number} of {self.source.name}")
+                require_unicode(document, f"document {number} of {self.source.name}")
                 yield group, document
 
     @cached_property
@@ -104,19 +104,6 @@ class DocumentSplit:
         order = sorted(hashes)
         # Above the smallest hash and at most the largest, so that neither split is empty.
         return min(max(self.val_fraction, order[1]), order[-1])
-
-
-def _require_unicode(document: str, name: str) -> None:
-    """Refuses a document that cannot be written as UTF-8, as JSON may hold one."""
-    if document.isascii():
-        return
-    try:
-        document.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{name} holds half a character (a lone surrogate, U+{ord(document[error.start]):04X}) "
-            f"at character {error.start}, which is not Unicode text: fix that document"
-        ) from None
 
 
 def cut_point(document: str, fraction: float) -> int:

@@ -18,7 +18,7 @@ from data_modules.token_store import TokenFile, TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset
 from data_modules.window_module import WindowDataModule
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.settings import require_whole
 
 
@@ -212,9 +212,9 @@ class StoreDataModule(WindowDataModule):
         if len(prompts) == n or (fewer and prompts):
             return prompts
         raise UserError(
-            f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "
-            f"{n} were asked for: ask for fewer or shorter ones, or hold out more of "
-            "the text (data.val_fraction; of token files data.held_out)"
+            f"the validation documents hold only {counted(len(prompts), 'prompt')} of {length} "
+            f"tokens, {n} were asked for: ask for fewer or shorter ones, or hold out more of the "
+            "text (data.val_fraction; of token files data.held_out)"
         )
 
 

@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 job``, ``2 jobs``, ``2,000 passes``."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
+
+
 def missing_package(name: str, *, what: str, extra: str | None) -> UserError:
     """The error for an optional package that is not installed.
 

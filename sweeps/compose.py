@@ -94,7 +94,7 @@ def prepare_values(override: Override) -> None:
     try:
         next(override.sweep_string_iterator())
     except (StopIteration, ValueError, HydraException):  # a step of 0, a glob outside of a sweep
-        raise UserError(f"{text} has no values: {remedy}.") from None
+        raise UserError(f"{text} has no values that can be listed: {remedy}.") from None
 
 
 def _as_path(value: Any) -> Any:

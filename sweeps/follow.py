@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+from mtp_lightning.errors import counted
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.display import make_display
 from sweeps.interrupts import interrupts
@@ -61,7 +62,7 @@ def follow(
                     time.sleep(0.1)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt)
-            display.say(f"canceling {len(unfinished)} jobs; those that run save first")
+            display.say(f"canceling {counted(len(unfinished), 'job')}; those that run save first")
             cancel(unfinished)
             deadline = time.monotonic() + grace_seconds
             while unfinished and time.monotonic() < deadline:

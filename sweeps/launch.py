@@ -23,7 +23,7 @@ from mtp_lightning.command_line.conf_comments import groups
 from mtp_lightning.command_line.keys import NEEDS, require_allowed
 from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.command_line.shell import readable_errors, this_program
-from mtp_lightning.errors import UserError, require_package
+from mtp_lightning.errors import UserError, counted, require_package
 from mtp_lightning.run.config import affects_training, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
@@ -183,10 +183,11 @@ def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, *, retry_fail
 
 def _show(folder: Path, jobs: Sequence[Job]) -> None:
     """Print every job of a sweep that is not started."""
-    print(f"{len(jobs)} jobs in {_shown(folder)} pass the checks; none is started (--dry-run):")
+    text = f"{counted(len(jobs), 'job')} in {_shown(folder)}"
+    print(f"{text}: the checks pass, and nothing is started (--dry-run):")
     width = max(len(job.name) for job in jobs)
     for job in jobs:
-        text = f"{job.max_steps} steps" if job.max_steps else "steps by compare.match"
+        text = f"{job.max_steps:,} steps" if job.max_steps else "steps by compare.match"
         if (n := job.processes * job.nodes) > 1:
             text += f", {n} processes"
         if (state := state_of(job.folder)) != "pending":
@@ -221,7 +222,7 @@ def _options(config: DictConfig) -> list[str]:
 
 
 def _say_plan(folder: Path, configs: Configs, todo: Sequence[Job]) -> None:
-    text = f"{len(configs)} jobs in {_shown(folder)}"
+    text = f"{counted(len(configs), 'job')} in {_shown(folder)}"
     pending = set(todo)
     skipped = [job for job in configs if job not in pending]
     for state in ("done", "failed"):
@@ -257,12 +258,12 @@ def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     """Prints that all is well, or every job that is not done with its log; then exits with 1."""
     unfinished = [job for job in jobs if state_of(job.folder) != "done"]
     if not unfinished:
-        print(f"all {len(jobs)} jobs done in {_shown(folder)}", flush=True)
+        print(f"{counted(len(jobs), 'job')} done in {_shown(folder)}", flush=True)
         return
     failed = any(state_of(job.folder) == "failed" for job in unfinished)
     retry = " sweep.retry_failed=true" if failed else ""
     lines = [
-        f"{len(jobs) - len(unfinished)} of {len(jobs)} jobs done in {_shown(folder)}; "
+        f"{len(jobs) - len(unfinished)} of {counted(len(jobs), 'job')} done in {_shown(folder)}; "
         f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
         *(describe_failure(job.folder) for job in unfinished),
     ]

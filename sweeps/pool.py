@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from mtp_lightning.errors import counted
 from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display
@@ -145,7 +146,7 @@ class Pool:
         if reason is not None and not self._memory_reported:
             self._memory_reported = True
             self._display.say(
-                f"At most {len(self._running)} jobs run at once, to fit in memory: {reason}"
+                f"To fit in memory, at most {counted(len(self._running), 'job')} at once: {reason}"
             )
         return reason is None
 
@@ -153,9 +154,7 @@ class Pool:
         """Lets every job save and end; kills them at a second Ctrl-C or when their time is up."""
         if not self._running:
             return
-        count = len(self._running)
-        jobs = "1 job" if count == 1 else f"{count} jobs"
-        self._display.say(f"stopping {jobs} (Ctrl-C again: at once)")
+        self._display.say(f"stopping {counted(len(self._running), 'job')} (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
         while self._running:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.run.status import STATES, describe_failure, read_status
 from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, look_at
@@ -43,7 +43,7 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
             line = f"  {name} on {status['device']}: step {step}{total}{loss_text}"
             running.append(line + _worker(leases, lease))
     summary = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    yield f"{len(plan.jobs)} jobs: {summary or 'none'}"
+    yield f"{counted(len(plan.jobs), 'job')}: {summary or 'none'}"
     yield from running
     for job in plan.jobs:
         if statuses[job.folder]["state"] == "failed":

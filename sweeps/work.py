@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.paths import app
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
@@ -238,7 +238,7 @@ def _say_end(worker: SweepWorker) -> None:
     """Prints the states of all jobs, whoever ran them. Failed jobs do not fail the worker, since
     its launcher might then start it again."""
     states = [state_of(job.folder) for job in worker.jobs.values()]
-    print(f"{states.count('done')} of {len(states)} jobs done", flush=True)
+    print(f"{states.count('done')} of {counted(len(states), 'job')} done", flush=True)
     for job in worker.jobs.values():
         if state_of(job.folder) == "failed":
             print(describe_failure(job.folder), flush=True)

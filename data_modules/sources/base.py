@@ -118,3 +118,16 @@ def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset "
             f"{offset + error.start} ({error.reason}); {remedy}"
         ) from None
+
+
+def require_unicode(document: str, name: str) -> None:
+    """Refuse a document that cannot be written as UTF-8, as JSON may hold one."""
+    if document.isascii():
+        return
+    try:
+        document.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds half a character (a lone surrogate, U+{ord(document[error.start]):04X}) "
+            f"at character {error.start}, which is not Unicode text: fix that document"
+        ) from None

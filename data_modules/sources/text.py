@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import FileSource, decode_utf8
+from data_modules.sources.base import FileSource, decode_utf8, require_unicode
 from data_modules.sources.packed import COMPRESSED, open_plain, parquet_column
 from mtp_lightning.errors import UserError
 
@@ -97,6 +97,8 @@ class TextSource(FileSource):
                         f"{path}, line {number}, has no string under {self.field!r} "
                         f"(it has {kinds or type(row).__name__}): set data.field to a text's name"
                     )
+                if "\\u" in text:
+                    require_unicode(row[self.field], f"{path}, line {number},")
                 yield row[self.field]
 
     def total_bytes(self) -> int | None:

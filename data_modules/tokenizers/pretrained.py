@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from data_modules.tokenizers.library import library_tokenizer, written
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import kept_json, special_token
+
+log = logging.getLogger(__name__)
 
 KNOWN_EOT = (
     "<|endoftext|>",
@@ -116,7 +119,10 @@ class PretrainedTokenizer(Tokenizer):
         first, config_ends = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
         ends = config_ends if isinstance(config_ends, list) else [config_ends]
         ids = range(self.vocab_size)
-        return tuple(dict.fromkeys([first, *(i for i in ends if is_whole(i) and i in ids)]))
+        known = [end for end in ends if is_whole(end) and end in ids]
+        if unknown := [end for end in ends if end is not None and end not in known]:
+            log.warning("eos_token_id of %s: %s is not in the tokenizer", GENERATION, unknown)
+        return tuple(dict.fromkeys([first, *known]))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int64)

@@ -86,6 +86,11 @@ def start(
             if not {"-m", "--multirun"} & set(sys.argv):
                 raise UserError("--dry-run lists the jobs of a sweep: add -m, or use --cfg job.")
             sys.argv[sys.argv.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
+        if not trains and {"-m", "--multirun"} & set(sys.argv):
+            raise UserError(
+                f"-m is an option of {program('train')}: start {program(config_name)} once for "
+                "each value."
+            )
         require_utf8(sys.argv[1:])
         sys.argv[1:] = _options_first(literal(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
@@ -135,6 +140,8 @@ class Check(Callback):
             from mtp_lightning.command_line import check_config
 
             plain, typed = OmegaConf.to_container(config), list(config.hydra.overrides.task)
+            if plain.get("run_dir", "") is None:  # type: ignore[union-attr]
+                raise UserError("run_dir=null is not a folder: give its name, or leave it out.")
             # A sweep's own job types a value of each of its keys.
             chosen = {override.lstrip("+").partition("=")[0] for override in typed}
             if swept := (config.hydra.sweeper.get("params") or {}).keys() - chosen:

@@ -59,6 +59,9 @@ def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
             f"{match[1]} is several values: add -m for a run with each, or give a list, "
             f"'{match[2]}=[{match[3]}]'."
         )
+    if "unexpected keyword argument 'dry_run'" in text:
+        launchers = ", ".join(option.name for option in groups()["hydra/launcher"])
+        return f"--dry-run needs one of this project's launchers: hydra/launcher={launchers}."
     return _first(error if cause is None else cause, text)
 
 

@@ -20,7 +20,7 @@ from mtp_lightning.decoding.options import DecodingOptions, not_together
 from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.text_stream import (
     Brackets,
     Colors,
@@ -131,7 +131,9 @@ def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
 def job_line(generations: Sequence[Generation], seconds: float) -> str:
     """One line about several prompts: total tokens, time, tokens per second, tokens per pass."""
     tokens = sum(generation.new_tokens for generation in generations)
-    line = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
+    line = (
+        f"{counted(len(generations), 'prompt')}, {counted(tokens, 'new token')} in {seconds:.1f} s"
+    )
     line += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
     per_step = rates(generations).get("tokens_per_step", 1.0)
     return f"{line}, {per_step:.2f} per pass" if per_step > 1 else line

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding.sequence import Fresh, Generation
+from mtp_lightning.errors import counted
 
 _LOOKED_UP = "looked up in the text"
 
@@ -120,10 +121,10 @@ def cost_line(generation: Generation) -> str:
     """One line about the cost of a text: ``80 tokens in 37 passes, 2.16 per pass; 43 drafts
     accepted of 72``. The passes are the trunk's, including the one that reads the prompt."""
     tokens, passes = generation.new_tokens, generation.verify_passes + 1
-    line = f"{_count(tokens, 'token')} in {_count(passes, 'pass', 'es')}"
+    line = f"{counted(tokens, 'token')} in {counted(passes, 'pass')}"
     if not generation.drafts:
         return line
-    accepted = _count(sum(generation.accepted_mask), "draft")
+    accepted = counted(sum(generation.accepted_mask), "draft")
     line += f", {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
     if not generation.lookups:
         return line
@@ -140,7 +141,3 @@ def ends_at_once(generation: Generation) -> str | None:
     if generation.finish_reason == "stop":
         return "The text ends at once: it begins with a stop string."
     return None
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}{plural}"

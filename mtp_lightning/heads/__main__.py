@@ -214,7 +214,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             code = phase.wait()
         except KeyboardInterrupt:
             phase.wait()
-            raise
+            raise Stopped(f"the {name} was interrupted; the same command continues here.") from None
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
     if code and forwarded:

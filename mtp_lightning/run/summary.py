@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.command_line.shell import program
+from mtp_lightning.errors import counted
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.system import this_machine
@@ -89,9 +90,8 @@ def print_summary(summary: dict[str, Any], *, depth: int, own_text: bool = True)
     data = summary.get("data", {}).get("val", {})
     if "documents" in (text := summary.get("evaluation", {})):
         size = f"{text['bytes']:,} bytes, " if "bytes" in text else ""
-        documents = "1 document" if (n := text["documents"]) == 1 else f"{n:,} documents"
         print(
-            f"evaluated     {documents}, {size}"
+            f"evaluated     {counted(text['documents'], 'document')}, {size}"
             f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
         )
     if "gzip_bits_per_byte" in text:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.stored import read_json
@@ -23,7 +23,6 @@ from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report import require_packages
-from sweeps.report.metrics import plural
 from sweeps.report.names import name_of
 from sweeps.report.templates import environment
 
@@ -110,7 +109,7 @@ def _by_name(pairs: Sequence[Pair]) -> dict[str, Pair]:
 def _render(template: str, facts: Mapping[str, Any]) -> str:
     templates = environment("sweeps.claims")
     templates.filters["plain"] = lambda text: plain(str(text))
-    text = templates.get_template(template).render(words=words, plural=plural, **facts)
+    text = templates.get_template(template).render(words=words, counted=counted, **facts)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 

@@ -180,7 +180,7 @@ class _ClaimReader:
         if type(record["minimum"]) is not int or not 2 <= record["minimum"] <= most:
             self._refuse(
                 f"{place}.minimum: {record['minimum']}".lstrip("."),
-                f"give 2 to {most}: one seed has no interval, and there are as many as that",
+                f"give 2 (one seed has no interval) to {most} (the number of seeds)",
             )
         return Scale(**record)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
@@ -72,7 +72,10 @@ def run(
         todo = _with_parents(todo, claims, runs)
         _write_plan(todo, runs, command)
         waiting = [job for job in todo if must_run(job.folder, retry_failed=retry_failed)]
-        print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
+        print(
+            f"{counted(len(todo), 'run')} in {runs}, {len(todo) - len(waiting)} ended before",
+            flush=True,
+        )
         for job in waiting:
             if read_status(job.folder) is None:
                 write_status(job.folder, job.overrides, "pending")

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mtp_lightning.errors import counted
 from sweeps.report import metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, plural, spread
+from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, spread
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
@@ -23,7 +24,7 @@ _WORDS = {
     "equals": metrics.equals,
     "number": metrics.number,
     "p_value": metrics.p_value,
-    "plural": plural,
+    "counted": counted,
     "first_few": metrics.first_few,
     "shown": metrics.with_interval,
     "EXACT": EXACT,
@@ -113,7 +114,7 @@ def _where(group: Sequence[Setting]) -> str:
 
 def _share(share: Share) -> str:
     return (
-        f"{share.count} of {plural(share.n, 'seed')} (95 % interval {spread(share.interval, '%')})"
+        f"{share.count} of {counted(share.n, 'seed')} (95 % interval {spread(share.interval, '%')})"
     )
 
 

@@ -125,8 +125,3 @@ def first_few(names: Sequence[str], *, between: str = "; ") -> str:
     """The first four names, and the number of the others."""
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return between.join(names[:4]) + rest
-
-
-def plural(n: int, noun: str) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -69,6 +69,8 @@ def test_text_reads_json_lines(tmp_path):
     assert_refused("line 2, is not JSON", file)
     file.write_text('{"text": 5}\n')
     assert_refused("no string under 'text' .it has {'text': 'int'}", file)
+    file.write_text('{"text": "one"}\n{"text": "a\\ud800"}\n')
+    assert_refused("line 2, holds half a character .a lone surrogate, U.D800. at character 1", file)
     file.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
     assert_refused("not UTF-8: byte 0xe9 at byte offset 29", file)
 

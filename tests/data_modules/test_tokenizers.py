@@ -215,7 +215,7 @@ def test_eos_is_read_from_special_tokens_map_of_older_folders(tmp_path):
         assert PretrainedTokenizer(str(tmp_path)).eot_id == eot
 
 
-def test_several_ids_may_end_a_text(tmp_path):
+def test_several_ids_may_end_a_text(tmp_path, caplog):
     """Those of ``generation_config.json``, which an export keeps."""
     library_file(tmp_path / "tokenizer.json", ["<s>", "</s>", "<|user|>"])
     file = tmp_path / "generation_config.json"
@@ -228,6 +228,8 @@ def test_several_ids_may_end_a_text(tmp_path):
         assert tokenizer.end_ids == ends
         eos = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
         assert tokenizer.generation_config() == {"do_sample": False, "temperature": 0.6, **eos}
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "generation_config.json: [1000000000, -1, 'x', True] is not in the tokenizer" in warning
     assert ByteTokenizer().end_ids == (256,)
     assert ByteTokenizer().generation_config() == {"do_sample": False, "eos_token_id": 256}
 

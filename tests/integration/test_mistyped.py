@@ -122,6 +122,9 @@ train.py mtp.concat=both => mtp.concat=both | choose one of embedding_first
 train.py optimizer.lr=nan => optimizer.lr must be a number above 0, not nan
 train.py mtp.freeze_trunk=maybe => mtp.freeze_trunk must be true or false, not 'maybe'
 train.py -m mtp.depth=1,two sweep_dir=sweep  [*, 2 s] => mtp.depth must be | not 'two'
+train.py -m seed=0,1 hydra/launcher=basic --dry-run =>
+    --dry-run needs one of | hydra/launcher=local_pool, plan, ray, slurm
+evaluate.py -m checkpoint=FOLDER,FOLDER => -m is an option of | start | once for each value
 evaluate.py checkpoint=FOLDER decode.new_tokens=1 => decode.new_tokens must be | not 1
 generate.py checkpoint=FOLDER prompt=a draft_depth=0  [15 s] =>
     draft_depth=0 must be | at least 1 | speculative=false is plain decoding
@@ -134,6 +137,7 @@ export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one o
 # missing values, packages and files
 train.py data=text => data.paths has no value: give it as data.paths=...
 train.py run_dir=  [*] => run_dir has no value: give it as run_dir=...
+train.py run_dir=null => run_dir=null is not a folder | leave it out
 train.py -m mtp.depth=1,2 sweep_dir= => sweep_dir has no value: give it as sweep_dir=...
 export.py checkpoint=FOLDER output= => output has no value: give it as output=...
 train.py +sweeps=depth  [*] => +sweeps=... varies mtp.depth, seed: add -m

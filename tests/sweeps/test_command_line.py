@@ -96,8 +96,8 @@ WRONG = {
     "unknown key": ("+swep=depth", "swep is not a key: did you mean sweeps?"),
     "devices": ("trainer.devices=1,-1", "trainer.devices must be a whole number"),
     "batches": ("seed=0,1 hydra.sweeper.max_batch_size=1", "max_batch_size"),
-    "no values": ("seed=range(0)", "seed=range(0) has no values"),
-    "no step": ("seed=range(0,2,0)", "seed=range(0,2,0) has no values"),
+    "no values": ("seed=range(0)", "seed=range(0) has no values that can be listed"),
+    "no step": ("seed=range(0,2,0)", "seed=range(0,2,0) has no values that can be listed"),
     "interval": ("optimizer.lr=interval(0.1,1)", "has no single values: list some, as in opt"),
     "run_dir": ("seed=0,1 run_dir=mine", "run_dir=mine is the folder of one run"),
     "events": ("seed=0,1 logger.csv.folder=x", "logger.csv.folder=x is the folder of one run"),
@@ -154,17 +154,17 @@ def test_a_dry_run_checks_and_lists_jobs_and_writes_nothing(tmp_path: Path) -> N
 
     listing = dry("-m", "mtp.depth=0,2", "compare.match=none,flops", "sweep_dir=sweep")
     first, *jobs = listing.splitlines()
-    assert first == "4 jobs in sweep pass the checks; none is started (--dry-run):"
+    assert first == "4 jobs in sweep: the checks pass, and nothing is started (--dry-run):"
     assert [line.split(maxsplit=1) for line in jobs] == [
-        ["mtp.depth-0_compare.match-none", "3500 steps"],
+        ["mtp.depth-0_compare.match-none", "3,500 steps"],
         ["mtp.depth-0_compare.match-flops", "steps by compare.match"],
-        ["mtp.depth-2_compare.match-none", "3500 steps"],
+        ["mtp.depth-2_compare.match-none", "3,500 steps"],
         ["mtp.depth-2_compare.match-flops", "steps by compare.match"],
     ]
     # A prepared sweep with fewer values, and another launcher.
     narrowed = ("+sweeps=depth", "mtp.depth=0,2", "seed=0", "hydra/launcher=plan")
     listing = dry("-m", *narrowed, "sweep_dir=sweep")
-    assert listing.startswith("2 jobs ") and "none is started" in listing
+    assert listing.startswith("2 jobs ") and "nothing is started" in listing
     assert "mtp.depth-2" in listing
     # A mistake in one of the jobs.
     error = dry("-m", "mtp.depth=0,300", "sweep_dir=sweep", code=1)

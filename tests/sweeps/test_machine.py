@@ -264,4 +264,4 @@ def test_a_pool_starts_only_jobs_that_fit_in_memory(machine, tmp_path, capsys, f
     spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in jobs]
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most == at_once
-    assert ("jobs run at once, to fit in memory" in capsys.readouterr().out) == (at_once < 4)
+    assert ("To fit in memory, at most" in capsys.readouterr().out) == (at_once < 4)

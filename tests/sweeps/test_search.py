@@ -247,8 +247,8 @@ REFUSED = {
     "model.d_ff=int(1.5,4)": "must be numbers",
     "model.d_ff=interval(1,2": "neither an override nor a range",
     "mtp.depth=4,8": "mtp.depth=4,8 gives mtp.depth a second range",
-    "data.batch_size=range(1,1)": "data.batch_size=range(1,1) has no values",
-    "mtp=glob(p*)": "mtp=glob(p*) has no values",
+    "data.batch_size=range(1,1)": "data.batch_size=range(1,1) has no values that can be listed",
+    "mtp=glob(p*)": "mtp=glob(p*) has no values that can be listed",
     "run_dir=mine": "run_dir=mine is the folder of one run: leave it out",
     "trainer.num_nodes=2 trainer.strategy=ddp": "num_nodes=2 in a sweep takes hydra/launcher=slurm",
 }

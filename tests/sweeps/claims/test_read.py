@@ -71,7 +71,7 @@ def test_the_gpu_setting_replaces_only_its_own_keys(tmp_path: Path) -> None:
         ({"equal": "time"}, "choose one of steps, flops"),
         ({"seeds": [0, 0, 1]}, "different whole numbers"),
         ({"seeds": [True, 1]}, "different whole numbers"),
-        ({"minimum": 6}, "give 2 to 5"),
+        ({"minimum": 6}, "2 .* to 5 .the number of seeds"),
         ({"minimum": 1}, "one seed has no interval"),
         ({"arms": {"mtp": "mtp=none"}}, "give a list of overrides"),
         ({"shared": ["mtp.depth"]}, "give a list of overrides"),
