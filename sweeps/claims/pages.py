@@ -7,6 +7,7 @@ words. An undecided number says so, with its finished and its planned seeds.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,18 @@ def _answers(pairs: Sequence[Pair], root: Path) -> dict[str, Any]:
 
 
 def _counts(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """How many of the claims hold that were predicted before their runs."""
+    """How many claims hold that were predicted before their runs, and how many predictions."""
     results = _by_name(pairs).values()
     predicted = [(claim, r) for claim, r in results if r is not None and r["predicted_in"]]
     run = [state(claim, result) for claim, result in predicted]
     holds, fails = (sum(word.startswith(verdict) for word in run) for verdict in (HOLDS, FAILS))
     counts = {"all": len(run), "holds": holds, "fails": fails, "open": len(run) - holds - fails}
-    missing = sum(result is None for _, result in results)
-    return {"counts": counts if run else None, "missing": missing}
+    entries = [entry for _, result in predicted for entry in result["predictions"]]
+    return {
+        "counts": counts if run else None,
+        "predictions": Counter(entry["verdict"] for entry in entries),
+        "missing": sum(result is None for _, result in results),
+    }
 
 
 def _has_numbers(claim: Claim, result: Result | None) -> bool:
