@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher": typed("objective=kl objective.confidence=true"),
     "teacher_parallel": typed("mtp=parallel objective=js"),
     "experts": MOE | MASKED,
+    "muon": typed("optimizer=muon optimizer.lr"),
     "double": typed("trainer.precision=64-true mtp.detach=all"),
 }
 ACCUMULATED = {"untied", "experts"}
@@ -128,18 +129,14 @@ def two(once: Once, cache: Path) -> Path:
         split = {name: SPLIT for name in ACCUMULATED}
         runs = {name: COMMON | case | TWO | split.get(name, {}) for name, case in CASES.items()}
         ddp = {"trainer.strategy": "ddp"}
-        for name, case in NEAR.items():
-            runs[name], runs[f"{name}_ddp"] = COMMON | case | TWO, COMMON | case | TWO | ddp
+        runs["bf16"], runs["bf16_ddp"] = COMMON | BF16 | TWO, COMMON | BF16 | TWO | ddp
         run_all(folder, cache, runs, processes=2)
 
     return once("sharded-two", make)
 
 
-# These round so coarsely that data-parallel runs, too, agree with one process in few digits only.
-NEAR = {
-    "bf16": MOE | {"trainer.precision": "bf16-mixed"},
-    "muon": {"optimizer": "muon", "optimizer.lr": None},
-}
+# It rounds so coarsely that data-parallel runs, too, agree with one process in few digits only.
+BF16 = MOE | {"trainer.precision": "bf16-mixed"}
 
 
 @pytest.mark.slow
@@ -190,14 +187,13 @@ def test_init_from_in_two_processes_equals_one_process(tmp_path, cache, started,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", NEAR)
-def test_sharded_bf16_and_muon_are_near_data_parallel_training(two: Path, case: str) -> None:
-    left, right = rows(two / case), rows(two / f"{case}_ddp")
+def test_sharded_bf16_is_near_data_parallel_training(two: Path) -> None:
+    left, right = rows(two / "bf16"), rows(two / "bf16_ddp")
     for one, other in zip(left, right, strict=True):
         losses = [tag for tag in other if "/loss" in tag]
         assert len(losses) >= 3
         assert [one[t] for t in losses] == pytest.approx([other[t] for t in losses], rel=2e-3)
-    assert form(checkpoint(two / case)) == form(checkpoint(two / f"{case}_ddp"))
+    assert form(checkpoint(two / "bf16")) == form(checkpoint(two / "bf16_ddp"))
 
 
 KINDS: dict[str, dict[str, Any]] = {
