@@ -3,6 +3,7 @@ reserve."""
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -22,6 +23,8 @@ from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require, require_choice, require_whole
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,7 +75,8 @@ class Checkpoints(RunCallback, Checkpoint):
         mode: `min` or `max`.
         keep: files to keep of a run that has ended well: `all`, `weights` or `none`; those of
             `keep_steps` are kept in any case.
-        keep_steps: optimizer steps whose checkpoints are kept.
+        keep_steps: optimizer steps whose checkpoints are kept; those outside the steps that are
+            left get a warning.
 
     Raises:
         UserError: for a wrong setting, or if no validation logged `monitor`.
@@ -144,6 +148,8 @@ class Checkpoints(RunCallback, Checkpoint):
             is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
             if not trainer.strategy.broadcast(is_newest):
                 self._names = set()
+        if trainer.is_global_zero:
+            self._warn_of_missed_steps(step, trainer.max_steps)
         if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
@@ -293,6 +299,22 @@ class Checkpoints(RunCallback, Checkpoint):
         for name in self._names if trainer.is_global_zero else ():
             link_or_copy(self.last_path, self.folder / name)
         self._names = set()
+
+    def _warn_of_missed_steps(self, done: int, length: int) -> None:
+        """Names the `keep_steps` that this run does not reach, or has passed without keeping."""
+        missed = [
+            step
+            for step in sorted(self.keep_steps)
+            if not done < step <= length
+            and kept_at(step) not in self._names
+            and not (self.folder / kept_at(step)).exists()
+        ]
+        if missed:
+            log.warning(
+                "callbacks.checkpoints.keep_steps: no checkpoint is kept of %s, since this run has "
+                "done %d of its %d steps.",
+                *(", ".join(map(str, missed)), done, length),
+            )
 
     def _names_of(self, step: int) -> set[str]:
         return {kept_at(step)} if step in self.keep_steps else set()
