@@ -75,8 +75,7 @@ class Checkpoints(RunCallback, Checkpoint):
         mode: `min` or `max`.
         keep: files to keep of a run that has ended well: `all`, `weights` or `none`; those of
             `keep_steps` are kept in any case.
-        keep_steps: optimizer steps whose checkpoints are kept; those outside the steps that are
-            left get a warning.
+        keep_steps: optimizer steps whose checkpoints are kept.
 
     Raises:
         UserError: for a wrong setting, or if no validation logged `monitor`.
@@ -148,8 +147,14 @@ class Checkpoints(RunCallback, Checkpoint):
             is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
             if not trainer.strategy.broadcast(is_newest):
                 self._names = set()
-        if trainer.is_global_zero:
-            self._warn_of_missed_steps(step, trainer.max_steps)
+        outside = (n for n in sorted(self.keep_steps) if not step < n <= trainer.max_steps)
+        names = self._names | {path.name for path in self.folder.glob(kept_at("*"))}
+        if missed := [str(n) for n in outside if kept_at(n) not in names]:
+            log.warning(
+                "callbacks.checkpoints.keep_steps: no checkpoint is kept of %s, since this run has "
+                "done %d of its %d steps.",
+                *(", ".join(missed), step, trainer.max_steps),
+            )
         if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
@@ -299,22 +304,6 @@ class Checkpoints(RunCallback, Checkpoint):
         for name in self._names if trainer.is_global_zero else ():
             link_or_copy(self.last_path, self.folder / name)
         self._names = set()
-
-    def _warn_of_missed_steps(self, done: int, length: int) -> None:
-        """Names the `keep_steps` that this run does not reach, or has passed without keeping."""
-        missed = [
-            step
-            for step in sorted(self.keep_steps)
-            if not done < step <= length
-            and kept_at(step) not in self._names
-            and not (self.folder / kept_at(step)).exists()
-        ]
-        if missed:
-            log.warning(
-                "callbacks.checkpoints.keep_steps: no checkpoint is kept of %s, since this run has "
-                "done %d of its %d steps.",
-                *(", ".join(map(str, missed)), done, length),
-            )
 
     def _names_of(self, step: int) -> set[str]:
         return {kept_at(step)} if step in self.keep_steps else set()
