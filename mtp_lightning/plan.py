@@ -63,10 +63,9 @@ class Machines:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f"{field.name} must be above 0, not {getattr(self, field.name)}.")
-        if self.mfu > 1:
-            raise UserError(f"mfu={self.mfu} must be at most 1: it is a share of the peak.")
+            most = 1 if field.name == "mfu" else None
+            require_number(field.name, getattr(self, field.name), above=0, most=most)
+        require_whole("in_machine", self.in_machine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,28 +314,25 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     from mtp_lightning.experiment.build import build_model_config
     from mtp_lightning.experiment.compose import compose_config
 
-    values = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
-    values |= {field.name: str(field.default) for field in fields(Machines)}
+    values = _defaults()
     typed = dict(a.split("=", 1) for a in arguments if a.split("=", 1)[0] in values and "=" in a)
     rest = [a for a in arguments if a.split("=", 1)[0] not in typed]
     values |= typed
     try:
-        numbers = {key: float(value) for key, value in values.items() if key != "devices"}
-        devices = [int(n) for n in values["devices"].split(",")]
+        devices = [int(n) for n in values.pop("devices").split(",")]
+        numbers = {key: _number(value) for key, value in values.items()}
     except ValueError as error:
         raise UserError(
             f"devices, tokens, vocab_size and the assumptions must be numbers: {error}."
         ) from None
-    machines = Machines(
-        **{f.name: type(f.default)(numbers[f.name]) for f in fields(Machines)}  # type: ignore[misc]
-    )
+    machines = Machines(**{f.name: numbers[f.name] for f in fields(Machines)})  # type: ignore[arg-type]
     cfg = compose_config("config", ["paths.output_dir=plan", *rest])
     if cfg.data.seq_len is None:
         raise UserError("data.seq_len has no value: give it as data.seq_len=...")
     require_whole("data.seq_len", cfg.data.seq_len, least=1)
     require_whole("data.batch_size", cfg.data.batch_size, least=1)
     require_number("tokens", numbers["tokens"], above=0)
-    model = build_model_config(cfg, int(numbers["vocab_size"]))
+    model = build_model_config(cfg, require_whole("vocab_size", numbers["vocab_size"], least=1))
     for n in devices:
         if n < 1 or (n > machines.in_machine and n % machines.in_machine):
             raise UserError(
@@ -355,13 +351,25 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     return plans, numbers["tokens"]
 
 
+def _defaults() -> dict[str, str]:
+    """The values of the command's own keys, as they are typed."""
+    machines = {field.name: f"{field.default:g}" for field in fields(Machines)}
+    return {"devices": "8", "tokens": "1e11", "vocab_size": "32768", **machines}
+
+
+def _number(text: str) -> float:
+    """The number of a text; a whole one as an int, also from 1e5."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors(ends_with_reader=True):
         if not arguments or {"-h", "--help"} & set(arguments):
             print(__doc__)
-            print("\n".join(f"{f.name}={f.default:g}" for f in fields(Machines)))
+            print("\n".join(f"{key}={value}" for key, value in _defaults().items()))
             return
         print("\n".join(describe(*plans_of(arguments))))
 

@@ -27,7 +27,7 @@ from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
-from mtp_lightning.run.status import read_status, state_of
+from mtp_lightning.run.status import PRUNED, read_status, state_of
 from mtp_lightning.stored import read_json
 from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
@@ -126,7 +126,7 @@ class Search:
             trial.report(value, step)
             if trial.should_prune():
                 self._pruned.add(job.folder)
-                return f"pruned: {self.metric} {value:.4f} at step {step} is above the median"
+                return f"{PRUNED}: {self.metric} {value:.4f} at step {step} is above the median"
         return None
 
     def _logged_by_first(self, file: Path, *, ended: bool = False) -> bool:
@@ -261,11 +261,11 @@ def report(search: Search) -> int:
         f"{len(trials)} trials: {count[TrialState.COMPLETE]} complete, "
         f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
     )
-    for trial in trials:
-        if trial.state == TrialState.FAIL and "folder" in trial.user_attrs:
-            folder = search.folder / trial.user_attrs["folder"]
-            reason = (read_status(folder) or {}).get("reason")
-            print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
+    failed = [trial.user_attrs.get("folder") for trial in trials if trial.state == TrialState.FAIL]
+    for name in filter(None, dict.fromkeys(failed)):  # equal values share a folder
+        folder = search.folder / name
+        reason = (read_status(folder) or {}).get("reason")
+        print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     for trial in sorted(complete, key=lambda t: float(t.value or 0))[:5]:
         values = " ".join(f"{key}={value}" for key, value in trial.params.items())

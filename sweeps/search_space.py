@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         except HydraException as error:
             raise UserError(
                 f"{argument} is neither an override nor a range like interval(1e-4,1e-2,log), "
-                "int(1,4) or choice(a,b)."
+                "int(1,4) or a,b."
             ) from error
         if override is not None and not override.is_sweep_override():
             fixed.append(argument)

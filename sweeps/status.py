@@ -2,7 +2,8 @@
 
     python -m sweeps.status runs/depth
 
-The exit code is 0 if all jobs are done, 1 if some failed, and 2 if some have not ended.
+The exit code is 0 if all jobs are done or pruned (trials of a search), 1 if some failed, and 2 if
+some have not ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError, counted
-from mtp_lightning.run.status import STATES, describe_failure, read_status
+from mtp_lightning.run.status import PRUNED, STATES, describe_failure, read_status
 from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, look_at
 from sweeps.plan import SweepPlan, varied_labels
@@ -28,7 +29,7 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
     leases, newest_leases = look_at(plan.folder)
     labels = varied_labels(plan.jobs)
     running: list[str] = []
-    counts = dict.fromkeys((*STATES, _LOST), 0)
+    counts = dict.fromkeys((*STATES, PRUNED, _LOST), 0)
     for job in plan.jobs:
         status, lease = statuses[job.folder], newest_leases.get(job.folder)
         state = str(status["state"])
@@ -48,6 +49,13 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
     for job in plan.jobs:
         if statuses[job.folder]["state"] == "failed":
             yield describe_failure(plan.folder / job.folder)
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    """A job's status; the state of a trial that its search has stopped is ``PRUNED``."""
+    status = read_status(folder) or {"state": "pending"}
+    pruned = status["state"] == "interrupted" and str(status["reason"]).startswith(PRUNED)
+    return {**status, "state": PRUNED} if pruned else status
 
 
 def _worker(leases: Leases, lease: Lease | None) -> str:
@@ -73,12 +81,11 @@ def main(
         if not plan.jobs:
             raise UserError(f"{plan.folder} holds no sweep (no sweep.json).")
         folders = {job.folder: plan.folder / job.folder for job in plan.jobs}
-        statuses = {
-            name: read_status(path) or {"state": "pending"} for name, path in folders.items()
-        }
+        statuses = {name: _status(path) for name, path in folders.items()}
         print("\n".join(describe(plan, statuses)))
     states = {status["state"] for status in statuses.values()}
-    sys.exit(0 if states == {"done"} else 1 if states <= {"done", "failed"} else 2)
+    ended = {"done", PRUNED}
+    sys.exit(0 if states <= ended else 1 if states <= {*ended, "failed"} else 2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import ForwardContext
@@ -140,7 +141,8 @@ def test_the_command_line_prints_a_table_errors_and_help(capsys):
         main(["devices=none"])
     assert "error: devices" in capsys.readouterr().err
     main(["--help"])
-    assert "an estimate" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "an estimate" in text and "devices=8" in text and "vocab_size=32768" in text
 
 
 @pytest.mark.parametrize(
@@ -149,8 +151,13 @@ def test_the_command_line_prints_a_table_errors_and_help(capsys):
         ("devices=12", "whole machines of 8"),
         ("devices=0", "at least 1"),
         ("devices=many", "must be numbers"),
-        ("mfu=40", "at most 1"),
-        ("memory=0", "must be above 0"),
+        ("mfu=40", r"mfu must be a number in \(0, 1\]"),
+        ("memory=0", "memory must be a number above 0"),
+        ("peak=nan", "peak must be a number above 0"),
+        ("in_machine=inf", "in_machine must be a number above 0"),
+        ("in_machine=2.5", "in_machine must be a whole number"),
+        ("vocab_size=nan", "vocab_size must be a whole number of at least 1"),
+        ("vocab_size=1.5", "vocab_size must be a whole number of at least 1"),
         ("modle=nano", "modle"),
         ("mtp.depth=-1", "depth"),
         ("data.batch_size=0", "data.batch_size must be"),
@@ -159,7 +166,7 @@ def test_the_command_line_prints_a_table_errors_and_help(capsys):
     ],
 )
 def test_a_wrong_setting_is_refused(setting: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plans_of([setting])
 
 

@@ -3,6 +3,7 @@ reserve."""
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -22,6 +23,8 @@ from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require, require_choice, require_whole
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -144,6 +147,14 @@ class Checkpoints(RunCallback, Checkpoint):
             is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
             if not trainer.strategy.broadcast(is_newest):
                 self._names = set()
+        outside = (n for n in sorted(self.keep_steps) if not step < n <= trainer.max_steps)
+        names = self._names | {path.name for path in self.folder.glob(kept_at("*"))}
+        if missed := [str(n) for n in outside if kept_at(n) not in names]:
+            log.warning(
+                "callbacks.checkpoints.keep_steps: no checkpoint is kept of %s, since this run has "
+                "done %d of its %d steps.",
+                *(", ".join(missed), step, trainer.max_steps),
+            )
         if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None

@@ -72,6 +72,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with peers.watched(folder), ExitStack() as claim:
         if peers.leads:
             claim.enter_context(claimed(folder))
+        else:  # the first process says the same
+            logging.getLogger("mtp_lightning").setLevel(logging.ERROR)
         n_local = devices if isinstance(devices, int) and devices > 0 else 1
         set_threads(cfg.trainer.num_threads, processes=n_local)
         peers.require_shared(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import os
+import shlex
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,10 +43,14 @@ class RunWandb(ServiceLogger, WandbLogger):
         **options: Any,
     ) -> None:
         run = self._join(folder, "wandb") or uuid.uuid4().hex[:8]
-        if offline is None:
-            offline = _must_stay_offline(self._run_folder, run)
-        if offline:
+        reason = _why_offline() if offline is None else "logger.wandb.offline=true" * offline
+        if reason:
             options["mode"] = "offline"
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                # All of them: a run that was resumed has several, each with a part of its steps.
+                files = f"{shlex.quote(str(self._run_folder / 'wandb'))}/offline-run-*"
+                command = f"wandb sync --id {run} {files}"
+                log.info("wandb works offline (%s); to send it later: %s", reason, command)
         WandbLogger.__init__(
             self,
             name=name or self._run_folder.name,
@@ -54,6 +59,7 @@ class RunWandb(ServiceLogger, WandbLogger):
             id=run,
             **options,
         )
+        self._wandb_init.pop("anonymous", None)  # wandb warns that it ignores it
 
     def _begin(self, params: Mapping[str, Any]) -> str:
         WandbLogger.log_hyperparams(self, dict(params))
@@ -84,19 +90,15 @@ class RunWandb(ServiceLogger, WandbLogger):
             self._experiment = None
 
 
-def _must_stay_offline(folder: Path, run: str) -> bool:
-    """Whether the server cannot be used; not checked if WANDB_MODE is set, nor by processes that do
-    not log."""
+def _why_offline() -> str:
+    """Why the server cannot be used; empty if it can. It is not checked if WANDB_MODE is set, nor
+    by processes that do not log."""
     other_rank = rank_zero_only.rank > 0  # type: ignore[attr-defined]
     if other_rank or os.environ.get("WANDB_MODE"):
-        return False
+        return ""
     import wandb
 
     try:
-        reason = "" if wandb.login(prompt=False) else "nobody is logged in"
+        return "" if wandb.login(prompt=False) else "nobody is logged in"
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if reason:
-        command = f"wandb sync --id {run} {folder}/wandb/offline-run-*"
-        log.info("wandb works offline (%s); to send it later: %s", reason, command)
-    return bool(reason)
+        return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,6 @@ BEST = "best.ckpt"
 SHARDS = "parts"
 
 
-def kept_at(step: int) -> str:
-    """The file name of the checkpoint that is kept of an optimizer step."""
+def kept_at(step: int | str) -> str:
+    """The file name of the checkpoint that is kept of an optimizer step, or of ``*``: a pattern."""
     return f"step_{step}.ckpt"

@@ -14,6 +14,7 @@ from mtp_lightning.stored import read_json
 
 VERSION = 1
 STATES = ("pending", "running", "done", "failed", "interrupted")
+PRUNED = "pruned"  # begins the reason of an interrupted trial that its search does not continue
 
 
 def now() -> str:

@@ -180,6 +180,18 @@ def test_a_kill_between_a_save_and_its_links_loses_no_best(tmp_path, monkeypatch
     assert step_of(tmp_path / "step_12.ckpt") == 12 and step_of(resumed.last_path) == 16
 
 
+def test_kept_steps_that_are_not_reached_or_have_passed_are_named(tmp_path, caplog):
+    first = Checkpoints(tmp_path, keep_steps=[4, 900])
+    fit(TinyModule(), [first], max_steps=8)
+    assert "no checkpoint is kept of 900, since this run has done 0 of its 8" in caplog.text
+    caplog.clear()
+    more = Checkpoints(tmp_path, keep_steps=[3, 4, 8, 12])
+    fit(TinyModule(), [more], max_steps=12, ckpt_path=first.last_path)
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "kept of 3, since this run has done 8 of its 12" in warning.getMessage()
+    assert {p.name for p in tmp_path.glob("step_*")} == {f"step_{n}.ckpt" for n in (4, 8, 12)}
+
+
 def test_the_newest_of_equal_scores_is_best(tmp_path: Path) -> None:
     """The main prediction of a frozen trunk stays the same, while its heads learn."""
     checkpoints = Checkpoints(tmp_path, every_n_steps=100)

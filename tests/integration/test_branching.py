@@ -107,6 +107,19 @@ def test_a_changed_setting_or_a_missing_checkpoint_is_refused(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_branch_that_early_stopping_would_end_at_once_is_refused(parent, cache, tmp_path):
+    stopping = typed(
+        "callbacks=early_stopping callbacks.early_stopping.min_delta=9 "
+        "callbacks.early_stopping.patience=1"
+    )
+    assert train_here(tmp_path / "ended", cache, {**PARENT, **stopping})["step"] == 20
+    branch = {**WHOLE, **stopping, "branch_from": f"{tmp_path / 'ended'}@20"}
+    with pytest.raises(UserError, match="waited for 1 validation there, so with patience=1 no"):
+        train_here(tmp_path / "refused", cache, branch)
+    patient = branch | {"callbacks.early_stopping.patience": 2}
+    assert train_here(tmp_path / "patient", cache, patient)["step"] == 30
+
+
 def test_a_balance_rule_that_freezes_by_run_length_is_refused(cache, tmp_path):
     frozen = {"balance": "trunk_ratio", "balance.frozen": 0.5}
     train_here(tmp_path / "parent", cache, {**PARENT, **frozen})

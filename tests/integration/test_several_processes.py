@@ -135,6 +135,9 @@ def test_sigterm_to_one_process_stops_all_and_the_run_resumes_exactly(
     for folder in (run, whole):
         execute(launcher(cache, settings, folder), code=0)
     helpers.assert_same_run(run, whole)
+    if launcher is lightning:  # what both processes know is said once
+        assert "Continuing" in (run / "train.log").read_text()
+        assert not any(file.read_text() for file in run.glob("train_*.log"))
 
 
 @pytest.mark.long

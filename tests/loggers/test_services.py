@@ -176,11 +176,16 @@ def test_wandb_reports_the_command_that_sends_an_offline_run(tmp_path, caplog, m
     def away(**_: Any) -> bool:
         raise ConnectionError("no answer")
 
+    folder = tmp_path / "a run"
     with caplog.at_level("INFO"):
         assert RunWandb(tmp_path, "lab")._wandb_init["mode"] == "offline"
+        logger = RunWandb(folder, "lab", offline=True)
+        assert logger._wandb_init["mode"] == "offline" and "anonymous" not in logger._wandb_init
         monkeypatch.setattr(library, "login", away)
         assert RunWandb(tmp_path, "lab")._wandb_init["mode"] == "offline"
         monkeypatch.setattr(library, "login", lambda **_: True)
         assert "mode" not in RunWandb(tmp_path, "lab", group="g")._wandb_init
     assert "nobody is logged in" in caplog.text and "no answer" in caplog.text
     assert "wandb sync --id " in caplog.text and f"{tmp_path}/wandb/offline-run-*" in caplog.text
+    assert "(logger.wandb.offline=true)" in caplog.text
+    assert f" '{folder}/wandb'/offline-run-*" in caplog.text

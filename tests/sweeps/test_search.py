@@ -19,6 +19,7 @@ from mtp_lightning.run.status import read_status
 from sweeps import plan as plan_module
 from sweeps import search as search_module
 from sweeps.search_space import parse, shown
+from sweeps.status import main as status_of
 from tests.integration.helpers import execute, overrides
 from tests.sweeps.claims.fixture_claims import conf_with_own_head
 
@@ -138,7 +139,7 @@ def test_watching_reads_only_the_new_rows_of_metrics(tmp_path, monkeypatch):
     assert search.study.trials[trial.number].intermediate_values == {5: 1.0, 10: 0.5}
 
 
-def test_trials_above_the_median_are_pruned(folder: Path) -> None:
+def test_trials_above_the_median_are_pruned(folder, capsys):
     # Slow enough to be watched; the warm-up is a quarter of these 5 steps.
     fixed = ["data.val_fraction=0.5", "trainer.max_steps=5"]
     assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
@@ -152,6 +153,11 @@ def test_trials_above_the_median_are_pruned(folder: Path) -> None:
         assert status["state"] == "interrupted"
         assert "pruned: val/loss_depth_0" in status["reason"]
         assert not (folder_of / "summary.json").exists()
+    with pytest.raises(SystemExit) as ended:
+        status_of([str(folder)])
+    assert ended.value.code == 0
+    counts = f"9 jobs: {len(complete)} done, {len(pruned)} pruned"
+    assert capsys.readouterr().out.endswith(f"{counts}\n")
 
 
 def test_an_interrupted_search_continues_its_trials(folder, monkeypatch):
@@ -221,6 +227,14 @@ def test_failed_trials_are_counted_with_their_reason(folder, capsys, fixed):
     printed = capsys.readouterr().out
     assert "2 trials: 0 complete, 0 pruned, 2 failed" in printed
     assert ("told to fail" if fixed == "seed=13" else "not a finite number") in printed
+
+
+def test_a_failure_that_several_trials_share_is_named_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
+    assert run(folder, "optimizer.lr=0.01", "seed=13", "--trials", "4") == 1
+    printed = capsys.readouterr().out
+    folders = [line.split(":")[1] for line in printed.splitlines() if line.startswith("failed:")]
+    assert "4 failed" in printed and len(folders) == len(set(folders)) <= 2
 
 
 def test_a_moved_folder_keeps_its_search_and_refuses_another(folder, capsys):
