@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 9_033,
+    "data_modules": 9_041,
     "hydra_plugins": 68,
     "mtp_lightning": 3_242,
-    "mtp_lightning/apps": 363,
+    "mtp_lightning/apps": 370,
     "mtp_lightning/callbacks": 1_679,
     "mtp_lightning/certify": 1_124,
-    "mtp_lightning/command_line": 1_238,
+    "mtp_lightning/command_line": 1_241,
     "mtp_lightning/cpu": 1_658,
     "mtp_lightning/decoding": 4_840,
     "mtp_lightning/distributed": 1_300,
@@ -35,10 +35,10 @@ LINES = {
     "mtp_lightning/nn": 2_854,
     "mtp_lightning/notebook": 524,
     "mtp_lightning/objective": 4_137,
-    "mtp_lightning/optim": 348,
+    "mtp_lightning/optim": 418,
     "mtp_lightning/run": 1_397,
     "mtp_lightning/serving": 1_626,
-    "sweeps": 9_977,
+    "sweeps": 9_982,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (163, 21_310), "generate": (93, 12_560)}
