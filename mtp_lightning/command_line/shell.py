@@ -153,9 +153,10 @@ class _PipeSafe:
 @contextmanager
 def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
     """Handle closed pipes of stdout and stderr; see :class:`_PipeSafe`."""
-    if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _PipeSafe):
+    if isinstance(sys.stdout, _PipeSafe):
         yield
         return
+    _open_closed_streams()
     out = cast(TextIO, _PipeSafe(sys.stdout, ends=but_of_stdout))
     err = cast(TextIO, _PipeSafe(sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -164,6 +165,17 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
         finally:
             with suppress(SystemExit):  # the exit code is already decided
                 out.flush()
+
+
+def _open_closed_streams() -> None:
+    """Open the null device as each standard stream that was closed before the start (``>&-``).
+    Otherwise Python has no such stream, and the next file to be opened gets its descriptor."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def version() -> str:
