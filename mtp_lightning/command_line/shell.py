@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def has_styles() -> bool:
+    """Whether standard output is a terminal that has colors and a cursor to move."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser for a tool's options, with the apps' ``--version`` and errors of one line."""
 
