@@ -70,14 +70,17 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         UserError: if the folder's files are not those that were built.
         OSError: if the folder cannot be written, with the remedy.
     """
-    if target.is_dir() or not _built(target, build):
+    if not _built(target, build):
         require_sealed(target, target.parent.parent / "digests")
     return target
 
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
-    """Builds the folder, or waits for another process to do so; whether this process built it."""
+    """Builds the folder if it is missing, or waits for another process to do so; whether this
+    process built it."""
     try:
+        if target.is_dir():
+            return False
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
         temporary = folder_to_build(target)
@@ -105,10 +108,10 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
         sync_folder(target.parent)
         return True
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"the disk is full while building {target}: free some space, or set "
+                f"cannot build {target} ({os.strerror(error.errno)}): free some space, or set "
                 f"data.cache_dir or the environment variable {ENVIRONMENT} to another disk",
             ) from error
         raise

@@ -9,8 +9,8 @@ import platform
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -86,8 +86,9 @@ def prepare_store(
     def write(folder: Path) -> dict[str, Any]:
         ready = prepare_tokenizer(tokenizer, split, cache)
         overlap = LineOverlap()
-        encoded = _encoded(split, ready, overlap, workers)
-        return write_documents(folder, ready, split, encoded, overlap)
+        # Closed before an error is printed: its progress bar would follow the message.
+        with closing(_encoded(split, ready, overlap, workers)) as encoded:
+            return write_documents(folder, ready, split, encoded, overlap)
 
     store = keep_store(cache, key, write)
     if not tokenizer.needs_training:
@@ -235,7 +236,7 @@ class _SplitWriter:
 
 def _encoded(
     split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
-) -> Iterator[Encoded]:
+) -> Generator[Encoded]:
     """Yields the documents' pieces in order, with a progress bar. ``overlap`` is complete at the
     end."""
     from data_modules.encoding_pool import encode_documents, pick_workers

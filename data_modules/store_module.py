@@ -213,8 +213,8 @@ class StoreDataModule(WindowDataModule):
             return prompts
         raise UserError(
             f"the validation documents hold only {counted(len(prompts), 'prompt')} of {length} "
-            f"tokens, {n} were asked for: ask for fewer or shorter ones, or hold out more of the "
-            "text (data.val_fraction; of token files data.held_out)"
+            f"tokens, {1 if fewer else n} were asked for: ask for fewer or shorter ones, or hold "
+            "out more of the text (data.val_fraction; of token files data.held_out)"
         )
 
 

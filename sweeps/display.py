@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.command_line.shell import has_styles
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import read_status, state_of
@@ -184,8 +184,8 @@ class LiveTable(Display):
 
 
 def make_display(total: int) -> Display:
-    """The table if stdout is a terminal, else lines."""
-    return LiveTable(total) if sys.stdout.isatty() else Lines(total)
+    """The table if stdout is a terminal that can draw it again, else lines."""
+    return LiveTable(total) if has_styles() else Lines(total)
 
 
 def newest(folder: Path) -> tuple[int, str]:

@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def has_styles() -> bool:
+    """Whether standard output is a terminal that has colors and a cursor to move."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser for a tool's options, with the apps' ``--version`` and errors of one line."""
 
@@ -153,9 +158,10 @@ class _PipeSafe:
 @contextmanager
 def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
     """Handle closed pipes of stdout and stderr; see :class:`_PipeSafe`."""
-    if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _PipeSafe):
+    if isinstance(sys.stdout, _PipeSafe):
         yield
         return
+    _open_closed_streams()
     out = cast(TextIO, _PipeSafe(sys.stdout, ends=but_of_stdout))
     err = cast(TextIO, _PipeSafe(sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
@@ -164,6 +170,17 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
         finally:
             with suppress(SystemExit):  # the exit code is already decided
                 out.flush()
+
+
+def _open_closed_streams() -> None:
+    """Open the null device as each standard stream that was closed before the start (``>&-``).
+    Otherwise Python has no such stream, and the next file to be opened gets its descriptor."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def version() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ class CPUWeightPacker:
                 self._look_up()
 
     def restore(self) -> frozenset[str]:
-        if self._folder is None or not self._folder.is_dir():
+        if self._folder is None or not os.path.isdir(self._folder):  # also if it cannot be read
             return frozenset()
         try:
             packed_weights = _mapped(build_once(self._folder, _nothing), self._weights)

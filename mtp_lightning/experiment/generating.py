@@ -27,6 +27,7 @@ from mtp_lightning.experiment.text_stream import (
     TextStream,
     cost_line,
     ends_at_once,
+    wants_colors,
 )
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
@@ -79,7 +80,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     terminal = sys.stdout.isatty()
     marks: Colors | Brackets | None = None
     if cfg.show_drafts:
-        marks = Colors() if terminal else Brackets()
+        marks = Colors() if wants_colors() else Brackets()
     single = len(prompts) == 1
     # A single text is printed while it grows, several only when all of them are finished.
     streams = [

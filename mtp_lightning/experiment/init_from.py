@@ -130,42 +130,55 @@ def start_from(
         windows: training text for ``mtp.init=last_block``; None for ``random``.
 
     Returns:
+        See :func:`check_start`.
+
+    Raises:
+        UserError: see :func:`check_start`; or names or shapes do not fit.
+    """
+    modules = check_start(model, start)
+    kept, new = modules["kept"], modules["new"]
+    stored: dict[str, torch.Tensor | Stored] = {
+        name: tensor
+        for name, tensor in start.weights.items()
+        if _module(name) is None or _module(name) in kept
+    }
+    stored |= {name: tensor for name, tensor in model.state_dict().items() if _module(name) in new}
+    load_weights(model, stored, source=str(start.path))
+    text = None
+    if model.config.mtp.init != "random":
+        assert windows is not None
+        text = read_text(model.trunk, model.mtp, windows)
+    fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
+    model.mtp.init_from_trunk(fresh, model.trunk, model.head, text)
+    return modules
+
+
+def check_start(model: MTPModel, start: StoredModel) -> dict[str, list[str]]:
+    """Check that a model, also one on the ``meta`` device, can start from another.
+
+    Returns:
         Names of the stack's modules: ``kept`` start from trained weights, ``new`` from new ones,
         and ``dropped`` are those of ``start`` that this model does not have.
 
     Raises:
-        UserError: the trunks differ, the stack's weights mean something else under this config, or
-            names or shapes do not fit.
+        UserError: the trunks differ, the stack's weights mean something else under this config or
+            have other shapes, or ``mtp.init`` has no module to initialize.
     """
     old, wanted = start.config, model.config
     _check_trunk(start.path, old, wanted)
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
-    fresh_weights = model.state_dict()
-    old_modules = _modules(start.weights)
-    own_modules = _modules(fresh_weights)
+    weights = model.state_dict()
+    old_modules, own_modules = _modules(start.weights), _modules(weights)
     kept = [name for name in own_modules if same_stack and name in old_modules]
-    _check_shapes(start, wanted, fresh_weights, kept)
+    _check_shapes(start, wanted, weights, kept)
     new = [name for name in own_modules if name not in kept]
     if wanted.mtp.init != "random" and not new:
         raise UserError(
             f"mtp.init={wanted.mtp.init} has no effect: init_from={start.path} holds every module "
             "of this run; set mtp.init=random."
         )
-    stored: dict[str, torch.Tensor | Stored] = {
-        name: tensor
-        for name, tensor in start.weights.items()
-        if _module(name) is None or _module(name) in kept
-    }
-    stored |= {name: tensor for name, tensor in fresh_weights.items() if _module(name) in new}
-    load_weights(model, stored, source=str(start.path))
-    text = None
-    if wanted.mtp.init != "random":
-        assert windows is not None
-        text = read_text(model.trunk, model.mtp, windows)
-    fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
-    model.mtp.init_from_trunk(fresh, model.trunk, model.head, text)
     return {"kept": kept, "new": new, "dropped": [m for m in old_modules if m not in kept]}
 
 

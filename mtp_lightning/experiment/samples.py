@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.options import Prompt
 from mtp_lightning.decoding.sequence import Fresh
-from mtp_lightning.experiment.text_stream import Colors, TextStream
+from mtp_lightning.experiment.text_stream import Colors, TextStream, wants_colors
 from mtp_lightning.model import MTPModel
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     if not prompts:
         prompts = [("a text", piece) for piece in pieces[:1]]
     # Color codes would be unreadable in a file or a pipe.
-    marks = Colors() if sys.stdout.isatty() and model.mtp.max_draft_depth != 0 else None
+    marks = Colors() if wants_colors() and model.mtp.max_draft_depth != 0 else None
     streams = [
         TextStream(
             data.tokenizer,

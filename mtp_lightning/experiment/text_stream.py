@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
-from mtp_lightning.command_line.shell import printable
+from mtp_lightning.command_line.shell import has_styles, printable
 from mtp_lightning.decoding.sequence import Fresh, Generation
 from mtp_lightning.errors import counted
 
@@ -36,6 +37,11 @@ class Colors:
     def _style(self, depth: int, looked_up: bool) -> str:
         color = self._COLORS[(depth - 1) % len(self._COLORS)]
         return f"{color};4" if looked_up else str(color)
+
+
+def wants_colors() -> bool:
+    """Whether drafts are shown by :class:`Colors`: not with NO_COLOR (https://no-color.org)."""
+    return has_styles() and not os.environ.get("NO_COLOR")
 
 
 class Brackets:

@@ -124,6 +124,11 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     else:  # before the data, which may take hours
         rows = config.tokenizer.get("vocab_size")
         _require_affordable(config, rows if is_whole(rows) and "task" not in config.data else 1)
+    if origin.start is not None and config.compare.match == "none":  # likewise
+        from mtp_lightning.experiment.init_from import check_start
+
+        model_config = build_model_config(config, origin.start.config.trunk.vocab_size)
+        check_start(model_config.on_meta(), origin.start)
     with peers.in_turn():
         data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
     stored = config.copy()

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,6 +220,19 @@ def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
     for name, weight in opened().named_parameters():
         assert torch.equal(packed.numbers_of(weight), model.get_parameter(name)), name
     assert len(list((tmp_path / "cache" / "packed").iterdir())) == 1
+
+
+def test_packed_weights_of_a_cache_that_cannot_be_read_are_packed_again(cached, monkeypatch):
+    model, _, opened = cached
+    is_dir = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if "packed" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert_same_texts(model, opened())
 
 
 def test_packed_weights_of_a_small_model_are_not_cached(cached, monkeypatch, tmp_path):

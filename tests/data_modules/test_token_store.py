@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -125,17 +127,41 @@ def test_cache_folder_is_the_argument_then_the_variable_then_home(tmp_path, monk
     assert cache_folder() == Path.home() / ".cache" / "mtp-lightning"
 
 
-def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path):
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path, full):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(full, os.strerror(full))
 
-    with pytest.raises(OSError, match="disk is full while building .*data.cache_dir"):
+    reason = re.escape(f"target ({os.strerror(full)}): free some space, or set data.cache_dir")
+    with pytest.raises(OSError, match=reason):
         build_once(tmp_path / "target", fill)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write in the cache folder .*MTP_LIGHTNING_CACHE"):
         build_once(tmp_path / "file" / "target", fill)
+
+
+def test_a_cache_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(OSError, match=r"cache folder .* \(Permission denied\): set data.cache_dir"):
+        build_once(tmp_path / "target", lambda folder: None)
+
+
+def test_the_progress_bar_of_a_failed_build_ends_before_the_error(tmp_path, monkeypatch):
+    def fail(folder: Path, tokenizer, split, encoded, overlap) -> None:
+        next(encoded)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("data_modules.store_builder.write_documents", fail)
+    bar = MagicMock(n=0)
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: bar)
+    with pytest.raises(OSError, match="Input/output") as raised:
+        store_of(["a document"] * 3, tmp_path)
+    assert bar.__exit__.called and raised.traceback  # whose frames would keep the bar open
 
 
 def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):

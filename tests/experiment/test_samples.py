@@ -50,6 +50,8 @@ def test_beginnings_are_a_function_a_class_and_a_sentence() -> None:
 @pytest.mark.parametrize("depth", [2, 0])
 def test_samples_mark_their_drafts_on_a_terminal(monkeypatch, capsys, depth, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     model = small_model(3, depth, vocab=257)
     print_samples(model, data(*CODE), seed=1)
     output = capsys.readouterr().out

@@ -163,6 +163,14 @@ def test_generate_prints_legend_cost_and_early_end(generate_app, capsys, monkeyp
     assert output.out.startswith("ab") and "\n\ncd" in output.out and output.out.count("[-1:") > 1
     assert "2 prompts" in output.err
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            generate_app(prompt="ab", show_drafts=True)
+        output = capsys.readouterr()
+        assert "[-1:" in output.out and "\x1b" not in output.out + output.err, name
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
     generate_app(prompt="ab", show_drafts=True)
     output = capsys.readouterr()
     assert "\x1b[32;9m" in output.out and "struck through" in output.err

@@ -69,6 +69,25 @@ def test_a_closed_pipe_ends_only_programs_that_end_with_their_reader(
         assert stderr == "line\n" * lines + "error: a sentence\n" * (how == "fails")
 
 
+def test_streams_that_were_closed_before_the_start_are_replaced(tmp_path: Path) -> None:
+    """By the null device, so that no file of the program gets their descriptors."""
+    program = (
+        "import subprocess, sys\n"
+        "from mtp_lightning.command_line.shell import readable_errors\n"
+        "with readable_errors(), open(sys.argv[1], 'w') as file:\n"
+        "    print('out', sys.stdout.isatty(), sys.stdin.read())\n"
+        "    print('error', file=sys.stderr)\n"
+        "    subprocess.run(['echo', 'from a child'], check=True)\n"
+        "    file.write(str(file.fileno() > 2))\n"
+    )
+    file = tmp_path / "file"
+    for closed in ("<&- >&- 2>&-", ">&-"):
+        words = [sys.executable, "-c", program, str(file)]
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *words]
+        done = subprocess.run(shell, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL)
+        assert (done.returncode, file.read_text()) == (0, "True"), closed
+
+
 def test_help_into_a_closed_pipe_ends_quietly() -> None:
     words = ["-c", "from mtp_lightning.console import main; main()"]
     assert with_closed_pipe([sys.executable, *words, "--help"]) == (141, "")

@@ -59,6 +59,19 @@ def test_a_resumed_run_does_not_initialize_again(cache: Path, tmp_path: Path) ->
         helpers.train_here(tmp_path / "random", cache, {**plain, "mtp.init": "last_block"})
 
 
+def test_a_start_that_does_not_fit_is_refused_before_the_data(cache, tmp_path, monkeypatch):
+    """Self-generated texts take hours."""
+    helpers.train_here(tmp_path / "whole", cache, {**HEADS, "mtp.init": "random"})
+    monkeypatch.setattr("mtp_lightning.experiment.training.build_data", None)
+    settings = {**HEADS, "init_from": tmp_path / "whole"}
+    for changes, message in (
+        ({}, r"mtp.init=last_block has no effect: .* holds every module"),
+        ({"mtp.init": "random", "model.n_layers": 1}, r"another trunk than this run \(n_layers: 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            helpers.train_here(tmp_path / "new", cache, {**settings, **changes})
+
+
 @pytest.mark.long
 def test_two_processes_start_as_one_does(trunk: Path, cache: Path, tmp_path: Path) -> None:
     settings = {**HEADS, "init_from": trunk, "trainer.max_steps": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -80,8 +81,14 @@ def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
     assert capsys.readouterr().out == "pending a (1 of 1)\n"
 
 
-def test_without_a_terminal_the_display_is_lines() -> None:
+def test_without_a_terminal_that_moves_a_cursor_the_display_is_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert isinstance(make_display(1), Lines)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for terminal, kind in (("xterm", LiveTable), ("dumb", Lines)):
+        monkeypatch.setenv("TERM", terminal)
+        assert isinstance(make_display(1), kind)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3700, "1:01:40")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from data_modules.tasks import (
     Task,
 )
 from data_modules.tasks.data_module import TaskDataModule
-from mtp_lightning.paths import CONF
+from mtp_lightning.paths import CONF, ROOT
 
 NAMES = (
     "copy", "countdown", "group", "hmm", "induction", "mqar", "polynomial", "sat", "sibling",
@@ -157,6 +158,16 @@ def test_chance_is_that_of_the_lengths_in_validation() -> None:
     assert task.chance == pytest.approx(np.mean([3.0**-n for n in lengths]), rel=0.2)
     assert Group(held_out=16).chance < 60.0**-7
     assert Group(held_out=16, running=False).chance == pytest.approx(1 / 60)
+
+
+def test_the_page_has_the_chance_of_every_task() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text().split("\n## ")[1]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    stated = {row[0].strip("| `"): row[3] for row in rows if row[0] != "| `data=`"}
+    assert stated.keys() == {*NAMES, "navigation"}
+    for name, text in stated.items():
+        share = float(Fraction(text.removesuffix(" %"))) / (100 if "%" in text else 1)
+        assert configured_task(name).chance == pytest.approx(share, rel=0.5, abs=1e-7), name
 
 
 def test_a_task_with_too_few_questions_to_hold_out_is_refused() -> None:
