@@ -97,11 +97,11 @@ class PretrainedTokenizer(Tokenizer):
     def files_beside(self) -> dict[str, str]:
         """The files :attr:`beside`, which name this tokenizer's end of text."""
         assert self.eot_token is not None
-        if special_token(self.beside, "eos_token") in (None, self.eot_token):
+        if special_token(self.beside, "eos_token") == self.eot_token:
             return self.beside
         files = dict(self.beside)
-        for name in files:
-            if name.endswith(".json") and "eos_token" in (content := kept_json(files, name)):
+        for name in filter(lambda name: name.endswith(".json"), files):
+            if "eos_token" in (content := kept_json(files, name)) or name == CONFIG:
                 files[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
         return files
 

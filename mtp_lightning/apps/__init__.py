@@ -71,7 +71,7 @@ def start(
             return task(cfg)
 
     errors = readable_errors(ends_with_reader=ends_with_reader)
-    with errors, _hydra_as_ours(sys.argv[1:]):
+    with errors, _hydra_as_ours(sys.argv[1:], config_name):
         sys.argv[1:] = ["--help" if word == "help" else word for word in sys.argv[1:]]
         _explain(sys.argv[1:])
         if _QUIET in sys.argv:
@@ -166,7 +166,7 @@ def _explain(arguments: list[str]) -> None:
 
 
 @contextmanager
-def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
+def _hydra_as_ours(arguments: list[str], app: str) -> Iterator[None]:
     """Let Hydra raise its errors as a :class:`UserError` of one sentence, and compose only once.
 
     Hydra composes every config twice, the first time to see whether it sets ``hydra.mode``. Only
@@ -178,7 +178,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     if not foreign:
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
-        with composing(arguments):
+        with composing(arguments, app):
             yield
     finally:
         utils.run_and_report, Hydra.get_mode = originals  # type: ignore[method-assign]

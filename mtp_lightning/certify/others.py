@@ -63,7 +63,8 @@ def compare_others(
     length: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Count]:
-    """Count the texts of other programs that differ from their own plain decoding.
+    """Count the texts of other programs that differ from their own plain decoding. A program that
+    fails is left out, since this project's part of the certificate may have taken hours.
 
     Args:
         names: keys of PROGRAMS, for which :func:`require_programs` has passed.
@@ -74,14 +75,17 @@ def compare_others(
     """
     counts: list[Count] = []
     for name in names:
-        for ways in PROGRAMS[name].ways(path):
-            plain, *others = ways
-            wanted = plain.decode(prompts, length)
-            for way in others:
-                texts = way.decode(prompts, length)
-                equal = sum(a == b for a, b in zip(wanted, texts, strict=True))
-                counts.append(Count(way, len(prompts), equal))
-            say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
+        try:
+            for plain, *others in PROGRAMS[name].ways(path):
+                wanted = plain.decode(prompts, length)
+                for way in others:
+                    texts = way.decode(prompts, length)
+                    equal = sum(a == b for a, b in zip(wanted, texts, strict=True))
+                    counts.append(Count(way, len(prompts), equal))
+                say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
+        except Exception as error:  # another program may raise anything
+            reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            say(f"{name} cannot decode {path} and is left out from here on: {reason}.")
     return counts
 
 

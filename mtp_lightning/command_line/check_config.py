@@ -14,7 +14,7 @@ from typing import Any
 
 from mtp_lightning import parts
 from mtp_lightning.command_line import keys
-from mtp_lightning.command_line.conf_comments import PARTS, groups, value_at
+from mtp_lightning.command_line.conf_comments import PARTS, groups, groups_of, value_at
 from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
@@ -102,7 +102,7 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool) -> 
     for key, value in node.items():
         name = _join(path, key)
         if closed and key not in rules.keys and not str(key).startswith("_"):
-            raise _unknown(name, rules.keys)
+            raise _unknown(name, rules.keys, app)
         if key in rules.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
@@ -116,18 +116,20 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
     """Refuse a key that was added with ``+`` to a node of known keys, unless an interpolation uses
     it."""
     name = override.lstrip("+").partition("=")[0]
+    if (group := name.partition(".")[0]) in groups() and group not in groups_of(app):
+        raise _unknown(group, (), app)
     parent, _, key = name.rpartition(".")
     if "/" in name or "@" in name or name in groups() or parent not in _CLOSED:
         return
-    names = {*keys.of_node(parent, app).keys, *(groups() if not parent else ())}
+    names = {*keys.of_node(parent, app).keys, *(groups_of(app) if not parent else ())}
     if key not in names and not _is_named(name, config):
-        raise _unknown(name, {name for name in names if "/" not in name})
+        raise _unknown(name, {name for name in names if "/" not in name}, app)
 
 
-def _unknown(name: str, known: Collection[str]) -> UserError:
+def _unknown(name: str, known: Collection[str], app: str) -> UserError:
     from mtp_lightning.command_line.hydra_errors import unknown_key
 
-    return UserError(unknown_key(name, known))
+    return UserError(unknown_key(name, known, app))
 
 
 def _is_named(name: str, config: Mapping[str, Any]) -> bool:

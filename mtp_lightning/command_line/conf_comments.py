@@ -94,6 +94,15 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
     return by_group
 
 
+def groups_of(app: str) -> set[str]:
+    """The groups that an app takes: train.py (``config``) all, another those of its root config."""
+    if app == "config":
+        return set(groups())
+    (root,) = (option for option in groups()[""] if option.name == app)
+    chosen = (entry for entry in root.content["defaults"] if isinstance(entry, dict))
+    return {name for entry in chosen for name in entry if not name.startswith("override ")}
+
+
 def read_option(file: Path, group: str) -> Option:
     """Read one file's comments and keys."""
     text = file.read_text(encoding="utf-8")

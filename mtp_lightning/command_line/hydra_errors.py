@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.conf_comments import PARTS, groups, included
+from mtp_lightning.command_line.conf_comments import PARTS, groups, groups_of, included
 from mtp_lightning.errors import nearest, suggestion
 
 # Values that Hydra does not read as words.
 _NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
 
-def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
-    """Translate an error that Hydra or OmegaConf raised while composing into a sentence; empty for
-    another error.
+def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config") -> str:
+    """Translate an error that Hydra or OmegaConf raised while composing an app's config into a
+    sentence; empty for another error.
 
     The errors are recognized by names, texts and attributes, since importing the libraries here
     would slow the tools down.
@@ -49,11 +49,15 @@ def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
         )
     if match := re.match(r"Could not override '([^']*)'", text):
         name = match[1]
-        return unknown_key(*_last_known(name, getattr(cause, "parent_node", None)))
+        return unknown_key(*_last_known(name, getattr(cause, "parent_node", None)), app)
     if match := re.match(r"Could not delete from config\. '([^']*)' does not exist", text):
         return f"~{match[1]} deletes nothing: there is no {match[1]}. (--cfg job shows all)"
     if match := re.match(r"Could not append to config\. An item is already at '([^']*)'", text):
         return f"{match[1]} is a key already: give it as {match[1]}=..., without a plus sign."
+    if match := re.match(r"Multiple values for (\S+)\. To override .* '\S+ \S+: (.*)'", text):
+        return (
+            f"{match[1]} has an option already: give it as {match[1]}={match[2]}, without a plus."
+        )
     if match := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", text):
         return (
             f"{match[1]} is several values: add -m for a run with each, or give a list, "
@@ -98,10 +102,13 @@ def _first(error: BaseException, text: str) -> str:
     return f"{key}: {reason}. (--help)" if key and key not in reason else f"{reason}. (--help)"
 
 
-def unknown_key(name: str, siblings: Collection[str]) -> str:
-    """The sentence that refuses a dotted key, which is not among the keys of its node."""
+def unknown_key(name: str, siblings: Collection[str], app: str) -> str:
+    """The sentence that refuses a dotted key of an app, not among the keys of its node."""
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
+    taken = groups_of(app)
+    if name in groups() and name not in taken:
+        return f"{name} is a group of train.py and no key here: leave it out. (--cfg job shows all)"
     if name == "sweeps":
         return (
             "sweeps is not a key: a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
@@ -126,14 +133,15 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
         )
     choices = [f"{prefix}{sibling}" for sibling in siblings]
     near = nearest(key, siblings)
-    meant = f"{prefix}{near}" if near else _elsewhere(key)
+    meant = f"{prefix}{near}" if near else _elsewhere(key, app)
     group = _group_of(name)
     hint = f"--help {group}" if group else "--help"
     if meant and meant != name:  # another program's
         return f"{name} is not a key: did you mean {meant}? ({hint})"
     if parent and choices:
         return f"{name} is not a key: choose one of {', '.join(sorted(choices))}. ({hint})"
-    return f"{name} is not a key: --help names the groups, --cfg job shows every key."
+    listed = "--help names the groups, " if taken else ""
+    return f"{name} is not a key: {listed}--cfg job shows every key."
 
 
 def unknown_option(group: str, name: str, options: Collection[str]) -> str:
@@ -157,12 +165,13 @@ def _options_with(name: str) -> list[str]:
     ]
 
 
-def _elsewhere(key: str) -> str | None:
-    """A dotted key that ends in this name (``optimizer.lr`` for ``lr``) and follows no other."""
-    roots = ("", "mtp", "model", "data", "optimizer", "trainer", "objective")
-    for path in roots:
+def _elsewhere(key: str, app: str) -> str | None:
+    """An app's dotted key that ends in this name (``optimizer.lr`` for ``lr``) and follows no
+    other."""
+    roots = ("mtp", "model", "data", "optimizer", "trainer", "objective")
+    for path in ("", *(root for root in roots if root in groups_of(app))):
         options = groups().get(path, [])
-        keys = [k for o in options for k in o.keys if path or o.name == "config"]
+        keys = [k for o in options for k in o.keys if path or o.name == app]
         if any(k.name == key and not k.default.startswith("${") for k in keys):
             return f"{path}.{key}" if path else key
     return None

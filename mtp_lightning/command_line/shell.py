@@ -217,8 +217,9 @@ def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def composing(overrides: Iterable[str]) -> Iterator[None]:
-    """Turn Hydra's errors about overrides, as they were typed, into one sentence with a remedy.
+def composing(overrides: Iterable[str], app: str = "config") -> Iterator[None]:
+    """Turn Hydra's errors about overrides of an app's config, as they were typed, into one sentence
+    with a remedy.
 
     Raises:
         UserError: Hydra or OmegaConf refused the overrides.
@@ -228,7 +229,7 @@ def composing(overrides: Iterable[str]) -> Iterator[None]:
     except Exception as error:
         from mtp_lightning.command_line.hydra_errors import sentence
 
-        message = sentence(error, overrides)
+        message = sentence(error, overrides, app)
         if not message or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise UserError(message) from error

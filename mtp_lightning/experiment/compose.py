@@ -23,7 +23,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
         UserError: the overrides do not fit the config.
     """
     with (
-        composing(overrides),
+        composing(overrides, name),
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return compose(name, overrides=literal(list(overrides)))

@@ -89,10 +89,14 @@ def generate_text(cfg: Any) -> list[Generation]:
         )
         for p in (prompts if cfg.output == "text" else ())
     ]
-    began = time.perf_counter()
+    options = decoding_options(cfg, run, rows=len(prompts))
+    began = time.perf_counter()  # the first start with a model has measured it for seconds
     try:
         generations = continue_prompts(
-            cfg, run, prompts, on_tokens=lambda i, fresh: streams[i].add(fresh) if streams else None
+            run,
+            prompts,
+            options,
+            on_tokens=lambda i, fresh: streams[i].add(fresh) if streams else None,
         )
     except BaseException:
         if single and streams and streams[0].begun:
@@ -192,14 +196,13 @@ def open_for_decoding(
 
 
 def continue_prompts(
-    cfg: Any, run: OpenedModel, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
+    run: OpenedModel,
+    prompts: Sequence[str],
+    options: DecodingOptions,
+    *,
+    on_tokens: OnTokens | None = None,
 ) -> list[Generation]:
-    """Continue prompts with the options of ``conf/generate.yaml``.
-
-    Raises:
-        UserError: an option is out of range.
-    """
-    options = decoding_options(cfg, run, rows=len(prompts))
+    """Continue prompts with the options of :func:`decoding_options`."""
     ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
 

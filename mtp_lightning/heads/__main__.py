@@ -26,6 +26,13 @@ from mtp_lightning.stored import read_json
 
 PLAN, RUN, CERTIFICATE, EXPORT = "plan.json", "run", "certificate", "model"
 SPEED = "speed.json"
+# Settings of training that follow from the command's own options.
+_OWN = {
+    "init_from": "its models",
+    "run_dir": "--output",
+    "data": "--text",
+    "data.paths": "--text",
+}
 
 
 def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightning.heads") -> None:
@@ -91,10 +98,13 @@ def require_inputs(args: Any, *models: Path) -> None:
         UserError: naming the word, the key or the path.
     """
     from mtp_lightning.experiment.compose import compose_config
+    from mtp_lightning.run.config import key_of
 
     for word in args.overrides:
         if "=" not in word:
             raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
+        if (key := key_of(word)) in _OWN:
+            raise UserError(f"this command sets {key} by {_OWN[key]}: leave {word} out.")
     for file in (*models, *map(Path, args.text)):
         if not file.exists():
             raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")

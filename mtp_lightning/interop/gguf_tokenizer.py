@@ -209,7 +209,8 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     if not isinstance(whole, str) and (whole := _tokenizer_json(get, tokens)) is None:
         return False
     (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
-    config: dict[str, Any] = {}
+    # Without a class, AutoTokenizer splits text by Qwen2's rule in a folder of Qwen3's layout.
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for role in _ROLES:
         i = get(f"tokenizer.ggml.{role}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):

@@ -246,14 +246,18 @@ def generate(*overrides: str) -> Text:
         OSError: if there is no such checkpoint.
     """
     from mtp_lightning.experiment.compose import compose_config
-    from mtp_lightning.experiment.generating import continue_prompts, open_from_config
+    from mtp_lightning.experiment.generating import (
+        continue_prompts,
+        decoding_options,
+        open_from_config,
+    )
 
     cfg = compose_config("generate", overrides)
     if cfg.prompt is None:
         raise UserError("There is no prompt: give prompt=TEXT.")
     run = open_from_config(cfg)
     prompt = str(cfg.prompt)
-    (generation,) = continue_prompts(cfg, run, [prompt])
+    (generation,) = continue_prompts(run, [prompt], decoding_options(cfg, run, rows=1))
     return Text(prompt, generation, run.tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,21 @@ def test_texts_that_differ_from_the_programs_plain_ones_are_counted(
         **{"texts": 3, "texts_equal": 2},
     }
     assert certificate.broken() == []  # the certificate is about this project's decoding
+
+
+def test_a_program_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ways(path: Path) -> Iterator[list[Way]]:
+        same = [Way("p 1", "fp32", name, lambda ids, length: ids) for name in ("plain", "drafts")]
+        yield same
+        raise ValueError("GGUF of glm4moe is not supported.\nDetails")
+
+    program = OtherProgram("json", "none", lambda path: True, "anything", ways)
+    monkeypatch.setitem(PROGRAMS, "p", program)
+    said: list[str] = []
+    (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4, said.append)
+    assert count.equal == 3
+    reason = "GGUF of glm4moe is not supported."
+    assert said[1:] == [f"p cannot decode mine and is left out from here on: {reason}"]
 
 
 @pytest.mark.extras

@@ -162,6 +162,11 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         write_tokenizer(tmp_path / "out", tokenizer, max_positions=9)
         assert PretrainedTokenizer(str(tmp_path / "out")).eot_id == tokenizer.eot_id
+    # So does one whose config names none.
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    write_tokenizer(tmp_path / "out", PretrainedTokenizer(str(tmp_path)), max_positions=9)
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config == {"pad_token": "<pad>", "eos_token": "</s>"}
 
 
 def test_prompts_begin_with_the_beginning_of_text_tokens(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,23 @@ def test_a_line_of_a_file_is_one_prompt(tmp_path):
     file.write_text("\n\n")
     with pytest.raises(UserError, match="/prompts is empty: give"):
         generating.read_prompts(None, str(file), StringIO())
+
+
+def test_the_time_of_a_file_of_prompts_is_without_the_measurement_of_drafts(
+    generate_app, capsys, monkeypatch, tmp_path
+):
+    now, measured = [0.0], generating.with_measured_depth
+
+    def slow(*args: Any, **options: Any) -> Any:
+        now[0] += 60
+        return measured(*args, **options)
+
+    monkeypatch.setattr(generating, "with_measured_depth", slow)
+    monkeypatch.setattr(generating, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    file = tmp_path / "prompts"
+    file.write_text("a\nb\n")
+    generate_app(prompts=str(file))
+    assert now == [60] and "tokens in 0.0 s" in capsys.readouterr().err
 
 
 def test_an_error_never_shares_a_line_with_the_prompt(generate_app, capsys, monkeypatch):

@@ -70,6 +70,7 @@ train.py callbacks.checkpoints.folder=/x => callbacks.checkpoints.folder is not 
 train.py modle=nano => modle is not a key: did you mean model?
 train.py lr=0.1 => lr is not a key: did you mean optimizer.lr?
 train.py data.tokenizer=bpe => data.tokenizer=bpe does not set the tokenizer
+train.py +logger=csv => logger has an option already: give it as logger=csv, without
 train.py +foo=1 => foo is not a key | --cfg job
 train.py data.paths=x => data.paths is a key of data=text: add that
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
@@ -81,6 +82,10 @@ evaluate.py decode.prompts=3 => decode.prompts is not a key | decode.n_prompts
 generate.py promt=hello  [*] => promt is not a key: did you mean prompt?
 serve.py prt=80  [*] => prt is not a key: did you mean port?
 export.py ouput=x  [*] => ouput is not a key: did you mean output?
+generate.py mtp=parallel => mtp is a group of train.py and no key here: leave it out
+generate.py +mtp.depth=1 => mtp is a group of train.py and no key here: leave it out
+serve.py temperature=1 => temperature is not a key: --cfg job
+evaluate.py checkpoint=x temperature=1 => temperature is not a key: did you mean data.temperature?
 # options
 train.py mtp=sequentail  [*] => mtp has no option 'sequentail': did you mean sequential?
 train.py logger=null  [*] => logger=null is not the name of an option: choose one of --help logger

@@ -26,6 +26,7 @@ from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
@@ -284,6 +285,11 @@ def test_chat_template_and_special_tokens_are_exported(tmp_path: Path) -> None:
     first = PretrainedTokenizer(str(tmp_path / "one"))
     files = {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     assert set(first.state()["beside"]) == files
+    # AutoTokenizer reads tokenizer.json in Qwen3's layout, too, instead of Qwen2's rule.
+    qwen3 = folders.random_model(folders.TRUNKS["qwen3"], NoMTPConfig())
+    folders.write(tmp_path / "qwen3", qwen3, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "qwen3")
+    assert type(theirs).__name__ == "TokenizersBackend"
 
 
 def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
