@@ -54,12 +54,13 @@ def _require_layout(folder: Path) -> None:
         return
     if not folder.exists():
         raise UserError(f"{folder} does not exist (looked from {Path.cwd()}): check the path.")
-    if not folder.is_dir():
+    if folder.suffix == ".gguf":
         raise UserError(
-            f"{folder} is a file: give a folder with config.json and safetensors; a GGUF file is "
-            f"examined by mtp-lightning certify {folder}, and {typed('evaluate')} "
-            f"checkpoint={folder}."
+            f"{folder} is a file: it is examined by mtp-lightning certify {folder}, and by "
+            f"{typed('evaluate')} checkpoint={folder}."
         )
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder with config.json and safetensors.")
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder} is a run of this project: {typed('export')} checkpoint={folder} "

@@ -28,6 +28,7 @@ from mtp_lightning.opening import OpenedModel, open_model, read_model
 from mtp_lightning.run.config import key_of
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
+from mtp_lightning.stored import LARGEST
 
 # Shares of the hours that the later phases leave: texts and the trunk's states of them, and steps.
 # The rest is for start-up and validations.
@@ -286,6 +287,7 @@ def _plan(
             text_seconds += (with_trunk - with_stored) * text_tokens / configured.window / speed
     steps = int(seconds_left * training_share / step_seconds)
     texts = int(seconds_left * _TEXTS / text_seconds) if text_seconds else 0
+    texts = min(texts, LARGEST["n_prompts"])
     overridden = {key_of(word) for word in overrides}
     least_seconds = max(
         0 if "trainer.max_steps" in overridden else _FEWEST_STEPS * step_seconds / training_share,

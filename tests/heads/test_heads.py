@@ -91,6 +91,7 @@ def test_the_hours_are_divided_into_texts_and_steps(
     enough = float(str(too_few.value).rpartition("=")[2].rstrip("."))
     least = plan_of(model, hours=enough)
     assert 64 <= least.texts < 75 and least.steps >= 10
+    assert plan_of(model, hours=1e9).texts == 1 << 22  # the most that data.n_prompts may be
     main([str(model), "--dry-run"])
     output = capsys.readouterr().out
     assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in output

@@ -183,8 +183,8 @@ doctor.py => required: folder | --help
 doctor.py FOLDER/nowhere  [*] => NOWHERE
 sweeps.search FOLDER/a?b optimizer.lr='interval(1e-3,1e-2,log)' --trials 1  [30 s] =>
     FOLDER/a?b has a ? or % in its path | choose another folder
-doctor.py FOLDER/file =>
-    FOLDER/file is a file: give a folder | certify FOLDER/file | checkpoint=FOLDER/file
+doctor.py FOLDER/file => FOLDER/file is a file: give a folder
+doctor.py FOLDER/a.gguf => is a file | certify FOLDER/a.gguf | checkpoint=FOLDER/a.gguf
 doctor.py FOLDER/run => FOLDER/run is a run | export.py checkpoint=FOLDER/run
 sweeps.report FOLDER/nowhere  [*] => FOLDER/nowhere | give a sweep's
 sweeps.report FOLDER/empty => FOLDER/empty holds no runs: give
@@ -236,6 +236,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     (folder / "run" / "checkpoints").mkdir(parents=True)
     (folder / "file").write_text("no checkpoint, and no folder\n")
+    (folder / "a.gguf").write_bytes(b"GGUF")
     (folder / "latin1").write_bytes("café\n".encode("latin-1"))
     os.mkfifo(folder / "pipe")
     return folder
