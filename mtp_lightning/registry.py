@@ -37,7 +37,7 @@ class Registered:
         variant: name of a subclass, in checkpoints and as the name of its YAML file.
 
     Raises:
-        UserError: another class has the same name.
+        UserError: another class has the same name; or, when an object is made, the class has none.
     """
 
     family: ClassVar[str]
@@ -57,17 +57,26 @@ class Registered:
         registered = cls._variants.get(variant)
         # A reloaded module may define the same class again.
         if registered is not None and _place(registered) != _place(cls):
+            taken, new = sorted((registered, cls), key=lambda kind: not _is_own(kind))
             raise UserError(
-                f"{cls.family}={variant} is {_place(registered)} already: give {_place(cls)} "
+                f"{cls.family}={variant} is {_place(taken)} already: give {_place(new)} "
                 "another variant name."
             )
         cls.variant = variant
         cls._variants[variant] = cls
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # A checkpoint finds the class again by this name.
+        if cls._variants.get(getattr(cls, "variant", "")) is not cls:
+            raise UserError(
+                f"{_place(cls)} has no variant name of its own: define it as "
+                f'class {cls.__name__}(.., variant="NAME").'
+            )
+        return super().__new__(cls)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain containers for a checkpoint. A foreign variant's module is included."""
-        module = type(self).__module__
-        origin = {} if module.partition(".")[0] == _OWN else {"module": module}
+        origin = {} if _is_own(type(self)) else {"module": type(self).__module__}
         return {"variant": self.variant, **origin, **asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
@@ -131,6 +140,11 @@ def imported(name: str) -> Any:
     """The object of a dotted name, imported on demand: for tables of an option's words."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _is_own(cls: type) -> bool:
+    """Whether a class is this project's."""
+    return cls.__module__.partition(".")[0] == _OWN
 
 
 def _place(cls: type) -> str:

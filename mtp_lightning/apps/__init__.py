@@ -134,8 +134,18 @@ def imports() -> Iterator[None]:
 class Check(Callback):
     """Checks the composed config before Hydra creates a folder and torch is imported."""
 
+    def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
+        """Check the folders of configs; Hydra calls this before a sweep, and we before a run."""
+        with readable_errors():
+            from mtp_lightning.command_line.check_config import require_new_names
+
+            for source in config.hydra.runtime.config_sources:
+                if source.schema == "file":
+                    require_new_names(Path(source.path))
+
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
         """Check the config; Hydra calls this before the app's task."""
+        self.on_multirun_start(config)
         with readable_errors():
             from mtp_lightning.command_line import check_config
 

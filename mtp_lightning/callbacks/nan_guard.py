@@ -98,9 +98,10 @@ class NanGuard(RunCallback):
                 )
 
     def _fail(self, trainer: pl.Trainer, problem: str) -> None:
-        self._failure = (
-            f"{problem}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
-        )
+        remedy = "Lower the learning rate or clip gradients."
+        if trainer.global_step == 1:  # this step was computed with the first weights
+            remedy = "No weight has changed yet, so look at the modules, the terms and the data."
+        self._failure = f"{problem}; {self._last_good(trainer)} {remedy}"
         raise UserError(self._failure)
 
     @staticmethod

@@ -17,6 +17,7 @@ from mtp_lightning.command_line import keys
 from mtp_lightning.command_line.conf_comments import PARTS, groups, groups_of, value_at
 from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
+from mtp_lightning.paths import CONF
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, require_sizes, values
 
@@ -62,6 +63,20 @@ def check(
     require_sizes(config.get("data"))
     if folder is not None:
         _check_paths(config, app, folder)
+
+
+def require_new_names(folder: Path) -> None:
+    """Refuse a folder of further configs that holds a file of conf/, since Hydra would ignore it.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if folder.resolve() == CONF.resolve():
+        return
+    for file in sorted(CONF.rglob("*.yaml")):
+        own = folder / file.relative_to(CONF)
+        if own.is_file():
+            raise UserError(f"{own} has the name of an option of this project: rename it.")
 
 
 def check_values(node: Mapping[str, Any], path: str) -> None:

@@ -24,6 +24,8 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     if str(error).startswith("Config group override must be"):
         return _not_a_name(overrides)
     kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "YAMLError" in kinds:
+        return f"a config is not YAML: {' '.join(str(error).split())}."
     if not kinds & {"HydraException", "OmegaConfBaseException"}:
         return ""
     text, cause = str(error), error.__cause__

@@ -19,14 +19,20 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.keys import OWN
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_bool, require_number, require_whole
+from mtp_lightning.settings import require, require_bool, require_number, require_whole
 from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
+
+
+def _require_str(key: str, value: Any) -> None:
+    require(isinstance(value, str), key, value, "a text, in quotes if it looks like a number")
+
 
 # The check of a value whose parameter has such an annotation.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "int": require_whole,
     "float": require_number,
     "bool": require_bool,
+    "str": _require_str,
 }
 
 
@@ -44,6 +50,8 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
     target = config.get("_target_")
     plain: Any = OmegaConf.to_container(config, resolve=True)
     path = config._get_full_key("")
+    if target is None:
+        raise UserError(f"{path} names no class: set {path}._target_ in its YAML file.")
     check_config.check_values(plain, path)
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")

@@ -173,12 +173,28 @@ class MTPStack(nn.Module, ABC):
         """
         previous = inputs.hidden
         for k in self.with_prerequisites(active):
+            version = None if previous.is_inference() else previous._version
             hidden = self.depth_state(k, inputs, previous)
+            if version is not None and version != previous._version:
+                raise UserError(
+                    f"depth {k} of mtp={self.config.variant} changes the state that it reads in "
+                    f"place, and depth {k - 1} is predicted from it: return a new tensor."
+                )
             if self.chained:
                 previous = hidden
             if k in active:
-                yield k, self.head_input(hidden)
+                yield k, self._checked(k, self.head_input(hidden), inputs)
             del hidden
+
+    def _checked(self, k: int, hidden: Tensor, inputs: StackInputs) -> Tensor:
+        """The head's input of depth ``k``, refused if it has other positions than the targets."""
+        windows, positions, _ = inputs.hidden.shape
+        if hidden.shape[:-1] != (windows, positions):
+            raise UserError(
+                f"depth {k} of mtp={self.config.variant} has the shape {list(hidden.shape)}, and "
+                f"[B, T, C] = [{windows}, {positions}, ..] is needed."
+            )
+        return hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """The head's input for a depth, from its :meth:`depth_state` [..., C]."""

@@ -104,9 +104,14 @@ class SideBySide(MTPStack):
         return range(1, k + 1) if self.corrections else super().reads(k)
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
-        """The parameters of depth ``k``."""
+        """The parameters that train with depth ``k``: its own, and those that the depths share."""
         lists = (self.depths, self.corrections) if self.corrections else (self.depths,)
-        return [p for by_depth in lists for p in by_depth[k - 1].parameters()]
+        own = [p for by_depth in lists for p in by_depth[k - 1].parameters()]
+        apart = {self.depths, self.corrections, self.rescorer, self.confidence}
+        shared = [
+            p for module in self.children() if module not in apart for p in module.parameters()
+        ]
+        return [*own, *shared, *self.parameters(recurse=False)]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)

@@ -15,6 +15,7 @@ OptimizerStep.__call__
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stream import micro_batch_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,8 @@ class OptimizerStep:
         self.clip_norm = clip_norm
         # With a frozen trunk nothing learns from the main prediction, but a rule may observe it.
         self._computes_main = model.config.mtp.trains_trunk or balance.observes
+        # Whether a step with all depths has been looked at (_look).
+        self._looked = False
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``.
@@ -136,11 +141,13 @@ class OptimizerStep:
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
-        base = [1.0, *_zero_without_targets(self.schedule.lambdas(progress), usable)]
+        lambdas = self.schedule.lambdas(progress)
+        base = [1.0, *_zero_without_targets(lambdas, usable, by=self.schedule)]
         main, *factors = self.balance.factors(base, progress)
+        factors = _zero_without_targets(factors, usable, by=self.balance)
         return StepPlan(
             base=base,
-            factors=[main if self._computes_main else 0.0, *_zero_without_targets(factors, usable)],
+            factors=[main if self._computes_main else 0.0, *factors],
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=batch.micro_batches(self.accumulate),
@@ -171,7 +178,11 @@ class OptimizerStep:
             UserError: see :meth:`plan`.
         """
         plan = self.plan(batch, progress)
+        looks = not self._looked and len(plan.active) == self.model.depth
+        random_state = torch.get_rng_state() if looks else None
         sums, auxiliary = self._forward_backward(plan, run, backward, no_sync)
+        if random_state is not None:
+            self._look(random_state)
         losses_KP = self.objective.losses(sums, plan.counts)
         losses = self.objective.mixed(losses_KP)
         gradients = self._measure(plan, progress)
@@ -236,6 +247,25 @@ class OptimizerStep:
             auxiliary.add(micro_auxiliary)
         return sum_over_ranks(sum(sums[1:], sums[0])), auxiliary
 
+    def _look(self, random_state: Tensor) -> None:
+        """Warn of modules that do not learn or that no checkpoint can continue, once, after the
+        backward passes of a step with all depths.
+
+        Args:
+            random_state: state of PyTorch's generator before the step.
+        """
+        self._looked = True
+        named = self.model.named_parameters()
+        still = [name for name, p in named if p.requires_grad and p.grad is None]
+        if still:
+            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            log.warning("No loss depends on %s%s, which no step changes.", still[0], more)
+        if not torch.equal(torch.get_rng_state(), random_state):
+            log.warning(
+                "A module draws from PyTorch's own generator, which neither the seed nor a "
+                "checkpoint sets: this run cannot be repeated or resumed exactly."
+            )
+
     def _measure(self, plan: StepPlan, progress: Progress) -> TaskGradients | None:
         """The gradients that the balance rule measures in this step; None if it measures none."""
         scope = self.balance.scope
@@ -268,5 +298,12 @@ class OptimizerStep:
         return plan.windows * per_window
 
 
-def _zero_without_targets(factors: Sequence[float], counts: Sequence[int]) -> list[float]:
+def _zero_without_targets(
+    factors: Sequence[float], counts: Sequence[int], *, by: object
+) -> list[float]:
+    if len(factors) != len(counts):
+        raise UserError(
+            f"{type(by).__name__} gives factors for {len(factors)} depths, and the model has "
+            f"{len(counts)}: return one for each depth."
+        )
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.chunk import Chunk, Teacher
 from mtp_lightning.objective.terms.base import Term
@@ -104,6 +105,11 @@ class ChunkTarget:
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
         """Add the losses to the total, weighted by ``counts_R`` (default: mask times weights)."""
+        if value_R.shape != self.valid_R.shape:
+            raise UserError(
+                f"the loss of depth {self.depth} has the shape {list(value_R.shape)} for "
+                f"{len(self.valid_R)} positions: return one number for each position."
+            )
         if self._record is not None:
             self._record.view(-1)[self._rows] = value_R
         counts_R = self.counts_R if counts_R is None else counts_R

@@ -35,6 +35,13 @@ def test_the_error_names_step_depth_and_the_last_good_checkpoint(tmp_path, every
     assert files.load(tmp_path / "last.ckpt")["global_step"] == 6
 
 
+def test_a_bad_first_step_does_not_blame_the_learning_rate(tmp_path: Path) -> None:
+    module = BadLoss()
+    module.bad_step = 1
+    with pytest.raises(ValueError, match="No weight has changed yet"):
+        fit(module, [Checkpoints(tmp_path, monitor=None), NanGuard()])
+
+
 def test_the_error_before_any_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no good checkpoint"):
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=100, monitor=None), NanGuard()])

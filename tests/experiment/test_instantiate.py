@@ -26,7 +26,9 @@ class Text:
 
 
 class Head:
-    def __init__(self, shift: int = 1, sharp: float | None = 1.0, gated: bool = True, name=""):
+    def __init__(
+        self, shift: int = 1, sharp: float | None = 1.0, gated: bool = True, word: str = "", name=""
+    ):
         self.shift, self.sharp, self.gated, self.name = shift, sharp, gated, name
 
 
@@ -56,6 +58,7 @@ def test_a_composed_config_builds_any_importable_class(package: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "kind", "message"),
     [
+        ({"kind": "cosine"}, LRSchedule, "names no class: set .*_target_"),
         ({"_target_": "builtins.dict"}, LRSchedule, "gives a dict, and LRSchedule is needed"),
         ({"_target_": "nowhere.Thing"}, None, "nowhere.*PYTHONPATH"),
         ({"_target_": "collections.Nothing"}, None, "Nothing.*PYTHONPATH"),
@@ -76,6 +79,7 @@ def test_a_value_must_fit_its_annotation(package: str) -> None:
         ("shift", None, "shift must be a whole number, not None"),
         ("sharp", "often", "sharp must be a number, not 'often'"),
         ("gated", "perhaps", "gated must be true or false, not 'perhaps'"),
+        ("word", float("nan"), "word must be a text, in quotes .*, not nan"),
     ):
         with pytest.raises(UserError, match=message):
             instantiate(node(_target_=f"{package}.Head", **{key: value}), kind=object)

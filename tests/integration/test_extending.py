@@ -131,6 +131,24 @@ def test_the_claim_is_read_run_and_judged(user_folder: Path, tmp_path: Path, cac
     assert "every run is done" in done.stdout
 
 
+@pytest.mark.parametrize("leaks", [False, True])
+def test_the_pages_test_finds_a_head_that_reads_the_future(
+    user_folder: Path, tmp_path: Path, leaks: bool
+) -> None:
+    shutil.copytree(user_folder / "my_ideas", tmp_path / "my_ideas")
+    file, step = tmp_path / "my_ideas" / "heads.py", "(1 - gate) * embedded_BTC"
+    assert step in file.read_text()
+    if leaks:
+        file.write_text(file.read_text().replace(step, f"{step}.roll(-1, dims=1)"))
+    test = "my_ideas/test_heads.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    assert f"python -m pytest {test}\n" in PAGE
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == leaks, done.stdout
+    assert ("AssertionError: depth 1" in done.stdout) == leaks
+
+
 def test_a_sweep_combines_the_extensions(user_folder: Path, cache: Path) -> None:
     words = "train --config-dir my_conf -m objective=ce,focal mtp=gated balance=inverse_loss "
     words += "optimizer=slow_trunk lambda_schedule=breathing data=sums tokenizer=byte"

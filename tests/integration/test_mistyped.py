@@ -98,6 +98,11 @@ evaluate.py checkpoint=x data=txt => data has no option 'txt': did you mean text
 train.py --help mpt => no group 'mpt' | choose one of | mtp
 train.py --halp => unrecognized arguments: --halp | --help
 train.py --config-dir FOLDER/nowhere => FOLDER/nowhere | not found | --help
+train.py --config-dir FOLDER/taken =>
+    FOLDER/taken/mtp/linear.yaml has the name of an option of this project: rename it
+train.py --config-dir FOLDER/taken -m seed=1,2 sweep_dir=sweep  [2 s] => linear.yaml has the name
+train.py --config-dir FOLDER/broken mtp=mine =>
+    a config is not YAML: mapping values are not allowed | mine.yaml", line 2
 train.py mtp.depth=2 --config-name nosuch => there is no config nosuch: check its name
 # values
 train.py mtp.depth=two  [*] => mtp.depth must be a whole number of at least 0, not 'two'
@@ -238,6 +243,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("no checkpoint, and no folder\n")
     (folder / "a.gguf").write_bytes(b"GGUF")
     (folder / "latin1").write_bytes("café\n".encode("latin-1"))
+    for name in ("taken/mtp/linear.yaml", "broken/mtp/mine.yaml"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("depth: 2\n lr: 1\n" if "broken" in name else "depth: 2\n")
     os.mkfifo(folder / "pipe")
     return folder
 

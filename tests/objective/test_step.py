@@ -271,3 +271,17 @@ def test_a_batch_that_cannot_be_trained_on_is_refused(
     training = Training(tiny_trunk, "sequential", NoBalance(DEPTH))
     with pytest.raises(ValueError, match=message):
         training(WindowBatch(torch.zeros(1, 6).long(), depth, documents))
+
+
+@pytest.mark.parametrize("factors", [[0.3], [0.3, 0.3, 0.3]])
+def test_a_users_factors_for_other_depths_are_refused(
+    tiny_trunk: TrunkConfig, factors: list[float]
+) -> None:
+    class Uneven(Balance):
+        name = "users"
+
+        def factors(self, base, progress):
+            return [1.0, *factors]
+
+    with pytest.raises(ValueError, match=f"Uneven gives factors for {len(factors)} depths"):
+        Training(tiny_trunk, "sequential", Uneven(DEPTH))(documents_of(20))

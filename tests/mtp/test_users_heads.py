@@ -1,0 +1,132 @@
+"""A user's head: what it shares is trained, and its mistakes are one sentence each."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Chain, SideBySide
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
+from tests.models import build, windows
+
+DEPTH = 2
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests do not see the variants that are defined here."""
+    monkeypatch.setattr(MTPConfig, "_variants", dict(MTPConfig._variants))
+
+
+def config_of(build_it) -> MTPConfig:
+    """The config of a stack that ``build_it(config, trunk)`` builds."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class UsersConfig(MTPConfig, variant="users"):
+        def build(self, trunk: TrunkConfig):
+            return build_it(self, trunk)
+
+    return UsersConfig(depth=DEPTH)
+
+
+def train(trunk: TrunkConfig, build_it) -> dict[str, torch.Tensor]:
+    """One step; returns how each weight of the stack has changed."""
+    model = build(trunk, config_of(build_it)).train()
+    before = {name: p.detach().clone() for name, p in model.mtp.named_parameters()}
+    step = OptimizerStep(model, schedule=Piecewise(DEPTH, 0.3), balance=NoBalance(DEPTH))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(windows(2, 8, DEPTH), Progress(step=0, max_steps=1), optimizer)
+    return {name: p.detach() - before[name] for name, p in model.mtp.named_parameters()}
+
+
+class Shares(SideBySide):
+    """Every depth uses one more matrix and one more vector, which belong to no depth."""
+
+    def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
+        width = trunk.d_model
+        super().__init__(config, [Linear(width, width) for _ in range(config.depth)])
+        self.shared = Linear(width, width)
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def step(self, k, branch_BTC, ctx):
+        return self.depths[k - 1](branch_BTC) + self.scale * self.shared(branch_BTC)
+
+
+class SharesTogether(Shares):
+    """The same with the feed of any stack, where autograd does everything."""
+
+    def feed(self, *arguments):
+        return super(SideBySide, self).feed(*arguments)
+
+
+def test_what_heads_side_by_side_share_is_trained(tiny_trunk: TrunkConfig) -> None:
+    changes, expected = train(tiny_trunk, Shares), train(tiny_trunk, SharesTogether)
+    assert expected["shared.weight"].any() and expected["scale"].any()
+    for name, change in expected.items():
+        torch.testing.assert_close(changes[name], change, msg=name)
+
+
+class Users(Chain):
+    """A chain whose step is the test's."""
+
+    def __init__(self, config: MTPConfig, trunk: TrunkConfig, step) -> None:
+        super().__init__(config)
+        self.depths = nn.ModuleList(Linear(trunk.d_model, trunk.d_model) for _ in range(DEPTH))
+        self.users_step = step
+
+    def step(self, k, previous_BTC, embedded_BTC, ctx):
+        return self.users_step(previous_BTC, self.depths[k - 1](embedded_BTC))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda h, out: out[:, :-1], r"shape \[2, 7, 32\], and .* \[2, 8, ..\] is needed"),
+        (lambda h, out: out.flatten(0, 1), r"depth 1 of mtp=users has the shape \[16, 32\]"),
+        (lambda h, out: h.add_(out), "changes the state that it reads in place"),
+    ],
+)
+def test_a_wrong_state_is_refused(tiny_trunk: TrunkConfig, step, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(tiny_trunk, lambda config, trunk: Users(config, trunk, step))
+
+
+def test_a_step_that_learns_nothing_or_cannot_be_repeated_warns(
+    tiny_trunk: TrunkConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drops(h, out):
+        return h + nn.functional.dropout(out.detach())
+
+    with caplog.at_level(logging.WARNING):
+        train(tiny_trunk, lambda config, trunk: Users(config, trunk, torch.add))
+        assert not caplog.messages
+        train(tiny_trunk, lambda config, trunk: Users(config, trunk, drops))
+    first, second = caplog.messages
+    assert first == "No loss depends on mtp.depths.0.weight and 1 more, which no step changes."
+    assert "cannot be repeated or resumed exactly" in second
+
+
+def test_a_head_needs_a_variant_name_of_its_own() -> None:
+    sequential = MTPConfig.find("sequential")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(sequential):  # type: ignore[misc, valid-type]
+        pass
+
+    with pytest.raises(UserError, match=r"Mine has no variant name of its own: .*variant="):
+        Mine(depth=1)
+    with pytest.raises(UserError, match=r"SequentialConfig already: give .*Again another variant"):
+
+        class Again(MTPConfig, variant="sequential"):
+            pass
