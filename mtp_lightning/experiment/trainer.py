@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning import processes
 from mtp_lightning.callbacks.base import monitored, run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from mtp_lightning.callbacks.first_step import FirstStep
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
@@ -143,6 +144,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             logger=build_loggers(cfg, resume_step=resume_step),
             callbacks=[
                 EndedEarly(),
+                FirstStep(),
                 *(
                     instantiate(node, kind=pl.Callback)
                     for node in filter(None, (cfg.get("callbacks") or {}).values())

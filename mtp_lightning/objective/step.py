@@ -15,7 +15,6 @@ OptimizerStep.__call__
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,8 +42,6 @@ from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stream import micro_batch_loss
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +116,6 @@ class OptimizerStep:
         self.clip_norm = clip_norm
         # With a frozen trunk nothing learns from the main prediction, but a rule may observe it.
         self._computes_main = model.config.mtp.trains_trunk or balance.observes
-        # Whether a step with all depths has been looked at (_look).
-        self._looked = False
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``.
@@ -178,11 +173,7 @@ class OptimizerStep:
             UserError: see :meth:`plan`.
         """
         plan = self.plan(batch, progress)
-        looks = not self._looked and len(plan.active) == self.model.depth
-        random_state = torch.get_rng_state() if looks else None
         sums, auxiliary = self._forward_backward(plan, run, backward, no_sync)
-        if random_state is not None:
-            self._look(random_state)
         losses_KP = self.objective.losses(sums, plan.counts)
         losses = self.objective.mixed(losses_KP)
         gradients = self._measure(plan, progress)
@@ -246,25 +237,6 @@ class OptimizerStep:
             sums.append(micro_sums)
             auxiliary.add(micro_auxiliary)
         return sum_over_ranks(sum(sums[1:], sums[0])), auxiliary
-
-    def _look(self, random_state: Tensor) -> None:
-        """Warn of modules that do not learn or that no checkpoint can continue, once, after the
-        backward passes of a step with all depths.
-
-        Args:
-            random_state: state of PyTorch's generator before the step.
-        """
-        self._looked = True
-        named = self.model.named_parameters()
-        still = [name for name, p in named if p.requires_grad and p.grad is None]
-        if still:
-            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
-            log.warning("No loss depends on %s%s, which no step changes.", still[0], more)
-        if not torch.equal(torch.get_rng_state(), random_state):
-            log.warning(
-                "A module draws from PyTorch's own generator, which neither the seed nor a "
-                "checkpoint sets: this run cannot be repeated or resumed exactly."
-            )
 
     def _measure(self, plan: StepPlan, progress: Progress) -> TaskGradients | None:
         """The gradients that the balance rule measures in this step; None if it measures none."""

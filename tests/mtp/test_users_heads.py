@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import pytest
@@ -100,21 +99,6 @@ class Users(Chain):
 def test_a_wrong_state_is_refused(tiny_trunk: TrunkConfig, step, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(tiny_trunk, lambda config, trunk: Users(config, trunk, step))
-
-
-def test_a_step_that_learns_nothing_or_cannot_be_repeated_warns(
-    tiny_trunk: TrunkConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    def drops(h, out):
-        return h + nn.functional.dropout(out.detach())
-
-    with caplog.at_level(logging.WARNING):
-        train(tiny_trunk, lambda config, trunk: Users(config, trunk, torch.add))
-        assert not caplog.messages
-        train(tiny_trunk, lambda config, trunk: Users(config, trunk, drops))
-    first, second = caplog.messages
-    assert first == "No loss depends on mtp.depths.0.weight and 1 more, which no step changes."
-    assert "cannot be repeated or resumed exactly" in second
 
 
 def test_a_head_needs_a_variant_name_of_its_own() -> None:
