@@ -20,6 +20,9 @@ from mtp_lightning.system import this_machine
 _ANSWER = (
     ("bits per byte", "val/bits_per_byte", "{:.3f}", "of held-out text; lower is better"),
     ("right answers", "val/exact_match", "{:.1%}", "of held-out questions; chance {chance}"),
+    ("good answers", "val/creativity", "{:.1%}", "of sampled ones: coherent and new"),
+    ("excess loss", "val/excess_loss", "{:.4f}", "nats above the process's own surprisal"),
+    ("beliefs", "val/belief_r2", "{:.3f}", "R^2 of an affine probe in the states"),
     ("tokens per pass", "decode/tokens_per_step", "{:.2f}", "with drafts; 1 without"),
     ("speed-up", "decode/speedup", "{:.2f}", "of decoding by drafts, here"),
     ("tokens per second", "perf/tokens_per_second", "{:,.0f}", "read in training"),
@@ -154,7 +157,8 @@ def print_answer(summary: dict[str, Any]) -> None:
     if "seconds" in shown:
         shown["minutes"] = shown["seconds"] / 60
     for name, key, form, meaning in _ANSWER:
-        if key in shown:
+        # Where any answer is right, their share says nothing.
+        if key in shown and not (key == "val/exact_match" and shown.get("val/chance") == 1):
             value = form.format(shown[key]) + _interval(shown, key, form)
             chance = _number(shown.get("val/chance"), "{:.2%}") or "unknown"
             table.add_row(name, value, meaning.format(chance=chance))
