@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+from torch import nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require
@@ -99,3 +100,16 @@ def quiet_lightning() -> None:
         "sync_dist=True",  # logged rates are those of all processes
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put modules that are in training mode into eval mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -17,10 +17,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions, Request
@@ -30,6 +30,7 @@ from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import eval_mode
 from mtp_lightning.settings import is_whole
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Engine:
 
     def __enter__(self) -> Engine:
         with ExitStack() as inside:
-            inside.enter_context(_eval_mode(self._model))
+            inside.enter_context(eval_mode(self._model))
             inside.enter_context(decoding_passes(self._model))
             self._inside = inside.pop_all()
         return self
@@ -340,19 +341,6 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts modules that are in training mode into eval mode for a while."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _length_after_slide(limit: int) -> int:

@@ -16,6 +16,7 @@ from mtp_lightning import processes
 from mtp_lightning.callbacks.base import monitored, run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.first_step import FirstStep
+from mtp_lightning.callbacks.future import HiddenFuture
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
@@ -144,6 +145,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             logger=build_loggers(cfg, resume_step=resume_step),
             callbacks=[
                 EndedEarly(),
+                HiddenFuture(),
                 FirstStep(),
                 *(
                     instantiate(node, kind=pl.Callback)
