@@ -15,12 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning import processes
 from mtp_lightning.callbacks.base import monitored, run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
-from mtp_lightning.callbacks.first_step import FirstStep
-from mtp_lightning.callbacks.future import HiddenFuture
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
-from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.run.layout import METRICS_FILE
@@ -110,6 +108,16 @@ class EndedEarly(pl.Callback):
                 trainer.callback_metrics.setdefault(rule.monitor, value)
 
 
+def _checks_of_users_code(cfg: DictConfig) -> list[pl.Callback]:
+    """The callbacks that look for mistakes in classes from outside of this project."""
+    if not trusted_packages(cfg):
+        return []
+    from mtp_lightning.callbacks.first_step import FirstStep
+    from mtp_lightning.callbacks.future import HiddenFuture
+
+    return [HiddenFuture(), FirstStep()]
+
+
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
     """Build Lightning's Trainer with callbacks and loggers.
 
@@ -145,8 +153,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             logger=build_loggers(cfg, resume_step=resume_step),
             callbacks=[
                 EndedEarly(),
-                HiddenFuture(),
-                FirstStep(),
+                *_checks_of_users_code(cfg),
                 *(
                     instantiate(node, kind=pl.Callback)
                     for node in filter(None, (cfg.get("callbacks") or {}).values())
