@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 381,
     "mtp_lightning/callbacks": 1_808,
     "mtp_lightning/certify": 1_128,
-    "mtp_lightning/command_line": 1_296,
+    "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_659,
     "mtp_lightning/decoding": 4_828,
     "mtp_lightning/distributed": 1_300,

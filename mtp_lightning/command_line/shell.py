@@ -153,6 +153,8 @@ class _PipeSafe:
             os.close(nowhere)
             if self._ends:
                 sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:  # a full disk
+            raise OSError(error.errno, error.strerror, self._stream.name) from None
 
 
 @contextmanager

@@ -88,6 +88,14 @@ def test_streams_that_were_closed_before_the_start_are_replaced(tmp_path: Path) 
         assert (done.returncode, file.read_text()) == (0, "True"), closed
 
 
+def test_a_full_disk_names_the_stream() -> None:
+    words = [sys.executable, "-c", "from mtp_lightning.console import main; main()", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: <stdout> cannot be used (No space left on device)")
+
+
 def test_help_into_a_closed_pipe_ends_quietly() -> None:
     words = ["-c", "from mtp_lightning.console import main; main()"]
     assert with_closed_pipe([sys.executable, *words, "--help"]) == (141, "")
