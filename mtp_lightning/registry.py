@@ -57,7 +57,7 @@ class Registered:
         registered = cls._variants.get(variant)
         # A reloaded module may define the same class again.
         if registered is not None and _place(registered) != _place(cls):
-            taken, new = sorted((registered, cls), key=lambda kind: not _is_own(kind))
+            taken, new = sorted((registered, cls), key=lambda kind: not is_own(kind))
             raise UserError(
                 f"{cls.family}={variant} is {_place(taken)} already: give {_place(new)} "
                 "another variant name."
@@ -76,7 +76,7 @@ class Registered:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain containers for a checkpoint. A foreign variant's module is included."""
-        origin = {} if _is_own(type(self)) else {"module": type(self).__module__}
+        origin = {} if is_own(type(self)) else {"module": type(self).__module__}
         return {"variant": self.variant, **origin, **asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
@@ -142,7 +142,7 @@ def imported(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _is_own(cls: type) -> bool:
+def is_own(cls: type) -> bool:
     """Whether a class is this project's."""
     return cls.__module__.partition(".")[0] == _OWN
 

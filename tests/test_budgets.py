@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 9_045,
+    "data_modules": 9_046,
     "hydra_plugins": 68,
     "mtp_lightning": 3_270,
-    "mtp_lightning/apps": 381,
-    "mtp_lightning/callbacks": 1_808,
+    "mtp_lightning/apps": 382,
+    "mtp_lightning/callbacks": 1_806,
     "mtp_lightning/certify": 1_128,
     "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_659,
@@ -29,7 +29,7 @@ LINES = {
     "mtp_lightning/experiment": 2_918,
     "mtp_lightning/heads": 918,
     "mtp_lightning/interop": 5_262,
-    "mtp_lightning/loggers": 676,
+    "mtp_lightning/loggers": 678,
     "mtp_lightning/metrics": 1_035,
     "mtp_lightning/mtp": 3_969,
     "mtp_lightning/nn": 2_855,

@@ -100,8 +100,9 @@ class PretrainedTokenizer(Tokenizer):
         if special_token(self.beside, "eos_token") == self.eot_token:
             return self.beside
         files = dict(self.beside)
-        for name in filter(lambda name: name.endswith(".json"), files):
-            if "eos_token" in (content := kept_json(files, name)) or name == CONFIG:
+        for name in files:
+            content = kept_json(files, name) if name.endswith(".json") else {}
+            if "eos_token" in content or name == CONFIG:
                 files[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
         return files
 

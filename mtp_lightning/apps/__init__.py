@@ -82,11 +82,12 @@ def start(
         if trains and _VERBOSE in sys.argv:
             sys.argv.remove(_VERBOSE)
             os.environ[VERBOSE] = "1"
+        sweeps = {"-m", "--multirun"} & set(sys.argv)
         if trains and _DRY_RUN in sys.argv:
-            if not {"-m", "--multirun"} & set(sys.argv):
+            if not sweeps:
                 raise UserError("--dry-run lists the jobs of a sweep: add -m, or use --cfg job.")
             sys.argv[sys.argv.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
-        if not trains and {"-m", "--multirun"} & set(sys.argv):
+        if sweeps and not trains:
             raise UserError(
                 f"-m is an option of {program('train')}: start {program(config_name)} once for "
                 "each value."

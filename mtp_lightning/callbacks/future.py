@@ -11,6 +11,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.registry import is_own
 from mtp_lightning.runtime import eval_mode
 
 # Training batches before which it looks: modules may hide what they read while weights are zero.
@@ -38,7 +39,8 @@ class HiddenFuture(pl.Callback):
         if self._n_batches in _LOOKS and trainer.world_size == 1:
             model = pl_module.model
             assert isinstance(model, MTPModel)
-            if not all(_is_own(type(module)) for module in model.modules()):
+            kinds = {type(module) for module in model.modules()}
+            if not all(is_own(kind) or kind.__module__.startswith("torch.") for kind in kinds):
                 require_hidden_future(model, batch)
         self._n_batches += 1
 
@@ -69,7 +71,3 @@ def require_hidden_future(model: MTPModel, batch: WindowBatch) -> None:
                 "which decoding does not have yet, so that its loss is too low: position i may "
                 f"read tokens up to i + {model.mtp.ahead(k)}."
             )
-
-
-def _is_own(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("mtp_lightning", "torch")

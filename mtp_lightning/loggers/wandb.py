@@ -43,7 +43,9 @@ class RunWandb(ServiceLogger, WandbLogger):
         **options: Any,
     ) -> None:
         run = self._join(folder, "wandb") or uuid.uuid4().hex[:8]
-        reason = _why_offline() if offline is None else "logger.wandb.offline=true" * offline
+        reason = "logger.wandb.offline=true" if offline else ""
+        if offline is None:
+            reason = _why_offline()
         if reason:
             options["mode"] = "offline"
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
