@@ -22,11 +22,6 @@ STARTER = "MTP_LIGHTNING_STARTED_BY"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
-def this_machine() -> str:
-    """This machine in the few words that a run's summary keeps."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-
-
 def sync_file(path: Path) -> None:
     """Sync a file to the disk, if its file system supports that.
 
@@ -96,6 +91,13 @@ def processor(root: Path = Path("/")) -> str:
     name, flags = facts.get("model name", ""), facts.get("flags", "").split()
     widest = next((text for flag, text in _INSTRUCTIONS.items() if flag in flags), None)
     return f"{name} with {widest}" if name and widest else name
+
+
+def this_machine() -> str:
+    """This machine in the few words that a run's summary keeps, as in "Linux x86_64, 2 cores of AMD
+    EPYC with AVX2". Two machines of one description have comparable speeds."""
+    cores_of = f" of {name}" if (name := processor()) else ""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{cores_of}"
 
 
 def cores() -> int:

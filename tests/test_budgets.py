@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 9_046,
     "hydra_plugins": 68,
-    "mtp_lightning": 3_270,
+    "mtp_lightning": 3_272,
     "mtp_lightning/apps": 382,
     "mtp_lightning/callbacks": 1_806,
     "mtp_lightning/certify": 1_128,
@@ -36,9 +36,9 @@ LINES = {
     "mtp_lightning/notebook": 528,
     "mtp_lightning/objective": 4_152,
     "mtp_lightning/optim": 418,
-    "mtp_lightning/run": 1_401,
+    "mtp_lightning/run": 1_407,
     "mtp_lightning/serving": 1_626,
-    "sweeps": 9_982,
+    "sweeps": 9_987,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (163, 21_480), "generate": (93, 12_610)}

@@ -14,7 +14,7 @@ import torch
 from mtp_lightning import runtime
 from mtp_lightning.errors import UserError
 from mtp_lightning.runtime import set_threads
-from mtp_lightning.system import processor
+from mtp_lightning.system import processor, this_machine
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,13 @@ def test_a_processor_is_named_with_its_instructions(tmp_path: Path, flags: str, 
     assert processor(tmp_path) == name
     file.write_text("Processor: some other machine\n")
     assert processor(tmp_path) == ""
+
+
+def test_a_machine_of_another_processor_has_another_description(monkeypatch) -> None:
+    names = ["AMD EPYC with AVX2", "AMD EPYC with AVX-512", ""]
+    described = []
+    for name in names:
+        monkeypatch.setattr("mtp_lightning.system.processor", lambda name=name: name)
+        described.append(this_machine())
+    assert len(set(described)) == 3
+    assert described[0] == f"{described[2]} of {names[0]}"

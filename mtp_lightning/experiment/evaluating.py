@@ -104,7 +104,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": str(run.path),
         "evaluation": data.evaluation_summary(),
         "data": data.summary(),
-        **environment(),
+        **environment(weight.device),
     }
     print_summary(metrics, depth=run.model.depth, own_text=cfg.get("data") is None)
     if cfg.output is not None:

@@ -291,5 +291,5 @@ def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
         "seed": module.extra["config"]["seed"],
         "evaluation": data.evaluation_summary(),
         "data": data.summary(),
-        **environment(),
+        **environment(trainer.strategy.root_device),
     }

@@ -8,13 +8,16 @@ import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.command_line.shell import program
 from mtp_lightning.errors import counted
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.system import this_machine
+
+if TYPE_CHECKING:
+    import torch
 
 # The rows of the short table: name, key, format and meaning.
 _ANSWER = (
@@ -57,13 +60,16 @@ _NUMBERS = (
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
 
 
-def environment() -> dict[str, Any]:
-    """The versions, machine and commit that are needed to reproduce a number."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """The versions, machine and commit that are needed to reproduce a number of a device."""
+    import torch
+
     from mtp_lightning.nn import ops
 
+    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
-        "machine": this_machine(),
+        "machine": ", ".join([this_machine(), *gpu]),
         "cpu_kernels": ops.code()[0],
         "git_commit": _git_commit(),
     }

@@ -104,7 +104,7 @@ class _Pace:
     @classmethod
     def of(cls, finished: Sequence[ArmRun]) -> _Pace:
         machine = this_machine()
-        local = [run for run in finished if run.machine == machine]
+        local = [run for run in finished if _ran_on(run, machine)]
         rates = [
             run.costs["flops"] / (run.minutes * 60)
             for run in local or finished
@@ -114,7 +114,7 @@ class _Pace:
 
     def minutes(self, runs: Iterable[ArmRun]) -> list[float]:
         """The wall time of each finished run that counts."""
-        return [run.minutes for run in runs if run.done and self.machine in (None, run.machine)]
+        return [run.minutes for run in runs if run.done and _ran_on(run, self.machine)]
 
     def hours(
         self, minutes: Sequence[float], job: ClaimJob | None, expected: float
@@ -126,6 +126,11 @@ class _Pace:
         if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:
             return flops / self.rate / 3600, BY_FLOPS
         return expected / 60, EXPECTED
+
+
+def _ran_on(run: ArmRun, machine: str | None) -> bool:
+    """Whether a run ended on a machine, or on its GPU, whose name follows; None for any machine."""
+    return machine is None or (run.machine or "").startswith(machine)
 
 
 def _costs(

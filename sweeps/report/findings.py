@@ -128,7 +128,7 @@ def caveats(settings: Settings) -> list[str]:
     """Sentences on what is missing and what may make numbers incomparable."""
     done = [run for run in settings.runs if run.state == "done"]
     differing = [
-        (fact, _kinds((run.fact(fact.replace(" ", "_")) for run in done), cut=60), meaning)
+        (fact, _kinds((run.fact(fact.replace(" ", "_")) for run in done), cut=90), meaning)
         for fact, meaning in (
             ("git commit", "Differences may come from the code."),
             ("machine", "Seconds and speeds do not compare."),

@@ -61,7 +61,8 @@ def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Res
 def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, shared=SMALL, minutes=600)
     minutes_here = {s: (m, HERE) for s, m in enumerate((30.0, 60.0, 45.0))}
-    done = {"plain": minutes_here | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
+    on_its_gpu = (90.0, f"{HERE}, NVIDIA H100")
+    done = {"plain": minutes_here | {3: (600.0, ELSEWHERE)}, "mtp": {0: on_its_gpu}}
     (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
     assert left.done == 5 and left.seeds == [1, 2, 3, 4]
     costs = [("mtp", 1, 1.5), ("mtp", 2, 1.5), ("mtp", 3, 1.5), ("plain", 4, 0.75), ("mtp", 4, 1.5)]
