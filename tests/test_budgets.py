@@ -24,7 +24,7 @@ LINES = {
     "mtp_lightning/certify": 1_128,
     "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_659,
-    "mtp_lightning/decoding": 4_828,
+    "mtp_lightning/decoding": 4_832,
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_918,
     "mtp_lightning/heads": 918,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expecte
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.paying import description, measure, with_measured_depth
+from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.opening import OpenedModel
 from tests.decoding.models import opened_model, random_prompts, run_to_end, small_model
@@ -53,6 +55,23 @@ def test_the_fastest_number_needs_a_margin() -> None:
     # A small measured gain is left to probes, which come later.
     auto = AutoDepth(1, measured=Payoff((1.0, 1.0), (0.06,)))
     assert [auto.depth(1) for _ in range(9)] == [0] * 9
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waiting_counts_for_several_threads_alone(threads: int, monkeypatch) -> None:
+    """One thread waits only for other programs, whose time is not a round's."""
+    seconds: list[float] = []
+    whole_round = Decoder.round
+
+    def waiting(self: Decoder, *arguments: Any) -> Any:
+        time.sleep(0.2)
+        return whole_round(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "round", waiting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(AutoDepth, "record", lambda self, m, took, *_: seconds.append(took))
+    generate(small_model(1, 1), random_prompts(1, (3,)), draft_depth="auto", max_new_tokens=3)
+    assert seconds and all((took > 0.2) == (threads > 1) for took in seconds)
 
 
 def test_auto_depth_begins_with_the_measured_number() -> None:
