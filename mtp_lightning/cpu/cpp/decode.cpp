@@ -7,6 +7,7 @@
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
 #include <vector>
 
+#include "skinny.h"
 #include "unpack.h"
 
 struct Block {
@@ -352,3 +353,6 @@ extern "C" void decode_linear(const float* x, const void* weight, float* out, in
                               int64_t outputs, int64_t inputs, int64_t kind) {
     skinny(x, Packed{weight, kind}, out, rows, outputs, inputs, false);
 }
+
+// Whether this CPU multiplies bytes, which products of integers need.
+extern "C" int64_t multiplies_bytes() { return has_byte_products(); }
