@@ -116,13 +116,19 @@ def keep_store(
     Args:
         cache: the cache folder.
         key: hex digest of everything that determines the tokens.
-        write: writes all other files into the folder that it receives, and returns ``meta.json``.
+        write: writes all other files into the folder that it receives, and returns the content of
+            ``meta.json`` except for format, fingerprint and versions.
         kind: folder of the cache.
         shards: for a view, where the tokens are.
     """
 
     def build(folder: Path) -> None:
-        meta = write(folder) | {"fingerprint": key}
+        versions = {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "tokenizers": metadata.version("tokenizers"),
+        }
+        meta = {"format": FORMAT, **write(folder), "fingerprint": key, "versions": versions}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     return TokenStore(build_once(cache / kind / key, build), shards)
@@ -161,7 +167,7 @@ def write_documents(
         vocab_size: upper bound of the ids; by default the tokenizer's own.
 
     Returns:
-        The contents of ``meta.json``.
+        Contents of ``meta.json``, for :func:`keep_store`.
     """
     dtype = token_dtype(vocab_size or tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
@@ -177,7 +183,6 @@ def write_documents(
     note(folder, {writer.path.name: writer.digest.hexdigest() for writer in writers.values()})
     tokenizer.save(folder)
     return {
-        "format": FORMAT,
         "dtype": dtype.name,
         "source": split.source.summary(),
         "tokenizer": tokenizer.facts(),
@@ -185,11 +190,6 @@ def write_documents(
         "split_seed": split.seed,
         "lines_in_training": overlap.share(),
         "splits": {name: writer.facts() for name, writer in writers.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tokenizers": metadata.version("tokenizers"),
-        },
     }
 
 
