@@ -343,6 +343,15 @@ def test_megatron_documents_without_end_of_text_are_reported(tmp_path, caplog):
     assert n_bytes == sum(map(len, documents))
 
 
+def test_a_folder_of_the_home_comes_before_a_pair_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    for name, first in (("x/a.bin", 1), ("x.bin", 2), ("y.bin", 3)):
+        nanogpt(tmp_path / name, [[first, *range(100)]])
+    read = {path: module(tmp_path / "c", f"~/{path}").store["train"].tokens()[0:1] for path in "xy"}
+    assert (read["x"].tolist(), read["y"].tolist()) == ([1], [3])
+
+
 def test_the_fingerprint_follows_content_not_path(tmp_path):
     """A moved file keeps its results, a changed one does not."""
     documents = ids_of(texts())
