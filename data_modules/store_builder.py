@@ -79,9 +79,10 @@ def prepare_store(
     # training. The trained tokenizer has another key, under which the store's name is remembered.
     documents = split.source.fingerprint()
     key = _key("store", documents, split, tokenizer)
-    name = _read(cache / _NAMES / key)
-    if name.isalnum() and (cache / "stores" / name).is_dir():
-        key = name
+    with suppress(OSError):
+        name = (cache / _NAMES / key).read_text(encoding="utf-8")
+        if name.isalnum() and (cache / "stores" / name).is_dir():
+            key = name
 
     def write(folder: Path) -> dict[str, Any]:
         ready = prepare_tokenizer(tokenizer, split, cache)
@@ -137,14 +138,6 @@ def keep_store(
 def _key(kind: str, documents: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
     spec = json.dumps(tokenizer.spec(), sort_keys=True)
     return digest(kind, FORMAT, documents, split.val_fraction, split.seed, spec, PIECE)
-
-
-def _read(file: Path) -> str:
-    """The text of a file; empty without one."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def write_documents(
