@@ -128,6 +128,14 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
         assert files.evaluation_summary() == plain.evaluation_summary()
 
 
+def test_documents_without_text_are_not_evaluated(tmp_path):
+    train, val = ids_of(texts()), [[EOT], *ids_of(texts(2)), [EOT]]
+    paths = [megatron(tmp_path / f"{len(ids)}.bin", ids) for ids in (train, val)]
+    data = module(tmp_path / "c", paths[0], val_path=paths[1])
+    summary = data.evaluation_summary()
+    assert (summary["documents"], summary["tokens"]) == (2, sum(map(len, val)) - 2)
+
+
 def test_ids_of_one_byte_have_an_end_of_text_beyond_their_type(tmp_path):
     """Their end of text, 256, does not fit into their type."""
     np.save(tmp_path / "t.npy", np.arange(2_000, dtype=np.uint8))
