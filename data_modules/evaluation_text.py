@@ -79,10 +79,8 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
     # Documents are counted here, since one without text has a number and no piece.
     begins_document = np.diff(pieces["document"], prepend=-1) != 0
     first, number = np.flatnonzero(begins_document), begins_document.cumsum() - 1
-    by_digest = np.argsort(pieces["digest"][first], kind="stable")
-    rank = np.empty(len(first), np.int64)
-    rank[by_digest] = np.arange(len(first))
-    order = np.argsort(rank[number], kind="stable")
+    rank = pieces["digest"][first].argsort(kind="stable").argsort()  # of each document
+    order = rank[number].argsort(kind="stable")
     if n_bytes is not None:
         order = order[: pieces["bytes"][order].cumsum().searchsorted(n_bytes) + 1]
     chosen = pieces[order]

@@ -124,11 +124,8 @@ def keep_store(
     """
 
     def build(folder: Path) -> None:
-        versions = {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tokenizers": metadata.version("tokenizers"),
-        }
+        packages = {name: metadata.version(name) for name in ("numpy", "tokenizers")}
+        versions = {"python": platform.python_version(), **packages}
         meta = {"format": FORMAT, **write(folder), "fingerprint": key, "versions": versions}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 

@@ -93,8 +93,7 @@ class Shortcuts(Means):
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
         graph, batch = self.graph, outputs.batch
         at_L, place, goal = standing(graph, outputs)
-        distances = graph.distances.T[goal]  # [L, N], of every node from the goal
-        near = (distances >= NEAR.start) & (distances < NEAR.stop)
+        near = np.isin(graph.distances.T[goal], NEAR)  # [L, N]
         is_near = near[np.arange(len(place)), place]
         at_L, place, near = at_L[is_near], place[is_near], near[is_near]
         legal = graph.edges[place]
