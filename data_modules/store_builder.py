@@ -79,9 +79,10 @@ def prepare_store(
     # training. The trained tokenizer has another key, under which the store's name is remembered.
     documents = split.source.fingerprint()
     key = _key("store", documents, split, tokenizer)
-    name = _read(cache / _NAMES / key)
-    if name.isalnum() and (cache / "stores" / name).is_dir():
-        key = name
+    with suppress(OSError):
+        name = (cache / _NAMES / key).read_text(encoding="utf-8")
+        if name.isalnum() and (cache / "stores" / name).is_dir():
+            key = name
 
     def write(folder: Path) -> dict[str, Any]:
         ready = prepare_tokenizer(tokenizer, split, cache)
@@ -116,13 +117,16 @@ def keep_store(
     Args:
         cache: the cache folder.
         key: hex digest of everything that determines the tokens.
-        write: writes all other files into the folder that it receives, and returns ``meta.json``.
+        write: writes all other files into the folder that it receives, and returns the content of
+            ``meta.json`` except for format, fingerprint and versions.
         kind: folder of the cache.
         shards: for a view, where the tokens are.
     """
 
     def build(folder: Path) -> None:
-        meta = write(folder) | {"fingerprint": key}
+        packages = {name: metadata.version(name) for name in ("numpy", "tokenizers")}
+        versions = {"python": platform.python_version(), **packages}
+        meta = {"format": FORMAT, **write(folder), "fingerprint": key, "versions": versions}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     return TokenStore(build_once(cache / kind / key, build), shards)
@@ -131,14 +135,6 @@ def keep_store(
 def _key(kind: str, documents: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
     spec = json.dumps(tokenizer.spec(), sort_keys=True)
     return digest(kind, FORMAT, documents, split.val_fraction, split.seed, spec, PIECE)
-
-
-def _read(file: Path) -> str:
-    """The text of a file; empty without one."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def write_documents(
@@ -161,7 +157,7 @@ def write_documents(
         vocab_size: upper bound of the ids; by default the tokenizer's own.
 
     Returns:
-        The contents of ``meta.json``.
+        Contents of ``meta.json``, for :func:`keep_store`.
     """
     dtype = token_dtype(vocab_size or tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
@@ -177,7 +173,6 @@ def write_documents(
     note(folder, {writer.path.name: writer.digest.hexdigest() for writer in writers.values()})
     tokenizer.save(folder)
     return {
-        "format": FORMAT,
         "dtype": dtype.name,
         "source": split.source.summary(),
         "tokenizer": tokenizer.facts(),
@@ -185,11 +180,6 @@ def write_documents(
         "split_seed": split.seed,
         "lines_in_training": overlap.share(),
         "splits": {name: writer.facts() for name, writer in writers.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tokenizers": metadata.version("tokenizers"),
-        },
     }
 
 

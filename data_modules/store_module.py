@@ -125,23 +125,22 @@ class StoreDataModule(WindowDataModule):
         text."""
         if not self.store.meta.get("bytes_defined", True):
             return None
-        text = self.evaluation.text
-        sizes = [int(n) for n in text.bytes]
+        sizes = [int(n) for n in self.evaluation.text.bytes]
         if not self.document_mask:
             return sizes
-        pieces = self._first_pieces(self.tokenizer.text_bytes())
-        first = text.file.tokens()[text.starts].tolist()
-        return [n - len(pieces[i]) for n, i in zip(sizes, first, strict=True)]
+        return [n - len(piece) for n, piece in zip(sizes, self._first_pieces, strict=True)]
 
-    def _first_pieces(self, pieces: Sequence[bytes]) -> dict[int, bytes]:
-        """The bytes of each token that begins a document of the evaluation text, without the space
-        that SentencePiece's tokenizers add to a text and drop in decoding. ``pieces`` are the
-        bytes of every id."""
-        text, first_pieces = self.evaluation.text, {}
-        for i in set(text.file.tokens()[text.starts].tolist()):
-            added = pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
-            first_pieces[i] = pieces[i][added:]
-        return first_pieces
+    @cached_property
+    def _first_pieces(self) -> list[bytes]:
+        """The bytes of the token that begins each document of the evaluation text, without the
+        space that SentencePiece's tokenizers add to a text and drop in decoding."""
+        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
+        first = text.file.tokens()[text.starts].tolist()
+        adds_space = {
+            i: pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
+            for i in set(first)
+        }
+        return [pieces[i][adds_space[i] :] for i in first]
 
     def evaluation_summary(self) -> dict[str, Any]:
         """Facts about the evaluation text: its ``fingerprint``, its number of ``documents``, and
@@ -160,11 +159,10 @@ class StoreDataModule(WindowDataModule):
     def _evaluated_text(self) -> bytes:
         """The evaluation text's documents in order, up to the bytes that are compressed."""
         text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
-        first = self._first_pieces(pieces)
         tokens, data = text.file.tokens(), bytearray()
-        for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
-            ids = tokens[start:end].tolist()
-            data += first[ids[0]] + b"".join(pieces[i] for i in ids[1:])
+        starts, ends = text.starts.tolist(), text.ends.tolist()
+        for first, start, end in zip(self._first_pieces, starts, ends, strict=True):
+            data += first + b"".join(pieces[i] for i in tokens[start + 1 : end].tolist())
             if len(data) >= COMPRESSED:
                 break
         return bytes(data)

@@ -196,13 +196,5 @@ class WindowDataset(Windows):
 
     def _documents(self, numbers: np.ndarray) -> np.ndarray:
         """``[B, T+D+1]`` int64 number of the document that each token belongs to."""
-        begin = numbers * self.seq_len
-        first = self._starts.searchsorted(begin, side="right") - 1
-        last = self._starts.searchsorted(begin + self.width - 1, side="right") - 1
-        documents = np.repeat(first[:, None], self.width, axis=1)
-        # Most windows lie inside one document; only the others are searched token by token.
-        for row in np.flatnonzero(first != last):
-            # Positions in the window at which a new document starts.
-            starts = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
-            documents[row] += np.searchsorted(starts, np.arange(self.width), side="right")
-        return documents
+        index_BW = numbers[:, None] * self.seq_len + np.arange(self.width)
+        return self._starts.searchsorted(index_BW, side="right") - 1

@@ -190,13 +190,9 @@ class WindowBatch:
         Raises:
             UserError: naming both.
         """
-        if self.depth != depth:
-            raise UserError(
-                f"the batch was built for depth D = {self.depth} but the model predicts "
-                f"D = {depth} depths: give data and model the same mtp.depth"
-            )
-        if self.stride != stride:
-            raise UserError(
-                f"the batch was built for mtp.stride={self.stride} but the model's is "
-                f"{stride}: give data and model the same mtp.stride"
-            )
+        for key, given, own in (("depth", self.depth, depth), ("stride", self.stride, stride)):
+            if given != own:
+                raise UserError(
+                    f"the batch was built for mtp.{key}={given} but the model's is {own}: give "
+                    f"data and model the same mtp.{key}"
+                )

@@ -18,8 +18,11 @@ def sources(*folders: str) -> list[str]:
 
 @cache
 def imports(file: str, *, top_only: bool = False) -> tuple[str, ...]:
-    """Full names of the modules (and of what is taken from them) that a file imports; those for the
-    type checker alone count too, for a reader follows them. ``top_only``: when it is loaded."""
+    """Full names of the modules that a file imports, and of the names that it takes from them.
+
+    Imports for the type checker count, since a reader follows them. ``top_only`` leaves out imports
+    that do not run when the file is loaded.
+    """
     return tuple(_imports(ast.parse((ROOT / file).read_text(encoding="utf-8")), top_only))
 
 
@@ -28,14 +31,14 @@ def _imports(node: ast.AST, top_only: bool) -> Iterator[str]:
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "relative imports hide which room is meant"
+            assert child.level == 0, "a relative import hides its package"
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
         elif not (top_only and _waits(child)):
             yield from _imports(child, top_only)
 
 
 def _waits(node: ast.AST) -> bool:
-    """Whether what is in it does not run when the file is loaded."""
+    """Whether the code inside a node does not run when the file is loaded."""
     if isinstance(node, ast.If):
         return "TYPE_CHECKING" in ast.unparse(node.test)
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -24,8 +24,8 @@ _KEPT = (".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", "
 # These end with the process that they serve; the second is tests/warm.py.
 _HELPERS = ("multiprocessing.resource_tracker", "-m tests.warm")
 _MARK = "MTP_TESTS_PROCESS"
-# A killed sweep's watchdog (sweeps/process.py) lives for the grace that it gives the runs: where
-# nothing but watchdogs is left, they have nothing to watch.
+# After a sweep is killed, its watchdog (sweeps/process.py) gives the runs time to end. If only
+# watchdogs are left, no run is left, and they are killed.
 _WATCHDOG = 'trap "" TERM; read -r _'
 _KERNEL = 2  # the parent of the system's own threads
 _BEGINNING = 0.2  # seconds in which a process begins its program

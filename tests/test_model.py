@@ -104,7 +104,7 @@ def test_initial_std_follows_the_width() -> None:
 
 def test_a_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, depth=2)
-    with pytest.raises(ValueError, match=r"D = 1.*D = 2"):
+    with pytest.raises(ValueError, match="mtp.depth=1 .* is 2"):
         model(WindowBatch(torch.zeros(1, 10, dtype=torch.int64), 1))
 
 

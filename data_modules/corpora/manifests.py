@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_modules.sources.base import Source
 from data_modules.sources.installed import Package
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,7 @@ def say_differences(source: str, packages: Sequence[Package]) -> None:
         )
 
 
-def write() -> None:
-    """Write the manifests of the installed packages: ``make manifests``."""
-    from data_modules.corpora.literature import LiteratureSource
-    from data_modules.corpora.packages import PackagesSource
-
-    sources = (PackagesSource(), LiteratureSource())
+def write(sources: Iterable[Source]) -> None:
+    """Write the manifests of the packages that these sources read here: ``make manifests``."""
     manifests = {source.name: source.summary()["packages"] for source in sources}
     FILE.write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ import numpy as np
 from data_modules.digests import digest
 from data_modules.tasks.measures import TaskMeasure, Training
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require, require_whole
+from mtp_lightning.settings import require_whole
 
 END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, ends an answer."""
@@ -150,11 +150,6 @@ class Task(ABC):
             if "check" in task_field.metadata and not (null and value is None):
                 null_hint = f" (null for {null})" if null else ""
                 task_field.metadata["check"](f"data.task.{task_field.name}{null_hint}", value)
-
-    def require_order(self, lower: str, upper: str) -> None:
-        """Refuses an option that is above another one."""
-        number, most = getattr(self, lower), getattr(self, upper)
-        require(number <= most, f"data.task.{lower}", number, f"at most data.task.{upper}={most}")
 
     def require_enough(self, option: str, *, of: str) -> None:
         """Refuses fewer of an option than of another one, each of which needs one of its own."""

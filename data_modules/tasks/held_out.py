@@ -18,6 +18,7 @@ import numpy as np
 
 from data_modules.tasks.base import TRAINING, Draws, Example, Task, option
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require
 
 _TRIES = 100
 """Draws per expected hit: a kind of question that is not found in that many does not exist."""
@@ -43,7 +44,9 @@ class HeldOutTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_order(*self.sizes)
+        lower, upper = self.sizes
+        least, most = getattr(self, lower), getattr(self, upper)
+        require(least <= most, f"data.task.{lower}", least, f"at most data.task.{upper}={most}")
 
     @property
     def all_sizes(self) -> range:

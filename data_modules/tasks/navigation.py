@@ -10,7 +10,7 @@ Training also shows detours, around a node of the shortest path, and recoveries,
 random step. The paper lists three shortest simple paths of each pair; here a path is drawn
 uniformly among the shortest ones, so that the exact probability of every token is known.
 
-Shapes: N nodes, B rows, W tokens of a window.
+The graph is in ``navigation_graph.py``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import numpy as np
 
 from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task, option
 from data_modules.tasks.measures import Excess, TaskMeasure, Training
-from data_modules.tasks.navigation_measures import FIRST, BeliefCosine, Shortcuts, Walks
+from data_modules.tasks.navigation_graph import FIRST, Graph, street
+from data_modules.tasks.navigation_measures import BeliefCosine, Shortcuts, Walks
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_choice, require_number
 
 EQUALS = 1
-"""Id of the equals sign; that of the first node is FIRST, and steps come after the nodes."""
+"""Id of the equals sign, between END and FIRST."""
 EXTRA = 4
 """Steps by which a detour may exceed the longest shortest path."""
 
@@ -69,78 +70,44 @@ class Navigation(Task):
             )
 
     @cached_property
-    def edges(self) -> np.ndarray:
-        """``[N, N]`` bool: whether a step leads from the first node to the second."""
+    def world(self) -> Graph:
+        """The graph of all examples."""
         draws, n = self.draws(ONCE), self.nodes
         if self.graph == "street":
-            return _street(draws, n, self.density)
-        return (draws.uniform(n * n).reshape(n, n) < self.density) & ~np.eye(n, dtype=bool)
+            return Graph(street(draws, n, self.density))
+        return Graph((draws.uniform(n * n).reshape(n, n) < self.density) & ~np.eye(n, dtype=bool))
 
-    @cached_property
-    def distances(self) -> np.ndarray:
-        """``[N, N]`` int64: steps from the first node to the second; -1 where there is no path."""
-        distances = np.where(np.eye(self.nodes, dtype=bool), 0, -1)
-        reached, steps = np.eye(self.nodes, dtype=bool), 0
-        while reached.any():
-            steps += 1
-            reached = ((reached.astype(np.float32) @ self.edges) > 0) & (distances < 0)
-            distances[reached] = steps
-        return distances
-
-    @cached_property
-    def ways(self) -> np.ndarray:
-        """``[N, N]`` float64: number of shortest paths from the first node to the second."""
-        counts = np.eye(self.nodes)
-        for steps in range(1, int(self.distances.max()) + 1):
-            nearer = counts * (self.distances == steps - 1)
-            counts = np.where(self.distances == steps, self.edges @ nearer, counts)
-        return counts
-
-    @cached_property
+    @property
     def symbols(self) -> tuple[str, ...]:
-        n = self.nodes
-        steps = (f"{step:+}" for step in range(1 - n, n) if step)
-        return (".", "=", *(f"n{i}" for i in range(n)), *steps)
+        return self.world.symbols
 
     @cached_property
     def longest_answer(self) -> int:
-        return int(self.distances.max()) + EXTRA + 1
+        return int(self.world.distances.max()) + EXTRA + 1
 
     @cached_property
     def chance(self) -> float:
         """Exact match of random steps and ends: ``sum_L A^L[start, goal] / (2 N - 1)^(L + 1)``,
         mean over the pairs of validation."""
         symbols = 2 * self.nodes - 1
-        right = np.linalg.inv(symbols * np.eye(self.nodes) - self.edges)
+        right = np.linalg.inv(symbols * np.eye(self.nodes) - self.world.edges)
         return float(np.mean([right[pair] for pair in self._pairs[1]]))
-
-    def step_id(self, step: int) -> int:
-        """The id of a difference of nodes, which is not 0."""
-        return FIRST + self.nodes + step + self.nodes - 1 - (step > 0)
-
-    def places(self, tokens: np.ndarray) -> np.ndarray:
-        """``[.., W]`` the node reached after each token of a window; other tokens move nobody.
-        A walk may leave the ids of nodes, below 0 or above N - 1."""
-        first = FIRST + self.nodes
-        steps = tokens - first - self.nodes + 1
-        steps = np.where(tokens < first, 0, steps + (steps >= 0))
-        return tokens[..., :1] - FIRST + steps.cumsum(-1)
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
         training_pairs, validation_pairs = self._pairs
         if index < 1 << TRAINING:
             start, goal = validation_pairs[index % len(validation_pairs)]
-            return self._written(goal, self._path(start, goal, draws))
+            return self._written(goal, self.world.path(start, goal, draws))
         start, goal = training_pairs[draws.below(len(training_pairs))]
         kind = float(draws.uniform(1)[0])
-        path = self._path(start, goal, draws)
+        path = self.world.path(start, goal, draws)
         if kind < self.detours:
             path = self._detour(path, draws)
         elif kind < self.detours + self.recoveries:
-            choices = np.flatnonzero(self.edges[start] & (self.distances[:, goal] >= 0))
+            choices = np.flatnonzero(self.world.edges[start] & (self.world.distances[:, goal] >= 0))
             step = int(choices[draws.below(len(choices))])
-            path = [start, *self._path(step, goal, draws)]
+            path = [start, *self.world.path(step, goal, draws)]
         return self._written(goal, path)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
@@ -148,24 +115,14 @@ class Navigation(Task):
         *steps, end = answer or [-1]
         if end != END or not all(FIRST + self.nodes <= s < len(self.symbols) for s in steps):
             return False
-        path = self.places(np.array([*prompt, *steps]))[len(prompt) - 1 :]
+        path = self.world.places(np.array([*prompt, *steps]))[len(prompt) - 1 :]
         on_graph = bool(((path >= 0) & (path < self.nodes)).all())
         arrived = len(path) > 1 and path[-1] == prompt[1] - FIRST
-        return bool(on_graph and arrived and self.edges[path[:-1], path[1:]].all())
+        return bool(on_graph and arrived and self.world.edges[path[:-1], path[1:]].all())
 
     def content(self, example: Example) -> Hashable:
         """The pair, whatever the path."""
         return tuple(example.prompt)
-
-    def surprisals(self, tokens: np.ndarray) -> np.ndarray:
-        """``[.., W]`` float64 nats of each token of shortest paths given those before it: the least
-        expected loss on validation. 0 for other tokens."""
-        place = self.places(tokens)
-        before, after = place[..., :-1], place[..., 1:]
-        goal = np.broadcast_to(tokens[..., 1:2] - FIRST, after.shape)
-        nats = np.zeros(tokens.shape)
-        nats[..., 1:] = np.log(self.ways[before, goal] / self.ways[after, goal])
-        return np.where(tokens < FIRST + self.nodes, 0.0, nats)
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
@@ -173,16 +130,16 @@ class Navigation(Task):
         """``legality`` and ``arrival`` of greedy answers; ``shortcut_mass``, the probability of
         illegal shortcuts; ``belief_cosine`` of states; ``surprisal`` and ``excess_loss``."""
         return (
-            Walks(self),
-            Shortcuts(self),
-            BeliefCosine(self, d_model=d_model),
-            Excess(self.surprisals),
+            Walks(self.world, longest_answer=self.longest_answer),
+            Shortcuts(self.world),
+            BeliefCosine(self.world, d_model=d_model),
+            Excess(self.world.surprisals),
         )
 
     @cached_property
     def _pairs(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Reachable pairs of different nodes: those of training and those of validation."""
-        pairs = [(int(a), int(b)) for a, b in np.argwhere(self.distances > 0)]
+        pairs = [(int(a), int(b)) for a, b in np.argwhere(self.world.distances > 0)]
         order = self.draws(ONCE + 1).permutation(len(pairs))
         cut = round(self.training * len(pairs))
         if not 0 < cut < len(pairs):
@@ -192,17 +149,6 @@ class Navigation(Task):
                 "give a share nearer to 0.5."
             )
         return [pairs[i] for i in order[:cut]], [pairs[i] for i in order[cut:]]
-
-    def _path(self, start: int, goal: int, draws: Draws) -> list[int]:
-        """A shortest path, uniformly drawn."""
-        path = [start]
-        for u in draws.uniform(int(self.distances[start, goal])).tolist():
-            node = path[-1]
-            nearer = self.edges[node] & (self.distances[:, goal] == self.distances[node, goal] - 1)
-            choices = np.flatnonzero(nearer)
-            shares = self.ways[choices, goal].cumsum()
-            path.append(int(choices[np.searchsorted(shares, u * shares[-1], side="right")]))
-        return path
 
     def _detour(self, path: list[int], draws: Draws) -> list[int]:
         """A shortest path around a random inner node of a path; the path itself where there is
@@ -216,7 +162,7 @@ class Navigation(Task):
         for node in reached:  # breadth first: the list grows meanwhile
             if start in onward:
                 break
-            for other in np.flatnonzero(self.edges[:, node]).tolist():
+            for other in np.flatnonzero(self.world.edges[:, node]).tolist():
                 if other != avoided and other not in onward:
                     onward[other] = node
                     reached.append(other)
@@ -228,49 +174,5 @@ class Navigation(Task):
         return detour if len(detour) <= self.longest_answer else path
 
     def _written(self, goal: int, path: list[int]) -> Example:
-        steps = [self.step_id(b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
+        steps = [self.world.step_id(b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
         return Example([FIRST + path[0], FIRST + goal, EQUALS], [*steps, END])
-
-
-def _street(draws: Draws, n: int, density: float) -> np.ndarray:
-    """``[N, N]`` bool, symmetric: a street graph of points whose ids follow their first coordinate,
-    so that near nodes tend to have near ids."""
-    points = draws.uniform(2 * n).reshape(n, 2)
-    points = points[np.lexsort((points[:, 1], points[:, 0]))]
-    lengths = ((points[:, None] - points) ** 2).sum(-1)
-    tree = np.zeros((n, n), dtype=bool)
-    nearest, in_tree = np.zeros(n, dtype=int), np.arange(n) == 0
-    for _ in range(n - 1):  # Prim 1957
-        distances = np.where(in_tree, np.inf, lengths[nearest, np.arange(n)])
-        node = int(distances.argmin())
-        tree[node, nearest[node]] = tree[nearest[node], node] = in_tree[node] = True
-        nearest = np.where(lengths[node] < lengths[nearest, np.arange(n)], node, nearest)
-    other_edges = [(i, j) for i, j in np.argwhere(np.triu(_delaunay(points))) if not tree[i, j]]
-    order = draws.permutation(len(other_edges))
-    for k in order[: int(len(other_edges) * density)]:
-        i, j = other_edges[k]
-        tree[i, j] = tree[j, i] = True
-    return tree
-
-
-def _delaunay(points: np.ndarray) -> np.ndarray:
-    """``[N, N]`` bool: the pairs of points that lie on a circle without a point inside. The center
-    of a circle is ``middle + t normal``, and every other point bounds t from one side."""
-    n = len(points)
-    is_edge = np.zeros((n, n), dtype=bool)
-    for i in range(n - 1):
-        ends = points[i + 1 :]
-        middle, along = (points[i] + ends) / 2, ends - points[i]
-        normal = np.stack((-along[:, 1], along[:, 0]), axis=1)
-        offsets = points - middle[:, None]
-        side = (offsets * normal[:, None]).sum(-1)
-        slack = (offsets**2).sum(-1) - (along**2).sum(-1, keepdims=True) / 4
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bound = slack / (2 * side)
-        rows = np.arange(len(ends))
-        other = np.ones(side.shape, dtype=bool)
-        other[:, i], other[rows, i + 1 + rows] = False, False
-        upper = np.where(other & (side > 0), bound, np.inf).min(1)
-        lower = np.where(other & (side < 0), bound, -np.inf).max(1)
-        is_edge[i, i + 1 :] = lower <= upper
-    return is_edge | is_edge.T

@@ -11,7 +11,6 @@ the true paths, N nodes, C d_model, V vocabulary.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +18,10 @@ from torch import Tensor
 
 from data_modules.tasks.base import END
 from data_modules.tasks.measures import Means, Outputs, TaskMeasure
+from data_modules.tasks.navigation_graph import FIRST, Graph
 
-if TYPE_CHECKING:
-    from data_modules.tasks.navigation import Navigation
-
-FIRST = 2
-"""Id of the first node."""
+PROMPT = 3
+"""Tokens of a prompt: the start, the goal, and the equals sign."""
 NEAR = range(2, 5)
 """Steps from the goal at which a node can be the end or the beginning of a shortcut."""
 
@@ -36,19 +33,20 @@ class Walks(Means):
     distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
     """
 
-    def __init__(self, task: Navigation) -> None:
+    def __init__(self, graph: Graph, *, longest_answer: int) -> None:
         super().__init__("legality", "legality_chance", "arrival", "arrival_chance")
-        self.task = task
+        self.graph = graph
+        self.longest_answer = longest_answer
 
     @cached_property
     def _arrival_chance(self) -> np.ndarray:
         """By the goal's id minus the start's, shifted by N - 1: [2 N - 1]."""
-        n, length = self.task.nodes, self.task.longest - self.task.longest_prompt
+        n = self.graph.nodes
         step = np.ones(2 * n - 1)
         step[n - 1] = 0  # no step leads to where it begins
         step /= len(step)
         distribution, chances = np.ones(1), np.zeros(2 * n - 1)
-        for _ in range(length):
+        for _ in range(self.longest_answer):
             middle = len(distribution) // 2
             near = np.pad(distribution, n)[middle + 1 : middle + 2 * n]
             chances += near / len(step)
@@ -56,21 +54,21 @@ class Walks(Means):
         return chances
 
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        task, prompt = self.task, self.task.longest_prompt
-        tokens = outputs.greedy_BW[:, : task.longest].cpu().numpy()
+        graph = self.graph
+        tokens = outputs.greedy_BW[:, : PROMPT + self.longest_answer].cpu().numpy()
         legal = guessed = 0.0
         arrived = steps = 0
         for row in tokens:
-            answer = row[prompt:].tolist()
+            answer = row[PROMPT:].tolist()
             length = answer.index(END) if END in answer else len(answer)
-            path = task.places(row[: prompt + length])[prompt - 1 :]
+            path = graph.places(row[: PROMPT + length])[PROMPT - 1 :]
             arrived += length < len(answer) and int(path[-1]) == int(row[1]) - FIRST
-            inside = (path >= 0) & (path < task.nodes)
+            inside = (path >= 0) & (path < graph.nodes)
             pairs = zip(path[:-1], path[1:], inside[:-1] & inside[1:], strict=True)
-            legal += sum(bool(ok and task.edges[a, b]) for a, b, ok in pairs)
-            guessed += float(task.edges[path[:-1][inside[:-1]]].sum()) / (2 * task.nodes - 1)
+            legal += sum(bool(ok and graph.edges[a, b]) for a, b, ok in pairs)
+            guessed += float(graph.edges[path[:-1][inside[:-1]]].sum()) / (2 * graph.nodes - 1)
             steps += length
-        differences = tokens[:, 1] - tokens[:, 0] + task.nodes - 1
+        differences = tokens[:, 1] - tokens[:, 0] + graph.nodes - 1
         by_chance = float(self._arrival_chance[differences].sum())
         n = len(tokens)
         return [(legal, steps), (guessed, steps), (float(arrived), n), (by_chance, n)]
@@ -84,27 +82,26 @@ class Shortcuts(Means):
     the probability of all edges there, and ``.._chance`` that of random symbols.
     """
 
-    def __init__(self, task: Navigation) -> None:
+    def __init__(self, graph: Graph) -> None:
         super().__init__("shortcut_mass", "shortcut_mass_chance", "legal_mass", "legal_mass_chance")
-        self.task = task
-        nodes = range(task.nodes)
+        self.graph = graph
+        nodes = range(graph.nodes)
         # From each node, the id of the step to each other; to itself, the pad symbol.
-        ids = [[task.step_id(b - a) if a != b else END for b in nodes] for a in nodes]
+        ids = [[graph.step_id(b - a) if a != b else END for b in nodes] for a in nodes]
         self.ids_NN = np.array(ids)
 
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        task, batch = self.task, outputs.batch
-        at_L, place, goal = standing(task, outputs)
-        distances = task.distances.T[goal]  # [L, N], of every node from the goal
-        near = (distances >= NEAR.start) & (distances < NEAR.stop)
+        graph, batch = self.graph, outputs.batch
+        at_L, place, goal = standing(graph, outputs)
+        near = np.isin(graph.distances.T[goal], NEAR)  # [L, N]
         is_near = near[np.arange(len(place)), place]
         at_L, place, near = at_L[is_near], place[is_near], near[is_near]
-        legal = task.edges[place]
-        illegal = near & ~legal & (np.arange(task.nodes) != place[:, None])
+        legal = graph.edges[place]
+        illegal = near & ~legal & (np.arange(graph.nodes) != place[:, None])
         indices = torch.from_numpy(at_L).to(batch.device)
         ids = torch.from_numpy(self.ids_NN[place]).to(batch.device)
         probs = outputs.log_probs_KV[indices].double().exp().gather(1, ids).cpu().numpy()
-        n, symbols = len(place), len(task.symbols)
+        n, symbols = len(place), len(graph.symbols)
         return [
             (float(value), n)
             for which in (illegal, legal)
@@ -120,22 +117,22 @@ class BeliefCosine(TaskMeasure):
     ``data.eval_examples`` is at most the number of pairs of validation.)
 
     Args:
-        task: the task.
+        graph: the graph.
         d_model: C.
     """
 
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, task: Navigation, *, d_model: int) -> None:
+    def __init__(self, graph: Graph, *, d_model: int) -> None:
         super().__init__()
-        self.task = task
-        self.add_sum("sums", task.nodes**2, d_model)
-        self.add_sum("counts", task.nodes**2)
+        self.graph = graph
+        self.add_sum("sums", graph.nodes**2, d_model)
+        self.add_sum("counts", graph.nodes**2)
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
-        at_L, place, goal = standing(self.task, outputs)
-        belief = torch.from_numpy(place * self.task.nodes + goal).to(self.sums.device)
+        at_L, place, goal = standing(self.graph, outputs)
+        belief = torch.from_numpy(place * self.graph.nodes + goal).to(self.sums.device)
         states_KC = outputs.states_BPC[outputs.batch.valid(0)]
         indices = torch.from_numpy(at_L).to(states_KC.device)
         states = states_KC[indices].double().to(self.sums.device)
@@ -155,14 +152,14 @@ class BeliefCosine(TaskMeasure):
         return values
 
 
-def standing(task: Navigation, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def standing(graph: Graph, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The scored positions that lie on the true paths: their indices among the K, and the node and
     the goal at each, all three [L]."""
     batch = outputs.batch
     valid_BP = batch.valid(0)
     assert valid_BP is not None
     tokens, valid = batch.tokens.cpu().numpy(), valid_BP.cpu().numpy()
-    place = task.places(tokens)[:, : batch.seq_len]
+    place = graph.places(tokens)[:, : batch.seq_len]
     goal = np.broadcast_to(tokens[:, 1:2] - FIRST, place.shape)
     (at_L,) = np.nonzero((tokens[:, : batch.seq_len] != END)[valid])
     return at_L, place[valid][at_L], goal[valid][at_L]

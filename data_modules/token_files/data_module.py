@@ -88,8 +88,8 @@ class TokenFilesDataModule(StoreDataModule):
         unique: dict[Path, Path] = {}
         for path in path_list(paths, key):
             # Megatron names a pair of files without their suffix.
-            pair = Path(f"{path}.bin").expanduser()
-            pattern = f"{path}.bin" if pair.is_file() and not Path(path).exists() else path
+            given, pair = Path(path).expanduser(), Path(f"{path}.bin").expanduser()
+            pattern = str(pair) if pair.is_file() and not given.exists() else path
             files = [file for _, file in expand(pattern, key, text_only=False)]
             # An index says in which order the chunks next to it come.
             for file in sorted(files, key=lambda file: file.name != INDEX):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -113,19 +112,15 @@ def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None
     for key in ("compression", "encryption"):
         if config.get(key):
             raise UserError(
-                f"{index} is of chunks with {key} ({_short(config[key])}), which cannot be memory-"
+                f"{index} is of chunks with {key} ({config[key]!s:.60}), which cannot be memory-"
                 "mapped: write them again without it"
             )
     types = {str(code): dtype for code, dtype in _TYPES.get(serializer, {}).items()}
     dtype = types.get(number)
     if config.get("item_loader") != _LOADER or len(config["data_format"]) != 1 or dtype is None:
         raise UserError(
-            f"{index} is of items ({_short(config['data_format'])}, item_loader "
-            f"{_short(config.get('item_loader'))}) that are not rows of token ids: write one "
+            f"{index} is of items ({config['data_format']!s:.60}, item_loader "
+            f"{config.get('item_loader')!s:.60}) that are not rows of token ids: write one "
             f"tensor of ids per document, with item_loader={_LOADER}()"
         )
     return names, dtype
-
-
-def _short(value: Any) -> str:
-    return str(value)[:60]

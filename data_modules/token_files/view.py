@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,13 +225,11 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
     np.save(folder / "val.pieces.npy", np.array(list(rows), PIECES))
     tokenizer.save(folder)
     return {
-        "format": FORMAT,
         "dtype": np.dtype(texts["train"].shards[0].dtype).name,
         "tokenizer": tokenizer.facts(),
         "bytes_defined": has_text,
         "lines_in_training": None,
         "splits": splits,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
 
 

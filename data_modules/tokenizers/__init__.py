@@ -14,18 +14,8 @@ if TYPE_CHECKING:
     from data_modules.tokenizers.pretrained import PretrainedTokenizer
     from data_modules.tokenizers.symbols import SymbolTokenizer
 
-# The class of every kind that a stored tokenizer may be of.
-KINDS = {
-    "bpe": "BPETokenizer",
-    "byte": "ByteTokenizer",
-    "ids": "IdTokenizer",
-    "pretrained": "PretrainedTokenizer",
-    "symbols": "SymbolTokenizer",
-}
-
 __all__ = [
     "END_OF_TEXT",
-    "KINDS",
     "BPETokenizer",
     "ByteTokenizer",
     "IdTokenizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,14 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.stored import read_json
 
 STATE_FILE = "tokenizer_state.json"
+# The class of every kind that a stored tokenizer may be of, imported when it is needed.
+KINDS = {
+    "bpe": "data_modules.tokenizers.bpe:BPETokenizer",
+    "byte": "data_modules.tokenizers.byte:ByteTokenizer",
+    "ids": "data_modules.tokenizers.ids:IdTokenizer",
+    "pretrained": "data_modules.tokenizers.pretrained:PretrainedTokenizer",
+    "symbols": "data_modules.tokenizers.symbols:SymbolTokenizer",
+}
 END_OF_TEXT = "<|endoftext|>"
 """What :meth:`Tokenizer.decode` writes for the end-of-text token of the byte and bpe tokenizers."""
 
@@ -167,9 +176,7 @@ class Tokenizer(ABC):
 
 def class_of(kind: str) -> type[Tokenizer] | None:
     """This project's class for a kind, imported; None for an unknown kind."""
-    from data_modules import tokenizers
-
-    return getattr(tokenizers, tokenizers.KINDS[kind]) if kind in tokenizers.KINDS else None
+    return pkgutil.resolve_name(KINDS[kind]) if kind in KINDS else None
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
@@ -178,8 +185,6 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     Raises:
         UserError: for a state of unknown kind or a damaged one.
     """
-    from data_modules.tokenizers import KINDS
-
     kind = state.get("kind") if isinstance(state, dict) else None
     tokenizer_class = class_of(kind) if isinstance(kind, str) else None
     if tokenizer_class is None:

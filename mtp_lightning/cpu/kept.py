@@ -100,8 +100,7 @@ class CPUWeightPacker:
 
 def _folder(path: Path) -> Path:
     """The cache folder for the packed weights of a file or folder in its present state."""
-    code, sources = native.code()[0], native.lib().built_from().decode()
-    return cache_folder() / "packed" / cache_key(path, f"{code} {sources}")
+    return cache_folder() / "packed" / cache_key(path, f"{native.code()[0]} {native.version()}")
 
 
 def _nothing(folder: Path) -> None:

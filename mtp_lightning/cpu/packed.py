@@ -1,14 +1,14 @@
 """Packed copies of weights for skinny GEMMs: products with the few rows of a pass of decoding.
 
 Such a product is limited by reading the weights from memory; three rows cost as much as one. With
-the layout of ``cpp/skinny.h`` the bits of a row's result do not depend on the other rows, which
+the layout of ``cpp/formats.h`` the bits of a row's result do not depend on the other rows, which
 speculative decoding requires. Weights whose numbers are all bf16 are packed in bf16: half of the
 bytes without loss, since the product is computed in fp32. Weights that are integers of int8 times
 one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
 Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
 them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
 Q4_K, Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). After
-:func:`use_integers` products with blocks are sums of integers (``cpp/integer.cpp``).
+:func:`use_integers` products with blocks are sums of integers (``cpp/integer.h``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
@@ -35,7 +35,7 @@ from mtp_lightning.nn.weight_scales import WeightScales
 
 
 class Kind(IntEnum):
-    """``Kind`` of skinny.h: the format of a packed weight."""
+    """``Kind`` of formats.h: the format of a packed weight."""
 
     FULL = 0
     HALF = 1
@@ -59,7 +59,7 @@ _SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.HALF, Kind.FULL)
 
 
 class PackedStruct(ctypes.Structure):
-    """``Packed`` of skinny.h."""
+    """``Packed`` of formats.h."""
 
     _fields_ = (("numbers", c_void_p), ("kind", c_int64))
 
@@ -133,7 +133,7 @@ def packed_copy(weight: Tensor) -> Packed | None:
 
 
 def packed_of(weight: Tensor) -> PackedWeight | None:
-    """A weight's packed copy in the layout of skinny.h, if it has one."""
+    """A weight's packed copy in the layout of formats.h, if it has one."""
     packed = packed_copy(weight)
     return packed if isinstance(packed, PackedWeight) else None
 
@@ -226,7 +226,7 @@ def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
 
 
 def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> PackedWeight | None:
-    """A copy in the layout of skinny.h, or None if the library does not support the weight.
+    """A copy in the layout of formats.h, or None if the library does not support the weight.
 
     Args:
         weight_NK: the weight.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,28 +49,35 @@ def _embedding(weight_VC: Tensor) -> _EmbeddingStruct:
     return _EmbeddingStruct(None, packed.struct, packed.outputs)
 
 
-class _DraftStruct(ctypes.Structure):
-    """``Draft`` of decode.cpp."""
+class _DecoderStruct(ctypes.Structure):
+    """``Decoder`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("ahead", "blocks", "outputs")),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("join", "block", "gain")),
-        ("embedding", _EmbeddingStruct),
-        ("head", PackedStruct),
-    )
-
-
-class _TrunkStruct(ctypes.Structure):
-    """``Trunk`` of decode.cpp."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("blocks", "outputs", "kept")),
+        *((name, c_int64) for name in ("blocks", "outputs")),
         ("eps", c_double),
         *((name, c_void_p) for name in ("block", "gain")),
         ("embedding", _EmbeddingStruct),
         ("head", PackedStruct),
     )
+
+
+class _DraftStruct(_DecoderStruct):
+    """``Draft`` of decode.cpp."""
+
+    _fields_ = (("ahead", c_int64), ("join", c_void_p))
+
+
+class _TrunkStruct(_DecoderStruct):
+    """``Trunk`` of decode.cpp."""
+
+    _fields_ = (("kept", c_int64),)
+
+
+def _decoder(blocks: FusedBlocks, head: PackedWeight, embedding: Tensor) -> tuple[Any, ...]:
+    """The values of ``Decoder``, which point to these objects and do not keep them alive."""
+    array = ctypes.addressof(blocks.array)
+    ends = _embedding(embedding), head.struct
+    return blocks.n, head.outputs, blocks.eps, array, blocks.gain, *ends
 
 
 class FusedModule:
@@ -129,19 +137,16 @@ class FusedTrunk:
         input_norm: str,
     ) -> None:
         self._alive = blocks, head, embedding
-        self._n, self._outputs = blocks.n, head.outputs
         state = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
-        self._trunk = _TrunkStruct(
-            blocks.n, head.outputs, state, blocks.eps, ctypes.addressof(blocks.array),
-            blocks.gain, _embedding(embedding), head.struct,
-        )  # fmt: skip
+        self._trunk = _TrunkStruct(*_decoder(blocks, head, embedding), state)
         self._address = ctypes.addressof(self._trunk)
 
     def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
-        logits_BTV = self._alive[-1].new_empty(ids_BS.shape[0], cache.runs.width, self._outputs)
+        sizes = ids_BS.shape[0], cache.runs.width, self._trunk.outputs
+        logits_BTV = self._alive[-1].new_empty(sizes)
         native.lib().decode_trunk(
             self._address,
-            open_pass(cache, 0, self._n),
+            open_pass(cache, 0, self._trunk.blocks),
             ids_BS.data_ptr(),
             None if states_BSC is None else states_BSC.data_ptr(),
             logits_BTV.data_ptr(),
@@ -163,13 +168,8 @@ class FusedDraft:
         self, module: FusedModule, head: PackedWeight, embedding: Tensor, *, ahead: int
     ) -> None:
         self._alive = module, head, embedding
-        self._outputs = head.outputs
-        blocks = module.blocks
-        self._blocks = blocks.n
-        self._draft = _DraftStruct(
-            ahead, blocks.n, head.outputs, blocks.eps, ctypes.addressof(module.join),
-            ctypes.addressof(blocks.array), blocks.gain, _embedding(embedding), head.struct,
-        )  # fmt: skip
+        join = ctypes.addressof(module.join)
+        self._draft = _DraftStruct(*_decoder(module.blocks, head, embedding), ahead, join)
         self._address = ctypes.addressof(self._draft)
 
     def __call__(
@@ -183,10 +183,10 @@ class FusedDraft:
         batch = len(newest)
         indices = (c_int64 * batch)(*newest)
         state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
-        logits_BV = before_BSC.new_empty(batch, self._outputs)
+        logits_BV = before_BSC.new_empty(batch, self._draft.outputs)
         native.lib().decode_draft(
             self._address,
-            open_pass(cache, 0, self._blocks),
+            open_pass(cache, 0, self._draft.blocks),
             ids_BS.data_ptr(),
             before_BSC.data_ptr(),
             None if after_BSC is None else after_BSC.data_ptr(),

@@ -7,6 +7,7 @@ they are killed when it ends.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.folder import leave
+
+log = logging.getLogger(__name__)
 
 # gloo's messages when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer")
@@ -80,14 +83,11 @@ class Pulse(threading.Thread):
         store: the store that all processes share.
         rank: the rank of this process.
         size: returns the number of processes, 0 until it is known.
-        say: prints a line.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, size: Callable[[], int], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: Callable[[], int]) -> None:
         super().__init__(daemon=True, name="pulse")
-        self._store, self._rank, self._size, self._say = store, rank, size, say
+        self._store, self._rank, self._size = store, rank, size
         self._began = time.monotonic()
         # The newest sign of each process, and the time when it was first seen.
         self._signs: dict[int, tuple[str, float]] = {}
@@ -105,10 +105,10 @@ class Pulse(threading.Thread):
                 missing = [r for r in range(self._size()) if r not in self._signs]
                 if missing and not reported and time.monotonic() - self._began > SILENCE:
                     reported = True
-                    names = ", ".join(map(str, missing))
-                    self._say(
-                        f"waiting for process {names} of {self._size()}, which has not come in "
-                        f"{SILENCE:.0f} s; this one ends after {PATIENCE / 60:.0f} minutes"
+                    log.warning(
+                        "waiting for process %s of %d, which has not come in %.0f s; this one ends "
+                        "after %.0f minutes",
+                        *(", ".join(map(str, missing)), self._size(), SILENCE, PATIENCE / 60),
                     )
                 lost = self.lost()
                 if lost is not None and self.waits_in is not None and not dist.is_initialized():

@@ -87,13 +87,13 @@ class Rendezvous(Peers):
         """
         if key in self._received:
             return self._received[key]
-        place = self._place(key)
+        unique = self._unique(key)
         if self.rank == 0:
             with self._failing_for_all():
                 value = decide()
-            self._set(place, json.dumps(value))
+            self._set(unique, json.dumps(value))
         else:
-            value = json.loads(self._get(place))
+            value = json.loads(self._get(unique))
         self._decided[key] = value
         return value
 
@@ -119,7 +119,7 @@ class Rendezvous(Peers):
         Raises:
             UserError: an earlier process failed.
         """
-        done = self._place("done")
+        done = self._unique("done")
         if self.rank > 0:
             self._get(done if self.local_rank == 0 else f"{done} on {self.node}")
         with self._failing_for_all():
@@ -175,9 +175,8 @@ class Rendezvous(Peers):
         """
         devices = _whole(trainer["devices"])
         nodes = require_whole("trainer.num_nodes", trainer["num_nodes"], least=1)
-        ranks = _launched_ranks()
-        if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
-            started = ranks[1] if ranks is not None else 1
+        _, started, _, _ = _launched_ranks() or (0, 1, 0, 0)
+        if started > 1 or dist.is_torchelastic_launched():
             local_size = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
             if devices is not None and (
                 started != devices * nodes or (local_size is not None and local_size != devices)
@@ -209,7 +208,8 @@ class Rendezvous(Peers):
             self._set("failed", f"{self.rank}: {error}")
             raise
 
-    def _place(self, key: str) -> str:
+    def _unique(self, key: str) -> str:
+        """The key in the store for the next use of ``key``."""
         self._uses[key] += 1
         return f"{key} {self._uses[key]}"
 
@@ -274,7 +274,7 @@ def _connected(rank: int, size: int, local_rank: int, node: int) -> Rendezvous:
     start = f"{env.get('TORCHELASTIC_RUN_ID')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
     store = dist.PrefixStore(f"mtp-lightning/{start}", tcp)
     peers = Rendezvous(rank, size, local_rank=local_rank, node=node, store=store)
-    peers.pulse = Pulse(store, rank, lambda: peers.size, log.warning)
+    peers.pulse = Pulse(store, rank, lambda: peers.size)
     peers.pulse.start()
     return peers
 

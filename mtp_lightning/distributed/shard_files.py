@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only, tree_map_with_path
 
 from mtp_lightning.distributed.sharding import rows_of
 from mtp_lightning.run.checkpoints import damaged, is_sharded, without_content
@@ -93,17 +93,19 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
     folder, parts = _described(content, path)
     read = cache(partial(_read, index=path))
 
-    def pieces(outline: Tensor, where: tuple[Any, ...]) -> Pieces:
+    def pieces(where: tuple[Any, ...], outline: Any) -> Any:
+        if not without_content(outline):
+            return outline
         if outline.dim() == 0:
             raise damaged(path)
+        top, *inner = where
 
         def piece(part: int) -> Tensor:
-            key, *inner = where
-            file = part_file(folder, key, part, parts)
+            file = part_file(folder, top.key, part, parts)
             value = read(file)
             try:
                 for step in inner:
-                    value = value[step]
+                    value = step.get(value)
             except (KeyError, IndexError, TypeError) as error:
                 raise damaged(file) from error
             first, end = rows_of(part, parts, outline.shape[0])
@@ -115,11 +117,9 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
         return Pieces(outline, parts, piece)
 
-    return {
-        key: _with_pieces(value, pieces, (key,)) if key in KINDS else value
-        for key, value in content.items()
-        if key != SHARDS
-    }
+    sharded = {key: value for key, value in content.items() if key in KINDS}
+    whole = {key: value for key, value in content.items() if key != SHARDS}
+    return whole | tree_map_with_path(pieces, sharded)
 
 
 def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -186,13 +186,3 @@ def _read(file: Path, index: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, RecursionError) as error:
         raise damaged(file) from error
-
-
-def _with_pieces(
-    value: Any, pieces: Callable[[Tensor, tuple[Any, ...]], Pieces], where: tuple[Any, ...]
-) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_pieces(v, pieces, (*where, key)) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_pieces(v, pieces, (*where, i)) for i, v in enumerate(value))
-    return pieces(value, where) if without_content(value) else value

@@ -96,11 +96,6 @@ class ShardedStrategy(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Arguments for data samplers: every process has its own data."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
-
-    @property
     def lightning_restore_optimizer(self) -> bool:
         """Whether Lightning passes the optimizer's state to this strategy."""
         return True

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import data_modules
 from data_modules import TokenDataModule
 from data_modules.sources import SyntheticSource
-from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer, PretrainedTokenizer
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from data_modules.windows import WindowBatch
 
 CONF = Path(data_modules.__file__).parents[1] / "conf"
@@ -26,7 +26,6 @@ SOURCES = sorted(
     if path.stem not in ("base", "task", "self_generated", "tokens")
     and "tasks" not in path.read_text(encoding="utf-8")
 )
-TOKENIZERS = sorted(path.stem for path in (CONF / "tokenizer").glob("*.yaml"))
 
 
 def small(folder: Path, **options) -> TokenDataModule:
@@ -167,15 +166,6 @@ def test_every_source_composes_and_builds(tmp_path, source):
 def test_token_files_have_the_options_of_text(tmp_path):
     chosen = ["+data=tokens", "data.path=x.bin", "data.train_windows=100", "+tokenizer=byte"]
     assert instantiate(compose_config(tmp_path, *chosen).data).train_windows == 100
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_tokenizer_composes_and_builds(tmp_path, name):
-    kinds = {"byte": ByteTokenizer, "ids": IdTokenizer, "pretrained": PretrainedTokenizer}
-    needs = {"pretrained": ["path=x"], "ids": ["vocab_size=9", "eot_id=0"]}
-    options = [f"tokenizer.{option}" for option in needs.get(name, [])]
-    config = compose_config(tmp_path, f"+tokenizer={name}", *options)
-    assert type(instantiate(config.tokenizer)) is kinds.get(name, BPETokenizer)
 
 
 def test_text_from_the_config_to_a_batch(tmp_path):

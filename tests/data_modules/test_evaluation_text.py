@@ -150,18 +150,23 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_the_choice_of_documents_against_brute_force(tmp_path_factory, data):
-    """Documents of one to three pieces with made-up digests."""
-    rows, documents, start = [], [], 0
-    for number in range(data.draw(st.integers(1, 6))):
+    """Documents of one to three pieces with made-up digests, with or without one that has no
+    text before them."""
+    rows, documents, starts, start = [], [], [], 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        if data.draw(st.booleans()):
+            starts.append(start)
+            start += 1
+        starts.append(start)
         document = []
         for _ in range(data.draw(st.integers(1, 3))):
             n_bytes, name = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 99))
-            rows.append((number, start, n_bytes, f"{name:032x}".encode()))
+            rows.append((len(starts) - 1, start, n_bytes, f"{name:032x}".encode()))
             document.append(rows[-1])
             start += n_bytes
         start += 1  # the end-of-text token
         documents.append((document, start))
-    file = token_file(tmp_path_factory.mktemp("file"), start, pieces=rows)
+    file = token_file(tmp_path_factory.mktemp("file"), start, starts, rows)
     budget = data.draw(st.none() | st.integers(1, 60))
     expected, n_left = [], budget if budget is not None else 10**9
     for document, end in sorted(documents, key=lambda d: d[0][0][3]):

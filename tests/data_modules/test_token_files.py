@@ -128,6 +128,14 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
         assert files.evaluation_summary() == plain.evaluation_summary()
 
 
+def test_documents_without_text_are_not_evaluated(tmp_path):
+    train, val = ids_of(texts()), [[EOT], *ids_of(texts(2)), [EOT]]
+    paths = [megatron(tmp_path / f"{len(ids)}.bin", ids) for ids in (train, val)]
+    data = module(tmp_path / "c", paths[0], val_path=paths[1])
+    summary = data.evaluation_summary()
+    assert (summary["documents"], summary["tokens"]) == (2, sum(map(len, val)) - 2)
+
+
 def test_ids_of_one_byte_have_an_end_of_text_beyond_their_type(tmp_path):
     """Their end of text, 256, does not fit into their type."""
     np.save(tmp_path / "t.npy", np.arange(2_000, dtype=np.uint8))
@@ -341,6 +349,15 @@ def test_megatron_documents_without_end_of_text_are_reported(tmp_path, caplog):
     assert data.store["train"].n_documents + data.store["val"].n_documents == 60
     n_bytes = data.store["train"].n_bytes + data.store["val"].n_bytes
     assert n_bytes == sum(map(len, documents))
+
+
+def test_a_folder_of_the_home_comes_before_a_pair_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    for name, first in (("x/a.bin", 1), ("x.bin", 2), ("y.bin", 3)):
+        nanogpt(tmp_path / name, [[first, *range(100)]])
+    read = {path: module(tmp_path / "c", f"~/{path}").store["train"].tokens()[0:1] for path in "xy"}
+    assert (read["x"].tolist(), read["y"].tolist()) == ([1], [3])
 
 
 def test_the_fingerprint_follows_content_not_path(tmp_path):

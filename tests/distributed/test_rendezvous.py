@@ -190,17 +190,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "PATIENCE", 2.5)
 
 
-def with_pulse(rank: int, store: dist.Store, messages: list[str]) -> Rendezvous:
+def with_pulse(rank: int, store: dist.Store) -> Rendezvous:
     peers = Rendezvous(rank, 2, local_rank=rank, store=store)
-    peers.pulse = Pulse(store, rank, lambda: peers.size, messages.append)
+    peers.pulse = Pulse(store, rank, lambda: peers.size)
     peers.pulse.start()
     return peers
 
 
 @pytest.mark.parametrize("how", ["dies", "lives", "has met"])
-def test_a_silent_process_ends_the_wait(how: str, impatient: None) -> None:
-    store, messages = dist.HashStore(), []
-    first, second = (with_pulse(rank, store, messages) for rank in range(2))
+def test_a_silent_process_ends_the_wait(how, impatient, caplog):
+    store = dist.HashStore()
+    first, second = (with_pulse(rank, store) for rank in range(2))
     assert first.pulse is not None and second.pulse is not None
     time.sleep(0.3)
     if how == "dies":
@@ -210,7 +210,7 @@ def test_a_silent_process_ends_the_wait(how: str, impatient: None) -> None:
     else:
         threading.Timer(3.0, lambda: second._set("late", "come")).start()
     if how == "lives":
-        assert first._get("late") == "come" and not messages
+        assert first._get("late") == "come" and not caplog.messages
     elif how == "dies":
         with pytest.raises(UserError, match="ended .*process 1 has shown no sign of life"):
             first._get("late")
@@ -221,12 +221,11 @@ def test_a_silent_process_ends_the_wait(how: str, impatient: None) -> None:
     second.pulse.met.set()
 
 
-def test_a_process_that_does_not_come_is_named_during_the_wait(impatient: None) -> None:
-    store, messages = dist.HashStore(), []
-    first = with_pulse(0, store, messages)
+def test_a_process_that_does_not_come_is_named_during_the_wait(impatient, caplog):
+    first = with_pulse(0, dist.HashStore())
     with pytest.raises(UserError, match="ended .*process 1 has not come in"):
         first._get("late")
-    (line,) = messages
+    (line,) = caplog.messages
     assert line.startswith("waiting for process 1 of 2, which has not come")
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_modules.sources import SyntheticSource
 from tests.data_modules.token_formats import llm_c, megatron
 from tests.integration import helpers
-from tests.integration.helpers import ROOT, evaluated, execute, fails, train_here, typed
+from tests.integration.helpers import ROOT, evaluated, execute, train_here, typed
 
 GENERATE = [sys.executable, str(ROOT / "generate.py")]
 
@@ -57,12 +57,3 @@ def test_ids_without_a_tokenizer_train_evaluate_and_generate(tmp_path, files) ->
     assert len(words) == 6 and all(word.isdigit() for word in words)
     done = execute([*GENERATE, run, "prompt=hello", "num_threads=1"], code=1)
     assert "'hello' is not an id" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_tokenizer_that_does_not_fit_the_ids_is_refused(tmp_path, files, capfd) -> None:
-    for settings, message in (
-        ({"tokenizer": "bpe"}, "data=tokens holds ids, and tokenizer=bpe would have to be trained"),
-        ({"tokenizer": "ids", "tokenizer.vocab_size": 99, "tokenizer.eot_id": 0}, "has the id"),
-    ):
-        assert message in fails(capfd, tmp_path / "run", tmp_path / "cache", files | settings)

@@ -261,8 +261,8 @@ def test_a_closed_cosine_gate_changes_only_the_gradients_of_the_trunk(
     ("depth", "documents", "message"),
     [
         (DEPTH, torch.arange(6).unsqueeze(0), "no valid target"),
-        (DEPTH - 1, None, "built for depth D = 1 but the model predicts D = 2"),
-        (DEPTH + 1, None, "built for depth D = 3 but the model predicts D = 2"),
+        (DEPTH - 1, None, "built for mtp.depth=1 but the model's is 2"),
+        (DEPTH + 1, None, "built for mtp.depth=3 but the model's is 2"),
     ],
 )
 def test_a_batch_that_cannot_be_trained_on_is_refused(

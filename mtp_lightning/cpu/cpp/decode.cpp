@@ -7,6 +7,7 @@
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
 #include <vector>
 
+#include "skinny.h"
 #include "unpack.h"
 
 struct Block {
@@ -274,15 +275,20 @@ static inline void look_up(const Embedding& from, int64_t id, float* out, int64_
         unpack_row(from.packed, id, out, from.size, width);
 }
 
-// A module that drafts: its weights, the embedding and the head.
-struct Draft {
-    int64_t ahead, blocks, outputs;
+// Blocks with the norm after them, between the embedding and the head.
+struct Decoder {
+    int64_t blocks, outputs;
     double eps;
-    const Join* join;
     const Block* block;
     const float* gain;  // [C]
     Embedding embedding;
     Packed head;
+};
+
+// A module that drafts.
+struct Draft : Decoder {
+    int64_t ahead;
+    const Join* join;
 };
 
 // A pass of a module from token ids to logits; its states are written to `after` for the next depth.
@@ -307,18 +313,12 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
     skinny(last, draft->head, logits, pass->rows, draft->outputs, c, false);
 }
 
-// A trunk: all blocks, the final norm, the embedding and the head.
-struct Trunk {
-    int64_t blocks, outputs, kept;
-    double eps;
-    const Block* block;
-    const float* gain;  // [C]
-    Embedding embedding;
-    Packed head;
-};
-
 // The trunk's state that the modules branch from.
 enum Kept { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
+
+struct Trunk : Decoder {
+    int64_t kept;
+};
 
 // A pass of a trunk from token ids to logits[M, V]; one of its states is stored for the modules.
 extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
@@ -352,3 +352,6 @@ extern "C" void decode_linear(const float* x, const void* weight, float* out, in
                               int64_t outputs, int64_t inputs, int64_t kind) {
     skinny(x, Packed{weight, kind}, out, rows, outputs, inputs, false);
 }
+
+// Whether this CPU multiplies bytes, which products of integers need.
+extern "C" int64_t multiplies_bytes() { return has_byte_products(); }

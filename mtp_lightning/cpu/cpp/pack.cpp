@@ -1,4 +1,4 @@
-// Packs weights into panels, in the formats of skinny.h, and unpacks them. Packing reads and writes
+// Packs weights into the panels of formats.h, and unpacks them. Packing reads and writes
 // the weights once: tiles of LANES x LANES are transposed in registers.
 #include <sys/mman.h>
 

@@ -1,7 +1,7 @@
 // Reads the numbers of a packed weight: the inverse of pack.cpp, to the last bit.
 #pragma once
 
-#include "skinny.h"
+#include "formats.h"
 
 // Calls write(o, k, numbers, n) for the outputs o of a panel, of which `left` are the weight's: the
 // numbers of its inputs k .. k + n - 1, n <= LANES.

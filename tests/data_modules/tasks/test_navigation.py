@@ -11,8 +11,8 @@ import torch
 
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, TRAINING
-from data_modules.tasks.navigation import Navigation, _delaunay
-from data_modules.tasks.navigation_measures import FIRST
+from data_modules.tasks.navigation import Navigation
+from data_modules.tasks.navigation_graph import FIRST, delaunay
 
 TASKS = [Navigation(), Navigation(graph="random", nodes=25, density=0.08)]
 
@@ -26,7 +26,7 @@ def read(task: Navigation, prompt: list[int], answer: list[int]) -> tuple[int, i
 
 
 def neighbors(task: Navigation) -> dict[int, list[int]]:
-    return {a: np.flatnonzero(row).tolist() for a, row in enumerate(task.edges)}
+    return {a: np.flatnonzero(row).tolist() for a, row in enumerate(task.world.edges)}
 
 
 def hops(task: Navigation, start: int) -> dict[int, int]:
@@ -75,38 +75,40 @@ def test_detours_avoid_a_node_and_recoveries_begin_anywhere() -> None:
             start, goal, path = read(task, example.prompt, example.answer)
             if task is detours:
                 assert len(set(path)) == len(path)
-                longer += len(path) - 1 > task.distances[start, goal]
+                longer += len(path) - 1 > task.world.distances[start, goal]
             else:
-                assert len(path) - 2 == task.distances[path[1], goal]
-                wrong += task.distances[path[1], goal] >= task.distances[start, goal]
+                assert len(path) - 2 == task.world.distances[path[1], goal]
+                wrong += task.world.distances[path[1], goal] >= task.world.distances[start, goal]
     assert longer > 60 and wrong > 60
 
 
 def test_paths_are_uniform_and_surprisals_their_log_probabilities() -> None:
     task = Navigation(nodes=12, density=0.8)
-    a, b = max(task._pairs[1], key=lambda pair: float(task.ways[pair]))
-    n = int(task.ways[a, b])
+    a, b = max(task._pairs[1], key=lambda pair: float(task.world.ways[pair]))
+    n = int(task.world.ways[a, b])
     assert n >= 3
     counts: dict[tuple[int, ...], int] = {}
     for i in range(3000):
-        path = tuple(task._path(a, b, task.draws(i)))
+        path = tuple(task.world.path(a, b, task.draws(i)))
         counts[path] = counts.get(path, 0) + 1
     assert len(counts) == n
     assert all(abs(c - 3000 / n) < 5 * (3000 / n) ** 0.5 for c in counts.values())
     example = task._written(b, list(next(iter(counts))))
-    nats = task.surprisals(np.array([*example.prompt, *example.answer]))
+    nats = task.world.surprisals(np.array([*example.prompt, *example.answer]))
     assert nats.sum() == pytest.approx(np.log(n)) and nats[-1] == 0
 
 
 def test_a_street_graph_is_a_tree_and_edges_of_the_triangulation() -> None:
     for seed in range(5):
         tree, task = Navigation(seed=seed, density=0), Navigation(seed=seed)
-        assert tree.edges.sum() == 2 * 39 and (tree.distances >= 0).all()
-        assert (task.edges == task.edges.T).all() and task.edges[tree.edges].all()
-        assert 2 * 55 < task.edges.sum() < 2 * 65
+        assert tree.world.edges.sum() == 2 * 39 and (tree.world.distances >= 0).all()
+        assert (task.world.edges == task.world.edges.T).all() and task.world.edges[
+            tree.world.edges
+        ].all()
+        assert 2 * 55 < task.world.edges.sum() < 2 * 65
 
 
-def test_delaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
+def testdelaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
     points = np.random.default_rng(0).uniform(size=(14, 2))
     expected = np.zeros((14, 14), dtype=bool)
     for corners in itertools.combinations(range(14), 3):
@@ -117,13 +119,13 @@ def test_delaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
         if (np.linalg.norm(points[others] - center, axis=1) > radius).all():
             for i, j in itertools.permutations(corners, 2):
                 expected[i, j] = True
-    assert (_delaunay(points) == expected).all()
+    assert (delaunay(points) == expected).all()
 
 
 def test_a_random_graph_has_each_edge_with_its_probability() -> None:
     n, p = 60 * 59, 0.1
     for seed in range(5):
-        edges = Navigation(graph="random", nodes=60, density=p, seed=seed).edges.sum()
+        edges = Navigation(graph="random", nodes=60, density=p, seed=seed).world.edges.sum()
         assert abs(edges - n * p) < 4 * (n * p * (1 - p)) ** 0.5
 
 
@@ -157,7 +159,7 @@ def model_outputs(task: Navigation, numbers: np.ndarray, *, knows: bool) -> Simp
     batch = AnswerSet(task, 1000, depth=1).batch(numbers)
     tokens, valid = batch.tokens.numpy(), batch.valid(0)
     assert valid is not None
-    place = task.places(tokens)[:, : batch.seq_len]
+    place = task.world.places(tokens)[:, : batch.seq_len]
     table = torch.full((*place.shape, len(task.symbols)), 1 / len(task.symbols)).double()
     states = np.stack([np.random.default_rng(i).normal(size=(batch.seq_len, 4)) for i in numbers])
     if knows:
@@ -168,9 +170,11 @@ def model_outputs(task: Navigation, numbers: np.ndarray, *, knows: bool) -> Simp
             table[row, at] = 0
             if a == b:
                 table[row, at, END] = 1
-            for c in np.flatnonzero(task.edges[a]) if a != b else ():
-                if task.distances[c, b] == task.distances[a, b] - 1:
-                    table[row, at, task.step_id(c - a)] = task.ways[c, b] / task.ways[a, b]
+            for c in np.flatnonzero(task.world.edges[a]) if a != b else ():
+                if task.world.distances[c, b] == task.world.distances[a, b] - 1:
+                    table[row, at, task.world.step_id(c - a)] = (
+                        task.world.ways[c, b] / task.world.ways[a, b]
+                    )
     ahead = slice(1, batch.seq_len + 1)
     nats = torch.zeros(tokens.shape).double()
     picked = -table.log().gather(-1, batch.tokens[:, ahead].unsqueeze(-1)).squeeze(-1)
@@ -237,14 +241,14 @@ def test_belief_cosines_are_means_over_all_pairs_of_states() -> None:
 def test_walks_are_judged_step_by_step() -> None:
     task = Navigation(nodes=12, density=0.8)
     made = model_outputs(task, np.arange(50), knows=True)
-    a, b = 0, next(b for b in range(1, 12) if not task.edges[0, b])
-    c = int(np.flatnonzero(task.edges[b])[0])
+    a, b = 0, next(b for b in range(1, 12) if not task.world.edges[0, b])
+    c = int(np.flatnonzero(task.world.edges[b])[0])
     made.greedy_BW = torch.full_like(made.batch.tokens, END)
-    walk = [2 + a, 2 + c, 1, task.step_id(b - a), task.step_id(c - b)]
+    walk = [2 + a, 2 + c, 1, task.world.step_id(b - a), task.world.step_id(c - b)]
     made.greedy_BW[:, :5] = torch.tensor(walk)
     walks = task.measures(n=50, d_model=4)[0]
     walks.update(np.arange(50), made)  # type: ignore[arg-type]
     values = walks.compute()
     assert values["legality"] == 0.5 and values["arrival"] == 1  # by a shortcut
-    assert values["legality_chance"] == pytest.approx(task.edges[[a, b]].sum() / 2 / 23)
+    assert values["legality_chance"] == pytest.approx(task.world.edges[[a, b]].sum() / 2 / 23)
     assert not task.check(walk[:3], [*walk[3:], END])

@@ -164,8 +164,6 @@ def test_a_padding_window_has_no_target() -> None:
         ({"document_mask": True}, ["data.document_mask", "leave it out"]),
         ({"examples": 0}, ["data.examples"]),
         ({"eval_examples": 0}, ["data.eval_examples"]),
-        ({"depth": 25}, ["mtp.depth", "24"]),
-        ({"batch_size": 0}, ["data.batch_size"]),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], words: list[str]) -> None:

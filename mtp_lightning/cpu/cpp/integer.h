@@ -4,13 +4,12 @@
 // of 8 bits give s x step x sum(q i) + s x offset x sum(i). llama.cpp multiplies quantized weights so,
 // too. Blocks are added in the order of the inputs, so a row's bits depend on no other row.
 //
-// Shapes: as in skinny.h; G groups of inputs.
+// Shapes: as in formats.h; G groups of inputs.
+#pragma once
+
 #include <vector>
 
-#include "skinny.h"
-
-// Whether this CPU multiplies bytes.
-extern "C" int64_t multiplies_bytes() { return has_byte_products(); }
+#include "formats.h"
 
 // Rows in int8, in tiles of up to TALL rows: for every group, the scales s of a tile's rows, their
 // s x sum(i), and their numbers i, four to a word, in the order in which a format's lanes are multiplied.
@@ -127,11 +126,12 @@ MULTIPLIES_BYTES static void tile(const char* panel, int64_t first, const Rounde
     each_vector<R, V>(BODY(int r, int v) { store(out + (r * V + v) * LANES, sum[r][v]); });
 }
 
+// out[M, N] (+)= x[M, K] weight.T of a weight in blocks.
 template <typename Format>
 static void integer_product(const float* x, const char* weight, float* out, int64_t rows,
                             int64_t outputs, int64_t inputs, bool add) {
     static thread_local Rounded kept;
-    Rounded& rounded = kept;
+    Rounded& rounded = kept;  // other threads have their own `kept`
     round_rows<Format>(x, rows, inputs, rounded);
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
     int64_t groups = inputs / Format::GROUP;
@@ -161,13 +161,4 @@ static void integer_product(const float* x, const char* weight, float* out, int6
                     });
             });
     }
-}
-
-void integer_product(const float* x, const Packed& weight, float* out, int64_t rows,
-                     int64_t outputs, int64_t inputs, bool add) {
-    as_format(weight.kind, [&](auto format) {
-        using Format = decltype(format);
-        if constexpr (Format::IN_BLOCKS)
-            integer_product<Format>(x, (const char*)weight.numbers, out, rows, outputs, inputs, add);
-    });
 }

@@ -1,0 +1,204 @@
+// The formats of weights that are packed for skinny GEMMs: products with few rows, limited by reading the
+// weights from memory.
+//
+// Weights are packed in panels of WIDE outputs: the numbers of an input, or of a few adjacent ones, are
+// together for all outputs, so that a panel is one stream and no sum runs across lanes.
+//
+// Shapes: M rows, N outputs, K inputs, R rows of a tile, V vectors of outputs of a panel.
+#pragma once
+
+#include "tile.h"
+
+constexpr int64_t PANEL = WIDE;
+
+// The formats of a packed weight.
+enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL };
+// Added to the kind of a weight in blocks whose products are of integers (integer.h).
+constexpr int64_t INTEGER = 256;
+
+static inline Vector lower_half(Whole x) { return (Vector)(x << 16); }
+static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff0000); }
+
+// Reading a panel is a stream. Intel's prefetcher stops at the end of every page of 4 KB, so memory is
+// asked for so many bytes ahead. On AMD's CPUs with AVX-512 (Zen 4) that lost a tenth; on those before
+// (Zen 3) products in bf16 took 0.85 of the time, and those of integers 0.75.
+static const int64_t AHEAD = __builtin_cpu_is("intel") ? 8192 : LANES == 8 ? 2048 : 0;
+
+static inline void ask_ahead(const char* from) { __builtin_prefetch(from + AHEAD); }
+
+// Keeps the compiler from reading memory before the statements above are done. With 16 registers, it
+// otherwise unpacks so many weights in advance that the sums do not fit into registers.
+INLINE void read_in_order() {
+    if constexpr (REGISTERS == 16) __asm__ volatile("" ::: "memory");
+}
+
+static inline Whole load_whole(const char* from) { return *(const LooseWhole*)from; }
+
+// A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
+// each<V>(panel, inputs, body), which calls body(k, weight[V]) for every input k. Where it is SCALED,
+// weight is to be multiplied by scale<V>(panel, v).
+
+struct Full {
+    static constexpr int UNIT = 1;
+    static constexpr bool SCALED = false, IN_BLOCKS = false;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
+    template <int V, bool ASKS = false, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
+        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
+            Vector weight[V];
+            times<V>(BODY(int v) {
+                if (ASKS) ask_ahead(panel + v * sizeof(Vector));
+                weight[v] = load((const float*)panel + v * LANES);
+            });
+            body(k, weight);
+        }
+    }
+};
+
+// bf16: a vector holds 2 LANES numbers, output i in the lower half and output i + LANES in the upper half
+// of a lane.
+struct Half16 {
+    static constexpr int UNIT = 2;
+    static constexpr bool SCALED = false, IN_BLOCKS = false;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
+        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
+            Vector weight[V];
+            times<V / 2>(BODY(int v) {
+                ask_ahead(panel + v * sizeof(Vector));
+                Whole pair = load_whole(panel + v * sizeof(Vector));
+                weight[2 * v] = lower_half(pair), weight[2 * v + 1] = upper_half(pair);
+            });
+            body(k, weight);
+        }
+    }
+};
+
+// int8: weight = number x scale of its output. The scales are the first vectors of a panel.
+struct Byte {
+    static constexpr int UNIT = 1;
+    static constexpr bool SCALED = true, IN_BLOCKS = false;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
+    INLINE Vector scale(const char* panel, int v) { return load((const float*)panel + v * LANES); }
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
+        panel += V * sizeof(Vector);
+        for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
+            Vector weight[V];
+            ask_ahead(panel);
+            times<V>(BODY(int v) { weight[v] = load_bytes((const int8_t*)panel + v * LANES); });
+            body(k, weight);
+        }
+    }
+};
+
+// The steps and offsets of the blocks of LANES outputs in fp16: one vector.
+struct HalfScales {
+    static constexpr int SIZE = 1;
+    INLINE Vector step(const char* from) { return load_fp16(from); }
+    INLINE Vector offset(const char* from) { return load_fp16(from + sizeof(Vector) / 2); }
+};
+
+// The same in fp32: two vectors.
+struct FullScales {
+    static constexpr int SIZE = 2;
+    INLINE Vector step(const char* from) { return (Vector)load_whole(from); }
+    INLINE Vector offset(const char* from) { return (Vector)load_whole(from + sizeof(Vector)); }
+};
+
+// Blocks of GROUP inputs of an output: weight = step x q + offset with q of BITS bits. With fp16 scales
+// they are those of GGUF's Q4_0, Q4_1 and Q8_0; with fp32 scales those of Q4_K, Q5_K and Q6_K, whose
+// steps and offsets are products. A block is the scales for every LANES outputs, then GROUP BITS / 32
+// times V vectors, whose lanes hold 32 / BITS inputs of one output.
+//
+// q becomes the fraction of 1.q, so that no conversion is needed: with a = 2^BITS step, weight =
+// a x 1.q + (offset - a), rounded once. Packing refuses weights where that is not exact.
+template <int BITS_, int64_t GROUP_, typename Scales>
+struct Blocks {
+    using SCALES = Scales;
+    static constexpr int BITS = BITS_;
+    static constexpr int64_t GROUP = GROUP_;
+    static constexpr int VECTORS = GROUP * BITS / 32;
+    static constexpr int UNIT = 1;
+    static constexpr bool SCALED = false, IN_BLOCKS = true;
+    static constexpr int IN_LANE = 32 / BITS;
+    static constexpr float LEVELS = 1 << BITS;
+    static int64_t bytes(int64_t width, int64_t inputs) {
+        return inputs / GROUP * width * (Scales::SIZE + VECTORS) * 4;
+    }
+    // 1.q of the lanes' number j.
+    INLINE Vector fraction(Whole lanes, int j) {
+        int left = 23 - BITS - j * BITS;
+        Whole moved = left > 0 ? lanes << left : lanes >> -left;
+        return (Vector)masked_or(moved, ((1 << BITS) - 1) << (23 - BITS), 0x3f800000);
+    }
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
+        for (int64_t k = 0; k < inputs; k += GROUP) {
+            Vector step[V], offset[V];
+            times<V>(BODY(int v) {
+                const char* from = panel + v * Scales::SIZE * sizeof(Vector);
+                times<Scales::SIZE>(BODY(int i) { ask_ahead(from + i * sizeof(Vector)); });
+                step[v] = Scales::step(from) * all(LEVELS);
+                offset[v] = Scales::offset(from) - step[v];
+            });
+            panel += V * Scales::SIZE * sizeof(Vector);
+            for (int i = 0; i < VECTORS; i++, panel += V * sizeof(Vector)) {
+                times<V>(BODY(int v) { ask_ahead(panel + v * sizeof(Vector)); });
+                times<IN_LANE>(BODY(int j) {
+                    Vector weight[V];
+                    times<V>(BODY(int v) {
+                        Whole lanes = load_whole(panel + v * sizeof(Vector));
+                        weight[v] = multiply_add(step[v], fraction(lanes, j), offset[v]);
+                    });
+                    body(k + i * IN_LANE + j, weight);
+                    read_in_order();
+                });
+            }
+        }
+    }
+};
+
+using Blocks4 = Blocks<4, 32, HalfScales>;
+using Blocks8 = Blocks<8, 32, HalfScales>;
+using Blocks4Full = Blocks<4, 32, FullScales>;
+using Blocks8Full = Blocks<8, 16, FullScales>;
+
+// Calls body with the format of a kind.
+template <typename Body>
+static inline auto as_format(int64_t kind, Body body) {
+    switch (kind & ~INTEGER) {
+        case FULL: return body(Full{});
+        case HALF: return body(Half16{});
+        case BYTE: return body(Byte{});
+        case BLOCKS4: return body(Blocks4{});
+        case BLOCKS8: return body(Blocks8{});
+        case BLOCKS4_FULL: return body(Blocks4Full{});
+        default: return body(Blocks8Full{});
+    }
+}
+
+// The width of a panel: its outputs, rounded up to whole vectors (in bf16 to pairs of them).
+template <typename Format>
+static inline int64_t panel_width(int64_t outputs) {
+    int64_t unit = Format::UNIT * LANES;
+    return least(PANEL, (outputs + unit - 1) / unit * unit);
+}
+
+// A packed weight.
+struct Packed {
+    const void* numbers;
+    int64_t kind;
+};
+
+// With fewer multiply-adds, starting a thread costs more than it saves.
+constexpr int64_t WORTH_THREADS = 1 << 18;
+
+// Stores the sums of up to LANES outputs, of which `left` are there, or adds them.
+INLINE void store_sum(float* to, Vector sum, int64_t left, bool add) {
+    if (left >= LANES)
+        store(to, add ? load(to) + sum : sum);
+    else if (left > 0)
+        store_some(to, add ? load_some(to, left) + sum : sum, left);
+}
