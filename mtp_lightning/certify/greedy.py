@@ -19,19 +19,19 @@ class Greedy:
 
     Attributes:
         texts: number of compared texts.
-        equal: number of texts with the same tokens.
+        texts_equal: number of texts with the same tokens.
+        first_difference: (text, token) of the first difference; None without one.
         tokens: number of compared tokens, including the first different one of a text.
-        same_bits: number of tokens whose logits are all equal to the last bit.
-        largest: the largest difference between two logits of one token.
-        first: (text, token) of the first difference; None without one.
+        logits_equal: number of tokens whose logits are all equal to the last bit.
+        largest_difference: the largest difference between two logits of one token.
     """
 
     texts: int = 0
-    equal: int = 0
+    texts_equal: int = 0
+    first_difference: tuple[int, int] | None = None
     tokens: int = 0
-    same_bits: int = 0
-    largest: float = 0.0
-    first: tuple[int, int] | None = None
+    logits_equal: int = 0
+    largest_difference: float = 0.0
 
     def compare(self, number: int, wanted: DecodedText, decoded: DecodedText, start: int) -> None:
         """Count a text.
@@ -45,15 +45,16 @@ class Greedy:
         pairs = zip(ids, decoded.ids, strict=True)
         fork = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         self.texts += 1
-        self.equal += fork is None
-        if fork is not None and self.first is None:
-            self.first = number, start + fork
+        self.texts_equal += fork is None
+        if fork is not None and self.first_difference is None:
+            self.first_difference = number, start + fork
         # The logits compare up to the first different token, where both have read the same.
         T = len(ids) if fork is None else fork + 1
         a_TV, b_TV = wanted.logits_TV[start : start + T], decoded.logits_TV[:T]
         self.tokens += T
-        self.same_bits += int((a_TV == b_TV).all(dim=-1).sum())
-        self.largest = max(self.largest, float((a_TV - b_TV).abs().max()))
+        self.logits_equal += int((a_TV == b_TV).all(dim=-1).sum())
+        difference = float((a_TV - b_TV).abs().max())
+        self.largest_difference = max(self.largest_difference, difference)
 
     def try_on(
         self,
