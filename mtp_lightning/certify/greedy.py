@@ -34,13 +34,7 @@ class Greedy:
     largest_difference: float = 0.0
 
     def compare(self, number: int, wanted: DecodedText, decoded: DecodedText, start: int) -> None:
-        """Count a text.
-
-        Args:
-            number: the text's number.
-            wanted: the text of plain decoding.
-            decoded: the cell's text, which begins at token ``start`` of ``wanted``.
-        """
+        """Count a cell's text, which begins at token ``start`` of plain decoding's."""
         ids = wanted.ids[start : start + len(decoded.ids)]
         pairs = zip(ids, decoded.ids, strict=True)
         fork = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
@@ -65,15 +59,8 @@ class Greedy:
         *,
         first: int,
     ) -> None:
-        """Decode prompts as a cell does, and count the results.
-
-        Args:
-            model: the model, on its device.
-            cell: the way of decoding.
-            beginnings: the prompts.
-            wanted: their texts from plain decoding.
-            first: the number of the first prompt.
-        """
+        """Decode prompts as a cell does, and count the results; ``wanted`` are plain decoding's
+        texts, and ``first`` is the number of the first prompt."""
         length = len(wanted[0].ids)
         start = length // 2 if cell.reads == RESUMED else 0
         prefixes = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]

@@ -76,13 +76,8 @@ def _run(args: Any, folder: Path) -> None:
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
-    """The options of the two commands that train heads for a finished model.
-
-    Args:
-        parser: the command's parser.
-        output: name of the folder if none is given.
-        hours: the help of ``--hours``.
-    """
+    """The options of the two commands that train heads for a finished model; ``output`` and
+    ``hours`` are words of their help."""
     parser.add_argument("overrides", nargs="*", default=[], help="settings, as for train.py")
     parser.add_argument("--output", type=Path, help=f"folder of all results ({output})")
     parser.add_argument("--hours", type=float, default=1.0, help=hours)
@@ -132,8 +127,8 @@ def make_plan(
     keep: bool,
     further: bool = False,
 ) -> Any:
-    """Return the folder's plan, or a new one for the options ``args``, and print it. Other options
-    replace a plan as long as no training has begun.
+    """Return the folder's plan, or a new one for the command's options ``args``, and print it.
+    Other options replace a plan as long as no training has begun.
 
     Args:
         model: the model that gets heads.
