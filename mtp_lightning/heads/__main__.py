@@ -58,11 +58,10 @@ def _run(args: Any, folder: Path) -> None:
         ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
     )
     run_export(run, folder, plan.context)
-    drafting = [f"--activations={plan.activations}"]
-    drafting += [f"--draft-vocab={plan.draft_vocab}"] if plan.draft_vocab else []
-    model, speed = str(folder / EXPORT), folder / SPEED
-    command = ["mtp_lightning.heads.speed", model, *drafting, "--output", str(speed)]
-    run_phase("speed", speed, command)
+    command = ["mtp_lightning.heads.speed", str(folder / EXPORT), "--output", str(folder / SPEED)]
+    command += [f"--activations={plan.activations}"]
+    command += [f"--draft-vocab={plan.draft_vocab}"] if plan.draft_vocab else []
+    run_phase("speed", folder / SPEED, command)
     _say_result(folder, plan)
 
 

@@ -23,12 +23,7 @@ from mtp_lightning.stored import read_json
 
 PLAN, RUN, EXPORT = "plan.json", "run", "model"
 # Settings of training that follow from the command's own options.
-_OWN = {
-    "init_from": "its models",
-    "run_dir": "--output",
-    "data": "--text",
-    "data.paths": "--text",
-}
+_OWN = {"init_from": "its models", "run_dir": "--output", "data": "--text", "data.paths": "--text"}
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
