@@ -50,7 +50,7 @@ RANK = {
 # Modules that keep files in the cache folder.
 CACHED = tuple(
     f"mtp_lightning/{name}.py"
-    for name in ("decoding/programs", "decoding/paying", "cpu/kept", "heads/__main__")
+    for name in ("decoding/programs", "decoding/paying", "cpu/kept", "heads/phases")
 )
 
 # The modules of mtp_lightning that sweeps and hydra_plugins may import; none of them imports torch.

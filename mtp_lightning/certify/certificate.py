@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mtp_lightning.certify.cells import WHOLE, Cell
@@ -86,16 +86,16 @@ class Certificate:
         sentences = []
         for row in self.rows:
             where, greedy = _where(row), row.greedy
-            if greedy.first is not None:
-                text, token = greedy.first
+            if greedy.first_difference is not None:
+                text, token = greedy.first_difference
                 sentences.append(
-                    f"{where}: {greedy.texts - greedy.equal:,} of {greedy.texts:,} greedy texts "
-                    f"differ, text {text} first, from its token {token} on"
+                    f"{where}: {greedy.texts - greedy.texts_equal:,} of {greedy.texts:,} greedy "
+                    f"texts differ, text {text} first, from its token {token} on"
                 )
-            elif self.promises_bits(row.cell) and greedy.same_bits < greedy.tokens:
+            elif self.promises_bits(row.cell) and greedy.logits_equal < greedy.tokens:
                 sentences.append(
-                    f"{where}: the logits of {greedy.tokens - greedy.same_bits:,} of "
-                    f"{greedy.tokens:,} tokens differ, by up to {greedy.largest:.1e}"
+                    f"{where}: the logits of {greedy.tokens - greedy.logits_equal:,} of "
+                    f"{greedy.tokens:,} tokens differ, by up to {greedy.largest_difference:.1e}"
                 )
             if row.sampled is not None and row.sampled.p < self.least_p:
                 sentences.append(
@@ -108,10 +108,10 @@ class Certificate:
         """The result in one sentence."""
         total, ps = _total(self.rows)
         text = (
-            f"{total.equal:,} of {total.texts:,} greedy texts in {len(self.rows)} cells are plain "
-            "decoding's"
+            f"{total.texts_equal:,} of {total.texts:,} greedy texts in {len(self.rows)} cells are "
+            "plain decoding's"
         )
-        if total.same_bits == total.tokens:
+        if total.logits_equal == total.tokens:
             text += ", all logits to the last bit"
         elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
             text += ", all logits to the last bit where prompts are read alone and whole"
@@ -133,16 +133,15 @@ class Certificate:
             total, ps = _total(rows)
             cells = (
                 f"{len(rows):>5}",
-                f"{f'{total.equal:,}/{total.texts:,}':>15}",
-                f"{f'{total.same_bits:,}/{total.tokens:,}':>17}",
-                f"{f'{total.largest:.1e}' if total.largest else '0':>11}",
+                f"{f'{total.texts_equal:,}/{total.texts:,}':>15}",
+                f"{f'{total.logits_equal:,}/{total.tokens:,}':>17}",
+                f"{f'{largest:.1e}' if (largest := total.largest_difference) else '0':>11}",
                 f"{f'{min(ps):.2g}' if ps else '':>11}",
             )
             yield f"{precision:<8} {drafts:<11} {' '.join(cells)}".rstrip()
         for count in self.others:
-            way = count.way
-            equal = f"{count.equal:,}/{count.texts:,}"
-            yield f"{way.program}, {way.weights}, {way.name}: {equal} texts equal its plain ones"
+            way = f"{count.program}, {count.weights}, {count.way}"
+            yield f"{way}: {count.texts_equal:,}/{count.texts:,} texts equal its plain ones"
         yield from self.broken()
         yield self.verdict()
 
@@ -156,16 +155,7 @@ class Certificate:
             "logits_promised_to_the_last_bit": self.same_bits,
             "prompts_read_alike": self.prompts_alike,
             "cells": [_plain(row) for row in self.rows],
-            "others": [
-                {
-                    "program": count.way.program,
-                    "weights": count.way.weights,
-                    "way": count.way.name,
-                    "texts": count.texts,
-                    "texts_equal": count.equal,
-                }
-                for count in self.others
-            ],
+            "others": [asdict(count) for count in self.others],
         }
 
     def badge(self) -> str:
@@ -182,10 +172,10 @@ def _total(rows: Sequence[Row]) -> tuple[Greedy, list[float]]:
     counts = [row.greedy for row in rows]
     total = Greedy(
         texts=sum(count.texts for count in counts),
-        equal=sum(count.equal for count in counts),
+        texts_equal=sum(count.texts_equal for count in counts),
         tokens=sum(count.tokens for count in counts),
-        same_bits=sum(count.same_bits for count in counts),
-        largest=max((count.largest for count in counts), default=0.0),
+        logits_equal=sum(count.logits_equal for count in counts),
+        largest_difference=max((count.largest_difference for count in counts), default=0.0),
     )
     return total, [row.sampled.p for row in rows if row.sampled is not None]
 
@@ -199,19 +189,14 @@ def _where(row: Row) -> str:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    cell, greedy, sampled = row.cell, row.greedy, row.sampled
+    cell, sampled = row.cell, row.sampled
     fields: dict[str, Any] = {
         "weights": row.precision,
         "drafts": cell.drafts,
         "batch": cell.batch,
         "threads": cell.threads,
         "prefix": cell.reads,
-        "texts": greedy.texts,
-        "texts_equal": greedy.equal,
-        "first_difference": greedy.first,
-        "tokens": greedy.tokens,
-        "logits_equal": greedy.same_bits,
-        "largest_difference": greedy.largest,
+        **asdict(row.greedy),
     }
     if sampled is not None:
         fields |= {

@@ -19,41 +19,36 @@ class Greedy:
 
     Attributes:
         texts: number of compared texts.
-        equal: number of texts with the same tokens.
+        texts_equal: number of texts with the same tokens.
+        first_difference: (text, token) of the first difference; None without one.
         tokens: number of compared tokens, including the first different one of a text.
-        same_bits: number of tokens whose logits are all equal to the last bit.
-        largest: the largest difference between two logits of one token.
-        first: (text, token) of the first difference; None without one.
+        logits_equal: number of tokens whose logits are all equal to the last bit.
+        largest_difference: the largest difference between two logits of one token.
     """
 
     texts: int = 0
-    equal: int = 0
+    texts_equal: int = 0
+    first_difference: tuple[int, int] | None = None
     tokens: int = 0
-    same_bits: int = 0
-    largest: float = 0.0
-    first: tuple[int, int] | None = None
+    logits_equal: int = 0
+    largest_difference: float = 0.0
 
     def compare(self, number: int, wanted: DecodedText, decoded: DecodedText, start: int) -> None:
-        """Count a text.
-
-        Args:
-            number: the text's number.
-            wanted: the text of plain decoding.
-            decoded: the cell's text, which begins at token ``start`` of ``wanted``.
-        """
+        """Count a cell's text, which begins at token ``start`` of plain decoding's."""
         ids = wanted.ids[start : start + len(decoded.ids)]
         pairs = zip(ids, decoded.ids, strict=True)
         fork = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         self.texts += 1
-        self.equal += fork is None
-        if fork is not None and self.first is None:
-            self.first = number, start + fork
+        self.texts_equal += fork is None
+        if fork is not None and self.first_difference is None:
+            self.first_difference = number, start + fork
         # The logits compare up to the first different token, where both have read the same.
         T = len(ids) if fork is None else fork + 1
         a_TV, b_TV = wanted.logits_TV[start : start + T], decoded.logits_TV[:T]
         self.tokens += T
-        self.same_bits += int((a_TV == b_TV).all(dim=-1).sum())
-        self.largest = max(self.largest, float((a_TV - b_TV).abs().max()))
+        self.logits_equal += int((a_TV == b_TV).all(dim=-1).sum())
+        difference = float((a_TV - b_TV).abs().max())
+        self.largest_difference = max(self.largest_difference, difference)
 
     def try_on(
         self,
@@ -64,15 +59,8 @@ class Greedy:
         *,
         first: int,
     ) -> None:
-        """Decode prompts as a cell does, and count the results.
-
-        Args:
-            model: the model, on its device.
-            cell: the way of decoding.
-            beginnings: the prompts.
-            wanted: their texts from plain decoding.
-            first: the number of the first prompt.
-        """
+        """Decode prompts as a cell does, and count the results; ``wanted`` are plain decoding's
+        texts, and ``first`` is the number of the first prompt."""
         length = len(wanted[0].ids)
         start = length // 2 if cell.reads == RESUMED else 0
         prefixes = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]

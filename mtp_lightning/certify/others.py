@@ -46,14 +46,16 @@ class Count:
     """The texts of a way that equal plain decoding by the same program.
 
     Attributes:
-        way: the way of decoding.
+        program, weights, way: the program, its precision and the name of the :class:`Way`.
         texts: number of compared texts.
-        equal: number of equal texts.
+        texts_equal: number of equal texts.
     """
 
-    way: Way
+    program: str
+    weights: str
+    way: str
     texts: int
-    equal: int
+    texts_equal: int
 
 
 def compare_others(
@@ -81,7 +83,7 @@ def compare_others(
                 for way in others:
                     texts = way.decode(prompts, length)
                     equal = sum(a == b for a, b in zip(wanted, texts, strict=True))
-                    counts.append(Count(way, len(prompts), equal))
+                    counts.append(Count(way.program, way.weights, way.name, len(texts), equal))
                 say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
         except Exception as error:  # another program may raise anything
             reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__

@@ -59,16 +59,8 @@ class Sampled:
         first: int,
         seed: int,
     ) -> None:
-        """Sample a text for every prompt, at temperature 1, and count its tokens.
-
-        Args:
-            model: the model, on its device.
-            cell: the way of decoding.
-            beginnings: the prompts.
-            length: tokens per text.
-            first: the number of the first prompt.
-            seed: the seed of all random numbers.
-        """
+        """Sample a text of ``length`` tokens for every prompt, at temperature 1, and count its
+        tokens; ``first`` is the number of the first prompt."""
         lengths = [length] * len(beginnings)
         texts = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
         noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)

@@ -63,9 +63,9 @@ def with_measured_depth(
     facts |= {"verify": probing.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
     device = model.head.weight.device
     facts |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
-    n = probing.max_draft(model)
+    facts |= {"drafts": probing.max_draft(model)}
     folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(facts))
-    measured = _measured(folder, n, lambda: measure(model, probing, _prompts(opened)))
+    measured = _measured(folder, lambda: measure(model, probing, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)
 
 
@@ -146,7 +146,7 @@ class _Turns(AutoDepth):
         return Payoff(costs, tuple(a / r if r else 0.0 for a, r in self._counts))
 
 
-def _measured(folder: Path, n: int, measure_now: Callable[[], Measured]) -> Measured:
+def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
     """The measurement stored in ``folder``; measured and stored if there is none."""
     measurements: list[Measured] = []
     errors: list[Exception] = []
@@ -160,9 +160,9 @@ def _measured(folder: Path, n: int, measure_now: Callable[[], Measured]) -> Meas
         (target / _FILE).write_text(json.dumps(asdict(measurements[0])), "utf-8")
 
     try:
-        build_once(folder, build)
-        measured = measurements[0] if measurements else _read_stored(folder / _FILE, n)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        build_once(folder, build)  # whose seal shows a file that was changed
+        measured = measurements[0] if measurements else _read_stored(folder / _FILE)
+    except (UserError, OSError) as error:
         if errors:  # not the folder's error
             raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
@@ -174,23 +174,13 @@ def _measured(folder: Path, n: int, measure_now: Callable[[], Measured]) -> Meas
     return measured
 
 
-def _read_stored(file: Path, n: int) -> Measured:
-    """A stored measurement of 0 to ``n`` drafts.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: it is none.
-    """
+def _read_stored(file: Path) -> Measured:
     stored = json.loads(file.read_text("utf-8"))
-    return Measured(**{name: _checked(stored[name], n) for name in ("greedy", "sampled")})
-
-
-def _checked(stored: Any, n: int) -> Payoff:
-    costs, accepted = (tuple(map(float, stored[name])) for name in ("costs", "accepted"))
-    if (len(costs), len(accepted)) != (n + 1, n):
-        raise ValueError("it is of another number of drafts")
-    if not all(1 <= cost < 1e6 for cost in costs) or not all(0 <= a <= 1 for a in accepted):
-        raise ValueError("a number is out of range")
-    return Payoff(costs, accepted)
+    payoffs = {
+        name: Payoff(tuple(payoff["costs"]), tuple(payoff["accepted"]))
+        for name, payoff in stored.items()
+    }
+    return Measured(**payoffs)
 
 
 def description(measured: Measured) -> str:

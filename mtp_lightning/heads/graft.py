@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.heads.__main__ import (
+from mtp_lightning.heads.phases import (
     EXPORT,
     add_options,
-    alone_in,
     make_plan,
     output_of,
     require_inputs,
@@ -41,6 +40,7 @@ from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
 from mtp_lightning.run.config import describe_differences
+from mtp_lightning.run.folder import claimed
 from mtp_lightning.settings import require_number
 
 GRAFTED = "grafted"
@@ -75,7 +75,7 @@ def main(argv: list[str], *, program: str) -> None:
         output = output_of(args, args.tuned, "graft")
         if (output / EXPORT).exists():
             raise UserError(f"{output / EXPORT} exists: choose another --output or remove it.")
-        with alone_in(output):
+        with claimed(output, option="--output", seconds=0):
             _run(args, output)
 
 

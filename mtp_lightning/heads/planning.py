@@ -207,14 +207,8 @@ def _new(window: int) -> int:
 def plan(
     path: Path, *, hours: float, files: list[str], overrides: list[str], further: bool = False
 ) -> HeadsPlan:
-    """Look at the model and the machine for some seconds, and divide the hours.
-
-    Args:
-        path: path of the model.
-        hours: hours of this machine, for everything.
-        files: text to train on instead of the model's own.
-        overrides: further settings of training.
-        further: train the model's own sequential modules further.
+    """Look at the model and the machine for some seconds, and divide the hours; arguments as of
+    :class:`HeadsPlan`. With ``further``, the model's own sequential modules are trained further.
 
     Raises:
         UserError: a model that cannot be opened, has heads already or none to train on, or too few

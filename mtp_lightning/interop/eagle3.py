@@ -121,7 +121,10 @@ def read(
     wanted = _fields(config, torch.float32, max_positions=0)
     defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
     for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
-        if (value := fields.get(name, defaults.get(name))) != wanted[name]:
+        value = fields.get(name)
+        if value is None:  # as where it is missing
+            value = defaults.get(name)
+        if value != wanted[name]:
             raise UserError(
                 f"{source} has {name}={value}, and a layer on this trunk has {wanted[name]}: it "
                 "belongs to another model."

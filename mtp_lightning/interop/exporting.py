@@ -55,6 +55,8 @@ def export(cfg: Any) -> Path:
         partial.replace(final)
     except BaseException:  # such as a failed check, a full disk or Ctrl-C
         _remove(partial)
+        if as_file:
+            _remove(_card_of(target))  # it did not exist before
         raise
     return target
 

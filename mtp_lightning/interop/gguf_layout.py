@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import trunk_type
-from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.names import other_switch, weight_map
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -183,18 +183,10 @@ def _unread(config: ModelConfig) -> str:
         return ""
     if not isinstance(mtp, SequentialConfig):
         setting = f"mtp={mtp.variant}"
-    elif not mtp.reads_tokens:
-        setting = f"mtp.token_dropout={mtp.token_dropout:g}"
-    elif mtp.blocks > 1:
-        setting = f"mtp.blocks={mtp.blocks}"
-    elif mtp.branch != "final":
-        setting = f"mtp.branch={mtp.branch}"
-    elif mtp.input_norm != "post":
-        setting = f"mtp.input_norm={mtp.input_norm}"
-    elif getattr(config.trunk.attention, "q_rank", 1) is None:
+    elif not (setting := other_switch(mtp)):
+        if getattr(config.trunk.attention, "q_rank", 1) is not None:
+            return ""
         setting = "model.attention.q_rank=null"
-    else:
-        return ""
     return (
         f"The MTP heads are left out: llama.cpp has no architecture that drafts with {setting} on "
         "such a trunk."

@@ -17,7 +17,7 @@ from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.names import plain, to_folder
-from mtp_lightning.interop.verify import TEXT, CheckFailed
+from mtp_lightning.interop.verify import CheckFailed, sample_of
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import open_model
@@ -139,8 +139,8 @@ def check_file(
     gguf_file.keep_quiet(file)
     yield check_tensors(file, model, written, dtype)
     reread = open_model(file)
-    text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
-    ids, wanted_ids = reread.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
+    text, wanted_ids = sample_of(tokenizer)
+    ids = reread.tokenizer.encode(text).tolist()
     if ids != wanted_ids or reread.tokenizer.eot_id != tokenizer.eot_id:
         raise CheckFailed(f"the tokenizer in {file} gives {ids[:8]}..., not {wanted_ids[:8]}...")
     yield f"its tokenizer gives the same {len(wanted_ids)} ids for a text"

@@ -88,6 +88,18 @@ def module_layout(model_type: str) -> ModuleLayout:
     return MIMO if model_type == "mimo" else DEEPSEEK
 
 
+def other_switch(mtp: SequentialConfig) -> str:
+    """The setting by which modules compute something else than DeepSeek-V3's; empty if none does.
+    (:func:`plain` turns the order of a projection.)"""
+    as_deepseeks = {
+        f"mtp.token_dropout={mtp.token_dropout:g}": mtp.reads_tokens,
+        f"mtp.blocks={mtp.blocks}": mtp.blocks == 1,
+        f"mtp.branch={mtp.branch}": mtp.branch == "final",
+        f"mtp.input_norm={mtp.input_norm}": mtp.input_norm == "post",
+    }
+    return next((setting for setting, same in as_deepseeks.items() if not same), "")
+
+
 def has_layout(config: ModelConfig) -> bool:
     """Whether transformers' MTP layers compute the same as this model's stack, after :func:`plain`.
 
@@ -100,7 +112,7 @@ def has_layout(config: ModelConfig) -> bool:
     if not isinstance(mtp, SequentialConfig):
         return False
     layers = (config.trunk.attention.variant, config.trunk.feed_forward.variant)
-    if mtp.branch != "final" or not mtp.reads_tokens or mtp.blocks > 1:
+    if other_switch(replace(mtp, input_norm="post")):
         return False
     if mtp.input_norm == "pre":
         return is_mimo(config)

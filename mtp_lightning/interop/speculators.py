@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
-from mtp_lightning.interop.names import MIMO, module_weights, pieces, plain
+from mtp_lightning.interop.names import MIMO, module_weights, other_switch, pieces, plain
 from mtp_lightning.interop.reading import SINGLE
 from mtp_lightning.interop.verify import check_tensors
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -65,17 +65,10 @@ def _obstacle(config: ModelConfig) -> str:
             f"mtp.depth={mtp.depth} has a module for every depth, and the library applies one at "
             "all depths, as mtp.depth=1 or mtp.share_layers=true trains it"
         )
-    if (mtp.branch, mtp.input_norm) != ("final", "post"):
+    if setting := other_switch(mtp):
         return (
-            f"mtp.branch={mtp.branch} with mtp.input_norm={mtp.input_norm} reads another state "
-            "than the one after the trunk's final norm, which vLLM gives the module"
-        )
-    if mtp.blocks > 1:
-        return f"mtp.blocks={mtp.blocks} has no place in it: the library's module has one block"
-    if not mtp.reads_tokens:
-        return (
-            f"mtp.token_dropout={mtp.token_dropout:g} never reads a token, and the library's "
-            "module reads one at every position"
+            f"{setting} has no place in it: the library's module has one block and reads, at every "
+            "position, a token and the state after the trunk's final norm, which vLLM gives it"
         )
     layers = config_json.trunk_type(trunk)
     if layers != "qwen3":

@@ -105,6 +105,12 @@ def rounded(model: MTPModel, dtype: str) -> MTPModel:
     return twin
 
 
+def sample_of(tokenizer: Any) -> tuple[str, list[int]]:
+    """A text that a tokenizer reads, and its ids."""
+    text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
+    return text, tokenizer.encode(text).tolist()
+
+
 def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     """Checks that transformers reads the folder's tokenizer as ``tokenizer``.
 
@@ -113,8 +119,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
         UserError: if transformers is missing.
     """
     transformers = import_transformers()
-    text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
-    wanted_ids = [int(token) for token in tokenizer.encode(text)]
+    text, wanted_ids = sample_of(tokenizer)
     for reader in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         kind = getattr(transformers, reader)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -23,35 +23,29 @@ class Meters:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        args: dict[str, Any] = {"registry": self._registry}
-        self._requests = Counter(
-            "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"], **args
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        self._requests = counter(
+            "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"]
         )
-        self.queue = Gauge("mtp_queue_length", "Requests that wait for a slot.", **args)
-        self.rows = Gauge("mtp_rows", "Slots in use.", **args)
-        self.prompt_tokens = Counter("mtp_prompt_tokens", "Tokens read.", **args)
-        self.tokens = Counter("mtp_tokens", "Tokens emitted.", **args)
-        self._accepted = Counter(
-            "mtp_drafts_accepted",
-            "Modules' drafts accepted, texts that ended.",
-            ["position"],
-            **args,
+        self.queue = gauge("mtp_queue_length", "Requests that wait for a slot.")
+        self.rows = gauge("mtp_rows", "Slots in use.")
+        self.prompt_tokens = counter("mtp_prompt_tokens", "Tokens read.")
+        self.tokens = counter("mtp_tokens", "Tokens emitted.")
+        self._accepted = counter(
+            "mtp_drafts_accepted", "Modules' drafts accepted, texts that ended.", ["position"]
         )
-        self._reached = Counter(
-            "mtp_drafts_reached",
-            "Modules' drafts judged, of texts that ended.",
-            ["position"],
-            **args,
+        self._reached = counter(
+            "mtp_drafts_reached", "Modules' drafts judged, of texts that ended.", ["position"]
         )
-        self._lookups = Counter(
-            "mtp_lookups", "Drafts looked up in the text, of texts that ended.", **args
+        self._lookups = counter("mtp_lookups", "Drafts looked up in the text, of texts that ended.")
+        self._lookups_accepted = counter(
+            "mtp_lookups_accepted", "Looked-up drafts accepted, of texts that ended."
         )
-        self._lookups_accepted = Counter(
-            "mtp_lookups_accepted", "Looked-up drafts accepted, of texts that ended.", **args
-        )
-        self.round = Histogram("mtp_round_seconds", "A round.", buckets=_ROUNDS, **args)
-        self.first_token = Histogram(
-            "mtp_first_token_seconds", "From a request to its first token.", buckets=_WAITS, **args
+        self.round = histogram("mtp_round_seconds", "A round.", buckets=_ROUNDS)
+        self.first_token = histogram(
+            "mtp_first_token_seconds", "From a request to its first token.", buckets=_WAITS
         )
 
     def ended(self, status: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError, require_package
@@ -15,7 +16,7 @@ from mtp_lightning.experiment.device import kernels_line
 from mtp_lightning.experiment.generating import open_from_config
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.run.layout import CHECKPOINTS
-from mtp_lightning.settings import require, require_number, require_whole
+from mtp_lightning.settings import require
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
@@ -72,13 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _check(cfg: Any) -> None:
-    for key in ("queue", "max_new_tokens", "max_body"):
-        require_whole(key, cfg[key], least=1)
-    if cfg.max_prompt is not None:
-        require_whole("max_prompt", cfg.max_prompt, least=1)
-    require_whole("port", cfg.port, least=0)
-    require_number("port", cfg.port, most=65535)
-    require_number("grace", cfg.grace, least=0, most=3600)
+    check_config.check(dict(cfg), "serve")
     listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
     are_names = listed and all(isinstance(name, str) for name in cfg.hosts)
     require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")

@@ -224,14 +224,13 @@ def test_logits_are_compared_up_to_the_first_different_token() -> None:
     drafted = DecodedText([2, 9, 4], [torch.tensor([[0.0, 0], [0, 0.5], [7, 7]])])
     greedy = Greedy()
     greedy.compare(5, plain, drafted, 1)
-    assert greedy == Greedy(texts=1, equal=0, tokens=2, same_bits=1, largest=0.5, first=(5, 2))
+    assert greedy == Greedy(1, 0, (5, 2), tokens=2, logits_equal=1, largest_difference=0.5)
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
     cell = Cell(drafts="<b>depth 1</b>", options=DecodingOptions(), batch=8, threads=2)
-    greedy = Greedy(texts=1000, equal=1000 - broken, tokens=5000, same_bits=5000)
-    greedy.first = (7, 3) if broken else None
+    greedy = Greedy(1000, 1000 - broken, (7, 3) if broken else None, 5000, 5000)
     rows = [Row("fp32", cell, greedy, Sampled(32, [2] * 16))]
     certificate = Certificate("m", {"seed": 0}, True, rows=rows)
     lines = list(certificate.lines())
@@ -248,7 +247,9 @@ def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
 
 
 def test_different_logits_break_only_a_certificate_that_promises_bits() -> None:
-    row = Row("fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, 9, 8, 1e-6))
+    row = Row(
+        "fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, None, 9, 8, 1e-6)
+    )
     assert Certificate("m", {}, False, rows=[row]).broken() == []
     assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1
     # Some models read a prompt with other kernels in a batch or in parts.

@@ -27,7 +27,7 @@ def test_texts_that_differ_from_the_programs_plain_ones_are_counted(
     program = OtherProgram("json", "none", lambda path: True, "anything", lambda path: iter([ways]))
     monkeypatch.setitem(PROGRAMS, "p", program)
     (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4)
-    assert (count.texts, count.equal, count.way.name) == (3, 2, "drafts")
+    assert (count.texts, count.texts_equal, count.way) == (3, 2, "drafts")
     certificate = Certificate("m", {}, False, [], [count])
     assert "p 1, fp32, drafts: 2/3 texts equal its plain ones" in list(certificate.lines())
     (stored,) = json.loads(json.dumps(certificate.plain()))["others"]
@@ -48,7 +48,7 @@ def test_a_program_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(PROGRAMS, "p", program)
     said: list[str] = []
     (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4, said.append)
-    assert count.equal == 3
+    assert count.texts_equal == 3
     reason = "GGUF of glm4moe is not supported."
     assert said[1:] == [f"p cannot decode mine and is left out from here on: {reason}"]
 
@@ -68,13 +68,13 @@ def test_transformers_decodes_the_same_texts_in_fp32_on_a_small_llama(tmp_path: 
     transformers.set_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     counts = compare_others(["transformers"], tmp_path, PROMPTS, 12)
-    assert [(count.way.weights, count.way.name) for count in counts] == [
+    assert [(count.weights, count.way) for count in counts] == [
         (weights, name)
         for weights in ("fp32", "bf16")
         for name in ("drafts by prompt lookup", "batch of 8")
     ]
     assert all(count.texts == 3 for count in counts)
-    assert all(count.equal == 3 for count in counts[:2])
+    assert all(count.texts_equal == 3 for count in counts[:2])
     (plain, looked_up, _), _ = PROGRAMS["transformers"].ways(tmp_path)
     texts = plain.decode(PROMPTS, 5)
     assert [len(ids) for ids in texts] == [5, 5, 5] and looked_up.decode(PROMPTS, 5) == texts
@@ -91,7 +91,7 @@ def test_transformers_decodes_a_gguf_file(tmp_path: Path) -> None:
     from tests.interop.gguf_files import write_gguf
 
     counts = compare_others(["transformers"], write_gguf(tmp_path / "small.gguf"), PROMPTS, 8)
-    assert [count.equal for count in counts[:2]] == [3, 3]
+    assert [count.texts_equal for count in counts[:2]] == [3, 3]
 
 
 @pytest.mark.extras
@@ -102,5 +102,5 @@ def test_llama_cpp_decodes_a_gguf_file(tmp_path: Path) -> None:
 
     file = write_gguf(tmp_path / "small.gguf")
     counts = compare_others(["llama.cpp"], file, PROMPTS, 8)
-    assert [count.way.name for count in counts] == ["drafts by n-grams", "batch of 8"]
+    assert [count.way for count in counts] == ["drafts by n-grams", "batch of 8"]
     assert all(isinstance(count, Count) and count.texts == 3 for count in counts)

@@ -52,8 +52,9 @@ def uncached(model, prompt, n_new):
     return tokens[len(prompt) :]
 
 
-def test_a_model_without_mtp_decodes_as_without_a_cache():
-    model = small_model(0, 0)
+@pytest.mark.parametrize(("depth", "mtp"), [(0, {}), (2, {"stack": "parameter_free"})], ids=str)
+def test_a_model_that_cannot_draft_decodes_as_without_a_cache(depth, mtp):
+    model = small_model(0, depth, **mtp)
     for prompt in random_prompts(0, LENGTHS):
         (g,) = generate(model, [prompt], max_new_tokens=NEW)
         assert plain_ids(model, [prompt]) == [g.token_ids] == [uncached(model, prompt, NEW)]
@@ -152,19 +153,6 @@ def test_modules_first_read_the_tokens_that_were_decoded_without_drafts(
     assert all(compared.values()), compared
 
 
-def test_perfect_drafts_are_all_accepted(monkeypatch):
-    model = small_model(2, 2)
-    (prompt,) = random_prompts(2, (6,))
-    expected = ids_of(generate(model, [prompt], max_new_tokens=40))
-    steer_drafts(monkeypatch, [prompt], expected, chance=1.0)
-    (g,) = generate(model, [prompt], max_new_tokens=13)
-    assert g.token_ids == expected[0][:13]
-    assert g.acceptance == [1.0, 1.0]
-    assert g.verify_passes == 4 and g.tokens_per_step == 3.0
-    assert g.tokens_per_second == pytest.approx(13 / g.seconds)
-    assert g.accepted_mask == [False] + [True, True, False] * 4
-
-
 def test_wrong_drafts_are_rejected_and_do_not_change_the_text(monkeypatch):
     model = small_model(2, 2)
     prompts = random_prompts(2, LENGTHS)
@@ -244,13 +232,6 @@ def test_decoding_restores_the_model_also_after_an_error():
         generate(model, [[1, 2]], max_new_tokens=3)
     assert [module.training for module in model.modules()] == modes
     assert is_restored(model)
-
-
-def test_a_stack_that_cannot_draft_decodes_without_drafts():
-    model = small_model(8, 2, stack="parameter_free")
-    (prompt,) = random_prompts(8, (4,))
-    (g,) = generate(model, [prompt], max_new_tokens=6)
-    assert g.token_ids == uncached(model, prompt, 6) and g.verify_passes == 5
 
 
 def naive(model, prompt, n_new, depth):

@@ -1,5 +1,5 @@
-"""Sampling: processors by hand, the rejection rule and the whole loop by counting samples, and the
-random numbers of each row."""
+"""Sampling: processors by hand, the whole loop by counting samples, and the random numbers of each
+row. test_verification.py has the rejection rules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
-from mtp_lightning.decoding.verification import accept_or_resample
 from mtp_lightning.mtp import selector
-from tests.decoding.distributions import VOCAB, assert_samples_follow_the_model, chi_square
+from tests.decoding.distributions import VOCAB, assert_samples_follow_the_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 
 
@@ -101,36 +100,6 @@ def test_rows_with_different_settings_have_the_bits_of_rows_alone():
         for row, sampling in enumerate(settings):
             alone = sampling.probabilities(logits[row : row + 1])
             assert torch.equal(probs[row : row + 1], alone)
-
-
-@pytest.mark.parametrize("n_drafts", [1, 2])
-def test_the_rejection_rule_gives_p_for_any_q(n_drafts):
-    n, generator = 100_000, torch.Generator().manual_seed(n_drafts)
-    p = torch.rand(n_drafts + 1, VOCAB, generator=generator) ** 3
-    q = torch.rand(n_drafts, VOCAB, generator=generator) ** 3
-    p[0, 2] = q[0, 5] = 0
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    noise = torch.rand(n, 2 * n_drafts + 1, generator=generator, dtype=torch.float64)
-    drafts = torch.stack([draw(q[k].expand(n, -1), noise[:, k]) for k in range(n_drafts)], dim=1)
-    inputs = (p.expand(n, -1, -1), q.expand(n, -1, -1), drafts)
-    rest = (noise[:, n_drafts : 2 * n_drafts], noise[:, -1])
-    tokens, accepted = accept_or_resample(*inputs, *rest, torch.full((n,), n_drafts))
-    for j in range(n_drafts + 1):
-        emitted = tokens[accepted >= j, j]
-        # The token at j, if j was reached: here p does not depend on the tokens before.
-        assert chi_square(torch.bincount(emitted, minlength=VOCAB), p[j]) < 5
-    # Control: the drafts themselves follow q and no other distribution.
-    assert chi_square(torch.bincount(drafts[:, 0] % VOCAB, minlength=VOCAB), q[0]) < 5
-    positive = p[0].clone()
-    positive[positive == 0] = 1e-9
-    assert chi_square(torch.bincount(drafts[:, 0], minlength=VOCAB), positive) > 50
-    # The expected acceptance is the overlap of the two.
-    overlap = torch.minimum(p[0], q[0]).sum()
-    assert abs((accepted >= 1).double().mean() - overlap) < 0.01
-    # A row that may accept no draft draws its token from p.
-    tokens, accepted = accept_or_resample(*inputs, *rest, torch.zeros(n, dtype=torch.long))
-    assert accepted.max() == 0
-    assert chi_square(torch.bincount(tokens[:, 0], minlength=VOCAB), p[0]) < 5
 
 
 DRAFT_5 = {"draft_vocab": 5}

@@ -240,21 +240,22 @@ def test_shares_over_a_grid_of_random_numbers_equal_the_fractions(seed: int, rul
             torch.testing.assert_close(shares, expected, rtol=0, atol=1.5 / n)
 
 
-def test_a_row_that_may_keep_fewer_drafts_is_judged_as_if_it_had_fewer() -> None:
-    n = 2000
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_that_may_keep_fewer_drafts_is_judged_as_if_it_had_fewer(rule: str) -> None:
+    n, judge = 2000, RULES[rule]
     inputs = rows_of(*tables(3), n)
     p, q, draft, accept_noise, final_noise = inputs
     short = (p[:, :2], q[:, :1], draft[:, :1], accept_noise[:, :1], final_noise)
     ones = torch.ones(n, dtype=torch.long)
-    tokens, accepted = accept_block(*inputs, ones)
-    expected_tokens, expected = accept_block(*short, ones)
+    tokens, accepted = judge(*inputs, ones)
+    expected_tokens, expected = judge(*short, ones)
     assert torch.equal(accepted, expected)
     last = accepted.unsqueeze(1)
     assert torch.equal(tokens.gather(1, last), expected_tokens.gather(1, last))
     # Both rules judge a single draft alike.
     assert torch.equal(expected, accept_or_resample(*short, ones)[1])
     # Without drafts, the trunk's distribution gives the token.
-    tokens, accepted = accept_block(*inputs, 0 * ones)
+    tokens, accepted = judge(*inputs, 0 * ones)
     assert not accepted.any() and torch.equal(tokens[:, 0], draw(p[:, 0], final_noise))
 
 

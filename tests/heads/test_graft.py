@@ -69,7 +69,7 @@ def test_layers_that_still_agree_with_the_trunk_are_exported(
     monkeypatch: pytest.MonkeyPatch,
     refused: Refused,
 ) -> None:
-    monkeypatch.setattr("mtp_lightning.heads.__main__.run_phase", export_here)
+    monkeypatch.setattr("mtp_lightning.heads.phases.run_phase", export_here)
     folder = tuned(base, tmp_path / "tuned", by=0.01)
     words = [str(base), str(folder), "--output", str(tmp_path / "out")]
     command(words)

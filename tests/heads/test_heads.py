@@ -21,7 +21,8 @@ from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.heads import planning, timing
-from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase
+from mtp_lightning.heads.__main__ import main
+from mtp_lightning.heads.phases import PLAN, RUN, make_plan, run_phase
 from mtp_lightning.opening import open_model
 from mtp_lightning.run.folder import claimed
 from tests.heads.conftest import Refused
@@ -230,7 +231,7 @@ def test_a_signal_to_the_command_ends_its_phase(tmp_path: Path) -> None:
         "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
     code = (
-        "from pathlib import Path; from mtp_lightning.heads.__main__ import run_phase\n"
+        "from pathlib import Path; from mtp_lightning.heads.phases import run_phase\n"
         "from mtp_lightning.command_line.shell import readable_errors\n"
         "with readable_errors(): run_phase('training', Path('none'), ['sleeper'])"
     )

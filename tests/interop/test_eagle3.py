@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 
 def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
-    """For SGLang, for vLLM, or with the default layers."""
+    """For SGLang, for vLLM, or with the default layers; a null stands for the default."""
     model = build()
     for name, changes in {
         "vllm": {"eagle_config": None},
@@ -154,6 +155,8 @@ def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
     }.items():
         folders.write(tmp_path / name, model)
         rewrite(tmp_path / name, **changes)
+        file = tmp_path / name / eagle3.FOLDER / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "head_dim": None}))
         back = read_folder(tmp_path / name)
         assert isinstance(back.config.mtp, EagleConfig)
         assert back.config.mtp.draft_vocab == 50 and back.config.mtp.depth == 7

@@ -391,6 +391,7 @@ def test_export_writes_verifies_and_describes_a_file(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
     folders.export_run(**settings)
@@ -408,6 +409,11 @@ def test_export_writes_verifies_and_describes_a_file(
     (tmp_path / "mine.gguf").unlink()
     with pytest.raises(FileExistsError, match="mine.md exists: choose another output="):
         folders.export_run(**settings)
+    (tmp_path / "mine.md").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        folders.export_run(**settings, verify=False)
+    assert not list(tmp_path.iterdir())
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
             folders.export_run(finished, tmp_path / "folder", dtype=dtype)

@@ -170,9 +170,9 @@ def test_a_whole_draft_vocabulary_has_no_tables(tmp_path: Path) -> None:
     ("trunk", "mtp", "message"),
     [
         (QWEN3, SequentialConfig(depth=2), "mtp.depth=2 has a module for every depth"),
-        (QWEN3, SequentialConfig(depth=1, input_norm="pre"), "mtp.branch=final with mtp.inp"),
-        (QWEN3, SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last with"),
-        (QWEN3, SequentialConfig(depth=1, token_dropout=1.0), "mtp.token_dropout=1 never reads"),
+        (QWEN3, SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre has no place"),
+        (QWEN3, SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last has no"),
+        (QWEN3, SequentialConfig(depth=1, token_dropout=1.0), "mtp.token_dropout=1 has no place"),
         (QWEN3, SequentialConfig(depth=1, blocks=2), "mtp.blocks=2 has no place"),
         (LLAMA, SequentialConfig(depth=1), "the trunk has the layers of llama"),
         (QWEN3, SequentialConfig(depth=0), "mtp=sequential of depth 0 has no heads"),

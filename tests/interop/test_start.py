@@ -158,14 +158,6 @@ def test_another_model_on_the_command_line_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_train_py_refuses_another_model_than_the_folders(base: Path, tmp_path: Path) -> None:
-    settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", "model.n_kv_heads": 4}
-    done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))
-    assert done.returncode == 1 and "with model.n_kv_heads=2: leave" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "checkpoints").exists()
-
-
 def test_evaluate_reads_a_folder(base: Path, tmp_path: Path) -> None:
     folder = base / "deepseek"
     options = ["decode.n_prompts=0", f"paths.cache_dir={base / 'cache'}"]

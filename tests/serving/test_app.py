@@ -98,14 +98,10 @@ def test_a_signal_ends_the_server(finished: Path, grace: int, number: int, code:
     ("settings", "message"),
     [
         ({"port": 70000}, "port must be"),
-        ({"queue": 0}, "queue must be"),
-        ({"batch_size": "two"}, "batch_size must be"),
         ({"max_prompt": 0}, "max_prompt must be"),
         ({"hosts": "evil.example"}, r"hosts must be a list of names, .* not 'evil.example'"),
         ({"hosts": [8000]}, "hosts must be a list of names"),
-        ({"grace": -1}, "grace must be"),
-        ({"long": "cut"}, "long=cut is unknown"),
-        ({"speculative": 1}, "speculative must be true or false"),
+        ({"tree": [2], "cache": "single"}, "does not go together with cache=single"),
     ],
     ids=str,
 )
