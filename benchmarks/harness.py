@@ -9,6 +9,7 @@ of them down alike: compare the ratios of one run rather than its seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -22,10 +23,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Side = TypeVar("Side")
+Method = tuple[type, str]  # a class, and the name of its method
 
 # This variable tells workers, too, that CPU seconds are counted.
 _CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
@@ -99,6 +102,42 @@ def median_times(
     timed = {name: partial(seconds_of, function) for name, function in functions.items()}
     times = take_turns(timed, warmup + repeats)
     return {name: statistics.median(values[warmup:]) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def timed_calls(parts: Mapping[str, Sequence[Method]]) -> Iterator[dict[str, list[float]]]:
+    """Time every call of some methods, without the calls of the others inside it.
+
+    Args:
+        parts: name of a part -> its methods.
+
+    Yields:
+        Name of a part -> seconds of each call that has ended, by :func:`clock`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    inside: list[float] = []  # seconds inside each open call
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            inside.append(0.0)
+            began = clock()
+            result = method(*args, **options)
+            synchronize()
+            took = clock() - began
+            seconds[name].append(took - inside.pop())
+            if inside:
+                inside[-1] += took
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, methods in parts.items():
+            for kind, method in methods:
+                call = timed(name, getattr(kind, method))
+                stack.enter_context(mock.patch.object(kind, method, call))
+        yield seconds
 
 
 def medians(answers: Sequence[Row]) -> Row:
