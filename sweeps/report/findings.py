@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mtp_lightning.errors import counted
-from sweeps.report import metrics
+from sweeps.report import environment, metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
@@ -17,7 +17,6 @@ from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, spread
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
-from sweeps.report.templates import environment
 
 # The names that the templates use.
 _WORDS = {
