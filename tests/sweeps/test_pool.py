@@ -108,13 +108,6 @@ def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
     assert sorted(ended) == ["b", "slow"]
 
 
-def test_a_job_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
-    one = job(tmp_path / "deaf", "trap '' TERM; echo up > up; while true; do sleep 0.05; done")
-    began = time.monotonic()
-    pool(1, grace_seconds=0.5).run([one], watch=hopeless_if_up)
-    assert status(one)["reason"] == "hopeless" and time.monotonic() - began < 120
-
-
 def test_child_processes_of_a_finished_job_are_ended(tmp_path: Path) -> None:
     one = job(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
