@@ -159,9 +159,7 @@ def _add_options(parser: argparse.ArgumentParser, function: Function) -> None:
             options["nargs"] = "*"
         elif typed_alone and default is not parameter.empty:
             options["nargs"] = "?"
-        if typed_alone:
-            options["default"] = None
-        else:
+        if not typed_alone:
             options["required"] = default is parameter.empty
         parser.add_argument(flag, **options)
 

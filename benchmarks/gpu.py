@@ -1,4 +1,4 @@
-"""Is a GPU's arithmetic right here, and how fast is it?
+"""Tests a GPU's arithmetic on this machine, and measures its speed.
 
     python -m benchmarks.gpu
 

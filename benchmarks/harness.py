@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks, turns, processes and memory.
+"""The common code of all benchmarks: clocks, turns, processes and memory.
 
 A measurement is a generator. It sets up, yields facts about itself, and then yields one answer a
 turn. It runs in a :class:`Worker`, a process of its own, which may use another Python or the code
@@ -279,15 +279,13 @@ def measure_once(measurement: Measurement | str, task: Row, **options: Any) -> R
         return worker.first | worker.turn()
 
 
-def usage_of(
-    command: Sequence[str], *, tree: Path = ROOT, environment: Mapping[str, str] | None = None
-) -> Row:
+def usage_of(command: Sequence[str], *, tree: Path = ROOT) -> Row:
     """CPU ``seconds`` and peak memory (``rss``, bytes) of a program, from its start to its end.
 
     Raises:
         RuntimeError: the program failed; the message ends with its output.
     """
-    own = {**os.environ, "PYTHONPATH": str(tree), **(environment or {})}
+    own = {**os.environ, "PYTHONPATH": str(tree)}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(command, cwd=tree, env=own, stdout=said, stderr=said)
         # wait4 counts this process and the children that it waited for.

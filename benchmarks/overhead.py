@@ -1,4 +1,4 @@
-"""What a run costs besides its optimizer steps.
+"""Measures the costs of a run besides its optimizer steps.
 
 python -m benchmarks.overhead                small steps next to a bare PyTorch loop
 python -m benchmarks.overhead validation     the share of validations, by part

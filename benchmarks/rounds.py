@@ -1,4 +1,4 @@
-"""Where the time of a decoding round goes: its passes, and what is around them.
+"""Divides the time of a decoding round among its passes and the work around them.
 
     python -m benchmarks.rounds runs/smollm2 [--drafts 1] [--draft-vocab 4096] [--temperature 1]
 
@@ -27,7 +27,7 @@ from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.model import MTPModel
 from mtp_lightning.system import processor
 
-# What people call the parts, and the methods that they are, in the order of the table.
+# The names of the parts in the table, and their methods.
 PARTS: dict[str, tuple[harness.Method, ...]] = {
     "verify: the trunk and the head": ((Session, "verify"),),
     "draft: the module and its head": ((Session, "_newest"),),

@@ -1,4 +1,4 @@
-"""What is timed: an optimizer step, and a decoding, built by the code of this file's checkout.
+"""The timed work: an optimizer step and a decoding, built by the code of this file's checkout.
 
 ``benchmarks.against`` runs :func:`training` and :func:`decoding` of two commits, each by its own
 version of this file. So the tasks and answers keep their meaning from one commit to the next.

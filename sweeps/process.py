@@ -45,7 +45,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """How a line of output calls it."""
+        """Its name in a line of output."""
         return " ".join(self.labels) or self.name
 
 
