@@ -109,6 +109,13 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
     assert result["minutes"] == 20
 
 
+def test_a_run_that_claims_share_counts_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: None)
+    claims = [claim_of(tmp_path, name, shared=SMALL) for name in ("one", "two")]
+    first, second = pending_of(claims, tmp_path / "runs", {})
+    assert len(first.costs) == 10 and second.costs == ()
+
+
 def test_estimated_flops_are_those_of_stored_results(tmp_path: Path) -> None:
     """Of results/text_equal_flops.json: 1,736,835,072,000 of plain training, which all arms of
     compare.match=flops get; of results/lambda.json: 2,857,500,672,000 with two depths."""
