@@ -209,9 +209,8 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
                 return f"{name} has no {measure.tag} at seed {seed}"
             gain = gain_of(arms, name, seed, measure) if run.done and measure.is_ratio else 1.0
             if not isinstance(gain, float):
-                return (
-                    f"{name} at seed {seed}: {gain or 'a run of the plain curve is not finished'}"
-                )
+                why = gain or "a run of the plain curve is not finished"
+                return f"{name} at seed {seed}: {why}"
     if test.test is None:
         return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
     if test.n < claim.scale.minimum:

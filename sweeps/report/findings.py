@@ -83,7 +83,9 @@ def _sentences(template: str, **facts: Any) -> list[str]:
 def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict[str, Any]:
     """The facts about the settings of one text."""
     level, metric = settings.level, settings.headline
-    facts: dict[str, Any] = {"where": _where(group) if named else "", "top": None, "median": None}
+    text = group[0].text if named else None
+    where = f"Of those on evaluation data {text.short}: " if text else ""
+    facts: dict[str, Any] = {"where": where, "top": None, "median": None}
     facts["ranked"] = _ranked(group, metric.tag)
     facts["error"] = (
         error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
@@ -105,10 +107,6 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
             labels = [label for median, label in medians if median == step]
             facts["median"] = {"step": step, "labels": labels, "several": len(medians) > 1}
     return facts
-
-
-def _where(group: Sequence[Setting]) -> str:
-    return f"Of those on evaluation data {group[0].text.short}: " if group[0].text else ""
 
 
 def _share(share: Share) -> str:
