@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,8 @@ Method = tuple[type, str]  # a class, and the name of its method
 
 # This variable tells workers, too, that CPU seconds are counted.
 _CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
+# Bytes of a unit of ``ru_maxrss``.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 # A worker's answers are the lines of stdout that begin with this.
 _ANSWER = "benchmark-result: "
 
@@ -294,8 +297,7 @@ def usage_of(command: Sequence[str], *, tree: Path = ROOT) -> Row:
         if status:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-4000:]}")
-    factor = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * factor}
+    return {"seconds": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * _RSS_UNIT}
 
 
 def _serve(name: str, task: str) -> None:
@@ -320,36 +322,27 @@ def peak_rss() -> int:
 
     On Linux a child inherits its parent's ``ru_maxrss``, even across exec, so ``VmHWM`` is read.
     """
-    value = _proc_status("VmHWM")
-    if value is not None:
-        return value
-    import resource
-
-    factor = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    return _proc_status("VmHWM") or own
 
 
 def current_rss() -> int:
     """The resident memory of this process, in bytes; its peak where the system lacks the figure."""
-    value = _proc_status("VmRSS")
-    return peak_rss() if value is None else value
+    return _proc_status("VmRSS") or peak_rss()
 
 
 def private_rss() -> int:
-    """The resident memory that no file backs, in bytes (Linux)."""
-    value = _proc_status("RssAnon")
-    if value is None:
-        raise OSError("/proc/self/status does not give RssAnon here")
-    return value
+    """The resident memory that no file backs, in bytes; 0 where the system lacks the figure."""
+    return _proc_status("RssAnon")
 
 
-def _proc_status(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith(f"{key}:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+def _proc_status(key: str) -> int:
+    """A memory of this process in bytes; 0 where Linux does not tell it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 @contextlib.contextmanager
