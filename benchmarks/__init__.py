@@ -2,7 +2,7 @@
 
 ================  =================================================================
 against           optimizer steps, decoding and start-up by two commits
-same_bits         do two commits train to the same bits?
+same_bits         training by two commits, compared bit by bit
 train_step        an optimizer step by depths, heads, precision; its parts (profiles)
 head              the loss of the shared head, and every objective
 kernels           the layers' C++ next to PyTorch
@@ -10,7 +10,7 @@ overhead          a run next to a bare loop; validations; checkpoints
 runs              start-up, threads, the choice of the main job
 data              loader, token store, encoder
 decode            plain and speculative decoding, trees, compiled passes
-rounds            where a decoding round goes, and the cost of its passes
+rounds            a decoding round by part, and the cost of its passes
 serve             the HTTP server by the number of clients
 peers             a step next to transformers and litgpt
 llama_cpp         a GGUF file next to llama.cpp

@@ -1,4 +1,4 @@
-"""Is the working tree as fast and as small as a commit?
+"""Compares the speed and the memory of the working tree with those of a commit.
 
     python -m benchmarks.against --base COMMIT
 

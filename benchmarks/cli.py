@@ -15,6 +15,7 @@ import re
 import sys
 import types
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,15 @@ def _run(function: Function, options: Row) -> Row:
     if options.pop("cpu_time", False):
         harness.use_cpu_time()
     quick = vars(function)["quick"] if options.pop("quick", False) else {}
+    signature = inspect.signature(function)
     settled: Row = {}
-    words, named = [], {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in signature.parameters.items():
         value = options[name]
         if isinstance(value, list) and value and isinstance(value[0], list):
             value = [one for part in value for one in part]  # "1,2 3"
         settled[name] = quick.get(name, parameter.default) if value is None else value
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            words.append(settled[name])
-        else:
-            named[name] = settled[name]
-    found = function(*words, **named)
+    bound = inspect.BoundArguments(signature, OrderedDict(settled))
+    found = function(*bound.args, **bound.kwargs)
     found = {"benchmark": function.__name__, "options": settled, **found, "machine": machine()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
@@ -161,9 +159,7 @@ def _add_options(parser: argparse.ArgumentParser, function: Function) -> None:
             options["nargs"] = "*"
         elif typed_alone and default is not parameter.empty:
             options["nargs"] = "?"
-        if typed_alone:
-            options["default"] = None
-        else:
+        if not typed_alone:
             options["required"] = default is parameter.empty
         parser.add_argument(flag, **options)
 

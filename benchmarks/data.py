@@ -1,4 +1,4 @@
-"""How fast the data goes: tokens per second out of the loader, megabytes per second into a store.
+"""Measures the tokens per second of the loader, and the megabytes per second of a token store.
 
     python -m benchmarks.data                    # loader, store, encoder
     python -m benchmarks.data --megabytes 100    # stores by one process and by several

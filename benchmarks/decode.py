@@ -1,4 +1,4 @@
-"""How fast decoding is: plain and speculative, and both next to what is possible.
+"""Measures plain and speculative decoding, and the speed-up that is possible.
 
     python -m benchmarks.decode                        # trains small models on bytes first
     python -m benchmarks.decode --checkpoint RUN       # a checkpoint of train.py, or a run's folder
@@ -204,7 +204,7 @@ def measure(
 
 
 def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> Row:
-    """How fast passes of the trunk at batch 1 read its weights.
+    """The rate at which passes of the trunk at batch 1 read its weights.
 
     A plain read of the same memory, its sum, takes turns with them. Empty without the C++.
     """

@@ -1,4 +1,4 @@
-"""Is a GPU's arithmetic right here, and how fast is it?
+"""Tests a GPU's arithmetic on this machine, and measures its speed.
 
     python -m benchmarks.gpu
 
@@ -12,6 +12,7 @@ attention in full, without a causal discount. Rows for which no time is left are
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def measure(task: Row) -> Iterator[Row]:
     """
     import torch
 
-    from benchmarks.workloads import build_step
+    from benchmarks.workloads import build_step, timed_steps
     from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of
 
     device = torch.device(task["device"])
@@ -53,16 +54,9 @@ def measure(task: Row) -> Iterator[Row]:
     if task["compile"]:
         model.compile_blocks()
 
-    def timed(n: int) -> float:
-        began = time.perf_counter()
-        for _ in range(n):
-            step()
-        harness.synchronize()
-        return time.perf_counter() - began
-
-    first = timed(_WARMUP_STEPS)
+    first = harness.seconds_of(lambda: [step() for _ in range(_WARMUP_STEPS)])
     # The host runs ahead of the device within a turn, as it does between two logged rows.
-    turns = [timed(task["steps"]) / task["steps"] for _ in range(3)]
+    turns = [turn["seconds"] for turn in itertools.islice(timed_steps(step, task), 3)]
     loss, seconds = float(step()), statistics.median(turns)
     tokens = task["batch_size"] * task["seq_len"]
     flops = built.flops_per_token * tokens

@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks, turns, processes and memory.
+"""The common code of all benchmarks: clocks, turns, processes and memory.
 
 A measurement is a generator. It sets up, yields facts about itself, and then yields one answer a
 turn. It runs in a :class:`Worker`, a process of its own, which may use another Python or the code
@@ -9,9 +9,11 @@ of them down alike: compare the ratios of one run rather than its seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,13 +24,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Side = TypeVar("Side")
+Method = tuple[type, str]  # a class, and the name of its method
 
 # This variable tells workers, too, that CPU seconds are counted.
 _CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
+# Bytes of a unit of ``ru_maxrss``.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 # A worker's answers are the lines of stdout that begin with this.
 _ANSWER = "benchmark-result: "
 
@@ -99,6 +105,42 @@ def median_times(
     timed = {name: partial(seconds_of, function) for name, function in functions.items()}
     times = take_turns(timed, warmup + repeats)
     return {name: statistics.median(values[warmup:]) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def timed_calls(parts: Mapping[str, Sequence[Method]]) -> Iterator[dict[str, list[float]]]:
+    """Time every call of some methods, without the calls of the others inside it.
+
+    Args:
+        parts: name of a part -> its methods.
+
+    Yields:
+        Name of a part -> seconds of each call that has ended, by :func:`clock`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    inside: list[float] = []  # seconds inside each open call
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            inside.append(0.0)
+            began = clock()
+            result = method(*args, **options)
+            synchronize()
+            took = clock() - began
+            seconds[name].append(took - inside.pop())
+            if inside:
+                inside[-1] += took
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, methods in parts.items():
+            for kind, method in methods:
+                call = timed(name, getattr(kind, method))
+                stack.enter_context(mock.patch.object(kind, method, call))
+        yield seconds
 
 
 def medians(answers: Sequence[Row]) -> Row:
@@ -240,15 +282,13 @@ def measure_once(measurement: Measurement | str, task: Row, **options: Any) -> R
         return worker.first | worker.turn()
 
 
-def usage_of(
-    command: Sequence[str], *, tree: Path = ROOT, environment: Mapping[str, str] | None = None
-) -> Row:
+def usage_of(command: Sequence[str], *, tree: Path = ROOT) -> Row:
     """CPU ``seconds`` and peak memory (``rss``, bytes) of a program, from its start to its end.
 
     Raises:
         RuntimeError: the program failed; the message ends with its output.
     """
-    own = {**os.environ, "PYTHONPATH": str(tree), **(environment or {})}
+    own = {**os.environ, "PYTHONPATH": str(tree)}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(command, cwd=tree, env=own, stdout=said, stderr=said)
         # wait4 counts this process and the children that it waited for.
@@ -257,8 +297,7 @@ def usage_of(
         if status:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-4000:]}")
-    factor = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * factor}
+    return {"seconds": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * _RSS_UNIT}
 
 
 def _serve(name: str, task: str) -> None:
@@ -283,36 +322,27 @@ def peak_rss() -> int:
 
     On Linux a child inherits its parent's ``ru_maxrss``, even across exec, so ``VmHWM`` is read.
     """
-    value = _proc_status("VmHWM")
-    if value is not None:
-        return value
-    import resource
-
-    factor = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    return _proc_status("VmHWM") or own
 
 
 def current_rss() -> int:
     """The resident memory of this process, in bytes; its peak where the system lacks the figure."""
-    value = _proc_status("VmRSS")
-    return peak_rss() if value is None else value
+    return _proc_status("VmRSS") or peak_rss()
 
 
 def private_rss() -> int:
-    """The resident memory that no file backs, in bytes (Linux)."""
-    value = _proc_status("RssAnon")
-    if value is None:
-        raise OSError("/proc/self/status does not give RssAnon here")
-    return value
+    """The resident memory that no file backs, in bytes; 0 where the system lacks the figure."""
+    return _proc_status("RssAnon")
 
 
-def _proc_status(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith(f"{key}:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+def _proc_status(key: str) -> int:
+    """A memory of this process in bytes; 0 where Linux does not tell it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 @contextlib.contextmanager

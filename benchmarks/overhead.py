@@ -1,4 +1,4 @@
-"""What a run costs besides its optimizer steps.
+"""Measures the costs of a run besides its optimizer steps.
 
 python -m benchmarks.overhead                small steps next to a bare PyTorch loop
 python -m benchmarks.overhead validation     the share of validations, by part
@@ -11,14 +11,12 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from benchmarks import cli, harness
 from benchmarks.harness import Row
@@ -164,22 +162,6 @@ def beside_loop(case: str, runs: Sequence[Row]) -> Row:
     return row | {"steps_per_second": 1e3 / run, "bare_steps_per_second": 1e3 / bare}
 
 
-@contextmanager
-def timed(owner: type, name: str, seconds: list[float]) -> Iterator[None]:
-    """Add the seconds of every call of a method to a list."""
-    method: Callable[..., Any] = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        began = harness.clock()
-        result = method(*args, **kwargs)
-        harness.synchronize()
-        seconds.append(harness.clock() - began)
-        return result
-
-    with patch.object(owner, name, wrapped):
-        yield
-
-
 @cli.command(quick={"steps": 2}, cpu_time=True)
 def validation(
     overrides: Sequence[str] = (), /, experiment: str = "star_graph", steps: int = 20
@@ -201,15 +183,13 @@ def validation(
     chosen = [f"experiment={experiment}", *overrides]
     whole = harness.compose_config(chosen).trainer
     parts = {
-        "a training step": (MTPModule, "training_step"),
-        "a validation's losses": (MTPModule, "validation_step"),
-        "its answers (exact_match)": (ExactMatch, "on_validation_epoch_end"),
-        "its drafts (speculative_eval)": (SpeculativeEval, "on_validation_epoch_end"),
+        "a training step": [(MTPModule, "training_step")],
+        "a validation's losses": [(MTPModule, "validation_step")],
+        "its answers (exact_match)": [(ExactMatch, "on_validation_epoch_end")],
+        "its drafts (speculative_eval)": [(SpeculativeEval, "on_validation_epoch_end")],
     }
-    seconds: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder, ExitStack() as stack:
-        for what, (owner, name) in parts.items():
-            stack.enter_context(timed(owner, name, seconds[what]))
+    folders = tempfile.TemporaryDirectory(prefix="mtp-bench-")
+    with folders as folder, harness.timed_calls(parts) as seconds:
         short = [f"trainer.max_steps={3 * steps}", f"trainer.val_check_interval={steps}"]
         train(harness.compose_config([*chosen, *short, "logger=csv", f"paths.output_dir={folder}"]))
     rows: list[Row] = []

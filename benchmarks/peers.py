@@ -27,7 +27,6 @@ from benchmarks.harness import Row
 
 AIM = 1.15
 WIDTH, LAYERS, HEADS, INNER, BATCH, LENGTH = 256, 4, 8, 704, 8, 256
-_WARMUP_STEPS = 2
 
 
 def our_step(task: Row) -> tuple[Callable[[], Any], Any]:
@@ -158,17 +157,14 @@ def training(task: Row) -> Iterator[Row]:
     """Some steps a turn of ``side``: seconds of one step, and peak memory in bytes."""
     import torch
 
+    from benchmarks.workloads import WARMUP_STEPS, timed_steps
+
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     step, model = STEPS[task["side"]](task)
-    losses = [float(step()) for _ in range(_WARMUP_STEPS)]
+    losses = [float(step()) for _ in range(WARMUP_STEPS)]
     yield {"loss": losses[0], "parameters": sum(p.numel() for p in model.parameters())}
-    while True:
-        began = harness.clock()
-        for _ in range(task["steps"]):
-            step()
-        seconds = (harness.clock() - began) / task["steps"]
-        yield {"seconds": seconds, "rss_peak": harness.peak_rss()}
+    yield from timed_steps(step, task)
 
 
 def install(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -204,7 +200,7 @@ def compare_steps(answers: Mapping[str, list[Row]]) -> Row:
         seconds = median(answer["seconds"] for answer in own)
         row[f"{name}_ms"] = seconds * 1e3
         row[f"{name}_tokens_per_second"] = BATCH * LENGTH / seconds
-        row[f"{name}_peak_mb"] = own[-1]["rss_peak"] / 1e6
+        row[f"{name}_peak_mb"] = own[-1]["rss"] / 1e6
         row |= {f"{name}_{key}": own[-1][key] for key in ("loss", "parameters")}
     others = [row[f"{name}_ms"] for name in answers if name != "ours"]
     row["times_the_best"] = min(others) / row["ours_ms"] if others else None

@@ -149,7 +149,7 @@ def of_model(model: MTPModel, way: Row) -> Text:
 WARM_UP = 4
 
 
-def asked(tokenizer: Any, n_prompts: int) -> Iterator[tuple[float, str, list[list[int]]]]:
+def groups(tokenizer: Any, n_prompts: int) -> Iterator[tuple[float, str, list[list[int]]]]:
     """Temperature, kind and prompts, in the order in which they are decoded."""
     for temperature, (kind, texts) in itertools.product((0.0, 1.0), PROMPTS.items()):
         yield temperature, kind, [prompt_ids(tokenizer, kind, t) for t in texts[:n_prompts]]
@@ -162,7 +162,7 @@ def by_llama_cpp(
     """llama.cpp's decoding of a GGUF file, in a process that knows the texts and their order."""
     jobs = [
         (prompt, n, temperature)
-        for temperature, _, prompts in asked(tokenizer, n_prompts)
+        for temperature, _, prompts in groups(tokenizer, n_prompts)
         for prompt, n in [(prompts[0], WARM_UP), *((prompt, new_tokens) for prompt in prompts)]
     ]
     with harness.Worker(
@@ -189,7 +189,7 @@ def measure(
         n_prompts: prompts of each kind.
     """
     rows = []
-    for temperature, kind, prompts in asked(tokenizer, n_prompts):
+    for temperature, kind, prompts in groups(tokenizer, n_prompts):
         harness.progress(f"{kind}, temperature {temperature:g}")
         for text in ways.values():
             text(prompts[0], WARM_UP, 0, temperature)
@@ -285,8 +285,8 @@ def pretrained_heads(
         for depth in drafts
     }
     short = draft_vocab[0] if draft_vocab else None
-    asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
-    settled = with_measured_depth(asked, opened, rows=1, on=[head_precision, activations])
+    default = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
+    settled = with_measured_depth(default, opened, rows=1, on=[head_precision, activations])
     options["drafts_that_pay"] = pay = {
         "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
     }  # fmt: skip

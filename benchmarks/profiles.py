@@ -1,4 +1,4 @@
-"""Where an optimizer step's time goes: by part of the step and by kind of layer.
+"""Divides the time of an optimizer step among its parts and the kinds of layers.
 
 Every part and every layer of the model opens a span of PyTorch's profiler. A moment belongs to the
 innermost open span; a moment of the backward pass belongs to the layer whose forward pass made the

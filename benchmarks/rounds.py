@@ -1,4 +1,4 @@
-"""Where the time of a decoding round goes: its passes, and what is around them.
+"""Divides the time of a decoding round among its passes and the work around them.
 
     python -m benchmarks.rounds runs/smollm2 [--drafts 1] [--draft-vocab 4096] [--temperature 1]
 
@@ -9,18 +9,12 @@ over 1 to 4 tokens, a draft with the whole head and with the short one, over 1 t
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
-from statistics import median
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
-import torch
-
-from benchmarks import cli
+from benchmarks import cli, harness
 from benchmarks.harness import Row
 from benchmarks.pretrained_heads import PROMPTS, prompt_ids
 from mtp_lightning.decoding.engine import Engine
@@ -33,8 +27,8 @@ from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.model import MTPModel
 from mtp_lightning.system import processor
 
-# What people call the parts, and the methods that they are, in the order of the table.
-PARTS: dict[str, tuple[tuple[type, str], ...]] = {
+# The names of the parts in the table, and their methods.
+PARTS: dict[str, tuple[harness.Method, ...]] = {
     "verify: the trunk and the head": ((Session, "verify"),),
     "draft: the module and its head": ((Session, "_newest"),),
     "catching up with tokens not drafted at": ((Session, "catch_up"),),
@@ -45,55 +39,23 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
 }
 
 
-class Spans:
-    """CPU seconds of nested calls, each without those inside it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._open: list[float] = []  # seconds inside each open call
-
-    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def timed(*args: Any, **options: Any) -> Any:
-            self._open.append(0.0)
-            began = time.process_time()
-            try:
-                return method(*args, **options)
-            finally:
-                took = time.process_time() - began
-                self.seconds[name] += took - self._open.pop()
-                if self._open:
-                    self._open[-1] += took
-
-        return timed
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time all parts."""
-        with ExitStack() as stack:
-            for name, methods in PARTS.items():
-                for kind, method in methods:
-                    around = self.around(name, getattr(kind, method))
-                    stack.enter_context(patch.object(kind, method, around))
-            yield
-
-
 def parts_of_rounds(
     model: MTPModel, prompts: list[list[int]], options: DecodingOptions
 ) -> tuple[Row, float]:
     """Milliseconds of every part of a round, and tokens per round."""
-    spans, rounds, tokens = Spans(), 0, 0
+    total, rounds, tokens = Counter[str](), 0, 0
     for number, prompt in enumerate(prompts):
         with Engine(model, options) as engine:
             (sequence,) = engine.add([options.request(prompt, number)])
             engine.step()  # reads the prompt with the modules, too
             before = len(sequence.token_ids)
-            with spans.timed():
+            with harness.timed_calls(PARTS) as seconds:
                 while sequence.finish_reason is None:
                     engine.step()
                     rounds += 1
             tokens += len(sequence.token_ids) - before
-    return {name: 1e3 * spans.seconds[name] / rounds for name in PARTS}, tokens / rounds
+        total.update({name: sum(own) for name, own in seconds.items()})
+    return {name: 1e3 * total[name] / rounds for name in PARTS}, tokens / rounds
 
 
 def single_passes(
@@ -102,40 +64,26 @@ def single_passes(
     """Median milliseconds of single passes, which take turns."""
     deepest = model.mtp.max_draft_depth or 3
     with decoding_passes(model):
-        rooms: dict[str, int | None] = {"whole head": None}
-        if draft_vocab is not None:
-            rooms[f"head of {draft_vocab} tokens"] = draft_vocab
         calls: dict[str, Callable[[], Any]] = {}
-        for head, vocab in rooms.items():
-            session = Session(
-                model, slots=1, capacity=len(prompt) + 32, max_draft=deepest,
-                **({} if vocab is None else {"draft_vocab": vocab}),
-            )  # fmt: skip
+        for vocab in dict.fromkeys((None, draft_vocab)):
+            head = "whole head" if vocab is None else f"head of {vocab} tokens"
+            room: Row = {"slots": 1, "capacity": len(prompt) + 32, "max_draft": deepest}
+            session = Session(model, **room, draft_vocab=vocab)
             session.join([prompt])
             session.draft(1)
             for n in range(1, min(4, deepest + 1) + 1) if vocab is None else ():
-                calls[f"trunk, {n} tokens" if n > 1 else "trunk, 1 token"] = _verify(session, n)
+                name = f"trunk, {n} tokens" if n > 1 else "trunk, 1 token"
+                calls[name] = partial(session.verify, n - 1)
             for n in (1, 2, 3):
-                calls[f"draft, {head}, reads {n}"] = _draft(session, n)
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
-                began = time.process_time()
-                call()
-                seconds[name].append(time.process_time() - began)
-    return {name: 1e3 * median(found) for name, found in seconds.items()}
+                calls[f"draft, {head}, reads {n}"] = partial(_draft, session, n)
+        seconds = harness.median_times(calls, repeats=repeats)
+    return {name: 1e3 * found for name, found in seconds.items()}
 
 
-def _verify(session: Any, tokens: int) -> Callable[[], Any]:
-    return lambda: session.verify(tokens - 1)
-
-
-def _draft(session: Any, tokens: int) -> Callable[[], Any]:
-    def call() -> None:
-        session.filled[1] = [n - tokens for n in session.n]
-        session.draft(1)
-
-    return call
+def _draft(session: Session, reads: int) -> None:
+    """A draft of a module that reads the last tokens first."""
+    session.filled[1] = [n - reads for n in session.n]
+    session.draft(1)
 
 
 @cli.command(quick={"new_tokens": 8, "repeats": 2})
@@ -162,7 +110,7 @@ def rounds(
         activations: of products with weights in blocks.
         temperature: 0 is greedy.
     """
-    torch.set_num_threads(1)
+    harness.use_cpu_time()
     opened = open_for_decoding(
         run,
         precision=precision,

@@ -1,4 +1,4 @@
-"""How a run starts, and how it should be set up.
+"""Measures the start of a run, and compares ways to set one up.
 
 python -m benchmarks.runs startup     until --help, and until the first optimizer step
 python -m benchmarks.runs threads     steps per second by threads, next to busy processes

@@ -1,4 +1,4 @@
-"""Does a change of the code leave every number as it was?
+"""Checks that a change of the code leaves every number as it was.
 
 Run ``python -m benchmarks.same_bits --base COMMIT``. Each configuration of :data:`CASES` trains for
 60 steps on a generated text, by one thread of this machine: once by the code of the commit and once
@@ -167,7 +167,7 @@ def in_process(tree: Path, case: str, folder: Path, data: Path, log: Any) -> Non
 
     from mtp_lightning.experiment.training import train
 
-    with initialize_config_dir(str(config_folder(tree)), version_base="1.3"):
+    with initialize_config_dir(str(tree / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=overrides(case, folder, data))
     with redirect_stdout(log), redirect_stderr(log):
         train(cfg)
@@ -178,12 +178,6 @@ def by_command_line(tree: Path, case: str, folder: Path, data: Path, log: Any) -
     command = [sys.executable, str(tree / "train.py"), *overrides(case, folder, data)]
     command += [f"run_dir={folder}"]
     subprocess.run(command, stdout=log, stderr=log, cwd=folder, check=True)
-
-
-def config_folder(tree: Path) -> Path:
-    """Where a tree keeps its configs."""
-    found = [tree / name for name in ("conf", "mtp_lightning/conf") if (tree / name).is_dir()]
-    return found[0]
 
 
 def read(folder: Path) -> dict[str, dict[int, str]]:

@@ -1,4 +1,4 @@
-"""What an optimizer step costs, in time and in memory.
+"""Measures the time and the memory of an optimizer step.
 
     python -m benchmarks.train_step               by number of depths D and vocabulary V
     python -m benchmarks.train_step variants      by way of predicting several tokens
@@ -51,15 +51,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "registers": ("registers", []),
     **{
         f"sequential, {word}": ("sequential", [f"objective={word}"])
-        for word in ("kl", "reverse_kl", "js", "tv", "nla", "lk", "feature")
+        for word in (
+            *("kl", "reverse_kl", "js", "tv", "nla", "lk", "feature"),
+            *("anchor", "e2e_tv", "wtv", "eal"),
+        )
     },
     "parallel, kl": ("parallel", ["objective=kl"]),
     "sequential, nextlat's objective": ("sequential", ["objective=nextlat"]),
-    "sequential, anchor": ("sequential", ["objective=anchor"]),
-    **{
-        f"sequential, {word}": ("sequential", [f"objective={word}"])
-        for word in ("e2e_tv", "wtv", "eal")
-    },
 }
 # These variants have depth 1 only.
 ONE_DEPTH = ("top", "bag", "registers")
@@ -75,15 +73,13 @@ def measure(task: Row) -> Iterator[Row]:
     if not task.get("give_back"):
         workloads.prepare_process()
     built = workloads.build_step(task)
-    model, rss_built = built.model, harness.current_rss()
+    model = built.model
     losses = [float(built.step()) for _ in range(workloads.WARMUP_STEPS)]
     yield {
         "loss": losses[-1],
         "parameters": model.config.num_params(),
-        "parameters_active": model.config.num_active_params(),
         "gflop_per_step": built.flops_per_token * task["batch_size"] * task["seq_len"] / 1e9,
         "rss_imported": built.rss_imported,
-        "rss_built": rss_built,
         # Parameters, gradients and AdamW's two moments.
         "state_bytes": 4 * sum(p.numel() * p.element_size() for p in model.parameters()),
     }
@@ -295,7 +291,7 @@ def memory(model: str = "micro", depth: int = 2, steps: int = 12, repeats: int =
 
 
 def measure_profile(task: Row) -> Iterator[Row]:
-    """Where the time of a model's steps goes."""
+    """The time of a model's steps by kind of layer."""
     workloads.prepare_process()
     built = workloads.build_step(task)
     for _ in range(workloads.WARMUP_STEPS):

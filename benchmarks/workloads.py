@@ -1,4 +1,4 @@
-"""What is timed: an optimizer step, and a decoding, built by the code of this file's checkout.
+"""The timed work: an optimizer step and a decoding, built by the code of this file's checkout.
 
 ``benchmarks.against`` runs :func:`training` and :func:`decoding` of two commits, each by its own
 version of this file. So the tasks and answers keep their meaning from one commit to the next.
@@ -118,8 +118,8 @@ def training(task: Row) -> Iterator[Row]:
     """Some optimizer steps a turn: seconds of one, peak memory in bytes, the last loss.
 
     Args:
-        task: that of :func:`build_step`. A turn takes ``steps`` (default 1) and lasts at least
-            ``seconds`` (default 0); with ``autocast``, products are computed in bf16.
+        task: that of :func:`build_step` and :func:`timed_steps`; with ``autocast``, products are
+            computed in bf16.
     """
     prepare_process()
     built = build_step(task)
@@ -128,6 +128,12 @@ def training(task: Row) -> Iterator[Row]:
         step = torch.autocast(task.get("device", "cpu"), torch.bfloat16)(step)
     losses = [float(step()) for _ in range(WARMUP_STEPS)]
     yield {"result": losses, "parameters": built.model.config.num_params()}
+    yield from timed_steps(step, task)
+
+
+def timed_steps(step: Callable[[], torch.Tensor], task: Row) -> Iterator[Row]:
+    """The turns of :func:`training` with any step, which returns its loss. A turn takes ``steps``
+    (default 1) of the task, and lasts at least its ``seconds`` (default 0)."""
     while True:
         done, began = 0, harness.clock()
         while done < task.get("steps", 1) or harness.clock() - began < task.get("seconds", 0):

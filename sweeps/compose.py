@@ -158,10 +158,9 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
     with open_dict(composed):
         composed.run_dir = composed.paths.output_dir = str(folder)
     try:
-        settled = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        settled: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, InterpolationToMissingValueError):
-        plain: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+        plain: Any = OmegaConf.to_container(composed)
         missing = sorted(key for key, value in flatten(plain).items() if value == "???")
         raise UserError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
-    assert isinstance(settled, dict)
-    return settled  # type: ignore[return-value]
+    return dict(settled)

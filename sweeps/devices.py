@@ -162,20 +162,18 @@ class DeviceQueue:
         self.check(gpus)
         if not self._free_slots or len(self._free_gpus) < gpus:
             return None
-        if self._shares is None:
-            threads = self._threads
-            # A job with more processes than cores gets the machine for itself.
-            n_cores = 0 if self.gpus else min(n * threads, self._all_cores)
-        else:
-            n_cores = 0
+        threads, n_cores = self._threads, 0
+        if self._shares is not None:
             threads = max(1, cores() // self._shares // (1 if gpus else n))
+        elif not self.gpus:
+            # A job with more processes than cores gets the machine for itself.
+            n_cores = min(n * threads, self._all_cores)
         if self._free_cores < n_cores:
             return None
         self._free_cores -= n_cores
         taken = [self._free_gpus.pop(0) for _ in range(gpus)]
         slot = self._free_slots.pop(0)
-        device = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
-        name = f"{self._host}{device}"
+        name = self._host + (f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}")
         return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=n_cores, name=name)
 
     def give_back(self, devices: Devices) -> None:

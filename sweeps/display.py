@@ -55,7 +55,7 @@ class Watched:
 
 @dataclass
 class Display:
-    """What both displays have in common: the state of the jobs, as a pool reports it."""
+    """The state of the jobs, as a pool reports it, for both displays."""
 
     total: int
     seconds: float = 30.0  # between two looks at the running jobs

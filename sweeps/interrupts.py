@@ -8,19 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.run.lock import Lock
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep in the same way.
-
-    Args:
-        signum: the signal; an app's exit code is 128 more.
-    """
+class Interrupted(Stopped):
+    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep in the same way."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
-        self.signum = signum
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        super().__init__(name, signum)
 
 
 @contextmanager
@@ -53,13 +50,12 @@ def interrupts() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def exit_if_interrupted(remedy: str) -> Iterator[None]:
-    """Print what to do after an interruption, and exit with 128 + the signal's number."""
+def continued_by(remedy: str) -> Iterator[None]:
+    """Add the remedy to the message of an interruption."""
     try:
         yield
     except Interrupted as interrupt:
-        print(f"interrupted. {remedy}", flush=True)
-        raise SystemExit(128 + interrupt.signum) from interrupt
+        raise Stopped(f"interrupted. {remedy}", interrupt.signum) from interrupt
 
 
 @contextmanager
@@ -68,14 +64,14 @@ def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process is at work; ``busy`` is the message.
-        SystemExit: the work was interrupted, with ``remedy`` printed; 128 + the signal's number.
+        Stopped: the work was interrupted; the message ends in ``remedy``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
     if not lock.acquire():
         raise BlockingIOError(busy)
     try:
-        with exit_if_interrupted(remedy):
+        with continued_by(remedy):
             yield
     finally:
         lock.release()

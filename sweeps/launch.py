@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from mtp_lightning.command_line import check_config
@@ -38,9 +37,11 @@ from sweeps.plan import (
     name_of_program,
     refuse_run_folder,
     varied_labels,
-    without_housekeeping,
 )
 from sweeps.process import Job
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
 
 RunJobs = Callable[[list[Job]], None]
 Configs = dict[Job, dict[str, Any]]
@@ -62,7 +63,7 @@ def launch(
     settings: Mapping[str, Any],
     *,
     config: DictConfig,
-    hydra_context: HydraContext,
+    loader: ConfigLoader,
     batch: Sequence[Sequence[str]],
     dry_run: bool,
 ) -> list[JobReturn]:
@@ -73,7 +74,7 @@ def launch(
             say how they ended. None leaves them to workers.
         settings: keyword arguments of ``run``.
         config: the sweep's own config.
-        hydra_context: composes the jobs' configs.
+        loader: composes the jobs' configs.
         batch: every job's overrides.
         dry_run: only check and list the jobs (``--dry-run``), which leaves no folder.
 
@@ -88,7 +89,7 @@ def launch(
         plan = SweepPlan(Path(config.hydra.sweep.dir).absolute())
         try:
             run = None if module is None else _runner(module, settings, config)
-            configs = _checked(plan, config, hydra_context, batch)
+            configs = _checked(plan, config, loader, batch)
         except UserError:
             _forget(plan.folder)
             raise
@@ -126,7 +127,7 @@ def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> Run
 
 
 def _checked(
-    plan: SweepPlan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
+    plan: SweepPlan, config: DictConfig, loader: ConfigLoader, batch: Sequence[Sequence[str]]
 ) -> Configs:
     """Adds a batch of jobs to a plan; returns them with their configs.
 
@@ -141,17 +142,18 @@ def _checked(
     for overrides in batch:
         refuse_run_folder(overrides, "give sweep_dir=..., the folder of the sweep")
     planned_jobs = plan.add(batch)
-    paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
+    # They do not change results, so jobs that differ only in them are one.
+    paths = [o for o in batch[0] if key_of(o).startswith("paths.")]
     labels = varied_labels(planned_jobs)
-    options, program = _options(config), name_of_program()
-    composer = Composer(config, hydra_context.config_loader)
+    options, program = [*_options(config), *paths], name_of_program()
+    composer = Composer(config, loader)
     configs: Configs = {}
     for planned in planned_jobs:
         run_folder = plan.folder / planned.folder
-        path_overrides = paths[frozenset(planned.overrides)]
-        job_config = settle(composer.compose([*path_overrides, *planned.overrides]), run_folder)
-        check_config.check(job_config, "config", [*path_overrides, *planned.overrides])
-        planned.recipe = Recipe.of(job_config, program=program, options=[*options, *path_overrides])
+        overrides = [*paths, *planned.overrides]
+        job_config = settle(composer.compose(overrides), run_folder)
+        check_config.check(job_config, "config", overrides)
+        planned.recipe = Recipe.of(job_config, program=program, options=options)
         job = planned.recipe.job(
             run_folder, planned.overrides, labels=labels[planned.folder], program=this_program()
         )
@@ -201,11 +203,6 @@ def _forget(folder: Path) -> None:
     if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
         (folder / "multirun.yaml").unlink()
         folder.rmdir()
-
-
-def _paths(overrides: Sequence[str]) -> list[str]:
-    """Overrides that a job needs but that do not change its results."""
-    return [o for o in overrides if key_of(o).startswith("paths.")]
 
 
 def _options(config: DictConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mtp_lightning.errors import counted
@@ -27,29 +28,17 @@ def _ignore(job: Job) -> None:
     """Does nothing: the default watcher of running jobs, and of their ends."""
 
 
+@dataclass(kw_only=True)
 class Pool:
-    """Runs jobs, each in its own process; no job affects another.
+    """Runs jobs, each in its own process; no job affects another."""
 
-    Args:
-        grace_seconds: seconds for jobs to save and end when asked to, before they are killed.
-        memory: bounds the number of jobs at once, but allows at least one; None for no bound.
-    """
-
-    def __init__(
-        self,
-        *,
-        queue: DeviceQueue,
-        display: Display,
-        grace_seconds: float,
-        memory: MemoryUse | None = None,
-    ) -> None:
-        self.queue = queue
-        self._display = display
-        self._grace = grace_seconds
-        self._memory = memory
-        self._last_measured = -math.inf
-        self._memory_reported = False
-        self._running: list[JobProcess] = []
+    queue: DeviceQueue
+    display: Display
+    grace_seconds: float  # for jobs to save and end when asked to, before they are killed
+    memory: MemoryUse | None = None  # bounds the jobs at once, but allows one; None for no bound
+    _running: list[JobProcess] = field(default_factory=list, init=False)
+    _last_measured: float = field(default=-math.inf, init=False)
+    _memory_reported: bool = field(default=False, init=False)
 
     def run(
         self,
@@ -71,7 +60,7 @@ class Pool:
         """
         waiting: Job | None = None
         source = iter(jobs)
-        with self._display, interrupts() as check:
+        with self.display, interrupts() as check:
             try:
                 while True:
                     check()
@@ -85,7 +74,7 @@ class Pool:
                         reason = watch(process.job)
                         if reason is not None and not process.stopping:
                             process.abandon() if reason is LOST else process.stop(reason)
-                    self._display.refresh()
+                    self.display.refresh()
             except BaseException as error:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
@@ -107,45 +96,43 @@ class Pool:
             waiting = None
 
     def _start(self, job: Job, devices: Devices, ended: Ended) -> None:
-        self._display.started(job, devices.name)
+        self.display.started(job, devices.name)
         try:
-            process = JobProcess(job, devices, grace_seconds=self._grace)
+            process = JobProcess(job, devices, grace_seconds=self.grace_seconds)
             self._running.append(process)
-            if self._memory is not None:
-                self._memory.begin(process.group, job.processes)
+            if self.memory is not None:
+                self.memory.begin(process.group, job.processes)
         except OSError as error:  # the other jobs continue
             # A process of an earlier start may still finish it; otherwise the next start does.
             state = "interrupted" if isinstance(error, BlockingIOError) else "failed"
             write_status(job.folder, job.overrides, state, reason=f"not started: {error}")
             self.queue.give_back(devices)
-            self._display.ended(job)
+            self.display.ended(job)
             ended(job)
 
     def _collect(self, ended: Ended) -> None:
         for process in list(self._running):
             if process.ended():
                 self._running.remove(process)
-                if self._memory is not None:
-                    self._memory.end(
-                        process.group, succeeded=state_of(process.job.folder) == "done"
-                    )
+                if self.memory is not None:
+                    self.memory.end(process.group, succeeded=state_of(process.job.folder) == "done")
                 self.queue.give_back(process.devices)
-                self._display.ended(process.job)
+                self.display.ended(process.job)
                 ended(process.job)
 
     def _measure(self) -> None:
-        if self._memory is not None and time.monotonic() - self._last_measured > _MEASURE_SECONDS:
+        if self.memory is not None and time.monotonic() - self._last_measured > _MEASURE_SECONDS:
             self._last_measured = time.monotonic()
-            self._memory.look()
+            self.memory.look()
 
     def _has_memory(self, processes: int) -> bool:
         """Whether there is memory for a job of some processes; always if no other job runs."""
-        if self._memory is None or not self._running:
+        if self.memory is None or not self._running:
             return True
-        reason = self._memory.missing(processes)
+        reason = self.memory.missing(processes)
         if reason is not None and not self._memory_reported:
             self._memory_reported = True
-            self._display.say(
+            self.display.say(
                 f"To fit in memory, at most {counted(len(self._running), 'job')} at once: {reason}"
             )
         return reason is None
@@ -154,7 +141,7 @@ class Pool:
         """Lets every job save and end; kills them at a second Ctrl-C or when their time is up."""
         if not self._running:
             return
-        self._display.say(f"stopping {counted(len(self._running), 'job')} (Ctrl-C again: at once)")
+        self.display.say(f"stopping {counted(len(self._running), 'job')} (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
         while self._running:

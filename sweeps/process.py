@@ -45,7 +45,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """How a line of output calls it."""
+        """Its name in a line of output."""
         return " ".join(self.labels) or self.name
 
 
@@ -89,11 +89,13 @@ class JobProcess:
         self._watchdog = _Watchdog(grace_seconds)
         try:
             self._popen = self._start(ignore_usr2)
+            self._write("running")
         except OSError:
             self._watchdog.dismiss()
             self._lock.release()
+            if hasattr(self, "_popen"):  # only its status could not be written: a full disk
+                self._popen.wait()
             raise
-        self._write("running")
 
     def _start(self, ignore_usr2: bool) -> subprocess.Popen[bytes]:
         with (self.job.folder / LOG_FILE).open("ab") as log:

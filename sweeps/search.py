@@ -17,7 +17,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,49 +46,38 @@ LOSS = "val/loss_depth_0"  # that every validation logs
 _TAIL = 1 << 16  # bytes at the end of metrics.csv, some hundred rows: the last validation is there
 
 
+@dataclass(kw_only=True)
 class Search:
     """The study of a folder, and its trials as jobs.
-
-    Args:
-        folder: folder of the search, absolute.
-        metric: validation value to minimize, a tag of ``metrics.csv`` and ``summary.json``.
-        n_trials: total number of trials, whatever their results.
-        warmup: the step before which no trial is stopped; None to stop none.
-        config_dir: a folder with more configs, absolute.
 
     Raises:
         UserError: if the folder holds another search.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        space: Space,
-        fixed: Sequence[str],
-        metric: str,
-        n_trials: int,
-        warmup: int | None,
-        seed: int,
-        config_dir: Path | None = None,
-        command: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.space, self.fixed = folder, space, list(fixed)
-        self._config_dir = config_dir
-        self.metric, self.n_trials, self.command = metric, n_trials, list(command)
-        self.study = _open_study(folder, warmup=warmup, seed=seed)
-        ranges = {key: shown(domain) for key, domain in space.items()}
-        definition = {"space": ranges, "fixed": self.fixed, "metric": metric}
+    folder: Path  # of the search, absolute
+    space: Space
+    fixed: list[str]  # overrides of all trials
+    metric: str  # to minimize: a validation's tag in `metrics.csv` and `summary.json`
+    n_trials: int  # total number, whatever their results
+    warmup: int | None  # the step before which no trial is stopped; None to stop none
+    seed: int  # the sampler's
+    config_dir: Path | None = None  # a folder with more configs, absolute
+    command: Sequence[str] = ()  # for `sweep.json`
+
+    def __post_init__(self) -> None:
+        self.study = _open_study(self.folder, warmup=self.warmup, seed=self.seed)
+        ranges = {key: shown(domain) for key, domain in self.space.items()}
+        definition = {"space": ranges, "fixed": self.fixed, "metric": self.metric}
         stored = self.study.user_attrs.get("search", definition)
         if not any(trial.state.is_finished() for trial in self.study.trials):
-            stored = {**stored, "metric": metric}  # a misspelled one may be mended
+            stored = {**stored, "metric": self.metric}  # a misspelled one may be mended
         if stored != definition:
             raise UserError(
-                f"{folder} holds another search ({json.dumps(stored)}): give this one its own "
+                f"{self.folder} holds another search ({json.dumps(stored)}): give this one its own "
                 "folder."
             )
         self.study.set_user_attr("search", definition)
-        self._plan = SweepPlan(folder)
+        self._plan = SweepPlan(self.folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
         self._pruned: set[Path] = set()
         self._metric_logged = False  # whether a validation has logged the metric
@@ -118,8 +107,7 @@ class Search:
         self._newest_steps[job.folder] = newest[0]
         trial = self._trials[job.folder][0]
         reported = self.study.trials[trial.number].intermediate_values
-        rows = [row for row in read_metrics(file) if LOSS in row]
-        for row in rows:
+        for row in (row for row in read_metrics(file) if LOSS in row):
             step, value = int(row["step"]), row.get(self.metric, math.nan)
             if step in reported or not math.isfinite(value):
                 continue
@@ -178,9 +166,8 @@ class Search:
             self._trials[folder].append(trial)
             return
         finished = (other for other in self.study.trials if other.state.is_finished())
-        twins = (other for other in finished if other.user_attrs.get("folder") == planned.folder)
-        twin = next(twins, None)
-        if twin is not None:
+        by_folder = {other.user_attrs.get("folder"): other for other in finished}
+        if twin := by_folder.get(planned.folder):
             # A pruned trial's value is its last one in training, which only a new trial reports.
             value = twin.value if twin.state == TrialState.COMPLETE else None
             self.study.tell(trial, value, state=twin.state)
@@ -190,7 +177,7 @@ class Search:
         labels = [
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items()
         ]
-        job, _ = _job(folder, overrides, labels, config_dir=self._config_dir)
+        job, _ = _job(folder, overrides, labels, config_dir=self.config_dir)
         yield replace(job, overrides=planned.overrides)
 
 
@@ -297,7 +284,7 @@ def main(
             checked, steps = check(folder, space, fixed, config_dir=config_dir)
             pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
-                folder,
+                folder=folder,
                 space=space,
                 fixed=fixed,
                 metric=args.metric,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import UserError
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 _QUERY_SECONDS = 15.0  # the queue is shared
 
 
+@dataclass
 class SlurmRun:
-    """A Slurm job's work on each of its machines: a run, with some threads for each of its
-    processes. submitit stores it in a file, and again when the job is requeued."""
+    """A Slurm job's work on each of its machines. submitit stores it in a file, and again when the
+    job is requeued."""
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self.job, self.threads = job, threads
+    job: Job
+    threads: int  # of each of its processes
 
     def __call__(self) -> None:
         number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", "?"))

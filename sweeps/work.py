@@ -26,7 +26,7 @@ from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
 from sweeps.display import Lines
-from sweeps.interrupts import exit_if_interrupted, interrupts
+from sweeps.interrupts import continued_by, interrupts
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
 from sweeps.machine import MemoryUse
 from sweeps.plan import TRAIN, PlannedJob, SweepPlan, must_run, varied_labels
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
-            with exit_if_interrupted("Unfinished jobs are free for other workers."):
+            with continued_by("Unfinished jobs are free for other workers."):
                 work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
         finally:
             leases.release_all()

@@ -23,10 +23,11 @@ class SweepLauncher(Launcher):
     """
 
     composes = True  # before the first job starts, so the sweeper need not
+    config: DictConfig  # the sweep's own
+    hydra_context: HydraContext  # composes the jobs' configs
 
     def __init__(self, module: str | None, dry_run: bool = False, **settings: Any) -> None:
         self.module, self.dry_run, self.settings = module, dry_run, settings
-        self.config: DictConfig | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -38,12 +39,11 @@ class SweepLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         from sweeps.launch import launch
 
-        assert self.config is not None
         return launch(
             self.module,
             self.settings,
             config=self.config,
-            hydra_context=self.hydra_context,
+            loader=self.hydra_context.config_loader,
             batch=job_overrides,
             dry_run=self.dry_run,
         )

@@ -29,7 +29,7 @@ from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import Pending, costs, listing, pending_of, planned
 from sweeps.claims.jobs import require_equal_steps
-from sweeps.claims.pages import block, write_pages
+from sweeps.claims.pages import answers, pairs_of, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import (
@@ -210,7 +210,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    text = block(args.root, args.claims, **args.read_options)
+    text = answers(pairs_of(args.root, args.claims, **args.read_options), args.root)
     if not text.strip():
         raise UserError(
             f"No claim in {args.claims} that answers one of the three questions has a result in "

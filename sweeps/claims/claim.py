@@ -78,7 +78,7 @@ class ClaimPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is run: the part of a claim that differs between CPU and GPU."""
+    """The size of a claim's runs: the part that differs between CPU and GPU."""
 
     # Overrides of every arm, instead of the claim's; None for the claim's.
     shared: tuple[str, ...] | None = None
@@ -150,7 +150,7 @@ class Claim:
 
     @property
     def measures(self) -> list[ClaimMeasure]:
-        """What the predictions read from runs, in their order, without repetition."""
+        """The values that the predictions read from runs, in their order, without repetition."""
         return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))
 
 

@@ -26,7 +26,6 @@ FEW, NOISE, UNCORRECTED = (
     "the threshold is within the noise",
     "not beyond noise by Holm's correction",
 )
-_PENDING = "a run of the plain curve is not finished"
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
 # The largest relative difference of two arms in the resource that they should spend alike.
@@ -92,13 +91,13 @@ def _values(arms: Arms, arm: str, measure: ClaimMeasure) -> dict[int, float]:
     return {s: math.log(gain) for s, gain in gains.items() if isinstance(gain, float)}
 
 
-def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | str:
+def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | str | None:
     """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
-    has none."""
+    has none; None if one of them is not finished."""
     names = (arm, *measure.curve_of(arm))
     costs = [cost for name in names if (cost := _spent(arms[name].get(seed), measure))]
     if len(costs) < len(names):
-        return _PENDING
+        return None
     arm_cost, *plain = costs
     gain = gain_over(plain, arm_cost)
     if isinstance(gain, str):
@@ -139,11 +138,12 @@ def boundary(side: str, by: float, effect: float) -> float:
 
 
 def _test(prediction: ClaimPrediction, arms: Arms) -> Finding:
-    """The test of a prediction, not yet decided; without numbers if an arm has no finished seed. A
-    mean of gains leaves out no seed, because a seed beyond the curve would be the best or the
-    worst. ``why`` says if all seeds have the same difference, which has no noise to test."""
+    """The test of a prediction, not yet decided; without numbers if an arm has no finished seed.
+    ``why`` says if all seeds have the same difference, which has no noise to test."""
     measure, against = prediction.measure, prediction.against
-    if any(_without_gain(arms, name, measure) for name in _names(prediction)):
+    runs = [(name, seed) for name in _names(prediction) for seed in arms[name]]
+    if measure.is_ratio and any(isinstance(gain_of(arms, *run, measure), str) for run in runs):
+        # A seed beyond the curve would be the best or the worst, so a mean without it is biased.
         return Finding(prediction=prediction)
     if measure.solved is None:
         values = _values(arms, prediction.arm, measure)
@@ -197,13 +197,6 @@ def _names(prediction: ClaimPrediction) -> list[str]:
     return [name for name in (prediction.arm, prediction.against) if name is not None]
 
 
-def _without_gain(arms: Arms, name: str, measure: ClaimMeasure) -> bool:
-    """Whether a finished run has no gain, and its plain curve is finished, too."""
-    done = [seed for seed, run in arms[name].items() if run.done] if measure.is_ratio else []
-    gains = [gain_of(arms, name, seed, measure) for seed in done]
-    return any(isinstance(gain, str) and gain != _PENDING for gain in gains)
-
-
 def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     """A reason against any verdict that does not depend on the effect; empty without one."""
     measure = test.prediction.measure
@@ -215,8 +208,9 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
             if run.done and measure.key not in run.values:
                 return f"{name} has no {measure.tag} at seed {seed}"
             gain = gain_of(arms, name, seed, measure) if run.done and measure.is_ratio else 1.0
-            if isinstance(gain, str):
-                return f"{name} at seed {seed}: {gain}"
+            if not isinstance(gain, float):
+                why = gain or "a run of the plain curve is not finished"
+                return f"{name} at seed {seed}: {why}"
     if test.test is None:
         return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
     if test.n < claim.scale.minimum:

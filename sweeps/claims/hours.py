@@ -96,7 +96,7 @@ def pending_of(
 
 @dataclass(frozen=True)
 class _Pace:
-    """How fast the finished runs were: those of this machine, or all if none has finished here."""
+    """The speed of the finished runs: those of this machine, or all if none has finished here."""
 
     machine: str | None  # whose runs count; None for any machine
     rate: float | None  # median FLOPs per second; None if unknown

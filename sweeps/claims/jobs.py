@@ -6,7 +6,6 @@ digest leaves out settings that do not change what is computed.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,15 @@ from typing import Any
 from omegaconf import open_dict
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import LATER, affects_training, flatten, is_plain, key_of, lies_in
+from mtp_lightning.run.config import (
+    LATER,
+    affects_training,
+    flatten,
+    is_plain,
+    key_of,
+    lies_in,
+    values_by_key,
+)
 from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import job_of
@@ -55,12 +62,11 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     Raises:
         UserError: an arm does not compose, or branches from one that is not listed before it.
     """
-    arms = [_Arm(claim, arm) for arm in claim.arms]
     all_jobs: list[ClaimJob] = []
     for seed in seeds:
         seed_jobs: dict[str, ClaimJob] = {}
-        for arm in arms:
-            seed_jobs[arm.name] = arm.job(seed, runs, seed_jobs)
+        for arm in claim.arms:
+            seed_jobs[arm] = _job(claim, arm, seed, runs, earlier=seed_jobs)
         all_jobs += seed_jobs.values()
     return all_jobs
 
@@ -102,60 +108,45 @@ def branch_step(overrides: Iterable[str]) -> int | None:
     return int(steps[-1]) if steps and steps[-1].isdecimal() else None
 
 
-class _Arm:
-    """An arm's config, composed once for all seeds."""
-
-    def __init__(self, claim: Claim, arm: str) -> None:
-        self.name = arm
-        overrides = claim.overrides(arm)
-        values = [(key_of(o), o.partition("=")[2]) for o in overrides]
-        # A value of init_from that is not an arm's name is a path.
-        links = [
-            (key, value)
-            for key, value in values
-            if key == _BRANCH or (key == _START and value in claim.arms)
-        ]
-        self._key, value = links[-1] if links else ("", "")
-        self._parent, _, self._step = (
-            value.rpartition("@") if self._key == _BRANCH else (value, "", "")
-        )
-        if links and self._parent not in list(claim.arms)[: list(claim.arms).index(arm)]:
-            expected = "an optimizer step, as in long@600" if self._key == _BRANCH else "no step"
+def _job(
+    claim: Claim, arm: str, seed: int, runs: Path, *, earlier: Mapping[str, ClaimJob]
+) -> ClaimJob:
+    """An arm at a seed; ``earlier`` has the same seed's jobs of the arms that are listed before."""
+    overrides = (*claim.overrides(arm), *_FIXED[claim.setting])
+    link: tuple[str, ...] = ()
+    parent: str | None = None
+    values = values_by_key(overrides)
+    # A value of init_from that is not an arm's name is a path.
+    key = _BRANCH if _BRANCH in values else _START if values.get(_START) in claim.arms else None
+    if key is not None:
+        value = values[key]
+        named = value.rpartition("@")[0] if key == _BRANCH else value
+        if named not in earlier:
+            expected = "an optimizer step, as in long@600" if key == _BRANCH else "no step"
             raise UserError(
-                f"The arm {arm} of the claim {claim.name} has {self._key}={value}: name an "
-                f"arm that is listed before it and {expected}."
+                f"The arm {arm} of the claim {claim.name} has {key}={value}: name an arm that is "
+                f"listed before it and {expected}."
             )
-        other_overrides = tuple(o for o in overrides if key_of(o) != self._key)
-        self._overrides = (*other_overrides, *_FIXED[claim.setting])
-        self._config_dir = claim.config_dir
-        try:
-            self._composed = compose_run(self._overrides, self._config_dir)
-        except ValueError as error:
-            raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
-
-    def job(self, seed: int, runs: Path, earlier: Mapping[str, ClaimJob]) -> ClaimJob:
-        """This arm at a seed; ``earlier`` has the same seed's jobs of earlier arms."""
-        composed = copy.deepcopy(self._composed)
-        link: tuple[str, ...] = ()
-        parent = None
+        parent = earlier[named].name
+        value = parent + value.removeprefix(named)
+        link = (f"{key}={runs / value}",)
+        overrides = tuple(o for o in overrides if key_of(o) != key)
+    try:
+        composed = compose_run((*overrides, f"seed={seed}"), claim.config_dir)
+    except ValueError as error:
+        raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
+    if key is not None:
         with open_dict(composed):
-            composed.seed = seed
-            if self._parent:
-                parent = earlier[self._parent].name
-                suffix = f"@{self._step}" if self._step else ""
-                link = (f"{self._key}={runs / parent}{suffix}",)
-                # The digest does not depend on where the folder of runs is.
-                composed[self._key] = f"{parent}{suffix}"
-        settled = settle(composed, runs / "run")
-        config_dir = self._config_dir
-        job = job_of(
-            settled,
-            runs / _folder(settled, seed),
-            (*self._overrides, *link, f"seed={seed}"),
-            labels=(self.name, f"seed={seed}"),
-            config_dir=config_dir,
-        )
-        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent, config_dir=config_dir)
+            composed[key] = value  # the digest does not depend on where the folder of runs is
+    settled = settle(composed, runs / "run")
+    job = job_of(
+        settled,
+        runs / _folder(settled, seed),
+        (*overrides, *link, f"seed={seed}"),
+        labels=(arm, f"seed={seed}"),
+        config_dir=claim.config_dir,
+    )
+    return ClaimJob(**vars(job), arm=arm, seed=seed, parent=parent, config_dir=claim.config_dir)
 
 
 def _folder(settled: dict[str, Any], seed: int) -> str:

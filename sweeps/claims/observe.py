@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, ClaimMeasure, Stored
-from sweeps.claims.weights import digest_of, last_weights
 from sweeps.report.compare import wait_of
 from sweeps.report.read import RunRecord, read_run
 from sweeps.report.statistics import Wait
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TAG = "train/loss_depth_0"  # the loss of the curves
 # Points of a curve: each is the mean of the steps logged in one of as many equal parts of a run.
@@ -37,7 +42,7 @@ class ArmRun:
     # FLOPs.
     curve: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None  # fingerprint of the evaluated text
-    # Digest of the final weights (`weights.py`), where a task is to be solved and they are kept.
+    # Digest of the final weights (`digest_of`), where a task is to be solved and they are kept.
     weights: str | None = None
     commit: str | None = None  # the code's
     machine: str | None = None  # as the run describes it
@@ -143,3 +148,26 @@ def curve_of(run: RunRecord) -> list[tuple[float, float]]:
     return [
         ((i + 0.5) / POINTS * flops, math.fsum(part) / len(part)) for i, part in enumerate(parts)
     ]
+
+
+def last_weights(run: Path) -> dict[str, Tensor] | None:
+    """The final weights in a run's folder, by the model's own names; None if they are not kept."""
+    from mtp_lightning.run.checkpoints import intact
+    from mtp_lightning.run.loading import model_weights, read_checkpoint
+
+    file = run / CHECKPOINTS / LAST
+    if not file.is_file() or not intact(file):
+        return None
+    _, checkpoint = read_checkpoint(file, needs=("state_dict",))
+    return {name: tensor.contiguous() for name, tensor in model_weights(checkpoint).items()}
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and numbers of weights."""
+    import torch
+
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()

@@ -23,9 +23,8 @@ from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
-from sweeps.report import require_packages
+from sweeps.report import environment, require_packages
 from sweeps.report.names import name_of
-from sweeps.report.templates import environment
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
 READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
@@ -71,7 +70,7 @@ def write_pages(root: Path, claims: Path = FOLDER, **options: Any) -> list[Path]
 
 def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
-    pairs = _pairs(root, claims, **options)
+    pairs = pairs_of(root, claims, **options)
     texts = {root / "docs" / "results.md": _render("results.jinja", _results(pairs))}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
@@ -79,15 +78,9 @@ def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def block(root: Path, claims: Path = FOLDER, **options: Any) -> str:
-    """The answers to the three questions, as README.md has them; arguments and errors as in
-    :func:`write_pages`."""
-    return answers(_pairs(root, claims, **options), root)
-
-
 def answers(pairs: Sequence[Pair], root: Path) -> str:
-    """What a module is worth, whether it teaches to plan, and how much faster a real model decodes,
-    in Markdown, with links that work in README.md."""
+    """The answers to the three questions, as README.md has them: what a module is worth, whether it
+    teaches to plan, and how much faster a real model decodes."""
     return _render("questions.jinja", _answers(pairs, root))
 
 
@@ -96,7 +89,9 @@ def part(pairs: Sequence[Pair], name: str, root: Path) -> str:
     return _render(READMES[name], {**_answers(pairs, root), **_counts(pairs)})
 
 
-def _pairs(root: Path, claims: Path, **options: Any) -> list[Pair]:
+def pairs_of(root: Path, claims: Path = FOLDER, **options: Any) -> list[Pair]:
+    """All claims at all scales with their results; arguments and errors as in
+    :func:`write_pages`."""
     require_packages("a page of claims")
     loaded = [read_claim(name, claims, **options) for name in names(claims)]
     scaled_claims = [scale for claim in loaded for scale in claim.scales]
@@ -109,7 +104,7 @@ def _by_name(pairs: Sequence[Pair]) -> dict[str, Pair]:
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
     templates = environment("sweeps.claims")
-    templates.filters["plain"] = lambda text: plain(str(text))
+    templates.filters["plain"] = plain
     text = templates.get_template(template).render(words=words, counted=counted, **facts)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

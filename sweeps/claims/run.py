@@ -44,7 +44,7 @@ def run(
         UserError: a prediction was changed after its runs began, an arm does not compose, its
             config differs from that of its earlier runs, or a result is damaged.
         BlockingIOError: another process runs claims in this folder.
-        SystemExit: Ctrl-C or SIGTERM; the jobs have saved and ended.
+        Stopped: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     if n_jobs < 1:
         raise UserError(f"--jobs {n_jobs}: give a whole number of at least 1.")

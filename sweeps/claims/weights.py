@@ -1,43 +1,13 @@
-"""The final weights of runs, their digests, and their files."""
+"""Writes the final weights of runs."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sweeps.claims.observe import ArmRun
-
-
-def last_weights(run: Path) -> dict[str, Tensor] | None:
-    """The final weights in a run's folder, by the model's own names; None if they are not kept."""
-    from mtp_lightning.run.checkpoints import intact
-    from mtp_lightning.run.loading import model_weights, read_checkpoint
-
-    file = run / CHECKPOINTS / LAST
-    if not file.is_file() or not intact(file):
-        return None
-    _, checkpoint = read_checkpoint(file, needs=("state_dict",))
-    return {name: tensor.contiguous() for name, tensor in model_weights(checkpoint).items()}
-
-
-def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and numbers of weights."""
-    import torch
-
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
+from sweeps.claims.observe import ArmRun, digest_of, last_weights
 
 
 def write_weights(

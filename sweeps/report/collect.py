@@ -46,7 +46,7 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
         key = json.dumps(_computed(config), sort_keys=True, default=str)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
     settings = list(groups.values())
-    settings = _apart(settings, DATA, lambda run: str(run.fact("data", "fingerprint")), _data_name)
+    settings = _apart(settings, DATA, _data, lambda run: _data(run)[:8])
     settings = _apart(settings, TEXT, lambda run: run.text.same, lambda run: run.text.short)
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     varied = _name(settings, [key for sweep in sweeps for key in sweep.varied])
@@ -114,9 +114,8 @@ def _apart(
     return parts
 
 
-def _data_name(run: RunRecord) -> str:
-    digest = run.fact("data", "fingerprint")
-    return "unknown" if digest is None else str(digest)[:8]
+def _data(run: RunRecord) -> str:
+    return str(run.fact("data", "fingerprint") or "unknown")
 
 
 def _drop_repeats(setting: Setting) -> list[RunRecord]:

@@ -183,7 +183,7 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
 
 
 def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
-    """What the runs of a setting spent and reached, by seed."""
+    """The compute and the final loss of a setting's runs, by seed."""
     spent = {}
     for run in setting.done:
         flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mtp_lightning.errors import counted
-from sweeps.report import metrics
+from sweeps.report import environment, metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
@@ -17,7 +17,6 @@ from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, spread
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
-from sweeps.report.templates import environment
 
 # The names that the templates use.
 _WORDS = {
@@ -84,7 +83,9 @@ def _sentences(template: str, **facts: Any) -> list[str]:
 def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict[str, Any]:
     """The facts about the settings of one text."""
     level, metric = settings.level, settings.headline
-    facts: dict[str, Any] = {"where": _where(group) if named else "", "top": None, "median": None}
+    text = group[0].text if named else None
+    where = f"Of those on evaluation data {text.short}: " if text else ""
+    facts: dict[str, Any] = {"where": where, "top": None, "median": None}
     facts["ranked"] = _ranked(group, metric.tag)
     facts["error"] = (
         error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
@@ -106,10 +107,6 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
             labels = [label for median, label in medians if median == step]
             facts["median"] = {"step": step, "labels": labels, "several": len(medians) > 1}
     return facts
-
-
-def _where(group: Sequence[Setting]) -> str:
-    return f"Of those on evaluation data {group[0].text.short}: " if group[0].text else ""
 
 
 def _share(share: Share) -> str:

@@ -68,8 +68,9 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     suffice, it is the arm's own name. A class (``mtp._target_``) replaces its group's choice."""
     by_arm = {arm: values_by_key(values) for arm, values in arms.items()}
     for values in by_arm.values():
-        classes = [key for key in values if key.endswith("._target_")]
-        values |= {k.removesuffix("._target_"): _class(values[k]) for k in classes}
+        for key in [key for key in values if key.endswith("._target_")]:
+            class_name = values[key].rpartition(".")[2]  # GatedConfig of my_ideas.heads
+            values[key.removesuffix("._target_")] = class_name.removesuffix("Config")
     keys = [key for key in _names("keys") if len({v.get(key) for v in by_arm.values()}) > 1]
     names = {}
     for arm, arm_values in by_arm.items():
@@ -87,11 +88,6 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
                 names[arm] = ", ".join(parts)
                 break
     return names
-
-
-def _class(target: str) -> str:
-    """``Gated`` for ``my_ideas.heads.GatedConfig``."""
-    return target.rpartition(".")[2].removesuffix("Config")
 
 
 def joined(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.run.config import PLACES, lies_in
-from sweeps.report import tables
+from sweeps.report import environment, tables
 from sweeps.report.comparable import contexts, note_on_depths, refusal, text_errors
 from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.drawing import Drawing, as_inline
@@ -27,7 +27,6 @@ from sweeps.report.metrics import TABLE
 from sweeps.report.names import joined, question
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.settings import Settings, is_number, show
-from sweeps.report.templates import environment
 
 FIGURES = "figures"
 

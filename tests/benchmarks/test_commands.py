@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, llama_cpp, overhead, peers, rounds, runs, serve
+from benchmarks import gpu, harness, llama_cpp, overhead, peers, rounds, runs, serve
 from data_modules.tokenizers import ByteTokenizer
 from tests.decoding.models import small_model
 from tests.integration.helpers import train_here
@@ -43,7 +43,9 @@ def test_the_overhead_command_compares_a_run_with_a_bare_loop(output: list[str])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_parts_of_a_round_sum_to_it(temperature, tmp_path, output):
+def test_the_parts_of_a_round_sum_to_it(temperature, tmp_path, output, monkeypatch):
+    for name in (harness._CPU_TIME, "OMP_NUM_THREADS"):  # the command sets them
+        monkeypatch.setenv(name, "")
     stored = checkpoint_of(small_model(0, 2, vocab=257))
     stored |= {"tokenizer": ByteTokenizer().state(), "config": {"data": {"seq_len": 64}}}
     torch.save(stored, tmp_path / "run.ckpt")
@@ -111,7 +113,7 @@ def test_the_gpu_command_runs_on_a_cpu(output: list[str]) -> None:
 
 def test_training_steps_are_compared_with_the_best_peer() -> None:
     times = {"ours": [9.0, 1.0, 2.0], "transformers": [4.0, 5.0, 9.0], "litgpt": [3.0, 3.0, 0.1]}
-    facts = {"rss_peak": 3e6, "loss": 1.0, "parameters": 2}
+    facts = {"rss": 3e6, "loss": 1.0, "parameters": 2}
     row = peers.compare_steps(
         {n: [{"seconds": x, **facts} for x in own] for n, own in times.items()}
     )

@@ -88,13 +88,6 @@ def test_subfolders_of_a_run_are_not_runs(tmp_path: Path) -> None:
     assert [r.folder for r in read_sweep(tmp_path).runs] == [run]
 
 
-def test_a_run_with_matched_flops_is_done_after_its_own_steps(tmp_path: Path) -> None:
-    """compare.match=flops chooses the steps itself."""
-    matched = {"step": 17, "compare": {"match": "flops", "max_steps": 17}}
-    write_run(tmp_path / "run", {"compare.match": "flops"}, summary=matched)
-    assert run_states(tmp_path)["run"] == ("done", "")
-
-
 @pytest.mark.parametrize("value", [{LOSS: v} for v in (math.nan, math.inf, "1.1", None)] + [{}])
 def test_a_missing_number_is_a_gap_and_leaves_no_mean(tmp_path, value):
     """Runs write null, since JSON has no NaN; older runs have NaN."""
@@ -173,13 +166,6 @@ def test_booleans_of_the_plan_and_of_configs_are_one_setting(tmp_path: Path) -> 
         ("mtp.share_layers=false", "shared: false", 2),
         ("mtp.share_layers=true", "one for all depths", 2),
     ]
-
-
-def test_a_running_job_that_writes_nothing_is_suspected(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", status={"state": "running"}, done=False)
-    for file in folder.iterdir():
-        os.utime(file, (time.time() - 3600,) * 2)
-    assert run_states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
 
 
 def test_a_running_job_whose_process_is_gone_is_interrupted(tmp_path, capsys):

@@ -108,13 +108,6 @@ def test_a_grid_is_compared_with_plain_training_which_has_no_lambda(tmp_path: Pa
         references(settings, "mtp.depth=7")
 
 
-def test_a_grid_with_one_plain_run_is_compared_with_it(tmp_path: Path) -> None:
-    write_run(tmp_path / "plain", {"mtp.depth": 0, "mtp_lambda": 0.3})
-    for weight in (0.1, 0.3):
-        write_run(tmp_path / f"{weight}", {"mtp_lambda": weight})
-    assert {r.label for r in references(settings_of(tmp_path))} == {"mtp.depth=0"}
-
-
 def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) -> None:
     for width in (32, 64):
         write_run(tmp_path / f"plain{width}", {"mtp.depth": 0, "model.d_model": width})

@@ -119,7 +119,7 @@ def test_a_metric_that_no_validation_logs_stops_the_search(folder, capsys, metri
 
 def test_watching_reads_only_the_new_rows_of_metrics(tmp_path, monkeypatch):
     options: dict[str, Any] = {"space": {}, "fixed": [], "n_trials": 1, "warmup": None, "seed": 0}
-    search = search_module.Search(tmp_path, metric="val/excess_loss", **options)
+    search = search_module.Search(folder=tmp_path, metric="val/excess_loss", **options)
     job: Any = SimpleNamespace(folder=tmp_path / "job")
     trial = search.study.ask()
     search._trials[job.folder] = [trial]

@@ -67,7 +67,7 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
 def test_without_results_there_is_no_answer(tmp_path, capsys):
     assert answers([(claim_of(tmp_path), None)], tmp_path) == ""
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sweeps.claims.__main__.block", lambda *_, **_options: "\n")
+        patch.setattr("sweeps.claims.__main__.answers", lambda *_: "\n")
         main(["questions", "--root", str(tmp_path)])
     assert "answers one of the three questions has a result" in capsys.readouterr().err
 

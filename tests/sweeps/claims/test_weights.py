@@ -12,8 +12,8 @@ import torch
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from sweeps.claims.jobs import jobs
-from sweeps.claims.observe import ArmRun
-from sweeps.claims.weights import digest_of, last_weights, write_weights
+from sweeps.claims.observe import ArmRun, digest_of, last_weights
+from sweeps.claims.weights import write_weights
 from tests.sweeps.claims.fixture_claims import claim_of
 
 STATE = {
