@@ -42,9 +42,9 @@ class CPUWeightPacker:
     """The :class:`~mtp_lightning.opening.WeightPacker` of a model on a CPU: of the matrices that
     are only multiplied by rows, and of the embedding."""
 
-    def __init__(self, model: MTPModel, path: Path | None) -> None:
+    def __init__(self, model: MTPModel, path: Path | None, rounding: str) -> None:
         self._embedding = model.trunk.embedding
-        self._folder = None if path is None else _folder(path)
+        self._folder = None if path is None else _folder(path, rounding)
         layers = list(model.modules())
         matrices = [m for x in layers if type(x) is Block for m in dense_matrices(x)]
         matrices += [x.eh_proj.weight for x in layers if type(x) is SequentialModule]
@@ -53,9 +53,11 @@ class CPUWeightPacker:
         self._weights = {n: w for n, w in model.named_parameters() if id(w) in ids}
 
     @classmethod
-    def of(cls, model: MTPModel, path: Path | None = None) -> CPUWeightPacker | None:
+    def of(
+        cls, model: MTPModel, path: Path | None = None, rounding: str = ""
+    ) -> CPUWeightPacker | None:
         """``packer_for`` of ``decoding/fused.py``."""
-        return None if native.library is None else cls(model, path)
+        return None if native.library is None else cls(model, path, rounding)
 
     def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is w for w in self._weights.values()):
@@ -98,9 +100,10 @@ class CPUWeightPacker:
             vars(self._embedding)["forward"] = packed.rows
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, rounding: str) -> Path:
     """The cache folder for the packed weights of a file or folder in its present state."""
-    return cache_folder() / "packed" / cache_key(path, f"{native.code()[0]} {native.version()}")
+    kind = "_".join(["packed", *rounding.split()])
+    return cache_folder() / kind / cache_key(path, f"{native.code()[0]} {native.version()}")
 
 
 def _nothing(folder: Path) -> None:

@@ -75,7 +75,7 @@ class DecodingCode:
 
     passes: Callable[[MTPModel], FusedPasses]
     rounded_weights_need: Callable[[], str | None]
-    packer_for: Callable[[MTPModel, Path | None], WeightPacker | None]
+    packer_for: Callable[[MTPModel, Path | None, str], WeightPacker | None]
     multiply_integers: Callable[[MTPModel], str | None]
     version: str
 
@@ -119,16 +119,19 @@ def multiply_integers(model: MTPModel) -> str | None:
     return code.multiply_integers(model)
 
 
-def packer_for(model: MTPModel, path: Path | None = None) -> WeightPacker | None:
+def packer_for(
+    model: MTPModel, path: Path | None = None, rounding: str = ""
+) -> WeightPacker | None:
     """The packer of a model's weights; None if no part has code for it.
 
     Args:
         model: without numbers yet, or with those that are to be kept.
         path: the file or folder that its weights are read from, for :meth:`WeightPacker.restore`;
             None for a model with other numbers.
+        rounding: how its numbers are rounded before they are packed, in words.
     """
     code = _code(model.head.weight.device.type)
-    return None if code is None else code.packer_for(model, path)
+    return None if code is None else code.packer_for(model, path, rounding)
 
 
 @contextmanager

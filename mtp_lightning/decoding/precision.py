@@ -9,20 +9,29 @@ those of a quantized GGUF file are still read in the file's bits (``cpu/packed.p
 ``activations=int8`` multiplies such blocks of 4 or 8 bits as integers, as llama.cpp does: the
 activations that meet a block are rounded to 8 bits and a scale. It is another arithmetic of the
 same weights, again the same for drafts and plain decoding.
+
+``head_precision`` is that of the MTP modules alone, which changes drafts and no greedy text.
+``auto`` reads them in int8 where a CPU decodes from packed weights: a draft then costs less, and is
+accepted as often.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.fused import multiply_integers, rounded_weights_need
+from mtp_lightning.decoding.fused import multiply_integers, packer_for, rounded_weights_need
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.weight_scales import WeightScales
+from mtp_lightning.opening import WeightPacker
 from mtp_lightning.settings import require_choice
+
+AUTO = "auto"
 
 
 def split(precision: str) -> tuple[str, str]:
@@ -47,7 +56,7 @@ def check_precision(
     """
     require_choice("activations", activations, ACTIVATIONS)
     settings = {"precision": precision, "activations": activations}
-    if heads is not None:
+    if heads not in (None, AUTO):
         settings["head_precision"] = heads
     for key, value in settings.items():
         if require_choice(key, value, PRECISIONS) == "fp32":
@@ -87,22 +96,58 @@ def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> 
             matrices to round.
     """
     check_precision(precision, heads)
-    if heads is not None and not any(p.dim() > 1 for p in model.mtp.parameters()):
-        raise UserError(
-            f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
-            "leave it out."
-        )
-    if {precision, heads} <= {"fp32", None}:
-        return
-    weight = model.head.weight
-    if not weight.is_cpu or weight.dtype != torch.float32:
-        setting = f"head_precision={heads}" if precision == "fp32" else f"precision={precision}"
-        raise _nothing_faster(setting, "an fp32 model on a CPU")
-    if heads is None:
-        round_weights(model, precision)
+    roundings = _roundings(model, precision, heads)
+    for weight in model.parameters():
+        _round(weight, roundings)
+
+
+def packer_after_rounding(
+    precision: str, heads: str | None
+) -> Callable[[MTPModel, Path | None], WeightPacker | None]:
+    """``packer_for`` of ``decoding/fused.py`` for a model whose weights :func:`use_precision` would
+    round: each is rounded when it is read, and then packed.
+
+    Args:
+        precision: of all matrices.
+        heads: of the MTP stack's own matrices instead; ``auto`` for int8 if the others are fp32 or
+            bf16, and None for ``precision``.
+
+    Raises:
+        UserError: as :func:`use_precision`, here and when the packer is made.
+    """
+    if heads == AUTO:
+        rounds = precision in ("fp32", "bf16") and rounded_weights_need() is None
+        settled = "int8" if rounds else None
     else:
-        round_weights(model, precision, but=model.mtp)
-        round_weights(model.mtp, heads)
+        settled = heads
+    check_precision(precision, settled)
+
+    def packer(model: MTPModel, path: Path | None = None) -> WeightPacker | None:
+        has_matrices = any(p.dim() > 1 for p in model.mtp.parameters())
+        fits = has_matrices and model.head.weight.dtype == torch.float32
+        own = settled if fits or heads != AUTO else None
+        roundings = _roundings(model, precision, own)
+        words = f"{precision} {own}" if roundings else ""
+        inner = packer_for(model, path, words)
+        return _AfterRounding(inner, roundings) if inner is not None and roundings else inner
+
+    return packer
+
+
+class _AfterRounding:
+    """Rounds weights before a packer packs them."""
+
+    def __init__(self, packer: WeightPacker, roundings: _Roundings) -> None:
+        self._packer, self._roundings = packer, roundings
+
+    def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
+        self._packer.pack(weight, None if _round(weight, self._roundings) else scales)
+
+    def restore(self) -> frozenset[str]:
+        return self._packer.restore()
+
+    def remember(self) -> None:
+        self._packer.remember()
 
 
 def _nothing_faster(setting: str, missing: str) -> UserError:
@@ -112,10 +157,52 @@ def _nothing_faster(setting: str, missing: str) -> UserError:
     )
 
 
+def _roundings(model: MTPModel, precision: str, heads: str | None) -> _Roundings:
+    """The rounding of each weight that is rounded, by its id.
+
+    Raises:
+        UserError: as :func:`use_precision`.
+    """
+    own = [] if heads is None else [p for p in model.mtp.parameters() if p.dim() > 1]
+    if heads is not None and not own:
+        raise UserError(
+            f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
+            "leave it out."
+        )
+    roundings = _roundings_of(model, precision)
+    if heads is not None:
+        of_heads = _roundings_of(model.mtp, heads)
+        roundings = {i: f for i, f in roundings.items() if i not in set(map(id, own))} | of_heads
+    weight = model.head.weight
+    if roundings and (weight.device.type not in ("cpu", "meta") or weight.dtype != torch.float32):
+        setting = f"head_precision={heads}" if precision == "fp32" else f"precision={precision}"
+        raise _nothing_faster(setting, "an fp32 model on a CPU")
+    return roundings
+
+
+def _roundings_of(model: nn.Module, precision: str) -> _Roundings:
+    if precision == "fp32":
+        return {}
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    roundings = {id(matrix): _ROUNDED[precision] for matrix in matrices}
+    if precision == "int4":
+        looked_up = [m.weight for m in model.modules() if isinstance(m, Head | nn.Embedding)]
+        roundings |= {id(weight): _ROUNDED["int8"] for weight in looked_up}
+    return roundings
+
+
 @torch.no_grad()
-def round_weights(model: nn.Module, precision: str, *, but: nn.Module | None = None) -> None:
-    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged,
-    and so do the parameters of ``but``. In fp32 nothing changes.
+def _round(weight: Tensor, roundings: _Roundings) -> bool:
+    """Round a weight in place, if it is one of those; returns whether it is."""
+    rounding = roundings.get(id(weight))
+    if rounding is not None:
+        weight.copy_(rounding(weight))
+    return rounding is not None
+
+
+def round_weights(model: nn.Module, precision: str) -> None:
+    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged. In
+    fp32 nothing changes.
 
     In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
     absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
@@ -126,14 +213,9 @@ def round_weights(model: nn.Module, precision: str, *, but: nn.Module | None = N
     and the head keep 8 bits: they are rounded to int8, and so are matrices whose inputs are not a
     multiple of 32.
     """
-    if precision == "fp32":
-        return
-    eight_bit = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
-    excluded = {id(parameter) for parameter in but.parameters()} if but is not None else set()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and id(parameter) not in excluded:
-            in_bytes = precision == "int4" and id(parameter) in eight_bit
-            parameter.copy_(_ROUNDED["int8" if in_bytes else precision](parameter))
+    roundings = _roundings_of(model, precision)
+    for weight in model.parameters():
+        _round(weight, roundings)
 
 
 def _rounded_to_bytes(weight: Tensor) -> Tensor:
@@ -157,6 +239,7 @@ def _rounded_to_blocks(weight: Tensor) -> Tensor:
 
 # Inputs that share a step and an offset in int4.
 _BLOCK = 32
+_Roundings = dict[int, Callable[[Tensor], Tensor]]
 _ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": Tensor.bfloat16,
     "int8": _rounded_to_bytes,

@@ -14,11 +14,16 @@ from mtp_lightning.command_line import quote
 from mtp_lightning.command_line.check_config import require_prompts
 from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.decoding import Generation, generate
-from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
 from mtp_lightning.decoding.paying import with_measured_depth
-from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
+from mtp_lightning.decoding.precision import (
+    AUTO,
+    check_precision,
+    packer_after_rounding,
+    use_activations,
+    use_precision,
+)
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.text_stream import (
@@ -173,7 +178,7 @@ def open_for_decoding(
 
     Args:
         path: see :func:`~mtp_lightning.opening.open_model`, as ``device`` and ``allow``.
-        precision: see :func:`~mtp_lightning.decoding.precision.use_precision`, as
+        precision: see :func:`~mtp_lightning.decoding.precision.packer_after_rounding`, as
             ``head_precision``.
         activations: see :func:`~mtp_lightning.decoding.precision.use_activations`.
         compile: whether compiled programs decode, which read a weight's own numbers.
@@ -182,15 +187,11 @@ def open_for_decoding(
         UserError: as those two.
         OSError: a file is missing.
     """
-    rounds = precision != "fp32" or head_precision not in ("fp32", None)
     packs = device == "cpu" and not compile
-    # A weight is rounded before it is packed, and so after the whole model is read.
-    pack_while_reading = packer_for if packs and not rounds else None
-    run = open_model(path, device=device, allow=allow, packer_for=pack_while_reading)
-    use_precision(run.model, precision, head_precision)
-    if packs and rounds and (packer := packer_for(run.model)) is not None:
-        for weight in run.model.parameters():
-            packer.pack(weight)
+    packer = packer_after_rounding(precision, head_precision) if packs else None
+    run = open_model(path, device=device, allow=allow, packer_for=packer)
+    if not packs:
+        use_precision(run.model, precision, None if head_precision == AUTO else head_precision)
     use_activations(run.model, activations)
     return run
 

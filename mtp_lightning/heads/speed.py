@@ -9,6 +9,7 @@ from pathlib import Path
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import description, with_measured_depth
+from mtp_lightning.decoding.precision import AUTO
 from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.runtime import pick_accelerator, set_threads
@@ -25,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with readable_errors():
         set_threads(None)
         device = pick_accelerator("auto")
-        opened = open_for_decoding(args.model, device=device, activations=args.activations)
+        opened = open_for_decoding(
+            args.model, device=device, head_precision=AUTO, activations=args.activations
+        )
         opened.model.mtp.require_drafts()
         options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
         # Device, threads and words are generate.py's, so that it finds the measurement.
-        setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}
+        setting = {"precision": "fp32", "head_precision": AUTO, "activations": args.activations}
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None
         write_json({"said": description(measured), **asdict(measured)}, args.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from mtp_lightning.experiment import generating
 from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import build_model
 from tests.decoding.models import small_model
 from tests.kernels import CAPABILITY, use_library
 
@@ -34,8 +36,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MTPModel]:
     defaults = {"precision": "fp32", "head_precision": None, "activations": "fp32"}
     defaults |= {"compile": False, "num_threads": 1, "accelerator": "cpu", "checkpoint": "x"}
 
-    def open_model(*args: Any, **options: Any) -> Any:
-        return SimpleNamespace(model=small_model(2, 1))
+    def open_model(*args: Any, packer_for: Any = None, **options: Any) -> Any:
+        model = small_model(2, 1)
+        if packer_for is not None:
+            packer = functools.partial(packer_for, path=None)
+            state = model.state_dict()
+            model = build_model(model.config, state, source="here", packer_for=packer)
+        return SimpleNamespace(model=model)
 
     def opened(**settings: Any) -> MTPModel:
         cfg = SimpleNamespace(**{**defaults, "allow": [], **settings})

@@ -19,7 +19,11 @@ from mtp_lightning.cpu import packed
 from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import packer_for
-from mtp_lightning.decoding.precision import round_weights, use_precision
+from mtp_lightning.decoding.precision import (
+    packer_after_rounding,
+    round_weights,
+    use_precision,
+)
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import build_model
@@ -200,6 +204,18 @@ def test_a_second_process_maps_the_packed_weights_of_the_first(cached, monkeypat
     opened()
     (new_folder,) = (tmp_path / "cache" / "packed").iterdir()
     assert new_folder != folder  # for the changed file; the old one is removed
+
+
+def test_each_rounding_has_packed_weights_of_its_own(cached, tmp_path):
+    model, path, _ = cached
+    numbers = {}
+    for rounding in [("fp32", None), ("fp32", "int8"), ("bf16", None)] * 2:
+        at_path = functools.partial(packer_after_rounding(*rounding), path=path)
+        light = build_model(model.config, model.state_dict(), source="x", packer_for=at_path)
+        read = [packed.numbers_of(weight) for weight in light.parameters()]
+        assert all(map(torch.equal, read, numbers.setdefault(rounding, read)))
+        assert len(list((tmp_path / "cache").glob("packed*/*"))) == len(numbers)
+    assert not all(map(torch.equal, *list(numbers.values())[:2]))
 
 
 @pytest.mark.parametrize("damage", ["bytes", "index", "shape", "shorter"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from mtp_lightning.cpu.packed import Kind, numbers_of, packed_copy
+from mtp_lightning.cpu.packed import Kind, is_kept, numbers_of, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import round_weights, use_precision
@@ -120,6 +120,29 @@ def test_head_precision_changes_only_the_modules_and_not_the_text(heads):
     prompts = random_prompts(6, (5, 9))
     texts = [ids_of(generate(m, prompts, max_new_tokens=NEW)) for m in (same, different)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("heads", [None, "fp32", "int8", "int4", "auto"])
+def test_weights_that_are_rounded_while_they_are_read_have_the_same_numbers(
+    precision, heads, opened
+):
+    expected = small_model(2, 1)
+    as_settled = {"auto": "int8" if precision in ("fp32", "bf16") else None}
+    use_precision(expected, precision, as_settled.get(heads, heads))
+    packed = opened(precision=precision, head_precision=heads)
+    assert sum(is_kept(p) for p in packed.mtp.parameters()) >= 5  # of the block, and eh_proj
+    for name, parameter in packed.named_parameters():
+        assert torch.equal(numbers_of(parameter), expected.get_parameter(name)), name
+
+
+def test_automatic_head_precision_changes_nothing_where_it_gains_nothing(opened, monkeypatch):
+    plain = small_model(2, 1)
+    for settings in ({"compile": True}, {"library": None}):
+        if "library" in settings:
+            use_library(monkeypatch, settings.pop("library"))
+        for name, parameter in opened(head_precision="auto", **settings).named_parameters():
+            assert torch.equal(parameter, plain.get_parameter(name))
 
 
 def test_unknown_precisions_and_those_of_missing_modules_are_refused():
