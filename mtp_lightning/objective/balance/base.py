@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model import ModelConfig
-from mtp_lightning.objective.balance.gradients import Scope, TaskGradients, require_trunk_gradients
 from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import require_whole
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import Scope, TaskGradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +101,6 @@ class Balance:
         """Learn from a step, after clipping and before the optimizer's update; returns values to
         log."""
         return {}
-
-    def check(self, config: ModelConfig) -> None:
-        """Refuse a model that the rule cannot work with.
-
-        Raises:
-            UserError: naming the reason.
-        """
-        if self.scope is not None:
-            require_trunk_gradients(config, setting=f"balance={self.name}")
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
         """The sets of MTP depths that a step may compute, each with its probability."""
