@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.objective.balance.gradients import Scope, TaskGradients
@@ -49,8 +49,11 @@ class Observed:
         return tasks_of(self.factors)
 
 
+@dataclass(eq=False)
 class Balance:
     """A balance rule. It gives the factors before a step and observes the step afterwards.
+
+    A rule is a dataclass of its settings, which the comments of its file in conf/balance limit.
 
     Args:
         depth: D.
@@ -62,6 +65,9 @@ class Balance:
         weighs_main: whether the rule changes the main prediction's factor.
         observes: whether :meth:`update` needs the step's losses. Reading them waits for a GPU.
         stored: the private attributes that checkpoints hold, without their underscore.
+
+    Raises:
+        UserError: a setting is not allowed.
     """
 
     name: ClassVar[str]
@@ -70,10 +76,12 @@ class Balance:
     observes: ClassVar[bool] = True
     stored: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
-        require_whole("balance.every_n_steps", every_n_steps, least=1)
-        self.depth = depth
-        self.every_n_steps = every_n_steps
+    depth: int
+    _: KW_ONLY
+    every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_settings(self, "balance")
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         """The factors [D + 1] of the losses in the next step, by default the schedule's; does not
