@@ -25,10 +25,11 @@ from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.last_block import read_text
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import Stored, StoredModel, load_weights, read_model
+from mtp_lightning.opening import read_model
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.loading import brought_trunk
 from mtp_lightning.stored import targets
+from mtp_lightning.weights import Stored, StoredModel, load_weights
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule

@@ -25,7 +25,7 @@ from mtp_lightning.stored import require_text
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
-    from mtp_lightning.opening import StoredModel
+    from mtp_lightning.weights import StoredModel
 
 log = logging.getLogger(__name__)
 

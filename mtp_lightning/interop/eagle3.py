@@ -29,8 +29,8 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import Stored
 from mtp_lightning.settings import is_whole
+from mtp_lightning.weights import Stored
 
 FOLDER, ARCHITECTURE = "draft", "LlamaForCausalLMEagle3"
 _CONFIG, _WEIGHTS, _OWN = "config.json", "model.safetensors", "mtp_lightning"

@@ -32,7 +32,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.opening import Stored, require_fitting
+from mtp_lightning.weights import Stored, require_fitting
 
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
 # Tables next to the weights in old checkpoints, which follow from the config.
