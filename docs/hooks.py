@@ -23,6 +23,7 @@ from mtp_lightning.command_line.conf_comments import Option, groups  # noqa: E40
 DOORS = (
     "mtp_lightning.notebook",
     "mtp_lightning.opening",
+    "mtp_lightning.weights",
     "mtp_lightning.decoding",
     "mtp_lightning.model",
     "mtp_lightning.mtp.config",

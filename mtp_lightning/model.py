@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
@@ -27,6 +26,9 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.own_head import OwnHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,9 +128,9 @@ def need(name: str, what: str) -> ModuleType:
     return importlib.import_module(PARTS[name].module)
 
 
-def reader(path: Path) -> Callable[..., Any]:
-    """The function that reads the model at a path: that of the part for this kind of path, or else
-    that for runs, which refuses other paths.
+def reader(path: Path) -> Callable[..., Any] | None:
+    """The function of a part that reads the model at a path; None for a path of no part's kind,
+    such as a run.
 
     Raises:
         UserError: the part is not installed.
@@ -139,7 +139,7 @@ def reader(path: Path) -> Callable[..., Any]:
         for kind, fits in part.formats.items():
             if fits(path):
                 return need(name, f"{path}, {kind},").read  # type: ignore[no-any-return]
-    return importlib.import_module("mtp_lightning.run.loading").read  # type: ignore[no-any-return]
+    return None
 
 
 def missing(name: str, what: str) -> str:

@@ -12,7 +12,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import routers_of
-from mtp_lightning.opening import StoredModel
+from mtp_lightning.weights import StoredModel
 
 # A tree of tokens, and its paths from the root.
 PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]

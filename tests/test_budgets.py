@@ -18,30 +18,30 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 9_045,
     "hydra_plugins": 68,
-    "mtp_lightning": 3_272,
+    "mtp_lightning": 3_294,
     "mtp_lightning/apps": 382,
-    "mtp_lightning/callbacks": 1_806,
+    "mtp_lightning/callbacks": 1_805,
     "mtp_lightning/certify": 1_095,
     "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_661,
-    "mtp_lightning/decoding": 4_908,
+    "mtp_lightning/decoding": 4_910,
     "mtp_lightning/distributed": 1_285,
-    "mtp_lightning/experiment": 2_919,
-    "mtp_lightning/heads": 921,
-    "mtp_lightning/interop": 5_109,
+    "mtp_lightning/experiment": 2_924,
+    "mtp_lightning/heads": 922,
+    "mtp_lightning/interop": 5_276,
     "mtp_lightning/loggers": 678,
-    "mtp_lightning/metrics": 1_035,
-    "mtp_lightning/mtp": 3_969,
-    "mtp_lightning/nn": 2_855,
+    "mtp_lightning/metrics": 1_017,
+    "mtp_lightning/mtp": 3_959,
+    "mtp_lightning/nn": 2_697,
     "mtp_lightning/notebook": 528,
-    "mtp_lightning/objective": 4_152,
+    "mtp_lightning/objective": 4_136,
     "mtp_lightning/optim": 418,
     "mtp_lightning/run": 1_407,
     "mtp_lightning/serving": 1_615,
     "sweeps": 9_922,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
-IMPORTS = {"train": (163, 21_480), "generate": (93, 12_610)}
+IMPORTS = {"train": (157, 21_080), "generate": (86, 12_400)}
 COUNT = """
 import atexit, json, runpy, sys
 

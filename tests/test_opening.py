@@ -10,9 +10,10 @@ import torch
 
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
-from mtp_lightning.opening import build_model, open_model, read_model
+from mtp_lightning.opening import open_model, read_model
 from mtp_lightning.parts import PARTS, Part
 from mtp_lightning.run import loading
+from mtp_lightning.weights import build_model
 from tests.decoding.models import small_model
 from tests.models import build, checkpoint_of
 

@@ -159,7 +159,8 @@ CORE = [f"tests/{n}" for n in ("nn", "mtp", "objective", "decoding", "run", "dat
 @pytest.mark.parametrize("part", HERE)
 def test_the_cores_tests_pass_without_a_part(part: str, tmp_path: Path) -> None:
     root = without(tmp_path, part)
-    shutil.copytree(ROOT / "tests", root / "tests")
+    for name in ("docs", "tests"):
+        shutil.copytree(ROOT / name, root / name)
     for name in ("pyproject.toml", "setup.py"):  # with their times: tests/kernels.py compares them
         shutil.copy2(ROOT / name, root / name)
     program = f"{ENTER}import pytest; sys.exit(pytest.main(sys.argv))"

@@ -10,8 +10,7 @@ import lightning.pytorch as pl
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.objective.balance.gradients import (
-    require_separable,
-    require_trunk_gradients,
+    require_measurable,
     shared_parameters,
     task_gradients,
 )
@@ -51,9 +50,9 @@ class GradientConflict(RunCallback):
         Raises:
             UserError: no depth reaches the trunk, or a depth's loss depends on other depths.
         """
-        if pl_module.model.depth:
-            require_trunk_gradients(pl_module.model.config, setting=self.takes_gradients)
-            require_separable(pl_module.step.objective, setting=self.takes_gradients)
+        model, objective = pl_module.model, pl_module.step.objective
+        if model.depth:
+            require_measurable(model.config, objective, setting=self.takes_gradients)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: WindowBatch, batch_idx: int

@@ -39,7 +39,7 @@ _INDEX, _NUMBERS = "index.json", "packed.bin"
 
 
 class CPUWeightPacker:
-    """The :class:`~mtp_lightning.opening.WeightPacker` of a model on a CPU: of the matrices that
+    """The :class:`~mtp_lightning.weights.WeightPacker` of a model on a CPU: of the matrices that
     are only multiplied by rows, and of the embedding."""
 
     def __init__(self, model: MTPModel, path: Path | None, rounding: str) -> None:

@@ -26,7 +26,7 @@ from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from mtp_lightning.opening import WeightPacker
+    from mtp_lightning.weights import WeightPacker
 
 
 TrunkPass = Callable[[KVCache, Tensor, Tensor | None], Tensor]

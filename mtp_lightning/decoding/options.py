@@ -146,7 +146,7 @@ class DecodingOptions(TextOptions):
         measured: what ``"auto"`` knows of this machine. Samples then keep one number of drafts;
             without it they depend on timing, though their distribution does not.
         draft_vocab: choose drafts among the first ``draft_vocab`` token ids, and read only their
-            rows of the head (:class:`~mtp_lightning.nn.head.ShortHead`); None is all.
+            rows of the head; None is all.
         min_confidence: stop drafting once the estimated probability that all drafts so far are
             accepted is below this; 0 never does. The estimate is that of a model trained with
             ``objective.confidence=true``, else the product of the likeliest drafts' probabilities.

@@ -28,8 +28,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.weight_scales import WeightScales
-from mtp_lightning.opening import WeightPacker
 from mtp_lightning.settings import require_choice
+from mtp_lightning.weights import WeightPacker
 
 AUTO = "auto"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,14 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.instantiate import trusted_packages
-from mtp_lightning.experiment.starting import Origin
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.last_block import read_text
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import Stored, StoredModel, load_weights, read_model
+from mtp_lightning.opening import read_model
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.loading import brought_trunk
 from mtp_lightning.stored import targets
+from mtp_lightning.weights import Stored, StoredModel, load_weights
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -42,37 +42,41 @@ _BEGINNING_TOKENS = 8192
 _TRAINING = ("init", "freeze_trunk", "detach")
 
 
-def with_model(origin: Origin, config: DictConfig) -> Origin:
-    """Add the model of ``init_from`` to the origin. A run that has a checkpoint takes the model
-    from there, since the original may have changed or be gone."""
+def brought_model(
+    config: DictConfig, checkpoint: dict[str, Any] | None
+) -> tuple[StoredModel | None, dict[str, Any] | None, TrunkConfig | None]:
+    """The model of ``init_from``, the state of its tokenizer, and its trunk if that replaces the
+    config's. A run that has a checkpoint takes tokenizer and trunk from there and needs no model,
+    since the original may have changed or be gone."""
     allow = trusted_packages(config)
-    start: StoredModel | None = None
-    if origin.content is None:
-        start = read_model(config.init_from, allow=allow)
-        state, brings, trunk = start.tokenizer_state, start.brings_trunk, start.config.trunk
-    else:
-        state, brings = origin.content.get("tokenizer"), brought_trunk(origin.content)
-        if brings:
-            trunk = ModelConfig.from_dict(origin.content["model_config"], allow=allow).trunk
-    if start is not None and brings and state is None:
+    if checkpoint is not None:
+        trunk = None
+        if brought_trunk(checkpoint):
+            trunk = ModelConfig.from_dict(checkpoint["model_config"], allow=allow).trunk
+        return None, checkpoint.get("tokenizer"), trunk
+    start = read_model(config.init_from, allow=allow)
+    if start.brings_trunk and start.tokenizer_state is None:
         log.warning(
             "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
             "which must be those that the model was trained with.",
             start.path,
         )
-    return replace(origin, start=start, tokenizer_state=state, trunk=trunk if brings else None)
+    return start, start.tokenizer_state, start.config.trunk if start.brings_trunk else None
 
 
-def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
-    """Return the config with an imported trunk as its ``model``. Keys of training, such as dropout,
-    keep the config's values.
+def adopt_trunk(config: DictConfig, trunk: TrunkConfig, start: StoredModel | None) -> DictConfig:
+    """Return the config with an imported trunk as its ``model``. Keys of training, such as
+    ``model.recompute``, keep the config's values.
+
+    Args:
+        config: the run's config.
+        trunk: the trunk.
+        start: the model that it comes from, for messages; None for one of a checkpoint.
 
     Raises:
         UserError: the command line asks for another trunk.
     """
-    trunk = origin.trunk
-    assert trunk is not None
-    source = config.init_from if origin.start is None else origin.start.path
+    source = config.init_from if start is None else start.path
     # The imported config becomes part of this run's config, from which any class may be built.
     if foreign := targets(asdict(trunk)):
         raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")

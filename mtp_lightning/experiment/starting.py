@@ -7,7 +7,7 @@ another run, and ``init_from`` only the weights of a model (``init_from.py``).
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from mtp_lightning.stored import require_text
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
-    from mtp_lightning.opening import StoredModel
+    from mtp_lightning.weights import StoredModel
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,10 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     origin = Origin(checkpoint=checkpoint, content=content, branches=branches)
     if config.init_from is None:
         return origin
-    from mtp_lightning.experiment.init_from import with_model
+    from mtp_lightning.experiment.init_from import brought_model
 
-    return with_model(origin, config)
+    start, state, trunk = brought_model(config, content)
+    return replace(origin, start=start, tokenizer_state=state, trunk=trunk)
 
 
 def _newest(folder: Path) -> str | None:

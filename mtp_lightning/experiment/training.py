@@ -120,7 +120,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     if origin.trunk is not None:
         from mtp_lightning.experiment.init_from import adopt_trunk
 
-        config = adopt_trunk(config, origin)
+        config = adopt_trunk(config, origin.trunk, origin.start)
     else:  # before the data, which may take hours
         rows = config.tokenizer.get("vocab_size")
         _require_affordable(config, rows if is_whole(rows) and "task" not in config.data else 1)

@@ -38,10 +38,11 @@ from mtp_lightning.interop.agreement import (
 )
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
+from mtp_lightning.opening import OpenedModel, open_model, read_model
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.settings import require_number
+from mtp_lightning.weights import StoredModel, require_fitting
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.

@@ -22,7 +22,7 @@ def check(path: Path) -> None:
     from mtp_lightning.interop.reading import describe
     from mtp_lightning.interop.transformers_model import one_line
     from mtp_lightning.interop.verify import check_with_transformers
-    from mtp_lightning.opening import build_model
+    from mtp_lightning.weights import build_model
 
     fields, config, weights = describe(path)
     depth = 0 if heads.is_there(path) else config.mtp.depth

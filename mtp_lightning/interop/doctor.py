@@ -38,7 +38,8 @@ from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.opening import OpenedModel, build_model, pretrained_state, require_held
+from mtp_lightning.opening import OpenedModel, pretrained_state
+from mtp_lightning.weights import build_model, require_held
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,13 @@ from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
 from mtp_lightning.interop.names import from_folder, pieces, weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor, equal
+from mtp_lightning.interop.weight_map import MappedWeight, renamed, swiglu_weights
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.feed_forward import swiglu_weights
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
-from mtp_lightning.opening import Stored
 from mtp_lightning.settings import is_whole
+from mtp_lightning.weights import Stored
 
 FOLDER, ARCHITECTURE = "draft", "LlamaForCausalLMEagle3"
 _CONFIG, _WEIGHTS, _OWN = "config.json", "model.safetensors", "mtp_lightning"

@@ -25,8 +25,9 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
-from mtp_lightning.opening import pretrained_state, require_fitting
+from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
+from mtp_lightning.weights import require_fitting
 
 log = logging.getLogger(__name__)
 

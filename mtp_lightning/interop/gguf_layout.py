@@ -23,13 +23,13 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import trunk_type
 from mtp_lightning.interop.names import other_switch, weight_map
+from mtp_lightning.interop.weight_map import MappedWeight, Shape
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.weight_map import MappedWeight, Shape
 
 # llama.cpp's architecture of a trunk by the type of its layout, and the one that has modules.
 PLAIN = {

@@ -22,7 +22,7 @@ from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import Stored
+from mtp_lightning.weights import Stored
 
 FILE = "mtp_heads.safetensors"
 _KEY = "mtp_lightning"

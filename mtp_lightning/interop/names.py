@@ -1,8 +1,8 @@
 """The weight map between Hugging Face's layouts and this project's model.
 
 One rule serves both directions. A tensor here consists of one or several tensors there, stacked:
-rows of query, key and value; of gate and up; of all experts. The configs of attention and
-feed-forward layers list their own tensors (``hf_weights``).
+rows of query, key and value; of gate and up; of all experts. ``weight_map.py`` has the
+tensors of attention and feed-forward layers.
 
 The layouts are Llama's (also Qwen2's and Qwen3's, with biases or norms on heads), DeepSeek-V3's and
 GLM-4.5's, which combines Llama's attention with DeepSeek's experts. MTP depth k is layer L + k - 1
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.tensor_files import Assembled, StoredTensor, equal
+from mtp_lightning.interop.weight_map import MappedWeight, layer_weights, renamed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -31,8 +32,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
-from mtp_lightning.opening import Stored, require_fitting
+from mtp_lightning.weights import Stored, require_fitting
 
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
 # Tables next to the weights in old checkpoints, which follow from the config.
@@ -224,7 +224,7 @@ def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iter
     for norm, name in norms.items():
         yield renamed(f"{own}{norm}.weight", f"{theirs}{name}.weight", (trunk.d_model,))
     for component, name in ((trunk.attention, "self_attn"), (trunk.feed_forward, "mlp")):
-        for place in component.hf_weights(trunk, layer):
+        for place in layer_weights(component, trunk, layer):
             yield place.under(f"{own}{component.family}.", f"{theirs}{name}.")
 
 

@@ -20,8 +20,9 @@ from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.opening import Stored, StoredModel, pretrained_state, require_held
+from mtp_lightning.opening import pretrained_state
 from mtp_lightning.parts import is_gguf
+from mtp_lightning.weights import Stored, StoredModel, require_held
 
 GENERATION = "generation_config.json"
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError, require_package
-from mtp_lightning.nn.weight_map import MappedWeight
+from mtp_lightning.interop.weight_map import MappedWeight
 from mtp_lightning.nn.weight_scales import WeightScales
-from mtp_lightning.opening import Stored
+from mtp_lightning.weights import Stored
 
 
 class StoredTensor(Stored):

@@ -24,7 +24,7 @@ from mtp_lightning.interop.reading import contents, describe
 from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
-from mtp_lightning.opening import Stored, build_model
+from mtp_lightning.weights import Stored, build_model
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5

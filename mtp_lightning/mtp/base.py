@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from data_modules.windows import IGNORE_INDEX, RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
-from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.mtp.rescoring import Rescorer
+from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 if TYPE_CHECKING:
-    from mtp_lightning.mtp.last_block import TrunkText
+    from mtp_lightning.mtp.confidence import Confidence
+    from mtp_lightning.mtp.own_head import OwnHead
+    from mtp_lightning.mtp.rescoring import Rescorer
 
 NO_DRAFTS = "this model has no MTP depth to draft with: decode it without drafts."
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import ModulesConfig
-from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
@@ -43,9 +43,6 @@ from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.settings import is_whole, require_whole
-
-if TYPE_CHECKING:
-    from mtp_lightning.mtp.last_block import TrunkText
 
 Entry = tuple[Tensor, Tensor]
 """Rotated keys and values of one step, [B, T, M, H] each."""

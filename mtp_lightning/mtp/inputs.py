@@ -52,3 +52,36 @@ class StackInputs:
     def _slice(self, k: int, field: Tensor) -> Tensor:
         start = (k - self.first) * self.tokens_apart
         return field[:, start : start + self.hidden.shape[1]]
+
+
+@dataclass(frozen=True)
+class TrunkText:
+    """The states of a trained trunk over some windows of text, which new modules are fitted to.
+
+    Attributes:
+        inputs: what the stack reads, over T positions.
+        before: the states before the blocks that a module copies [B, T + D, C].
+        documents: document ids [B, T + D], or None without a document mask. A module is not fitted
+            to states of another document.
+    """
+
+    inputs: StackInputs
+    before: Tensor
+    documents: Tensor | None
+
+    def projection_pairs(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of depth k's projection, and the states that its block should receive.
+
+        Args:
+            k: the depth.
+            x_BTX: the input of the depth's projection at every position.
+
+        Returns:
+            [N, X] and [N, C], the N positions whose target is in the same document.
+        """
+        seq_len = x_BTX.shape[1]
+        y_BTC = self.before[:, k : seq_len + k]
+        if self.documents is None:
+            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
+        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
+        return x_BTX[same_BT], y_BTC[same_BT]

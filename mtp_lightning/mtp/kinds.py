@@ -33,13 +33,13 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.mtp.correction import Correction
+    from mtp_lightning.mtp.rescoring import Rescorer
 
 
 class Chain(MTPStack):

@@ -19,7 +19,6 @@ projection's input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.trunk import Trunk
 
@@ -35,39 +34,6 @@ if TYPE_CHECKING:
     from mtp_lightning.mtp.base import MTPStack
 
 RIDGE = 1e-3
-
-
-@dataclass(frozen=True)
-class TrunkText:
-    """The states of a trained trunk over some windows of text, which new modules are fitted to.
-
-    Attributes:
-        inputs: what the stack reads, over T positions.
-        before: the states before the blocks that a module copies [B, T + D, C].
-        documents: document ids [B, T + D], or None without a document mask. A module is not fitted
-            to states of another document.
-    """
-
-    inputs: StackInputs
-    before: Tensor
-    documents: Tensor | None
-
-    def projection_pairs(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs of depth k's projection, and the states that its block should receive.
-
-        Args:
-            k: the depth.
-            x_BTX: the input of the depth's projection at every position.
-
-        Returns:
-            [N, X] and [N, C], the N positions whose target is in the same document.
-        """
-        seq_len = x_BTX.shape[1]
-        y_BTC = self.before[:, k : seq_len + k]
-        if self.documents is None:
-            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
-        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
-        return x_BTX[same_BT], y_BTC[same_BT]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import Branch, Init, InputNorm
 from mtp_lightning.mtp.correction import SideBySideConfig
+from mtp_lightning.mtp.inputs import TrunkText
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
@@ -26,9 +27,6 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
-
-if TYPE_CHECKING:
-    from mtp_lightning.mtp.last_block import TrunkText
 
 
 @dataclass(frozen=True, kw_only=True)

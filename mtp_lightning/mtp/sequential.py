@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig, Concat, Init, InputNorm
-from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
@@ -30,9 +30,6 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number, require_whole
-
-if TYPE_CHECKING:
-    from mtp_lightning.mtp.last_block import TrunkText
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +24,6 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary, rotary_attention
 from mtp_lightning.nn.rope import rope_table, rotate_in_place
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
 if TYPE_CHECKING:
@@ -198,41 +197,6 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
 
     def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
-
-    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
-        d_model, d_head = trunk.d_model, trunk.d_head
-        heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
-        rows = {f"{name}_proj": n * d_head for name, n in heads.items()}
-        matrices = tuple((f"{name}.weight", (n, d_model)) for name, n in rows.items())
-        order, qkv_order = self._orders(trunk)
-        yield MappedWeight(own="qkv.weight", parts=matrices, order=qkv_order)
-        if self.qkv_bias:
-            biases = tuple((f"{n}.bias", (w,)) for n, w in rows.items())
-            yield MappedWeight(own="qkv_bias", parts=biases, order=qkv_order)
-        yield renamed("out.weight", "o_proj.weight", (d_model, trunk.n_heads * d_head))
-        if self.qk_norm:
-            for norm, hf_norm in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
-                gains = ((f"{hf_norm}.weight", (d_head,)),)
-                yield MappedWeight(own=f"{norm}.weight", parts=gains, order=order)
-
-    def _orders(self, trunk: TrunkConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """The order of the dimensions in Hugging Face's layout: of one head, and of all heads of
-        queries, keys and values; None if it is the same.
-
-        Its rotary pairs are (j, j + R/2) in the first R dimensions; here they are (j, j + H/2).
-        """
-        size, rotary_dim = trunk.d_head, self.rotary_dim(trunk)
-        if rotary_dim == size:
-            return None, None
-        pairs, moving = size // 2, rotary_dim // 2
-        order = tuple(
-            j + side * moving if j < moving else j + moving + side * (pairs - moving)
-            for side in (0, 1)
-            for j in range(pairs)
-        )
-        n_rotary_heads = trunk.n_heads + trunk.n_kv_heads
-        heads = [head * size + j for head in range(n_rotary_heads) for j in order]
-        return order, (*heads, *range(n_rotary_heads * size, qkv_width(trunk)))
 
 
 def qkv_width(trunk: TrunkConfig) -> int:

@@ -16,14 +16,13 @@ The YAML names it: ``attention: {_target_: my_ideas.window.WindowConfig, window:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.weight_map import MappedWeight
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require_whole
 
@@ -93,17 +92,6 @@ class LayerConfig(Registered, ABC):
         Raises:
             UserError: naming the keys.
         """
-
-    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterable[MappedWeight]:
-        """The layer's weights in Hugging Face's layout, by names within the layer.
-
-        Raises:
-            UserError: no layout has such a layer.
-        """
-        raise UserError(
-            f"model.{self.family} of the variant {self.variant} cannot be exported: no layout of "
-            "Hugging Face's has such a layer."
-        )
 
 
 class AttentionConfig(LayerConfig, family="attention"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,6 @@ from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import gated, swiglu
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +22,6 @@ class DenseConfig(FeedForwardConfig, variant="dense"):
 
     def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
-
-    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
-        return swiglu_weights(trunk.d_model, trunk.d_ff)
-
-
-def swiglu_weights(d_model: int, d_ff: int) -> Iterator[MappedWeight]:
-    """The names of the weights of one :class:`FeedForward` in Hugging Face's layout."""
-    up = tuple((f"{name}_proj.weight", (d_ff, d_model)) for name in ("gate", "up"))
-    yield MappedWeight(own="gate_up.weight", parts=up)
-    yield renamed("down.weight", "down_proj.weight", (d_model, d_ff))
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""The output head that every prediction depth shares, and a shorter one for drafts."""
+"""The output head that every prediction depth shares."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
 
 
 class Head(nn.Module):
-    """``logits = hidden @ weight.T``; a tied head is given the embedding's parameter."""
+    """``logits = hidden @ weight.T``.
 
-    def __init__(self, vocab_size: int, d_model: int, *, tied: nn.Parameter | None = None) -> None:
+    Args:
+        vocab_size: V.
+        d_model: C.
+        tied: the weight [V, C] of another module, such as the embedding; None makes a new one.
+    """
+
+    weight: Tensor
+
+    def __init__(self, vocab_size: int, d_model: int, *, tied: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
 
@@ -43,25 +51,3 @@ def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
     logits_RV = matmul_transposed(h_RC, weight_VC)
     dtype = torch.promote_types(logits_RV.dtype, torch.float32)
     return log_softmax_(logits_RV, dtype)
-
-
-class ShortHead:
-    """The head over the first tokens of the vocabulary alone, for drafts (the idea of FR-Spec, Zhao
-    et al. 2025, arXiv 2502.14856).
-
-    Reading the head's weight takes most of the time of a small module's draft: it holds 28 of the
-    135 million weights of SmolLM2-135M. Byte-pair ids are numbered in the order of their merges,
-    the most frequent first, so that the first sixth of the rows covers nine tokens of ten. Other
-    tokens are never drafted, but the trunk can still choose them.
-
-    Args:
-        weight: the first rows of the head's weight, [rows, C]: those of the tokens that can be
-            drafted.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Logits [..., rows] of states [..., C]."""
-        return linear(h, self.weight)

@@ -8,7 +8,6 @@ Shapes: B batch, T positions, C d_model, N heads, H size of a query or key head,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,6 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import rotate_in_place
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
 
@@ -100,25 +98,6 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
     def cache_entry(self, trunk: TrunkConfig) -> CacheEntry:
         return CacheEntry(1, self.d_cached, shared=True)
-
-    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
-        for name, hf_name, shape in self._matrices(trunk):
-            yield renamed(f"{name}.weight", f"{hf_name}.weight", shape)
-        if self.q_rank is not None:
-            yield renamed("query_norm.weight", "q_a_layernorm.weight", (self.q_rank,))
-        yield renamed("kv_norm.weight", "kv_a_layernorm.weight", (self.kv_rank,))
-
-    def _matrices(self, trunk: TrunkConfig) -> Iterator[tuple[str, str, tuple[int, int]]]:
-        """This project's name, transformers' name and shape [out, in] of every projection."""
-        n_heads, d_model = trunk.n_heads, trunk.d_model
-        if self.q_rank is None:
-            yield "query", "q_proj", (n_heads * self.d_head, d_model)
-        else:
-            yield "query_down", "q_a_proj", (self.q_rank, d_model)
-            yield "query_up", "q_b_proj", (n_heads * self.d_head, self.q_rank)
-        yield "kv_down", "kv_a_proj_with_mqa", (self.d_cached, d_model)
-        yield "kv_up", "kv_b_proj", (n_heads * (self.d_nope + self.d_value), self.kv_rank)
-        yield "out", "o_proj", (d_model, n_heads * self.d_value)
 
 
 class LatentAttention(nn.Module):

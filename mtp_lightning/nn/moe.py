@@ -11,7 +11,6 @@ Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -25,10 +24,9 @@ from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import FeedForwardConfig, check_whole
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.experts import Experts
-from mtp_lightning.nn.feed_forward import FeedForward, swiglu_weights
+from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import no_autocast
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require, require_number
 
 Scoring = Literal["sigmoid", "softmax"]
@@ -131,27 +129,6 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 f"model.feed_forward.first_k_dense={self.first_k_dense} is more than "
                 f"model.n_layers={trunk.n_layers}: lower it."
             )
-
-    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
-        d_model = trunk.d_model
-        if self.is_dense(layer):
-            yield from swiglu_weights(d_model, trunk.d_ff)
-            return
-        yield renamed("router.weight", "gate.weight", (self.n_routed, d_model))
-        if self.scoring == "sigmoid":
-            bias = ("gate.e_score_correction_bias", (self.n_routed,))
-            yield MappedWeight(own="router.expert_bias", parts=(bias,), precise=True)
-        experts = [
-            [place.under("", f"experts.{i}.") for place in swiglu_weights(d_model, self.d_expert)]
-            for i in range(self.n_routed)
-        ]
-        for places in zip(*experts, strict=True):  # gate_up of every expert, then down
-            parts = tuple(part for place in places for part in place.parts)
-            name = f"experts.{places[0].own.removesuffix('.weight')}"
-            yield MappedWeight(own=name, parts=parts, stacked=self.n_routed)
-        if self.n_shared:
-            for place in swiglu_weights(d_model, self.n_shared * self.d_expert):
-                yield place.under("shared.", "shared_experts.")
 
     def rate(self, fraction: float) -> float:
         """gamma after a ``fraction`` of the run."""

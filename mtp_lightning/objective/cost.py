@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ from torch.utils.flop_counter import flop_registry
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.objective.balance.gradients import Scope, add_gradients, shared_parameters
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import PositionCounts, StepPlan
 from mtp_lightning.objective.stream import micro_batch_loss
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import Scope
 
 
 class FlopCount(TorchDispatchMode):
@@ -178,6 +180,8 @@ class StepCost:
         if loss.requires_grad:
             loss.backward()
         if scope is not None:
+            from mtp_lightning.objective.balance.gradients import add_gradients, shared_parameters
+
             shared = shared_parameters(model, scope)
             size = sum(p.numel() for p in shared)
             totals = {k: torch.empty(size, device="meta") for k in (0, *active)}

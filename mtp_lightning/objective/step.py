@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from operator import call
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed
-from mtp_lightning.objective.balance.gradients import (
-    TaskGradients,
-    require_separable,
-    shared_parameters,
-    task_gradients,
-)
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
@@ -42,6 +37,9 @@ from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stream import micro_batch_loss
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import TaskGradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +100,10 @@ class OptimizerStep:
         self.cost = StepCost(model.config, objective)
         self.objective = objective.for_model(model)
         self.objective.check(model.config.mtp)
-        balance.check(model.config)
         if balance.scope is not None:
-            require_separable(self.objective, setting=f"balance={balance.name}")
+            from mtp_lightning.objective.balance.gradients import require_measurable
+
+            require_measurable(model.config, self.objective, setting=f"balance={balance.name}")
         for rule in self.objective.rules:
             if balance.skips and not all(measure.of_main for measure in rule.measures):
                 raise UserError(
@@ -243,6 +242,8 @@ class OptimizerStep:
         scope = self.balance.scope
         if scope is None or not self.balance.measures_at(progress):
             return None
+        from mtp_lightning.objective.balance.gradients import shared_parameters, task_gradients
+
         group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
         return task_gradients(self.model, self.objective, plan, plan.active, group)[scope]
 

@@ -10,10 +10,10 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.opening import StoredModel, require_held
 from mtp_lightning.registry import NotAllowed
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
+from mtp_lightning.weights import StoredModel, require_held
 
 _KINDS = (
     "a run folder (with checkpoints/), a .ckpt file, a folder in Hugging Face's layout (with "

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.callbacks.checkpoints import Checkpoints
+from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
 from mtp_lightning.callbacks.gradient_conflict import GradientConflict
 from mtp_lightning.callbacks.nan_guard import NanGuard
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
@@ -68,9 +69,9 @@ def test_loggers_are_added_to_the_default_ones() -> None:
         (Throughput, "every_n_steps", 0, "at least 1, not 0"),
         (GradientConflict, "every_n_steps", 0, "at least 1, not 0"),
         (SpeculativeEval, "n_prompts", 0, "at least 1, not 0"),
+        (FloorAndGap, "rollouts", 0, "at least 1, not 0"),
         (SampledAcceptance, "verify", "tokens", "verify=tokens is unknown"),
         (SampledAcceptance, "temperature", 0, "temperature=0 .* above 0"),
-        (SampledAcceptance, "temperature", -1.0, "temperature=-1 .* above 0"),
         (SampledAcceptance, "temperature", float("inf"), "temperature=inf .* above 0"),
         (SampledAcceptance, "temperature", float("nan"), "temperature=nan .* above 0"),
     ],

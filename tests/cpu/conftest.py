@@ -12,7 +12,7 @@ import pytest
 
 from mtp_lightning.experiment import generating
 from mtp_lightning.model import MTPModel
-from mtp_lightning.opening import build_model
+from mtp_lightning.weights import build_model
 from tests.decoding.models import small_model
 from tests.kernels import CAPABILITY, use_library
 

@@ -26,7 +26,7 @@ from mtp_lightning.decoding.precision import (
 )
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
-from mtp_lightning.opening import build_model
+from mtp_lightning.weights import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 from tests.kernels import k_quants, use_library
 

@@ -16,7 +16,7 @@ from mtp_lightning.experiment.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import StoredModel
+from mtp_lightning.weights import StoredModel
 from tests.integration import helpers
 from tests.losses import mtp_loss
 from tests.models import stored_of

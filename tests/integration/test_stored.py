@@ -25,8 +25,9 @@ import yaml
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.opening import open_model, require_held
+from mtp_lightning.opening import open_model
 from mtp_lightning.run.loading import model_config
+from mtp_lightning.weights import require_held
 from tests.integration.helpers import checkpoint
 from tests.interop import folders
 from tests.models import build

@@ -24,7 +24,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope import RopeScaling, YarnScaling
-from mtp_lightning.opening import Stored, build_model
+from mtp_lightning.weights import Stored, build_model
 from tests import deepseek, models
 from tests.integration.helpers import CONF
 

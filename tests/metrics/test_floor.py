@@ -253,9 +253,3 @@ def test_the_callback_logs_floors_and_leaves_the_global_generator_alone() -> Non
     }
     assert logged(FloorAndGap(), small_model(0, 0)) == {}
     assert logged(FloorAndGap(), tiny(stack=ParallelConfig, stride=2)) == {}
-
-
-@pytest.mark.parametrize("setting", ["n_prompts", "prompt_tokens", "rollouts", "seen"])
-def test_settings_of_the_callback_below_1_are_refused(setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"callbacks.floor_and_gap.{setting} must be a whole"):
-        FloorAndGap(**{setting: 0})

@@ -52,12 +52,8 @@ def joint(
     ("variant", "switches", "tied"),
     [
         ("parallel", {}, False),
-        ("parallel", {"branch": "final", "input_norm": "post"}, True),
-        ("parallel", {"detach": "all"}, False),
         ("parallel", {"correction": "markov", "detach": "trunk"}, True),
-        ("linear", {}, True),
         ("linear", {"freeze_trunk": True}, False),
-        ("linear", {"correction": "mlp", "detach": "trunk"}, False),
         ("linear", {"correction": "mlp", "detach": "all"}, True),
     ],
 )

@@ -22,7 +22,7 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.opening import StoredModel
+from mtp_lightning.weights import StoredModel
 from tests import deepseek
 from tests.models import build, stored_of
 

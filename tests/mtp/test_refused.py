@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.deepseek import trunk as deepseek_trunk
 
@@ -78,8 +76,3 @@ def test_a_look_ahead_longer_than_the_window_is_refused() -> None:
     registers.check_window(8)
     with pytest.raises(ValueError, match=r"lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok"):
         registers.check_window(7)
-
-
-def test_settings_round_trip_through_a_checkpoint() -> None:
-    for config in (TopConfig(tau=2.0), BagConfig(weights="none"), RegistersConfig(lookahead=9)):
-        assert MTPConfig.from_dict(config.to_dict()) == config

@@ -77,28 +77,6 @@ def test_a_window_has_the_look_ahead_or_as_many_tokens_as_it_is_long(lookahead: 
     assert reach == [min(lookahead, extra + 4 - i) for i in range(5)]
 
 
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 10_000), tau=st.floats(0.1, 30), rows=st.integers(1, 6))
-def test_the_loss_of_top_has_its_minimum_at_the_target(seed: int, tau: float, rows: int) -> None:
-    """Its value there is the target's entropy, and the gradient is 0."""
-    batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
-    model = stack_of(TopConfig(lookahead=8, tau=tau))
-    loss, every = model.own_loss(1, batch), slice(0, rows * 5)
-    scores = torch.full((rows * 5, 12), -torch.inf, dtype=torch.float64)
-    for m in range(rows * 5):
-        for token, ahead in nearest(batch, m // 5, m % 5, 1, 8).items():
-            scores[m, token] = -(ahead - 1) / tau
-    target = torch.softmax(scores, -1)
-    best, d_best = loss.gradient(every, scores.clamp(min=-1e4))
-    entropy = -torch.special.xlogy(target, target).sum(-1)
-    torch.testing.assert_close(best, entropy)
-    assert d_best.abs().max() < 1e-9
-    other, d_other = loss.gradient(every, torch.randn_like(scores))
-    assert bool((other >= best - 1e-9).all())
-    # A gradient is a softmax minus a distribution.
-    assert d_other.sum(-1).abs().max() < 1e-9
-
-
 def stack_of(config: TopConfig) -> torch.nn.Module:
     trunk = TrunkConfig(vocab_size=12, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=8)
     return config.build(trunk)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.interop.weight_map import layer_weights
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
@@ -107,11 +108,11 @@ def test_the_weight_map_of_a_layer_has_its_weights_and_shapes(name: str) -> None
     trunk = users_trunk(n_kv_heads=4, **{config.family: config})
     if name == "squared":
         with pytest.raises(ValueError, match="feed_forward of the variant test_squared cannot be"):
-            config.hf_weights(trunk, 1)
+            layer_weights(config, trunk, 1)
         return
     for layer in (0, 1, None):
         weights = config.build(trunk, layer).state_dict()
-        places = list(config.hf_weights(trunk, layer))
+        places = list(layer_weights(config, trunk, layer))
         assert sorted(place.own for place in places) == sorted(weights)
         for place in places:
             rows = weights[place.own] if place.stacked is None else weights[place.own].flatten(0, 1)

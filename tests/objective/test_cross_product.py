@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
-from mtp_lightning.metrics.own_loss import own_values
+from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.correction import CORRECTIONS
 from mtp_lightning.objective import through_head
@@ -99,7 +99,6 @@ def step_of_case(
         places = schedules(config.depth)[case.active] or schedules(config.depth)["none"]
         schedule, now = draw.choice(places)
         try:
-            balance.check(model.config)
             step = OptimizerStep(
                 model,
                 schedule=schedule,

@@ -66,6 +66,7 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
             {0: [0.15] * 2, 1: [0, 0.3]},
         ),
         (published.constant(0, 0.3), {0: [], 1: []}),
+        (Piecewise(2, [0.3, 0.1], {0: [2, 3]}), {0: [0.6, 0.3]}),
     ],
 )
 def test_weights_are_those_computed_by_hand(
@@ -75,12 +76,6 @@ def test_weights_are_those_computed_by_hand(
         lambdas = schedule.lambdas(at(fraction, max_steps=600_000))
         assert lambdas == pytest.approx(weights, abs=1e-12), fraction
         assert [w == 0.0 for w in lambdas] == [w == 0 for w in weights], "zeros are exact"
-
-
-def test_a_single_mtp_lambda_is_divided_by_the_depth_and_a_list_is_not() -> None:
-    assert published.constant(4, 0.3).lambdas(at(0)) == [0.3 / 4] * 4
-    assert Piecewise(4, 0.3, {0: [1, 1, 1, 1]}).lambdas(at(0)) == [0.3] * 4
-    assert Piecewise(2, [0.3, 0.1], {0: [2, 3]}).lambdas(at(0)) == pytest.approx([0.6, 0.3])
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
@@ -165,15 +160,6 @@ def test_weights_are_between_those_of_the_nearest_knots(
         assert min(ends) <= weight <= max(ends)
         if ends[0] == ends[1]:
             assert weight == ends[0]
-
-
-@settings(max_examples=40)
-@given(knot_lists, st.lists(st.integers(0, 1000), min_size=2, max_size=20))
-def test_weights_depend_only_on_the_progress(knots, steps: list[int]) -> None:
-    schedule = Piecewise(3, 0.3, knots)
-    in_order = {step: schedule.lambdas(Progress(step, 1000)) for step in steps}
-    for step in reversed(steps):  # a new object, as in a resumed run
-        assert Piecewise(3, 0.3, knots).lambdas(Progress(step, 1000)) == in_order[step]
 
 
 @settings(max_examples=40)

@@ -44,13 +44,6 @@ def test_train_and_validation_share_the_row_of_their_step(path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.csv"]
 
 
-def test_every_row_is_on_disk_at_once(path: Path) -> None:
-    file = MetricsFile(path)
-    for step in range(3):
-        file.write({"a": float(step)}, step)
-        assert [row["a"] for row in read_metrics(path)] == list(range(step + 1))
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5))
 def test_floats_round_trip_to_the_last_bit(path: Path, values: list[float]) -> None:

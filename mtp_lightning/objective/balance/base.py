@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model import ModelConfig
-from mtp_lightning.objective.balance.gradients import Scope, TaskGradients, require_trunk_gradients
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.settings import require_whole
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import Scope, TaskGradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,11 @@ class Observed:
         return tasks_of(self.factors)
 
 
+@dataclass(eq=False)
 class Balance:
     """A balance rule. It gives the factors before a step and observes the step afterwards.
+
+    A rule is a dataclass of its settings, which the comments of its file in conf/balance limit.
 
     Args:
         depth: D.
@@ -61,6 +65,9 @@ class Balance:
         weighs_main: whether the rule changes the main prediction's factor.
         observes: whether :meth:`update` needs the step's losses. Reading them waits for a GPU.
         stored: the private attributes that checkpoints hold, without their underscore.
+
+    Raises:
+        UserError: a setting is not allowed.
     """
 
     name: ClassVar[str]
@@ -69,10 +76,12 @@ class Balance:
     observes: ClassVar[bool] = True
     stored: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
-        require_whole("balance.every_n_steps", every_n_steps, least=1)
-        self.depth = depth
-        self.every_n_steps = every_n_steps
+    depth: int
+    _: KW_ONLY
+    every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_settings(self, "balance")
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         """The factors [D + 1] of the losses in the next step, by default the schedule's; does not
@@ -100,15 +109,6 @@ class Balance:
         """Learn from a step, after clipping and before the optimizer's update; returns values to
         log."""
         return {}
-
-    def check(self, config: ModelConfig) -> None:
-        """Refuse a model that the rule cannot work with.
-
-        Raises:
-            UserError: naming the reason.
-        """
-        if self.scope is not None:
-            require_trunk_gradients(config, setting=f"balance={self.name}")
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
         """The sets of MTP depths that a step may compute, each with its probability."""

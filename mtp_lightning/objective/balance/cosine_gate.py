@@ -16,30 +16,32 @@ Cost: that of :func:`task_gradients` on the whole shared trunk, in every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mtp_lightning.objective.balance.base import Balance, Observed
-from mtp_lightning.objective.balance.gradients import TaskGradients
-from mtp_lightning.settings import require_number
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import TaskGradients
 
 
+@dataclass(eq=False, kw_only=True)
 class CosineGate(Balance):
     """``balance=cosine_gate``.
 
     Args:
         depth: D.
         ema: decay of the cosines' moving averages; 0 gates by the step's own cosine.
-
-    Raises:
-        UserError: the decay is out of range.
     """
 
     name = "cosine_gate"
     scope = "trunk"
     stored = ("cosines",)
 
-    def __init__(self, depth: int, *, ema: float = 0.9) -> None:
-        super().__init__(depth)
-        self.ema = require_number("balance.ema", ema, least=0, below=1)
+    ema: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._cosines: dict[int, float] = {}
 
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:

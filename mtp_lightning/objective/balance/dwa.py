@@ -12,6 +12,7 @@ Cost: only reading the losses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from torch import Tensor
 from mtp_lightning.objective.balance.base import Balance, Observed, multiplied, softmax_weights
 from mtp_lightning.objective.plan import tasks_of
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.settings import require_number, require_whole
 
 
+@dataclass(eq=False, kw_only=True)
 class DWA(Balance):
     """``balance=dwa``.
 
@@ -29,24 +30,22 @@ class DWA(Balance):
         depth: D.
         temperature: T; larger values give more equal weights.
         window_steps: optimizer steps of a window.
-
-    Raises:
-        UserError: a setting is out of range.
     """
 
     name = "dwa"
     weighs_main = True
     stored = ("sums", "counts", "means")
 
-    def __init__(self, depth: int, *, temperature: float = 2.0, window_steps: int = 50) -> None:
-        super().__init__(depth)
-        self.temperature = require_number("balance.temperature", temperature, above=0)
-        self.window_steps = require_whole("balance.window_steps", window_steps, least=1)
+    temperature: float = 2.0
+    window_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # Of the current window: summed losses and their number.
-        self._sums = torch.zeros(depth + 1, dtype=torch.float64)
-        self._counts = torch.zeros(depth + 1, dtype=torch.float64)
+        self._sums = torch.zeros(self.depth + 1, dtype=torch.float64)
+        self._counts = torch.zeros(self.depth + 1, dtype=torch.float64)
         # L_k(t - 2) and L_k(t - 1); NaN where not computed.
-        self._means = torch.full((2, depth + 1), torch.nan, dtype=torch.float64)
+        self._means = torch.full((2, self.depth + 1), torch.nan, dtype=torch.float64)
 
     def ratios(self) -> Tensor:
         """r_k [D + 1]."""

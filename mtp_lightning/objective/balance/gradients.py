@@ -94,44 +94,32 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
     return [*parameters, *model.trunk.norm.parameters()] if normed else parameters
 
 
-def require_trunk_gradients(config: ModelConfig, *, setting: str) -> None:
-    """Refuse a model whose depths have no separate gradient on the trunk.
+def require_measurable(config: ModelConfig, objective: Objective, *, setting: str) -> None:
+    """Refuse a model or an objective whose depths have no separate gradient on the trunk.
 
     Args:
         config: the model's.
+        objective: the objective of the depths.
         setting: the setting that measures, for the message: ``balance=gradnorm``.
 
     Raises:
-        UserError: the trunk is frozen or detached, no block of it is shared, or the depths are
-            predicted jointly.
+        UserError: the trunk is frozen or detached, no block of it is shared, the depths are
+            predicted jointly, or a rule of the objective needs a prepass over all of them.
     """
-    reason = None
-    if not config.mtp.trains_trunk:
+    mtp, layers, reason = config.mtp, config.trunk.n_layers, None
+    if not mtp.trains_trunk:
         reason = "mtp.freeze_trunk=true gives it none: set mtp.freeze_trunk=false"
-    elif config.mtp.detach != "none":
-        reason = f"mtp.detach={config.mtp.detach} cuts it off: set mtp.detach=none"
-    elif config.mtp.depths_are_joint:
-        reason = f"with mtp.rank={config.mtp.rank} no depth's loss is its own: set mtp.rank=1"
-    elif config.mtp.shared_blocks(config.trunk.n_layers) == 0:
-        layers = config.trunk.n_layers
+    elif mtp.detach != "none":
+        reason = f"mtp.detach={mtp.detach} cuts it off: set mtp.detach=none"
+    elif mtp.depths_are_joint:
+        reason = f"with mtp.rank={mtp.rank} no depth's loss is its own: set mtp.rank=1"
+    elif mtp.shared_blocks(layers) == 0:
         reason = (
             f"with mtp.branch=before_last and model.n_layers={layers} no block is shared: "
             "set mtp.branch=final, or take more layers"
         )
     if reason is not None:
         raise UserError(f"{setting} measures every depth's gradient on the trunk, but {reason}.")
-
-
-def require_separable(objective: Objective, *, setting: str) -> None:
-    """Refuse an objective with a rule that needs a prepass over all depths.
-
-    Args:
-        objective: the objective of the depths.
-        setting: the setting that measures, for the message.
-
-    Raises:
-        UserError: naming the rule.
-    """
     for rule in objective.rules:
         if rule.measures:
             raise UserError(
@@ -165,7 +153,7 @@ def task_gradients(
     Returns:
         The gradients of every group.
     """
-    assert not any(rule.measures for rule in objective.rules), "see require_separable"
+    assert not any(rule.measures for rule in objective.rules), "see require_measurable"
     parameters = [p for group in groups.values() for p in group]
     tasks = [0, *depths]
     size = sum(p.numel() for p in parameters)

@@ -16,16 +16,17 @@ Cost: that of :func:`task_gradients` on the last block, in a step that measures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mtp_lightning.objective.balance.base import Balance, Observed, multiplied
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.settings import require_number
 
 _SMALLEST = 0.01
 
 
+@dataclass(eq=False, kw_only=True)
 class GradNorm(Balance):
     """``balance=gradnorm``.
 
@@ -34,9 +35,6 @@ class GradNorm(Balance):
         alpha: how strongly unequal training rates are equalized.
         lr: learning rate of the weights.
         every_n_steps: optimizer steps between two measurements.
-
-    Raises:
-        UserError: a setting is out of range.
     """
 
     name = "gradnorm"
@@ -44,15 +42,14 @@ class GradNorm(Balance):
     weighs_main = True
     stored = ("weights", "first")
 
-    def __init__(
-        self, depth: int, *, alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 1
-    ) -> None:
-        super().__init__(depth, every_n_steps=every_n_steps)
-        self.alpha = require_number("balance.alpha", alpha, least=0)
-        self.lr = require_number("balance.lr", lr, above=0)
-        self._weights = torch.ones(depth + 1, dtype=torch.float64)
+    alpha: float = 1.5
+    lr: float = 0.025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._weights = torch.ones(self.depth + 1, dtype=torch.float64)
         # L_k(0); NaN before it is known.
-        self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
+        self._first = torch.full((self.depth + 1,), torch.nan, dtype=torch.float64)
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         return multiplied(base, self._weights)

@@ -10,6 +10,7 @@ gains more over fixed weights than this one. The draw depends only on the seed a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,7 @@ from mtp_lightning.objective.plan import tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 
 
+@dataclass(eq=False, kw_only=True)
 class RandomWeights(Balance):
     """``balance=random``.
 
@@ -31,9 +33,7 @@ class RandomWeights(Balance):
     weighs_main = True
     observes = False
 
-    def __init__(self, depth: int, *, seed: int) -> None:
-        super().__init__(depth)
-        self.seed = seed
+    seed: int
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         rng = generator(self.seed, f"balance:{self.name}:{progress.step}")

@@ -18,6 +18,7 @@ nothing, since all depths share the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from mtp_lightning.settings import is_number, require
 _DECAY = 0.9
 
 
+@dataclass(eq=False, kw_only=True)
 class SampledDepths(Balance):
     """``balance=sampled_depths``.
 
@@ -47,19 +49,19 @@ class SampledDepths(Balance):
     name = "sampled_depths"
     stored = ("first", "mean")
 
-    def __init__(
-        self, depth: int, *, seed: int, probabilities: str | Sequence[float] = "uniform"
-    ) -> None:
-        super().__init__(depth)
+    seed: int
+    probabilities: str | Sequence[float] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        depth, shares = self.depth, self.probabilities
         expected = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
-        if isinstance(probabilities, str):
-            fits = probabilities in ("uniform", "loss_ratio")
+        if isinstance(shares, str):
+            fits = shares in ("uniform", "loss_ratio")
         else:
-            has_length = isinstance(probabilities, Sequence) and len(probabilities) == depth
-            fits = has_length and all(is_number(p) and p > 0 for p in probabilities)
-        require(fits, "balance.probabilities", probabilities, expected)
-        self.seed = seed
-        self.probabilities = probabilities
+            has_length = isinstance(shares, Sequence) and len(shares) == depth
+            fits = has_length and all(is_number(p) and p > 0 for p in shares)
+        require(fits, "balance.probabilities", shares, expected)
         # L_k(0), and the moving average of L_k; NaN before a depth was drawn.
         self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
         self._mean = torch.full((depth + 1,), torch.nan, dtype=torch.float64)

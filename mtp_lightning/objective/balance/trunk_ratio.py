@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.settings import require_number
 
 _SMALLEST, _LARGEST = 0.01, 1.0
 
 
+@dataclass(eq=False, kw_only=True)
 class TrunkRatio(Balance):
     """``balance=trunk_ratio``.
 
@@ -33,30 +34,20 @@ class TrunkRatio(Balance):
         ema: decay of the ratios' moving averages.
         every_n_steps: optimizer steps between two measurements, each of which changes lambda once.
         frozen: last fraction of the run, in which lambda is fixed.
-
-    Raises:
-        UserError: a setting is out of range.
     """
 
     name = "trunk_ratio"
     scope = "trunk"
     stored = ("lambdas", "ratios")
 
-    def __init__(
-        self,
-        depth: int,
-        *,
-        rate: float = 0.01,
-        ratio: float = 0.3,
-        ema: float = 0.9,
-        every_n_steps: int = 10,
-        frozen: float = 0.05,
-    ) -> None:
-        super().__init__(depth, every_n_steps=every_n_steps)
-        self.rate = require_number("balance.rate", rate, above=0)
-        self.ratio = require_number("balance.ratio", ratio, above=0)
-        self.ema = require_number("balance.ema", ema, least=0, below=1)
-        self.frozen = require_number("balance.frozen", frozen, least=0, most=1)
+    rate: float = 0.01
+    ratio: float = 0.3
+    ema: float = 0.9
+    every_n_steps: int = 10
+    frozen: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # By depth; a depth is missing before it is first computed.
         self._lambdas: dict[int, float] = {}
         self._ratios: dict[int, float] = {}

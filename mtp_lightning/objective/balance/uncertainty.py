@@ -38,12 +38,12 @@ class Uncertainty(Balance):
     name = "uncertainty"
     weighs_main = True
 
-    def __init__(self, depth: int) -> None:
-        super().__init__(depth)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # One parameter per task: that of a depth that is switched off has no gradient, so the
         # optimizer does not change it.
         self._log_variances = [
-            nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(depth + 1)
+            nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(self.depth + 1)
         ]
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:

@@ -21,7 +21,7 @@ from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
-    require_trunk_gradients,
+    require_measurable,
     shared_parameters,
     task_gradients,
 )
@@ -205,7 +205,7 @@ def test_measuring_rules_are_refused_if_no_depth_reaches_the_trunk(
     trunk = replace(tiny_trunk, n_layers=layers)
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=1, **switches))
     with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{message}"):
-        require_trunk_gradients(config, setting="balance=gradnorm")
+        require_measurable(config, CROSS_ENTROPY, setting="balance=gradnorm")
 
 
 @pytest.mark.parametrize(
