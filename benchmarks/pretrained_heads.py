@@ -256,7 +256,7 @@ def pretrained_heads(
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
     lookup: int = 8,
-    head_precision: str = "fp32",
+    head_precision: str = "auto",
     activations: str = "fp32",
     llama_cpp: str = "",
     python: str = sys.executable,

@@ -93,7 +93,7 @@ def rounds(
     drafts: int = 1,
     draft_vocab: int = 0,
     precision: str = "fp32",
-    head_precision: str = "",
+    head_precision: str = "auto",
     activations: str = "fp32",
     temperature: float = 0.0,
     new_tokens: int = 64,
@@ -106,7 +106,7 @@ def rounds(
         drafts: drafts a round.
         draft_vocab: tokens that drafts are chosen from; 0 for all.
         precision: of the weights.
-        head_precision: of the modules' own matrices; empty for that of the others.
+        head_precision: of the modules' own matrices.
         activations: of products with weights in blocks.
         temperature: 0 is greedy.
     """
@@ -114,7 +114,7 @@ def rounds(
     opened = open_for_decoding(
         run,
         precision=precision,
-        head_precision=head_precision or None,
+        head_precision=head_precision,
         activations=activations,
     )
     model, tokenizer = opened.model, opened.tokenizer
