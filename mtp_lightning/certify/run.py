@@ -18,6 +18,7 @@ from mtp_lightning.certify.sampled import Sampled
 from mtp_lightning.certify.texts import decode, prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.decoding.precision import (
+    AUTO,
     PRECISIONS,
     check_precision,
     split,
@@ -115,7 +116,7 @@ def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> Op
             "trained on: give fewer."
         )
     weights, activations = split(precision)
-    use_precision(run.model, weights)
+    use_precision(run.model, weights, AUTO)  # as generate.py does
     use_activations(run.model, activations)
     return run
 

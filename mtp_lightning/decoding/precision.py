@@ -88,8 +88,8 @@ def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> 
     Args:
         model: the model.
         precision: of all matrices.
-        heads: of the MTP stack's own matrices instead, which changes the drafts and no text; None
-            for ``precision``.
+        heads: of the MTP stack's own matrices instead, which changes the drafts and no greedy text;
+            None for ``precision``, and ``auto`` for int8 where that is read faster.
 
     Raises:
         UserError: a precision is unknown, rounded weights would not be faster here, or there are no
@@ -108,27 +108,17 @@ def packer_after_rounding(
     round: each is rounded when it is read, and then packed.
 
     Args:
-        precision: of all matrices.
-        heads: of the MTP stack's own matrices instead; ``auto`` for int8 if the others are fp32 or
-            bf16, and None for ``precision``.
+        precision: as of :func:`use_precision`.
+        heads: likewise.
 
     Raises:
         UserError: as :func:`use_precision`, here and when the packer is made.
     """
-    if heads == AUTO:
-        rounds = precision in ("fp32", "bf16") and rounded_weights_need() is None
-        settled = "int8" if rounds else None
-    else:
-        settled = heads
-    check_precision(precision, settled)
+    check_precision(precision, heads)
 
     def packer(model: MTPModel, path: Path | None = None) -> WeightPacker | None:
-        has_matrices = any(p.dim() > 1 for p in model.mtp.parameters())
-        fits = has_matrices and model.head.weight.dtype == torch.float32
-        own = settled if fits or heads != AUTO else None
-        roundings = _roundings(model, precision, own)
-        words = f"{precision} {own}" if roundings else ""
-        inner = packer_for(model, path, words)
+        roundings = _roundings(model, precision, heads)
+        inner = packer_for(model, path, f"{precision} {heads}" if roundings else "")
         return _AfterRounding(inner, roundings) if inner is not None and roundings else inner
 
     return packer
@@ -163,7 +153,12 @@ def _roundings(model: MTPModel, precision: str, heads: str | None) -> _Roundings
     Raises:
         UserError: as :func:`use_precision`.
     """
-    own = [] if heads is None else [p for p in model.mtp.parameters() if p.dim() > 1]
+    weight = model.head.weight
+    fits = weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32
+    own = {id(p) for p in model.mtp.parameters() if p.dim() > 1}
+    if heads == AUTO:
+        faster = fits and own and rounded_weights_need() is None
+        heads = "int8" if faster and precision in ("fp32", "bf16") else None
     if heads is not None and not own:
         raise UserError(
             f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
@@ -172,9 +167,8 @@ def _roundings(model: MTPModel, precision: str, heads: str | None) -> _Roundings
     roundings = _roundings_of(model, precision)
     if heads is not None:
         of_heads = _roundings_of(model.mtp, heads)
-        roundings = {i: f for i, f in roundings.items() if i not in set(map(id, own))} | of_heads
-    weight = model.head.weight
-    if roundings and (weight.device.type not in ("cpu", "meta") or weight.dtype != torch.float32):
+        roundings = {i: f for i, f in roundings.items() if i not in own} | of_heads
+    if roundings and not fits:
         setting = f"head_precision={heads}" if precision == "fp32" else f"precision={precision}"
         raise _nothing_faster(setting, "an fp32 model on a CPU")
     return roundings
