@@ -44,6 +44,8 @@ _SPEED = "benchmarks/results/pretrained_heads*.json"
 _WAYS = ("drafts_1", "drafts_1_of_4096")
 # The way that looks drafts up in the text as well.
 _LOOKUP = "drafts_of_both"
+# The key of a ratio's interval; the questions show no ratio without one.
+_INTERVAL = "over_plain_cpu_interval"
 
 Pair = tuple[Claim, Result | None]
 
@@ -190,9 +192,11 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
 
 
 def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
-    """Every head's gain and effect by size, where they were measured."""
+    """Every head's gain and effect by size, where they were measured. Claims with enough seeds give
+    the answer and the picture."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
     unmeasured, picture = [], None
+    gains: set[str] = set()
     for size, claims in _SIZES.items():
         candidates = [by_name[name] for name in claims if name in by_name]
         measured = [(claim, result) for claim, result in candidates if _has_numbers(claim, result)]
@@ -202,22 +206,24 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         claim, result = measured[0]
         assert result is not None
         heads = sizes.setdefault(size, {})
+        enough = max(e["n"] for e in result["predictions"]) >= claim.scale.minimum
         for entry in words.entries(result, claim):
             if entry["measure"].get("curve") and entry["against"] is None:
                 heads.setdefault(entry["arm"], {})[entry["measure"]["part"]] = {
                     "number": _number(entry),
                     "out_of_range": "out of range" in entry["why"],
-                    "verdict": entry["verdict"],
                     "n": entry["n"],
                     "planned": len(claim.scale.seeds),
                 }
-        seeds, parameters = seeds_and_size(result)
-        file = files_of(result, claim.label, Path())[0].name
-        picture = {"file": file, "seeds": seeds, "size": parameters}
+                if entry["measure"]["part"] == "total" and enough:
+                    gains.add(entry["verdict"])
+        if enough or picture is None:
+            seeds, parameters = seeds_and_size(result)
+            file = files_of(result, claim.label, Path())[0].name
+            picture = {"file": file, "seeds": seeds, "size": parameters}
     if not sizes:
         return None
-    gains = [parts["total"]["verdict"] for heads in sizes.values() for parts in heads.values()]
-    costs = {HOLDS: "more", FAILS: "less"}.get(gains[0]) if len(set(gains)) == 1 else None
+    costs = {HOLDS: "more", FAILS: "less"}.get(*gains) if len(gains) == 1 else None
     return {"sizes": sizes, "costs": costs, "waiting": unmeasured, "picture": picture}
 
 
@@ -268,12 +274,12 @@ def measured_heads(root: Path) -> list[dict[str, Any]]:
 
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
-    decoding with its interval over texts. Each processor shows the way of drafting with the best
-    mean ratio, and the one with lookups."""
+    decoding with its interval over texts, if it has one. Each processor shows the way of drafting
+    with the best mean ratio, and the one with lookups."""
     speeds = []
     for content in measured_heads(root):
         rows = [row for row in content["rows"] if row["temperature"] == 0]
-        ways = [way for way in _WAYS if all(way in row for row in rows)]
+        ways = [w for w in _WAYS if all(_INTERVAL in row.get(w, {}) for row in rows)]
         if not rows or not ways:
             continue
         best = max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))

@@ -60,6 +60,12 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     for verdict, answer in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**prediction, "verdict": verdict} for prediction in predictions]
         assert f"?** {answer}" in answers([(claim, result(claim, alike))], tmp_path)
+    # One seed at a larger size changes neither the answer nor the picture.
+    of_small = [{**p, "n": 5, "verdict": "holds"} for p in predictions]
+    one_seed = [{**p, "n": 1, "verdict": "undecided"} for p in predictions]
+    text = answers([(small, result(small, of_small)), (claim, result(claim, one_seed))], tmp_path)
+    assert "?** Less than it costs" in text and "| 0.6 M | gain |" in text
+    assert f"](results/{small.label}.svg)" in text and f"{GAIN}.svg" not in text
     # A claim that was changed after its runs has no numbers.
     assert answers([(claim, {**result(claim, predictions), "digest": "other"})], tmp_path) == ""
 

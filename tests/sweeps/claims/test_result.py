@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -357,11 +358,15 @@ def test_the_readme_joins_the_two_claims_about_planning(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_speeds_without_facts_about_the_head(tmp_path: Path) -> None:
-    row = {"kind": "code", "temperature": 0.0, "tokens": 192, "drafts_1": {"over_plain_cpu": 1.36}}
+    speed: dict[str, Any] = {"over_plain_cpu": 1.36}
+    row = {"kind": "code", "temperature": 0.0, "tokens": 192, "drafts_1": speed}
+    measured_speeds(tmp_path, [row], processor="P")
+    assert "| P |" not in part([], ENGLISH, tmp_path)
+    speed["over_plain_cpu_interval"] = [1.2, 1.5]
     measured_speeds(tmp_path, [row], processor="P")
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
-    assert "| P |  | 1.36 × | 3, no interval |\n" in english
-    assert "| P |  | 1.36 倍 | 3 段，无置信区间 |\n" in chinese
+    assert "| P |  | 1.36 × [1.20, 1.50] | 3 |\n" in english
+    assert "| P |  | 1.36 倍 [1.20, 1.50] | 3 |\n" in chinese
 
 
 def test_the_projects_pages_match_its_results() -> None:
