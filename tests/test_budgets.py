@@ -24,7 +24,7 @@ LINES = {
     "mtp_lightning/certify": 1_096,
     "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_661,
-    "mtp_lightning/decoding": 4_904,
+    "mtp_lightning/decoding": 4_915,
     "mtp_lightning/distributed": 1_285,
     "mtp_lightning/experiment": 2_924,
     "mtp_lightning/heads": 922,
@@ -38,7 +38,7 @@ LINES = {
     "mtp_lightning/optim": 418,
     "mtp_lightning/run": 1_407,
     "mtp_lightning/serving": 1_615,
-    "sweeps": 9_928,
+    "sweeps": 9_929,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (157, 21_080), "generate": (86, 12_400)}

@@ -81,6 +81,9 @@ class Engine:
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
+        # Other programs make the wall time of a round longer, but not the CPU time of its thread.
+        alone = model.head.weight.device.type == "cpu" and torch.get_num_threads() == 1
+        self._clock = time.thread_time if alone else time.perf_counter
         self._auto, measured = depths, options.measured
         if depths is None and options.draft_depth == "auto" and self.max_draft:
             from mtp_lightning.decoding.adaptive import AutoDepth
@@ -283,13 +286,10 @@ class Engine:
         if any(looked_up):
             caps = [len(ids) or cap for ids, cap in zip(looked_up, caps, strict=True)]
             n_drafts, recorder = 0 if all(looked_up) else n_drafts, None
-        # Other programs make the wall time of a round longer, but not the CPU time of its thread.
-        alone = self._model.head.weight.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
-        start = clock()
+        start = self._clock()
         outcome = decoder.round(n_drafts, caps, looked_up)
         if recorder is not None:
-            seconds = clock() - start
+            seconds = self._clock() - start
             # A draft that was not made, for lack of confidence, counts as a failed one.
             accepted = outcome.accepted
             reached = [min(a + 1, n_drafts, cap) for a, cap in zip(accepted, caps, strict=True)]

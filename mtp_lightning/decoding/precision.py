@@ -32,6 +32,8 @@ from mtp_lightning.settings import require_choice
 from mtp_lightning.weights import WeightPacker
 
 AUTO = "auto"
+# What becomes of a weight, by the weight's id.
+Roundings = dict[int, Callable[[Tensor], Tensor]]
 
 
 def split(precision: str) -> tuple[str, str]:
@@ -96,9 +98,7 @@ def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> 
             matrices to round.
     """
     check_precision(precision, heads)
-    roundings = _roundings(model, precision, heads)
-    for weight in model.parameters():
-        _round(weight, roundings)
+    round_weights(model, _roundings(model, precision, _settled(model, precision, heads)))
 
 
 def packer_after_rounding(
@@ -117,8 +117,9 @@ def packer_after_rounding(
     check_precision(precision, heads)
 
     def packer(model: MTPModel, path: Path | None = None) -> WeightPacker | None:
-        roundings = _roundings(model, precision, heads)
-        inner = packer_for(model, path, f"{precision} {heads}" if roundings else "")
+        own = _settled(model, precision, heads)
+        roundings = _roundings(model, precision, own)
+        inner = packer_for(model, path, f"{precision} {own}" if roundings else "")
         return _AfterRounding(inner, roundings) if inner is not None and roundings else inner
 
     return packer
@@ -127,7 +128,7 @@ def packer_after_rounding(
 class _AfterRounding:
     """Rounds weights before a packer packs them."""
 
-    def __init__(self, packer: WeightPacker, roundings: _Roundings) -> None:
+    def __init__(self, packer: WeightPacker, roundings: Roundings) -> None:
         self._packer, self._roundings = packer, roundings
 
     def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
@@ -147,56 +148,48 @@ def _nothing_faster(setting: str, missing: str) -> UserError:
     )
 
 
-def _roundings(model: MTPModel, precision: str, heads: str | None) -> _Roundings:
-    """The rounding of each weight that is rounded, by its id.
+def _settled(model: MTPModel, precision: str, heads: str | None) -> str | None:
+    """The precision of the MTP stack's own matrices, with ``auto`` replaced."""
+    if heads != AUTO:
+        return heads
+    faster = _can_round(model) and rounded_weights_need() is None
+    return "int8" if faster and precision in ("fp32", "bf16") and _matrices(model.mtp) else None
+
+
+def _can_round(model: MTPModel) -> bool:
+    weight = model.head.weight
+    return weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dim() > 1]
+
+
+def _roundings(model: MTPModel, precision: str, heads: str | None) -> Roundings:
+    """The roundings of a model in two precisions, which are settled.
 
     Raises:
         UserError: as :func:`use_precision`.
     """
-    weight = model.head.weight
-    fits = weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32
-    own = {id(p) for p in model.mtp.parameters() if p.dim() > 1}
-    if heads == AUTO:
-        faster = fits and own and rounded_weights_need() is None
-        heads = "int8" if faster and precision in ("fp32", "bf16") else None
+    own = set(map(id, _matrices(model.mtp)))
     if heads is not None and not own:
         raise UserError(
             f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
             "leave it out."
         )
-    roundings = _roundings_of(model, precision)
+    roundings = roundings_of(model, precision)
     if heads is not None:
-        of_heads = _roundings_of(model.mtp, heads)
+        of_heads = roundings_of(model.mtp, heads)
         roundings = {i: f for i, f in roundings.items() if i not in own} | of_heads
-    if roundings and not fits:
+    if roundings and not _can_round(model):
         setting = f"head_precision={heads}" if precision == "fp32" else f"precision={precision}"
         raise _nothing_faster(setting, "an fp32 model on a CPU")
     return roundings
 
 
-def _roundings_of(model: nn.Module, precision: str) -> _Roundings:
-    if precision == "fp32":
-        return {}
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    roundings = {id(matrix): _ROUNDED[precision] for matrix in matrices}
-    if precision == "int4":
-        looked_up = [m.weight for m in model.modules() if isinstance(m, Head | nn.Embedding)]
-        roundings |= {id(weight): _ROUNDED["int8"] for weight in looked_up}
-    return roundings
-
-
-@torch.no_grad()
-def _round(weight: Tensor, roundings: _Roundings) -> bool:
-    """Round a weight in place, if it is one of those; returns whether it is."""
-    rounding = roundings.get(id(weight))
-    if rounding is not None:
-        weight.copy_(rounding(weight))
-    return rounding is not None
-
-
-def round_weights(model: nn.Module, precision: str) -> None:
-    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged. In
-    fp32 nothing changes.
+def roundings_of(model: nn.Module, precision: str) -> Roundings:
+    """The rounding of every matrix of a model, by its id; none in fp32. Gains and biases stay as
+    they are.
 
     In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
     absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
@@ -207,9 +200,28 @@ def round_weights(model: nn.Module, precision: str) -> None:
     and the head keep 8 bits: they are rounded to int8, and so are matrices whose inputs are not a
     multiple of 32.
     """
-    roundings = _roundings_of(model, precision)
+    if precision == "fp32":
+        return {}
+    roundings = {id(matrix): _ROUNDED[precision] for matrix in _matrices(model)}
+    if precision == "int4":
+        looked_up = [m.weight for m in model.modules() if isinstance(m, Head | nn.Embedding)]
+        roundings |= {id(weight): _ROUNDED["int8"] for weight in looked_up}
+    return roundings
+
+
+def round_weights(model: nn.Module, roundings: Roundings) -> None:
+    """Round weights of a model in place, each in its own dtype."""
     for weight in model.parameters():
         _round(weight, roundings)
+
+
+@torch.no_grad()
+def _round(weight: Tensor, roundings: Roundings) -> bool:
+    """Round a weight in place, if it is one of those; returns whether it is."""
+    rounding = roundings.get(id(weight))
+    if rounding is not None:
+        weight.copy_(rounding(weight))
+    return rounding is not None
 
 
 def _rounded_to_bytes(weight: Tensor) -> Tensor:
@@ -233,7 +245,6 @@ def _rounded_to_blocks(weight: Tensor) -> Tensor:
 
 # Inputs that share a step and an offset in int4.
 _BLOCK = 32
-_Roundings = dict[int, Callable[[Tensor], Tensor]]
 _ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": Tensor.bfloat16,
     "int8": _rounded_to_bytes,

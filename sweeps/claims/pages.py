@@ -223,7 +223,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
             picture = {"file": file, "seeds": seeds, "size": parameters}
     if not sizes:
         return None
-    costs = {HOLDS: "more", FAILS: "less"}.get(*gains) if len(gains) == 1 else None
+    costs = {HOLDS: "more", FAILS: "less"}.get(gains.pop()) if len(gains) == 1 else None
     return {"sizes": sizes, "costs": costs, "waiting": unmeasured, "picture": picture}
 
 
@@ -279,13 +279,14 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
     speeds = []
     for content in measured_heads(root):
         rows = [row for row in content["rows"] if row["temperature"] == 0]
-        ways = [w for w in _WAYS if all(_INTERVAL in row.get(w, {}) for row in rows)]
+        complete = {w for w in (*_WAYS, _LOOKUP) if all(_INTERVAL in r.get(w, {}) for r in rows)}
+        ways = [way for way in _WAYS if way in complete]
         if not rows or not ways:
             continue
         best = max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))
         processor, options = content.get("processor", "one processor"), content.get("options", {})
         labels = {best: processor}
-        if all(_LOOKUP in row for row in rows):
+        if _LOOKUP in complete:
             labels[_LOOKUP] = f"{processor}, lookup={options['lookup']}"
         # Texts of each kind, all of which have the same length.
         n = rows[0]["tokens"] // options.get("new_tokens", 64)

@@ -9,7 +9,7 @@ import torch
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_weight
 from mtp_lightning.cpu.prepared import _FUSED
-from mtp_lightning.decoding.precision import round_weights
+from mtp_lightning.decoding.precision import round_weights, roundings_of
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
@@ -30,7 +30,7 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
         return weight
     layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
     layer.weight.data = weight.clone()
-    round_weights(layer, "bf16" if kind == Kind.HALF else "int8")
+    round_weights(layer, roundings_of(layer, "bf16" if kind == Kind.HALF else "int8"))
     return layer.weight.data
 
 

@@ -22,6 +22,7 @@ from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.precision import (
     packer_after_rounding,
     round_weights,
+    roundings_of,
     use_precision,
 )
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -39,7 +40,7 @@ PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": K
 @pytest.mark.parametrize("shape", [(1, 64), (33, 32), (70, 96), (200, 64), (130, 17)])
 def test_a_packed_weight_unpacks_to_the_same_bits(shape, precision):
     layer = torch.nn.Linear(shape[1], shape[0], bias=False)
-    round_weights(layer, precision)
+    round_weights(layer, roundings_of(layer, precision))
     weight, packed_copy = layer.weight.data, packed_weight(layer.weight)
     if shape[1] % 32 == 0:
         assert packed_copy.kind == PRECISIONS[precision]

@@ -9,7 +9,7 @@ import torch
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.decoding.fused import decoding_passes
-from mtp_lightning.decoding.precision import round_weights
+from mtp_lightning.decoding.precision import round_weights, roundings_of
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialMTP
@@ -85,7 +85,7 @@ def test_fused_passes_have_the_bits_of_the_layers(name: str, lengths: tuple[int,
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_fused_passes_of_rounded_weights_have_the_bits_of_the_layers(precision: str) -> None:
     model = small_model(4, 2)
-    round_weights(model, precision)
+    round_weights(model, roundings_of(model, precision))
     with decoding_passes(model):
         fused, layers = sessions(model, 2, 2)
         for session in (fused, layers):

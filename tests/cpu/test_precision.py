@@ -10,7 +10,7 @@ import torch
 from mtp_lightning.cpu.packed import Kind, is_kept, numbers_of, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import fused_passes
-from mtp_lightning.decoding.precision import round_weights, use_precision
+from mtp_lightning.decoding.precision import round_weights, roundings_of, use_precision
 from mtp_lightning.experiment import generating
 from tests.decoding.models import (
     assert_wide_passes_have_the_bits_of_single_ones,
@@ -94,7 +94,7 @@ def test_int4_rounds_to_the_nearest_of_16_levels_per_block_of_32_inputs():
     weight = torch.randn(70, 96) * torch.logspace(-3, 3, 70).unsqueeze(1)
     weight[5], weight[6, 1:], weight[7] = 0.0, 0.0, 0.25
     layer.weight.data = weight.clone()
-    round_weights(layer, "int4")
+    round_weights(layer, roundings_of(layer, "int4"))
     int4 = layer.weight.data.double().unflatten(1, (3, 32))
     blocks = weight.double().unflatten(1, (3, 32))
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
@@ -104,7 +104,7 @@ def test_int4_rounds_to_the_nearest_of_16_levels_per_block_of_32_inputs():
     assert all(len(row.unique()) <= 16 for row in int4.flatten(0, 1))
     assert torch.equal(int4[5], torch.zeros(3, 32, dtype=torch.float64))
     layer.weight.data[3, 40] = float("nan")
-    round_weights(layer, "int4")
+    round_weights(layer, roundings_of(layer, "int4"))
     assert layer.weight.data[3, 32:64].isnan().all() and layer.weight.data.isnan().sum() == 32
 
 

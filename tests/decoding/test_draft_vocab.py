@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.precision import round_weights
+from mtp_lightning.decoding.precision import round_weights, roundings_of
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.selector import CANDIDATES
@@ -83,7 +83,7 @@ def test_draft_logits_have_the_bits_of_the_whole_heads(
 ) -> None:
     model = small_model(4, 1)
     if precision != "fp32":
-        round_weights(model, precision)
+        round_weights(model, roundings_of(model, precision))
     (prompt,) = random_prompts(4, (9,))
     logits = record_draft_logits(monkeypatch)
     for vocab in (None, ROWS):
