@@ -5,7 +5,7 @@ This part can be deleted as a whole. Importing it registers its functions with t
 names it.
 """
 
-from mtp_lightning.cpu import attention, experts, layers, library, linear
+from mtp_lightning.cpu import attention, experts, layers, library, linear, sampling
 from mtp_lightning.cpu.kept import CPUWeightPacker
 from mtp_lightning.cpu.prepared import CPUPasses, multiply_integers
 from mtp_lightning.decoding import fused
@@ -23,4 +23,4 @@ fused.register(
     ),
 )
 
-__all__ = ["attention", "experts", "layers", "linear"]
+__all__ = ["attention", "experts", "layers", "linear", "sampling"]

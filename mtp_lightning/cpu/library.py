@@ -53,6 +53,8 @@ _FUNCTIONS = {
     "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
     "log_softmax": (c_void_p, c_int64, c_int64),
     "exponential": (c_void_p, c_int64),
+    "draw_tokens": (*[c_void_p] * 3, c_int64, c_int64),
+    "judge_drafts": (*[c_void_p] * 8, *[c_int64] * 4),
     "decode_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
     "decode_join": (*[c_void_p] * 4, c_int64),
     "decode_draft": (c_void_p,) * 8,

@@ -32,8 +32,18 @@ from mtp_lightning.system import processor
 log = logging.getLogger(__name__)
 
 _FILE = "measured.json"
-# The beginnings of the texts, and the number of tokens that the model adds to each.
-_BEGINNINGS = ("The old house at the end of", "def main(", "What is the difference between")
+# The beginnings of the texts, and the number of tokens that the model adds to each. Acceptance
+# differs so much between texts that three of them gave a third more than the mean of many.
+_BEGINNINGS = (
+    "The old house at the end of",
+    "def main(",
+    "What is the difference between",
+    "Once upon a time, there was a",
+    "import os\n\n\nclass ",
+    "1. First, preheat the oven to",
+    "Dear Sir or Madam,",
+    "The results of the experiment show that",
+)
 _TOKENS = 48
 # The timed rounds with each number of drafts; after _SECONDS, _LEAST rounds are enough.
 _ROUNDS, _LEAST = 48, 4

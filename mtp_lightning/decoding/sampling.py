@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.nn.ops import Op
 from mtp_lightning.settings import is_number, is_whole
 
 # The smallest positive setting that is not 0 in fp32, the precision of probabilities.
@@ -101,6 +102,7 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return kept_probs / kept_probs.sum(dim=-1, keepdim=True)
 
 
+@Op
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Draw token ids [...] from probabilities [..., V] by inverting the cumulative sum, in fp64.
 

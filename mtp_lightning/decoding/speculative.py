@@ -55,13 +55,13 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens_B: the drafts.
-        q_BV: the distributions over the whole vocabulary that they were drawn from; None if each
-            had probability 1.
+        q_BN: the distributions over the first N tokens that they were drawn from; None if each had
+            probability 1.
         confident_B: the rows that are confident enough to draft at this depth; None for all.
     """
 
     tokens_B: Tensor
-    q_BV: Tensor | None = None
+    q_BN: Tensor | None = None
     confident_B: Tensor | None = None
 
 
@@ -203,9 +203,9 @@ class Decoder:
             if noise_BR is None:
                 yield Draft(logits_BV.argmax(dim=-1), None, confident_B)
             else:
-                q_BV = self._sampling.probabilities(logits_BV)
-                token_B = draw(q_BV, noise_BR[:, k - 1])
-                yield Draft(token_B, over_all(q_BV, self._vocab), confident_B)
+                q_BN = self._sampling.probabilities(logits_BV)
+                token_B = draw(q_BN, noise_BR[:, k - 1])
+                yield Draft(token_B, q_BN, confident_B)
 
     def _replaced(
         self, drafts: Iterator[Draft], looked_up: Sequence[Sequence[int]], caps: list[int]
@@ -221,13 +221,13 @@ class Decoder:
         padded = [[*ids, *[0] * (most - len(ids))] if ids else [-1] * most for ids in looked_up]
         ids_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
         k = 0
-        for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
+        for k, (token_B, q_BN, confident_B) in enumerate(drafts, start=1):
             ids_B = ids_BM[:, min(k, most) - 1]
             token_B = torch.where(ids_B < 0, token_B, ids_B)
-            if q_BV is not None:
-                certain_BV = certain(token_B, self._vocab)
-                q_BV = torch.where(ids_B.unsqueeze(1) < 0, q_BV, certain_BV)
-            yield Draft(token_B, q_BV, None if confident_B is None else confident_B | (ids_B >= 0))
+            if q_BN is not None:
+                q_BV, certain_BV = over_all(q_BN, self._vocab), certain(token_B, self._vocab)
+                q_BN = torch.where(ids_B.unsqueeze(1) < 0, q_BV, certain_BV)
+            yield Draft(token_B, q_BN, None if confident_B is None else confident_B | (ids_B >= 0))
         caps[:] = [cap if ids else min(cap, k) for cap, ids in zip(caps, looked_up, strict=True)]
         for ids_B in ids_BM.unbind(1)[k:]:
             yield Draft(ids_B.clamp(min=0))
@@ -257,17 +257,18 @@ class Decoder:
 
     def _sample(self, drafts: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
-        limit_B = torch.full((len(caps),), self._most, device=noise_BR.device)
-        columns, proposals = [], []
-        for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
+        columns, proposals, limits = [], [], []
+        for k, (token_B, q_BN, confident_B) in enumerate(drafts, start=1):
             columns.append(token_B.unsqueeze(1))
-            proposals.append(certain(token_B, self._vocab) if q_BV is None else q_BV)
+            proposals.append(certain(token_B, self._vocab) if q_BN is None else q_BN)
             session.put(columns[-1], k)
             if confident_B is not None:
-                limit_B = torch.where(confident_B, limit_B, limit_B.clamp(max=k - 1))
+                limits.append(torch.where(confident_B, self._most, k - 1))
         n_drafts = len(columns)
         # Only now: looked-up drafts lower the caps while they are made.
-        limit_B = limit_B.minimum(torch.tensor(caps, device=limit_B.device)).clamp(max=n_drafts)
+        limit_B = torch.tensor(caps, device=noise_BR.device).clamp(max=n_drafts)
+        for confident_limit_B in limits:
+            limit_B = limit_B.minimum(confident_limit_B)
         logits_BTV = session.verify(n_drafts)
         p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:
@@ -275,11 +276,11 @@ class Decoder:
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(columns, dim=1)
-        q_BMV = torch.stack(proposals, dim=1)
+        q_BMN = torch.stack(proposals, dim=1)
         # The numbers that decide over acceptance come after those that the drafts are drawn by.
         accept_BM = noise_BR[:, self._most : self._most + n_drafts]
         tokens_BT, accepted_B = self._verify(
-            p_BTV, q_BMV, draft_BM, accept_BM, noise_BR[:, -1], limit_B
+            p_BTV, q_BMN, draft_BM, accept_BM, noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
         counts_B2 = torch.stack((accepted_B, limit_B), dim=1)

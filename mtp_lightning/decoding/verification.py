@@ -16,7 +16,7 @@ under p than under q.
 
 Greedily both rules keep the same drafts: all probabilities are then 0 or 1.
 
-Shapes: B rows, M drafts, V vocabulary, T = M + 1.
+Shapes: B rows, M drafts, V vocabulary, N tokens that drafts are chosen from, T = M + 1.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.nn.ops import Op
 
 Verification = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A rule: called like :func:`accept_or_resample`."""
 
 
+@Op
 def accept_or_resample(
     p_BTV: Tensor,
-    q_BMV: Tensor,
+    q_BMN: Tensor,
     draft_BM: Tensor,
     accept_noise_BM: Tensor,
     final_noise_B: Tensor,
@@ -44,7 +46,7 @@ def accept_or_resample(
 
     Args:
         p_BTV: the trunk's distributions, T = M + 1.
-        q_BMV: the distributions that the drafts were drawn from.
+        q_BMN: the distributions that the drafts were drawn from, over the first N tokens.
         draft_BM: the drafts.
         accept_noise_BM, final_noise_B: uniform numbers of [0, 1).
         limit_B: for each row, the number of drafts that are considered.
@@ -52,26 +54,26 @@ def accept_or_resample(
     Returns:
         Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
     """
-    p_draft_BM, q_draft_BM = draft_probs(p_BTV, q_BMV, draft_BM)
+    p_draft_BM, q_draft_BM = draft_probs(p_BTV, q_BMN, draft_BM)
     # u < p / q without the division: p = 0 never accepts, p >= q always does.
     ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
     ok_BM &= torch.arange(draft_BM.shape[1], device=ok_BM.device) < limit_B.unsqueeze(1)
     accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
-    tokens_BT = with_own_token(p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B)
+    tokens_BT = with_own_token(p_BTV, q_BMN, draft_BM, accepted_B, final_noise_B, limit_B)
     return tokens_BT, accepted_B
 
 
-def draft_probs(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
+def draft_probs(p_BTV: Tensor, q_BMN: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
     """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
     drawn from; arguments as :func:`accept_or_resample`."""
     index = draft_BM.unsqueeze(-1)
     p_BMV = p_BTV[:, : draft_BM.shape[1]]
-    return p_BMV.gather(-1, index).squeeze(-1), q_BMV.gather(-1, index).squeeze(-1)
+    return p_BMV.gather(-1, index).squeeze(-1), q_BMN.gather(-1, index).squeeze(-1)
 
 
 def with_own_token(
     p_BTV: Tensor,
-    q_BMV: Tensor,
+    q_BMN: Tensor,
     draft_BM: Tensor,
     accepted_B: Tensor,
     noise_B: Tensor,
@@ -82,7 +84,7 @@ def with_own_token(
     from ``max(weight p - q, 0)`` renormalized, else from p.
 
     Args:
-        p_BTV, q_BMV, draft_BM, limit_B: see :func:`accept_or_resample`.
+        p_BTV, q_BMN, draft_BM, limit_B: see :func:`accept_or_resample`.
         accepted_B: how many drafts are kept.
         noise_B: uniform numbers of [0, 1).
         weight_B: of p; None is 1.
@@ -93,9 +95,8 @@ def with_own_token(
     rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     p_BV = p_BTV[rows, accepted_B]
-    q_BV = q_BMV[rows, accepted_B.clamp(max=q_BMV.shape[1] - 1)]
-    weighted_BV = p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1)
-    rest_BV = (weighted_BV - q_BV).clamp_(min=0)
+    q_BN = q_BMN[rows, accepted_B.clamp(max=q_BMN.shape[1] - 1)]
+    rest_BV = less(p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1), q_BN)
     # If p = q up to rounding, nothing is left to draw from, and p itself is right.
     rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
     final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), noise_B)
@@ -103,9 +104,16 @@ def with_own_token(
     return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1))
 
 
+def less(p: Tensor, q: Tensor) -> Tensor:
+    """``max(p - q, 0)`` of p [..., V] and q [..., N]; q is 0 for tokens from N on."""
+    rest = p.clone()
+    rest[..., : q.shape[-1]].sub_(q).clamp_(min=0)
+    return rest
+
+
 def accept_block(
     p_BTV: Tensor,
-    q_BMV: Tensor,
+    q_BMN: Tensor,
     draft_BM: Tensor,
     accept_noise_BM: Tensor,
     final_noise_B: Tensor,
@@ -114,7 +122,7 @@ def accept_block(
     """Block verification. The arguments and the result are those of :func:`accept_or_resample`;
     draft number ``limit`` is the last one of its row."""
     n_drafts = draft_BM.shape[1]
-    p_draft_BM, q_draft_BM = (x.double() for x in draft_probs(p_BTV, q_BMV, draft_BM))
+    p_draft_BM, q_draft_BM = (x.double() for x in draft_probs(p_BTV, q_BMN, draft_BM))
     joint_B = torch.ones_like(final_noise_B, dtype=torch.float64)
     joints = [joint_B]
     for p_B, q_B in zip(p_draft_BM.unbind(1), q_draft_BM.unbind(1), strict=True):
@@ -123,8 +131,8 @@ def accept_block(
     joint_BT = torch.stack(joints, dim=1)
     # The probability that a draft is the last one kept, for all drafts but the last.
     inner_BM = joint_BT[:, 1:n_drafts]
-    rest_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype) - q_BMV[:, 1:]
-    rest_BM = rest_BMV.clamp_(min=0).sum(-1, dtype=torch.float64)
+    weighted_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype)
+    rest_BM = less(weighted_BMV, q_BMN[:, 1:]).sum(-1, dtype=torch.float64)
     chance_BM = rest_BM / (rest_BM + 1 - inner_BM)
     # 0 / 0: both distributions agree, and whether a later draft is kept decides.
     chance_BM = torch.cat((chance_BM.nan_to_num(1.0), joint_BT[:, n_drafts:]), dim=1)
@@ -135,7 +143,7 @@ def accept_block(
     accepted_B = (kept_BM * number_M).amax(dim=1)
     joint_B = joint_BT.gather(1, accepted_B.unsqueeze(1)).squeeze(1)
     tokens_BT = with_own_token(
-        p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B, joint_B.to(p_BTV.dtype)
+        p_BTV, q_BMN, draft_BM, accepted_B, final_noise_B, limit_B, joint_B.to(p_BTV.dtype)
     )
     return tokens_BT, accepted_B
 

@@ -165,6 +165,8 @@ def test_a_residual_that_is_not_renormalized_is_found(
         return below.sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
     monkeypatch.setattr(verification, "draw", draw_unnormalized)
+    rule = verification.accept_or_resample.plain
+    monkeypatch.setitem(verification.RULES, "token", rule)
     certificate = certify(small_model(0, 2), "none", "depth 2", batches=(8,), count=120)
     broken = certificate.broken()
     assert broken and all("sampled tokens do not follow" in line for line in broken)
