@@ -54,6 +54,8 @@ def require_inputs(args: Any, *models: Path) -> None:
     for file in (*models, *map(Path, args.text)):
         if not file.exists():
             raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")
+        if file.is_file() and not file.stat().st_size:
+            raise UserError(f"{file} is empty: give a file with content.")
     data = "data=text" if args.text else "data=self_generated"
     compose_config("config", ["experiment=posthoc_heads", data, *args.overrides])
 

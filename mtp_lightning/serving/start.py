@@ -77,6 +77,7 @@ def _check(cfg: Any) -> None:
     listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
     are_names = listed and all(isinstance(name, str) for name in cfg.hosts)
     require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
+    require(cfg.name is None or bool(str(cfg.name).strip()), "name", cfg.name, "a name or null")
     DecodingOptions.from_config(cfg)
 
 
