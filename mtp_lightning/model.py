@@ -130,6 +130,7 @@ class MTPModel(nn.Module):
         if not config.mtp.trains_trunk:
             self.trunk.requires_grad_(False)
             self.head.requires_grad_(False)
+        _require_registered(self)
 
     @property
     def depth(self) -> int:
@@ -276,3 +277,19 @@ class MTPModel(nn.Module):
             head=self.head,
         )
         return self.mtp.depth_state(k, inputs, previous_BTC)
+
+
+def _require_registered(model: nn.Module) -> None:
+    """Refuse layers that a Python container holds: PyTorch neither trains nor stores them."""
+    known = {*model.modules(), *model.parameters()}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            for item in value.values() if isinstance(value, dict) else value:
+                if isinstance(item, nn.Module | nn.Parameter) and item not in known:
+                    raise UserError(
+                        f"{type(module).__name__}.{name} is a {type(value).__name__} with layers, "
+                        "which would be neither trained nor stored: use torch.nn.ModuleList, "
+                        "ModuleDict, ParameterList or ParameterDict."
+                    )

@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 9_045,
     "hydra_plugins": 68,
-    "mtp_lightning": 3_294,
+    "mtp_lightning": 3_311,
     "mtp_lightning/apps": 382,
     "mtp_lightning/callbacks": 1_805,
     "mtp_lightning/certify": 1_096,

@@ -76,6 +76,21 @@ def test_what_heads_side_by_side_share_is_trained(tiny_trunk: TrunkConfig) -> No
         torch.testing.assert_close(changes[name], change, msg=name)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, "dict", "parameters"])
+def test_layers_in_a_python_container_are_refused(kind, tiny_trunk: TrunkConfig) -> None:
+    class Hidden(Shares):
+        def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
+            super().__init__(config, trunk)
+            layers = [nn.Linear(2, 2) for _ in range(2)]
+            weights = [nn.Parameter(torch.ones(2))]
+            hidden = {"dict": dict(enumerate(layers)), "parameters": weights}
+            self.hidden = hidden[kind] if isinstance(kind, str) else kind(layers)
+            self.known = [self.shared, self.scale]  # references to registered ones
+
+    with pytest.raises(UserError, match=r"Hidden\.hidden is a \w+ with layers, which would be"):
+        build(tiny_trunk, config_of(Hidden))
+
+
 class Users(Chain):
     """A chain whose step is the test's."""
 
