@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Row
+from mtp_lightning.command_line.shell import readable_errors
 
 Function = Callable[..., Row]
 
@@ -101,7 +102,8 @@ def program(*functions: Function) -> Callable[..., Row]:
                 own = words.add_parser(name, help=text.partition("\n")[0], description=text)
                 _add_options(own, function)
         options = vars(parser.parse_args(given))
-        return _run(commands[options.pop("command")], options)
+        with readable_errors():
+            return _run(commands[options.pop("command")], options)
 
     return main
 

@@ -6,9 +6,9 @@ llama.cpp is llama-cpp-python, compiled for this CPU into an environment of its 
 
     python -m venv native && CMAKE_ARGS=-DGGML_NATIVE=ON native/bin/pip install llama-cpp-python
 
-and ``--python native/bin/python``. To decode several texts at once it is the wheel xllamacpp
-(``pip install -e '.[engines]'``), whose code is for AVX2. Each side is a process of its own, which
-keeps its model open.
+and ``--python native/bin/python``. Several texts at once are decoded by the wheel xllamacpp of this
+environment (``pip install -e '.[engines]'``), whose code is for AVX2. Each side is a process of its
+own, which keeps its model open.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def ours(task: Row) -> Iterator[Row]:
 
 def theirs(task: Row) -> Iterator[Row]:
     """llama.cpp's decoding inside the process, see :func:`_turns`."""
-    native = find_spec("llama_cpp") is not None
-    decode, program = _native(task) if native else _wheel(task)
+    alone = task["batch"] == 1 and find_spec("llama_cpp") is not None
+    decode, program = _native(task) if alone else _wheel(task)
     yield from _turns(decode, task, {"program": program})
 
 
@@ -144,6 +144,7 @@ def measure(
         turns: turns of every side.
         python: llama.cpp's interpreter.
     """
+    python = python if task["batch"] == 1 else sys.executable  # see _native
     sides = {"llama.cpp": partial(harness.Worker, theirs, task, python=python)}
     for precision in precisions:
         own = {**task, "precision": precision, "drafts": False}
@@ -195,9 +196,18 @@ def llama_cpp(
         prompt_tokens: tokens of a prompt, from the source of Python's argparse.
         python: the interpreter of the environment that has llama.cpp.
     """
+    from mtp_lightning.decoding.precision import split
+    from mtp_lightning.errors import UserError
+    from mtp_lightning.experiment.generating import open_for_decoding
     from mtp_lightning.opening import open_model
     from mtp_lightning.system import processor
 
+    for precision in precisions:
+        weights, activations = split(precision)
+        open_for_decoding(model, precision=weights, activations=activations)  # refuses it now
+    wheel_needed = max(batches) > 1 or (python == sys.executable and not find_spec("llama_cpp"))
+    if wheel_needed and not find_spec("xllamacpp"):
+        raise UserError("xllamacpp is not installed: pip install -e '.[engines]'.")
     ids = open_model(model).tokenizer.encode(inspect.getsource(argparse)).tolist()
     rows: list[Row] = []
     for batch, n in itertools.product(batches, threads):

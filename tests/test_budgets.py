@@ -21,7 +21,7 @@ LINES = {
     "mtp_lightning": 3_311,
     "mtp_lightning/apps": 382,
     "mtp_lightning/callbacks": 1_805,
-    "mtp_lightning/certify": 1_096,
+    "mtp_lightning/certify": 1_143,
     "mtp_lightning/command_line": 1_298,
     "mtp_lightning/cpu": 1_709,
     "mtp_lightning/decoding": 4_936,

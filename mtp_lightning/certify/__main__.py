@@ -64,12 +64,18 @@ def main(
                     f"--{name.replace('_', '-')}={getattr(args, name)} shows nothing: give 2 or "
                     "more."
                 )
+        if args.weights is not None and not _names(args.weights):
+            raise UserError("--weights names no precision: give some, or leave it out for all.")
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
         with _folder(args.output):
             certificate = _certificate(args, minutes)
     sys.exit(2 if certificate.broken() else 0)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, listed.split(","))))
 
 
 @contextmanager
@@ -106,13 +112,13 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         args.model,
         count=args.prompts,
         length=args.new_tokens,
-        precisions=args.weights.split(",") if args.weights else None,
+        precisions=None if args.weights is None else _names(args.weights),
         few=args.quick,
         minutes=minutes,
         file=args.text,
         seed=args.seed,
-        against=args.against.split(",") if args.against else (),
-        allow=tuple(filter(None, args.allow.split(","))),
+        against=_names(args.against or ""),
+        allow=_names(args.allow),
         say=lambda line: print(line, file=sys.stderr, flush=True),
         interrupted=keep,
     )

@@ -23,7 +23,7 @@ class Cell:
     Attributes:
         drafts: the name of ``options`` in the table.
         options: how tokens are drafted.
-        batch: texts decoded together; in a batch, texts end and others take their slots.
+        batch: texts decoded together; in a batch, texts join others and end before them.
         threads: number of PyTorch threads.
         reads: ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text
             after reading both again.

@@ -115,6 +115,11 @@ class Certificate:
             text += ", all logits to the last bit"
         elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
             text += ", all logits to the last bit where prompts are read alone and whole"
+        elif not self.same_bits:
+            text += (
+                f", {total.logits_equal:,} of {total.tokens:,} logits to the last bit (guaranteed "
+                "only with the C++ for CPUs)"
+            )
         if ps:
             text += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
         if all(row.cell.drafts in ("none", "looked up") for row in self.rows):
@@ -152,6 +157,7 @@ class Certificate:
             "verdict": self.verdict(),
             "broken": self.broken(),
             **self.facts,
+            "prompts": max((row.greedy.texts for row in self.rows), default=0),
             "logits_promised_to_the_last_bit": self.same_bits,
             "prompts_read_alike": self.prompts_alike,
             "cells": [_plain(row) for row in self.rows],

@@ -64,7 +64,7 @@ class Greedy:
         length = len(wanted[0].ids)
         start = length // 2 if cell.reads == RESUMED else 0
         prefixes = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
-        # In a batch the rows end at different times, and others take their slots.
+        # In a batch, the texts end at different times.
         spread = 1 if cell.batch == 1 else max((length - start) // 2, 1)
         lengths = [length - start - i % spread for i in range(len(prefixes))]
         decoded = decode(model, cell, prefixes, lengths)

@@ -74,6 +74,8 @@ def certify(
     """
     if precisions is None:
         precisions = ("fp32",) if rounded_weights_need() else PRECISIONS
+    if repeated := [name for name in precisions if precisions.count(name) > 1]:
+        raise UserError(f"--weights names {repeated[0]} twice: name each precision once.")
     for precision in precisions:
         weights, activations = split(precision)
         check_precision(weights, activations=activations)
@@ -88,7 +90,7 @@ def certify(
             if not beginnings:
                 longest = run.seq_len - length
                 beginnings = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
-            facts = {"prompts": count, "new_tokens": length, "seed": seed}
+            facts = {"new_tokens": length, "seed": seed}
             result = result or _empty_certificate(path, run.model, facts)
             rows = [
                 Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell) else None)
@@ -173,5 +175,6 @@ def _reads_alike(model: MTPModel) -> bool:
 
 def _is_sampled(cell: Cell) -> bool:
     """Whether a cell's samples are drawn. One cell per way of drafting is enough: greedy texts test
-    everything else that their distribution depends on."""
-    return cell == replace(PLAIN, drafts=cell.drafts, options=cell.options, batch=BATCH)
+    everything else that their distribution depends on. Drafts are looked up for single texts."""
+    batch = 1 if cell.options.lookup else BATCH
+    return cell == replace(PLAIN, drafts=cell.drafts, options=cell.options, batch=batch)

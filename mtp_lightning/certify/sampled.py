@@ -60,7 +60,10 @@ class Sampled:
         seed: int,
     ) -> None:
         """Sample a text of ``length`` tokens for every prompt, at temperature 1, and count its
-        tokens; ``first`` is the number of the first prompt."""
+        tokens; ``first`` is the number of the first prompt. Where drafts are looked up, the second
+        half of a prompt is read twice, since a model then continues with what it has read."""
+        if cell.options.lookup:
+            beginnings = [list(ids[-(len(ids) // 2) :]) * 2 for ids in beginnings]
         lengths = [length] * len(beginnings)
         texts = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
         noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)

@@ -6,7 +6,7 @@ Shapes: T tokens of a text, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.certify.cells import Cell
+from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.runtime import threads
@@ -111,11 +114,37 @@ def decode(
         texts[index - first].parts.append(logits_TV.clone())
 
     options = replace(cell.options, batch_size=cell.batch, eot_id=-1, **sampling)
-    requests = (
+    requests = [
         replace(options.request(ids, first + i), max_new_tokens=length)
         for i, (ids, length) in enumerate(zip(beginnings, lengths, strict=True))
-    )
-    with threads(cell.threads), Engine(model, options, on_logits=keep) as engine:
-        for sequence in engine.run(requests):
+    ]
+    depths = _EachInTurn(options.max_draft(model)) if options.draft_depth == "auto" else None
+    with threads(cell.threads), Engine(model, options, on_logits=keep, depths=depths) as engine:
+        for sequence in _run(engine, requests):
             texts[sequence.request.index - first].ids = sequence.token_ids
     return texts
+
+
+def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[TextSequence]:
+    """Decode requests. Half of a batch begins, and the others join it two rounds later."""
+    n = -(-engine.slots // 2)
+    yield from engine.add(requests[:n])
+    for _ in range(2):
+        yield from engine.step()
+    yield from engine.run(requests[n:])
+
+
+class _EachInTurn(AutoDepth):
+    """Takes each number of drafts in turn. Which one ``"auto"`` takes depends on times, and it
+    changes too seldom for short texts."""
+
+    _n_rounds = 0
+
+    def depth(self, rows: int) -> int:
+        self._n_rounds += 1
+        return self._n_rounds % (self.max_draft + 1)
+
+    def record(
+        self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
+    ) -> None:
+        pass

@@ -62,8 +62,8 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
         keep_quiet(path)
         kinds = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
         log.warning(
-            "%s is dequantized to float32 (tensors: %s): from here on the model has these rounded "
-            "values.",
+            "%s holds rounded weights (tensors: %s): the model has exactly these, and not those "
+            "of the model that the file was made from.",
             path,
             kinds,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -147,9 +146,17 @@ def test_llama_cpp_is_measured_next_to_this_project(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "small.gguf")
     task = {"model": str(file), "threads": 1, "batch": 2, "new_tokens": 8}
     task["prompts"] = [[5, 6, 7, 8], [9, 10, 11, 12]]
-    options = {"precisions": ("fp32", "int8"), "turns": 1, "python": sys.executable}
+    # Several texts are decoded by this environment's xllamacpp.
+    options = {"precisions": ("fp32", "int8"), "turns": 1, "python": "native/bin/python"}
     rows = llama_cpp.measure(task, heads="", **options)
     assert [row["side"].split()[0] for row in rows] == ["xllamacpp", "plain,", "plain,"]
     for row in rows:
         assert row["megabytes"] > 10 and row["prompt_tokens_per_second"] > 0
     assert rows[0]["over"] == rows[0]["prompt_over"] == 1
+
+
+def test_a_users_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        rounds.main(["nowhere"])
+    message = "error: There is no checkpoint or run folder at nowhere.\n"
+    assert ended.value.code == 1 and capsys.readouterr().err == message

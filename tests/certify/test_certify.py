@@ -16,14 +16,15 @@ from torch import Tensor
 
 from mtp_lightning.certify import run
 from mtp_lightning.certify.__main__ import main
-from mtp_lightning.certify.cells import Cell, cells, ways
+from mtp_lightning.certify.cells import PLAIN, Cell, cells, ways
 from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.sampled import Sampled, transform
-from mtp_lightning.certify.texts import DecodedText
+from mtp_lightning.certify.texts import DecodedText, decode
 from mtp_lightning.decoding import verification
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import OpenedModel
@@ -93,6 +94,47 @@ def test_cells_are_those_that_a_model_supports() -> None:
     few, all_ = (list(cells(small_model(0, 1), (1, 2), few=few)) for few in (True, False))
     assert len(all_) == 12 * 8 - 1 and len(few) == 12 * 4 - 1
     assert len(set(map(repr, all_))) == len(all_)
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """For every round: drafts of the modules, texts, and whether drafts were looked up."""
+    seen: list[tuple[int, int, bool]] = []
+    whole_round = Decoder.round
+
+    def recorded(self: Decoder, n_drafts: int, caps: Any, looked_up: Any = ()) -> Any:
+        seen.append((n_drafts, len(caps), any(looked_up)))
+        return whole_round(self, n_drafts, caps, looked_up)
+
+    monkeypatch.setattr(Decoder, "round", recorded)
+    return seen
+
+
+def test_the_number_of_drafts_changes_while_auto_decodes(rounds: Any) -> None:
+    model = small_model(0, 2)
+    for batch, temperature in ((1, 0.0), (8, 0.0), (8, 1.0)):
+        cell = Cell(drafts="auto", options=ways(model)["auto"], batch=batch)
+        decode(model, cell, [[1, 2]] * 8, [16] * 8, temperature=temperature)
+        assert {n_drafts for n_drafts, *_ in rounds} == {0, 1, 2}
+        rounds.clear()
+
+
+def test_texts_join_a_batch_and_leave_it(rounds: Any) -> None:
+    model = small_model(0, 2)
+    decode(model, replace(PLAIN, batch=8), [[1, 2]] * 8, [16 - i for i in range(8)])
+    n_texts = [n for _, n, _ in rounds]
+    assert n_texts[:3] == [4, 4, 8] and n_texts[-1] < 8
+
+
+def test_samples_with_lookups_are_of_single_texts(certify: Any, rounds: Any) -> None:
+    model = small_model(0, 2)
+    rows = certify(model, "none", "looked up").rows
+    sampled = {row.cell.drafts: row.cell.batch for row in rows if row.sampled is not None}
+    assert sampled == {"none": 8, "looked up": 1}
+    rounds.clear()
+    cell = Cell(drafts="looked up", options=ways(model)["looked up"])
+    decode(model, cell, [[1, 2, 3, 4]], [60], temperature=0.05)  # a model of chance repeats itself
+    assert any(looked_up for *_, looked_up in rounds)
 
 
 def test_decoding_on_two_threads_is_certified(
@@ -238,6 +280,7 @@ def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
     lines = list(certificate.lines())
     assert f"{1000 - broken:,}/1,000" in lines[1] and "5,000/5,000" in lines[1]
     stored = json.loads(json.dumps(certificate.plain()))
+    assert stored["prompts"] == 1000  # as many as were tried
     assert stored["cells"][0]["p"] == 1 and len(stored["broken"]) == broken
     if broken:
         assert stored["broken"][0] == (
@@ -252,7 +295,9 @@ def test_different_logits_break_only_a_certificate_that_promises_bits() -> None:
     row = Row(
         "fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, None, 9, 8, 1e-6)
     )
-    assert Certificate("m", {}, False, rows=[row]).broken() == []
+    unpromised = Certificate("m", {}, False, rows=[row])
+    assert unpromised.broken() == []
+    assert "8 of 9 logits to the last bit (guaranteed only with" in unpromised.verdict()
     assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1
     # Some models read a prompt with other kernels in a batch or in parts.
     for changes, promised in (({}, 1), ({"batch": 8}, 0), ({"reads": "resumed"}, 0)):
@@ -352,6 +397,8 @@ def test_a_command_that_fails_at_once_leaves_no_empty_folder(
         (["mine", "--new-tokens", "1"], "--new-tokens=1 shows nothing"),
         (["mine", "--minutes", "0"], "--minutes=0.0 must be above 0"),
         (["mine", "--weights", "fp16"], "fp16"),
+        (["mine", "--weights", ","], "--weights names no precision"),
+        (["mine", "--weights", "fp32, fp32"], "--weights names fp32 twice"),
         (["mine", "--new-tokens", "64", "--weights", "fp32"], "64 new tokens do not fit"),
         (
             ["mine", "--against", "vllm"],

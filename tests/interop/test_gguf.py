@@ -53,7 +53,7 @@ def test_logits_equal_those_of_transformers(
     file = write_gguf(tmp_path / "tiny.gguf", kind=kind)
     theirs = hf_model(file)
     model = read_folder(file).build()
-    assert "is dequantized to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
+    assert "holds rounded weights (tensors: " in caplog.text and "of Q4_1" in caplog.text
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
 
 
@@ -63,7 +63,7 @@ def test_messages_of_generate_are_not_in_its_json(tmp_path: Path) -> None:
     generate_py = str(ROOT / "generate.py")
     done = execute([sys.executable, generate_py, f"checkpoint={file}", *options])
     assert json.loads(done.stdout)["new_tokens"] == 2
-    assert "is dequantized to float32" in done.stderr
+    assert "holds rounded weights" in done.stderr
 
 
 @pytest.mark.parametrize("alignment", [None, 128])
