@@ -34,24 +34,22 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-def check_cached(model: MTPModel) -> None:
-    """Refuse a run in which the trunk's states for a window change.
-
-    Raises:
-        UserError: the trunk is trained, or the stack gives it other tokens in training.
-    """
+def changes_states(model: MTPModel) -> str:
+    """Why the trunk's states for a window change in a run, with the remedy: the trunk is trained,
+    or the stack gives it other tokens in training. Empty if they stay the same."""
     mtp = model.config.mtp
     if mtp.trains_trunk:
-        raise UserError(
+        return (
             "data.cache_states=true keeps a frozen trunk's states, and this run trains its "
             f"trunk: {mtp.how_to_freeze}, or data.cache_states=false."
         )
     stack = type(model.mtp)
     if (stack.through_trunk, stack.tokens_read) != (MTPStack.through_trunk, MTPStack.tokens_read):
-        raise UserError(
+        return (
             f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
             "other tokens in training: set data.cache_states=false."
         )
+    return ""
 
 
 def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> Path:
@@ -61,10 +59,11 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     so that the states are bit-identical to those of a training step.
 
     Raises:
-        UserError: as :func:`check_cached`; or the cached states are damaged.
+        UserError: the states change, or the cached ones are damaged.
         OSError: the disk is full.
     """
-    check_cached(model)
+    if reason := changes_states(model):
+        raise UserError(reason)
     device, precision = str(trainer.accelerator), str(trainer.precision)
     windows = data.train_dataloader().dataset
     assert isinstance(windows, WindowDataset)

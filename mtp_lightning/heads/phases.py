@@ -49,6 +49,8 @@ def require_inputs(args: Any, *models: Path) -> None:
     for word in args.overrides:
         if "=" not in word:
             raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
+        if word == "mtp=none":
+            raise UserError("mtp=none has no head to train: give another kind, or leave it out.")
         if (key := key_of(word)) in _OWN:
             raise UserError(f"this command sets {key} by {_OWN[key]}: leave {word} out.")
     for file in (*models, *map(Path, args.text)):

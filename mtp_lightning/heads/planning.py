@@ -17,6 +17,7 @@ from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.experiment.trunk_states import changes_states
 from mtp_lightning.heads.timing import fastest_precision, other_seconds, writing_speed
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
@@ -30,6 +31,8 @@ from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
 from mtp_lightning.stored import LARGEST
 
+# Bytes of PyTorch's and transformers' code.
+_IMPORTS = 0.4e9
 # Shares of the hours that the later phases leave: texts and the trunk's states of them, and steps.
 # The rest is for start-up and validations.
 _TEXTS, _TRAINING = 0.45, 0.35
@@ -70,7 +73,8 @@ class HeadsPlan:
         precision: of training, as in ``trainer.precision``.
         activations: precision of the activations while the model writes texts.
         draft_vocab: number of first token ids that the modules are trained on; None for all.
-        state_bytes: size of the trunk's states of all texts.
+        cache_states: whether the trunk's states of all texts are kept on disk.
+        state_bytes: their size.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
         chat_share: share of the texts that are chats.
@@ -105,6 +109,7 @@ class HeadsPlan:
     sources: list[str] = field(default_factory=list)
     precision: str = "32-true"
     activations: str = "fp32"
+    cache_states: bool = True
     state_bytes: int = 0
     writing: float = 0.0
     training: float = 0.0
@@ -112,9 +117,9 @@ class HeadsPlan:
 
     def lines(self) -> Iterator[str]:
         """The plan in sentences, printed before training."""
-        yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
+        yield f"model      {self.model}: {_count(self.weights)} weights"
         head = f"one {self.head} module" if self.depth == 1 else f"{self.depth} {self.head} modules"
-        yield f"head       {head} of {self.head_weights / 1e6:,.1f} M weights"
+        yield f"head       {head} of {_count(self.head_weights)} weights"
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
@@ -130,11 +135,12 @@ class HeadsPlan:
             f"{self.precision}, at a rate of {self.rate:.2g}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
-        # The model, its packed copy while it writes, and the module with gradients and two moments.
-        memory = 4 * (1.5 * self.weights + 4 * self.head_weights)
+        # The check of the export holds four models: the run's, its rounded copy, its first weights
+        # and transformers' own. Training holds one, a packed one, and the module's moments.
+        memory = _IMPORTS + 4 * (4 * self.weights + 4 * self.head_weights)
         # Checkpoints with the module's optimizer state, the export, and the trunk's states.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
-        yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
+        yield f"needs      {memory / 1e9:,.1f} GB of memory, {_bytes(disk)} of disk"
         hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
         later = ""
@@ -154,7 +160,7 @@ class HeadsPlan:
                 f"data.new_tokens={_new(self.window)}",
                 f"data.temperature={_TEMPERATURE}",
                 f"data.activations={self.activations}",
-                "data.cache_states=true",
+                f"data.cache_states={str(self.cache_states).lower()}",
             ]
             if self.chat:
                 before, after = map(quoted, self.chat)
@@ -192,6 +198,14 @@ class HeadsPlan:
             draft_vocab=cfg.objective.draft_vocab,
             chat_share=cfg.data.get("chat_share", 0.0),
         )
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 1e6 else f"{n / 1e6:,.1f} M"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e6:,.0f} MB" if n < 1e8 else f"{n / 1e9:,.1f} GB"
 
 
 def _minutes(hours: float) -> str:
@@ -253,9 +267,11 @@ def _plan(
         chat_share=_CHATS if chat else 0.0,
     )
     cfg = checked_config(sketch.train())
-    configured, data = sketch.as_in(cfg), cfg.data
     config = ModelConfig(trunk=trunk, mtp=instantiate(cfg.mtp, kind=MTPConfig))
     require_whole("mtp.depth", config.mtp.depth, least=1)
+    sketch = _fitting(sketch, config)
+    cfg = checked_config(sketch.train())
+    configured, data = sketch.as_in(cfg), cfg.data
     cost = StepCost(config, Objective(term=KL(), draft_vocab=configured.draft_vocab))
     with_trunk, with_stored = (
         cost(configured.window, range(1, configured.depth + 1), main=False, stored=stored)
@@ -305,6 +321,17 @@ def _plan(
         writing=final.texts * text_seconds / 3600,
         training=final.steps * step_seconds / 3600,
         others=other_phases / 3600,
+    )
+
+
+def _fitting(sketch: HeadsPlan, config: ModelConfig) -> HeadsPlan:
+    """The sketch without settings that the heads of the overrides have no use for."""
+    model, mtp = config.on_meta(), config.mtp
+    shortens = not (mtp.trains_trunk or mtp.depths_are_joint) and model.head_of(1) is model.head
+    return replace(
+        sketch,
+        draft_vocab=sketch.draft_vocab if shortens else None,
+        cache_states=not changes_states(model),
     )
 
 

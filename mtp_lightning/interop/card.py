@@ -9,9 +9,11 @@ transformers and llama.cpp are tried when a model is exported.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-from mtp_lightning.interop import eagle3, heads, speculators
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import eagle3, gguf_layout, heads, speculators
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.names import is_mimo
@@ -24,7 +26,7 @@ from mtp_lightning.settings import is_number
 FILE = "README.md"
 # Model types whose MTP layers servers use for drafting.
 _SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
-_INSTEAD = "`mtp-lightning export output=NAME.gguf` writes a file with which llama.cpp drafts"
+_INSTEAD = "`mtp-lightning export output=NAME.gguf` writes a file with which llama.cpp drafts."
 
 _SUMMARY = (
     ("tokens trained on", "tokens", "{:,}"),
@@ -75,7 +77,7 @@ def render(
         model_type=model_type,
         stands_for=model_type in STANDS_FOR,
         one_line=one_line(model_type, config.trunk.n_layers, depth),
-        others=list(readers_of(model_type, depth, extra=extra)),
+        others=list(readers_of(config, model_type, depth, extra=extra)),
         **facts,
     )
 
@@ -124,10 +126,11 @@ def _filled(
     )
 
 
-def readers_of(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
+def readers_of(config: ModelConfig, model_type: str, depth: int, *, extra: str) -> Iterator[str]:
     """What other programs do with a folder, in sentences.
 
     Args:
+        config: config of the model.
         model_type: in its config.json.
         depth: MTP depths among its layers.
         extra: the file or folder that holds the heads instead; empty if there is none.
@@ -143,17 +146,23 @@ def readers_of(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
             f"No other program reads {extra}: transformers, vLLM, SGLang and llama.cpp load "
             "the trunk and do not mention the heads."
         )
-    if not depth:
-        return
+    if depth:
+        yield from _readers_of_layers(model_type, depth)
+        with suppress(UserError):  # no GGUF file states such a model
+            if gguf_layout.layout_of(config).config.mtp.depth:
+                yield _INSTEAD
+
+
+def _readers_of_layers(model_type: str, depth: int) -> Iterator[str]:
     name = _SERVED.get(model_type)
     if model_type == "mimo":
         yield "vLLM and SGLang have loaders for MiMo's MTP layers; neither was tried."
         return
     if name is None:
         yield (
-            f"vLLM and SGLang draft with the MTP layers of some architectures, but not of "
+            "vLLM and SGLang draft with the MTP layers of some architectures, but not of "
             f"{model_type}, and llama.cpp's converter has no names for them: their loaders may "
-            f"stop at the unknown layers, which `depth=0` leaves out. {_INSTEAD}."
+            "stop at the unknown layers, which `depth=0` leaves out."
         )
         return
     yield (
@@ -165,6 +174,6 @@ def readers_of(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
     if depth > 1:
         yield f"SGLang reads one MTP layer and refuses a folder of {depth}."
     if model_type == "deepseek_v3":
-        yield f"llama.cpp's converter silently ignores DeepSeek-V3's MTP layers: {_INSTEAD}."
+        yield "llama.cpp's converter silently ignores DeepSeek-V3's MTP layers."
     elif depth > 1:
-        yield f"llama.cpp drafts with one MTP layer of GLM-4.5's, not with {depth}: {_INSTEAD}."
+        yield f"llama.cpp drafts with one MTP layer of GLM-4.5's, not with {depth}."

@@ -156,7 +156,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             f"the heads are in {speculators.FOLDER} inside it, which names {folder.resolve()} as "
             "its verifier: change that in its config.json when the folder moves."
         )
-    for sentence in card.readers_of(kind, contents.layer_depths, extra=extra):
+    for sentence in card.readers_of(model.config, kind, contents.layer_depths, extra=extra):
         print(sentence)
     _verify(folder, cfg, _check_seed(run, drafting), _check_folder(partial, run, model, cfg.dtype))
 

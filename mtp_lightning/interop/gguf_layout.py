@@ -25,6 +25,7 @@ from mtp_lightning.interop.config_json import trunk_type
 from mtp_lightning.interop.names import other_switch, weight_map
 from mtp_lightning.interop.weight_map import MappedWeight, Shape
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -181,6 +182,12 @@ def _unread(config: ModelConfig) -> str:
     mtp = config.mtp
     if not mtp.depth:
         return ""
+    if isinstance(mtp, EagleConfig):
+        return (
+            "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own "
+            "(draft-eagle3), which is not written here. Its converter has a class for the folder "
+            "draft of an export to a folder (LlamaForCausalLMEagle3), which was not tried."
+        )
     if not isinstance(mtp, SequentialConfig):
         setting = f"mtp={mtp.variant}"
     elif not (setting := other_switch(mtp)):

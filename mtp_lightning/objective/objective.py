@@ -241,7 +241,9 @@ class Objective:
         elif mtp.depths_are_joint:
             reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
         elif model.head_of(1) is not model.head:
-            reason = f"shortens the shared head, and mtp={mtp.variant} has one of its own"
+            reason = (
+                f"shortens the shared head, and mtp={mtp.variant} has one of its own: shorten that"
+            )
         elif self.draft_vocab > vocab:
             reason = f"is more than the model's {vocab} tokens: use at most that many"
         if reason is not None:

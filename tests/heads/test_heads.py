@@ -140,6 +140,8 @@ def test_overrides_change_the_plan(
     assert "about 15 minutes in all" in text and "with 10 minutes for" in text
     assert "one parallel module of" in lines("mtp=parallel")
     assert "2 parallel modules of" in lines("mtp=parallel", "mtp.depth=2")
+    for own in (["mtp=masked", "mtp.lora_rank=2"], ["mtp.freeze_trunk=false"]):
+        assert "data.cache_states=false" in plan_of(model, *own).train()
     with pytest.raises(UserError, match="mtp.depth=0"):
         lines("mtp.depth=0")
     with pytest.raises(UserError, match="data.seq_len must be a whole"):
@@ -278,6 +280,7 @@ def test_wrong_arguments_are_refused(
         assert message in refused(main, model, "--hours", hours)
     assert "are required: model. (" in refused(main)
     assert "deeper is not a setting" in refused(main, model, "deeper")
+    assert "mtp=none has no head to train" in refused(main, model, "mtp=none")
     assert "sets init_from by its models" in refused(main, model, "init_from=other")
     assert "sets run_dir by --output: leave" in refused(main, model, "run_dir=other")
     assert "sets data.paths by --text" in refused(main, model, "data.paths=x")

@@ -283,10 +283,14 @@ def test_texts_are_compared_up_to_their_first_end_token(
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
 
     def continue_prompts(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
-        plain = generate(model, prompts, max_new_tokens=32, speculative=False, eot_id=None)
-        ids = [text.token_ids[:n] for text, n in zip(plain, lengths, strict=True)]
-        compared.extend(ids)
-        return [llama_cpp.Continuation(text, None, 0, 0) for text in ids]
+        way = {"draft_depth": drafts} if drafts else {"speculative": False}
+        continued = []
+        for prompt, n in zip(prompts, lengths, strict=True):
+            (text,) = generate(model, [prompt], max_new_tokens=n, eot_id=None, **way)
+            accepted = sum(text.drafts_accepted)
+            continued.append(llama_cpp.Continuation(text.token_ids, None, text.drafts, accepted))
+        compared.extend(text.ids for text in continued)
+        return continued
 
     monkeypatch.setattr(llama_cpp, "continue_prompts", continue_prompts)
     assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
