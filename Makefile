@@ -19,7 +19,7 @@ checks: lint types test
 LOCK = uv pip compile pyproject.toml --python-version 3.11 --upgrade --quiet $(LOCK_FLAGS) \
 	--generate-hashes --no-emit-package torch --no-annotate --no-header
 lock:
-	$(LOCK) --extra test --extra hf --extra corpora --extra loggers --extra serve --extra docs -o .ci/extras.txt
+	$(LOCK) --extra test --extra hf --extra corpora --extra loggers --extra serve --extra docs --extra engines -o .ci/extras.txt
 	$(LOCK) --extra test --constraint .ci/extras.txt -o .ci/test.txt
 
 # What data=packages and data=literature hold here, for data_modules/corpora/manifests.json; pip install -e '.[corpora]'
