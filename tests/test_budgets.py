@@ -28,7 +28,7 @@ LINES = {
     "mtp_lightning/distributed": 1_285,
     "mtp_lightning/experiment": 2_923,
     "mtp_lightning/heads": 953,
-    "mtp_lightning/interop": 5_294,
+    "mtp_lightning/interop": 5_492,
     "mtp_lightning/loggers": 678,
     "mtp_lightning/metrics": 1_017,
     "mtp_lightning/mtp": 3_959,

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import check_config
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import card, config_json, gguf_writing, speculators
+from mtp_lightning.interop import card, config_json, gguf_eagle3, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
@@ -77,6 +77,10 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
         raise UserError(
             f"layout={cfg.layout} writes the heads into a folder inside the trunk's, and {other}: "
             "leave out one of the two."
+        )
+    if cfg.layout == gguf_eagle3.LAYOUT and (not as_file or cfg.depth == 0):
+        raise UserError(
+            f"layout={cfg.layout} writes the layer alone: give output=NAME.gguf, and no depth."
         )
     if cfg.verify and not as_file:
         import_transformers()
@@ -165,11 +169,12 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     """Write and verify ``file`` under its temporary name ``partial``, and write its card."""
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
     partial.parent.mkdir(parents=True, exist_ok=True)
-    written = gguf_writing.write_file(partial, model, run.tokenizer, name=file.stem, **options)
+    kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
+    written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)
     print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
     for sentence in written.notes:
         print(sentence)
-    checks = gguf_writing.check_file(partial, model, run.tokenizer, written, cfg.dtype)
+    checks = kind.check_file(partial, model, run.tokenizer, written, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     _card_of(file).write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ import numpy as np
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import EXPERTS, LATENT, TRUNK, trunk_type
 from mtp_lightning.interop.gguf_layout import DRAFTING, PLAIN, Layout
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 
 # The layout of the trunk, where the architecture alone does not tell it.
@@ -58,14 +59,7 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
     """
     trunk, depth = layout.config.trunk, layout.config.mtp.depth
     a = trunk.attention
-    fields: dict[str, Value] = {
-        "block_count": trunk.n_layers + depth,
-        "context_length": max_positions,
-        "vocab_size": trunk.vocab_size,
-        **_values(_TRUNK, trunk),
-        "attention.value_length": trunk.d_head,
-        "rope.dimension_count": a.rotary_dim(trunk),
-    }
+    fields = trunk_fields(trunk, n_layers=trunk.n_layers + depth, max_positions=max_positions)
     if isinstance(a, LatentAttentionConfig):
         fields |= {
             # llama.cpp computes with one head of keys, the latent with the rotary part.
@@ -85,6 +79,18 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
         if e.top_groups == e.n_groups:
             del fields["expert_group_count"], fields["expert_group_used_count"]
     return fields
+
+
+def trunk_fields(trunk: TrunkConfig, *, n_layers: int, max_positions: int) -> dict[str, Any]:
+    """The values that every architecture has, for a model of blocks like the trunk's."""
+    return {
+        "block_count": n_layers,
+        "context_length": max_positions,
+        "vocab_size": trunk.vocab_size,
+        **_values(_TRUNK, trunk),
+        "attention.value_length": trunk.d_head,
+        "rope.dimension_count": trunk.attention.rotary_dim(trunk),
+    }
 
 
 def _values(keys: Mapping[str, str], config: Any) -> dict[str, Value]:

@@ -184,9 +184,8 @@ def _unread(config: ModelConfig) -> str:
         return ""
     if isinstance(mtp, EagleConfig):
         return (
-            "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own "
-            "(draft-eagle3), which is not written here. Its converter has a class for the folder "
-            "draft of an export to a folder (LlamaForCausalLMEagle3), which was not tried."
+            "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own, "
+            "which `mtp-lightning export output=DRAFT.gguf layout=eagle3` writes."
         )
     if not isinstance(mtp, SequentialConfig):
         setting = f"mtp={mtp.variant}"
@@ -241,11 +240,11 @@ def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
         theirs = "post_attention_norm" if after_attention else _LAYER[rest]
         entry = GGUFEntry(name=f"blk.{layer}.{theirs}.{kind}", shape=shape, parts=(name,))
         if layout.arch == "llama" and rest in rotary_heads:
-            entry = _in_pairs(entry, rotary_heads[rest])
+            entry = in_pairs(entry, rotary_heads[rest])
         yield entry
 
 
-def _in_pairs(entry: GGUFEntry, heads: int) -> GGUFEntry:
+def in_pairs(entry: GGUFEntry, heads: int) -> GGUFEntry:
     """llama.cpp pairs neighbors of a head where the layout pairs its halves."""
     return replace(
         entry,

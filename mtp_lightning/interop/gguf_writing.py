@@ -4,7 +4,7 @@ file is read back here, and by llama.cpp."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,32 +66,66 @@ def write_file(
         UserError: a trunk or a tokenizer that llama.cpp does not compute, or a missing package.
         OSError: for a full disk, among others.
     """
-    require_package("gguf", what=str(file), extra="hf")
-    import gguf
-
     layout = layout_of(model.config)
     tensors = _layout_tensors(layout, model)
     words, split = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
-    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it logs every step
-    writer = gguf.GGUFWriter(None, layout.arch, use_temp_file=True)
-    writer.add_name(name)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)
-    _add(writer, {f"{layout.arch}.{key}": value for key, value in fields.items()})
-    _add(writer, {**gguf_fields.own_fields(layout), **words})
+    stored = (entry for entry in entries(layout) if not entry.copy)
+    count = write_entries(
+        file,
+        layout.arch,
+        fields,
+        {"general.name": name, **gguf_fields.own_fields(layout), **words},
+        ((entry, entry.assemble(tensors)) for entry in stored),
+        dtype=dtype,
+    )
+    notes = [*layout.sentences(), *([split] if split else [])]
+    return Written(layout=layout, parameters=count, notes=notes)
+
+
+def write_entries(
+    file: Path,
+    arch: str,
+    fields: Mapping[str, Any],
+    others: Mapping[str, Any],
+    values: Iterable[tuple[GGUFEntry, Tensor]],
+    *,
+    dtype: str,
+) -> int:
+    """Write a file, and return the number of values in its tensors.
+
+    Args:
+        file: the path of the new file.
+        arch: llama.cpp's architecture.
+        fields: values of ``ARCH.KEY`` by ``KEY``.
+        others: values of other keys.
+        values: the entries with their tensors; whole numbers are written as they are.
+        dtype: a name of :data:`TYPES`.
+
+    Raises:
+        UserError: the package gguf is missing.
+        OSError: for a full disk, among others.
+    """
+    require_package("gguf", what=str(file), extra="hf")
+    import gguf
+
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it logs every step
+    writer = gguf.GGUFWriter(None, arch, use_temp_file=True)
+    _add(writer, {**{f"{arch}.{key}": value for key, value in fields.items()}, **others})
     count = 0
-    for entry in entries(layout):
-        if entry.copy:
+    for entry, value in values:
+        count += value.numel()
+        if not value.is_floating_point():
+            writer.add_tensor(entry.name, value.numpy())
             continue
         kind = gguf.GGMLQuantizationType[_kind_of(entry, dtype)]
-        numbers = entry.assemble(tensors).float().contiguous().numpy()
-        count += numbers.size
+        numbers = value.float().contiguous().numpy()
         writer.add_tensor(entry.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    notes = [*layout.sentences(), *([split] if split else [])]
-    return Written(layout=layout, parameters=count, notes=notes)
+    return count
 
 
 def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
@@ -167,13 +201,16 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
         raise CheckFailed(f"{name} is {'missing' if name in names else 'unknown'} in {file}.")
     for entry in stored_entries:
         wanted, read_back = entry.assemble(tensors), entry.assemble(stored)
-        if not _equal(wanted, read_back, _kind_of(entry, dtype)):
+        if not equal(entry, wanted, read_back, dtype):
             raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
     return f"{len(stored_entries)} tensors, read back, are the model's ({fields['model_type']})"
 
 
-def _equal(wanted: Tensor, stored: Tensor, kind: str) -> bool:
-    if kind != "Q8_0":
+def equal(entry: GGUFEntry, wanted: Tensor, stored: Tensor, dtype: str) -> bool:
+    """Whether a tensor of a file of ``dtype``, read back, is the one wanted."""
+    if not wanted.is_floating_point():
+        return torch.equal(stored, wanted)
+    if (kind := _kind_of(entry, dtype)) != "Q8_0":
         return torch.equal(stored, wanted.to(_ROUNDED[kind]).float())
     step = wanted.unflatten(-1, (-1, _BLOCK)).abs().amax(-1, keepdim=True) / 127
     differences = (stored - wanted).abs().unflatten(-1, (-1, _BLOCK))

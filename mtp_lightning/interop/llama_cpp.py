@@ -57,7 +57,12 @@ def is_there() -> bool:
 
 
 def continue_prompts(
-    file: Path, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, drafts: int = 0
+    file: Path,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    drafts: int = 0,
+    layer: Path | None = None,
 ) -> list[Continuation]:
     """Continue prompts greedily, one at a time; no token ends a text.
 
@@ -66,6 +71,7 @@ def continue_prompts(
         prompts: token ids.
         lengths: new tokens of each.
         drafts: drafts per round, by the file's MTP module; 0 for none.
+        layer: the file of EAGLE-3's layer, which drafts instead.
     """
     import xllamacpp
 
@@ -76,9 +82,11 @@ def continue_prompts(
     params.cache_type_k = params.cache_type_v = float32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if drafts:
-        kinds = xllamacpp.common_speculative_type
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-        draft = params.speculative.draft
+        kinds, draft = xllamacpp.common_speculative_type, params.speculative.draft
+        kind = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP
+        if layer is not None:
+            kind, draft.mparams.path = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3, str(layer)
+        params.speculative.types = [kind]
         draft.n_max, draft.n_min, draft.p_min = drafts, 0, 0.0
         draft.cache_type_k = draft.cache_type_v = float32
     server = xllamacpp.Server(params)
@@ -107,7 +115,14 @@ def _ask(server: Any, ids: Sequence[int], length: int) -> Continuation:
 
 
 def check(
-    file: Path, model: MTPModel, tokenizer: Any, *, dtype: str, context: int
+    file: Path,
+    model: MTPModel,
+    tokenizer: Any,
+    *,
+    dtype: str,
+    context: int,
+    layer: Path | None = None,
+    layer_dtype: str | None = None,
 ) -> Iterator[str]:
     """Check that llama.cpp computes the same from a file as a model, and accepts as many drafts.
 
@@ -117,6 +132,8 @@ def check(
         tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.
         context: tokens that the file states as its context, which llama.cpp does not exceed.
+        layer: the file of EAGLE-3's layer, which drafts.
+        layer_dtype: that file's dtype.
 
     Yields:
         The results, one line each.
@@ -155,7 +172,7 @@ def check(
     )
     if model.depth == 0:
         return
-    their_texts = continue_prompts(file, prompts, lengths, drafts=1)
+    their_texts = continue_prompts(file, prompts, lengths, drafts=1, layer=layer)
     our_texts = [
         text
         for prompt, n in zip(prompts, lengths, strict=True)
@@ -165,12 +182,13 @@ def check(
     our_share = sum(t.drafts_accepted[0] for t in our_texts) / max(n_ours, 1)
     their_share = sum(t.accepted for t in their_texts) / max(n_theirs, 1)
     line = (
-        f"llama.cpp accepts {their_share:.1%} of its {n_theirs} drafts (draft-mtp), this project "
-        f"{our_share:.1%} of {n_ours}"
+        f"llama.cpp accepts {their_share:.1%} of its {n_theirs} drafts "
+        f"({'draft-mtp' if layer is None else 'draft-eagle3'}), this project {our_share:.1%} of "
+        f"{n_ours}"
     )
-    allowed = _ACCEPTANCE if dtype == "float32" else _ACCEPTANCE_ROUNDED
-    if abs(their_share - our_share) > allowed:
-        raise CheckFailed(f"{line}: the MTP module in {file} computes something else.")
+    is_exact = (layer_dtype or dtype) == "float32"
+    if abs(their_share - our_share) > (_ACCEPTANCE if is_exact else _ACCEPTANCE_ROUNDED):
+        raise CheckFailed(f"{line}: the MTP module in {layer or file} computes something else.")
     yield line
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
@@ -31,6 +30,7 @@ from tests import deepseek, models
 from tests.interop import folders
 from tests.interop.folders import read_folder
 from tests.interop.gguf_files import MARKS, gguf, hf_model
+from tests.interop.language import learn
 
 pytestmark = MARKS
 needs_llama_cpp = pytest.mark.skipif(
@@ -182,34 +182,9 @@ def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> Non
 
 @functools.cache
 def trained_model(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
-    """A model that has learned a language in which two letters decide the next, with a module whose
-    drafts are often wrong."""
-    torch.manual_seed(0)
-    model = MTPModel(models.build(TRUNKS[name], SequentialConfig(depth=depth, **mtp)).config)
-    model.initialize(0)
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randint(0, 64, (64, 4), generator=generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(90):
-        text = [torch.randint(0, 64, (16,), generator=generator) for _ in range(2)]
-        while len(text) < 32:
-            text.append(table[text[-1], text[-2] % 4])
-        tokens = torch.stack(text, dim=1)
-        losses = [
-            F.cross_entropy(
-                model.head(hidden).flatten(0, 1),
-                tokens[:, k + 1 : k + 1 + hidden.shape[1]].flatten(),
-            )
-            for k, hidden in model(WindowBatch(tokens, depth)).items()
-        ]
-        optimizer.zero_grad()
-        (losses[0] + 0.3 * sum(losses[1:])).backward()
-        optimizer.step()
-    with torch.no_grad():  # so that many drafts are wrong
-        projection = model.mtp.state_dict()["depths.0.eh_proj.weight"]
-        noise = torch.randn(projection.shape, generator=generator)
-        projection += 2.0 * projection.std() * noise
-    return model.eval()
+    """A model that has learned a language, with a module whose drafts are often wrong."""
+    config = models.build(TRUNKS[name], SequentialConfig(depth=depth, **mtp)).config
+    return learn(MTPModel(config), "depths.0.eh_proj.weight")
 
 
 @needs_llama_cpp
@@ -282,7 +257,9 @@ def test_texts_are_compared_up_to_their_first_end_token(
     model, compared = trained_model("llama"), []
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
 
-    def continue_prompts(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
+    def continue_prompts(
+        file: Path, prompts: Any, lengths: Any, *, drafts: int = 0, layer: Path | None = None
+    ) -> Any:
         way = {"draft_depth": drafts} if drafts else {"speculative": False}
         continued = []
         for prompt, n in zip(prompts, lengths, strict=True):

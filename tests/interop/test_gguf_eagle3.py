@@ -1,0 +1,98 @@
+"""EAGLE-3's layer as a GGUF file: read back, and drafting in llama.cpp."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding import generate
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import gguf_eagle3, gguf_writing, llama_cpp
+from mtp_lightning.interop.verify import CheckFailed
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from tests import models
+from tests.interop import folders
+from tests.interop.gguf_files import MARKS, gguf
+from tests.interop.language import LETTERS, learn
+
+pytestmark = MARKS
+needs_llama_cpp = pytest.mark.skipif(
+    not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
+)
+TRUNK = folders.dense(n_layers=4, tie_embeddings=False)
+
+
+@functools.cache
+def trained_model(draft_vocab: int | None) -> MTPModel:
+    mtp = EagleConfig(depth=2, layers=(1, 2, 3), draft_vocab=draft_vocab)
+    model = MTPModel(ModelConfig(trunk=TRUNK, mtp=mtp))
+    if draft_vocab is not None:  # rows for the letters, and for the last tokens
+        counts = torch.zeros(TRUNK.vocab_size, dtype=torch.long)
+        counts[:LETTERS] = counts[LETTERS + 20 :] = 1
+        assert model.mtp.own_head is not None
+        model.mtp.own_head.choose(counts)
+    return learn(model, "depths.0.fuse.weight", steps=120)
+
+
+def write(file: Path, model: MTPModel, dtype: str = "float32") -> gguf_writing.Written:
+    options: dict[str, Any] = {"dtype": dtype, "max_positions": 64}
+    return gguf_eagle3.write_file(file, model, ByteTokenizer(), **options)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("draft_vocab", [None, 96])
+def test_llama_cpp_accepts_the_same_share_of_drafts(
+    draft_vocab: int | None, drafts: int, tmp_path: Path
+) -> None:
+    """On 16 prompts, within one draft in a hundred; the texts are the same."""
+    model, trunk, layer = trained_model(draft_vocab), tmp_path / "t.gguf", tmp_path / "d.gguf"
+    gguf_writing.write_file(trunk, model, ByteTokenizer(), dtype="float32", max_positions=64)
+    write(layer, model)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(LETTERS, (16, 6), generator=generator).tolist()
+    texts = generate(model, prompts, max_new_tokens=40, eot_id=None, draft_depth=drafts)
+    answers = llama_cpp.continue_prompts(trunk, prompts, [40] * 16, drafts=drafts, layer=layer)
+    assert [text.ids for text in answers] == [text.token_ids for text in texts]
+    ours = sum(sum(text.drafts_accepted) for text in texts) / sum(text.drafts for text in texts)
+    theirs = sum(text.accepted for text in answers) / sum(text.drafted for text in answers)
+    assert 0.15 < ours < 0.97, "a share that could differ"
+    assert abs(ours - theirs) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
+    file, model = tmp_path / "d.gguf", trained_model(96)
+    written = write(file, model, dtype)
+    lines = list(gguf_eagle3.check_file(file, model, ByteTokenizer(), written, dtype))
+    assert lines[0] == "14 tensors, read back, are the layer's" and len(lines) > 1
+    assert "draft-eagle3" in written.notes[0]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert model.mtp.own_head is not None
+    assert tensors["d2t"].data.tolist() == model.mtp.own_head.tokens.tolist()
+    with file.open("r+b") as content:
+        content.seek(tensors["output_norm.weight"].data_offset)
+        content.write(np.float32(7.0).tobytes())
+    with pytest.raises(CheckFailed, match=r"output_norm.weight in .* is not the model's tensor"):
+        list(gguf_eagle3.check_file(file, model, ByteTokenizer(), written, dtype))
+
+
+@pytest.mark.parametrize(
+    ("mtp", "message"),
+    [
+        (SequentialConfig(depth=1), "layout=eagle3 is for a model of mtp=eagle, not mtp=sequent"),
+        (EagleConfig(depth=1, layers=(1, 3, 2)), r"nothing like mtp.layers=\[1, 3, 2\]"),
+        (EagleConfig(depth=1, confidence=True), "nothing like objective.confidence=true"),
+    ],
+)
+def test_other_heads_are_refused(mtp: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "d.gguf", models.build(TRUNK, mtp))
