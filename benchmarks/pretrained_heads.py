@@ -5,8 +5,9 @@
 Prompts of three kinds are decoded one at a time, greedily and at temperature 1, with fixed numbers
 of drafts, with the number that pays (``drafts_that_pay``, the default of generate.py), with drafts
 that are looked up in the text, and with both (``drafts_of_both``). All ways take turns at every
-prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts with and without
-drafts must be the same, token for token; how many of them are transformers', too, is counted.
+prompt; ratios are of CPU seconds and, for several threads, of wall-clock. Greedy texts with and
+without drafts must be the same, token for token; how many of them are transformers', too, is
+counted.
 ``benchmarks.rounds`` has the cost of single passes, which bounds the speed-up.
 ``python -m benchmarks.decoding_figure FILE.svg`` draws the stored results of all processors.
 """
@@ -216,8 +217,9 @@ def measure(
                 "tokens_per_cpu_second": tokens / cpu[name],
                 "tokens_per_second": tokens / wall[name],
                 "over_plain_cpu": cpu["plain"] / cpu[name],
-                "over_plain_cpu_interval": _interval(found["plain"], found[name]),
+                "over_plain_cpu_interval": _interval(found["plain"], found[name], "cpu"),
                 "over_plain": wall["plain"] / wall[name],
+                "over_plain_interval": _interval(found["plain"], found[name], "wall"),
                 "over_transformers_cpu": cpu["transformers"] / cpu[name],
                 **(rates(said[name]) if name in drafted else {}),
             }
@@ -225,10 +227,10 @@ def measure(
     return rows
 
 
-def _interval(plain: list[Row], other: list[Row]) -> tuple[float, float] | None:
-    """95 % interval of the ratio of CPU seconds over texts like these."""
+def _interval(plain: list[Row], other: list[Row], clock: str) -> tuple[float, float] | None:
+    """95 % interval of the ratio of seconds over texts like these."""
     pairs = zip(plain, other, strict=True)
-    return ratio_interval([ours["cpu"] / theirs["cpu"] for ours, theirs in pairs]).ends
+    return ratio_interval([ours[clock] / theirs[clock] for ours, theirs in pairs]).ends
 
 
 def memory_limit(model: MTPModel) -> float:
@@ -258,6 +260,7 @@ def pretrained_heads(
     lookup: int = 8,
     head_precision: str = "auto",
     activations: str = "fp32",
+    threads: int = 1,
     llama_cpp: str = "",
     python: str = sys.executable,
 ) -> Row:
@@ -271,10 +274,11 @@ def pretrained_heads(
         lookup: drafts a round that are looked up in the text, alone and with the drafts that pay.
         head_precision: of the modules' own matrices.
         activations: of products with weights in blocks; int8 makes them of integers.
+        threads: PyTorch's threads; llama.cpp has one.
         llama_cpp: the trunk as a GGUF file, which llama.cpp decodes as well.
         python: the interpreter of the environment that has llama-cpp-python.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     opened = open_for_decoding(run, head_precision=head_precision, activations=activations)
     theirs, tokenizer = Transformers(open_model(run).model, opened.tokenizer), opened.tokenizer
     options: dict[str, Row] = {"plain": {"speculative": False}}
@@ -302,7 +306,7 @@ def pretrained_heads(
             ways["llama.cpp"] = stack.enter_context(own)
         rows = measure(opened.model, ways, tokenizer, **sizes)
     cli.print_table(
-        f"{run}: CPU seconds of one thread; x plain also in wall-clock",
+        f"{run}: CPU seconds, threads: {threads}; x plain also in wall-clock",
         "prompts: kind; temperature: temperature; way: way; tokens per pass: tokens_per_step .2f; "
         "tokens/s: tokens_per_cpu_second .1f; x plain: over_plain_cpu .2f; "
         "wall: over_plain .2f; x transformers: over_transformers_cpu .2f",
