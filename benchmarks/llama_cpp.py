@@ -144,7 +144,7 @@ def measure(
         turns: turns of every side.
         python: llama.cpp's interpreter.
     """
-    python = python if task["batch"] == 1 else sys.executable  # see _native
+    python = python if task["batch"] == 1 else sys.executable  # the wheel's
     sides = {"llama.cpp": partial(harness.Worker, theirs, task, python=python)}
     for precision in precisions:
         own = {**task, "precision": precision, "drafts": False}
@@ -199,16 +199,15 @@ def llama_cpp(
     from mtp_lightning.decoding.precision import split
     from mtp_lightning.errors import UserError
     from mtp_lightning.experiment.generating import open_for_decoding
-    from mtp_lightning.opening import open_model
     from mtp_lightning.system import processor
 
-    for precision in precisions:
+    for precision in precisions:  # refused before anything is measured
         weights, activations = split(precision)
-        open_for_decoding(model, precision=weights, activations=activations)  # refuses it now
+        opened = open_for_decoding(model, precision=weights, activations=activations)
     wheel_needed = max(batches) > 1 or (python == sys.executable and not find_spec("llama_cpp"))
     if wheel_needed and not find_spec("xllamacpp"):
         raise UserError("xllamacpp is not installed: pip install -e '.[engines]'.")
-    ids = open_model(model).tokenizer.encode(inspect.getsource(argparse)).tolist()
+    ids = opened.tokenizer.encode(inspect.getsource(argparse)).tolist()
     rows: list[Row] = []
     for batch, n in itertools.product(batches, threads):
         prompts = [ids[i * 997 :][:prompt_tokens] for i in range(batch)]

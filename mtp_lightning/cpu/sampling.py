@@ -32,13 +32,13 @@ def accept_or_resample(
     limit_B: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``verification.accept_or_resample``."""
-    noises = accept_noise_BM.double().contiguous(), final_noise_B.double().contiguous()
+    given = draft_BM, accept_noise_BM.double(), final_noise_B.double(), limit_B
     if not (native.fits(p_BTV, q_BMN) and p_BTV.is_contiguous() and q_BMN.is_contiguous()):
-        return verification.accept_or_resample.plain(p_BTV, q_BMN, draft_BM, *noises, limit_B)
+        return verification.accept_or_resample.plain(p_BTV, q_BMN, *given)
     tokens_BT, accepted_B = draft_BM.new_empty(p_BTV.shape[:2]), torch.empty_like(limit_B)
-    whole = draft_BM.contiguous(), *noises, limit_B.contiguous(), tokens_BT, accepted_B
+    whole = (tensor.contiguous() for tensor in given)
     sizes = *draft_BM.shape, p_BTV.shape[-1], q_BMN.shape[-1]
-    native.call("judge_drafts", p_BTV, q_BMN, *whole, *sizes)
+    native.call("judge_drafts", p_BTV, q_BMN, *whole, tokens_BT, accepted_B, *sizes)
     return tokens_BT, accepted_B
 
 

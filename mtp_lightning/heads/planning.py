@@ -140,7 +140,7 @@ class HeadsPlan:
         memory = _IMPORTS + 4 * (4 * self.weights + 4 * self.head_weights)
         # Checkpoints with the module's optimizer state, the export, and the trunk's states.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
-        yield f"needs      {memory / 1e9:,.1f} GB of memory, {_bytes(disk)} of disk"
+        yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
         hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
         later = ""

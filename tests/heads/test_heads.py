@@ -275,6 +275,7 @@ def test_the_result_of_a_failed_phase_is_renamed(
 def test_wrong_arguments_are_refused(
     model: Path, tmp_path: Path, speeds: None, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a refused command makes its folder and removes it
     for hours, number in (("0", "0.0"), ("nan", "nan"), ("inf", "inf")):
         message = f"--hours must be a number above 0, not {number}"
         assert message in refused(main, model, "--hours", hours)
@@ -301,7 +302,6 @@ def test_wrong_arguments_are_refused(
     assert "begun with hours=9.0, not 1.0" in refused(main, model, "--output", out)
     texts = ("--hours", "9", "--text", PLAN, "--output", out)
     (tmp_path / PLAN).write_text("a text")
-    monkeypatch.chdir(tmp_path)
     assert "begun with --text=[], not" in refused(main, model, *texts)
     (out / PLAN).write_text("{")
     assert "is damaged" in refused(main, model, "--output", out)

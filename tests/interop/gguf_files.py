@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtp_lightning.interop import llama_cpp
+
 INSTALLED = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
 gguf: Any = importlib.import_module("gguf") if INSTALLED else None
 transformers: Any = importlib.import_module("transformers") if INSTALLED else None
@@ -19,6 +21,9 @@ MARKS = [
     # transformers imports optional packages that warn.
     pytest.mark.filterwarnings("ignore"),
 ]
+needs_llama_cpp = pytest.mark.skipif(
+    not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
+)
 
 WIDTH, LAYERS, HEADS, KV = 64, 2, 4, 2
 TEMPLATE = (

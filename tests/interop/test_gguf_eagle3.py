@@ -20,13 +20,10 @@ from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from tests import models
 from tests.interop import folders
-from tests.interop.gguf_files import MARKS, gguf
+from tests.interop.gguf_files import MARKS, gguf, needs_llama_cpp
 from tests.interop.language import LETTERS, learn
 
 pytestmark = MARKS
-needs_llama_cpp = pytest.mark.skipif(
-    not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
-)
 TRUNK = folders.dense(n_layers=4, tie_embeddings=False)
 
 

@@ -29,13 +29,10 @@ from mtp_lightning.opening import open_model
 from tests import deepseek, models
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.gguf_files import MARKS, gguf, hf_model
+from tests.interop.gguf_files import MARKS, gguf, hf_model, needs_llama_cpp
 from tests.interop.language import learn
 
 pytestmark = MARKS
-needs_llama_cpp = pytest.mark.skipif(
-    not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
-)
 # The architectures of trunks. With a module it is glm4moe, with latent attention deepseek2.
 ARCHS = {
     **dict.fromkeys(("llama", "llama-tied", "llama-wide-heads"), "llama"),
