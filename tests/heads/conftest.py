@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refused:
     """``refused(main, word, ..)``: the one line with which a command refuses its arguments."""
+    monkeypatch.chdir(tmp_path)  # a refused command makes its output folder, and removes it
 
     def error_of(main: Callable[[list[str]], None], *words: Any) -> str:
         with pytest.raises(SystemExit) as ended:

@@ -275,7 +275,6 @@ def test_the_result_of_a_failed_phase_is_renamed(
 def test_wrong_arguments_are_refused(
     model: Path, tmp_path: Path, speeds: None, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # a refused command makes its folder and removes it
     for hours, number in (("0", "0.0"), ("nan", "nan"), ("inf", "inf")):
         message = f"--hours must be a number above 0, not {number}"
         assert message in refused(main, model, "--hours", hours)
