@@ -27,7 +27,7 @@ from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.power import seeds_needed
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.result import Result, in_order, state, with_own_costs
-from sweeps.claims.reuse import with_stored
+from sweeps.claims.reuse import shared_runs, with_stored
 from sweeps.claims.words import aligned
 from sweeps.report.settings import OF_DEPTHS
 
@@ -74,14 +74,16 @@ class Pending:
 def pending_of(
     claims: Sequence[Claim], runs: Path, results: Mapping[str, Result], *, count_flops: bool = True
 ) -> list[Pending]:
-    """The pending runs of claims. A run that several claims share counts for the first of them.
+    """The pending runs of claims. A run that several claims share counts for the first of them, and
+    not at all if one of them has finished it.
 
     Args:
         claims: in the order in which they would run.
         runs: the folder of all claims' runs, absolute; it need not exist.
         results: all claims' results, by label.
-        count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
-            otherwise their runs get the time that their claim expects.
+        count_flops: compose pending runs to find shared ones and to count FLOPs, a few seconds per
+            arm; otherwise all count, and arms without a finished seed get the time that their claim
+            expects.
     """
     observed = [_runs(claim, runs, results) for claim in claims]
     done = [[r for seeds in arms.values() for r in seeds.values() if r.done] for arms in observed]
@@ -89,6 +91,7 @@ def pending_of(
     counted: set[str] = set()
     pending = []
     for claim, arms, finished in zip(claims, observed, done, strict=True):
+        counted |= shared_runs(claim, results.values()).keys()
         costs = _costs(claim, arms, pace, runs, counted, count_flops=count_flops)
         pending.append(Pending(claim, len(finished), tuple(costs)))
     return pending
@@ -136,13 +139,13 @@ def _ran_on(run: ArmRun, machine: str | None) -> bool:
 def _costs(
     claim: Claim, arms: Arms, pace: _Pace, runs: Path, counted: set[str], *, count_flops: bool
 ) -> list[Cost]:
-    """The costs of a claim's pending runs. Runs in ``counted``, which an earlier claim shares, are
-    left out; the others are added to it."""
+    """The costs of a claim's pending runs. Runs in ``counted``, which another claim has or shares,
+    are left out; the others are added to it."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
     arm_minutes = {arm: pace.minutes(arm_runs.values()) for arm, arm_runs in arms.items()}
     composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and not all(arm_minutes[arm] for arm, _ in pending):
+    if count_flops and any(counted or not arm_minutes[arm] for arm, _ in pending):
         seeds_left = list(dict.fromkeys(seed for _, seed in pending))
         composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sweeps.claims.claim import Claim
+from sweeps.claims.hours import pending_of
 from sweeps.claims.jobs import jobs
 from sweeps.claims.preregistration import Preregistration
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
@@ -152,6 +153,8 @@ def test_shared_runs_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFix
     claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
     runs = tmp_path / "runs"
     store_result_of_another_claim(claim, runs, tmp_path)
+    (pending,) = pending_of([claim], tmp_path / "elsewhere", read_results(tmp_path / "results"))
+    assert pending.costs == ()
     assert run([claim], runs, commits={"mine": "a" * 40}, results=tmp_path / "results") == 0
     assert "Nothing to run" in capsys.readouterr().out
     result = judge(claim, runs, tmp_path / "results")
