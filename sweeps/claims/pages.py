@@ -20,6 +20,7 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
+from sweeps.claims.lossless import lossless
 from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
@@ -73,7 +74,7 @@ def write_pages(root: Path, claims: Path = FOLDER, **options: Any) -> list[Path]
 def pages(root: Path, claims: Path = FOLDER, **options: Any) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
     pairs = pairs_of(root, claims, **options)
-    texts = {root / "docs" / "results.md": _render("results.jinja", _results(pairs))}
+    texts = {root / "docs" / "results.md": _render("results.jinja", _results(pairs, root))}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
             texts[root / name] = part(pairs, name, root)
@@ -119,7 +120,7 @@ def _between(page: Path, text: str) -> str:
     return f"{old[:start]}\n\n{text}\n\n{old[end:]}"
 
 
-def _results(pairs: Sequence[Pair]) -> dict[str, Any]:
+def _results(pairs: Sequence[Pair], root: Path) -> dict[str, Any]:
     """The facts of the page of results, decided claims first."""
     by_label = {claim.label: result for claim, result in pairs if result is not None}
     order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in pairs], by_label))}
@@ -128,6 +129,7 @@ def _results(pairs: Sequence[Pair]) -> dict[str, Any]:
     sections = [_facts(claim, result) for claim, result in ordered]
     on_cpu = [section for section in sections if section["claim"].setting == "cpu"]
     return {
+        "lossless": lossless(root),
         "sections": sections,
         "run": [section for section in on_cpu if section["result"] is not None],
         "missing": [section["claim"].name for section in on_cpu if section["result"] is None],
