@@ -76,6 +76,17 @@ def test_products_of_integers_equal_float64(kind: Kind, shape: tuple[int, int]) 
         assert torch.equal(packed.linear(x.repeat(40, 1))[: len(x)], product)
 
 
+@pytest.mark.parametrize("kind", [Kind.BLOCKS4, Kind.BLOCKS8, Kind.BLOCKS4_FULL, Kind.BLOCKS8_FULL])
+def test_blocks_unpacked_once_for_many_rows_give_the_bits_of_rows_alone(kind: Kind) -> None:
+    weight, packed = in_blocks(kind, (150, 160), 2)
+    packed, x = replace(packed, integers=False), torch.randn(71, 160)
+    product = packed.linear(x)
+    assert torch.equal(product, torch.cat([packed.linear(row) for row in x.split(1)]))
+    torch.testing.assert_close(
+        product.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_nan_and_infinity_change_only_their_row() -> None:
     _, packed = in_blocks(Kind.BLOCKS4, (33, 96), 1)
     x = torch.randn(6, 96)

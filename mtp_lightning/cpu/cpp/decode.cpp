@@ -118,20 +118,31 @@ static void attend(const float* query, const float* keys, const float* values, i
         store(scores + s, e);
     }
     float whole = 1.0f / sum_of(total);
-    columns(head, [&](int64_t at, int64_t m) {
-        // Four independent sums, so that none waits for the previous one.
-        Vector mixed[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
-        auto mix_four = [&](int64_t s, auto place) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                mixed[i] = multiply_add(all(scores[s + i]), take(values + place(s + i) + at, m),
-                                        mixed[i]);
-        };
-        int64_t s = 0;
-        for (; s + 4 <= start; s += 4) mix_four(s, stored);
-        for (; s < seen; s += 4) mix_four(s, place);
-        put(out + at, ((mixed[0] + mixed[1]) + (mixed[2] + mixed[3])) * all(whole), m);
-    });
+    for (int64_t at = 0; at < head;)
+        sized<1, REGISTERS / 8>(1, head - at < LANES ? LANES : head - at, [&](auto, auto v) {
+            constexpr int V = v.value;
+            int64_t m = V > 1 ? LANES : least(LANES, head - at);
+            // Four independent sums, so that none waits for the previous one.
+            Vector mixed[4][V];
+            each_vector<4, V>(BODY(int i, int u) { mixed[i][u] = all(0.0f); });
+            auto mix_four = [&](int64_t s, auto place) {
+                times<4>(BODY(int i) {
+                    const float* value = values + place(s + i) + at;
+                    Vector weight = all(scores[s + i]);
+                    times<V>(BODY(int u) {
+                        mixed[i][u] = multiply_add(weight, take(value + u * LANES, m), mixed[i][u]);
+                    });
+                });
+            };
+            int64_t s = 0;
+            for (; s + 4 <= start; s += 4) mix_four(s, stored);
+            for (; s < seen; s += 4) mix_four(s, place);
+            times<V>(BODY(int u) {
+                Vector sum = (mixed[0][u] + mixed[1][u]) + (mixed[2][u] + mixed[3][u]);
+                put(out + at + u * LANES, sum * all(whole), m);
+            });
+            at += V * LANES;
+        });
 }
 
 // Makes room for n numbers.

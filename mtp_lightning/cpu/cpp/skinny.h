@@ -7,6 +7,8 @@
 // Shapes: as in formats.h.
 #pragma once
 
+#include <vector>
+
 #include "integer.h"
 
 // R rows of x[M, K] times a panel, into (or added to) `left` outputs of R rows of out[M, N].
@@ -33,6 +35,42 @@ static void rows_of_panel(const float* x, int64_t inputs, const char* panel, flo
     });
 }
 
+// With as many rows, numbers are unpacked to fp32 for all of them, so many inputs at a time that they and
+// the rows' sums stay in the first cache.
+constexpr int64_t WORTH_UNPACKING = 2 * HIGH, UNPACKED = 64;
+
+// All M rows times a panel of V vectors, into (or added to) `left` outputs of out[M, N].
+template <typename Format, int V>
+static void many_rows(const float* x, int64_t rows, int64_t inputs, const char* panel, float* out,
+                      int64_t outputs, int64_t left, bool add) {
+    alignas(64) float unpacked[UNPACKED * V * LANES];
+    static thread_local std::vector<float> kept;
+    if ((int64_t)kept.size() < rows * V * LANES) kept.resize(rows * V * LANES);
+    float* sums = kept.data();
+    // Adds the products of n inputs from k on.
+    auto multiply = [&](int64_t k, int64_t n) __attribute__((noinline)) {
+        for (int64_t i = 0; i < rows; i += HIGH)
+            sized<HIGH, V>(rows - i, V * LANES, [&](auto r, auto v) {
+                if constexpr (v.value == V)
+                    tile<r.value, V>(
+                        n, BODY(int j, int64_t at) { return x[(i + j) * inputs + k + at]; },
+                        BODY(int64_t at) { return unpacked + at * V * LANES; },
+                        BODY(int j) { return sums + (i + j) * V * LANES; }, k > 0);
+            });
+    };
+    Format::template each<V>(panel, inputs, BODY(int64_t k, auto& weight) {
+        int64_t at = k % UNPACKED;
+        times<V>(BODY(int v) { store(unpacked + (at * V + v) * LANES, weight[v]); });
+        if (at + 1 == UNPACKED || k + 1 == inputs) multiply(k - at, at + 1);
+    });
+    for (int64_t i = 0; i < rows; i++)
+        times<V>(BODY(int v) {
+            Vector sum = load(sums + (i * V + v) * LANES);
+            if constexpr (Format::SCALED) sum *= Format::scale(panel, v);
+            store_sum(out + i * outputs + v * LANES, sum, left - v * LANES, add);
+        });
+}
+
 // out[M, N] (+)= x[M, K] weight.T of a packed weight.
 template <typename Format>
 static void skinny(const float* x, const char* weight, float* out, int64_t rows, int64_t outputs,
@@ -40,15 +78,22 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
     // With 16 registers, the sums of more rows leave none for the scales of blocks.
     constexpr int64_t ROWS = REGISTERS == 16 && Format::IN_BLOCKS ? 4 : HIGH;
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
+    constexpr bool CONVERTS = Format::SCALED || Format::IN_BLOCKS;
+    bool unpacks = CONVERTS && rows >= WORTH_UNPACKING;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
-        for (int64_t i = 0; i < rows; i += ROWS)
+        const char* panel = weight + p * size;
+        for (int64_t i = 0; i < rows; i += unpacks ? rows : ROWS)
             sized<ROWS>(rows - i, width, [&](auto r, auto v) {
-                if constexpr (v.value % Format::UNIT == 0)
-                    rows_of_panel<Format, r.value, v.value>(
-                        x + i * inputs, inputs, weight + p * size, out + i * outputs + at, outputs,
-                        left, add);
+                constexpr int V = v.value;
+                if constexpr (V % Format::UNIT == 0) {
+                    if (unpacks)
+                        many_rows<Format, V>(x, rows, inputs, panel, out + at, outputs, left, add);
+                    else
+                        rows_of_panel<Format, r.value, V>(x + i * inputs, inputs, panel,
+                                                          out + i * outputs + at, outputs, left, add);
+                }
             });
     }
 }
