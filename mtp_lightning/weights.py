@@ -87,7 +87,7 @@ class StoredModel:
 
 class WeightPacker(Protocol):
     """Stores the weights of a decode-only model in packed form only, which takes at most half the
-    memory."""
+    memory of weights and packed copies together."""
 
     def pack(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
         """Pack a loaded weight of the model, if it can be packed."""
@@ -210,7 +210,8 @@ def load_weights(
     source: str,
     packer: WeightPacker | None = None,
 ) -> None:
-    """Load all weights or none, one at a time.
+    """Load all weights, one at a time. Wrong names or shapes are refused before the first is
+    loaded, NaN and infinity after the last.
 
     Args:
         model: the model.

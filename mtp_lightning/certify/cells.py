@@ -43,13 +43,14 @@ PLAIN = Cell(drafts="none", options=DecodingOptions(speculative=False))
 def ways(model: MTPModel) -> dict[str, DecodingOptions]:
     """The ways of drafting that a model is capable of, by name; the first is plain decoding."""
     depth, vocab = model.depth, model.config.trunk.vocab_size
+    levels = model.mtp.max_draft_depth  # None for any number
     candidates = {
         PLAIN.drafts: PLAIN.options,
         **{f"depth {k}": DecodingOptions(draft_depth=k) for k in sorted({1, 2, 4, depth} - {0})},
         "deeper": DecodingOptions(draft_depth=depth + 2),
         "one cache": DecodingOptions(draft_depth=depth + 1, cache="single"),
         "auto": DecodingOptions(draft_depth="auto"),
-        "tree": DecodingOptions(tree=Tree((3, 2)[: max(min(depth, 2), 1)])),
+        "tree": DecodingOptions(tree=Tree((3, 2)[: 2 if levels is None else max(levels, 1)])),
         "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),
         **{rule: DecodingOptions(verify=rule) for rule in RULES if rule != "token"},
         "confident": DecodingOptions(min_confidence=0.5),

@@ -21,9 +21,9 @@ from mtp_lightning.decoding.precision import (
     AUTO,
     PRECISIONS,
     check_precision,
+    packer_after_rounding,
     split,
     use_activations,
-    use_precision,
 )
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
@@ -111,14 +111,14 @@ def certify(
 
 def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> OpenedModel:
     """The model in a precision, if ``length`` new tokens fit its context."""
-    run = open_model(path, allow=allow)
+    weights, activations = split(precision)
+    packer = packer_after_rounding(weights, AUTO)  # the formats that generate.py reads
+    run = open_model(path, allow=allow, packer_for=packer)
     if length >= run.seq_len:
         raise UserError(
             f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
             "trained on: give fewer."
         )
-    weights, activations = split(precision)
-    use_precision(run.model, weights, AUTO)  # as generate.py does
     use_activations(run.model, activations)
     return run
 

@@ -217,6 +217,7 @@ def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
     packed = packed_of(weight_NK)
     if packed is None or rows % PANEL:
         first = numbers_of(weight_NK).detach()[:rows]
+        vars(first)["integers"] = vars(weight_NK).get("integers", False)
         pack(first)
         return first
     first = weight_NK.new_empty(rows, packed.inputs)

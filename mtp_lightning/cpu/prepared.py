@@ -65,7 +65,10 @@ def multiply_integers(model: MTPModel) -> str | None:
     if not native.lib().multiplies_bytes():
         return native.NEEDED_FOR_INTEGERS
     if not use_integers(m.weight for m in model.modules() if isinstance(m, Linear | Head)):
-        return "weights in blocks of 4 or 8 bits: a quantized GGUF file, or precision=int4"
+        return (
+            "weights in blocks of 4 or 8 bits: a GGUF file of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 (of "
+            "K-quants in generate.py, serve.py and certify alone), or precision=int4"
+        )
     return None
 
 

@@ -148,7 +148,8 @@ class Engine:
             )
 
     def add(self, requests: Sequence[Request]) -> list[TextSequence]:
-        """Read the prompts of new sequences in one pass and choose their first tokens.
+        """Prefill new sequences, on a CPU in passes of at most 512 positions or one prompt, and
+        choose their first tokens.
 
         A request whose first token is its last returns a finished sequence, which takes no slot.
 

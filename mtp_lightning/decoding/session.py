@@ -178,7 +178,7 @@ class Session:
         self._resize()
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append rows and read their prompts, at least one token each.
+        """Append rows and read their prompts (prefill), at least one token each.
 
         Returns:
             The logits of the next token of every new row, [new rows, V].

@@ -52,15 +52,14 @@ def _run(args: Any, folder: Path) -> None:
     """All phases."""
     plan = make_plan(args.model, folder, args, [args.model], keep=True)
     run = run_training(plan, folder)
-    run_phase(
-        "certificate",
-        folder / CERTIFICATE / "certificate.json",
-        ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
-    )
+    certify = ["mtp_lightning.certify", str(run), "--quick"]
+    if plan.activations != "fp32":  # the arithmetic that the last line recommends, too
+        certify += ["--weights", f"fp32,fp32/{plan.activations}"]
+    file = folder / CERTIFICATE / "certificate.json"
+    run_phase("certificate", file, [*certify, "--output", str(file.parent)])
     run_export(run, folder, plan.context)
     command = ["mtp_lightning.heads.speed", str(folder / EXPORT), "--output", str(folder / SPEED)]
     command += [f"--activations={plan.activations}"]
-    command += [f"--draft-vocab={plan.draft_vocab}"] if plan.draft_vocab else []
     run_phase("speed", folder / SPEED, command)
     _say_result(folder, plan)
 
@@ -76,8 +75,7 @@ def _say_result(folder: Path, plan: Any) -> None:
     say("speed", read_json(folder / SPEED)["said"])
     say("certificate", read_json(folder / CERTIFICATE / "certificate.json")["verdict"])
     say("written to", str(folder / EXPORT))
-    drafting = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
-    drafting += "" if plan.activations == "fp32" else f" activations={plan.activations}"
+    drafting = "" if plan.activations == "fp32" else f" activations={plan.activations}"
     checkpoint = shlex.quote(f"checkpoint={folder / EXPORT}")
     say("try it", f"mtp-lightning generate {checkpoint} prompt='...'{drafting}")
 

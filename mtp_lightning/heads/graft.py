@@ -91,11 +91,11 @@ def _run(args: Any, output: Path) -> None:
     texts = own_texts(model, prompts, min(args.new_tokens, max_new))
     agreement = agreement_of_depths(model, texts)
     say("agreement", f"{_shares(agreement)} with the tuned trunk, on its own texts")
-    has_fallen = True
+    needs_training = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
         before = agreement_of_depths(base.build(), texts)
         say("", f"{_shares(before)} with the base's trunk, on the same texts")
-        has_fallen = agreement.fell_from(before)
+        needs_training = agreement.fell_from(before)
     say("", f"{agreement.constant:.1%} the same token everywhere")
     folder = output / GRAFTED
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
@@ -108,10 +108,10 @@ def _run(args: Any, output: Path) -> None:
         shard_bytes=5 * 10**9,
     )
     checkpoint = folder
-    if has_fallen and args.hours:
+    if needs_training and args.hours:
         checkpoint, agreement = _trained_on(folder, output, args, texts, agreement)
-    elif has_fallen:
-        say("", "it fell, and --hours=0 leaves the layers as they are")
+    elif needs_training:
+        say("", "--hours=0 leaves the layers as they are")
     if agreement.shares[1] <= agreement.constant + ABOVE:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "

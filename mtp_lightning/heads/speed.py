@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import description, with_measured_depth
@@ -21,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="a model with heads")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--activations", default="fp32", help="as of generate.py (fp32)")
-    parser.add_argument("--draft-vocab", type=int, help="as draft_vocab of generate.py")
     args = parser.parse_args(argv)
     with readable_errors():
         set_threads(None)
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.model, device=device, head_precision=AUTO, activations=args.activations
         )
         opened.model.mtp.require_drafts()
-        options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
-        # Device, threads and words are generate.py's, so that it finds the measurement.
+        # Options, device, threads and words are generate.py's, so that it finds the measurement.
+        draft_vocab = value_at(opened.config, ("objective", "draft_vocab"))
+        options = DecodingOptions(draft_vocab=draft_vocab, max_context=opened.seq_len)
         setting = {"precision": "fp32", "head_precision": AUTO, "activations": args.activations}
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None

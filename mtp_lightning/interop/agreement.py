@@ -91,7 +91,7 @@ def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
 def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
     """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
     continuations = generate(
-        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
+        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0
     )
     return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, continuations, strict=True)]
 
@@ -102,9 +102,13 @@ def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[i
 
     def compare(text: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         batch = WindowBatch(text.unsqueeze(0), model.depth)
-        choices = {k: model.head_of(k)(h_BTC)[0].argmax(-1) for k, h_BTC in model(batch).items()}
-        chosen = choices.pop(0)
-        return chosen, {k: drafted[:-k] == chosen[k:] for k, drafted in choices.items()}
+        states = model(batch)
+        chosen = model.head(states.pop(0))[0].argmax(-1)
+        matches = {}
+        for k, h_BTC in states.items():
+            logits_BTV = model.draft_logits(k, h_BTC, batch.tokens[:, k : k + h_BTC.shape[1]])
+            matches[k] = logits_BTV[0].argmax(-1)[:-k] == chosen[k:]
+        return chosen, matches
 
     return _join(map(compare, texts))
 

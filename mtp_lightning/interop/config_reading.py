@@ -14,9 +14,12 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, EXPERTS, LATENT, LATENT_EPS, TRUNK
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
+# The number of first token ids that the modules were trained to draft; this project alone reads it.
+DRAFT_VOCAB = "mtp_draft_vocab"
 # Two names of one number: DeepSeek's, and transformers' for models without their own field.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 # transformers' values for fields that are missing, and those of single kinds of models.
@@ -135,6 +138,18 @@ def declared_depth(fields: Mapping[str, Any]) -> int:
 def max_positions(fields: Mapping[str, Any]) -> int:
     """The context in tokens that a ``config.json`` promises."""
     return int(fields.get("max_position_embeddings") or 2048)
+
+
+def run_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a training's config that a ``config.json`` has.
+
+    Raises:
+        UserError: a number is none.
+    """
+    config: dict[str, Any] = {"data": {"seq_len": max_positions(fields)}}
+    if (draft_vocab := fields.get(DRAFT_VOCAB)) is not None:
+        config["objective"] = {"draft_vocab": require_whole(DRAFT_VOCAB, draft_vocab, least=1)}
+    return config
 
 
 def _value_or(fields: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -184,8 +184,7 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
 
 
 def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
-    generations = generate(model, prompts, max_new_tokens=new_tokens, eot_id=None)
-    return rates(generations).get("acceptance_position_1")
+    return rates(generate(model, prompts, max_new_tokens=new_tokens)).get("acceptance_position_1")
 
 
 def _judge(
@@ -234,9 +233,9 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     _, config, weights = describe(path)
     model = build_model(config, weights, source=str(path))
     prompts = prompts_of(model, _tokenizer(path, model))
-    acceptance = _accepted(model, prompts, new_tokens)
-    texts = own_texts(model, prompts, new_tokens)
-    counts = torch.cat(texts).bincount()
+    generations = generate(model, prompts, max_new_tokens=new_tokens)
+    acceptance = rates(generations).get("acceptance_position_1")
+    counts = torch.tensor([i for text in generations for i in text.token_ids]).bincount()
     constant = int(counts.max()) / int(counts.sum())
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)

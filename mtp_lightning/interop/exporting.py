@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import card, config_json, gguf_eagle3, gguf_writing, speculators
+from mtp_lightning.interop import card, gguf_eagle3, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
@@ -125,6 +126,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         dtype=cfg.dtype,
         max_positions=max_positions,
         shard_bytes=int(cfg.shard_gb * 1e9),
+        draft_vocab=value_at(run.config, ("objective", "draft_vocab")),
     )
     drafting = model
     if apart := cfg.layout == speculators.LAYOUT:
@@ -139,7 +141,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         )
         parameters = contents.parameters + n_values
         contents = replace(contents, heads=speculators.FOLDER, parameters=parameters)
-    kind = config_json.model_type(model.config)
+    kind = read_json(partial / CONFIG)["model_type"]
     old_card = Path(cfg.checkpoint) / card.FILE
     unchanged = cfg.depth is None and not apart
     if unchanged and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_layout import GGUFEntry
 from mtp_lightning.interop.gguf_reader import FileTensor
 from mtp_lightning.interop.tensor_files import StoredTensor
@@ -113,7 +114,13 @@ def numbers(
     out = torch.empty(shape) if out is None else out
     rows = out.view(-1, shape[-1])
     for row, stored in _portions(file, tensor, i):
-        portion = dequantize(stored, tensor.kind)
+        try:
+            portion = dequantize(stored, tensor.kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{file} has {tensor.name} in {tensor.kind.name}, which the package gguf cannot "
+                "dequantize: give a file of another type."
+            ) from error
         rows[row : row + len(stored)] = torch.from_numpy(np.ascontiguousarray(portion))
     return out
 

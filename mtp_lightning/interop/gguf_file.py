@@ -1,7 +1,7 @@
 """Reads a GGUF file as a model in Hugging Face's layout.
 
-Weights in blocks of few bits are dequantized to float32: training and decoding here use these
-rounded values, without the kernels that compute on blocks.
+Weights in blocks of few bits are dequantized to float32. Training uses these rounded values;
+decoding on a CPU packs them into blocks again, without loss (``cpu/packed.py``).
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def check(
         yield f"llama.cpp was not asked: a context of {context} tokens is too short for a text"
         return
     prompts = _prompts(model, prompt_len)
-    plain = generate(model, prompts, max_new_tokens=n_new, speculative=False, eot_id=None)
+    plain = generate(model, prompts, max_new_tokens=n_new, speculative=False)
     # llama.cpp is told not to end a text, and then never chooses a token that would.
     ends = tokenizer.end_ids
     text_lens = [[*(t in ends for t in text.token_ids), True].index(True) for text in plain]
@@ -176,7 +176,7 @@ def check(
     our_texts = [
         text
         for prompt, n in zip(prompts, lengths, strict=True)
-        for text in generate(model, [prompt], max_new_tokens=n, eot_id=None, draft_depth=1)
+        for text in generate(model, [prompt], max_new_tokens=n, draft_depth=1)
     ]
     n_ours, n_theirs = sum(t.drafts for t in our_texts), sum(t.drafted for t in their_texts)
     our_share = sum(t.drafts_accepted[0] for t in our_texts) / max(n_ours, 1)

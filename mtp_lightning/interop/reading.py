@@ -87,7 +87,7 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         weights=weights,
         tokenizer_state=state,
         brings_trunk=True,
-        run_config={"data": {"seq_len": config_reading.max_positions(fields)}},
+        run_config=config_reading.run_config(fields),
     )
 
 

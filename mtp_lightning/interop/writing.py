@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.interop import config_json, heads, tensor_files
+from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
 from mtp_lightning.model import MTPModel
@@ -48,6 +49,7 @@ def write_folder(
     dtype: str,
     max_positions: int,
     shard_bytes: int,
+    draft_vocab: int | None = None,
 ) -> Contents:
     """Writes config.json, the weights with their index, generation_config.json and the tokenizer.
 
@@ -58,6 +60,7 @@ def write_folder(
         dtype: a name of :data:`DTYPES`.
         max_positions: the context length that the folder states.
         shard_bytes: most bytes of a weight file, which holds at least one tensor.
+        draft_vocab: number of first token ids that the modules were trained to draft; None for all.
 
     Raises:
         UserError: for a trunk that no layout computes.
@@ -71,6 +74,8 @@ def write_folder(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
     )
     fields |= tokenizer.special_ids()
+    if draft_vocab is not None and model.depth:
+        fields[DRAFT_VOCAB] = draft_vocab
     tensors = to_folder(laid_out, weights, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def open_as_mine(monkeypatch: pytest.MonkeyPatch) -> Any:
             path=Path("mine"),
         )
         opened.__dict__["tokenizer"] = Words()
-        monkeypatch.setattr(run, "open_model", lambda path, *, allow: opened)
+        monkeypatch.setattr(run, "open_model", lambda path, *, allow, packer_for: opened)
 
     return patch
 

@@ -12,6 +12,7 @@ import torch
 
 from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.interop import card, exporting, writing
 from mtp_lightning.interop.verify import CheckFailed, check_trained
 from mtp_lightning.mtp.base import MTPConfig
@@ -68,6 +69,26 @@ def test_a_run_is_exported_and_verified(
 
     folders.export_run(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
     assert folders.files(tmp_path / "out") == folders.files(tmp_path / "again")
+
+
+def test_a_folder_names_the_tokens_that_its_heads_draft(base: Path, tmp_path: Path) -> None:
+    helpers.train_here(
+        tmp_path / "short",
+        base / "cache",
+        {"trainer.max_steps": 1, "trainer.val_check_interval": 1, "objective.draft_vocab": 20,
+         "init_from": str(base / "dense"), "mtp.depth": 1, "mtp.freeze_trunk": True},
+    )  # fmt: skip
+    folder = tmp_path / "out"
+    folders.export_run(tmp_path / "short", folder, verify=False)
+    cfg = helpers.composed("generate", [f"checkpoint={folder}", "draft_depth=1"])
+    assert decoding_options(cfg, open_model(folder)).draft_vocab == 20
+    folders.export_run(folder, tmp_path / "again", verify=False)
+    assert open_model(tmp_path / "again").config["objective"] == {"draft_vocab": 20}
+    folders.export_run(folder, tmp_path / "plain", verify=False, depth=0)
+    assert "objective" not in open_model(tmp_path / "plain").config
+    folders.change_config(folder, mtp_draft_vocab="many")
+    with pytest.raises(UserError, match="mtp_draft_vocab must be a whole number"):
+        open_model(folder)
 
 
 def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -31,7 +31,7 @@ SKIPPED = (["pip"], ["python", "-m", "data_modules.corpora.smollm2"])
 # A small model, few texts and few steps.
 HEADS = "mtp_lightning.heads"
 SETTINGS = {
-    "generate.py": ["max_new_tokens=6", "num_threads=1", "activations=fp32", "draft_vocab=null"],
+    "generate.py": ["max_new_tokens=6", "num_threads=1", "activations=fp32"],
     HEADS: [
         "--hours", "0.02", "data.n_prompts=64", "trainer.max_steps=10",
         "trainer.val_check_interval=5", "trainer.num_threads=1", "logger=csv",

@@ -1,7 +1,7 @@
 // Causal attention over whole windows, including the rotary positions of queries and keys.
 //
-// The same arithmetic as cpu/attention.py: probabilities are saved for the backward pass. Here
-// eight queries at a time stay in the L1 cache from scores to output.
+// Probabilities are saved for the backward pass. Eight queries at a time stay in the L1 cache from
+// scores to output.
 //
 // Shapes: B batch, T positions (P padded to whole vectors), N heads, M key-value heads, H head
 // size of queries and keys, D of values, both multiples of 16.

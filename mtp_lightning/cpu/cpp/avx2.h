@@ -1,4 +1,4 @@
-// What vector.h cannot say in the compiler's vector types: here for AVX2.
+// Operations that the compiler's vector types lack, for AVX2.
 #pragma once
 
 // The nearest integers, ties to even.

@@ -92,7 +92,7 @@ MULTIPLIES_BYTES static void tile(const char* panel, int64_t first, const Rounde
                *numbers = panel + (W * SIZE + first) * sizeof(Vector);
     for (int64_t g = 0; g < groups; g++, words += WORDS * R, scale += R, total += R) {
 #pragma GCC unroll 4
-        for (int i = 0; i < V * SIZE; i++) ask_ahead(scales + i * sizeof(Vector));
+        for (int i = 0; i < V * SIZE; i++) prefetch(scales + i * sizeof(Vector));
         Sum dot[R][V];
         // Loops: with `times`, two rows take 1.1 times as long on Zen 3.
 #pragma GCC unroll 8
@@ -100,7 +100,7 @@ MULTIPLIES_BYTES static void tile(const char* panel, int64_t first, const Rounde
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
                 const char* from = numbers + (i * W + v) * sizeof(Vector);
-                ask_ahead(from);
+                prefetch(from);
                 Whole levels = load_whole(from);
 #pragma GCC unroll 2
                 for (int p = 0; p < Sum::PARTS; p++) {

@@ -156,7 +156,7 @@ struct Fitted {
         auto fits = [&](float given_step, float given_offset) {
             return this->fits(numbers, as_fp16(given_step), as_fp16(given_offset));
         };
-        // As Q8_0: the largest number has the level 127, above or below an offset of 0.
+        // As Q8_0, step x i with |i| <= 127: the offset is -128 steps, and the level i + 128.
         if (BITS == 8 && fits(size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
         // As Q4_1: the smallest number is the offset, the largest has the last level.
         if (fits((high - low) / TOP, low)) return true;

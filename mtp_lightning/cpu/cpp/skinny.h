@@ -20,9 +20,9 @@ static void rows_of_panel(const float* x, int64_t inputs, const char* panel, flo
     auto product = BODY(int64_t k, auto& weight) {
         add_products<R, V>(BODY(int r) { return x[r * inputs + k]; }, weight, sum);
     };
-    // In fp32, asking ahead slows one row down, and also several rows where there is nothing to ask for.
+    // Prefetching fp32 panels slows one row down; for several rows it pays only on some CPUs.
     if constexpr (R > 1 && std::is_same_v<Format, Full>) {
-        if (AHEAD)
+        if (PREFETCH_BYTES)
             Full::each<V, true>(panel, inputs, product);
         else
             Full::each<V>(panel, inputs, product);
