@@ -95,11 +95,10 @@ def build_step(task: Row) -> Training:
     )
     progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
     mtp = model.config.mtp
-    extra = max(mtp.places_ahead - depth - 1, 0)
-    width = task["seq_len"] + mtp.stride * depth + 1 + extra
+    width = task["seq_len"] + mtp.stride * depth + 1 + mtp.extra_places
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(task["vocab_size"], (task["batch_size"], width), generator=generator)
-    batch = WindowBatch(tokens, depth, stride=mtp.stride, extra=extra).to(device)
+    batch = WindowBatch(tokens, depth, stride=mtp.stride, extra=mtp.extra_places).to(device)
 
     def step() -> torch.Tensor:
         return one_step(batch, progress, optimizer).loss

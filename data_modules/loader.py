@@ -62,12 +62,14 @@ class WindowLoader(_Loader):
     Global batch g of an epoch is ``order[g*G : (g+1)*G]`` with ``G = batch_size * world_size``, and
     rank r takes its r-th contiguous slice: two ranks of B together see what one rank of 2B sees,
     and nothing depends on the number of workers. The windows after the last full global batch are
-    left out of that epoch. Each ``iter`` is one epoch, and the next ``iter`` is the next epoch.
+    left out of that epoch. An ``iter`` yields the rest of the epoch; after its last batch, the next
+    ``iter`` is the next epoch.
 
     ``state_dict`` is exact at any moment: a batch counts as consumed when the caller receives it,
     not when a worker has prefetched it. After ``load_state_dict`` the next ``iter`` starts with the
     batch that would have come next, also after the last batch of an epoch. Lightning stores the
-    state with its checkpoints. Only one iterator is active: a new one takes over from the old one.
+    state with its checkpoints. Advance the newest iterator alone: each sets the state to its own
+    position.
 
     Attributes:
         seed: seed of the order.

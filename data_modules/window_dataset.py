@@ -21,7 +21,7 @@ from mtp_lightning.errors import UserError
 STATES = "states.npy"
 """File of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 stored as uint16."""
 
-# Seed of the order in which ``limit`` chooses windows; no run with a small seed trains in it.
+# Seed of the order in which ``limit`` chooses windows; so large that no run's seed equals it.
 _LIMITED = 2**31 - 1
 
 
@@ -154,9 +154,10 @@ class WindowDataset(Windows):
         n, needed = len(self), batch_size * world
         if n == 0:
             raise UserError(
-                f"the training split has {self.file.n_tokens} tokens but one window "
-                f"needs at least seq_len + depth + 1 = {self.width}: give more text, "
-                f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
+                f"the training split has {self.file.n_tokens} tokens but one window needs at "
+                f"least {self.width} (data.seq_len + 1, and {self.beyond} for the depths): give "
+                "more text, lower data.seq_len, or change data.val_fraction (of token files "
+                "data.held_out)"
             )
         if n < needed:
             supply, more = f"the training split has {n} windows", "give more text"

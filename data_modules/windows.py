@@ -129,8 +129,8 @@ class WindowBatch:
         return valid
 
     def positions_with_teacher(self, k: int) -> int:
-        """How many positions of a window, the first ones, have a teacher at depth k: the main
-        prediction of the same token, at i + sk. That of the last sk lies beyond the window."""
+        """Number of positions of a window, from its first, that have a teacher at depth k: the main
+        prediction of the same token, at i + sk. For the last sk it lies beyond the window."""
         return max(self.seq_len - self.stride * k, 0)
 
     def counts(self) -> Tensor:

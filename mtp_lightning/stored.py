@@ -240,11 +240,6 @@ def is_cache(folder: Any) -> bool:
         return False
 
 
-def memory_bytes() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def require_memory(config: Any, *, machines: int = 1) -> None:
     """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
     this one's size) that share it, before it is built; a weight takes 2 bytes at least.
@@ -276,7 +271,7 @@ def require_fits(
     Raises:
         UserError: it does not fit.
     """
-    if needed > (memory := memory_bytes() * machines):
+    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * machines):
         settings = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())
         raise UserError(
             f"{what} {settings} takes {_gigabytes(needed)} for {holds}, and there are "

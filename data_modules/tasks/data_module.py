@@ -136,7 +136,7 @@ class TaskDataModule(WindowDataModule):
         """Tokens of the longest answer, up to the first given token."""
         if self.task.ends:
             return self.task.longest_answer
-        return max(self._spoken(example) for example in self.answer_sets[""].examples)
+        return max(self._answered_in_a_row(example) for example in self.answer_sets[""].examples)
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Validation prompts whose answers have the full length, each with the given tokens before
@@ -146,7 +146,7 @@ class TaskDataModule(WindowDataModule):
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
             for example in self.answer_sets[""].examples
-            if self.task.ends or self._spoken(example) == answer_length
+            if self.task.ends or self._answered_in_a_row(example) == answer_length
         ]
         if fewer and prompts:
             n = min(n, len(prompts))
@@ -159,7 +159,7 @@ class TaskDataModule(WindowDataModule):
         return prompts[:n]
 
     @staticmethod
-    def _spoken(example: Example) -> int:
+    def _answered_in_a_row(example: Example) -> int:
         """Number of tokens that the model answers without a given token in between."""
         asked = example.asked[example.asked.index(True) :]
         return asked.index(False) if False in asked else len(asked)

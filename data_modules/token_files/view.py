@@ -69,7 +69,7 @@ def open_view(
     )
 
     def write(folder: Path) -> dict[str, Any]:
-        texts = {name: look_through(files, tokenizer) for name, files in splits.items()}
+        texts = {name: scan(files, tokenizer) for name, files in splits.items()}
         if val is None:
             texts = dict(zip(("train", "val"), texts["train"].cut(held_out), strict=True))
         source = {
@@ -129,7 +129,7 @@ class ScannedText:
         )
 
 
-def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedText:
+def scan(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedText:
     """Counts a text's ids and finds its documents.
 
     An index says where documents start; without an index it starts after end-of-text tokens.
@@ -278,7 +278,7 @@ def _cuts(
     data = b"".join(names[i] for block in blocks for i in block)
     first = n_bytes = 0
     # Bytes that are not UTF-8 count as characters, so that every byte is in a character.
-    for piece, final in pieces(data.decode("utf-8", "surrogateescape"), PIECE):
+    for piece, final in pieces(data.decode("utf-8", "surrogateescape")):
         n_bytes += len(piece.encode("utf-8", "surrogateescape"))
         last = len(ids) if final else int(ends.searchsorted(n_bytes)) + 1
         if last > first:

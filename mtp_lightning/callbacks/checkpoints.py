@@ -118,8 +118,9 @@ class Checkpoints(RunCallback, Checkpoint):
 
     @property
     def _best_by(self) -> str:
-        # A new string at each call: a pickle writes a string that it holds already as a reference,
-        # and a run that is only evaluated again writes the same bytes.
+        # A new string at each call: pickle writes an object that it has already written as a
+        # reference, so a stored string would make a checkpoint's bytes depend on whether the run
+        # was resumed.
         return f"{self.mode} {self.monitor}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ _ROUNDING = 1e-3
 
 
 class HiddenFuture(pl.Callback):
-    """Looks at models with modules from outside of this project, whose own are tested; with several
-    processes at none. A depth that reads the future trains on what it is to predict."""
+    """Checks models that have modules from outside of this project (the project's own are tested),
+    in runs of one process. A depth that reads the future is trained on its own target."""
 
     def __init__(self) -> None:
         self._n_batches = 0

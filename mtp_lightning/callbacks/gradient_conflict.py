@@ -42,7 +42,7 @@ class GradientConflict(RunCallback):
     takes_gradients = "callbacks=gradient_conflict"
     every_n_steps: int = 50
 
-    # The module is this project's own class, which this package must not import.
+    # pl_module is an MTPModule, typed Any below because callbacks/ may not import module.py.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuses a model with nothing to measure.

@@ -65,8 +65,8 @@ class StopWhenSolved(RunCallback):
         step = trainer.global_step
         if self._solved_at is not None or step == self._counted_step:
             return
-        # Rank 0 decides for all processes. The logged value is rounded to single precision, in
-        # which 0.98 is above 0.98.
+        # Rank 0 decides for all processes. The logged value is in float32, which rounds 0.98
+        # up to 0.98000002.
         exact_match = trainer.strategy.broadcast(self._judge.newest[EXACT])
         self._counted_step = step
         self._in_a_row = self._in_a_row + 1 if exact_match > self.level else 0

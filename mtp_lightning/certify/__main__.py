@@ -19,7 +19,7 @@ from mtp_lightning.errors import UserError
 if TYPE_CHECKING:
     from mtp_lightning.certify.certificate import Certificate
 
-# What Ctrl-C leaves: not certificate.json, which says that all prompts were tried.
+# The file of an interrupted run; certificate.json would claim that all prompts were tried.
 UNFINISHED = "unfinished_certificate.json"
 
 
@@ -104,7 +104,7 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         print("\n".join(so_far.lines()))
         notice = "interrupted: the table shows the texts until then"
         if args.output is not None:
-            write_json(so_far.plain(), args.output / UNFINISHED)
+            write_json(so_far.to_json(), args.output / UNFINISHED)
             notice += f", and {args.output / UNFINISHED} has them"
         raise Stopped(f"{notice}.", getattr(sys.exception(), "signum", signal.SIGINT))
 
@@ -124,7 +124,7 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
     )
     print("\n".join(certificate.lines()))
     if args.output is not None:
-        write_json(certificate.plain(), args.output / "certificate.json")
+        write_json(certificate.to_json(), args.output / "certificate.json")
         write_bytes(certificate.badge().encode(), args.output / "badge.svg")
         (args.output / UNFINISHED).unlink(missing_ok=True)
         print(f"written to {args.output}: certificate.json, badge.svg")

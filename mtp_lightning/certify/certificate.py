@@ -150,8 +150,8 @@ class Certificate:
         yield from self.broken()
         yield self.verdict()
 
-    def plain(self) -> dict[str, Any]:
-        """The certificate as plain data for JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """The certificate as data for JSON."""
         return {
             "model": self.model,
             "verdict": self.verdict(),
@@ -160,7 +160,7 @@ class Certificate:
             "prompts": max((row.greedy.texts for row in self.rows), default=0),
             "logits_promised_to_the_last_bit": self.same_bits,
             "prompts_read_alike": self.prompts_alike,
-            "cells": [_plain(row) for row in self.rows],
+            "cells": [_row_json(row) for row in self.rows],
             "others": [asdict(count) for count in self.others],
         }
 
@@ -194,7 +194,7 @@ def _where(row: Row) -> str:
     )
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _row_json(row: Row) -> dict[str, Any]:
     cell, sampled = row.cell, row.sampled
     fields: dict[str, Any] = {
         "weights": row.precision,

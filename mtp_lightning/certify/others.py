@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from mtp_lightning import llama_server
+from mtp_lightning.certify.cells import BATCH
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.parts import is_gguf
 
 Prompts = Sequence[Sequence[int]]
-_BATCH, _DRAFTS = 8, 4
+_DRAFTS = 4
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _ways(
 ) -> list[Way]:
     """Plain decoding, with drafts and in a batch, by a function that takes ``batch`` and the
     settings ``drafted``."""
-    settings = {"plain": {}, f"drafts by {by}": drafted, f"batch of {_BATCH}": {"batch": _BATCH}}
+    settings = {"plain": {}, f"drafts by {by}": drafted, f"batch of {BATCH}": {"batch": BATCH}}
     return [Way(program, weights, name, partial(decode, **kws)) for name, kws in settings.items()]
 
 

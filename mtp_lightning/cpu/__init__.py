@@ -11,7 +11,7 @@ from mtp_lightning.cpu.prepared import CPUPasses, multiply_integers
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
 
-ops.register_code("cpu", library.code)
+ops.register_code(library.code)
 fused.register(
     "cpu",
     fused.DecodingCode(

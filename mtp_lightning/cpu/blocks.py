@@ -76,8 +76,8 @@ class _Passes:
 
     def open(self, cache: KVCache) -> int:
         """The address of the open pass, until the next call."""
-        self._starts[:] = cache.runs.starts  # type: ignore[assignment]
-        self._struct.length = cache.runs.width
+        self._starts[:] = cache.spans.starts  # type: ignore[assignment]
+        self._struct.length = cache.spans.width
         self._struct.parents = None
         if (parents := cache.parents) is not None:
             self._parents = (c_int64 * len(parents))(*parents)

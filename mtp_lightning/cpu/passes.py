@@ -142,7 +142,7 @@ class FusedTrunk:
         self._address = ctypes.addressof(self._trunk)
 
     def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
-        sizes = ids_BS.shape[0], cache.runs.width, self._trunk.outputs
+        sizes = ids_BS.shape[0], cache.spans.width, self._trunk.outputs
         logits_BTV = self._alive[-1].new_empty(sizes)
         native.lib().decode_trunk(
             self._address,

@@ -198,8 +198,7 @@ class DecodingOptions(TextOptions):
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
-        require_whole("lookup", self.lookup, least=0)
-        require_number("lookup", self.lookup, most=MOST_LOOKUPS)
+        require_whole("lookup", self.lookup, least=0, most=MOST_LOOKUPS)
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._set("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)

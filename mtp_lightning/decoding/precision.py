@@ -32,7 +32,7 @@ from mtp_lightning.settings import require_choice
 from mtp_lightning.weights import WeightPacker
 
 AUTO = "auto"
-# What becomes of a weight, by the weight's id.
+# The function that rounds a weight, by the weight's ``id()``.
 Roundings = dict[int, Callable[[Tensor], Tensor]]
 
 

@@ -28,7 +28,7 @@ from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.position_tables import PositionTables, Runs
+from mtp_lightning.nn.position_tables import PositionTables, Spans
 
 
 class DepthDraft(NamedTuple):
@@ -224,14 +224,14 @@ class Session:
     def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
         states if drafts are made. Returns the head's input, [rows, T, C]."""
-        model, runs = self.model, ctx.cache.runs
+        model, spans = self.model, ctx.cache.spans
         # Only the trunk must be batch-invariant: it decides the text, drafts do not.
-        with batch_invariant_pass(runs.width, self.tokens_BS.device):
-            tokens = runs.read(self.tokens_BS[rows])
+        with batch_invariant_pass(spans.width, self.tokens_BS.device):
+            tokens = spans.read(self.tokens_BS[rows])
             output = model.trunk(model.trunk.embedding(tokens), ctx)
             main = model.mtp.main_state(output.final)
         if self._trunk_gives_branch:
-            runs.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
+            spans.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
         return main
 
     def draft(self, k: int) -> DepthDraft:
@@ -248,7 +248,7 @@ class Session:
         if logits_BV is None:
             logits_BV = self._draft_head(state_BC)
         if stack.rescorer is not None:
-            before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
+            before_B1 = Spans(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
         return DepthDraft(logits_BV, confidence_B)
 
@@ -285,7 +285,7 @@ class Session:
         assert newest is not None
         cache = self.depth_caches[0]
         ctx = ForwardContext.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
-        tokens = cache.runs.read(self.tokens_BS, 1)
+        tokens = cache.spans.read(self.tokens_BS, 1)
         return self.model.depth_state(1, newest, newest, tokens, ctx)
 
     def _append(self, k: int) -> None:
@@ -296,7 +296,7 @@ class Session:
         ctx = ForwardContext.of_cache(self.trunk_cache, self.n, self.max_draft)
         branch = self._stack.append(self.model.trunk, ctx)
         newest = [max(n - 1, 0) for n in self.n]
-        Runs(self._tables, newest, 1).write(self.states[0], branch)
+        Spans(self._tables, newest, 1).write(self.states[0], branch)
         # Drafts are made at the newest position alone.
         for filled, cache in zip(self.filled[1:], self.depth_caches, strict=True):
             filled[:], cache.lengths = newest, list(newest)
@@ -327,15 +327,15 @@ class Session:
                 cache.lengths[rows] = filled[rows] = ends[rows]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        ctx, runs = ForwardContext.of_cache(cache, starts, width), cache.runs
+        ctx, spans = ForwardContext.of_cache(cache, starts, width), cache.spans
         first = self._stack.reads(k).start
-        token_runs = runs if first == k else Runs(self._tables, starts, width + k - first)
-        tokens = token_runs.read(self.tokens_BS[rows], first)
-        branch = runs.read(self.states[0][rows])
-        previous = branch if k == 1 else runs.read(self.states[k - 1][rows])
+        token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)
+        tokens = token_spans.read(self.tokens_BS[rows], first)
+        branch = spans.read(self.states[0][rows])
+        previous = branch if k == 1 else spans.read(self.states[k - 1][rows])
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx)
         if k < len(self.states):
-            runs.write(self.states[k][rows], hidden)
+            spans.write(self.states[k][rows], hidden)
         return hidden
 
     def accept(self, accepted: Sequence[int]) -> None:
@@ -353,14 +353,14 @@ class Session:
     def put_pending(self, token_B: Tensor) -> None:
         """Write the pending tokens of the rows that have just joined."""
         rows = slice(self.batch_size - len(token_B), None)
-        Runs(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
+        Spans(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens from ``offset`` positions after every row's pending token on."""
-        width, runs = tokens_BT.shape[1], self.trunk_cache.runs
-        if runs.width != width or runs.starts != self.n:
-            runs = Runs(self._tables, self.n, width)
-        runs.write(self.tokens_BS, tokens_BT, ahead=offset)
+        width, spans = tokens_BT.shape[1], self.trunk_cache.spans
+        if spans.width != width or spans.starts != self.n:
+            spans = Spans(self._tables, self.n, width)
+        spans.write(self.tokens_BS, tokens_BT, ahead=offset)
 
     def slide(self, row: int, keep: int) -> None:
         """Restart a row's context from its last ``keep`` tokens, the pending one included.

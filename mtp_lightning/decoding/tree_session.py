@@ -25,7 +25,7 @@ from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.position_tables import PositionTables, Runs
+from mtp_lightning.nn.position_tables import PositionTables, Spans
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
 
 
@@ -100,13 +100,13 @@ class TreeSession(Session):
         width = caught_up + nodes.stop - 1
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx, tokens_apart=width)
         if k < len(self.states):
-            cache.runs.write(self.states[k], hidden)
+            cache.spans.write(self.states[k], hidden)
         return self._drafted(k, hidden)
 
     def _rescored(self, k: int, nodes: range) -> Tensor:
         """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
         state_B1C = self._stack.head_input(self._newest(k)[0])
-        before_BP = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
+        before_BP = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
         logits_B1V = self._draft_head(state_B1C)
         return self._stack.rescore(k, state_B1C, logits_B1V, before_BP)
 
@@ -135,7 +135,7 @@ class TreeSession(Session):
         starts = [min(n, length) for n, length in zip(self.n, cache.lengths, strict=True)]
         ctx = ForwardContext.of_tree(cache, starts, branches)
         before = self._outputs[:, parents]
-        tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
+        tokens = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
         hidden = self.model.depth_state(1, before, before, tokens, ctx)
         return self._drafted(k, hidden)
 
@@ -153,9 +153,9 @@ class TreeSession(Session):
         """
         self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
-            tree_states = self.trunk_cache.runs.read(self.states[0])
-            runs = Runs(self._tables, self.n, path_BE.shape[1])
-            runs.write(self.states[0], along(tree_states, path_BE))
+            tree_states = self.trunk_cache.spans.read(self.states[0])
+            spans = Spans(self._tables, self.n, path_BE.shape[1])
+            spans.write(self.states[0], along(tree_states, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self._stack.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.

@@ -55,7 +55,7 @@ def build_data(
         raise UserError(
             f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
-    arguments: dict[str, Any] = {"lookahead": cfg.mtp.lookahead} if "lookahead" in cfg.mtp else {}
+    arguments: dict[str, Any] = {"lookahead": build_mtp(cfg).places_ahead}
     if tokenizer_state is not None:
         arguments["tokenizer"] = tokenizer_from_state(tokenizer_state)
         if "task" not in cfg.data and (typed or not brought):
@@ -99,10 +99,7 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
-    options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
-    if cfg.mtp.get("weights", "") is None:  # of mtp=bag
-        options["weights"] = "none" if "task" in cfg.data else "idf"
-    mtp = instantiate(cfg.mtp, kind=MTPConfig, **options)
+    mtp = build_mtp(cfg)
     require_reach(
         {
             "mtp": {"depth": mtp.depth, "stride": mtp.stride},
@@ -115,6 +112,19 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
 
         mtp = NoMTPConfig()
     return ModelConfig(trunk=trunk, mtp=mtp)
+
+
+def build_mtp(cfg: DictConfig) -> MTPConfig:
+    """Configure the stack from the group ``mtp``.
+
+    Raises:
+        UserError: a setting is refused.
+    """
+    options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
+    if cfg.mtp.get("weights", "") is None:  # of mtp=bag
+        options["weights"] = "none" if "task" in cfg.data else "idf"
+    mtp: MTPConfig = instantiate(cfg.mtp, kind=MTPConfig, **options)
+    return mtp
 
 
 def build_balance(cfg: DictConfig) -> Balance:
@@ -216,7 +226,7 @@ def _refuse_unfit(
         )
     if mtp.answers_at_once and not data.scores_answers:
         raise UserError(
-            f"mtp={mtp.variant} is not shown what it is to say, so it needs a task "
+            f"mtp={mtp.variant} hides the answers from the model, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
     mtp.check_window(data.seq_len)

@@ -91,8 +91,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         for batch in data.val_dataloader():
             batch = batch.to(weight.device)
             rates.update(run.model, batch, run.model(batch))
-    if not rates.update_called:
-        raise UserError("There is nothing to evaluate: the data gave no batch.")
     metrics = {
         **{f"val/{name}": value for name, value in rates.compute().items()},
         **answer_all(run.model, data.answer_sets),
@@ -192,9 +190,12 @@ def validation_data(
         if cache_dir or not is_cache(node.get("cache_dir") or ""):
             node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
     mtp = run.model.config.mtp
-    arguments: dict[str, Any] = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
     module: WindowDataModule = rebuild(
-        config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **arguments
+        config.data,
+        kind=WindowDataModule,
+        allow=allow,
+        tokenizer=run.tokenizer,
+        lookahead=mtp.places_ahead,
     )
     module.allow = allow
     module.prepare("validate")

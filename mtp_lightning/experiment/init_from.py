@@ -118,7 +118,7 @@ def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
 def beginning_windows(data: WindowDataModule) -> WindowBatch:
     """Training windows at even distances in the corpus, about 8192 positions in total. They do not
     depend on the run's seed, batch size or number of processes."""
-    dataset = data.train_dataloader().dataset
+    dataset = data.training
     rows = min(len(dataset), -(-_BEGINNING_TOKENS // data.seq_len))
     return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 

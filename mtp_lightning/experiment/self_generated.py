@@ -122,16 +122,16 @@ class SelfGenerated(TokenDataModule):
 
     @cached_property
     def opened(self) -> tuple[TokenStore, Tokenizer]:
-        speaker: OpenedModel | None = None
+        writer: OpenedModel | None = None
         if self.weights is None or self._tokenizer.needs_training:
-            speaker = self._read()
-        spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
-        key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
+            writer = self._read()
+        vocabulary = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
+        key = digest("self_generated", FORMAT, self.weights, vocabulary, *self._settings().values())
         texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only a build opens it
         store = keep_store(
             self.cache_dir,
             key,
-            lambda folder: self._write(folder, speaker or self._read(), KeptTexts(texts)),
+            lambda folder: self._write(folder, writer or self._read(), KeptTexts(texts)),
         )
         texts.unlink(missing_ok=True)
         return store, self._tokenizer
@@ -174,7 +174,7 @@ class SelfGenerated(TokenDataModule):
             ours = self._tokenizer = theirs
         if ours.needs_training or _vocabulary(ours) != _vocabulary(theirs):
             raise UserError(
-                f"data.model={self.model} speaks another vocabulary (tokenizer {theirs.kind}, "
+                f"data.model={self.model} has another vocabulary (tokenizer {theirs.kind}, "
                 f"{theirs.vocab_size} ids) than this run ({ours.kind}): use the model's tokenizer "
                 "in this run."
             )
@@ -199,31 +199,31 @@ class SelfGenerated(TokenDataModule):
         use_activations(run.model, self.activations)
         return run
 
-    def _write(self, folder: Path, speaker: OpenedModel, kept: KeptTexts) -> dict[str, Any]:
+    def _write(self, folder: Path, writer: OpenedModel, kept: KeptTexts) -> dict[str, Any]:
         n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
         counts = {"train": self.n_prompts - n_val, "val": n_val}
         chats = {name: round(n * self.chat_share) for name, n in counts.items()}
         prompts = take_prompts(
             self.split,
-            speaker.tokenizer,
+            writer.tokenizer,
             counts={name: n - chats[name] for name, n in counts.items()},
             length=self.prompt_tokens,
         )
-        begin = np.asarray(self._begin(speaker.tokenizer), np.int64)
+        begin = np.asarray(self._begin(writer.tokenizer), np.int64)
         prompts = [(name, np.concatenate([begin, prompt])) for name, prompt in prompts]
-        dialogs = self._questions(speaker, sum(chats.values()), kept)
+        dialogs = self._questions(writer, sum(chats.values()), kept)
         prompts += zip([name for name, n in chats.items() for _ in range(n)], dialogs, strict=True)
         prompt_ids = [prompt.tolist() for _, prompt in prompts]
         continued = self._continue(
-            speaker, prompt_ids, self.new_tokens, kept, part="texts", seed=self.sample_seed
+            writer, prompt_ids, self.new_tokens, kept, part="texts", seed=self.sample_seed
         )
         texts = [
             np.concatenate([prompt, ids]).astype(np.int64)
             for (_, prompt), ids in zip(prompts, continued, strict=True)
         ]
-        pieces = speaker.tokenizer.token_bytes()
+        pieces = writer.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
-        pieces += [b""] * (speaker.model.config.trunk.vocab_size - len(pieces))
+        pieces += [b""] * (writer.model.config.trunk.vocab_size - len(pieces))
         overlap = LineOverlap()
         encoded: list[Encoded] = []
         for (name, _), ids in zip(prompts, texts, strict=True):
@@ -231,13 +231,13 @@ class SelfGenerated(TokenDataModule):
             overlap.add(name, text.decode("utf-8", "replace"))
             encoded.append(encoded_piece(name, ids, text, True))
         meta = write_documents(
-            folder, speaker.tokenizer, self.split, encoded, overlap, vocab_size=len(pieces)
+            folder, writer.tokenizer, self.split, encoded, overlap, vocab_size=len(pieces)
         )
         meta["bytes_defined"] = all(pieces[i] for ids in texts for i in np.unique(ids).tolist())
         meta["source"] = {
             "name": "self_generated",
             "fingerprint": digest(self.weights, *self._settings().values()),
-            "model": str(speaker.path),
+            "model": str(writer.path),
             "weights": self.weights,
             **self._settings(),
             "prompts": self.split.source.summary(),
@@ -255,23 +255,23 @@ class SelfGenerated(TokenDataModule):
         before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
         return before, after
 
-    def _questions(self, speaker: OpenedModel, n: int, kept: KeptTexts) -> list[np.ndarray]:
+    def _questions(self, writer: OpenedModel, n: int, kept: KeptTexts) -> list[np.ndarray]:
         """Generate ``n`` chats up to the answer. The model makes up each question by continuing the
         chat format's text before a question (Magpie, Xu et al. 2024, arXiv 2406.08464)."""
-        before, after = self._chat_ids(speaker.tokenizer)
+        before, after = self._chat_ids(writer.tokenizer)
         if not n:
             return []
         seed = parameter_seed(self.sample_seed, "chat")
         prompts = [before] * n
         texts = self._continue(
-            speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed
+            writer, prompts, self.prompt_tokens, kept, part="questions", seed=seed
         )
-        questions = [_until(self.chat[1].strip(), ids, speaker.tokenizer) for ids in texts]
+        questions = [_until(self.chat[1].strip(), ids, writer.tokenizer) for ids in texts]
         return [np.asarray([*before, *question, *after], np.int64) for question in questions]
 
     def _continue(
         self,
-        speaker: OpenedModel,
+        writer: OpenedModel,
         prompts: list[list[int]],
         n: int,
         kept: KeptTexts,
@@ -281,13 +281,13 @@ class SelfGenerated(TokenDataModule):
     ) -> list[list[int]]:
         """Continue each prompt by up to ``n`` tokens; the token that ends a text is left out. Texts
         of this part that a stopped process has finished are not generated again."""
-        ends, done = speaker.tokenizer.end_ids, kept.of(part)
+        ends, done = writer.tokenizer.end_ids, kept.of(part)
         unfinished = [i for i in range(len(prompts)) if i not in done]
         resumed = f" ({len(done):,} were there)" if done else ""
-        title = f"{part} of {speaker.path}{resumed}"
+        title = f"{part} of {writer.path}{resumed}"
         with progress(title, len(unfinished) * n, unit=" tokens") as bar:
             generate(
-                speaker.model,
+                writer.model,
                 [prompts[i] for i in unfinished],
                 indices=unfinished,
                 max_new_tokens=n,
@@ -295,7 +295,7 @@ class SelfGenerated(TokenDataModule):
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
                 seed=seed,
-                tokenizer=speaker.tokenizer,
+                tokenizer=writer.tokenizer,
                 batch_size=self.decode_batch_size,
                 on_tokens=lambda _, fresh: bar.update(len(fresh.token_ids)),
                 on_end=lambda i, text: kept.add(part, i, text.token_ids),

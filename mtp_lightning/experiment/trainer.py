@@ -23,7 +23,7 @@ from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.run.layout import METRICS_FILE
 
-# Keys of the trainer group that lightning.pytorch.Trainer does not have.
+# Keys of the trainer group that this project applies itself; Lightning's Trainer does not get them.
 _OWN_TRAINER_KEYS = (
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -83,11 +83,11 @@ class TokenDoublePrecision(DoublePrecision):
 
 
 class EndedEarly(pl.Callback):
-    """Gives EarlyStopping, which comes later, its value in every process, and ends a run that is
-    started again after ``callbacks=early_stopping`` has ended it, unless ``patience`` is larger.
+    """Corrects two behaviors of Lightning's EarlyStopping.
 
-    EarlyStopping itself trains such a run until its next validation, and takes the former patience
-    from the checkpoint.
+    Every process gets the monitored value, which only the first one logs. A run that EarlyStopping
+    has ended trains no step when it is started again, unless ``patience`` is larger now;
+    EarlyStopping would train it until the next validation, with the patience of the checkpoint.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

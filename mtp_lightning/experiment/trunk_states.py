@@ -21,7 +21,7 @@ from data_modules.digests import digest
 from data_modules.seal import note
 from data_modules.store_builder import progress
 from data_modules.store_module import StoreDataModule
-from data_modules.window_dataset import STATES, WindowDataset
+from data_modules.window_dataset import STATES
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.self_generated import trunk_digest
@@ -65,8 +65,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     if reason := changes_states(model):
         raise UserError(reason)
     device, precision = str(trainer.accelerator), str(trainer.precision)
-    windows = data.train_dataloader().dataset
-    assert isinstance(windows, WindowDataset)
+    windows = data.training
     mtp = model.config.mtp
     weight = model.head.weight
     key = digest(

@@ -1,5 +1,5 @@
-"""What the commands that train heads for a finished model share: their options, their plan, and
-phases that run as programs of their own, so that memory is given back between them.
+"""Options, plan and phases that the commands share which train heads for a finished model. Phases
+run as programs of their own, so that memory is given back between them.
 
 A phase that has left its result in the folder is not repeated.
 """

@@ -49,7 +49,7 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its contents.
+    """The fields and the descriptions of tensors of a file.
 
     Attributes:
         fields: values by key; arrays are lists.

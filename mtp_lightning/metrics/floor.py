@@ -217,7 +217,7 @@ def floors(by_prompt: Sequence[dict[tuple[int, int], FloorValues]]) -> dict[str,
     values: dict[str, float] = {}
     for k, m in by_prompt[0]:
         columns = zip(*(prompt_values[k, m] for prompt_values in by_prompt), strict=True)
-        floor, rejection, recall = (math.fsum(values) / len(by_prompt) for values in columns)
+        floor, rejection, recall = (math.fsum(column) / len(by_prompt) for column in columns)
         if m == 0:
             values[f"rejection_depth_{k}"] = rejection
             values[f"recall_{RECALL}_depth_{k}"] = recall

@@ -280,7 +280,8 @@ class NaturalRepeats(Metric):
     """``accuracy_repeat_1-64``, ``_64-256``, ``_256-1024``: depth 0's accuracy on targets whose
     preceding 8 bytes occurred earlier in the window, by the distance of the last occurrence in
     tokens; ``accuracy_no_repeat``, the control: targets whose 8 bytes did not occur; and the
-    ``share_`` of each among the targets with 8 bytes before them."""
+    ``share_`` of each among the targets of these four classes. A last occurrence more than 1,024
+    tokens back is in none of them."""
 
     full_state_update = False
     count: Tensor

@@ -135,7 +135,7 @@ class MTPStack(nn.Module, ABC):
         stacks without ``config.brings_loss``."""
         return None
 
-    # Its head.
+    # The stack's own head, and how it is trained.
     @property
     def own_head(self) -> OwnHead | None:
         """The head that projects the depths' hidden states; None for the shared head."""
@@ -160,7 +160,7 @@ class MTPStack(nn.Module, ABC):
         tokens_N = None if head.is_whole else head.tokens
         return Together(final_BTC, states, losses, HeadWeight(head.weight, tokens_N=tokens_N))
 
-    # Its states over whole windows.
+    # Hidden states of the depths.
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
 

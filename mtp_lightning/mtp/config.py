@@ -126,6 +126,11 @@ class MTPConfig(Registered, ABC, family="mtp"):
         """How many tokens ahead of a position the stack looks; windows hold at least D + 1."""
         return self.depth + 1
 
+    @property
+    def extra_places(self) -> int:
+        """E, the number of tokens that windows hold beyond those of the depths."""
+        return max(self.places_ahead - self.depth - 1, 0)
+
     def check_window(self, seq_len: int) -> None:
         """Refuse windows of ``seq_len`` positions that are too short for the targets.
 

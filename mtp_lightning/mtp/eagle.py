@@ -145,8 +145,8 @@ class EagleConfig(ModulesConfig, variant="eagle"):
 
 
 def default_layers(n_layers: int) -> tuple[int, int, int]:
-    """2, L / 2 and L - 3 blocks, as in the released code and in servers; for trunks of fewer than 7
-    blocks, where these do not ascend, (L - 1) / 3, L / 2 and L - 1, of fewer than 3 L."""
+    """2, L / 2 and L - 3 blocks, as in the released code and in servers. These do not ascend for
+    L < 7, where it is (L - 1) / 3, L / 2 and L - 1; for L < 3 the last one is L."""
     if n_layers < 7:
         return (n_layers - 1) // 3, n_layers // 2, n_layers - (n_layers > 2)
     return 2, n_layers // 2, n_layers - 3

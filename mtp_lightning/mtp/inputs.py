@@ -1,4 +1,4 @@
-"""What a stack reads: the trunk's hidden state, the tokens with their embeddings, and the
+"""The inputs of a stack: the trunk's hidden state, the tokens with their embeddings, and the
 positions.
 
 Shapes: B batch, T positions, C d_model.

@@ -234,7 +234,7 @@ class MaskedMTP(MTPStack):
     def append(self, trunk: Trunk, ctx: ForwardContext) -> Tensor:
         cache = ctx.cache
         assert isinstance(cache, KVCache)
-        n_masks = cache.runs.width
+        n_masks = cache.spans.width
         masks_BDC = self.masks[:n_masks].expand(cache.batch_size, -1, -1)
         z_BDC = trunk(masks_BDC, replace(ctx, updates=self._updates(trunk))).final
         return F.pad(z_BDC, (0, 0, 0, self.depth - n_masks)).flatten(1).unsqueeze(1)

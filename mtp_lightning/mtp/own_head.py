@@ -68,10 +68,6 @@ class OwnHead(nn.Module):
                 f"the head one of {self.vocab_size:,} tokens of its own, ascending."
             )
 
-    def tokens_of(self, rows: Tensor) -> Tensor:
-        """The tokens that some rows stand for."""
-        return self.tokens[rows]
-
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The row of every token, in the same shape; -100 for tokens without a row."""
         tokens_N = self._tokens_on(tokens.device)

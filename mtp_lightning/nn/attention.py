@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all layers of one pass share: positions and mask of its tokens, the cache, and where the
-    layers report.
+    """The state that all layers of one pass share: positions and mask of its tokens, the cache, and
+    the collectors that layers report to.
 
     Attributes:
         cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
@@ -123,8 +123,8 @@ def _drop(layer: int, entry_BTMH: Tensor) -> None:
 
 
 class _OpenPass(ForwardContext):
-    """The open pass of a cache. Tables and mask are computed when the first layer reads them: fused
-    passes never do, and they would take a tenth of a small model's round."""
+    """The open pass of a cache. It computes tables and mask when the first layer reads them. Fused
+    passes never read them, and computing them would take a tenth of a small model's round."""
 
     def __init__(self, cache: KVCache, **fields: Any) -> None:
         """``fields`` are those that :func:`dataclasses.replace` passes; they replace the cache's

@@ -42,7 +42,7 @@ def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1)
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What a layer's cache stores per token.
+    """The vectors that a layer's cache stores per token.
 
     Attributes:
         n_vectors: number of vectors: the key heads, then as many value heads.
@@ -79,7 +79,8 @@ class LayerConfig(Registered, ABC):
     # continues another one may change them.
     training_keys: ClassVar[tuple[str, ...]] = ()
     # Whether a token's results have the same bits in every wide pass, such as a prompt's, on a CPU
-    # with the C++ (``cpu/``). Where they do not, equal logits are promised for less (``certify/``).
+    # with the C++ (``cpu/``). If not, ``certify/`` promises equal logits only for single texts
+    # whose prompt is read in one pass; in a batch, only equal texts.
     same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod

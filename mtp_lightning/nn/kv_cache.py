@@ -16,7 +16,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ops import attention
-from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
+from mtp_lightning.nn.position_tables import PositionTables, Spans, round_up
 from mtp_lightning.runtime import threads
 
 
@@ -33,7 +33,7 @@ class KVCache:
         batch_size: B, the most rows; :meth:`resize` sets the number in use.
 
     Attributes:
-        runs: the positions of the open pass.
+        spans: the positions of the open pass.
         derived: what a fused pass keeps about the storage; emptied when the storage moves.
     """
 
@@ -49,7 +49,7 @@ class KVCache:
         ]
         self.entries_L_BSMH = self._stored
         self.lengths = [0] * batch_size
-        self.runs = Runs(tables, [0] * batch_size, 0)
+        self.spans = Spans(tables, [0] * batch_size, 0)
         self._width = 0
         self._forget()
 
@@ -104,7 +104,7 @@ class KVCache:
             self._stored[layer][:, :old_capacity] = old
         self.tables = tables
         # The open pass's positions index storage of the old capacity.
-        self.runs = Runs(tables, [0], 0)
+        self.spans = Spans(tables, [0], 0)
         self.resize(self.batch_size)
 
     def open(self, starts: list[int], n_new: int) -> None:
@@ -122,13 +122,13 @@ class KVCache:
         assert len(starts) == self.batch_size
         assert all(0 <= start <= length for start, length in zip(starts, self.lengths, strict=True))
         self.lengths = [start + n_new for start in starts]
-        self.runs = Runs(self.tables, starts, n_new)
+        self.spans = Spans(self.tables, starts, n_new)
         self._width = round_up(longest)
 
     @property
     def positions(self) -> Tensor:
         """Positions of the open pass's tokens, [1 | B, T]."""
-        return self.runs.positions
+        return self.spans.positions
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
@@ -136,14 +136,14 @@ class KVCache:
 
     def mask(self) -> Tensor | None:
         """The open pass's mask for :meth:`attend`, [1 | B, T, P]."""
-        runs = self.runs
-        if runs.uniform and runs.starts[0] == 0 and runs.width > MAX_VERIFY_WIDTH:
+        spans = self.spans
+        if spans.uniform and spans.starts[0] == 0 and spans.width > MAX_VERIFY_WIDTH:
             return None
         return self.tables.mask_of(self.positions, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
-        self.runs.write(self.entries_L_BSMH[layer], entry_BTMH)
+        self.spans.write(self.entries_L_BSMH[layer], entry_BTMH)
 
     def _keys_and_values(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,

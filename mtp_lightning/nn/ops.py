@@ -224,17 +224,17 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False)  # type: ignore[return-value]
 
 
-_CODE: dict[str, Callable[[], tuple[str, str]]] = {}
+_describe: Callable[[], tuple[str, str]] | None = None
 
 
-def register_code(device: str, describe: Callable[[], tuple[str, str]]) -> None:
-    """Let ``describe`` return the result of :func:`code` for a type of device."""
-    _CODE[device] = describe
+def register_code(describe: Callable[[], tuple[str, str]]) -> None:
+    """Let ``describe`` return the result of :func:`code`."""
+    global _describe
+    _describe = describe
 
 
-def code(device: str = "cpu") -> tuple[str, str]:
-    """Name (stored in checkpoints) and description of the code that computes the ops on a type of
-    device. Other code may give other last bits of a run."""
+def code() -> tuple[str, str]:
+    """Name (stored in checkpoints) and description of the code that computes the ops on a CPU.
+    Other code may give other last bits of a run."""
     parts.load()
-    describe = _CODE.get(device)
-    return ("plain", "PyTorch's operators") if describe is None else describe()
+    return _describe() if _describe else ("pytorch", "PyTorch's operators")

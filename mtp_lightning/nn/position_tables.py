@@ -24,12 +24,12 @@ def round_up(n: int) -> int:
     return -(-n // _ROUND) * _ROUND
 
 
-class Runs:
-    """One run of T consecutive positions in every row of buffers [B, S, ..].
+class Spans:
+    """One span of T consecutive positions in every row of buffers [B, S, ..].
 
     Args:
         tables: tables of the capacity S.
-        starts: the first position of every row's run.
+        starts: the first position of every row's span.
         width: T.
 
     Attributes:
@@ -52,14 +52,14 @@ class Runs:
 
     @cached_property
     def positions(self) -> Tensor:
-        """The positions [B, T]; [1, T] if the runs are uniform."""
+        """The positions [B, T]; [1, T] if the spans are uniform."""
         if self.uniform:
             return self.tables.columns_S.narrow(0, self.starts[0], self.width).unsqueeze(0)
         return (self._flat % self.tables.capacity).view(len(self.starts), self.width)
 
     def read(self, buffer: Tensor, ahead: int = 0) -> Tensor:
-        """The run, moved ``ahead`` positions, of a buffer [B, S, ..]: [B, T, ..]; a view if the
-        runs are uniform."""
+        """The span, moved ``ahead`` positions, of a buffer [B, S, ..]: [B, T, ..]; a view if the
+        spans are uniform."""
         if self.uniform:
             return buffer.narrow(1, self.starts[0] + ahead, self.width)
         flat = self._flat + ahead if ahead else self._flat
@@ -67,7 +67,7 @@ class Runs:
         return rows.view(len(self.starts), self.width, *buffer.shape[2:])
 
     def write(self, buffer: Tensor, values: Tensor, ahead: int = 0) -> None:
-        """Write [B, T, ..] to the run, moved ``ahead`` positions, of a buffer [B, S, ..]."""
+        """Write [B, T, ..] to the span, moved ``ahead`` positions, of a buffer [B, S, ..]."""
         if self.uniform:
             buffer.narrow(1, self.starts[0] + ahead, self.width).copy_(values)
         else:

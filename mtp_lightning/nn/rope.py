@@ -102,15 +102,15 @@ class YarnScaling:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return self._length(self.mscale) / self._length(self.mscale_all_dim)
-        return self._length(1.0)
+            return self._attention_scale(self.mscale) / self._attention_scale(self.mscale_all_dim)
+        return self._attention_scale(1.0)
 
     @property
     def score_factor(self) -> float:
         """Factor of latent attention's scores (DeepSeek-V3's released code)."""
-        return self._length(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+        return self._attention_scale(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
-    def _length(self, mscale: float) -> float:
+    def _attention_scale(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
     def stretched(self, frequency: Tensor, theta: float) -> Tensor:

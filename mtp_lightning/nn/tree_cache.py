@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.nn.batch_invariant import is_batch_invariant
 from mtp_lightning.nn.kv_cache import KVCache, attend_by_query
-from mtp_lightning.nn.position_tables import Runs
+from mtp_lightning.nn.position_tables import Spans
 
 
 class Branches:
@@ -80,7 +80,7 @@ class TreeCache(KVCache):
         self._new_entries: dict[int, Tensor] = {}
 
     def _starts_B1(self) -> Tensor:
-        return torch.tensor(self.runs.starts, device=self.tables.device).unsqueeze(1)
+        return torch.tensor(self.spans.starts, device=self.tables.device).unsqueeze(1)
 
     @property
     def positions(self) -> Tensor:
@@ -94,7 +94,7 @@ class TreeCache(KVCache):
             return super().mask()
         if is_batch_invariant():
             self._tails = [
-                (Runs(tables, [start + first for start in self.runs.starts], len(index)), index)
+                (Spans(tables, [start + first for start in self.spans.starts], len(index)), index)
                 for first, index in branches.tails
             ]
             return tables.mask_of(self.positions, self._width)
@@ -117,8 +117,8 @@ class TreeCache(KVCache):
         entries, new_entries = self.entries_L_BSMH[layer], self._new_entries[layer]
         mask = mask.expand(query_BTNH.shape[0], -1, -1)
         mixed: Tensor | None = None
-        for runs, index in self._tails:
-            runs.write(entries, new_entries.index_select(1, index))
+        for spans, index in self._tails:
+            spans.write(entries, new_entries.index_select(1, index))
             mixed_path = attend_by_query(
                 query_BTNH.index_select(1, index),
                 *self._keys_and_values(layer, len(index)),
@@ -137,11 +137,13 @@ class TreeCache(KVCache):
             path_BE: indices of the path's tokens, the tree's first token first; entries after a
                 path's end are arbitrary.
         """
-        tree_runs, runs = self.runs, Runs(self.tables, self.runs.starts, path_BE.shape[1])
+        tree_spans, spans = self.spans, Spans(self.tables, self.spans.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
             # Fused passes do not call append: their entries are read from the storage.
             entry = self._new_entries.pop(layer, None)
-            runs.write(entries, along(tree_runs.read(entries) if entry is None else entry, path_BE))
+            spans.write(
+                entries, along(tree_spans.read(entries) if entry is None else entry, path_BE)
+            )
 
 
 def along(values: Tensor, path_BE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """FLOPs of a training step, counted by running one on PyTorch's ``meta`` device.
 
 Tensors of that device have shapes and no values, so a step takes neither memory nor arithmetic.
-What is counted are the matrix products that PyTorch's operators compute, forward and backward; a
+It counts the matrix products of PyTorch's operators, forward and backward; a
 multiply-add is two FLOPs. Elementwise operations count as nothing. Attention counts all T keys for
 every query, as if there were no causal mask: the usual convention, which keeps figures comparable.
 Positions without a valid target are computed and count. A recomputed activation counts once.
@@ -203,15 +203,13 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
 def window_on_meta(config: ModelConfig, seq_len: int, *, stored: bool = False) -> WindowBatch:
     """One window of T positions without values; with the trunk's states if ``stored``."""
     mtp, width = config.mtp, config.trunk.d_model
-    extra = max(mtp.places_ahead - mtp.depth - 1, 0)
-    tokens = torch.empty(
-        1, seq_len + mtp.stride * mtp.depth + 1 + extra, dtype=torch.int64, device="meta"
-    )
+    n_tokens = seq_len + mtp.stride * mtp.depth + 1 + mtp.extra_places
+    tokens = torch.empty(1, n_tokens, dtype=torch.int64, device="meta")
     return WindowBatch(
         tokens,
         mtp.depth,
         scored=tokens.bool() if mtp.answers_at_once else None,
         stride=mtp.stride,
-        extra=extra,
+        extra=mtp.extra_places,
         states=torch.empty(1, 1 + mtp.n_states, seq_len, width, device="meta") if stored else None,
     )

@@ -6,7 +6,7 @@ OptimizerStep.__call__
         Objective.targets       what each depth is trained on (objective.py, targets.py)
         MTPModel.run_trunk      the trunk's hidden states (model.py)
         MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
-        prepass, apply_rules         rules change the targets (rules/)
+        prepass, apply_rules    rules change the targets (rules/)
         stream_loss             losses and gradients of all states
             through_head            chunk by chunk: logits, terms (through_head.py, terms/)
     backward                through depths and trunk
@@ -48,7 +48,7 @@ class StepResult:
 
     Attributes:
         plan: the step's plan.
-        loss: L, without the experts' balance losses.
+        loss: L, without the layers' auxiliary losses (``nn/auxiliary.py``).
         losses: [D + 1], L_k, fp64; 0 where not computed.
         flops: FLOPs of the step, positions without a valid target included.
         values: all values to log, by tag; losses without their factors.

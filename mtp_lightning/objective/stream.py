@@ -69,7 +69,9 @@ def micro_batch_loss(
         computed, the main prediction's in the first column.
     """
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
-    weight_VC = model.head.weight[: objective.draft_vocab]
+    weight_VC = model.head.weight
+    if objective.draft_vocab is not None:  # a slice's backward pass allocates a whole gradient
+        weight_VC = weight_VC[: objective.draft_vocab]
     measure_values = prepass(weight_VC, feed, targets, objective.measures)
     if not weight_VC.is_meta:  # meta tensors have no values for the rules
         targets = objective.apply_rules(targets, measure_values)

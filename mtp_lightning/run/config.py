@@ -19,7 +19,7 @@ PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
 # Keys that change no result: these, and those of caches, loggers and watching callbacks.
 NOT_TRAINING = (
     *PLACES,
-    "stack",  # a preset's values for mtp, which has them as its own keys
+    "stack",  # values of presets for mtp; the stored config also has them as mtp.*
     "data.cache_dir",
     "data.build_workers",
     "logger",

@@ -11,7 +11,7 @@ SOLVED = 0.95
 """The default level of exact match above which a task counts as solved."""
 
 _COST = ("tokens", "flops", "seconds")
-_ROUNDING = 1e-7  # Lightning logs in single precision, in which 0.98 is above 0.98
+_ROUNDING = 1e-7  # Lightning logs in float32, which rounds 0.98 up to 0.98000002
 
 
 def is_above(value: float, level: float) -> bool:

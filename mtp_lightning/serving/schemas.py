@@ -155,7 +155,7 @@ class Body(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _asks_for_nothing(cls, fields: Any) -> Any:
+    def _only_supported(cls, fields: Any) -> Any:
         """Drop fields that do not change the text, and refuse unsupported ones that would."""
         supported, choice = {}, fields.get("tool_choice")
         unused = {"tools"} if choice == "none" else set()

@@ -279,7 +279,7 @@ def test_the_table_the_json_and_the_badge_show_the_counts(broken: bool) -> None:
     certificate = Certificate("m", {"seed": 0}, True, rows=rows)
     lines = list(certificate.lines())
     assert f"{1000 - broken:,}/1,000" in lines[1] and "5,000/5,000" in lines[1]
-    stored = json.loads(json.dumps(certificate.plain()))
+    stored = json.loads(json.dumps(certificate.to_json()))
     assert stored["prompts"] == 1000  # as many as were tried
     assert stored["cells"][0]["p"] == 1 and len(stored["broken"]) == broken
     if broken:

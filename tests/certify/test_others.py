@@ -30,7 +30,7 @@ def test_texts_that_differ_from_the_programs_plain_ones_are_counted(
     assert (count.texts, count.texts_equal, count.way) == (3, 2, "drafts")
     certificate = Certificate("m", {}, False, [], [count])
     assert "p 1, fp32, drafts: 2/3 texts equal its plain ones" in list(certificate.lines())
-    (stored,) = json.loads(json.dumps(certificate.plain()))["others"]
+    (stored,) = json.loads(json.dumps(certificate.to_json()))["others"]
     assert stored == {
         **{"program": "p 1", "weights": "fp32", "way": "drafts"},
         **{"texts": 3, "texts_equal": 2},

@@ -162,7 +162,7 @@ def test_ranks_together_evaluate_the_batches_of_one_rank(tmp_path_factory, n, ba
 
 def test_too_little_text_is_refused_with_the_minimum(tmp_path):
     short = WindowDataset(token_file(tmp_path, T + 2), seq_len=T, depth=2)
-    with pytest.raises(ValueError, match="the training split has 10 tokens .* at least .* = 11"):
+    with pytest.raises(ValueError, match="the training split has 10 tokens .* at least 11 "):
         iter(WindowLoader(short, batch_size=1))
     exact = WindowDataset(token_file(tmp_path, T + 3), seq_len=T, depth=2)
     assert numbers(WindowLoader(exact, batch_size=1)) == [[0]]

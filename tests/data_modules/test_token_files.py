@@ -16,7 +16,7 @@ from data_modules import TokenDataModule, TokenFilesDataModule
 from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.token_files.formats import read_header
-from data_modules.token_files.view import look_through
+from data_modules.token_files.view import scan
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer
 from tests.data_modules.token_formats import litdata, llm_c, megatron, nanogpt, numpy_file
 
@@ -222,7 +222,7 @@ def test_documents_of_files_without_index_against_brute_force(tmp_path_factory, 
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_modules.token_files.view._BLOCK", data.draw(st.integers(1, 8)))
-        text = look_through(files, IdTokenizer(3, eot_id=0))
+        text = scan(files, IdTokenizer(3, eot_id=0))
         held_out = data.draw(st.floats(0.01, 0.99))
         parts = text.cut(held_out) if len(flat) > 1 else ()
     expected = [0]

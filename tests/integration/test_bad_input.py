@@ -92,7 +92,7 @@ mtp=top mtp.depth=2 => mtp.depth must be 1 with mtp=top, not 2
 mtp=top mtp.depth=1 mtp.lookahead=0 => mtp.lookahead must be a whole number of at least
 mtp=top mtp.depth=1 mtp.detach=all => mtp.detach=all is unknown: choose one of none, trunk
 mtp=registers mtp.depth=1 mtp.lookahead=40 => mtp.lookahead=40 is beyond the windows
-mtp=teacherless mtp.depth => mtp=teacherless is not shown what it is to say
+mtp=teacherless mtp.depth => mtp=teacherless hides the answers from the model
 mtp=registers mtp.depth=1 trainer.precision=bf16-true => set mtp=sequential mtp.freeze_trunk=true
 mtp.detach=all callbacks=gradient_conflict => callbacks=gradient_conflict measures | mtp.detach=all
 # objectives

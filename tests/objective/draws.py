@@ -227,7 +227,7 @@ def drawn_model(config: MTPConfig, seed: int) -> MTPModel:
 def drawn_batch(config: MTPConfig, draw: random.Random) -> WindowBatch:
     """Random windows: some with documents, and some with prompts that are not scored."""
     generator = torch.Generator().manual_seed(draw.randrange(2**30))
-    extra = max(config.places_ahead - config.depth - 1, 0)
+    extra = config.extra_places
     shape = (2, SEQ_LEN + config.stride * config.depth + 1 + extra)
     # No token twice in a row: with equal states, p equals q, and min(p, q) has a kink.
     ids = TRUNK.vocab_size - 1

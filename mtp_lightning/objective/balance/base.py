@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -57,9 +57,9 @@ class Balance:
 
     Args:
         depth: D.
-        every_n_steps: optimizer steps between two measurements of gradients.
 
     Attributes:
+        every_n_steps: optimizer steps between two measurements of gradients.
         name: the rule's name on the command line.
         scope: the parameters that the rule measures gradients on; None for no measurement.
         weighs_main: whether the rule changes the main prediction's factor.
@@ -76,9 +76,9 @@ class Balance:
     observes: ClassVar[bool] = True
     stored: ClassVar[Sequence[str]] = ()
 
+    every_n_steps = 1  # not annotated: a setting of the rules that make it one
+
     depth: int
-    _: KW_ONLY
-    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         check_settings(self, "balance")

@@ -44,6 +44,7 @@ class GradNorm(Balance):
 
     alpha: float = 1.5
     lr: float = 0.025
+    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

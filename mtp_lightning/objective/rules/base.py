@@ -33,7 +33,7 @@ class PositionMeasure(Term):
     """
 
     of_main: ClassVar[bool] = False
-    is_word = False
+    selectable = False
 
 
 class Rule(ABC):

@@ -64,7 +64,7 @@ class Latent(Term):
     """``||h^k_t - sg h_{t+k}||^2``, the mean over the C components."""
 
     name = "anchor_latent"
-    is_word = False
+    selectable = False
     needs_teacher = True
     of_state = True
 
@@ -76,7 +76,7 @@ class Semantic(Term):
     """``||h^k_t - sg E(x_{t+1+k})||^2``, the mean over the C components."""
 
     name = "anchor_semantic"
-    is_word = False
+    selectable = False
     of_state = True
 
     def __init__(self, padded: bool) -> None:
@@ -97,7 +97,7 @@ class Semantic(Term):
     def value(self, chunk: Chunk) -> Tensor:
         assert self._model is not None
         own_head = self._model.mtp.own_head
-        ids_R = chunk.targets_R if own_head is None else own_head.tokens_of(chunk.targets_R)
+        ids_R = chunk.targets_R if own_head is None else own_head.tokens[chunk.targets_R]
         with torch.no_grad():
             embedded_RC = self._model.trunk.embedding(ids_R)
         return _distance(chunk, embedded_RC)

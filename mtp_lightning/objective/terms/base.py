@@ -41,7 +41,7 @@ class Term(ABC):
         parameters: its own parameters, which belong to the model.
         follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
-        is_word: whether ``objective.terms`` may name it.
+        selectable: whether ``objective.terms`` may name it.
     """
 
     name: ClassVar[str]
@@ -52,7 +52,7 @@ class Term(ABC):
     counts_padding: bool = False
     follows_mask: ClassVar[bool] = True
     follows_weights: ClassVar[bool] = True
-    is_word: ClassVar[bool] = True
+    selectable: ClassVar[bool] = True
     parameters: Sequence[nn.Parameter] = ()
 
     @abstractmethod

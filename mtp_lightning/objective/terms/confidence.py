@@ -22,7 +22,7 @@ class ConfidenceTerm(Term):
     needs_teacher = True
     of_state = True
     follows_weights = False
-    is_word = False  # selected by a switch of the objective, as it needs a part of the model
+    selectable = False  # selected by a switch of the objective, as it needs a part of the model
 
     def __init__(self, stack: MTPStack) -> None:
         assert stack.confidence is not None

@@ -75,7 +75,7 @@ def known_terms() -> dict[str, type[Term]]:
 
 def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
     for sub in kind.__subclasses__():
-        if not inspect.isabstract(sub) and "name" in vars(sub) and sub.is_word:
+        if not inspect.isabstract(sub) and "name" in vars(sub) and sub.selectable:
             yield sub
         yield from _subclasses(sub)
 

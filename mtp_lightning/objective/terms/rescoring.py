@@ -17,7 +17,7 @@ class RescoringTerm(Term):
     name = "rescoring"
     of_state = True
     reads_before = True
-    is_word = False  # selected by a switch of the stack
+    selectable = False  # selected by a switch of the stack
 
     def __init__(self, rescorer: Rescorer) -> None:
         self.rescorer = rescorer

@@ -33,7 +33,7 @@ def store(root: Path, name: str, *, texts_equal: int) -> None:
     )
     folder = root / "results" / "certificates"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(certificate.plain()))
+    (folder / f"{name}.json").write_text(json.dumps(certificate.to_json()))
 
 
 def test_lossless_holds_until_a_certificate_has_a_broken_promise(tmp_path: Path) -> None:
