@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from data_modules.corpora import smollm2
 from data_modules.tokenizers import BPETokenizer, PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
+from mtp_lightning.certify.run import certify
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
@@ -125,6 +126,22 @@ def test_k_quants_decode_like_the_dequantized_model(
     models = (dequantized, packed_model)
     expected, continued = (generate(m, prompts, max_new_tokens=20) for m in models)
     assert [g.token_ids for g in continued] == [g.token_ids for g in expected]
+    # The certificate tests the same kernels; integers need them.
+    options: Any = {"count": 8, "length": 6, "few": True, "precisions": ["fp32", "fp32/int8"]}
+    certificate = certify(file, **options)
+    assert certificate.rows and not certificate.broken()
+
+
+def test_a_type_that_gguf_cannot_dequantize_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> Any:
+        raise NotImplementedError
+
+    file = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf.quants, "dequantize", unknown)
+    with pytest.raises(UserError, match="the package gguf cannot dequantize: give a file of"):
+        open_model(file)
 
 
 @pytest.mark.parametrize("rule", gguf_tokenizer._RULES)
