@@ -175,11 +175,12 @@ class Plan:
         """
         params, blocks = self.model.num_params(), self._block_params
         block, root = max(blocks), params - sum(blocks)
+        states = float(_STATES * self._trained + _SINGLE * (params - self._trained))
         if strategy == "ddp":
-            states, gathered = float(_STATES * params), (_SINGLE + _HALF) * params
+            gathered = _SINGLE * self._trained + _HALF * params
         else:
             shard = self.devices if strategy == "fsdp" else self.shard
-            states = _STATES * params / shard
+            states /= shard
             gathered = _HALF * (root + 2 * block) + _SINGLE * block
             gathered = gathered if shard > 1 else _HALF * params
         trunk = self.model.trunk
@@ -204,14 +205,14 @@ class Plan:
         for the backward pass, and reduce-scatters the fp32 gradients. hsdp does the same within a
         machine, and then all-reduces each device's shard between machines.
         """
-        params, n = self.model.num_params(), self.devices
+        n = self.devices
         if strategy == "ddp":
-            return self._ring(2 * _SINGLE * params, n, self._link(n))
-        moved = (2 * _HALF + _SINGLE) * params
+            return self._ring(2 * _SINGLE * self._trained, n, self._link(n))
+        moved = 2 * _HALF * self.model.num_params() + _SINGLE * self._trained
         if strategy == "fsdp":
             return self._ring(moved, n, self._link(n))
         replicas = n // self.shard
-        between = self._ring(2 * _SINGLE * params / self.shard, replicas, self.machines.far)
+        between = self._ring(2 * _SINGLE * self._trained / self.shard, replicas, self.machines.far)
         return self._ring(moved, self.shard, self.machines.near) + between
 
     def tokens_per_second(self, strategy: str) -> float:
@@ -229,7 +230,8 @@ class Plan:
     def _kept(self) -> float:
         """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
         trunk, mtp = self.model.trunk, self.model.mtp
-        blocks = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
+        layers = range(trunk.n_layers) if mtp.trains_trunk else ()  # a frozen one keeps nothing
+        blocks = sum(kept_bytes(trunk, layer) for layer in layers)
         outputs = _SINGLE * trunk.d_model * (1 + mtp.depth)
         # The one block that is being recomputed.
         recomputed = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
@@ -248,6 +250,12 @@ class Plan:
         with torch.device("meta"), counted_flops() as block_flops:
             Block(trunk)(inputs.hidden[..., : trunk.d_model], inputs.ctx)
         return (all_flops.total - trunk_flops.total) / block_flops.total
+
+    @cached_property
+    def _trained(self) -> int:
+        """Parameters that have gradients and moments."""
+        frozen = 0 if self.model.mtp.trains_trunk else self.model.num_trunk_params()
+        return self.model.num_params() - frozen
 
     @cached_property
     def cost(self) -> StepCost:

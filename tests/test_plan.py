@@ -10,6 +10,7 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -60,6 +61,22 @@ def test_memory_equals_a_sum_by_hand() -> None:
     assert recomputed.memory("ddp").activations == 2 * 32 * (
         3 * 4 * 64 + 4 * 64 + kept_bytes(trunk)
     )
+
+
+def test_a_frozen_trunk_has_weights_alone() -> None:
+    trunk = TrunkConfig(**SIZES)
+    mtp = SequentialConfig(depth=1, freeze_trunk=True)
+    plan = Plan(model=ModelConfig(trunk=trunk, mtp=mtp), seq_len=32, batch=2, devices=16)
+    params, frozen = plan.model.num_params(), plan.model.num_trunk_params()
+    ddp, fsdp, _ = (plan.memory(strategy) for strategy in STRATEGIES)
+    assert ddp.states == 16 * (params - frozen) + 4 * frozen == 16 * fsdp.states
+    assert ddp.gathered == 4 * (params - frozen) + 2 * params
+    # The module's block and projection, and two outputs in fp32.
+    one_block = 2 * 32 * (kept_bytes(trunk) + 2 * 4 * 64)
+    assert one_block < ddp.activations < 2 * one_block
+    # An all-reduce over two machines moves the modules' gradients alone.
+    expected = 2 * 4 * (params - frozen) * 15 / 16 / plan.machines.far
+    assert plan.network_seconds("ddp") == pytest.approx(expected)
 
 
 def test_time_equals_a_sum_by_hand() -> None:
