@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from mtp_lightning.certify.cells import RESUMED, Cell
 from mtp_lightning.certify.texts import DecodedText, decode
 from mtp_lightning.model import MTPModel
@@ -46,7 +48,8 @@ class Greedy:
         T = len(ids) if fork is None else fork + 1
         a_TV, b_TV = wanted.logits_TV[start : start + T], decoded.logits_TV[:T]
         self.tokens += T
-        self.logits_equal += int((a_TV == b_TV).all(dim=-1).sum())
+        same_TV = a_TV.contiguous().view(torch.uint8) == b_TV.contiguous().view(torch.uint8)
+        self.logits_equal += int(same_TV.all(dim=-1).sum())
         difference = float((a_TV - b_TV).abs().max())
         self.largest_difference = max(self.largest_difference, difference)
 

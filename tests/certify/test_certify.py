@@ -269,6 +269,10 @@ def test_logits_are_compared_up_to_the_first_different_token() -> None:
     greedy = Greedy()
     greedy.compare(5, plain, drafted, 1)
     assert greedy == Greedy(1, 0, (5, 2), tokens=2, logits_equal=1, largest_difference=0.5)
+    # -0 is another bit pattern than 0.
+    signed = DecodedText([2, 3, 4], [torch.tensor([[0.0, -0.0], [0, 0], [0, 0]])])
+    greedy.compare(6, plain, signed, 1)
+    assert (greedy.tokens, greedy.logits_equal) == (5, 3)
 
 
 @pytest.mark.parametrize("broken", [False, True])
