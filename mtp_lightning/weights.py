@@ -64,7 +64,7 @@ class StoredModel:
         brings_trunk: whether a run that starts from this model takes the trunk's shape from here
             rather than from its config: for an imported model, or a run that began with one.
         run_config: the composed config of the training, in plain containers. For an imported model
-            it has ``data.seq_len`` only.
+            it has ``data.seq_len``, and ``objective.draft_vocab`` if the folder names it.
         step: optimizer steps trained.
         threads: CPU threads of the training; None if unknown.
     """

@@ -113,7 +113,8 @@ def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> Op
     """The model in a precision, if ``length`` new tokens fit its context."""
     weights, activations = split(precision)
     packer = packer_after_rounding(weights, AUTO)  # the formats that generate.py reads
-    run = open_model(path, allow=allow, packer_for=packer)
+    # Without its path, the model leaves no packed copy in the cache folder.
+    run = open_model(path, allow=allow, packer_for=lambda model, _: packer(model, None))
     if length >= run.seq_len:
         raise UserError(
             f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "

@@ -55,7 +55,7 @@ def build_data(
         raise UserError(
             f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
-    arguments: dict[str, Any] = {"lookahead": build_mtp(cfg).places_ahead}
+    arguments = build_mtp(cfg).data_options
     if tokenizer_state is not None:
         arguments["tokenizer"] = tokenizer_from_state(tokenizer_state)
         if "task" not in cfg.data and (typed or not brought):

@@ -195,7 +195,7 @@ def validation_data(
         kind=WindowDataModule,
         allow=allow,
         tokenizer=run.tokenizer,
-        lookahead=mtp.places_ahead,
+        **mtp.data_options,
     )
     module.allow = allow
     module.prepare("validate")

@@ -52,16 +52,24 @@ def _run(args: Any, folder: Path) -> None:
     """All phases."""
     plan = make_plan(args.model, folder, args, [args.model], keep=True)
     run = run_training(plan, folder)
-    certify = ["mtp_lightning.certify", str(run), "--quick"]
-    if plan.activations != "fp32":  # the arithmetic that the last line recommends, too
-        certify += ["--weights", f"fp32,fp32/{plan.activations}"]
     file = folder / CERTIFICATE / "certificate.json"
-    run_phase("certificate", file, [*certify, "--output", str(file.parent)])
+    run_phase("certificate", file, certify_command(run, plan.activations, file.parent))
     run_export(run, folder, plan.context)
     command = ["mtp_lightning.heads.speed", str(folder / EXPORT), "--output", str(folder / SPEED)]
     command += [f"--activations={plan.activations}"]
     run_phase("speed", folder / SPEED, command)
     _say_result(folder, plan)
+
+
+def certify_command(run: Path, activations: str, output: Path) -> list[str]:
+    """The words that certify a run in all precisions, and in the arithmetic of ``activations``,
+    which the last line of the command recommends."""
+    from mtp_lightning.decoding.precision import PRECISIONS
+
+    words = ["mtp_lightning.certify", str(run), "--quick", "--output", str(output)]
+    if activations == "fp32":
+        return words
+    return [*words, "--weights", ",".join([*PRECISIONS, f"fp32/{activations}"])]
 
 
 def _say_result(folder: Path, plan: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads.phases import (
@@ -106,6 +107,7 @@ def _run(args: Any, output: Path) -> None:
         dtype="float32",
         max_positions=tuned.seq_len,
         shard_bytes=5 * 10**9,
+        draft_vocab=value_at(base.run_config, ("objective", "draft_vocab")),
     )
     checkpoint = folder
     if needs_training and args.hours:

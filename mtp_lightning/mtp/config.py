@@ -127,6 +127,12 @@ class MTPConfig(Registered, ABC, family="mtp"):
         return self.depth + 1
 
     @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of a data module for windows that are long enough; none for most stacks, so
+        that data modules of users need not take them."""
+        return {"lookahead": self.places_ahead} if self.extra_places else {}
+
+    @property
     def extra_places(self) -> int:
         """E, the number of tokens that windows hold beyond those of the depths."""
         return max(self.places_ahead - self.depth - 1, 0)

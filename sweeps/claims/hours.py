@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -75,7 +75,7 @@ def pending_of(
     claims: Sequence[Claim], runs: Path, results: Mapping[str, Result], *, count_flops: bool = True
 ) -> list[Pending]:
     """The pending runs of claims. A run that several claims share counts for the first of them, and
-    not at all if one of them has finished it.
+    not at all if another claim has finished it and measured as much.
 
     Args:
         claims: in the order in which they would run.
@@ -91,8 +91,8 @@ def pending_of(
     counted: set[str] = set()
     pending = []
     for claim, arms, finished in zip(claims, observed, done, strict=True):
-        counted |= shared_runs(claim, results.values()).keys()
-        costs = _costs(claim, arms, pace, runs, counted, count_flops=count_flops)
+        shared = shared_runs(claim, results.values()).keys()
+        costs = _costs(claim, arms, pace, runs, shared, counted, count_flops=count_flops)
         pending.append(Pending(claim, len(finished), tuple(costs)))
     return pending
 
@@ -137,15 +137,22 @@ def _ran_on(run: ArmRun, machine: str | None) -> bool:
 
 
 def _costs(
-    claim: Claim, arms: Arms, pace: _Pace, runs: Path, counted: set[str], *, count_flops: bool
+    claim: Claim,
+    arms: Arms,
+    pace: _Pace,
+    runs: Path,
+    shared: Collection[str],
+    counted: set[str],
+    *,
+    count_flops: bool,
 ) -> list[Cost]:
-    """The costs of a claim's pending runs. Runs in ``counted``, which another claim has or shares,
-    are left out; the others are added to it."""
+    """The costs of a claim's pending runs. Runs that another claim has finished (``shared``) or
+    that an earlier claim runs (``counted``) are left out; the others are added to ``counted``."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
     arm_minutes = {arm: pace.minutes(arm_runs.values()) for arm, arm_runs in arms.items()}
     composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and any(counted or not arm_minutes[arm] for arm, _ in pending):
+    if count_flops and any(shared or counted or not arm_minutes[arm] for arm, _ in pending):
         seeds_left = list(dict.fromkeys(seed for _, seed in pending))
         composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
@@ -153,7 +160,7 @@ def _costs(
     arm_costs: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
     for arm, seed in pending:
         job = composed.get((arm, seed))
-        if job is not None and job.name in counted:
+        if job is not None and (job.name in shared or job.name in counted):
             continue
         if job is not None:
             counted.add(job.name)

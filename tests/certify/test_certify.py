@@ -90,6 +90,8 @@ def test_cells_are_those_that_a_model_supports() -> None:
         *("none", "depth 1", "depth 2", "depth 4", "deeper", "one cache", "auto", "tree"),
         *("short head", "block", "confident", "looked up"),
     ]
+    tree = ways(small_model(0, 1))["tree"].tree
+    assert tree is not None and tree.widths == (3, 2)
     assert "deeper" not in ways(small_model(0, 3)) and "depth 3" in ways(small_model(0, 3))
     few, all_ = (list(cells(small_model(0, 1), (1, 2), few=few)) for few in (True, False))
     assert len(all_) == 12 * 8 - 1 and len(few) == 12 * 4 - 1
@@ -251,6 +253,25 @@ def test_the_transform_is_uniform_only_for_the_right_distribution() -> None:
     assert even.p > 0.001
     wrong = transform((logits * 1.1).expand(40_000, 5), ids, generator)
     assert Sampled(40_000, torch.histc(wrong, 16, 0.0, 1.0).long().tolist()).p < 1e-6
+
+
+def test_no_packed_copy_is_left_in_the_cache_folder(
+    open_as_mine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[Any] = []
+
+    def open_it(path: Path, *, allow: Any, packer_for: Any) -> Any:
+        packer_for(opened.model, path)
+        return opened
+
+    open_as_mine(small_model(0, 1))
+    opened = run.open_model(Path("mine"), allow=(), packer_for=None)
+    monkeypatch.setattr(run, "open_model", open_it)
+    monkeypatch.setattr(
+        run, "packer_after_rounding", lambda *_: lambda model, path=None: paths.append(path)
+    )
+    run.certify(Path("mine"), count=8, length=4, precisions=["fp32"], few=True)
+    assert paths == [None]
 
 
 def test_the_p_value_is_that_of_a_chi_square() -> None:

@@ -14,6 +14,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor
 from mtp_lightning.heads import graft
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model, read_model
 from tests import models
@@ -83,6 +84,11 @@ def test_layers_that_still_agree_with_the_trunk_are_exported(
         source = base_weights if name.startswith("mtp.") else tuned_weights
         assert torch.equal(weight, source[name]), name
     assert "exists: choose another --output" in refused(command, *words)
+    # The tokens that the layers were trained to draft are the base's.
+    layered = tmp_path / "base"
+    folders.write(layered, open_model(base).model, draft_vocab=40)
+    command([str(layered), str(folder), "--output", str(tmp_path / "short")])
+    assert open_model(tmp_path / "short" / "model").config["objective"] == {"draft_vocab": 40}
     # The layers of an earlier start are replaced.
     shutil.rmtree(tmp_path / "out" / "model")
     stale = tmp_path / "out" / "grafted" / "mtp_heads.safetensors"
@@ -103,6 +109,25 @@ def test_agreement_of_depths_with_the_trunk_equals_that_of_a_loop(base: Path) ->
     for k in (1, 2):
         expected = [choices[k][i] == choices[0][i + k] for i in range(len(choices[0]) - k)]
         assert agreement.rights[k].tolist() == expected
+
+
+def test_agreement_is_of_the_drafts_that_a_rescorer_chooses() -> None:
+    mtp = ParallelConfig(depth=1, correction="selector")
+    model = models.build(folders.dense(vocab_size=50), mtp)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text = torch.randint(50, (30,), generator=torch.Generator().manual_seed(0))
+    (rights,) = graft.agreement_of_depths(model, [text]).rights.values()
+    with torch.no_grad():
+        states = model(WindowBatch(text.unsqueeze(0), 1))
+        chosen = model.head(states[0])[0].argmax(-1)
+        drafts = [
+            int(model.draft_logits(1, states[1][0, i], text[i + 1]).argmax())
+            for i in range(len(chosen) - 1)
+        ]
+        alone = model.head_of(1)(states[1])[0].argmax(-1)
+    assert drafts != alone[:-1].tolist()
+    assert rights.tolist() == [draft == int(chosen[i + 1]) for i, draft in enumerate(drafts)]
 
 
 def test_an_agreement_fell_only_if_the_difference_is_more_than_chance() -> None:

@@ -21,7 +21,7 @@ from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.heads import planning, timing
-from mtp_lightning.heads.__main__ import main
+from mtp_lightning.heads.__main__ import certify_command, main
 from mtp_lightning.heads.phases import PLAN, RUN, make_plan, run_phase
 from mtp_lightning.opening import open_model
 from mtp_lightning.run.folder import claimed
@@ -270,6 +270,12 @@ def test_the_result_of_a_failed_phase_is_renamed(
         with pytest.raises(UserError, match="the certificate ended with code 2"):
             run_phase("certificate", result, ["certifies"])
     assert (tmp_path / "failed_certificate.json").read_text() == "broken"
+
+
+def test_the_certificate_tests_all_precisions_and_the_recommended_arithmetic() -> None:
+    words = certify_command(Path("run"), "int8", Path("out"))
+    assert words[-2:] == ["--weights", "fp32,bf16,int8,int4,fp32/int8"]
+    assert "--weights" not in certify_command(Path("run"), "fp32", Path("out"))
 
 
 def test_wrong_arguments_are_refused(

@@ -49,6 +49,25 @@ def train(trunk: TrunkConfig, build_it) -> dict[str, torch.Tensor]:
     return {name: p.detach() - before[name] for name, p in model.mtp.named_parameters()}
 
 
+def test_only_a_stack_that_looks_further_asks_for_longer_windows() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class FarConfig(MTPConfig, variant="far"):
+        reach: int = 8
+
+        def build(self, trunk: TrunkConfig):
+            raise NotImplementedError
+
+        @property
+        def places_ahead(self) -> int:
+            return self.reach
+
+    assert FarConfig(depth=2).data_options == {"lookahead": 8}
+    assert FarConfig(depth=2).extra_places == 5
+    # Data modules of users need not know the argument.
+    assert FarConfig(depth=2, reach=3).data_options == {}
+    assert config_of(Shares).data_options == {}
+
+
 class Shares(SideBySide):
     """Every depth uses one more matrix and one more vector, which belong to no depth."""
 

@@ -35,8 +35,8 @@ static void rows_of_panel(const float* x, int64_t inputs, const char* panel, flo
     });
 }
 
-// With as many rows, numbers are unpacked to fp32 for all of them, so many inputs at a time that they and
-// the rows' sums stay in the first cache.
+// From this many rows on, numbers are unpacked to fp32 once for all rows, so many inputs at a time that
+// they stay in the first cache (as do the sums of up to about a hundred rows).
 constexpr int64_t WORTH_UNPACKING = 2 * HIGH, UNPACKED = 64;
 
 // All M rows times a panel of V vectors, into (or added to) `left` outputs of out[M, N].

@@ -13,7 +13,8 @@ from mtp_lightning.certify.sampled import Sampled
 from mtp_lightning.decoding.options import DecodingOptions
 from sweeps.claims.lossless import lossless
 from sweeps.claims.pages import pages
-from tests.sweeps.claims.fixture_claims import with_pages
+from sweeps.claims.result import write_result
+from tests.sweeps.claims.fixture_claims import claim_of, result_of, with_pages
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,6 +50,10 @@ def test_lossless_holds_until_a_certificate_has_a_broken_promise(tmp_path: Path)
         "runs/mine | a &#124; processor | fp32, int8 | 2 | 20 of 20 | 90 of 90 | 1, least p = 1 |"
         in text
     )
+    # With results of runs, its row stands in the table of all claims.
+    claim = claim_of(claims)
+    write_result(result_of(claim), claim.label, tmp_path / "results")
+    assert "[lossless](#lossless-holds)" in pages(tmp_path, claims)[page]
     store(tmp_path, "two", texts_equal=8)
     text = pages(tmp_path, claims)[page]
     assert "### lossless: does not hold" in text and "18 of 20" in text

@@ -153,8 +153,14 @@ def test_shared_runs_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFix
     claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
     runs = tmp_path / "runs"
     store_result_of_another_claim(claim, runs, tmp_path)
-    (pending,) = pending_of([claim], tmp_path / "elsewhere", read_results(tmp_path / "results"))
-    assert pending.costs == ()
+    # A claim that measures something else runs them again.
+    measure = {"tag": "val/loss"}
+    other = claim_of(
+        tmp_path / "claims", "else", arms=arms, predictions=predictions, measure=measure
+    )
+    for claims in ([claim, other], [other, claim]):
+        pending = pending_of(claims, tmp_path / "elsewhere", read_results(tmp_path / "results"))
+        assert {p.claim.name: len(p.costs) for p in pending} == {"mine": 0, "else": 5}
     assert run([claim], runs, commits={"mine": "a" * 40}, results=tmp_path / "results") == 0
     assert "Nothing to run" in capsys.readouterr().out
     result = judge(claim, runs, tmp_path / "results")
