@@ -79,6 +79,11 @@ class Display:
         self.running.pop(job, None)
         self.counts[state_of(job.folder)] += 1
 
+    def left(self, job: Job) -> None:
+        """Says that another worker has taken a job over."""
+        self.running.pop(job, None)
+        self.say(f"left {job.label}: another worker has it")
+
     def refresh(self) -> None:
         """Shows how far the running jobs are, if the last time was long enough ago."""
         if time.monotonic() - self.shown >= self.seconds:

@@ -38,7 +38,7 @@ from sweeps.plan import (
     refuse_run_folder,
     varied_labels,
 )
-from sweeps.process import Job
+from sweeps.process import Job, refuse_several_machines
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -90,6 +90,9 @@ def launch(
         try:
             run = None if module is None else _runner(module, settings, config)
             configs = _checked(plan, config, loader, batch)
+            if module in (None, "sweeps.pool", "sweeps.ray_cluster"):
+                for job in configs:
+                    refuse_several_machines(job)
         except UserError:
             _forget(plan.folder)
             raise
@@ -230,7 +233,8 @@ def _say_plan(folder: Path, configs: Configs, todo: Sequence[Job]) -> None:
     print(text, flush=True)
     for job in skipped:
         if changed := _changed_settings(configs[job], job.folder):
-            print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
+            state = state_of(job.folder)
+            print(f"warning: {job.name} ({state}) ran with other settings: {changed}", flush=True)
 
 
 def _changed_settings(config: dict[str, Any], folder: Path) -> str:

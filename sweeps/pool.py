@@ -117,7 +117,7 @@ class Pool:
                 if self.memory is not None:
                     self.memory.end(process.group, succeeded=state_of(process.job.folder) == "done")
                 self.queue.give_back(process.devices)
-                self.display.ended(process.job)
+                (self.display.left if process.abandoned else self.display.ended)(process.job)
                 ended(process.job)
 
     def _measure(self) -> None:

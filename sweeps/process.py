@@ -151,6 +151,11 @@ class JobProcess:
         self._kill_at = time.monotonic() + self._grace
         os.killpg(self._watchdog.group, signal.SIGTERM)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether another worker has the job."""
+        return self._abandoned
+
     def abandon(self) -> None:
         """Kills it without changing its status, because another worker has started the job."""
         self._abandoned = True

@@ -14,7 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import Job, JobProcess, refuse_several_machines
+from sweeps.process import Job, JobProcess
 
 
 def run_remotely(job: Job, threads: int, grace_seconds: float) -> None:
@@ -60,14 +60,19 @@ def run(
     try:
         # A new worker for every job, and no retry that the status file does not know of.
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
-        refs: dict[Job, Any] = {}
-        for job in jobs:
-            refuse_several_machines(job)
-            n = job.processes
-            gpus = 0 if job.on_cpu else gpus_per_process * n
-            _check_room(ray, cpus=cpus_per_process * n, gpus=gpus)
-            options = remote.options(num_cpus=cpus_per_process * n, num_gpus=gpus)
-            refs[job] = options.remote(job, cpus_per_process, grace_seconds)
+        needs = {
+            job: {
+                "num_cpus": cpus_per_process * job.processes,
+                "num_gpus": 0 if job.on_cpu else gpus_per_process * job.processes,
+            }
+            for job in jobs
+        }
+        for need in needs.values():
+            _check_room(ray, cpus=need["num_cpus"], gpus=need["num_gpus"])
+        refs: dict[Job, Any] = {
+            job: remote.options(**need).remote(job, cpus_per_process, grace_seconds)
+            for job, need in needs.items()
+        }
 
         ended: dict[Job, str] = {}
 

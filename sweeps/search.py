@@ -184,8 +184,8 @@ class Search:
 def check(
     folder: Path, space: Space, fixed: Sequence[str], *, config_dir: Path | None = None
 ) -> tuple[list[Job], int]:
-    """Checked jobs with every choice and both bounds of every range, and the optimizer steps of a
-    trial.
+    """Checked jobs with every choice and both bounds of every range, and the most optimizer steps
+    of a trial.
 
     Raises:
         UserError: an override does not match the config.
@@ -196,8 +196,9 @@ def check(
         for example in examples(domain):
             values = {**first_values, key: example}
             overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
-            job, steps = _job(folder / "trial", overrides, config_dir=config_dir)
+            job, own_steps = _job(folder / "trial", overrides, config_dir=config_dir)
             jobs.append(job)
+            steps = max(steps, own_steps)
     return jobs, steps
 
 

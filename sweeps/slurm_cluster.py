@@ -163,8 +163,12 @@ def run(
         try:
             with executor.batch():
                 submitted = [executor.submit(SlurmRun(job, cpus_per_process)) for job in array]
-        except submitit.core.utils.FailedJobError as error:
-            raise UserError(f"Slurm refuses the job: {error}.") from error
+        except BaseException as error:  # the next command queues all jobs again
+            if ids:
+                _Queue(ids).cancel(ids)
+            if isinstance(error, submitit.core.utils.FailedJobError):
+                raise UserError(f"Slurm refuses the job: {error}.") from error
+            raise
         ids |= {job: submission.job_id for job, submission in zip(array, submitted, strict=True)}
 
     queue = _Queue(ids)

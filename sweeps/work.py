@@ -215,8 +215,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
             plan, leases=leases, queue=queue, look_seconds=beat, program=command, allow=args.allow
         )
         for name, job in worker.too_large.items():
-            needs = f"{job.nodes} machines" if job.nodes > 1 else f"{job.processes} GPUs"
-            print(f"left to others: {name}, which needs {needs}", flush=True)
+            print(
+                f"{name} needs {job.processes} GPUs, more than this worker has: start a worker on "
+                "a larger machine",
+                flush=True,
+            )
         display = Lines(len(worker.jobs))
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)

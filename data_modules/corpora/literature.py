@@ -78,15 +78,17 @@ class LiteratureSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        return self._plays.files + [file for p in self.packages[1:] for file in p.files]
+        bibles = self.packages[1:]  # first, as its errors name this source
+        return self._plays.files + [file for package in bibles for file in package.files]
 
     def documents(self) -> Iterator[str]:
         return (text for _, text in self.grouped())
 
     def grouped(self) -> Iterator[tuple[str, str]]:
+        bibles = self.packages[1:]
         for (name, _), play in zip(self._plays.files, self._plays.documents(), strict=True):
             yield name, play
-        for package in self.packages[1:]:
+        for package in bibles:
             for number, text in _books(package.files[0][1]):
                 yield f"bible {number}", text
 

@@ -90,7 +90,9 @@ class TextSource(FileSource):
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     # RecursionError: a deeply nested list
-                    raise UserError(f"{path}, line {number}, is not JSON ({error})") from None
+                    raise UserError(
+                        f"{path}, line {number}, is not JSON ({error}): fix or remove that line"
+                    ) from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                     kinds = isinstance(row, dict) and {k: type(v).__name__ for k, v in row.items()}
                     raise UserError(

@@ -88,7 +88,7 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
         (f.parent.relative_to(root).as_posix(), f) for root in roots for f in root.rglob("*.yaml")
     ]
     by_group: dict[str, list[Option]] = {}
-    for group, file in sorted(files, key=lambda by_group: (by_group[0], by_group[1].name)):
+    for group, file in sorted(files, key=lambda pair: (pair[0], pair[1].name)):
         name = "" if group == "." else group
         by_group.setdefault(name, []).append(read_option(file, name))
     return by_group

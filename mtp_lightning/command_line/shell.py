@@ -158,13 +158,13 @@ class _PipeSafe:
 
 
 @contextmanager
-def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
+def _surviving_closed_pipes(*, ends_with_reader: bool) -> Iterator[None]:
     """Handle closed pipes of stdout and stderr; see :class:`_PipeSafe`."""
     if isinstance(sys.stdout, _PipeSafe):
         yield
         return
     _open_closed_streams()
-    out = cast(TextIO, _PipeSafe(sys.stdout, ends=but_of_stdout))
+    out = cast(TextIO, _PipeSafe(sys.stdout, ends=ends_with_reader))
     err = cast(TextIO, _PipeSafe(sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -204,7 +204,7 @@ def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
     Args:
         ends_with_reader: whether the program exits quietly instead when nobody reads its output.
     """
-    with _outliving_readers(but_of_stdout=ends_with_reader):
+    with _surviving_closed_pipes(ends_with_reader=ends_with_reader):
         try:
             yield
         except Exception as error:

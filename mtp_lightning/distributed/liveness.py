@@ -34,10 +34,10 @@ SILENCE = 20.0
 message names a process that has not started yet."""
 PATIENCE = 600.0
 """Seconds to wait for a process that has not started yet."""
-# Seconds for connected processes to notice a lost one themselves. They get more if it was asked to
-# end by a signal, since all of them then save.
+# Seconds for connected processes to notice a lost one themselves. They get more after SIGTERM,
+# since all of them then save.
 _GRACE, _SAVING = 15.0, 60.0
-_ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_ASKED = 128 + signal.SIGTERM
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _look_after(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
         for rank, code in enumerate(codes, start=1):
             if code or (code == 0 and not met):
                 if met:
-                    time.sleep(_SAVING if code in _ASKED else _GRACE)
+                    time.sleep(_SAVING if code == _ASKED else _GRACE)
                 for child in children:
                     child.kill()
                 ending = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

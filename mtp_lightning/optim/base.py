@@ -25,7 +25,8 @@ class OptimizerConfig(ABC):
 
         Args:
             model: its parameters that require a gradient are trained.
-            others: scalars that a balance rule learns, without weight decay.
+            others: scalars that a balance rule learns. AdamW does not decay them; a group decays
+                them like its other parameters.
         """
 
 

@@ -78,7 +78,8 @@ class GroupedConfig(OptimizerConfig):
                 ) from error
 
     def build(self, model: nn.Module, others: Sequence[nn.Parameter] = ()) -> Combined:
-        """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
+        """See :meth:`OptimizerConfig.build`; ``others`` go to the first group that
+        takes them, such as ``vectors`` or ``rest``.
 
         Raises:
             UserError: for a parameter that no group takes, a group without parameters, or an

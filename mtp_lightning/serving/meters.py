@@ -27,14 +27,16 @@ class Meters:
         gauge = partial(Gauge, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
         self._requests = counter(
-            "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"]
+            "mtp_requests",
+            "Requests that ended, by status; 499: the client disconnected.",
+            ["status"],
         )
         self.queue = gauge("mtp_queue_length", "Requests that wait for a slot.")
         self.rows = gauge("mtp_rows", "Slots in use.")
         self.prompt_tokens = counter("mtp_prompt_tokens", "Tokens read.")
         self.tokens = counter("mtp_tokens", "Tokens emitted.")
         self._accepted = counter(
-            "mtp_drafts_accepted", "Modules' drafts accepted, texts that ended.", ["position"]
+            "mtp_drafts_accepted", "Modules' drafts accepted, of texts that ended.", ["position"]
         )
         self._reached = counter(
             "mtp_drafts_reached", "Modules' drafts judged, of texts that ended.", ["position"]

@@ -117,13 +117,6 @@ def _refused(pending: Pending, runs: Path, results: Mapping[str, Result]) -> str
 
 def _run(args: argparse.Namespace) -> int:
     claims = _claims(args, args.names)
-    for claim in claims:
-        if others := sorted(set(args.seeds or ()) - set(claim.scale.seeds)):
-            raise UserError(
-                f"--seeds {others[0]}: {claim.name} predicts for the seeds "
-                f"{' '.join(map(str, claim.scale.seeds))} alone, since seeds that are added until "
-                "a claim is decided decide too often: write a new claim for others."
-            )
     return 1 if _start(args, claims, seeds=args.seeds, results=args.results) else 0
 
 
@@ -164,6 +157,12 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **selection: Any) 
     """Run claims whose predictions are in a commit; returns how many runs are not done."""
     commits: dict[str, str | None] = {}
     for claim in claims:
+        if others := sorted(set(args.seeds or ()) - set(claim.scale.seeds)):
+            raise UserError(
+                f"--seeds {others[0]}: {claim.name} predicts for the seeds "
+                f"{' '.join(map(str, claim.scale.seeds))} alone, since seeds that are added until "
+                "a claim is decided decide too often: write a new claim for others."
+            )
         file, stored = args.claims / f"{claim.name}.yaml", read_result(claim.label, args.results)
         if stored is None:
             require_equal_steps(claim, args.runs.absolute())

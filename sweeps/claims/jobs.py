@@ -25,7 +25,7 @@ from mtp_lightning.run.config import (
     lies_in,
     values_by_key,
 )
-from sweeps.claims.claim import CPU, Claim
+from sweeps.claims.claim import CPU, GPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import job_of
 from sweeps.process import Job
@@ -34,7 +34,7 @@ from sweeps.report.settings import OF_DEPTHS
 # Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
 _FIXED = {
     CPU: ("trainer.accelerator=cpu", "trainer.num_threads=1", "logger=csv"),
-    "gpu": ("trainer.accelerator=cuda", "logger=csv"),
+    GPU: ("trainer.accelerator=cuda", "logger=csv"),
 }
 # Keys whose value may name another arm (ARM@STEP or ARM): its run of the same seed is used.
 _BRANCH, _START = "branch_from", "init_from"

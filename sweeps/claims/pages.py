@@ -17,7 +17,7 @@ from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.stored import read_json
 from sweeps.claims import words
-from sweeps.claims.claim import Claim, Stored, is_stale
+from sweeps.claims.claim import CPU, Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.lossless import lossless
@@ -102,7 +102,7 @@ def pairs_of(root: Path, claims: Path = FOLDER, **options: Any) -> list[Pair]:
 
 
 def _by_name(pairs: Sequence[Pair]) -> dict[str, Pair]:
-    return {claim.name: (claim, result) for claim, result in pairs if claim.setting == "cpu"}
+    return {claim.name: (claim, result) for claim, result in pairs if claim.setting == CPU}
 
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
@@ -127,7 +127,7 @@ def _results(pairs: Sequence[Pair], root: Path) -> dict[str, Any]:
     # The sort is stable: a claim's published scale stays after the claim.
     ordered = sorted(pairs, key=lambda pair: order[pair[0].name])
     sections = [_facts(claim, result) for claim, result in ordered]
-    on_cpu = [section for section in sections if section["claim"].setting == "cpu"]
+    on_cpu = [section for section in sections if section["claim"].setting == CPU]
     return {
         "lossless": lossless(root),
         "sections": sections,

@@ -47,7 +47,7 @@ def _enough(entry: Stored, minimum: int, tests: int) -> int | None:
     if entry["verdict"] != UNDECIDED or not entry["why"].startswith((FEW, NOISE, UNCORRECTED)):
         return None
     estimate = None if entry["effect"] is None else _distance_and_variance(entry)
-    if estimate is None or not estimate[0]:
+    if estimate is None or not all(estimate):  # no distance, or no noise
         return None
     distance, variance = abs(estimate[0]), estimate[1]
     normal, level = NormalDist(), LEVEL / tests

@@ -107,7 +107,7 @@ def show(entry: Stored, value: float) -> str:
     if entry["measure"].get("curve"):
         return f"{value:.3f} ×"
     form = "%" if is_share(entry) else form_of(entry["measure"]["tag"])
-    text = number(value, form).replace("-", "−")
+    text = number(value, form)
     if form == "%" and entry["against"] is not None:
         text = text.replace("%", "points")
     return f"+{text}" if entry["against"] is not None and value >= 0 else text

@@ -77,13 +77,9 @@ def _seed_keys(runs: Iterable[RunRecord]) -> set[str]:
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that changes what is computed: plain training has no settings of MTP."""
-    if not _is_plain(config):
+    if not is_plain(config.get("mtp.depth"), config.get("mtp._target_")):
         return config
     return {k: v for k, v in config.items() if k == "mtp.depth" or not lies_in(k, OF_DEPTHS)}
-
-
-def _is_plain(config: dict[str, Any]) -> bool:
-    return is_plain(config.get("mtp.depth"), config.get("mtp._target_"))
 
 
 def _apart(
@@ -173,12 +169,12 @@ def _of_mtp(key: str) -> bool:
 def _value(setting: Setting, key: str) -> Any:
     """A setting's value of a config key, or its choice of a config group; None for one of MTP that
     changes nothing in plain training."""
-    if _of_mtp(key) and _is_plain(setting.config):
+    if _of_mtp(key) and setting.is_plain:
         return None
     if key in setting.config:
         value = setting.config[key]
         return _class_name(value) if key.endswith("._target_") else value
-    if key == "mtp" and _is_plain(setting.config):
+    if key == "mtp" and setting.is_plain:
         return "none"
     for run in setting.runs:
         if key in run.overrides:

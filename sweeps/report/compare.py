@@ -101,7 +101,7 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
 def _unlike(setting: Setting, plain: Setting) -> str:
     """Why heads are not compared with plain training of another size, length or text, unless asked
     for; empty if they are."""
-    if plain.depth != 0 or setting.depth == 0:
+    if not plain.is_plain or setting.is_plain:
         return ""
     keys = ("trainer.max_steps", "model", "data", "tokenizer")
     differing = [key for key in _differing(setting, plain) if lies_in(key, keys)]
@@ -143,7 +143,7 @@ def references(settings: Settings, label: str | None = None) -> list[Setting]:
         return [_find(settings, label)] * len(settings.all)
     if not settings.all:
         return []
-    plain = [setting for setting in settings.all if setting.depth == 0]
+    plain = [setting for setting in settings.all if setting.is_plain]
     if FOLDER in settings.varied or len(plain) in (0, len(settings.all)):
         # Sorted by the first key: the first of every stratum has its smallest value.
         strata: dict[tuple[str, ...], Setting] = {}

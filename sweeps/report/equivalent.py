@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_lightning.run.config import is_plain, lies_in
+from mtp_lightning.run.config import lies_in
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import FLOPS
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings
@@ -142,7 +142,7 @@ def families(settings: Settings) -> list[Family]:
             groups.setdefault(_rest(setting), []).append(setting)
     complete = []
     for group in groups.values():
-        plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
+        plain = [s for s in group if s.is_plain]
         arms = [s for s in group if s not in plain]
         # The rate of a run that stopped early has not decayed.
         plain = [s for s in plain if not any(run.fact("stopped_early") for run in s.done)]

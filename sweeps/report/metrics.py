@@ -76,7 +76,7 @@ def number(value: float, form: str | int) -> str:
     if not math.isfinite(value):
         return str(value)
     if form == "%":
-        return f"{value:.1%}".replace("%", " %")
+        return f"{value:.1%}".replace("%", " %").replace("-", "−")
     if form == "si":
         value = float(f"{value:.3g}")  # 999.7 is 1 k, not 1e+03
         power = min(max(int(math.log10(abs(value)) // 3), 0), 8) if value else 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtp_lightning.run.config import lies_in
+from mtp_lightning.run.config import is_plain, lies_in
 from mtp_lightning.run.solved import SOLVED as SOLVED
 from sweeps.report.metrics import (
     ANSWERS,
@@ -79,6 +79,11 @@ class Setting:
     def answers(self) -> bool:
         """Whether its runs answer a task's questions."""
         return any(EXACT in row for run in self.runs for row in (run.summary, *run.rows))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its runs are plain next-token training."""
+        return is_plain(self.depth, self.config.get("mtp._target_"))
 
     @property
     def depth(self) -> int | None:

@@ -109,3 +109,11 @@ def test_the_last_words_of_a_log_are_its_error_or_last_line(tmp_path, log, words
     (tmp_path / "job.log").write_text(log)
     assert last_words(tmp_path / "job.log") == words
     assert last_words(tmp_path / "none") == "no log"
+
+
+def test_a_job_that_another_worker_has_is_no_end(tmp_path: Path, capsys) -> None:
+    lines, (job, *_) = Lines(2), sweep(tmp_path)
+    lines.started(job, "cpu:0")
+    lines.left(job)
+    assert "left mtp.depth=0" in capsys.readouterr().out
+    assert lines.summary().startswith("0 of 2 ended, 0 running")

@@ -108,6 +108,14 @@ def test_a_grid_is_compared_with_plain_training_which_has_no_lambda(tmp_path: Pa
         references(settings, "mtp.depth=7")
 
 
+def test_teacherless_training_is_a_head_though_it_has_no_depths(tmp_path: Path) -> None:
+    for name in ("NoMTPConfig", "TeacherlessConfig"):
+        config = {"mtp.depth": 0, "mtp._target_": f"mtp_lightning.mtp.x.{name}"}
+        write_run(tmp_path / name, config)
+    (comparison,) = compare(settings_of(tmp_path))
+    assert not comparison.setting.is_plain and comparison.reference.is_plain
+
+
 def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) -> None:
     for width in (32, 64):
         write_run(tmp_path / f"plain{width}", {"mtp.depth": 0, "model.d_model": width})
@@ -192,6 +200,7 @@ def test_values_of_a_search_keep_every_digit(tmp_path: Path) -> None:
         (999.7, "si", "1 k"),
         (999_600, "si", "1 M"),
         (0.4312, "%", "43.1 %"),
+        (-0.012, "%", "−1.2 %"),
         (-0.00861, 4, "−0.0086"),
         (12345.6, 0, "12,346"),
         (math.nan, 4, "nan"),

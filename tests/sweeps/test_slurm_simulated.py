@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import state_of, write_status
 from sweeps import slurm_cluster
 from sweeps.follow import follow
@@ -124,6 +125,31 @@ def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, slurm, m
     assert (first["nodes"], first["cpus_per_task"], first["gpus_per_node"]) == (1, 2, 1)
     assert (far["nodes"], far["cpus_per_task"], far["gpus_per_node"]) == (2, 8, 4)
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
+
+
+def test_queued_arrays_are_canceled_when_a_later_one_is_refused(tmp_path, slurm, monkeypatch):
+    program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
+    calls = tmp_path / "calls"
+    program(slurm, "scancel", f'echo "$@" >> {calls}')
+
+    class Refused(Exception):
+        pass
+
+    class Refuses(Executor):
+        def submit(self, function: Any) -> Any:
+            if len(self.submitted) == 2:
+                raise Refused("no such node")
+            return super().submit(function)
+
+    utils = SimpleNamespace(FailedJobError=Refused)
+    core = SimpleNamespace(utils=utils)
+    fake = SimpleNamespace(SlurmExecutor=Refuses, core=core, __spec__="found")
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    Executor.submitted = []
+    jobs = [*jobs_of(tmp_path, 2), *jobs_of(tmp_path / "far", 1, processes=4, nodes=2)]
+    with pytest.raises(UserError, match="Slurm refuses the job: no such node"):
+        slurm_cluster.run(jobs, **SETTINGS)
+    assert calls.read_text().split() == ["1_0", "1_1"]
 
 
 def test_jobs_with_a_final_status_are_not_waited_for(tmp_path, capsys):

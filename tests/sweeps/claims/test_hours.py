@@ -205,6 +205,8 @@ def test_no_seeds_are_estimated_if_decided_failed_or_without_noise(tmp_path: Pat
     assert few[0]["why"].startswith("n = 3") and seeds_needed(few, 5) == [5]
     two = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
     assert seeds_needed(two, 5) == [None], "two seeds are too few to estimate the noise"
+    equal = entries_of(tmp_path, {"plain": [2.0] * 3, "mtp": [1.0] * 3}, minimum=5)
+    assert equal[0]["why"].startswith("n = 3") and seeds_needed(equal, 5) == [None]
 
 
 @pytest.mark.parametrize(("deviation", "by"), [(0.02, 0.0), (0.035, 0.0), (0.075, -0.01)])

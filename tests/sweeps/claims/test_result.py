@@ -223,6 +223,8 @@ def test_invalid_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     options = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
     for arguments, message in (
         (["run", "mine", "--seeds", 1, -1], "--seeds -1: give whole numbers >= 0"),
+        (["run", "mine", "--seeds", 99], "--seeds 99: mine predicts for the seeds"),
+        (["replicate", "mine", "--seeds", 99], "--seeds 99: mine predicts for the seeds"),
         (["run", "mine", "--gpu"], "has no gpu setting"),
         (["run", "yours"], "choose one of mine"),
         (["verdict", "mine", "--all"], "needs either names of claims or --all"),
