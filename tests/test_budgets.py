@@ -38,7 +38,7 @@ LINES = {
     "mtp_lightning/optim": 420,
     "mtp_lightning/run": 1_407,
     "mtp_lightning/serving": 1_618,
-    "sweeps": 10_009,
+    "sweeps": 10_026,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (157, 21_100), "generate": (86, 12_420)}

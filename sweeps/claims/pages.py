@@ -39,6 +39,8 @@ _SIZES = {
     "0.6 M": ("equivalent_gain_600k",),
     "2 M": ("equivalent_gain_2m",),
 }
+# The claims that divide the gains of two sizes.
+_GROWTH = ("gain_growth_600k",)
 # The results of benchmarks.pretrained_heads, and their ways of drafting one token per pass: from
 # all tokens, or from the 4096 most frequent.
 _SPEED = "benchmarks/results/pretrained_heads*.json"
@@ -195,10 +197,10 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
 
 def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's gain and effect by size, where they were measured. Claims with enough seeds give
-    the answer and the picture."""
+    the answers and the picture."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
     unmeasured, picture = [], None
-    gains: set[str] = set()
+    answers: dict[str, list[str]] = {}  # sizes by the verdict on all heads' gains
     for size, claims in _SIZES.items():
         candidates = [by_name[name] for name in claims if name in by_name]
         measured = [(claim, result) for claim, result in candidates if _has_numbers(claim, result)]
@@ -209,6 +211,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         assert result is not None
         heads = sizes.setdefault(size, {})
         enough = max(e["n"] for e in result["predictions"]) >= claim.scale.minimum
+        verdicts: set[str] = set()
         for entry in words.entries(result, claim):
             if entry["measure"].get("curve") and entry["against"] is None:
                 heads.setdefault(entry["arm"], {})[entry["measure"]["part"]] = {
@@ -217,16 +220,30 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
                     "n": entry["n"],
                     "planned": len(claim.scale.seeds),
                 }
-                if entry["measure"]["part"] == "total" and enough:
-                    gains.add(entry["verdict"])
+                if entry["measure"]["part"] == "total":
+                    verdicts.add(entry["verdict"])
+        if enough:
+            answers.setdefault(verdicts.pop() if len(verdicts) == 1 else "mixed", []).append(size)
         if enough or picture is None:
             seeds, parameters = seeds_and_size(result)
             file = files_of(result, claim.label, Path())[0].name
             picture = {"file": file, "seeds": seeds, "size": parameters}
     if not sizes:
         return None
-    costs = {HOLDS: "more", FAILS: "less"}.get(gains.pop()) if len(gains) == 1 else None
-    return {"sizes": sizes, "costs": costs, "waiting": unmeasured, "picture": picture}
+    grows = [
+        {"head": entry["arm"], "number": words.measured(entry)}
+        for claim, result in (by_name[name] for name in _GROWTH if name in by_name)
+        if result is not None and not is_stale(result, claim)
+        for entry in words.entries(result, claim)
+        if entry["verdict"] == HOLDS
+    ]
+    return {
+        "sizes": sizes,
+        "answers": answers,
+        "grows": grows,
+        "waiting": unmeasured,
+        "picture": picture,
+    }
 
 
 def _number(entry: Stored) -> str | None:

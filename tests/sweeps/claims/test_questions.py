@@ -45,17 +45,17 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     small = read_claim("equivalent_gain_200k_long")
     pairs = [(small, None), (claim, result(claim, predictions))]
     text = answers(pairs, tmp_path)
-    assert "main prediction?** It depends on the head." in text
+    assert "main prediction?** It depends on the head at 0.6 M weights." in text
     assert (
         "\n| weights | | sequential modules | parallel heads | top head |\n|---|---|---|---|---|\n"
-        "| 0.6 M | gain | out of range (0 of 5 seeds) | 0.812 × (1 of 5 seeds) "
+        "| 0.6 M | gain | out of range | 0.812 × (1 of 5 seeds) "
         "| 0.750 × [0.700, 0.800] |\n|  | effect of a step | 0.900 × [0.800, 1.100] (0 of 5 seeds) "
         in text
     )
     assert "over seeds; 0.2 M is predicted and not measured yet):" in text
     assert f"](results/{GAIN}.svg)" in text and "plan?" not in text
     chinese = part(pairs, "README.zh-CN.md", tmp_path)
-    assert "| 0.6 M | 增益 | 超出范围（0/5 个种子） | 0.812 ×" in chinese
+    assert "| 0.6 M | 增益 | 超出范围 | 0.812 ×" in chinese
     assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
     for verdict, answer in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**prediction, "verdict": verdict} for prediction in predictions]
@@ -66,6 +66,17 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     text = answers([(small, result(small, of_small)), (claim, result(claim, one_seed))], tmp_path)
     assert "?** Less than it costs" in text and "| 0.6 M | gain |" in text
     assert f"](results/{small.label}.svg)" in text and f"{GAIN}.svg" not in text
+    # The growth of a gain is named where it is decided.
+    growth = read_claim("gain_growth_600k")
+    grown = entry("sequential_600k", 1.5, low=1.2, high=1.8, n=5, verdict="holds")
+    grown = [grown, {**grown, "arm": "parallel_600k", "verdict": "undecided"}]
+    both = [(claim, result(claim, predictions)), (growth, result(growth, grown))]
+    assert "the gain of sequential modules is 1.500 × [1.200, 1.800] that at 0.2 M. The gain" in (
+        answers(both, tmp_path)
+    )
+    assert "串行模块的增益是 0.2 M 时的 1.500 × [1.200, 1.800]。" in (
+        part(both, "README.zh-CN.md", tmp_path)
+    )
     # A claim that was changed after its runs has no numbers.
     assert answers([(claim, {**result(claim, predictions), "digest": "other"})], tmp_path) == ""
 
