@@ -141,9 +141,8 @@ class TreeCache(KVCache):
         for layer, entries in enumerate(self.entries_L_BSMH):
             # Fused passes do not call append: their entries are read from the storage.
             entry = self._new_entries.pop(layer, None)
-            spans.write(
-                entries, along(tree_spans.read(entries) if entry is None else entry, path_BE)
-            )
+            entry = tree_spans.read(entries) if entry is None else entry
+            spans.write(entries, along(entry, path_BE))
 
 
 def along(values: Tensor, path_BE: Tensor) -> Tensor:
