@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtp_lightning import parts
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run import loading
@@ -69,6 +70,12 @@ class OpenedModel:
         """T, the context in tokens that the model was trained on."""
         length = self.config["data"]["seq_len"]
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
+
+
+def draft_vocab_of(run_config: dict[str, Any]) -> int | None:
+    """The number of first token ids that a model's modules were trained to draft; None for all."""
+    number: int | None = value_at(run_config, ("objective", "draft_vocab"))
+    return number
 
 
 def open_model(

@@ -73,7 +73,7 @@ class JobProcess:
         self.job = job
         self.devices = devices
         self._stopping: str | None = None
-        self._abandoned = False
+        self.abandoned = False  # whether another worker has the job
         self._grace = grace_seconds
         self._kill_at = math.inf
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class JobProcess:
             return False
         self._watchdog.dismiss()
         self._lock.release()
-        if self._abandoned:
+        if self.abandoned:
             return True
         state, reason = self._judge(code)
         self._write(state, ended=now(), exit_code=code, reason=reason)
@@ -151,14 +151,9 @@ class JobProcess:
         self._kill_at = time.monotonic() + self._grace
         os.killpg(self._watchdog.group, signal.SIGTERM)
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether another worker has the job."""
-        return self._abandoned
-
     def abandon(self) -> None:
         """Kills it without changing its status, because another worker has started the job."""
-        self._abandoned = True
+        self.abandoned = True
         self.kill()
 
     def kill(self) -> None:

@@ -189,13 +189,12 @@ def validation_data(
     for node in nodes:
         if cache_dir or not is_cache(node.get("cache_dir") or ""):
             node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
-    mtp = run.model.config.mtp
     module: WindowDataModule = rebuild(
         config.data,
         kind=WindowDataModule,
         allow=allow,
         tokenizer=run.tokenizer,
-        **mtp.data_options,
+        **run.model.config.mtp.data_options,
     )
     module.allow = allow
     module.prepare("validate")

@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 from mtp_lightning.command_line import quote
 from mtp_lightning.command_line.check_config import require_prompts
-from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
@@ -34,7 +33,7 @@ from mtp_lightning.experiment.text_stream import (
     ends_at_once,
     wants_colors,
 )
-from mtp_lightning.opening import OpenedModel, open_model
+from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
 
@@ -221,7 +220,7 @@ def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> 
     defaults: dict[str, Any] = {"max_context": run.seq_len}
     drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
     if cfg.draft_vocab is None and drafts and not cfg.compile:
-        defaults["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
+        defaults["draft_vocab"] = draft_vocab_of(run.config)
     options = DecodingOptions.from_config(cfg, **defaults)
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down

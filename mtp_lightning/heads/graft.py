@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads.phases import (
@@ -39,7 +38,7 @@ from mtp_lightning.interop.agreement import (
 )
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.opening import OpenedModel, open_model, read_model
+from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model, read_model
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.settings import require_number
@@ -107,7 +106,7 @@ def _run(args: Any, output: Path) -> None:
         dtype="float32",
         max_positions=tuned.seq_len,
         shard_bytes=5 * 10**9,
-        draft_vocab=value_at(base.run_config, ("objective", "draft_vocab")),
+        draft_vocab=draft_vocab_of(base.run_config),
     )
     checkpoint = folder
     if needs_training and args.hours:

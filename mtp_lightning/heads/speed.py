@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import description, with_measured_depth
 from mtp_lightning.decoding.precision import AUTO
 from mtp_lightning.experiment.generating import open_for_decoding
+from mtp_lightning.opening import draft_vocab_of
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         opened.model.mtp.require_drafts()
         # Options, device, threads and words are generate.py's, so that it finds the measurement.
-        draft_vocab = value_at(opened.config, ("objective", "draft_vocab"))
-        options = DecodingOptions(draft_vocab=draft_vocab, max_context=opened.seq_len)
+        options = DecodingOptions(
+            draft_vocab=draft_vocab_of(opened.config), max_context=opened.seq_len
+        )
         setting = {"precision": "fp32", "head_precision": AUTO, "activations": args.activations}
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None

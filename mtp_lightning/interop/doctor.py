@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.decoding.sequence import Generation, rates
 from mtp_lightning.interop import config_reading, heads
 from mtp_lightning.interop.agreement import (
     ABOVE,
@@ -162,13 +162,14 @@ def _measure(
     assert isinstance(first.mtp, SequentialConfig)
     meant = (first.mtp.input_norm, first.mtp.concat)
     agreement = agreement_of_conventions(model, texts)
+    drafted = generate(model, prompts, max_new_tokens=new_tokens) if whole else []
     return replace(
         diagnosis,
         meant=meant,
         best=clearly_best(agreement.rights, meant),
         agreement=agreement.shares,
         constant=agreement.constant,
-        acceptance=_accepted(model, prompts, new_tokens) if whole else None,
+        acceptance=_accepted(drafted) if whole else None,
     )
 
 
@@ -183,8 +184,9 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
     return opened.tokenizer
 
 
-def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
-    return rates(generate(model, prompts, max_new_tokens=new_tokens)).get("acceptance_position_1")
+def _accepted(texts: Sequence[Generation]) -> float | None:
+    """The share of first drafts that the trunk accepts; None if there are none."""
+    return rates(texts).get("acceptance_position_1")
 
 
 def _judge(
@@ -233,9 +235,9 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     _, config, weights = describe(path)
     model = build_model(config, weights, source=str(path))
     prompts = prompts_of(model, _tokenizer(path, model))
-    generations = generate(model, prompts, max_new_tokens=new_tokens)
-    acceptance = rates(generations).get("acceptance_position_1")
-    counts = torch.tensor([i for text in generations for i in text.token_ids]).bincount()
+    texts = generate(model, prompts, max_new_tokens=new_tokens)
+    acceptance = _accepted(texts)
+    counts = torch.tensor([i for text in texts for i in text.token_ids]).bincount()
     constant = int(counts.max()) / int(counts.sum())
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)

@@ -13,7 +13,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import check_config
-from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, gguf_eagle3, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
@@ -29,7 +28,7 @@ from mtp_lightning.interop.verify import (
 from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.opening import OpenedModel, open_model
+from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
 
 
 def export(cfg: Any) -> Path:
@@ -126,7 +125,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         dtype=cfg.dtype,
         max_positions=max_positions,
         shard_bytes=int(cfg.shard_gb * 1e9),
-        draft_vocab=value_at(run.config, ("objective", "draft_vocab")),
+        draft_vocab=draft_vocab_of(run.config),
     )
     drafting = model
     if apart := cfg.layout == speculators.LAYOUT:

@@ -78,22 +78,22 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
     // With 16 registers, the sums of more rows leave none for the scales of blocks.
     constexpr int64_t ROWS = REGISTERS == 16 && Format::IN_BLOCKS ? 4 : HIGH;
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
-    constexpr bool CONVERTS = Format::SCALED || Format::IN_BLOCKS;
-    bool unpacks = CONVERTS && rows >= WORTH_UNPACKING;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
         const char* panel = weight + p * size;
-        for (int64_t i = 0; i < rows; i += unpacks ? rows : ROWS)
+        if constexpr (Format::SCALED || Format::IN_BLOCKS)  // not bf16, which is unpacked by one shift
+            if (rows >= WORTH_UNPACKING) {
+                sized<1>(1, width, [&](auto, auto v) {
+                    many_rows<Format, v.value>(x, rows, inputs, panel, out + at, outputs, left, add);
+                });
+                continue;
+            }
+        for (int64_t i = 0; i < rows; i += ROWS)
             sized<ROWS>(rows - i, width, [&](auto r, auto v) {
-                constexpr int V = v.value;
-                if constexpr (V % Format::UNIT == 0) {
-                    if (unpacks)
-                        many_rows<Format, V>(x, rows, inputs, panel, out + at, outputs, left, add);
-                    else
-                        rows_of_panel<Format, r.value, V>(x + i * inputs, inputs, panel,
-                                                          out + i * outputs + at, outputs, left, add);
-                }
+                if constexpr (v.value % Format::UNIT == 0)
+                    rows_of_panel<Format, r.value, v.value>(
+                        x + i * inputs, inputs, panel, out + i * outputs + at, outputs, left, add);
             });
     }
 }
