@@ -2,12 +2,12 @@
 
 Such a product is limited by reading the weights from memory; three rows cost as much as one. With
 the layout of ``cpp/formats.h`` the bits of a row's result do not depend on the other rows, which
-speculative decoding requires. Weights whose numbers are all bf16 are packed in bf16: half of the
-bytes without loss, since the product is computed in fp32. Weights that are integers of int8 times
-one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
-Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
-them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
-Q4_K, Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). After
+speculative decoding requires. Weights whose numbers are all bf16, or all fp16, are packed as such:
+half of the bytes without loss, since the product is computed in fp32. Weights that are integers of
+int8 times one scale per output are packed in int8, a quarter of the bytes; the product is scaled at
+its end. Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and
+Q8_0 have them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so
+are those of Q4_K, Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). After
 :func:`use_integers` products with blocks are sums of integers (``cpp/integer.h``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
@@ -38,16 +38,17 @@ class Kind(IntEnum):
     """``Kind`` of formats.h: the format of a packed weight."""
 
     FULL = 0
-    HALF = 1
+    BF16 = 1
     BYTE = 2
     BLOCKS4 = 3
     BLOCKS8 = 4
     BLOCKS4_FULL = 5
     BLOCKS8_FULL = 6
+    FP16 = 7
 
     @property
     def in_blocks(self) -> bool:
-        return self >= Kind.BLOCKS4
+        return Kind.BLOCKS4 <= self <= Kind.BLOCKS8_FULL
 
 
 # Added to the kind where products are of integers.
@@ -55,7 +56,7 @@ _INTEGER = 256
 # Outputs of whole panels for any instructions; with AVX2 a panel has 16.
 PANEL = 64
 # Formats that packing detects from the weight itself, the smallest first.
-_SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.HALF, Kind.FULL)
+_SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.BF16, Kind.FP16, Kind.FULL)
 
 
 class PackedStruct(ctypes.Structure):

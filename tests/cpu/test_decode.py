@@ -28,9 +28,11 @@ SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160,
 def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
     if kind == Kind.FULL:
         return weight
+    if kind == Kind.FP16:
+        return weight.half().float()
     layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
     layer.weight.data = weight.clone()
-    round_weights(layer, roundings_of(layer, "bf16" if kind == Kind.HALF else "int8"))
+    round_weights(layer, roundings_of(layer, "bf16" if kind == Kind.BF16 else "int8"))
     return layer.weight.data
 
 
@@ -38,7 +40,7 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
     ("shape", "kind"),
     [
         *((shape, Kind.FULL) for shape in SHAPES),
-        *((shape, kind) for shape in SHAPES[1::3] for kind in (Kind.HALF, Kind.BYTE)),
+        *((shape, kind) for shape in SHAPES[1::3] for kind in (Kind.BF16, Kind.FP16, Kind.BYTE)),
     ],
 )
 def test_products_equal_float64_and_rows_have_the_bits_of_rows_alone(shape, kind):
@@ -54,13 +56,18 @@ def test_products_equal_float64_and_rows_have_the_bits_of_rows_alone(shape, kind
         assert torch.equal(y, torch.cat([product.linear(row) for row in x.split(1)]))
 
 
-def test_products_of_bf16_weights_have_the_bits_of_fp32():
-    weight = torch.randn(130, 40).bfloat16().float()
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, Kind.BF16), (torch.float16, Kind.FP16)]
+)
+def test_products_of_weights_of_16_bits_have_the_bits_of_fp32(dtype, kind):
+    weight = torch.randn(130, 40).to(dtype).float()
     weight[3, 5], weight[7, 0] = float("inf"), -0.0
+    weight[5, 2] = 3 * torch.finfo(dtype).smallest_normal / 4  # a subnormal number
     half = packed_weight(weight)
-    weight[129, 39] += 2**-20  # bf16 cannot hold this number
+    weight[129, 39] = 1 + 2**-20  # 16 bits cannot hold this number
     full = packed_weight(weight)
-    assert (half.kind, full.kind) == (Kind.HALF, Kind.FULL)
+    assert (half.kind, full.kind) == (kind, Kind.FULL)
+    assert torch.equal(half.unpacked()[:129], weight[:129])
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
     x = torch.randn(3, 40)
     x[:, 5] = x[:, 5].abs()
@@ -102,7 +109,7 @@ def test_nan_and_infinity_reach_the_product(value, row):
         weight[7] = torch.tensor([*row[:at], value, *row[at:]])
         # BLAS leaves out some products with 0.
         expected = (torch.eye(weight.shape[1]).unsqueeze(1) * weight).sum(-1)
-        for matrix in (weight, rounded(weight, Kind.HALF)):
+        for matrix in (weight, rounded(weight, Kind.BF16)):
             y = packed_weight(matrix).linear(torch.eye(weight.shape[1]))
             torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
         int8 = rounded(weight, Kind.BYTE)

@@ -33,7 +33,7 @@ from tests.kernels import k_quants, use_library
 
 pytestmark = pytest.mark.usefixtures("built_library")
 
-PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
+PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.BF16, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

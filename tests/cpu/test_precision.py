@@ -28,7 +28,7 @@ NEW = 14
 
 # The kinds of the head and of a projection of 64 inputs.
 KINDS = {
-    "bf16": (Kind.HALF, Kind.HALF),
+    "bf16": (Kind.BF16, Kind.BF16),
     "int8": (Kind.BYTE, Kind.BYTE),
     "int4": (Kind.BYTE, Kind.BLOCKS4),
 }

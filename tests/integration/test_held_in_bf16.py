@@ -124,4 +124,4 @@ def test_a_bf16_trunk_outside_autocast_equals_the_rounded_model(name: str) -> No
     from mtp_lightning.cpu.packed import Kind, packed_copy
 
     with prepared(model):
-        assert packed_copy(weight).kind == Kind.HALF  # type: ignore[union-attr]
+        assert packed_copy(weight).kind == Kind.BF16  # type: ignore[union-attr]

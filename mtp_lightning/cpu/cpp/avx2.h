@@ -14,6 +14,9 @@ static inline Vector load_bytes(const int8_t* from) {
 static inline Vector load_fp16(const char* from) {
     return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
+static inline void store_fp16(char* to, Vector x) {
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, 0));
+}
 
 // Stores the low bytes of integers.
 static inline void store_bytes(int8_t* to, Whole x) {

@@ -14,6 +14,9 @@ static inline Vector load_bytes(const int8_t* from) {
 static inline Vector load_fp16(const char* from) {
     return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
+static inline void store_fp16(char* to, Vector x) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, 0));
+}
 
 // Stores the low bytes of integers.
 static inline void store_bytes(int8_t* to, Whole x) {

@@ -12,7 +12,7 @@
 constexpr int64_t PANEL = WIDE;
 
 // The formats of a packed weight.
-enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL };
+enum Kind : int64_t { FULL, BF16, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL, FP16 };
 // Added to the kind of a weight in blocks whose products are of integers (integer.h).
 constexpr int64_t INTEGER = 256;
 
@@ -57,7 +57,7 @@ struct Full {
 
 // bf16: a vector holds 2 LANES numbers, output i in the lower half and output i + LANES in the upper half
 // of a lane.
-struct Half16 {
+struct Bf16 {
     static constexpr int UNIT = 2;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
@@ -69,6 +69,24 @@ struct Half16 {
                 prefetch(panel + v * sizeof(Vector));
                 Whole pair = load_whole(panel + v * sizeof(Vector));
                 weight[2 * v] = lower_half(pair), weight[2 * v + 1] = upper_half(pair);
+            });
+            body(k, weight);
+        }
+    }
+};
+
+// fp16. A panel's next numbers are prefetched by the line, of 64 bytes.
+struct Fp16 {
+    static constexpr int UNIT = 1;
+    static constexpr bool SCALED = false, IN_BLOCKS = false;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
+        for (int64_t k = 0; k < inputs; k++, panel += V * LANES * 2) {
+            Vector weight[V];
+            times<V>(BODY(int v) {
+                if (v % 2 == 0) prefetch(panel + v * LANES * 2);
+                weight[v] = load_fp16(panel + v * LANES * 2);
             });
             body(k, weight);
         }
@@ -170,12 +188,13 @@ template <typename Body>
 static inline auto as_format(int64_t kind, Body body) {
     switch (kind & ~INTEGER) {
         case FULL: return body(Full{});
-        case HALF: return body(Half16{});
+        case BF16: return body(Bf16{});
         case BYTE: return body(Byte{});
         case BLOCKS4: return body(Blocks4{});
         case BLOCKS8: return body(Blocks8{});
         case BLOCKS4_FULL: return body(Blocks4Full{});
-        default: return body(Blocks8Full{});
+        case BLOCKS8_FULL: return body(Blocks8Full{});
+        default: return body(Fp16{});
     }
 }
 

@@ -60,11 +60,11 @@ static bool halves(const float* numbers, int64_t n) {
 }
 
 // Packs in bf16, if bf16 represents all numbers exactly.
-static bool pack(Half16, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+static bool pack(Bf16, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
     if (!halves(weight, packed ? outputs * inputs : inputs)) return false;
     if (!packed) return true;
     const Whole upper = (int32_t)0xffff0000 - (Whole){};
-    for_panels<Half16>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
+    for_panels<Bf16>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         for (int64_t j = 0; j < width; j += 2 * LANES)
             for (int64_t k = 0; k < inputs; k += LANES) {
                 Vector first[LANES], second[LANES];
@@ -75,6 +75,29 @@ static bool pack(Half16, const float* weight, char* packed, int64_t outputs, int
                     store((float*)((uint16_t*)panel + (k + i) * width + j),
                           (Vector)(low | ((Whole)second[i] & upper)));
                 }
+            }
+    });
+    return true;
+}
+
+// Packs in fp16, if fp16 represents all numbers exactly.
+static bool pack(Fp16, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    Whole lost = {};
+    columns(packed ? outputs * inputs : inputs, [&](int64_t at, int64_t n) {
+        Vector number = take(weight + at, n);
+        char half[2 * LANES];
+        store_fp16(half, number);
+        lost |= load_fp16(half) != number;  // also true for NaN
+    });
+    if (any(lost)) return false;
+    if (!packed) return true;
+    for_panels<Fp16>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
+        for (int64_t j = 0; j < width; j += LANES)
+            for (int64_t k = 0; k < inputs; k += LANES) {
+                Vector rows[LANES];
+                tile_of(weight, outputs, inputs, at + j, k, rows);
+                for (int64_t i = 0; i < LANES && k + i < inputs; i++)
+                    store_fp16(panel + ((k + i) * width + j) * 2, rows[i]);
             }
     });
     return true;
