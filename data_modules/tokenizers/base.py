@@ -65,7 +65,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids (a sequence, array or tensor of ints)."""
+        """Text of ids (a sequence, array or tensor of ints); bytes that are not UTF-8 become
+        U+FFFD, and a special token its name."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -82,10 +83,8 @@ class Tokenizer(ABC):
         return self.state()
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes of the text that each id stands for, by id; a special token has its name.
-
-        A token of a byte-level tokenizer may be part of a character. Unused ids are empty.
-        """
+        """The bytes of the text that each id stands for, by id: the name of a special token, none
+        for an unused id. They may be part of a character."""
         return bytes_of_pieces(self.library_json(), self.vocab_size)
 
     def text_bytes(self) -> list[bytes]:
@@ -108,9 +107,9 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """The ids of a text that a model continues: after the tokens that the tokenizer puts before
-        every text, such as Llama's beginning-of-text token, and with names of special tokens read
-        as these, as other programs read a prompt."""
+        """The ids of a text that a model continues, as other programs read a prompt: after the
+        beginning-of-text tokens, if there are any, and with names of special tokens read as
+        these."""
         return self.encode(text)
 
     def without_beginning(self) -> Tokenizer:
@@ -135,8 +134,8 @@ class Tokenizer(ABC):
         return {}
 
     def generation_config(self) -> dict[str, Any]:
-        """The content of a generation_config.json, which says to other programs what ends a text,
-        and for a model that came with such a file how it is sampled."""
+        """The content of a generation_config.json: the ids that end a text, and for a model that
+        came with such a file how it is sampled."""
         ends = list(self.end_ids)
         end = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
         return {"do_sample": False, **self.special_ids(), **end}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
-from data_modules.tokenizers.library import library_tokenizer, quiet_forks
+from data_modules.tokenizers.library import decode, library_tokenizer, quiet_forks
 from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre_tokenizer
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
@@ -27,10 +27,8 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE: every text survives the round trip, and equal texts give equal merges.
 
     Id 0 is the end-of-text token, then come the 256 bytes, then merges in the order of training.
-
-    A corpus repeats its words, so the library encodes each distinct word once, and numpy gathers
-    the ids of a text: faster on two cores than the library's own threads, with the same ids (a test
-    compares them).
+    The library encodes each distinct word of a corpus once, and numpy gathers the ids of a text:
+    faster on two cores than the library's own threads, with the same ids (a test compares them).
 
     Args:
         vocab_size: number of ids to train to, end-of-text included; a small corpus may have fewer
@@ -105,11 +103,6 @@ class BPETokenizer(Tokenizer):
         return int(self._library.get_vocab_size())
 
     def encode(self, text: str) -> np.ndarray:
-        """``[n]`` int64 ids.
-
-        Raises:
-            UserError: if the tokenizer is not trained.
-        """
         library = self._library
         with self._one_at_a_time:
             numbers, new = self._words.split(text)
@@ -127,29 +120,21 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD, and end of text becomes its name."""
-        array = np.asarray(ids, dtype=np.int64).reshape(-1)
-        return str(self._library.decode(array.tolist(), skip_special_tokens=False))
+        return decode(self._library, ids)
 
     def spec(self) -> dict[str, Any]:
         if self._json is not None:
             return {"kind": self.kind, "content": self.fingerprint()}
-        return {
-            "kind": self.kind,
-            "vocab_size": self.requested_vocab_size,
-            "train_bytes": self.train_bytes,
-            "pattern": PATTERN,
-        }
+        return {**self._options(), "pattern": PATTERN}
 
     def state(self) -> dict[str, Any]:
         if self._json is None:
             raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
-        return {
-            "kind": self.kind,
-            "vocab_size": self.requested_vocab_size,
-            "train_bytes": self.train_bytes,
-            "tokenizer_json": self._json,
-        }
+        return {**self._options(), "tokenizer_json": self._json}
+
+    def _options(self) -> dict[str, Any]:
+        sizes = {"vocab_size": self.requested_vocab_size, "train_bytes": self.train_bytes}
+        return {"kind": self.kind, **sizes}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> BPETokenizer:

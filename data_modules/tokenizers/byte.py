@@ -26,7 +26,6 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD, and end of text becomes its name."""
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         ends = np.flatnonzero(array == self.eot_id)
         pieces = np.split(array, ends)
@@ -42,10 +41,9 @@ class ByteTokenizer(Tokenizer):
         """A byte-level BPE without merges, so that the library gives every byte its own id."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         vocab = {printable(byte): byte for byte in range(256)}
         library = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        library.pre_tokenizer = byte_level
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         library.decoder = decoders.ByteLevel()
         library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return str(library.to_str())

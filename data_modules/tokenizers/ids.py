@@ -15,15 +15,8 @@ from mtp_lightning.stored import LARGEST_VOCAB
 
 
 class IdTokenizer(Tokenizer):
-    """Reads and writes ids as numbers separated by spaces; their text is unknown.
-
-    Args:
-        vocab_size: number of ids.
-        eot_id: id that ends a document.
-
-    Raises:
-        UserError: for numbers out of range.
-    """
+    """Reads and writes ids as numbers separated by spaces; their text is unknown. Refuses numbers
+    out of range, and any other text."""
 
     kind: ClassVar[str] = "ids"
     reads_text = False
@@ -44,11 +37,6 @@ class IdTokenizer(Tokenizer):
         return self._eot_id
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids from numbers separated by white space.
-
-        Raises:
-            UserError: if the text holds anything else.
-        """
         words = text.split()
         for word in words:
             # Python refuses to read a number of thousands of digits.
@@ -65,7 +53,6 @@ class IdTokenizer(Tokenizer):
         return "".join(f" {i}" for i in np.asarray(ids, np.int64).reshape(-1).tolist())
 
     def token_bytes(self) -> list[bytes]:
-        """Empty for every id, since no text is known."""
         return [b""] * self.vocab_size
 
     def library_json(self) -> str:

@@ -13,8 +13,10 @@ import os
 import re
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
@@ -27,11 +29,8 @@ _WRITTEN: deque[tuple[str, Any]] = deque(maxlen=2)
 
 
 def library_tokenizer(text: str, *, source: object) -> Any:
-    """A tokenizer of the library, without padding and truncation.
-
-    Args:
-        text: content of a ``tokenizer.json``.
-        source: where it comes from, for messages.
+    """A tokenizer of the library, without padding and truncation, from the text of a
+    ``tokenizer.json``; ``source`` says where it comes from.
 
     Raises:
         UserError: if it is not a tokenizer, or would use all memory.
@@ -68,6 +67,12 @@ def quiet_forks() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+def decode(library: Any, ids: Sequence[int] | np.ndarray) -> str:
+    """Text of ids by a tokenizer of the library, with the names of special tokens."""
+    numbers = np.asarray(ids, np.int64).reshape(-1).tolist()
+    return str(library.decode(numbers, skip_special_tokens=False))
+
+
 def word_level_json(ids: dict[str, int], eot_token: str) -> str:
     """The ``tokenizer.json`` of words that are separated by white space."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -79,15 +84,8 @@ def word_level_json(ids: dict[str, int], eot_token: str) -> str:
 
 
 def _check(content: Any) -> None:
-    _require_numbers(content)
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        growth = math.prod(map(_growth, _steps(content.get(part))))
-        if growth > LARGEST_GROWTH:
-            raise ValueError(f"its {part} makes a text {growth:,} times as long")
-
-
-def _require_numbers(content: Any) -> None:
-    """Refuses ids and counts too large for a vocabulary: the library allocates a table as large."""
+    """Refuses ids and counts too large for a vocabulary, since the library allocates a table as
+    large, and steps that make a text too long."""
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     todo: list[Any] = [content]
@@ -102,6 +100,10 @@ def _require_numbers(content: Any) -> None:
     for number in _ids(content):
         if not 0 <= number < LARGEST_VOCAB:
             raise ValueError(f"it has the id {number:,}, and at most {LARGEST_VOCAB:,} are read")
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = math.prod(map(_growth, _steps(content.get(part))))
+        if growth > LARGEST_GROWTH:
+            raise ValueError(f"its {part} makes a text {growth:,} times as long")
 
 
 def _ids(content: dict[str, Any]) -> Iterator[int]:
@@ -142,12 +144,8 @@ def printable(byte: int) -> str:
 
 
 def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
-    """The bytes of every id of a tokenizer of the library.
-
-    Args:
-        library_json: its ``tokenizer.json``.
-        vocab_size: length of the list; unused ids are empty.
-    """
+    """The bytes of ids 0 .. ``vocab_size`` - 1 of a tokenizer of the library, by its
+    ``tokenizer.json``; unused ids are empty."""
     library = library_tokenizer(library_json, source="the tokenizer")
     added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
     byte_level = "ByteLevel" in json.dumps(json.loads(library_json).get("decoder"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_modules.digests import digest
 from data_modules.tokenizers.base import Tokenizer
-from data_modules.tokenizers.library import library_tokenizer, written
+from data_modules.tokenizers.library import decode, library_tokenizer, written
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import kept_json, special_token
@@ -39,8 +39,7 @@ BESIDE = (CONFIG, "chat_template.jinja", "special_tokens_map.json", GENERATION)
 class PretrainedTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library.
 
-    Whether a text survives the round trip depends on that tokenizer. Special tokens are never
-    added, and their names in a text are text.
+    Whether a text survives the round trip depends on that tokenizer.
 
     Args:
         path: a ``tokenizer.json``, a folder that holds one, or a name on the Hugging Face hub.
@@ -67,8 +66,7 @@ class PretrainedTokenizer(Tokenizer):
     @cached_property
     def _library(self) -> Any:
         library, self.beside = _read(self.path)
-        config_eot = special_token(self.beside, "eos_token")
-        return self._adopted(library, self.eot_token or config_eot)
+        return self._adopted(library, self.eot_token or special_token(self.beside, "eos_token"))
 
     def _adopted(self, library: Any, eot_token: str | None) -> Any:
         """The library's tokenizer, after its end-of-text token was found."""
@@ -117,10 +115,9 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        first, config_ends = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
-        ends = config_ends if isinstance(config_ends, list) else [config_ends]
-        ids = range(self.vocab_size)
-        known = [end for end in ends if is_whole(end) and end in ids]
+        first, ends = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        known = [end for end in ends if is_whole(end) and end in range(self.vocab_size)]
         if unknown := [end for end in ends if end is not None and end not in known]:
             log.warning("eos_token_id of %s: %s is not in the tokenizer", GENERATION, unknown)
         return tuple(dict.fromkeys([first, *known]))
@@ -180,8 +177,7 @@ class PretrainedTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        array = np.asarray(ids, dtype=np.int64).reshape(-1)
-        return str(self._library.decode(array.tolist(), skip_special_tokens=False))
+        return decode(self._library, ids)
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "content": self.fingerprint()}
@@ -195,13 +191,9 @@ class PretrainedTokenizer(Tokenizer):
 
     def _ids_state(self) -> dict[str, Any]:
         """The part of the state that determines the ids."""
-        text = written(self._library)
-        return {
-            "kind": self.kind,
-            "path": self.path,
-            "eot_token": self.eot_token,
-            "tokenizer_json": text,
-        }
+        text = written(self._library)  # first, since reading the file sets eot_token
+        state = {"kind": self.kind, "path": self.path, "eot_token": self.eot_token}
+        return {**state, "tokenizer_json": text}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PretrainedTokenizer:

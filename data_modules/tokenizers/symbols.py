@@ -13,13 +13,9 @@ from mtp_lightning.errors import UserError
 
 
 class SymbolTokenizer(Tokenizer):
-    """One id per symbol; the first symbol is the end of a text.
-
-    Decoding writes a space before every symbol, so that texts can be concatenated.
-
-    Args:
-        symbols: distinct symbols without white space, by id.
-    """
+    """One id per symbol (distinct ones without white space, by id); the first is the end of a text.
+    Refuses any other text. Decoding writes a space before every symbol, so that texts can be
+    concatenated."""
 
     kind: ClassVar[str] = "symbols"
     eot_id = 0
@@ -37,11 +33,6 @@ class SymbolTokenizer(Tokenizer):
         return len(self.symbols)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of symbols separated by white space.
-
-        Raises:
-            UserError: if the text holds anything else.
-        """
         symbols = text.split()
         for symbol in symbols:
             if symbol not in self._ids:
