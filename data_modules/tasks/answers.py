@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property
+from itertools import compress
 from typing import TypeVar
 
 import numpy as np
@@ -36,8 +37,7 @@ class AnswerSet:
     Attributes:
         task: the task, or an out-of-distribution variant of it.
         n: number of examples, >= 1.
-        depth: D of the model that answers.
-        stride: s of its depths.
+        depth: D of the model that answers, and ``stride`` its s.
         trained: its training windows; None for a set from another distribution.
     """
 
@@ -53,19 +53,14 @@ class AnswerSet:
 
     @cached_property
     def baselines(self) -> dict[str, float]:
-        """Values to compare exact match with, by name: ``chance``, and those of
-        :func:`baselines`."""
+        """Values to compare exact match with: ``chance``, and those of :func:`baselines`."""
         scores = {"chance": self.task.chance}
         if self.trained is not None:
             scores |= baselines(self.task, self.examples, self.trained.read(0, TRIED))
         return scores
 
     def measures(self, d_model: int) -> Sequence[TaskMeasure]:
-        """The task's metrics besides exact match, new and empty.
-
-        Args:
-            d_model: width of the model that answers.
-        """
+        """The metrics of :meth:`Task.measures`, new and empty."""
         return self.task.measures(n=self.n, d_model=d_model, training=self.training)
 
     @cached_property
@@ -77,18 +72,13 @@ class AnswerSet:
         return cache(lambda: [example.answer for example in windows.read(0, n)])
 
     def uniforms(self, numbers: np.ndarray, width: int) -> Tensor:
-        """Random numbers to draw the tokens of answers with, [B, W] float64 in [0, 1).
-
-        Args:
-            numbers: numbers of the examples; each has its own stream, from the task's seed.
-            width: W of their batch, which does not change the numbers.
-        """
+        """Random numbers to draw the tokens of answers with, [B, W] float64 in [0, 1). Each example
+        has its own stream, from the task's seed, which does not depend on the width W."""
         rows = [self.task.draws(SAMPLES + i).uniform(width) for i in numbers.tolist()]
         return torch.from_numpy(np.stack(rows))
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The examples, by index."""
         return [self.task.example(i) for i in range(self.n)]
 
     @cached_property
@@ -108,26 +98,19 @@ class AnswerSet:
         """
         examples = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in examples) + self.task.longest_answer
-        tokens, scored, _ = lay_out([[e] for e in examples], longest + self.stride * self.depth)
+        tokens, scored, _ = map(
+            torch.from_numpy,
+            lay_out([[e] for e in examples], longest + self.stride * self.depth),
+        )
         if self.task.ends:
             for row, example in enumerate(examples):
                 start = len(example.prompt)
                 scored[row, start : start + self.task.longest_answer] = True
-        return WindowBatch(
-            torch.from_numpy(tokens),
-            self.depth,
-            scored=torch.from_numpy(scored),
-            stride=self.stride,
-        )
+        return WindowBatch(tokens, self.depth, scored=scored, stride=self.stride)
 
     def answer_positions(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
-        """For each token of a :meth:`batch`, its index among the asked tokens of its answer, and
-        the number of its group, both [B, W] int64 and -1 elsewhere.
-
-        Args:
-            numbers: numbers of the examples.
-            width: W of their batch.
-        """
+        """For each token of a :meth:`batch` of width W, its index among the asked tokens of its
+        answer, and the number of its group, both [B, W] int64 and -1 elsewhere."""
         number = {name: i for i, name in enumerate(self.group_names)}
         position_BW = torch.full((len(numbers), width), -1)
         group_BW = torch.full_like(position_BW, -1)
@@ -141,17 +124,11 @@ class AnswerSet:
         return position_BW, group_BW
 
     def right(self, numbers: np.ndarray, answers_BW: Tensor) -> Tensor:
-        """Which answers are right, [B] bool, by the task's own check.
-
-        Args:
-            numbers: numbers of the examples.
-            answers_BW: their windows with the model's answers.
-        """
-        is_right = []
-        for i, row in zip(numbers.tolist(), answers_BW.tolist(), strict=True):
-            prompt = self.examples[i].prompt
-            is_right.append(self.task.check(prompt, self.answer(i, row)))
-        return torch.tensor(is_right)
+        """Which answers, in the windows of these examples, are right by the task's own check: [B]
+        bool."""
+        rows = zip(numbers.tolist(), answers_BW.tolist(), strict=True)
+        check, examples = self.task.check, self.examples
+        return torch.tensor([check(examples[i].prompt, self.answer(i, row)) for i, row in rows])
 
     def answer(self, number: int, row: list[int]) -> list[int]:
         """The answer in a window, up to its end."""
@@ -172,12 +149,7 @@ def baselines(
     - the majority: training's most frequent token at each position;
     - a table: training's most frequent answer to the same question, else the constant.
 
-    Given tokens are read, as a model reads them.
-
-    Args:
-        task: the task, which checks answers.
-        examples: validation examples, at least one.
-        training: training examples, at least one.
+    Given tokens are read, as a model reads them. There is at least one example of each kind.
     """
     contents = {task.content(example) for example in training}
     answers = [_asked_tokens(example) for example in training]
@@ -205,8 +177,7 @@ def baselines(
 
 
 def _asked_tokens(example: Example) -> tuple[int, ...]:
-    """The asked tokens of an answer."""
-    return tuple(t for t, is_asked in zip(example.answer, example.asked, strict=True) if is_asked)
+    return tuple(compress(example.answer, example.asked))
 
 
 def _is_right(task: Task, example: Example, tokens: Sequence[int]) -> bool:

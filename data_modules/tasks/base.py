@@ -58,7 +58,7 @@ class Example:
     @property
     def asked(self) -> list[bool]:
         """Which tokens of the answer the model has to predict."""
-        return [True] * len(self.answer) if self.given is None else [not g for g in self.given]
+        return [not given for given in self.given or [False] * len(self.answer)]
 
 
 def question_of(example: Example) -> tuple[int | None, ...]:
@@ -69,12 +69,8 @@ def question_of(example: Example) -> tuple[int | None, ...]:
 
 
 class Draws:
-    """The random numbers of one example, from raw Philox, whose stream numpy promises to keep.
-
-    Args:
-        key: key of the task's seed.
-        index: index of the example; its numbers overlap with no other example's.
-    """
+    """The random numbers of the example ``index``, from raw Philox, whose stream numpy promises to
+    keep. They overlap with no other example's. ``key`` comes from the task's seed."""
 
     def __init__(self, key: np.ndarray, index: int) -> None:
         counter = np.array([0, 0, index & _WORD, index >> 64], dtype=np.uint64)
@@ -118,9 +114,8 @@ def option(
 
     Args:
         default: the field's default.
-        check: a function of :mod:`mtp_lightning.settings`.
+        check: a function of :mod:`mtp_lightning.settings`, and ``bounds`` its further arguments.
         null: the meaning of None, which is then allowed, for messages.
-        bounds: further arguments of ``check``.
     """
     return field(default=default, metadata={"check": partial(check, **bounds), "null": null})
 
@@ -205,11 +200,9 @@ class Task(ABC):
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[TaskMeasure]:
-        """Metrics of a model besides exact match, and the outputs that they need.
+        """Metrics besides exact match on examples 0 .. n - 1, for a model of width ``d_model``.
 
         Args:
-            n: number of examples, 0 .. n - 1, that they are computed on.
-            d_model: width of the model.
             training: the answers of a fixed training set, if there is one.
         """
         return ()
@@ -221,8 +214,7 @@ class Task(ABC):
 
     def show(self, ids: Sequence[int]) -> str:
         """A sequence as text for people."""
-        symbols = self.symbols
-        return " ".join(symbols[i] for i in ids)
+        return " ".join(self.symbols[i] for i in ids)
 
     def draws(self, index: int) -> Draws:
         """The random numbers of an example."""
@@ -237,7 +229,6 @@ class Task(ABC):
         return {"name": self.name, **asdict(self)}
 
     def fingerprint(self) -> str:
-        """Hex digest of :meth:`spec`."""
         return digest(sorted(self.spec().items()))
 
 

@@ -55,8 +55,7 @@ class Countdown(Task):
     def chance(self) -> float:
         """Exact match of random expressions, which combine two random operands by a random operator
         until one is left; over 4,096 tries."""
-        tries = 4096
-        return sum(self._guess(i) for i in range(tries)) / tries
+        return sum(map(self._guess, range(4096))) / 4096
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
@@ -125,13 +124,12 @@ def _evaluate(tokens: Sequence[int]) -> int | None:
     """The value of a postfix expression; None if it is invalid or leaves the positive numbers."""
     stack: list[int] = []
     for token in tokens:
-        if token not in OPERATORS:
-            stack.append(_number(token))
-            continue
-        if len(stack) < 2:
-            return None
-        b, a = stack.pop(), stack.pop()
-        value = _apply(token, a, b)
+        value: int | None = _number(token)
+        if token in OPERATORS:
+            if len(stack) < 2:
+                return None
+            b, a = stack.pop(), stack.pop()
+            value = _apply(token, a, b)
         if value is None:
             return None
         stack.append(value)

@@ -31,7 +31,6 @@ class TaskDataModule(WindowDataModule):
             symbols.
         seq_len: T; None for the length of the longest example. A longer window holds several
             examples, none of which sees the others.
-        batch_size: windows of a micro-batch on one rank.
         examples: size of the training set; None for fresh examples without end.
         eval_examples: size of the validation set, and of each out-of-distribution set.
         train_prompt: whether prompts are trained too.
@@ -112,7 +111,6 @@ class TaskDataModule(WindowDataModule):
 
     @cached_property
     def evaluation(self) -> TaskWindows:
-        """The validation set in this model's windows."""
         return TaskWindows(self.task, **self.cut, first=0, examples=self.eval_examples)
 
     @cached_property
@@ -120,13 +118,10 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
+        options: dict[str, Any] = {"depth": self.depth, "stride": self.stride}
         return {
             name: AnswerSet(
-                task,
-                self.eval_examples,
-                depth=self.depth,
-                stride=self.stride,
-                trained=None if name else self.training,
+                task, self.eval_examples, trained=None if name else self.training, **options
             )
             for name, task in tasks.items()
         }
@@ -140,8 +135,7 @@ class TaskDataModule(WindowDataModule):
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Validation prompts whose answers have the full length, each with the given tokens before
-        its answer. Arguments and errors are those of :class:`WindowDataModule`, except that
-        ``length`` is ignored: a question has its own length."""
+        its answer. ``length`` is ignored: a question has its own length."""
         answer_length = self.answer_length
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
@@ -166,15 +160,13 @@ class TaskDataModule(WindowDataModule):
 
     def evaluation_summary(self) -> dict[str, Any]:
         """``fingerprint`` of the validation set, its ``examples`` and its asked ``tokens``."""
-        validation = self.answer_sets[""]
         return {
             "fingerprint": digest(self.task.fingerprint(), self.eval_examples),
             "examples": self.eval_examples,
-            "tokens": sum(sum(example.asked) for example in validation.examples),
+            "tokens": sum(sum(example.asked) for example in self.answer_sets[""].examples),
         }
 
     def summary(self) -> dict[str, Any]:
-        """The task, its options, and the sizes of its sets."""
         return {
             "task": self.task.spec(),
             "tokenizer": {"kind": self._tokenizer.kind, "vocab_size": self._tokenizer.vocab_size},

@@ -75,9 +75,7 @@ class Group(HeldOutTask):
 
     @cached_property
     def chance(self) -> float:
-        """Exact match of random elements."""
-        lengths = self.all_sizes if self.running else [1]
-        return self.guess(len(ELEMENTS), lengths)
+        return self.guess(len(ELEMENTS), self.all_sizes if self.running else [1])
 
     def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
         deciding = min(self.length, 8 if self.generators == "two" else 2)

@@ -33,8 +33,8 @@ class HeldOutTask(Task):
     Attributes:
         sizes: the options with the least and the largest size; all sizes are equally frequent.
         larger: name of the test set with up to twice the largest size.
-        held_out: n >= 2; one question in n is for validation, and all others are for training. None
-            uses one stream for both, as in runs that were stored without this key.
+        held_out: n >= 2; one question in n is for validation, all others for training. None uses
+            one stream for both, as in runs that were stored without this key.
     """
 
     sizes: ClassVar[tuple[str, str]]
@@ -54,11 +54,6 @@ class HeldOutTask(Task):
         least, largest = (getattr(self, name) for name in self.sizes)
         return range(least, largest + 1)
 
-    def draw(self, draws: Draws) -> Example:
-        """An example from the next random numbers."""
-        sizes = self.all_sizes
-        return self.of_size(sizes[draws.below(len(sizes))], draws)
-
     @abstractmethod
     def of_size(self, size: int, draws: Draws) -> Example:
         """An example of this size from the next random numbers."""
@@ -73,13 +68,10 @@ class HeldOutTask(Task):
         Raises:
             UserError: if there is none, because the questions are too few to divide.
         """
-        draws = self.draws(index)
-        if self.held_out is None:
-            return self.draw(draws)
-        for_validation = index < 1 << TRAINING
-        for _ in range(_TRIES * self.held_out):
-            example = self.draw(draws)
-            if self.is_held_out(example.prompt) == for_validation:
+        draws, sizes, for_validation = self.draws(index), self.all_sizes, index < 1 << TRAINING
+        for _ in range(_TRIES * (self.held_out or 1)):
+            example = self.of_size(sizes[draws.below(len(sizes))], draws)
+            if self.held_out is None or self.is_held_out(example.prompt) == for_validation:
                 return example
         split = "validation" if for_validation else "training"
         raise UserError(
@@ -101,8 +93,7 @@ class HeldOutTask(Task):
         return {self.larger: replace(self, held_out=None, **{least: most + 1, largest: 2 * most})}
 
     def spec(self) -> dict[str, Any]:
-        """As in :class:`Task`; without the option if nothing is held out, as before there was
-        one."""
+        """Without ``held_out`` if nothing is held out, as before there was this option."""
         spec = super().spec()
         if self.held_out is None:
             del spec["held_out"]

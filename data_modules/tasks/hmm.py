@@ -14,6 +14,7 @@ Shapes: T tokens, S states, M symbols.
 from __future__ import annotations
 
 from bisect import bisect
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,28 +76,22 @@ class HMM(Task):
         # Counted by the set of states that the process may be in, since there are few such sets.
         ways = {(True,) * len(self.stationary): 1}
         for _ in range(self.length):
-            next_ways: dict[tuple[bool, ...], int] = {}
+            next_ways: Counter[tuple[bool, ...]] = Counter()
             for states, n in ways.items():
                 for table in self.transitions > 0:
-                    next_states = tuple(table[list(states)].any(0).tolist())
-                    next_ways[next_states] = next_ways.get(next_states, 0) + n
+                    next_ways[tuple(table[list(states)].any(0).tolist())] += n
             ways = {states: n for states, n in next_ways.items() if any(states)}
         return sum(ways.values()) / len(self.transitions) ** self.length
 
     def beliefs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Distribution over states after each token, by Bayes' rule from the stationary one.
-
-        Args:
-            tokens: ``[.., T]`` ids, as in a window; only symbols of the process carry information.
-
-        Returns:
-            ``[.., T, S]`` float64; NaN from the first token that the process could not produce.
-        """
+        """``[.., T, S]`` float64 distribution over states after each token, by Bayes' rule from the
+        stationary one; NaN from the first token that the process could not produce. In ``[.., T]``
+        ids, as in a window, only symbols of the process carry information."""
         return self._filter(tokens)[0]
 
     def surprisals(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``[.., T]`` float64 nats of each token given those before it: the least expected loss.
-        0 for ids that are not symbols of the process; see :meth:`beliefs`."""
+        """``[.., T]`` float64 nats of each token given those before it: the least expected loss;
+        0 for ids that are not symbols of the process."""
         return self._filter(tokens)[1]
 
     def example(self, index: int) -> Example:
@@ -127,11 +122,8 @@ class HMM(Task):
     ) -> Sequence[TaskMeasure]:
         """``belief_r2`` of an affine probe from states to beliefs; ``surprisal``, the process's own
         loss on the same symbols as the model's; and the model's ``excess_loss`` over it."""
-        size = len(self.stationary)
-        return (
-            AffineProbe("belief_r2", self.beliefs, size=size, d_model=d_model),
-            Excess(self.surprisals),
-        )
+        probe = AffineProbe("belief_r2", self.beliefs, size=len(self.stationary), d_model=d_model)
+        return (probe, Excess(self.surprisals))
 
     def _filter(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(tokens)

@@ -138,12 +138,8 @@ class Induction(Task):
         *ended, rest = map(tuple, sentences)
         ends: dict[int, int] = {}
         consistent = all(ends.setdefault(a, b) == b for a, b in pairwise(answer) if self._begins(a))
-        return (
-            consistent
-            and not rest
-            and len(ended) == self.sentences
-            and set(ended) <= set(SENTENCES)
-        )
+        complete = not rest and len(ended) == self.sentences
+        return consistent and complete and set(ended) <= set(SENTENCES)
 
     def variants(self) -> dict[str, Task]:
         """Twice as many sentences."""
@@ -152,11 +148,9 @@ class Induction(Task):
     def groups(self, example: Example) -> Sequence[str]:
         """The distance in tokens to the previous mention of the name."""
         names, last = [""], dict[int, int]()
-        for position, (token, is_asked) in enumerate(
-            zip(example.answer, example.asked[1:], strict=False)
-        ):
-            names.append(f"distance_{log_bucket(position - last[token])}" if is_asked else "")
-            last[token] = position
+        for i, (token, is_asked) in enumerate(zip(example.answer, example.asked[1:], strict=False)):
+            names.append(f"distance_{log_bucket(i - last[token])}" if is_asked else "")
+            last[token] = i
         return names
 
     def _begins(self, token: int) -> bool:

@@ -46,12 +46,7 @@ class TaskMeasure(Metric, ABC):
 
     @abstractmethod
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
-        """Counts some examples.
-
-        Args:
-            numbers: numbers of the examples, [B] from 0.
-            outputs: the model's outputs for them.
-        """
+        """Counts the examples of these numbers, [B] from 0, by the model's outputs for them."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -87,7 +82,8 @@ class SampledAnswers(TaskMeasure):
 
 
 LEAST = 1e-4
-"""Least singular value that a probe uses, relative to the largest."""
+"""Least singular value that a probe uses, relative to the largest; smaller ones are rounding, which
+differs between batches."""
 
 
 class AffineProbe(TaskMeasure):
@@ -95,14 +91,11 @@ class AffineProbe(TaskMeasure):
     some target: fitted on the examples of even number, scored on the others.
 
     It is ``1 - sum |y - fit|^2 / sum |y - mean y|^2`` over all components and scored positions of
-    the scored examples, with their own mean of y. Only sums are kept. Directions in which states
-    vary by less than :data:`LEAST` of their largest variation are left out: this is rounding, which
-    differs between batches.
+    the scored examples, with their own mean of y. Only sums are kept.
 
     Args:
         name: name of the value.
-        wanted: maps tokens [B, W] to the target [B, W, S] after each of them.
-        size: S.
+        wanted: maps tokens [B, W] to the target [B, W, S] after each of them; ``size`` is S.
         d_model: C.
     """
 
@@ -153,11 +146,7 @@ class AffineProbe(TaskMeasure):
 
 
 class Means(TaskMeasure):
-    """Means of several values, each over the items for which it is defined.
-
-    Args:
-        names: names of the values.
-    """
+    """Means of the named values, each over the items for which it is defined."""
 
     sums: Tensor
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import ClassVar
 
 import numpy as np
@@ -105,14 +106,11 @@ class MQAR(Task):
     def groups(self, example: Example) -> Sequence[str]:
         """The distance in tokens from a query to the previous occurrence of its key."""
         last = {key: 2 * i for i, key in enumerate(example.prompt[:-1:2])}
-        names = []
-        for i, is_asked in enumerate(example.asked):
-            query = len(example.prompt) + i - 1
-            names.append("")
-            if is_asked:
-                key = example.answer[i - 1]
-                names[-1] = f"distance_{log_bucket(query - last[key])}"
-                last[key] = query
+        names = [""] * len(example.answer)
+        for i in compress(range(len(names)), example.asked):
+            query, key = len(example.prompt) + i - 1, example.answer[i - 1]
+            names[i] = f"distance_{log_bucket(query - last[key])}"
+            last[key] = query
         return names
 
     @cached_property

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -30,7 +31,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_choice, require_number
 
 EQUALS = 1
-"""Id of the equals sign, between END and FIRST."""
 EXTRA = 4
 """Steps by which a detour may exceed the longest shortest path."""
 
@@ -71,7 +71,6 @@ class Navigation(Task):
 
     @cached_property
     def world(self) -> Graph:
-        """The graph of all examples."""
         draws, n = self.draws(ONCE), self.nodes
         if self.graph == "street":
             return Graph(street(draws, n, self.density))
@@ -166,13 +165,11 @@ class Navigation(Task):
                 if other != avoided and other not in onward:
                     onward[other] = node
                     reached.append(other)
-        if start not in onward:
-            return path
         detour = [start]
-        while detour[-1] != goal:
+        while detour[-1] in onward and detour[-1] != goal:
             detour.append(onward[detour[-1]])
-        return detour if len(detour) <= self.longest_answer else path
+        return detour if detour[-1] == goal and len(detour) <= self.longest_answer else path
 
     def _written(self, goal: int, path: list[int]) -> Example:
-        steps = [self.world.step_id(b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
+        steps = [self.world.step_id(b - a) for a, b in pairwise(path)]
         return Example([FIRST + path[0], FIRST + goal, EQUALS], [*steps, END])

@@ -19,17 +19,13 @@ FIRST = 2
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A directed graph.
-
-    Attributes:
-        edges: ``[N, N]`` bool: whether a step leads from the first node to the second.
-    """
+    """A directed graph; ``edges`` (``[N, N]`` bool) says whether a step leads from the first node
+    to the second."""
 
     edges: np.ndarray
 
     @property
     def nodes(self) -> int:
-        """N."""
         return len(self.edges)
 
     @cached_property
@@ -65,7 +61,6 @@ class Graph:
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
-        """How every id of a walk is written."""
         n = self.nodes
         steps = (f"{step:+}" for step in range(1 - n, n) if step)
         return (".", "=", *(f"n{i}" for i in range(n)), *steps)
@@ -108,8 +103,7 @@ def street(draws: Draws, n: int, density: float) -> np.ndarray:
         nearest = np.where(lengths[node] < lengths[nearest, np.arange(n)], node, nearest)
     other_edges = [(i, j) for i, j in np.argwhere(np.triu(delaunay(points))) if not tree[i, j]]
     order = draws.permutation(len(other_edges))
-    for k in order[: int(len(other_edges) * density)]:
-        i, j = other_edges[k]
+    for i, j in (other_edges[k] for k in order[: int(len(other_edges) * density)]):
         tree[i, j] = tree[j, i] = True
     return tree
 

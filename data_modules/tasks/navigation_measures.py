@@ -115,10 +115,6 @@ class BeliefCosine(TaskMeasure):
     model whose state holds where it stands and where it goes, and nothing else, has 1; the others
     are what chance gives. Only sums of normalized states are kept. (Starts differ as long as
     ``data.eval_examples`` is at most the number of pairs of validation.)
-
-    Args:
-        graph: the graph.
-        d_model: C.
     """
 
     sums: Tensor
@@ -145,11 +141,9 @@ class BeliefCosine(TaskMeasure):
         pairs = float((self.counts * (self.counts - 1)).sum())
         n = float(self.counts.sum())
         total = float(self.sums.sum(0).square().sum()) - n
-        values = {} if pairs < 1 else {"belief_cosine": within / pairs}
         others = n * (n - 1) - pairs
-        if others >= 1:
-            values["belief_cosine_others"] = (total - within) / others
-        return values
+        sums = {"belief_cosine": (within, pairs), "belief_cosine_others": (total - within, others)}
+        return {name: value / count for name, (value, count) in sums.items() if count >= 1}
 
 
 def standing(graph: Graph, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -87,10 +87,8 @@ def _reduce(prompt: Sequence[int]) -> list[int]:
                 digits = []
             continue
         p = stack.pop()
-        if token == MINUS:
-            stack.append([-c % Q for c in p])
-        else:
-            stack.append(BINARY[token](p, stack.pop()))
+        result = [-c % Q for c in p] if token == MINUS else BINARY[token](p, stack.pop())
+        stack.append(result)
     (result,) = stack
     return [FIRST + c for c in result]
 

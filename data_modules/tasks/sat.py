@@ -68,8 +68,8 @@ class Sat(Task):
     @cached_property
     def chance(self) -> float:
         """Exact match of random values for the variables: solutions / 2^n, over 256 formulas."""
-        solutions = [self._formula(self.draws(i))[1].bit_count() for i in range(256)]
-        return sum(solutions) / len(solutions) / 2**self.variables
+        tables = (self._formula(self.draws(i))[1] for i in range(256))
+        return sum(table.bit_count() for table in tables) / 256 / 2**self.variables
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)

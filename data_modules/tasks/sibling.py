@@ -21,6 +21,8 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import ClassVar
 
+import numpy as np
+
 from data_modules.tasks.base import ONCE, Example, Task, option
 from data_modules.tasks.measures import SampledAnswers, TaskMeasure, Training
 
@@ -60,8 +62,7 @@ class Sibling(Task):
     @property
     def chance(self) -> float:
         """Coherence of two random children and a random parent."""
-        siblings = (self.children - 1) / (self.parents * self.children)
-        return siblings / self.parents
+        return (self.children - 1) / (self.parents * self.children) / self.parents
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
@@ -83,14 +84,9 @@ class Sibling(Task):
         return frozenset(example.answer)
 
     def score(self, samples: Sequence[Sequence[int]], training: Sequence[Sequence[int]]) -> float:
-        """Creativity: the share of samples that are coherent, distinct and not in training.
-
-        A triple with its siblings in the other order is the same triple, and counts once.
-
-        Args:
-            samples: generated answers, of any ids and length; at least one.
-            training: answers of the training set.
-        """
+        """Creativity: the share of samples (answers of any ids and length, at least one) that are
+        coherent, distinct and not in training. A triple with its siblings in the other order is the
+        same triple, and counts once."""
         coherent = {frozenset(sample) for sample in samples if self.check((), sample)}
         return len(coherent - {frozenset(answer) for answer in training}) / len(samples)
 
@@ -102,10 +98,8 @@ class Sibling(Task):
         span = slice(self.longest_prompt, self.longest)
 
         def judge(samples: list[list[int]]) -> dict[str, float]:
-            shares = {
-                "sampled_coherent": sum(self.check((), s) for s in samples) / len(samples),
-                "sampled_distinct": self.score(samples, ()),
-            }
+            coherent = sum(self.check((), s) for s in samples) / len(samples)
+            shares = {"sampled_coherent": coherent, "sampled_distinct": self.score(samples, ())}
             new = {} if training is None else {"creativity": self.score(samples, training())}
             return shares | new
 
@@ -115,11 +109,8 @@ class Sibling(Task):
     def _families(self) -> list[list[int]]:
         """Ids of each parent's children."""
         names = self.draws(ONCE).permutation(self.parents * self.children)
-        first = PARENTS + self.parents
-        return [
-            [first + name for name in names[i * self.children : (i + 1) * self.children]]
-            for i in range(self.parents)
-        ]
+        ids = np.reshape(names, (self.parents, self.children)) + PARENTS + self.parents
+        return ids.tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def _parent(self) -> dict[int, int]:

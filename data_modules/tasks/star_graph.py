@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 from data_modules.tasks.base import ONCE, Example, Task, option
@@ -46,21 +47,16 @@ class StarGraph(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size > self.nodes:
+        if self.edges >= self.nodes:
             raise UserError(
                 f"data.task.nodes={self.nodes} names are too few for a star graph of "
                 f"data.task.degree={self.degree} and data.task.length={self.length}, which has "
-                f"{self.size} nodes: raise data.task.nodes to that, or take a smaller graph."
+                f"{self.edges + 1} nodes: raise data.task.nodes to that, or take a smaller graph."
             )
 
     @property
-    def size(self) -> int:
-        """Number of nodes of a graph."""
-        return 1 + self.edges
-
-    @property
     def edges(self) -> int:
-        """E, the number of edges of a graph."""
+        """E, the number of edges of a graph, one less than its nodes."""
         return self.degree * (self.length - 1)
 
     @cached_property
@@ -85,10 +81,10 @@ class StarGraph(Task):
         if self.fixed is not None:
             graph = self.draws(ONCE + draws.below(self.fixed))
             arm = draws.below(self.degree)
-        start, *others = (FIRST + i for i in graph.permutation(self.nodes)[: self.size])
+        start, *others = (FIRST + i for i in graph.permutation(self.nodes)[: self.edges + 1])
         steps = self.length - 1
-        arms = [[start, *others[a * steps : (a + 1) * steps]] for a in range(self.degree)]
-        edges = [edge for arm in arms for edge in zip(arm[:-1], arm[1:], strict=True)]
+        arms = [[start, *others[a : a + steps]] for a in range(0, self.edges, steps)]
+        edges = [edge for arm in arms for edge in pairwise(arm)]
         prompt: list[int] = []
         for i in draws.permutation(self.edges):
             prompt += [*edges[i], BAR]
@@ -103,7 +99,7 @@ class StarGraph(Task):
         edges = set(zip(graph[0::3], graph[1::3], strict=True))
         path = list(reversed(answer)) if self.reverse else list(answer)
         connects = len(path) > 1 and (path[0], path[-1]) == (start, goal)
-        return connects and all(step in edges for step in zip(path[:-1], path[1:], strict=True))
+        return connects and all(step in edges for step in pairwise(path))
 
     def variants(self) -> dict[str, Task]:
         """One more node per arm, and one more arm, if there are enough names."""

@@ -83,26 +83,17 @@ class TaskWindows(Windows):
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         n = self.per_window
         rows = [self.read(number * n, n) for number in numbers.tolist()]
-        tokens, scored, documents = lay_out(rows, self.width, train_prompt=self.train_prompt)
-        return self.batch(
-            tokens,
-            scored=torch.from_numpy(scored),
-            documents=torch.from_numpy(documents) if self.per_window > 1 else None,
-        )
+        tokens, scored, numbering = lay_out(rows, self.width, train_prompt=self.train_prompt)
+        documents = torch.from_numpy(numbering) if n > 1 else None
+        return self.batch(tokens, scored=torch.from_numpy(scored), documents=documents)
 
 
 def lay_out(
     rows: Sequence[Sequence[Example]], width: int, *, train_prompt: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lays out examples side by side: their tokens, int64; which of them may be targets, bool; and
-    the number of each token's example in its row, int64, where the padding is the last one. All
-    three are [B, W].
-
-    Args:
-        rows: the examples of every window.
-        width: W.
-        train_prompt: whether prompts are targets too.
-    """
+    """Lays out the examples of every window side by side: their tokens, int64; which of them may be
+    targets (with ``train_prompt`` all), bool; and the number of each token's example in its row,
+    int64, where the padding is the last one. All three are [B, W]."""
     tokens = np.full((len(rows), width), END, dtype=np.int64)
     scored = np.zeros((len(rows), width), dtype=np.bool_)
     documents = np.zeros((len(rows), width), dtype=np.int64)
