@@ -28,8 +28,8 @@ class HuggingFaceSource(FileSource):
         cache_dir: where the ``datasets`` library keeps its files (its own default if None).
 
     Raises:
-        UserError: from ``documents`` and ``fingerprint``, without ``datasets``.
-        UserError: if the dataset cannot be opened or has no such text column.
+        UserError: from ``documents`` and ``fingerprint``, without ``datasets``, or if the dataset
+            cannot be opened or has no such text column.
         OSError: if it is not found or the network is missing.
     """
 
@@ -48,13 +48,12 @@ class HuggingFaceSource(FileSource):
         cache_dir: str | None = None,
     ) -> None:
         self.path = path
-        self.config_name = name
         self.split = split
         self.field = field
         self.data_files = data_files
-        self.revision = revision
         self.streaming = streaming
-        self.cache_dir = cache_dir
+        self._version = {"name": name, "revision": revision}
+        self._cache_dir = cache_dir
 
     @cached_property
     def _dataset(self) -> Any:
@@ -64,12 +63,11 @@ class HuggingFaceSource(FileSource):
         try:
             dataset = datasets.load_dataset(
                 self.path,
-                name=self.config_name,
                 split=self.split,
                 data_files=self.data_files,
-                revision=self.revision,
                 streaming=self.streaming,
-                cache_dir=self.cache_dir,
+                cache_dir=self._cache_dir,
+                **self._version,
             )
         except Exception as error:  # the library raises its own types, builders' and the hub's
             problem = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
@@ -100,15 +98,8 @@ class HuggingFaceSource(FileSource):
 
     @property
     def rules(self) -> tuple[object, ...]:
-        rules = (
-            "huggingface",
-            self.path,
-            self.config_name,
-            self.split,
-            self.field,
-            self.revision,
-            self.data_files,
-        )
+        name, revision = self._version.values()
+        rules = ("huggingface", self.path, name, self.split, self.field, revision, self.data_files)
         if self.files:
             return rules
         # The library's digest of the downloaded data and of the builder's options.
@@ -123,17 +114,16 @@ class HuggingFaceSource(FileSource):
         """The local files that the text comes from; none for a dataset of the hub. ``data_files``
         are relative to the dataset's folder, here or on the hub, if the path is one, else to the
         current folder."""
+        path = Path(self.path)
         if self.data_files is None:
-            is_local = Path(self.path).exists()
-            return expand(self.path, "data.source.path", text_only=False) if is_local else []
+            return expand(self.path, "data.source.path", text_only=False) if path.exists() else []
         patterns = list(_flat(self.data_files))
-        on_hub = "/" in self.path and not Path(self.path).exists()
+        on_hub = "/" in self.path and not path.exists()
         if on_hub or any("://" in item for item in patterns):
             return []
-        root = Path(self.path) if Path(self.path).is_dir() else Path()
+        paths = [str(path / item) if path.is_dir() else item for item in patterns]
         key = "data.source.data_files"
-        paths = [str(root / item) for item in patterns]
-        return [file for path in paths for file in expand(path, key, text_only=False)]
+        return [file for item in paths for file in expand(item, key, text_only=False)]
 
 
 def _flat(data_files: object) -> Iterator[str]:

@@ -51,10 +51,9 @@ class LiteratureSource(FileSource):
     """38 plays and 66 books of the Bible in two translations, 13.6 MB.
 
     Each play is a document, and each book of a translation. The translations of a book are one
-    group, so that a held-out book is not trained on in other words. The square brackets around
-    words that the translators of the Bibles added are removed, and runs of spaces become one space.
-
-    The Bibles are Python files, which are parsed and never executed.
+    group, so that a held-out book is not trained on in other words. Square brackets, which mark
+    words that the Bibles' translators added, are removed, and runs of spaces become one space. The
+    Bibles are Python files, which are parsed and never executed.
 
     Raises:
         UserError: from ``documents`` and ``fingerprint``, without the packages, or for a Bible's
@@ -86,8 +85,8 @@ class LiteratureSource(FileSource):
 
     def grouped(self) -> Iterator[tuple[str, str]]:
         bibles = self.packages[1:]
-        for (name, _), play in zip(self._plays.files, self._plays.documents(), strict=True):
-            yield name, play
+        names = (name for name, _ in self._plays.files)
+        yield from zip(names, self._plays.documents(), strict=True)
         for package in bibles:
             for number, text in _books(package.files[0][1]):
                 yield f"bible {number}", text

@@ -28,8 +28,7 @@ def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
-    """The version of a package, and the number, bytes and SHA-256 of its files (or other documents)
-    in order."""
+    """The manifest of a package, from the content of its files (or other documents) in order."""
     content, sizes = hashlib.sha256(), []
     for data in files:
         content.update(data)
@@ -43,12 +42,8 @@ def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
 
 
 def say_differences(source: str, packages: Sequence[Package]) -> None:
-    """Logs one line if packages have other versions than the manifest.
-
-    Args:
-        source: ``packages`` or ``literature``.
-        packages: installed packages; those that the manifest does not list are skipped.
-    """
+    """Logs one line if packages of ``data=source`` have other versions than the manifest, which
+    need not list all of them."""
     recorded = _manifests()[source]
     differing = [
         f"{package.name} {package.version} (results: {recorded[package.name]['version']})"

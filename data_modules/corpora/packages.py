@@ -103,9 +103,7 @@ class PackagesSource(FileSource):
             yield canonicalize_name(package.name), python_text(file.read_bytes(), str(file))
 
     def summary(self) -> dict[str, Any]:
-        """Also the manifest: for every package the version and, after cleaning, the number of
-        files, their bytes and the SHA-256 of their concatenation; and the bytes that each rule left
-        out."""
+        """Also the manifests of the packages, and the bytes that each rule left out."""
         left_out = dict(sorted(self._cleaned.left_out.items()))
         return super().summary() | {"packages": self._cleaned.manifests, "left_out": left_out}
 
@@ -128,12 +126,9 @@ class PackagesSource(FileSource):
 
 
 class _Cleaned(NamedTuple):
-    """The files that are kept, the manifests of their packages, and the bytes that each rule left
-    out."""
-
-    files: list[tuple[Package, Path]]
+    files: list[tuple[Package, Path]]  # those that are kept
     manifests: dict[str, Any]
-    left_out: Counter[str]
+    left_out: Counter[str]  # bytes, by rule
 
 
 def _excluding_rule(data: bytes, where: str, line_hashes: set[int]) -> str | None:

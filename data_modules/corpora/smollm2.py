@@ -8,7 +8,6 @@ the standard library, and topics of the language reference.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -47,10 +46,8 @@ def write_prompts(file: Path) -> None:
 
     from data_modules.sources import StdlibSource
 
-    texts = itertools.chain.from_iterable(
-        zip(StdlibSource().documents(), topics.values(), strict=False)
-    )
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    pairs = zip(StdlibSource().documents(), topics.values(), strict=False)
+    lines = [json.dumps({"text": text}) + "\n" for pair in pairs for text in pair]
     file.write_text("".join(lines), encoding="utf-8")
 
 

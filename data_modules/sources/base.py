@@ -43,8 +43,7 @@ class Source(ABC):
         return ((document, document) for document in self.documents())
 
     def total_bytes(self) -> int | None:
-        """About how many UTF-8 bytes the documents have, for the progress bar; ``None`` if
-        unknown."""
+        """About how many UTF-8 bytes the documents have; ``None`` if unknown."""
         return None
 
     def summary(self) -> dict[str, Any]:
@@ -79,16 +78,12 @@ class FileSource(Source):
 def digest_files(
     files: Iterable[tuple[str, Path]], *options: object, remember: Path | None = None
 ) -> str:
-    """Hex digest of options and of every file's name, size and content, read once in blocks.
+    """Hex digest of options and of every file's name, size and content.
 
     Args:
         files: (name that enters the digest, path) in a fixed order.
         options: everything else that decides the documents.
-        remember: folder that keeps the digests of large files, so that they are not read again
-            until they change; None to read them all.
-
-    Raises:
-        OSError: if a file cannot be read.
+        remember: see :func:`content_digest`.
     """
     parts: list[object] = list(options)
     for name, path in files:
@@ -97,12 +92,7 @@ def digest_files(
 
 
 def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
-    """The text of UTF-8.
-
-    Args:
-        data: the bytes.
-        where: the file that holds them, for the message.
-        offset: where in the file they begin.
+    """The text of UTF-8 bytes, which begin at ``offset`` of the file ``where``.
 
     Raises:
         UserError: for other bytes, with the first one's place.
@@ -121,7 +111,7 @@ def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
 
 
 def require_unicode(document: str, name: str) -> None:
-    """Refuse a document that cannot be written as UTF-8, as JSON may hold one."""
+    """Refuses a document that cannot be written as UTF-8, as JSON may hold one."""
     if document.isascii():
         return
     try:

@@ -15,13 +15,8 @@ from mtp_lightning.errors import UserError, missing_package
 
 @dataclass(frozen=True)
 class Package:
-    """An installed distribution.
-
-    Attributes:
-        name: the name that was asked for.
-        version: the installed version.
-        files: (path inside the package, path on disk), sorted by the former.
-    """
+    """An installed distribution, with the name that was asked for; ``files`` has (path inside the
+    package, path on disk), sorted by the former."""
 
     name: str
     version: str

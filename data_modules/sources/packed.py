@@ -69,28 +69,23 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
     """
     pyarrow = _pyarrow(path)
     try:
-        yield from _rows(pyarrow.parquet.ParquetFile(path), path, field)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        if not _is_damage(error):
-            raise
-        raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None
-
-
-def _rows(file: Any, path: Path, field: str) -> Iterator[str]:
-    with file:
-        columns = file.schema_arrow.names
-        if field not in columns:
-            raise UserError(
-                f"{path} has no column {field!r} (it has {sorted(columns)}): set data.field to the "
-                "name of the text"
-            )
-        row = 0
-        for batch in file.iter_batches(columns=[field], batch_size=1024):
-            for text in batch.column(0).to_pylist():
-                row += 1
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise UserError(
+                    f"{path} has no column {field!r} (it has {sorted(columns)}): set data.field to "
+                    "the name of the text"
+                )
+            batches = file.iter_batches(columns=[field], batch_size=1024)
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for row, text in enumerate(texts, start=1):
                 if not isinstance(text, str):
                     raise UserError(
                         f"{path}, row {row}, has no string under {field!r} but "
                         f"{type(text).__name__}: set data.field to the name of the text"
                     )
                 yield text
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if not _is_damage(error):
+            raise
+        raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None

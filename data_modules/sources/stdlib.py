@@ -23,12 +23,9 @@ LEFT_OUT = frozenset(
 language reference as one dictionary.
 """
 TABLES = (
-    "_compat_pickle.py",
-    "_opcode_metadata.py",
-    "_sysconfigdata_",
-    "html/entities.py",
+    "_compat_pickle.py", "_opcode_metadata.py", "_sysconfigdata_", "html/entities.py",
     "stringprep.py",
-)
+)  # fmt: skip
 """Prefixes of the other files of which three quarters or more are tables."""
 
 
@@ -39,7 +36,7 @@ class StdlibSource(FileSource):
     one group, so they are in one split; each top-level module is a group of its own.
 
     About 9.8 MB in 605 files on Python 3.11. The text differs between Python versions, so the
-    summary records the version; the fingerprint also covers every file's size and content.
+    summary records the version.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``, if this interpreter has no
@@ -59,9 +56,7 @@ class StdlibSource(FileSource):
             subfolders[:] = sorted(set(subfolders) - LEFT_OUT)
             paths += [Path(folder, name) for name in names if name.endswith(".py")]
         entries = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-        files = [
-            (n, path) for n, path in entries if path.stat().st_size and not n.startswith(TABLES)
-        ]
+        files = [(n, p) for n, p in entries if p.stat().st_size and not n.startswith(TABLES)]
         if not files:
             raise FileNotFoundError(
                 f"this Python has no standard-library sources under {root}: "

@@ -89,7 +89,6 @@ class TextSource(FileSource):
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
-                    # RecursionError: a deeply nested list
                     raise UserError(
                         f"{path}, line {number}, is not JSON ({error}): fix or remove that line"
                     ) from None
@@ -112,11 +111,7 @@ class TextSource(FileSource):
 
 
 def path_list(paths: Paths, key: str) -> list[str]:
-    """Paths, folders and globs that a user set by a key, as a list.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """Paths, folders and globs that a user set by a key, as a list; refuses anything else."""
     items: list[Any] = [paths]
     if isinstance(paths, Sequence) and not isinstance(paths, str):
         items = list(paths)
@@ -140,12 +135,11 @@ def _may_be_text(path: Path) -> bool:
 def expand(
     pattern: str, key: str = "data.paths", *, text_only: bool = True
 ) -> list[tuple[str, Path]]:
-    """The files that a path, folder or glob stands for, with names that do not depend on where
-    they are.
+    """The files that a path, folder or glob stands for (see :class:`TextSource`), with names that
+    do not depend on where they are.
 
     Args:
-        pattern: a path, folder or glob; ``~`` is expanded, and a folder stands for all files below
-            it that are not hidden.
+        pattern: the path, folder or glob.
         key: the config key of the path, for messages.
         text_only: whether to leave out files of a folder that are empty or not text.
 

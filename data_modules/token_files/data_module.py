@@ -34,9 +34,8 @@ class TokenFilesDataModule(StoreDataModule):
         options: options of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
-        UserError: for numbers out of range, or a tokenizer that needs training. At the first use:
-            for a damaged or unknown file, a file in both texts, or an id that the tokenizer does
-            not have.
+        UserError: for numbers out of range, or a tokenizer that needs training; at the first use
+            for a damaged or unknown file, a file in both texts, or an id beyond the tokenizer's.
         FileNotFoundError: at the first use, if there is no such file.
     """
 

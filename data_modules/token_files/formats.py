@@ -53,7 +53,6 @@ class TokenSource:
 
     Attributes:
         format: ``megatron``, ``litdata``, ``llm.c``, ``raw`` or ``npy``.
-        shard: where its ids are.
         starts: int64 index of every document's first token; None if only end-of-text tokens
             separate documents.
         files: all files that determine the contents.
@@ -66,15 +65,11 @@ class TokenSource:
 
 
 def read_header(path: Path, dtype: str | None = None) -> TokenSource:
-    """Finds the ids of a file.
-
-    Args:
-        path: a ``.bin`` or ``.npy`` file.
-        dtype: type of the ids in a file without header; None for uint16. Other files state theirs.
+    """Finds the ids of a ``.bin`` or ``.npy`` file. A file without header has ids of the type
+    ``dtype`` (None for uint16); other files state theirs.
 
     Raises:
-        UserError: naming the file: it is empty, truncated, unknown, or of another type than
-            ``dtype``.
+        UserError: if the file is empty, truncated, unknown, or of another type than ``dtype``.
         OSError: if it cannot be read.
     """
     if dtype not in (None, "uint16", "uint32", "int32", "int64"):
@@ -223,8 +218,7 @@ def _megatron(path: Path) -> TokenSource:
         raise damaged(
             f"its sequences are {end:,} bytes, and {path.name} has {path.stat().st_size:,}"
         )
-    first, last = int(entries[0]), int(entries[-1])
-    if first != 0 or last != n_sequences or (np.diff(entries) < 0).any():
+    if entries[0] != 0 or entries[-1] != n_sequences or (np.diff(entries) < 0).any():
         raise damaged("its documents are not in order")
     # An empty document begins where the next one does.
     begins = np.unique(entries[:-1])

@@ -31,11 +31,7 @@ _TYPES = {
 
 def chunk_paths(index: Path) -> list[Path] | None:
     """The chunks that an index names, in its order; None for a file that is not a litdata index.
-
-    Raises:
-        UserError: if its chunks hold anything but rows of ids.
-        OSError: if it cannot be read.
-    """
+    Refuses chunks that hold anything but rows of ids."""
     chunks = _read_index(index, index.stat().st_mtime_ns)
     return None if chunks is None else [index.parent / name for name in chunks[0]]
 
@@ -43,12 +39,8 @@ def chunk_paths(index: Path) -> list[Path] | None:
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
     """The ids of a chunk, and the first token of every document; None if the file is not a chunk.
 
-    Args:
-        path: a ``.bin`` file.
-
     Raises:
         UserError: if it or its index is truncated or damaged, or it holds anything but rows of ids.
-        OSError: if it cannot be read.
     """
     index = path.parent / INDEX
     chunks = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None

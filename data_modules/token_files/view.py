@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ def open_view(
 
     Raises:
         UserError: for an id that the tokenizer does not have, or files with and without an index.
-        OSError: if a file cannot be read or written.
     """
     splits = {"train": train} if val is None else {"train": train, "val": val}
     all_files = [file for files in splits.values() for file in files]
@@ -96,13 +96,8 @@ def _content(files: Sequence[TokenSource], cache: Path) -> str:
 
 @dataclass(frozen=True)
 class ScannedText:
-    """Facts about a text from one pass over it.
-
-    Attributes:
-        shards: where its tokens are.
-        starts: int64 index of every document's first token.
-        counts: ``[V]`` int64 number of occurrences of each id.
-    """
+    """Facts about a text from one pass over it: where its tokens are, the index of each document's
+    first token (int64), and how often each id occurs (``[V]`` int64)."""
 
     shards: Sequence[Shard]
     starts: np.ndarray
@@ -130,44 +125,36 @@ class ScannedText:
 
 
 def scan(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedText:
-    """Counts a text's ids and finds its documents.
-
-    An index says where documents start; without an index it starts after end-of-text tokens.
-
-    Raises:
-        UserError: see :func:`open_view`.
-    """
-    indexed = [file.starts is not None for file in files]
-    if any(indexed) and not all(indexed):
-        with_index = files[indexed.index(True)].shard.path
-        without = files[indexed.index(False)].shard.path
+    """Counts a text's ids and finds its documents. An index says where documents start; without an
+    index they start after end-of-text tokens."""
+    with_index = [file.shard.path for file in files if file.starts is not None]
+    without = [file.shard.path for file in files if file.starts is None]
+    if with_index and without:
         raise UserError(
-            f"{with_index} has an index of its documents and {without} has none: use them in "
+            f"{with_index[0]} has an index of its documents and {without[0]} has none: use them in "
             "separate runs, or write one of them again"
         )
     tokens = ShardedTokens([file.shard for file in files])
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    starts_per_block: list[np.ndarray] = []
-    if all(indexed):
-        begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
-        starts_per_block = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
+    begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
+    parts = [f.starts + a for f, a in zip(files, begins, strict=True) if f.starts is not None]
     after_eot = True
     with progress("token files looked through", len(tokens), unit=" tokens") as bar:
         for first in range(0, len(tokens), _BLOCK):
-            block = tokens[first : min(first + _BLOCK, len(tokens))]
+            block = tokens[first : first + _BLOCK]
             _require_known(block, first, tokens, tokenizer)
             counts += np.bincount(block, minlength=len(counts))
-            if not all(indexed):
+            if without:
                 eot = block == tokenizer.eot_id
                 before = np.concatenate([[after_eot], eot[:-1]])
-                starts_per_block.append(np.flatnonzero(before & ~eot) + first)
+                parts.append(np.flatnonzero(before & ~eot) + first)
                 after_eot = bool(eot[-1])
             bar.update(len(block))
-    starts = np.concatenate(starts_per_block)
-    if all(indexed):
-        _warn_without_end(tokens, starts, tokenizer)
-    else:  # end-of-text tokens at the very beginning end no document
+    starts = np.concatenate(parts)
+    if without:  # end-of-text tokens at the very beginning end no document
         starts = np.union1d([0], starts[1:])
+    else:
+        _warn_without_end(tokens, starts, tokenizer)
     return ScannedText(tokens.shards, starts, counts)
 
 
@@ -236,19 +223,12 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
 def _pieces(
     text: ScannedText, names: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
 ) -> Iterator[tuple[int, int, int, bytes]]:
-    """Rows of :data:`PIECES` for documents with text.
-
-    Args:
-        text: the validation text.
-        names: bytes of every id. If None, they are unknown: pieces then have a fixed number of
-            tokens, and their digest is a digest of the ids.
-        lengths: ``[V]`` int64 number of bytes of every id.
-        eot_id: the end-of-text token, which is not text.
-    """
+    """Rows of :data:`PIECES` for documents of the validation text that have text. If the bytes of
+    the ids (``names`` and their ``lengths``, ``[V]``) are unknown, pieces have a fixed number of
+    tokens, and their digest is a digest of the ids."""
     tokens = ShardedTokens(text.shards)
-    for number, (start, end) in enumerate(
-        zip(text.starts, [*text.starts[1:], len(tokens)], strict=True)
-    ):
+    edges = pairwise([*text.starts, len(tokens)])
+    for number, (start, end) in enumerate(edges):
         ids = tokens[start:end].astype(np.int64)
         text_positions = np.flatnonzero(ids != eot_id)
         if not len(text_positions):
