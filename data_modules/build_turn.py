@@ -31,17 +31,8 @@ _MACHINE = ".machine"
 
 
 def folder_to_build(target: Path) -> Path | None:
-    """Makes a folder to build ``target`` in, after waiting for a process that builds it already.
-
-    Args:
-        target: the folder to build; the folder that it lies in exists.
-
-    Returns:
-        The new folder, or None if another process has built ``target``.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+    """Makes a folder next to ``target`` to build it in, after waiting for a process that builds it
+    already; returns None if that process has built it."""
     watched: tuple[int, float] | None = None
     since, delay, has_warned = time.monotonic(), 0.02, False
     while not target.is_dir():

@@ -47,24 +47,17 @@ def cache_key(path: Path, options: str) -> str:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Makes sure that the folder ``target`` exists and is complete.
+    """Returns the folder ``target``, which one of the processes that need it builds while the
+    others wait (:mod:`data_modules.build_turn`).
 
-    One of the processes that need it builds it, and the others wait
-    (:mod:`data_modules.build_turn`). ``build`` fills a temporary folder next to the target, which
-    is then renamed in one step. A killed build leaves only the temporary folder, which a later call
-    removes once it has shown no sign of life for :data:`STALE_SECONDS`. If two processes build
-    anyway, because one was taken for dead, the first to finish wins, and the other uses the
-    winner's folder.
-
-    A built folder is sealed, and its files are checked at each later use
-    (:mod:`data_modules.seal`).
+    The new folder is renamed to the target in one step. A killed build leaves only a temporary
+    folder, which a later call removes once it has shown no sign of life for :data:`STALE_SECONDS`.
+    If two processes build because one was taken for dead, both use the folder of the first to
+    finish. The files are checked at each later use (:mod:`data_modules.seal`).
 
     Args:
         target: the folder, ``CACHE/KIND/KEY``.
         build: writes all files into the folder that it receives.
-
-    Returns:
-        ``target``.
 
     Raises:
         UserError: if the folder's files are not those that were built.
@@ -76,8 +69,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
-    """Builds the folder if it is missing, or waits for another process to do so; whether this
-    process built it."""
+    """Builds a missing folder or waits for it; returns whether this process built it."""
     try:
         if target.is_dir():
             return False
@@ -120,11 +112,8 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes the remains of killed builds: temporary folders without a sign of life.
-
-    Neither the builder's host nor its process is looked up: containers may share a host name
-    without seeing each other's processes.
-    """
+    """Removes temporary folders without a sign of life. The builder's process is not looked up:
+    containers may share a host name without seeing each other's processes."""
     builds = list(folder.glob(".*.building-*"))
     if not builds:
         return

@@ -26,8 +26,7 @@ class TokenDataModule(StoreDataModule):
         val_fraction: expected share of documents in the validation split, which never divides a
             group of near copies (:class:`DocumentSplit`).
         split_seed: seed of the split; runs with different ``seed`` share the split.
-        build_workers: processes that encode a new corpus; the ids do not depend on their number.
-            0 encodes in this process; None uses one per core if the corpus has 64 MiB or more.
+        build_workers: processes that encode a new corpus, as in :func:`prepare_store`.
         options: options of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
@@ -64,14 +63,8 @@ class TokenDataModule(StoreDataModule):
         field: str = "text",
         **options: Any,
     ) -> TokenDataModule:
-        """A data module on the user's own files.
-
-        Args:
-            paths: see :class:`TextSource`.
-            tokenizer: as in the class.
-            field: name of the text field in JSON lines.
-            options: all other arguments of the class.
-        """
+        """A data module on the user's own files; ``paths`` and ``field`` are those of
+        :class:`TextSource`, the other arguments those of the class."""
         from data_modules.sources.text import TextSource
 
         return cls(TextSource(paths, field=field), tokenizer, **options)

@@ -29,23 +29,21 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
 
     Args:
         path: the file.
-        remember: a folder that holds one record per large file, by its absolute path: size, times
-            of the last change of content and of the inode, inode number, digest. A file that
-            changed a moment ago gets no record, and records that cannot be read or written are
-            skipped.
+        remember: a folder with a record of the :func:`stamp` and digest of each large file. A file
+            that changed a moment ago gets no record, and records that cannot be read or written
+            are skipped.
 
     Raises:
         OSError: if the file cannot be read.
     """
-    status = path.stat()
-    before = stamp(status)
+    before = stamp(path.stat())
     record = None
-    if remember is not None and status.st_size >= LARGE:
+    if remember is not None and before[0] >= LARGE:
         record = remember / f"{digest(path.resolve())}.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(record.read_text(encoding="utf-8"))
             if stored["stamp"] == before and len(bytes.fromhex(stored["digest"])) == 16:
-                return status.st_size, str(stored["digest"])
+                return before[0], str(stored["digest"])
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         size = file.tell()

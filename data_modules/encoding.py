@@ -20,8 +20,7 @@ BATCH = 1_048_576
 
 
 class Piece(NamedTuple):
-    """A piece of a document: its split, its text, and whether it is the document's first or last
-    piece."""
+    """A piece of a document."""
 
     split: str
     text: str
@@ -30,8 +29,8 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded piece of a document: its split, ids, UTF-8 bytes, the digest of its text (for
-    validation only), and whether it is the document's last piece."""
+    """An encoded piece, with the number of its UTF-8 bytes and, for validation, the digest of its
+    text."""
 
     split: str
     ids: np.ndarray
@@ -75,10 +74,8 @@ def encode_batch(
 
 
 def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]:
-    """Lists of pieces, about BATCH characters each.
-
-    Documents of several pieces are added to ``overlap`` here, whole, since a cut may divide a line.
-    """
+    """Lists of pieces, about BATCH characters each. Documents of several pieces are added to
+    ``overlap`` here, whole, since a cut may divide a line."""
     batch: list[Piece] = []
     size = 0
     for name, document in split:

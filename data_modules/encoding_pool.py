@@ -45,8 +45,7 @@ def pick_workers(requested: int | None, tokenizer: Tokenizer, total_bytes: int |
         return requested
     if total_bytes is not None and total_bytes < LARGE:
         return 0
-    n_cores = cores()
-    return n_cores if n_cores > 1 else 0
+    return n if (n := cores()) > 1 else 0
 
 
 def encode_documents(
@@ -70,13 +69,8 @@ def encode_documents(
 
 
 class EncodingPool:
-    """Processes that encode batches of pieces, in order.
-
-    Args:
-        tokenizer: a trained tokenizer of one of this project's kinds.
-        dtype: dtype of the ids.
-        workers: number of processes.
-    """
+    """Processes that encode batches of pieces, in order, as ids of ``dtype``. The tokenizer is a
+    trained one of this project's kinds."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> None:
         # Each worker encodes with one thread, since there is one worker per core.

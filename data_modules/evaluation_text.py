@@ -62,15 +62,11 @@ def compressors(text: bytes) -> dict[str, float]:
 
 
 def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
-    """Chooses documents of a split until they hold ``n_bytes``, in the order of their digests.
+    """Chooses documents of a split until they hold ``n_bytes`` (UTF-8; None takes all), in the
+    order of their digests, since neighbors in a corpus are alike.
 
-    That order depends only on the documents and not on their positions, since neighbors in a corpus
-    are alike. Documents are taken whole, except a long one that would exceed the number: only its
-    pieces (of at most 65,536 characters, cut at line ends) up to the number are taken.
-
-    Args:
-        file: the split.
-        n_bytes: least UTF-8 bytes, if the split has that many; None for all of it.
+    Documents are taken whole, except a long one that would exceed the number: only its pieces (of
+    at most 65,536 characters, cut at line ends) up to the number are taken.
     """
     pieces = file.pieces()
     if not len(pieces):
@@ -106,8 +102,8 @@ class EvaluationWindows(Windows):
 
     The stream is an end-of-text token, from which the first token is predicted, and then one
     document after another. Window i starts at token i * T of the stream, so every token of a
-    document is a depth-0 target once; depth k has all but the first k tokens as targets. Windows
-    are padded after the end of the stream, and padding is never a target.
+    document is a depth-0 target once; depth k has all but the first k tokens as targets. Padding
+    after the end of the stream is never a target.
 
     Attributes:
         text: the documents.
@@ -138,17 +134,12 @@ class EvaluationWindows(Windows):
         documents = None
         if self.document_mask:  # the token before the first document belongs to no document
             documents = torch.from_numpy(np.where(inside == 0, -1, texts))
-        return self.batch(
-            stream[inside],
-            documents=documents,
-            scored=torch.from_numpy(index_BW < end),
-            texts=texts,
-        )
+        scored = torch.from_numpy(index_BW < end)
+        return self.batch(stream[inside], documents=documents, scored=scored, texts=texts)
 
     @cached_property
     def _stream(self) -> tuple[np.ndarray, np.ndarray]:
-        """The stream, and the index in it of every document's last token. It covers the evaluation
-        text only, so it is small; each loader worker builds its own."""
+        """The stream, which is small, and the index in it of every document's last token."""
         file = self.text.file
         tokens, eot = file.tokens(), np.array([self.eot_id], np.int64)
         spans = zip(self.text.starts, self.text.ends, strict=True)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data_modules.order import FeistelOrder
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
@@ -28,7 +27,6 @@ class _Loader:
     """Batches of windows for one rank.
 
     Attributes:
-        dataset: the windows.
         batch_size: windows of a batch, which in training is an optimizer step.
         num_workers: processes that prefetch batches; 0 loads them in this process.
         pin_memory: whether batches are put into page-locked memory.
@@ -82,11 +80,7 @@ class WindowLoader(_Loader):
     consumed: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, consumed or not.
-
-        Raises:
-            UserError: see :meth:`check`.
-        """
+        """Batches of this rank in a whole epoch, consumed or not."""
         self.check()
         return len(self.dataset) // (self.batch_size * _world()[1])
 
@@ -126,16 +120,12 @@ class WindowLoader(_Loader):
         self.consumed = int(state["consumed"])
         self.dataset.resume(self.seed)
 
-    def order(self, epoch: int) -> np.ndarray | FeistelOrder:
-        """Window numbers in the order of an epoch."""
-        return self.dataset.order(self.seed, epoch)
-
     def _epoch(self) -> Iterator[WindowBatch]:
         rank, world = _world()
         n, G = len(self.dataset), self.batch_size * world
         if self.consumed + G > n:
             self.epoch, self.consumed = self.epoch + 1, 0
-        order = self.order(self.epoch)
+        order = self.dataset.order(self.seed, self.epoch)
         offset = rank * self.batch_size
         batches = (
             order[start + offset : start + offset + self.batch_size]
@@ -151,17 +141,13 @@ class WindowLoader(_Loader):
 class EvaluationLoader(_Loader):
     """Batches of the evaluation text's windows for one rank, once over all of them.
 
-    Batches hold ``batch_size`` windows in order, and the last batch holds the rest, for any number
-    of ranks; rank r takes every ``world_size``-th batch. So each window's loss is the same to the
-    last bit. All ranks have the same number of batches: a rank that runs out gets padding.
+    For any number of ranks, batches hold ``batch_size`` windows in order and the last one the rest,
+    so each window's loss is the same to the last bit. Rank r takes every ``world_size``-th batch,
+    and a rank that runs out gets padding.
     """
 
     def __len__(self) -> int:
-        """Batches of this rank.
-
-        Raises:
-            UserError: see :meth:`check`.
-        """
+        """Batches of this rank."""
         self.check()
         return -(-len(self.dataset) // (self.batch_size * _world()[1]))
 

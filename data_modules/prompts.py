@@ -32,15 +32,13 @@ def take_prompts(
     Raises:
         UserError: if the documents hold fewer prompts, or a text is not Unicode.
     """
-    taken: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    taken: dict[str, dict[bytes, np.ndarray]] = {name: {} for name in SPLITS}
     rest: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    known_prompts: set[bytes] = set()
 
     def take(name: str, prompt: np.ndarray) -> None:
         """Takes a prompt if it is new."""
-        if prompt.tobytes() not in known_prompts:
-            known_prompts.add(prompt.tobytes())
-            taken[name].append(prompt)
+        if not any(prompt.tobytes() in prompts for prompts in taken.values()):
+            taken[name][prompt.tobytes()] = prompt
 
     for name, document in split:
         if all(len(taken[name]) == counts[name] for name in SPLITS):
@@ -62,7 +60,7 @@ def take_prompts(
                 f"different prompts of {length} tokens, and {counts[name]} are needed: lower "
                 "data.n_prompts or data.prompt_tokens, or take prompts from more text."
             )
-    return [(name, prompt) for name in SPLITS for prompt in taken[name]]
+    return [(name, prompt) for name in SPLITS for prompt in taken[name].values()]
 
 
 def _beginning(document: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:

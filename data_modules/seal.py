@@ -21,13 +21,8 @@ FILE = "digests.json"
 
 
 def note(folder: Path, digests: Mapping[str, str]) -> None:
-    """Stores digests that were computed while the files were written, so :func:`seal` need not read
-    these files again.
-
-    Args:
-        folder: the folder of the files.
-        digests: 16-byte blake2b in hex, by file name.
-    """
+    """Stores digests (16-byte blake2b in hex, by file name) that were computed while the files were
+    written, so :func:`seal` need not read these files again."""
     write_record(folder / FILE, dict(digests))
 
 
@@ -41,15 +36,12 @@ def seal(folder: Path) -> None:
 
 
 def require_sealed(folder: Path, memory: Path) -> None:
-    """Checks that a folder's files are as they were sealed.
-
-    A folder from before there were digests gets them, with one line in the log: its files are taken
-    as they are.
+    """Checks that a folder's files are as they were sealed. A folder from before there were digests
+    gets them now, with one line in the log.
 
     Args:
         folder: a sealed folder.
-        memory: folder that remembers the digests of large files, which are read again only when
-            they have changed.
+        memory: folder that remembers the digests of large files.
 
     Raises:
         UserError: if a file has other contents or is missing.
@@ -57,19 +49,19 @@ def require_sealed(folder: Path, memory: Path) -> None:
     """
     try:
         digests = json.loads((folder / FILE).read_text("utf-8"))
-        for name, expected in digests.items():
-            if content_digest(folder / name, memory)[1] != expected:
-                raise damaged(folder, f"{name} has other contents than it was built with")
-    except UserError:
-        raise
+        same = {n: content_digest(folder / n, memory)[1] == d for n, d in digests.items()}
     except FileNotFoundError as error:
         if error.filename != str(folder / FILE):
             raise damaged(folder, f"{Path(error.filename).name} is missing") from error
         log.warning("%s has no digests yet: its files are taken as they are now.", folder)
         with suppress(OSError):  # a read-only cache
             seal(folder)
+        return
     except (ValueError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{FILE} cannot be read as digests") from error
+    for name, is_same in same.items():
+        if not is_same:
+            raise damaged(folder, f"{name} has other contents than it was built with")
 
 
 def damaged(folder: Path, why: str) -> UserError:

@@ -14,14 +14,8 @@ from mtp_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Shard:
-    """Contiguous token ids in a file, in numpy's own layout.
-
-    Attributes:
-        path: the file.
-        dtype: numpy's name of an integer type, byte order included (``<u2``).
-        offset: bytes before the first id.
-        n_tokens: number of ids.
-    """
+    """``n_tokens`` contiguous token ids in a file, after ``offset`` bytes, in numpy's own layout;
+    ``dtype`` includes the byte order (``<u2``)."""
 
     path: Path
     dtype: str

@@ -36,11 +36,8 @@ class DocumentSplit:
 
     Attributes:
         source: the corpus. Empty documents are dropped before counting.
-        val_fraction: expected share of validation groups, between 0 and 1.
+        val_fraction: expected share of validation groups; ``UserError`` unless between 0 and 1.
         seed: seed of the hash, not of the run: runs with different seeds share the split.
-
-    Raises:
-        UserError: if ``val_fraction`` is not between 0 and 1.
     """
 
     source: Source

@@ -69,7 +69,7 @@ def prepare_store(
         split: the source and its split.
         cache: the cache folder.
         workers: processes that encode; the store does not depend on their number. 0 encodes in this
-            process; None uses one per core if the corpus is large.
+            process; None uses one per core if the corpus has 64 MiB or more.
 
     Raises:
         UserError: from the source or the tokenizer, about the user's text.
@@ -117,8 +117,8 @@ def keep_store(
     Args:
         cache: the cache folder.
         key: hex digest of everything that determines the tokens.
-        write: writes all other files into the folder that it receives, and returns the content of
-            ``meta.json`` except for format, fingerprint and versions.
+        write: writes the other files into the folder that it receives, and returns ``meta.json``
+            except for format, fingerprint and versions.
         kind: folder of the cache.
         shards: for a view, where the tokens are.
     """
@@ -194,14 +194,13 @@ class _SplitWriter:
         self.n_tokens = 0
         self.n_bytes = 0
         self.starts = array("q", [0])
-        self.pieces: list[tuple[int, int, int, bytes]] | None = None
-        if path.stem == "val":  # only evaluation asks for pieces, and training may have billions
-            self.pieces = []
+        # Only evaluation asks for pieces, and training may have billions.
+        self.pieces: list[tuple[int, int, int, bytes]] | None = [] if path.stem == "val" else None
 
     def add(self, piece: Encoded) -> None:
         if self.pieces is not None:
-            place = (len(self.starts) - 1, self.n_tokens)
-            self.pieces.append((*place, piece.n_bytes, piece.digest))
+            number = len(self.starts) - 1
+            self.pieces.append((number, self.n_tokens, piece.n_bytes, piece.digest))
         self._write(piece.ids.astype(self.dtype, copy=False))
         self.n_bytes += piece.n_bytes
 
@@ -227,8 +226,7 @@ class _SplitWriter:
 def _encoded(
     split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
 ) -> Generator[Encoded]:
-    """Yields the documents' pieces in order, with a progress bar. ``overlap`` is complete at the
-    end."""
+    """The pieces of :func:`encode_documents`, with a progress bar."""
     from data_modules.encoding_pool import encode_documents, pick_workers
 
     total_bytes = split.source.total_bytes()
@@ -241,25 +239,13 @@ def _encoded(
 
 
 def progress(description: str, total: int | None, unit: str = "B") -> tqdm:
-    """A progress bar on stderr; if that is not a terminal, it is written once a minute.
-
-    Args:
-        description: name of the task.
-        total: expected amount, if known.
-        unit: unit of the amount.
-    """
+    """A progress bar on stderr up to ``total``, if that is known; written once a minute if stderr
+    is not a terminal."""
     from tqdm import tqdm
 
     seconds = 0.1 if sys.stderr.isatty() else 60.0
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=True,
-        mininterval=seconds,
-        miniters=1,
-        file=sys.stderr,
-    )
+    options: dict[str, Any] = {"unit_scale": True, "mininterval": seconds, "miniters": 1}
+    return tqdm(total=total, desc=description, unit=unit, file=sys.stderr, **options)
 
 
 def _tell(line: str) -> None:

@@ -26,10 +26,10 @@ class StoreDataModule(WindowDataModule):
     """Windows of T + D + 1 tokens of a store, and an evaluation text of whole documents.
 
     Args:
-        eval_bytes: UTF-8 bytes of the evaluation text, made of whole validation documents
-            (:func:`~data_modules.evaluation_text.choose`); ``all`` takes all of them.
+        eval_bytes: UTF-8 bytes of the evaluation text
+            (:func:`~data_modules.evaluation_text.choose`), or ``all``.
         train_windows: number of training windows, chosen over the whole text and the same for every
-            seed; ``all`` takes all of them.
+            seed, or ``all``.
         document_mask: whether batches carry document ids: targets in another document do not count,
             and attention is block-diagonal.
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
@@ -67,7 +67,7 @@ class StoreDataModule(WindowDataModule):
     @cached_property
     @abstractmethod
     def opened(self) -> tuple[TokenStore, Tokenizer]:
-        """The store, which is built or found here, and the tokenizer of its ids."""
+        """The store, built or found at the first use, and the tokenizer of its ids, trained."""
 
     def prepare_data(self) -> None:
         """Lightning's hook, which one process per node calls: builds the store."""
@@ -79,12 +79,10 @@ class StoreDataModule(WindowDataModule):
 
     @property
     def store(self) -> TokenStore:
-        """The token store, built or opened on first use."""
         return self.opened[0]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained if it needed training."""
         return self.opened[1]
 
     @property
@@ -112,7 +110,6 @@ class StoreDataModule(WindowDataModule):
 
     @cached_property
     def evaluation(self) -> EvaluationWindows:
-        """The evaluation text in this model's windows."""
         text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
         return EvaluationWindows(
             text, **self.cut, eot_id=self.tokenizer.eot_id, document_mask=self.document_mask
@@ -147,13 +144,12 @@ class StoreDataModule(WindowDataModule):
         ``tokens``, the number of depth-0 targets; where ids stand for text, also the targets'
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
-        compressed = compressors(self._evaluated_text()) if n_bytes else {}
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
             **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
             "tokens": self.evaluation.n_targets,
-            **compressed,
+            **(compressors(self._evaluated_text()) if n_bytes else {}),
         }
 
     def _evaluated_text(self) -> bytes:
@@ -168,11 +164,8 @@ class StoreDataModule(WindowDataModule):
         return bytes(data)
 
     def summary(self) -> dict[str, Any]:
-        """Plain facts about the data, for the run's summary and checkpoints.
-
-        ``val.lines_in_training`` is the share of the validation text's long lines that also occur
-        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` if there are none.
-        """
+        """Plain facts about the data, for the run's summary and checkpoints;
+        ``val.lines_in_training`` is :meth:`LineOverlap.share`."""
         meta = self.store.meta
         facts: dict[str, Any] = {
             "source": meta["source"],

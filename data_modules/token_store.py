@@ -55,7 +55,6 @@ class TokenFile:
         dtype: name of its dtype.
         n_tokens: number of tokens, end-of-text tokens included.
         n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted; None if unknown.
-        n_documents: number of documents.
         shards: the parts of files that hold the tokens, if the store is a view.
     """
 
@@ -124,10 +123,9 @@ class TokenStore:
                 if shards is not None:
                     split_shards, shards = cut(shards, facts["tokens"])
                 self.splits[name] = self._open(name, split_shards)
-        except UserError as error:
-            raise damaged(folder, str(error)) from error
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(folder, repr(error)) from error
+            why = str(error) if isinstance(error, UserError) else repr(error)
+            raise damaged(folder, why) from error
 
     def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"

@@ -73,13 +73,8 @@ class Windows(Dataset[WindowBatch], ABC):
         """The windows of these numbers."""
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError``, with the remedy, if there are too few windows for one step of
-        training; windows of a validation never raise it.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
+        """Raises ``UserError``, with the remedy, if there are too few training windows for one step
+        of ``world`` processes with ``batch_size`` windows each."""
 
     def order(self, seed: int, epoch: int) -> np.ndarray | FeistelOrder:
         """Window numbers in the order of an epoch of training."""
@@ -89,12 +84,8 @@ class Windows(Dataset[WindowBatch], ABC):
         """Continues with the windows of a stored run's seed, if they depend on it."""
 
     def batch(self, tokens: np.ndarray, **fields: Any) -> WindowBatch:
-        """The batch of some windows.
-
-        Args:
-            tokens: ``[B, width]`` ids of any integer type.
-            fields: other fields of :class:`WindowBatch`.
-        """
+        """The batch of some windows, from their ids ``[B, width]`` of any integer type and other
+        fields of :class:`WindowBatch`."""
         ids = torch.from_numpy(tokens.astype(np.int64))
         return WindowBatch(ids, self.depth, stride=self.stride, extra=self.extra, **fields)
 
@@ -111,8 +102,6 @@ class Windows(Dataset[WindowBatch], ABC):
 @dataclass(eq=False)
 class WindowDataset(Windows):
     """Windows of a token file; window i begins at token ``i * T``.
-
-    The file is opened on first use, so each loader worker has its own memory map.
 
     Attributes:
         file: the token file.

@@ -58,8 +58,7 @@ class WindowDataModule(LightningDataModule, ABC):
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
     allow: Collection[str] = field(default=(), init=False)
-    # Whether a frozen trunk's states of the training windows are kept; the owner of the model sets
-    # the folder.
+    # See :class:`StoreDataModule`.
     cache_states: bool = field(default=False, init=False)
     states: Path | None = field(default=None, init=False)
 
@@ -98,11 +97,8 @@ class WindowDataModule(LightningDataModule, ABC):
         return {"seq_len": self.seq_len}
 
     def prepare(self, stage: str = "fit") -> None:
-        """Builds or finds the data, and checks that there is enough of it. Idempotent.
-
-        Args:
-            stage: ``fit`` needs data for a training step and a validation, any other stage
-                (``validate``) only for a validation.
+        """Builds or finds the data, and checks that there is enough of it for a validation, and for
+        ``fit`` also for a training step. Idempotent.
 
         Raises:
             UserError: about the data (text that is empty, not UTF-8, shorter than a window ...), or

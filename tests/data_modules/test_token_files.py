@@ -76,7 +76,7 @@ def test_every_format_gives_the_tokens_of_the_text(tmp_path, kind):
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape == (4, 35)
     flat = sum(train, [])
-    first = next(iter(data.train_dataloader().order(0)))
+    first = data.training.order(data.seed, 0)[0]
     assert batch.tokens[0].tolist() == flat[first * 32 : first * 32 + 35]
 
 
