@@ -32,13 +32,8 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
 
 def cache_key(path: Path, options: str) -> str:
     """The cache key of a file, or of a folder and the folders in it: two hex digests,
-    ``PATH-STATE``. The state has the files' names, sizes and times. Any change of a file changes
-    its time ctime, which no program can set.
-
-    Args:
-        path: the file or folder.
-        options: everything else that the cached content depends on.
-    """
+    ``PATH-STATE``. The state has the files' names and :func:`stamp`, and ``options``, on which the
+    cached content depends, too."""
     path = path.resolve()
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
     states = [(str(f.relative_to(path)), *stamp(f.stat())) for f in files if f.is_file()]

@@ -32,9 +32,6 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
         remember: a folder with a record of the :func:`stamp` and digest of each large file. A file
             that changed a moment ago gets no record, and records that cannot be read or written
             are skipped.
-
-    Raises:
-        OSError: if the file cannot be read.
     """
     before = stamp(path.stat())
     record = None

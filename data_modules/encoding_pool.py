@@ -32,13 +32,9 @@ LARGE = 1 << 26
 
 
 def pick_workers(requested: int | None, tokenizer: Tokenizer, total_bytes: int | None) -> int:
-    """Number of processes that encode a corpus; 0 encodes in this process.
-
-    Args:
-        requested: the user's number; None for one per core if the corpus is large.
-        tokenizer: a user-defined tokenizer stays in this process.
-        total_bytes: size of the corpus; None if unknown, which counts as large.
-    """
+    """Number of processes that encode a corpus: the requested one (None: one per core if the corpus
+    is large or of unknown size), or 0, which encodes in this process as user-defined tokenizers
+    must."""
     if class_of(tokenizer.kind) is not type(tokenizer):
         return 0
     if requested is not None:

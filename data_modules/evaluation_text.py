@@ -25,7 +25,6 @@ class EvaluationText:
     """N documents of a token file, in reading order.
 
     Attributes:
-        file: the token file.
         starts: ``[N]`` int64 index of the first token of each document.
         ends: ``[N]`` int64 index after the last token, which is the end-of-text token.
         bytes: ``[N]`` int64 UTF-8 bytes of each document.
@@ -105,11 +104,8 @@ class EvaluationWindows(Windows):
     document is a depth-0 target once; depth k has all but the first k tokens as targets. Padding
     after the end of the stream is never a target.
 
-    Attributes:
-        text: the documents.
-        eot_id: id of the end-of-text token.
-        document_mask: whether batches carry document ids. The first token of every document, which
-            no token of it precedes, is then not a target.
+    With ``document_mask``, batches carry document ids, and the first token of every document, which
+    no token of it precedes, is not a target.
     """
 
     text: EvaluationText

@@ -63,21 +63,15 @@ class WindowLoader(_Loader):
     left out of that epoch. An ``iter`` yields the rest of the epoch; after its last batch, the next
     ``iter`` is the next epoch.
 
-    ``state_dict`` is exact at any moment: a batch counts as consumed when the caller receives it,
-    not when a worker has prefetched it. After ``load_state_dict`` the next ``iter`` starts with the
-    batch that would have come next, also after the last batch of an epoch. Lightning stores the
-    state with its checkpoints. Advance the newest iterator alone: each sets the state to its own
-    position.
-
-    Attributes:
-        seed: seed of the order.
-        epoch: number of the epoch.
-        consumed: windows of the epoch that all ranks have consumed.
+    ``state_dict``, which Lightning stores with its checkpoints, is exact at any moment: a batch
+    counts as consumed when the caller receives it, not when a worker has prefetched it. After
+    ``load_state_dict`` the next ``iter`` starts with the batch that would have come next. Advance
+    the newest iterator alone: each sets the state to its own position.
     """
 
     seed: int = 0
     epoch: int = field(default=0, init=False)
-    consumed: int = field(default=0, init=False)
+    consumed: int = field(default=0, init=False)  # windows of the epoch, by all ranks
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, consumed or not."""

@@ -33,12 +33,8 @@ class FeistelOrder:
     every round a keyed hash of one half is added to the other, modulo a or b. Every round can be
     undone, so together they permute the a b pairs; a result of n or more is enciphered again until
     it is below n, which permutes 0 .. n - 1 (generalized Feistel cipher with cycle walking: Black &
-    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The keys come from Philox.
-
-    Args:
-        n: number of windows, at most 2**62.
-        seed: seed of the order.
-        epoch: epoch of the order.
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The keys come from Philox. There
+    are at most 2**62 windows.
     """
 
     def __init__(self, n: int, *, seed: int, epoch: int) -> None:

@@ -18,10 +18,9 @@ class LineOverlap:
 
     A line counts if it has at least 32 characters without surrounding white space, as often as it
     occurs in the validation documents. Only 64-bit hashes are kept. When a split has more than
-    :data:`LIMIT` different hashes, both splits drop those in the upper half of the range and ignore
-    them from then on, so equal lines are kept in both splits or in neither. The share is exact up
-    to this number of different lines per split, and estimated from a sample beyond that. It does
-    not depend on the order of the documents.
+    :data:`LIMIT` different hashes, both splits drop those in the upper half of the range for good,
+    so equal lines are kept in both splits or in neither. From then on the share is estimated from a
+    sample. It does not depend on the order of the documents.
     """
 
     def __init__(self) -> None:

@@ -16,18 +16,11 @@ from mtp_lightning.errors import UserError
 def take_prompts(
     split: DocumentSplit, tokenizer: Tokenizer, *, counts: Mapping[str, int], length: int
 ) -> list[tuple[str, np.ndarray]]:
-    """Takes ``counts`` prompts of each split, all different, across the splits too.
-
-    Their order is that of :func:`~data_modules.store_module.parts_in_rounds`.
-
-    Args:
-        split: the corpus; a prompt belongs to the split of its document.
-        tokenizer: a trained tokenizer.
-        counts: number of prompts per split.
-        length: tokens of each prompt.
+    """Takes ``counts`` prompts of each split's documents, all different, across the splits too.
 
     Returns:
-        (split, ids ``[length]`` int64), those of ``train`` first.
+        (split, ids ``[length]`` int64), those of ``train`` first, in the order of
+        :func:`~data_modules.store_module.parts_in_rounds`.
 
     Raises:
         UserError: if the documents hold fewer prompts, or a text is not Unicode.

@@ -45,7 +45,6 @@ def require_sealed(folder: Path, memory: Path) -> None:
 
     Raises:
         UserError: if a file has other contents or is missing.
-        OSError: if a file cannot be read.
     """
     try:
         digests = json.loads((folder / FILE).read_text("utf-8"))

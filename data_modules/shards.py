@@ -49,14 +49,12 @@ def cut(shards: Sequence[Shard], n_tokens: int) -> tuple[tuple[Shard, ...], tupl
 
 
 class ShardedTokens:
-    """Memory maps read as one array: by slices, by indices, and by windows.
+    """Memory maps of shards, none of them empty, read as one array: by slices, by indices, and by
+    windows.
 
     If another program writes to a mapped file, its ids change while they are read, and if the file
     is truncated, the system kills the process. So every read first checks that the file is
     unchanged.
-
-    Args:
-        shards: in order, none of them empty.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:

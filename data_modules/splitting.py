@@ -21,18 +21,17 @@ SMALL = 64
 
 @dataclass(eq=False)
 class DocumentSplit:
-    """Sends every group of a source's documents whole to training or validation.
+    """Sends every group of a source's documents (:meth:`Source.grouped`) whole to training or
+    validation, so that no validation document is a copy of a training document.
 
-    The source says which documents belong together (:meth:`Source.grouped`), at least those with
-    the same text, so that no validation document is a copy of a training document. A group is for
-    validation if a hash of (split seed, group), read as a fraction, lies below ``val_fraction``:
-    adding documents moves none of the others. If that leaves a split empty in a corpus of up to 64
-    groups, the group with the smallest hash goes to validation, or the one with the largest to
-    training.
+    A group is for validation if a hash of (split seed, group), read as a fraction, lies below
+    ``val_fraction``: adding documents moves none of the others. If that leaves a split empty in a
+    corpus of up to 64 groups, the group with the smallest hash goes to validation, or the one with
+    the largest to training.
 
-    The documents of a corpus of **one group** are cut in two, so that a user can train on a single
-    file of their own: the first part, up to the last line end before ``1 - val_fraction`` of the
-    characters, is the training document, and the rest is the validation document.
+    The documents of a corpus of **one group**, such as a single file, are cut in two: the first
+    part, up to the last line end before ``1 - val_fraction`` of the characters, is the training
+    document, and the rest is the validation document.
 
     Attributes:
         source: the corpus. Empty documents are dropped before counting.

@@ -38,11 +38,7 @@ _NAMES = "store_names"
 
 def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -> Tokenizer:
     """The tokenizer, trained on the training documents once per cache folder if it needs training.
-
-    Raises:
-        UserError: if there is no text.
-        OSError: if a file cannot be read or written.
-    """
+    Refuses a corpus without text."""
     if not tokenizer.needs_training:
         return tokenizer
     target = cache / "tokenizers" / _key("tokenizer", split.source.fingerprint(), split, tokenizer)
@@ -146,7 +142,8 @@ def write_documents(
     *,
     vocab_size: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the tokenizer and the documents of a store.
+    """Writes the tokenizer and the documents of a store; returns its ``meta.json``, as
+    :func:`keep_store` takes it.
 
     Args:
         folder: the folder to write into.
@@ -155,9 +152,6 @@ def write_documents(
         encoded: pieces of documents, in order.
         overlap: the line counts, complete once all documents are written.
         vocab_size: upper bound of the ids; by default the tokenizer's own.
-
-    Returns:
-        Contents of ``meta.json``, for :func:`keep_store`.
     """
     dtype = token_dtype(vocab_size or tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from mtp_lightning.errors import UserError, counted
 from mtp_lightning.settings import require_whole
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class StoreDataModule(WindowDataModule):
     """Windows of T + D + 1 tokens of a store, and an evaluation text of whole documents.
 
@@ -34,35 +36,21 @@ class StoreDataModule(WindowDataModule):
             and attention is block-diagonal.
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
             all epochs and runs; the owner of the model sets :attr:`states`.
-        cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
-        options: options of :class:`WindowDataModule`.
-
-    Attributes:
-        states: the folder of these states, or None.
-
-    Raises:
-        UserError: for numbers out of range.
+        cache_dir: the cache folder; None for that of :func:`~data_modules.cache.cache_folder`.
     """
 
-    def __init__(
-        self,
-        *,
-        eval_bytes: int | Literal["all"] = 300_000,
-        train_windows: int | Literal["all"] = "all",
-        document_mask: bool = False,
-        cache_states: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        for key, number in (("eval_bytes", eval_bytes), ("train_windows", train_windows)):
-            if number != "all":
+    eval_bytes: int | Literal["all"] = 300_000
+    train_windows: int | Literal["all"] = "all"
+    document_mask: bool = False
+    cache_states: bool = False
+    cache_dir: Path = None  # type: ignore[assignment]  # may be a string; None is replaced
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("eval_bytes", "train_windows"):
+            if (number := getattr(self, key)) != "all":
                 require_whole(f"data.{key} (all for the whole split)", number, least=1)
-        self.eval_bytes = eval_bytes
-        self.train_windows = train_windows
-        self.document_mask = document_mask
-        self.cache_states = cache_states
-        self.cache_dir = cache_folder(cache_dir)
+        self.cache_dir = cache_folder(self.cache_dir)
 
     @cached_property
     @abstractmethod

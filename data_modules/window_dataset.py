@@ -104,14 +104,10 @@ class WindowDataset(Windows):
     """Windows of a token file; window i begins at token ``i * T``.
 
     Attributes:
-        file: the token file.
         document_mask: whether batches carry document ids.
         states: folder with a frozen trunk's states of these windows, which batches then carry.
-        limit: number of windows to keep, chosen by an order that depends only on the number of
-            windows in the file; None for all.
-
-    Raises:
-        UserError: if the file has fewer windows than ``limit``.
+        limit: number of windows to keep, at most those of the file, on whose number alone the
+            choice depends; None for all.
     """
 
     file: TokenFile

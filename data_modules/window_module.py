@@ -101,8 +101,8 @@ class WindowDataModule(LightningDataModule, ABC):
         ``fit`` also for a training step. Idempotent.
 
         Raises:
-            UserError: about the data (text that is empty, not UTF-8, shorter than a window ...), or
-                a source's package that is not installed.
+            UserError: about the text (empty, not UTF-8, shorter than a window ...) or a source's
+                package.
             OSError: if a file cannot be read or written.
         """
         if stage == "fit":

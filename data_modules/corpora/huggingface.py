@@ -25,7 +25,7 @@ class HuggingFaceSource(FileSource):
         revision: branch, tag or commit on the hub. For a streamed dataset only a commit pins the
             text, since the rows are not read for its fingerprint.
         streaming: read rows as they arrive instead of downloading first.
-        cache_dir: where the ``datasets`` library keeps its files (its own default if None).
+        cache_dir: where the library keeps its files; None for its own default.
 
     Raises:
         UserError: from ``documents`` and ``fingerprint``, without ``datasets``, or if the dataset

@@ -83,7 +83,7 @@ def digest_files(
     Args:
         files: (name that enters the digest, path) in a fixed order.
         options: everything else that decides the documents.
-        remember: see :func:`content_digest`.
+        remember: see :func:`~data_modules.digests.content_digest`.
     """
     parts: list[object] = list(options)
     for name, path in files:

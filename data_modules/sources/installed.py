@@ -32,7 +32,7 @@ def installed(
         name: the distribution, such as ``torch``.
         keep: whether a path of it is wanted.
         needed_by: what needs the package, such as ``data=packages``, for messages.
-        extra: the extra of this project that installs the package; None for the user's own choice.
+        extra: the extra of this project that installs the package, if there is one.
 
     Raises:
         UserError: if it is not installed, or its installer recorded no file that is wanted.

@@ -16,19 +16,11 @@ SUCCESSORS = 16
 
 
 class SyntheticSource(Source):
-    """Sentences of invented words from a first-order Markov chain.
+    """``documents`` documents of invented words, about ``size`` UTF-8 bytes together.
 
-    Every word is followed by one of 16 words with probabilities that halve from the first to the
-    last. The same arguments give the same bytes with every numpy version (raw Philox bits).
-
-    Args:
-        size: approximate UTF-8 bytes of the whole corpus.
-        documents: number of documents.
-        words: size of the word list.
-        seed: seed of the words, the chain and the text.
-
-    Raises:
-        UserError: for numbers out of range.
+    A first-order Markov chain writes them: each of the ``words`` words is followed by one of 16
+    with probabilities that halve from the first to the last. The same arguments give the same bytes
+    with every numpy version (raw Philox bits).
     """
 
     name = "synthetic"

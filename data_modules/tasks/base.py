@@ -45,7 +45,7 @@ class Example:
         prompt: ids, at least one.
         answer: ids, at least one that is not given.
         given: which tokens of the answer are read instead of answered, such as further questions;
-            None for none. They are not targets, and decoding reads them as they are.
+            None for none. They are not targets.
     """
 
     prompt: list[int]

@@ -2,10 +2,9 @@
 
 The word problem of A5, which is not solvable, is complete for NC1, so unless TC0 = NC1 no
 transformer of fixed depth computes long products at once (Liu et al. 2023, arXiv 2210.10749;
-Merrill et al. 2024, arXiv 2404.08819). In these papers the product at each position is a label and
-is not read. Here an answer is text: the earlier products are read, and the next one takes one step
-more. A head that predicts k tokens further has to take k more steps at once; with ``running=false``
-the whole word has to be multiplied at once, as in the papers.
+Merrill et al. 2024, arXiv 2404.08819). Here the model reads the earlier products, and the next one
+takes one step more; a head that predicts k tokens further has to take k more steps at once. With
+``running=false`` the whole word has to be multiplied at once, as in the papers.
 
     12340 12034 = 12340 20341        word = running products
 """

@@ -1,9 +1,8 @@
 """Tasks with questions that only validation asks; a hash of the question decides, for every seed.
 
 A task with short questions soon has asked all of them, and a model that memorized the answers would
-be right. Where there are so many questions that none comes twice, nothing needs to be held out;
-``val/seen`` reports the share of validation that training has shown
-(:func:`~data_modules.tasks.answers.baselines`).
+be right. A task with so many questions that none comes twice holds nothing out; ``val/seen``
+reports the share of validation that training has shown (``answers.baselines``).
 """
 
 from __future__ import annotations

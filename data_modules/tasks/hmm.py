@@ -2,9 +2,9 @@
 
 Shai et al. 2024, "Transformers represent belief state geometry in their residual stream" (arXiv
 2405.15943): a model that predicts well holds an affine image of :meth:`HMM.beliefs`, the
-distribution over hidden states given the tokens so far. Only the next symbol is asked for, so exact
-match says only whether the process could produce the model's output; the informative measures are
-the loss against :meth:`HMM.surprisals`, and the R^2 of an affine probe.
+distribution over hidden states given the tokens so far. Exact match says only whether the process
+could produce the model's output; the informative measures are the loss against
+:meth:`HMM.surprisals`, and the R^2 of an affine probe.
 
     > 0 1 1 0 1 1        rrxor: of three symbols, the last is the exclusive or of the others
 
@@ -71,8 +71,7 @@ class HMM(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Exact match of random symbols: the share of sequences that the process can produce, which
-        is 1 for mess3."""
+        """Exact match of random symbols: the share of sequences that the process can produce."""
         # Counted by the set of states that the process may be in, since there are few such sets.
         ways = {(True,) * len(self.stationary): 1}
         for _ in range(self.length):
@@ -120,8 +119,7 @@ class HMM(Task):
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[TaskMeasure]:
-        """``belief_r2`` of an affine probe from states to beliefs; ``surprisal``, the process's own
-        loss on the same symbols as the model's; and the model's ``excess_loss`` over it."""
+        """``belief_r2`` of an affine probe from states to beliefs, and those of :class:`Excess`."""
         probe = AffineProbe("belief_r2", self.beliefs, size=len(self.stationary), d_model=d_model)
         return (probe, Excess(self.surprisals))
 

@@ -3,9 +3,8 @@
 Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
 2404.19737), section 4.1: names in children's stories are replaced by random names of two tokens,
 and the accuracy on the second token of names mentioned before measures induction. Here the stories
-are made from templates, and only the second tokens of names mentioned before are trained and asked
-for. Those of new names cannot be predicted, so they are given. If they were asked for, a model that
-ends all names alike would tell consistent stories.
+are made from templates, and only these tokens are trained and asked for. The second tokens of new
+names are given: otherwise a model that ends all names alike would tell consistent stories.
 
     > A3 b7 had a ball . at the lake A5 b2 found a cake . A3 b7 saw A5 b2 .
 """

@@ -57,8 +57,7 @@ class SampledAnswers(TaskMeasure):
     """Values of a task computed from one answer per example, drawn at temperature 1.
 
     Args:
-        n: number of examples.
-        span: positions of the answers in the windows.
+        n: number of examples, and ``span`` the positions of their answers in the windows.
         judge: maps all answers, in the order of their examples, to values by name.
     """
 

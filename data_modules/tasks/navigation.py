@@ -9,8 +9,6 @@ where it stands. Training asks for half of all reachable pairs, validation for t
 Training also shows detours, around a node of the shortest path, and recoveries, which begin with a
 random step. The paper lists three shortest simple paths of each pair; here a path is drawn
 uniformly among the shortest ones, so that the exact probability of every token is known.
-
-The graph is in ``navigation_graph.py``.
 """
 
 from __future__ import annotations
@@ -126,8 +124,6 @@ class Navigation(Task):
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[TaskMeasure]:
-        """``legality`` and ``arrival`` of greedy answers; ``shortcut_mass``, the probability of
-        illegal shortcuts; ``belief_cosine`` of states; ``surprisal`` and ``excess_loss``."""
         return (
             Walks(self.world, longest_answer=self.longest_answer),
             Shortcuts(self.world),
@@ -150,8 +146,8 @@ class Navigation(Task):
         return [pairs[i] for i in order[:cut]], [pairs[i] for i in order[cut:]]
 
     def _detour(self, path: list[int], draws: Draws) -> list[int]:
-        """A shortest path around a random inner node of a path; the path itself where there is
-        none that is short enough, or the path has fewer than 4 nodes."""
+        """A shortest path around a random inner node of a path; the path itself if it has fewer
+        than 4 nodes or there is no such path that is short enough."""
         start, goal = path[0], path[-1]
         if len(path) < 4:
             return path

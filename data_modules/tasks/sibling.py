@@ -8,9 +8,8 @@ conditioning), so that greedy decoding of new strings gives different answers.
 
     q e u h = c17 c4 P2        hash = siblings, parent
 
-The creativity of answers drawn at temperature 1 is :meth:`Sibling.score`. It needs a fixed training
-set (``data.examples``) of fewer triples than there are: with fresh examples none would stay new,
-and it is not reported.
+The creativity of answers drawn at temperature 1 (:meth:`Sibling.score`) is reported with a fixed
+training set (``data.examples``); with fresh examples, no triple would stay new.
 """
 
 from __future__ import annotations

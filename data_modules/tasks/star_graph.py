@@ -25,8 +25,7 @@ BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
 
 @dataclass(frozen=True, kw_only=True)
 class StarGraph(Task):
-    """G(degree, length). Prompts of 3 E + 3 tokens, E = degree (length - 1) edges; answers of
-    ``length``.
+    """G(degree, length).
 
     Attributes:
         degree: d, arms that leave the start, >= 1.

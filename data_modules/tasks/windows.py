@@ -1,9 +1,9 @@
 """Windows that hold whole examples.
 
-A window holds as many examples as the longest ones would fit, whatever their sizes: the examples of
-a window are then a pure function of its number. The rest is padding.
+Each window holds as many examples as would fit if all were the longest, so the examples of a window
+are a pure function of its number. The rest is padding.
 
-Shapes: B batch, T positions, D depths, W = T + D + 1 tokens of a window.
+Shapes: B batch, T positions, W tokens of a window.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class TaskWindows(Windows):
 
     Attributes:
         task: the task. T is at least the length of its longest example minus one.
-        first: index of the first example.
         examples: number of examples; None for no end, in epochs of :data:`EPOCH` windows.
         train_prompt: whether all of an example's tokens are targets.
     """

@@ -23,11 +23,9 @@ class TokenFilesDataModule(StoreDataModule):
     """Windows of T + D + 1 tokens from files that already hold ids; no file is copied.
 
     Args:
-        tokenizer: the one that made the ids, or an
-            :class:`~data_modules.tokenizers.ids.IdTokenizer`.
+        tokenizer: the one that made the ids, or an :class:`IdTokenizer`.
         path: files of the training text: ``.bin`` or ``.npy`` (Megatron's also without the suffix,
-            litdata's also by their ``index.json``), folders, globs, or a list of these, read as one
-            text.
+            litdata's also by their ``index.json``), folders, globs, or a list of these.
         val_path: the same for the validation text; None holds out the end of ``path``.
         held_out: share of the tokens to hold out, in whole documents; 0.05 if None.
         dtype: type of the ids in files without header; uint16 if None.

@@ -2,10 +2,7 @@
 
 ``index.json`` names the chunks of its folder and the type of their ids. A chunk is the number n of
 its items (uint32), n + 1 byte offsets (uint32) of each item's beginning and the last one's end, and
-the concatenated ids of all items. An item is a document.
-
-The files are read as they are on disk, in the training order of every other corpus. litdata itself,
-whose order depends on its workers, is not needed.
+the concatenated ids of all items. An item is a document. litdata itself is not needed.
 """
 
 from __future__ import annotations

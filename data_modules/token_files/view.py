@@ -49,9 +49,6 @@ def open_view(
         val: files of the validation text; None takes the end of the training text, from the first
             document that begins after ``1 - held_out`` of the tokens, or from that token if no
             document begins there.
-        held_out: share of the tokens.
-        tokenizer: the tokenizer of the ids.
-        cache: the cache folder.
 
     Raises:
         UserError: for an id that the tokenizer does not have, or files with and without an index.

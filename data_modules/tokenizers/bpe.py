@@ -33,11 +33,7 @@ class BPETokenizer(Tokenizer):
     Args:
         vocab_size: number of ids to train to, end-of-text included; a small corpus may have fewer
             merges.
-        train_bytes: most bytes to train on: training documents in the corpus' order, the last one
-            cut.
-
-    Raises:
-        UserError: for numbers that are out of range.
+        train_bytes: most bytes to train on: the first of the training documents.
     """
 
     kind: ClassVar[str] = "bpe"

@@ -37,9 +37,7 @@ BESIDE = (CONFIG, "chat_template.jinja", "special_tokens_map.json", GENERATION)
 
 
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer of the ``tokenizers`` library.
-
-    Whether a text survives the round trip depends on that tokenizer.
+    """A tokenizer of the ``tokenizers`` library, which may change a text in the round trip.
 
     Args:
         path: a ``tokenizer.json``, a folder that holds one, or a name on the Hugging Face hub.
@@ -52,8 +50,7 @@ class PretrainedTokenizer(Tokenizer):
 
     Raises:
         FileNotFoundError: at the first use, if there is no such file, folder or hub name.
-        UserError: at the first use, if the file is not a tokenizer or has no such end-of-text
-            token.
+        UserError: at the first use, if it is not a tokenizer or has no such end-of-text token.
     """
 
     kind: ClassVar[str] = "pretrained"
