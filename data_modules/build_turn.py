@@ -21,10 +21,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-BEAT = 15.0
-"""Seconds between two signs of life."""
-SILENCE = 8 * BEAT
-"""Seconds without one after which another process builds."""
+BEAT = 15.0  # seconds between two signs of life
+SILENCE = 8 * BEAT  # seconds without one after which another process builds
 # File in a builder's folder that names the machine, on which the lock can be tested. It is removed
 # before the folder is renamed.
 _MACHINE = ".machine"

@@ -39,7 +39,6 @@ class EvaluationText:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, end-of-text tokens included."""
         return int((self.ends - self.starts).sum())
 
 

@@ -17,11 +17,8 @@ def window_order(n: int, *, seed: int, epoch: int) -> np.ndarray | FeistelOrder:
 
 
 def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """``[n]`` permutation of the windows for one epoch.
-
-    It sorts raw Philox numbers, whose stream numpy promises never to change (it makes no such
-    promise for ``Generator.permutation``).
-    """
+    """``[n]`` permutation of the windows for one epoch: the order of raw Philox numbers, whose
+    stream numpy promises never to change, unlike that of ``Generator.permutation``."""
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
     return np.argsort(keys, kind="stable")
 

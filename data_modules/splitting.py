@@ -48,11 +48,8 @@ class DocumentSplit:
         require_number("data.val_fraction", self.val_fraction, above=0, below=1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Yields (split, document), in the source's order.
-
-        Raises:
-            UserError: if the source has no text, or a document cannot be written as UTF-8.
-        """
+        """Yields (split, document), in the source's order; refuses a source without text and a
+        document that cannot be written as UTF-8."""
         bound = self._val_bound
         for group, document in self._documents():
             if bound is None:

@@ -55,13 +55,11 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
 def prepare_store(
     tokenizer: Tokenizer, split: DocumentSplit, cache: Path, *, workers: int | None = None
 ) -> tuple[TokenStore, Tokenizer]:
-    """The store of a corpus, built if the cache has none, and its tokenizer, trained if needed.
-
-    The cache key is a fingerprint of the source's documents, the tokenizer, the split's options and
-    the format's version.
+    """The store of a corpus, built if the cache has none, and its tokenizer, trained by
+    :func:`prepare_tokenizer` if needed.
 
     Args:
-        tokenizer: a ready tokenizer, or one that :func:`prepare_tokenizer` trains.
+        tokenizer: the tokenizer, trained or not.
         split: the source and its split.
         cache: the cache folder.
         workers: processes that encode; the store does not depend on their number. 0 encodes in this

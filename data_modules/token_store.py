@@ -103,11 +103,7 @@ class TokenFile:
 
 
 class TokenStore:
-    """A finished store, opened.
-
-    Args:
-        folder: the store.
-        shards: for a view, where the tokens are, all splits together in their order.
+    """A finished store, opened; for a view, ``shards`` hold the tokens of all splits in order.
 
     Raises:
         UserError: if the files do not match ``meta.json`` (damaged after they were built).

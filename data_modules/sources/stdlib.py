@@ -33,10 +33,8 @@ class StdlibSource(FileSource):
     """The ``*.py`` of the standard library that people wrote, sorted by relative path.
 
     Test packages, codecs and files of tables are left out. The files of one top-level package are
-    one group, so they are in one split; each top-level module is a group of its own.
-
-    About 9.8 MB in 605 files on Python 3.11. The text differs between Python versions, so the
-    summary records the version.
+    one group, and so is each top-level module. About 9.8 MB in 605 files on Python 3.11; the text
+    differs between Python versions, so the summary records the version.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``, if this interpreter has no

@@ -38,11 +38,10 @@ class TextSource(FileSource):
         field: name of the text field in JSON lines and parquet.
 
     Raises:
-        FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
-            glob or folder without a file.
-        UserError: from these too: an empty file, one that is not UTF-8 (with the byte offset), a
-            line that is not a JSON object with that field, a damaged compressed file, parquet or
-            ``.zst`` without pyarrow.
+        FileNotFoundError: from ``documents`` and ``fingerprint``, for a path without a file.
+        UserError: from these too, for an empty file, one that is not UTF-8 (with the byte offset),
+            a line that is not a JSON object with that field, a damaged compressed file, or parquet
+            or ``.zst`` without pyarrow.
     """
 
     name = "text"

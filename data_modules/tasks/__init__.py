@@ -21,19 +21,8 @@ if TYPE_CHECKING:
     from data_modules.tasks.star_graph import StarGraph
 
 __all__ = [
-    "HMM",
-    "MQAR",
-    "Copy",
-    "Countdown",
-    "Example",
-    "Group",
-    "Induction",
-    "Navigation",
-    "Polynomial",
-    "Sat",
-    "Sibling",
-    "StarGraph",
-    "Task",
-]
+    "HMM", "MQAR", "Copy", "Countdown", "Example", "Group", "Induction", "Navigation", "Polynomial",
+    "Sat", "Sibling", "StarGraph", "Task",
+]  # fmt: skip
 
 __getattr__ = on_demand(__name__)

@@ -92,10 +92,8 @@ class AnswerSet:
         return max(sum(example.asked) for example in self.examples)
 
     def batch(self, numbers: np.ndarray) -> WindowBatch:
-        """The batch of some examples, with :attr:`WindowBatch.scored` where the model answers.
-
-        If the model ends its answers itself, it may answer up to the longest length.
-        """
+        """The batch of some examples, with :attr:`WindowBatch.scored` where the model answers, up
+        to the longest length if it ends its answers itself."""
         examples = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in examples) + self.task.longest_answer
         tokens, scored, _ = map(

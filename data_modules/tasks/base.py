@@ -23,7 +23,7 @@ END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, ends an answer."""
 
 TRAINING = 48
-"""Training with seed s reads examples from ``(s + 1) << 48`` on, and validation those below."""
+"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below 1 << 48."""
 
 ONCE = 1 << 127
 """First index of the draws that a task makes once, above the indices of all examples."""
@@ -33,8 +33,7 @@ _WORD = (1 << 64) - 1
 # set before every use.
 _PHILOX = np.random.Philox(0)
 _FRESH = _PHILOX.state
-# Random numbers that are drawn for an example at first; most examples need fewer.
-_AHEAD = 64
+_AHEAD = 64  # numbers that are drawn for an example at first; most examples need fewer
 
 
 @dataclass(frozen=True)

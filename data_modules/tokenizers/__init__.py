@@ -15,14 +15,8 @@ if TYPE_CHECKING:
     from data_modules.tokenizers.symbols import SymbolTokenizer
 
 __all__ = [
-    "END_OF_TEXT",
-    "BPETokenizer",
-    "ByteTokenizer",
-    "IdTokenizer",
-    "PretrainedTokenizer",
-    "SymbolTokenizer",
-    "Tokenizer",
-    "tokenizer_from_state",
-]
+    "END_OF_TEXT", "BPETokenizer", "ByteTokenizer", "IdTokenizer", "PretrainedTokenizer",
+    "SymbolTokenizer", "Tokenizer", "tokenizer_from_state",
+]  # fmt: skip
 
 __getattr__ = on_demand(__name__)

@@ -30,12 +30,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    ``encode`` never adds special tokens, and reads the name of a special token as ordinary text;
-    the token store appends ``eot_id`` to every document itself. Only a prompt
-    (:meth:`encode_prompt`) has special tokens.
-    """
+    """Text to token ids and back. ``encode`` never adds special tokens, and reads the name of one
+    as ordinary text; the token store appends ``eot_id`` to every document itself."""
 
     kind: ClassVar[str]
     eot_token: str | None = END_OF_TEXT
@@ -117,12 +113,8 @@ class Tokenizer(ABC):
         return self
 
     def encode_specials(self, text: str) -> np.ndarray:
-        """``encode`` of a text in which names of special tokens stand for those tokens, as in the
-        text of a chat template.
-
-        Raises:
-            UserError: if the tokenizer has no such special tokens.
-        """
+        """``encode`` of a text in which names of special tokens stand for those tokens, as in a
+        chat template; refused by a tokenizer without such tokens."""
         raise UserError(
             f"the {self.kind} tokenizer has no special tokens to write a chat with: only a model "
             "with a tokenizer of its own (tokenizer=pretrained) can be asked."
@@ -158,8 +150,8 @@ class Tokenizer(ABC):
         return str(self.state()["tokenizer_json"])
 
     def save(self, folder: str | Path) -> None:
-        """Writes the state into a run folder, and the ``tokenizer.json`` of the tokenizers library
-        if there is one, for other programs."""
+        """Writes the state into a folder, and for other programs a ``tokenizer.json`` if there is
+        one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state()

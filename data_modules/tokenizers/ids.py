@@ -19,22 +19,15 @@ class IdTokenizer(Tokenizer):
     out of range, and any other text."""
 
     kind: ClassVar[str] = "ids"
+    vocab_size = eot_id = 0  # of the class; each tokenizer has its own
     reads_text = False
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
         require_whole("tokenizer.vocab_size", vocab_size, least=2, most=LARGEST_VOCAB)
         require_whole("tokenizer.eot_id", eot_id, least=0, most=vocab_size - 1)
-        self._vocab_size = vocab_size
-        self._eot_id = eot_id
+        self.vocab_size = vocab_size
+        self.eot_id = eot_id
         self.eot_token = str(eot_id)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def eot_id(self) -> int:
-        return self._eot_id
 
     def encode(self, text: str) -> np.ndarray:
         words = text.split()

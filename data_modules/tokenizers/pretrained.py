@@ -21,14 +21,9 @@ from mtp_lightning.stored import kept_json, special_token
 log = logging.getLogger(__name__)
 
 KNOWN_EOT = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "[EOS]",
-)
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "[EOS]",
+)  # fmt: skip
 """Names of the end-of-text token in common tokenizers; the first that is found is taken."""
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"

@@ -19,18 +19,16 @@ class SymbolTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "symbols"
     eot_id = 0
+    vocab_size = 0  # of the class; each tokenizer has its own
     reads_text = False
 
     def __init__(self, symbols: Sequence[str]) -> None:
         self.symbols = tuple(symbols)
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.eot_token = self.symbols[0]
+        self.vocab_size = len(self.symbols)
         if len(self._ids) < len(self.symbols) or not all(isinstance(s, str) for s in self.symbols):
             raise UserError("a task's symbols must be different strings")
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.symbols)
 
     def encode(self, text: str) -> np.ndarray:
         symbols = text.split()
