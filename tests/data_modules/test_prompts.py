@@ -10,10 +10,6 @@ from data_modules.tokenizers import ByteTokenizer
 from tests.data_modules.stores import ListSource
 
 
-def texts(prompts) -> list[tuple[str, str]]:
-    return [(name, bytes(ids.tolist()).decode()) for name, ids in prompts]
-
-
 def corpus(n: int = 40, length: int = 30) -> list[str]:
     return [f"{i:03d}:" + "abcdefghij"[i % 10] * (length - 4) for i in range(n)]
 
@@ -21,7 +17,8 @@ def corpus(n: int = 40, length: int = 30) -> list[str]:
 def prompts_of(split: DocumentSplit, train: int, val: int, length: int) -> list[tuple[str, str]]:
     """(split, text) of the prompts."""
     counts = {"train": train, "val": val}
-    return texts(take_prompts(split, ByteTokenizer(), counts=counts, length=length))
+    prompts = take_prompts(split, ByteTokenizer(), counts=counts, length=length)
+    return [(name, bytes(ids.tolist()).decode()) for name, ids in prompts]
 
 
 def split_of(documents: list[str]) -> DocumentSplit:

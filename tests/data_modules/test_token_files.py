@@ -155,8 +155,8 @@ def test_shards_equal_one_file(tmp_path, kind):
     else:
         (tmp_path / "s").mkdir()
     if kind == "raw":  # llm.c's shards end anywhere
-        for i, at in enumerate(range(0, len(flat), 7001)):
-            llm_c(tmp_path / "s" / f"{i:06}.bin", [flat[at : at + 7001]])
+        for at in range(0, len(flat), 7001):
+            llm_c(tmp_path / "s" / f"{at:06}.bin", [flat[at : at + 7001]])
     elif kind == "megatron":
         for i in range(0, len(documents), 13):
             megatron(tmp_path / "s" / f"{i:06}.bin", documents[i : i + 13])
@@ -274,16 +274,13 @@ def test_ids_without_a_text_have_no_bytes(tmp_path, caplog):
     for text in ("50257", "-1", "\u00b2", "9" * 5000):
         with pytest.raises(ValueError, match="is not an id"):
             data.tokenizer.encode(text)
-    with pytest.raises(
-        ValueError, match=r"tokenizer.eot_id must be a whole number in \[0, 4\], not 5"
+    for arguments, message in (
+        ((5, 5), r"tokenizer.eot_id must be a whole number in \[0, 4\], not 5"),
+        ((1, 0), r"vocab_size must be a whole number in \[2, 1048576\], not 1"),
+        ((5, "3"), "eot_id must be a whole number .*, not '3'"),
     ):
-        IdTokenizer(5, 5)
-    with pytest.raises(
-        ValueError, match=r"vocab_size must be a whole number in \[2, 1048576\], not 1"
-    ):
-        IdTokenizer(1, 0)
-    with pytest.raises(ValueError, match=r"eot_id must be a whole number .*, not '3'"):
-        IdTokenizer(5, "3")
+        with pytest.raises(ValueError, match=message):
+            IdTokenizer(*arguments)
 
 
 def test_chunks_written_by_litdata_are_read(tmp_path):
@@ -386,26 +383,24 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
     message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
     assert_refused(message, tmp_path, good, BPETokenizer(300))
-    assert_refused(
-        "=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1
-    )
-    assert_refused(r"held_out .* must be a number in \(0, 1\), not 1", tmp_path, good, held_out=1)
-    assert_refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
-    assert_refused(
-        "nowhere.bin does not exist.*data.val_path", tmp_path, good, val_path="nowhere.bin"
-    )
+    for options, message in (
+        ({"val_path": good, "held_out": 0.1}, "=0.1 has no meaning with data.val_path"),
+        ({"held_out": 1}, r"held_out .* must be a number in \(0, 1\), not 1"),
+        ({"val_path": str(good)}, "x.bin is in data.path and in data.val_path"),
+        ({"val_path": "nowhere.bin"}, "nowhere.bin does not exist.*data.val_path"),
+        ({"dtype": "float32"}, "data.dtype must be uint16.*not 'float32'"),
+    ):
+        assert_refused(message, tmp_path, good, **options)
     assert_refused("data.path must name a file", tmp_path, [])
     both = [megatron(tmp_path / "m.bin", ids_of(texts())), good]
     assert_refused(r"x\.bin has none: use them in separate runs", tmp_path, both)
-    assert_refused("data.dtype must be uint16.*not 'float32'", tmp_path, good, dtype="float32")
     np.save(tmp_path / "none.npy", np.zeros(0, np.int64))
     assert_refused(r"none\.npy is empty: leave the file out", tmp_path, tmp_path / "none.npy")
     short = llm_c(tmp_path / "l.bin", [[1]])
     assert_refused("its ids are uint16, not data.dtype=uint32", tmp_path, short, dtype="uint32")
-    (tmp_path / "notes.md").write_text("x")
-    assert_refused(
-        r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, tmp_path / "notes.md"
-    )
+    notes = tmp_path / "notes.md"
+    notes.write_text("x")
+    assert_refused(r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, notes)
 
 
 def test_raw_ids_of_32_bits_need_data_dtype(tmp_path):

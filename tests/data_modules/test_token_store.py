@@ -180,11 +180,8 @@ def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
 def test_only_abandoned_build_folders_are_removed(tmp_path):
     silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
     finished = tmp_path / "finished"
-    for folder, age in (
-        (silent, cache.STALE_SECONDS + 60),
-        (alive, cache.STALE_SECONDS - 60),
-        (finished, 1e6),
-    ):
+    stale = cache.STALE_SECONDS
+    for folder, age in ((silent, stale + 60), (alive, stale - 60), (finished, 1e6)):
         folder.mkdir()
         os.utime(folder, (time.time() - age,) * 2)
     build_once(tmp_path / "target", lambda folder: None)

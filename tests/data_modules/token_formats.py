@@ -38,15 +38,8 @@ def numpy_file(path: Path, documents: Documents) -> Path:
 
 
 def megatron(path: Path, documents: Documents, *, code: int = 8, sentences: int = 1) -> Path:
-    """Megatron-LM's core/datasets/indexed_dataset.py.
-
-    Args:
-        path: the .bin.
-        documents: ids of each.
-        code: of the type: 8 uint16, 4 int32, 5 int64.
-        sentences: sequences that every document is written in.
-
-    """
+    """Megatron-LM's core/datasets/indexed_dataset.py, with every document written in so many
+    sentences; code 8 is uint16, 4 int32, 5 int64."""
     kind = {8: "H", 4: "i", 5: "q"}[code]
     sequences: list[Sequence[int]] = []
     begins = [0]
@@ -65,19 +58,12 @@ def megatron(path: Path, documents: Documents, *, code: int = 8, sentences: int 
         file.write(struct.pack(f"<{len(lengths)}i", *lengths))
         file.write(struct.pack(f"<{len(pointers)}q", *pointers))
         file.write(struct.pack(f"<{len(begins)}q", *begins))
-
     return path
 
 
 def litdata(folder: Path, documents: Documents, *, chunks: int = 1, code: int = 20) -> Path:
-    """litdata's streaming/writer.py with a TokensLoader; returns index.json.
-
-    Args:
-        folder: is made.
-        documents: ids of each.
-        chunks: files that they are written in.
-        code: of the type of tensors: 20 uint16, 18 int64.
-    """
+    """litdata's streaming/writer.py with a TokensLoader: a new folder with that many chunks; code
+    20 is uint16, 18 int64. Returns index.json."""
     kind = {20: "H", 18: "q"}[code]
     folder.mkdir()
     size = -(-len(documents) // chunks)

@@ -44,12 +44,8 @@ def lstsq_r2(task: HMM, n: int, *, part: int, **options: float) -> float:
     valid = made.batch.valid(0)
     assert valid is not None
     beliefs = task.beliefs(made.batch.tokens.numpy())[:, : made.batch.seq_len]
-    sides = []
-    for of in (part, 1 - part):
-        mask = valid.numpy() & (np.arange(n) % 2 == of)[:, None]
-        x = made.states_BPC.numpy()[mask]
-        sides.append((x, beliefs[mask]))
-    (x, y), (x_new, y_new) = sides
+    masks = [valid.numpy() & (np.arange(n) % 2 == of)[:, None] for of in (part, 1 - part)]
+    (x, y), (x_new, y_new) = ((made.states_BPC.numpy()[mask], beliefs[mask]) for mask in masks)
     weights, *_ = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=LEAST)
     error = ((y_new - y.mean(0) - (x_new - x.mean(0)) @ weights) ** 2).sum()
     return float(1 - error / ((y_new - y_new.mean(0)) ** 2).sum())
@@ -79,9 +75,8 @@ def test_the_probe_ignores_variation_as_small_as_rounding() -> None:
     exact, rounded = probe(task), probe(task)
     made = outputs(task, numbers, rank=3)
     exact.update(numbers, made)
-    made.states_BPC += 1e-6 * torch.randn(
-        made.states_BPC.shape, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    made.states_BPC += 1e-6 * torch.randn(made.states_BPC.shape, generator=generator)
     rounded.update(numbers, made)
     assert rounded.compute() == pytest.approx(exact.compute(), abs=1e-5)
 
@@ -141,8 +136,7 @@ def test_the_creativity_of_samples() -> None:
 
 
 def test_the_training_set_is_what_the_loader_reads() -> None:
-    options = {"hash": 2}
-    data = TaskDataModule(Sibling(**options), examples=37, batch_size=4, seq_len=11, seed=5)
+    data = TaskDataModule(Sibling(hash=2), examples=37, batch_size=4, seq_len=11, seed=5)
     training = data.answer_sets[""].training
     assert training is not None
     read = set()
@@ -152,7 +146,7 @@ def test_the_training_set_is_what_the_loader_reads() -> None:
             read |= {tuple(answers[i : i + 3]) for i in range(0, len(answers), 3)}
     assert read <= {tuple(answer) for answer in training()} and len(training()) == 37
     assert len(read) > 20
-    assert TaskDataModule(Sibling(**options)).answer_sets[""].training is None
+    assert TaskDataModule(Sibling(hash=2)).answer_sets[""].training is None
 
 
 def test_each_example_has_its_own_uniform_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,15 +32,12 @@ def neighbors(task: Navigation) -> dict[int, list[int]]:
 
 def hops(task: Navigation, start: int) -> dict[int, int]:
     """Steps to every reachable node, by breadth-first search."""
-    out, distances, frontier = neighbors(task), {start: 0}, [start]
-    while frontier:
-        next_frontier = []
-        for a in frontier:
-            for b in out[a]:
-                if b not in distances:
-                    distances[b] = distances[a] + 1
-                    next_frontier.append(b)
-        frontier = next_frontier
+    out, distances, reached = neighbors(task), {start: 0}, [start]
+    for a in reached:  # the list grows meanwhile
+        for b in out[a]:
+            if b not in distances:
+                distances[b] = distances[a] + 1
+                reached.append(b)
     return distances
 
 
@@ -87,10 +85,7 @@ def test_paths_are_uniform_and_surprisals_their_log_probabilities() -> None:
     a, b = max(task._pairs[1], key=lambda pair: float(task.world.ways[pair]))
     n = int(task.world.ways[a, b])
     assert n >= 3
-    counts: dict[tuple[int, ...], int] = {}
-    for i in range(3000):
-        path = tuple(task.world.path(a, b, task.draws(i)))
-        counts[path] = counts.get(path, 0) + 1
+    counts = Counter(tuple(task.world.path(a, b, task.draws(i))) for i in range(3000))
     assert len(counts) == n
     assert all(abs(c - 3000 / n) < 5 * (3000 / n) ** 0.5 for c in counts.values())
     example = task._written(b, list(next(iter(counts))))
@@ -102,13 +97,12 @@ def test_a_street_graph_is_a_tree_and_edges_of_the_triangulation() -> None:
     for seed in range(5):
         tree, task = Navigation(seed=seed, density=0), Navigation(seed=seed)
         assert tree.world.edges.sum() == 2 * 39 and (tree.world.distances >= 0).all()
-        assert (task.world.edges == task.world.edges.T).all() and task.world.edges[
-            tree.world.edges
-        ].all()
-        assert 2 * 55 < task.world.edges.sum() < 2 * 65
+        edges = task.world.edges
+        assert (edges == edges.T).all() and edges[tree.world.edges].all()
+        assert 2 * 55 < edges.sum() < 2 * 65
 
 
-def testdelaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
+def test_delaunay_edges_are_of_triangles_with_an_empty_circle() -> None:
     points = np.random.default_rng(0).uniform(size=(14, 2))
     expected = np.zeros((14, 14), dtype=bool)
     for corners in itertools.combinations(range(14), 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -45,10 +46,7 @@ def test_the_check_against_all_triples() -> None:
 
 def test_triples_are_uniform() -> None:
     task = Sibling(parents=2, children=3)
-    counts: dict[tuple[int, ...], int] = {}
-    for i in range(6000):
-        answer = tuple(task.example(i).answer)
-        counts[answer] = counts.get(answer, 0) + 1
+    counts = Counter(tuple(task.example(i).answer) for i in range(6000))
     assert len(counts) == 2 * 3 * 2
     assert all(abs(n - 500) < 5 * 500**0.5 for n in counts.values())
 

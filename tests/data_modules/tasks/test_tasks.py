@@ -182,11 +182,7 @@ def test_copies_against_brute_force() -> None:
 
 def test_chance_is_what_guessing_reaches() -> None:
     random = np.random.default_rng(0)
-    for task in (
-        StarGraph(degree=3, length=3),
-        Copy(letters=3, shortest=1, periods=3),
-        MQAR(pairs=2),
-    ):
+    for task in (StarGraph(degree=3, length=3), Copy(letters=3, periods=3), MQAR(pairs=2)):
         right, n = 0, 2000
         for i in range(n):
             example = task.example(i)
