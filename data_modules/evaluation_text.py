@@ -52,11 +52,8 @@ def compressors(text: bytes) -> dict[str, float]:
     text = text[:COMPRESSED]
     # The dictionary of xz -9 takes 64 MiB, of which a text needs its own length.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(len(text), 4096)}
-    sizes = {
-        "gzip": len(gzip.compress(text, 9, mtime=0)),
-        "xz": len(lzma.compress(text, filters=[xz])),
-    }
-    return {f"{name}_bits_per_byte": 8 * size / len(text) for name, size in sizes.items()}
+    packed = {"gzip": gzip.compress(text, 9, mtime=0), "xz": lzma.compress(text, filters=[xz])}
+    return {f"{name}_bits_per_byte": 8 * len(data) / len(text) for name, data in packed.items()}
 
 
 def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:

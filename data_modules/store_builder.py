@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 import sys
 import time
@@ -29,8 +28,6 @@ from data_modules.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-log = logging.getLogger(__name__)
 
 # Folder of the cache with the names of stores by the keys of tokenizers that were trained for them.
 _NAMES = "store_names"
@@ -152,13 +149,11 @@ def write_documents(
         vocab_size: upper bound of the ids; by default the tokenizer's own.
     """
     dtype = token_dtype(vocab_size or tokenizer.vocab_size)
-    writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
     eot = np.array([tokenizer.eot_id], dtype)
+    writers = {name: _SplitWriter(folder / f"{name}.bin", eot) for name in SPLITS}
     try:
         for piece in encoded:
             writers[piece.split].add(piece)
-            if piece.last:
-                writers[piece.split].end_document(eot)
     finally:
         for writer in writers.values():
             writer.close()
@@ -178,9 +173,9 @@ def write_documents(
 class _SplitWriter:
     """Appends documents to one .bin file and records where they and their pieces start."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, path: Path, eot: np.ndarray) -> None:
         self.path = path
-        self.dtype = dtype
+        self.eot = eot
         self.file: BinaryIO = path.open("wb", buffering=1 << 20)
         self.digest = hashlib.blake2b(digest_size=16)
         self.n_tokens = 0
@@ -193,17 +188,16 @@ class _SplitWriter:
         if self.pieces is not None:
             number = len(self.starts) - 1
             self.pieces.append((number, self.n_tokens, piece.n_bytes, piece.digest))
-        self._write(piece.ids.astype(self.dtype, copy=False))
+        self._write(piece.ids.astype(self.eot.dtype, copy=False))
         self.n_bytes += piece.n_bytes
+        if piece.last:
+            self._write(self.eot)
+            self.starts.append(self.n_tokens)
 
     def _write(self, ids: np.ndarray) -> None:
         self.file.write(ids.data)
         self.digest.update(ids.data)
         self.n_tokens += len(ids)
-
-    def end_document(self, eot: np.ndarray) -> None:
-        self._write(eot)
-        self.starts.append(self.n_tokens)
 
     def close(self) -> None:
         self.file.close()

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,8 +144,7 @@ class StoreDataModule(WindowDataModule):
         """The evaluation text's documents in order, up to the bytes that are compressed."""
         text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
         tokens, data = text.file.tokens(), bytearray()
-        starts, ends = text.starts.tolist(), text.ends.tolist()
-        for first, start, end in zip(self._first_pieces, starts, ends, strict=True):
+        for first, start, end in zip(self._first_pieces, text.starts, text.ends, strict=True):
             data += first + b"".join(pieces[i] for i in tokens[start + 1 : end].tolist())
             if len(data) >= COMPRESSED:
                 break
@@ -176,14 +175,13 @@ class StoreDataModule(WindowDataModule):
         return facts
 
     def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
-        """Prompts ``[length]`` int64 from validation documents, in the order of
-        :func:`parts_in_rounds`: the beginnings of all documents first. Arguments and errors are
-        those of :class:`WindowDataModule`."""
+        """Prompts ``[length]`` from validation documents, in the order of
+        :func:`parts_in_rounds`: the beginnings of all documents first."""
         file = self.store["val"]
-        tokens, starts = file.tokens(), file.starts()
+        tokens = file.tokens()
         # Without the end-of-text token that ends each document.
-        ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
-        documents = [range(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
+        edges = pairwise([*file.starts().tolist(), file.n_tokens])
+        documents = [range(start, end - 1) for start, end in edges]
         prompts = [
             torch.from_numpy(tokens[part.start : part.stop].astype("int64"))
             for part in islice(parts_in_rounds(documents, length), n)
@@ -199,9 +197,7 @@ class StoreDataModule(WindowDataModule):
 
 def parts_in_rounds(documents: Sequence[Any], length: int) -> Iterator[Any]:
     """Yields the first ``length`` tokens of each document, in order, then the next ``length`` of
-    each, and so on. No part crosses the end of a document. A document is an array of tokens, or a
-    range of their indices.
-    """
+    each, and so on. A document is an array of tokens, or a range of their indices."""
     while documents := [document for document in documents if len(document) >= length]:
         yield from (document[:length] for document in documents)
         documents = [document[length:] for document in documents]

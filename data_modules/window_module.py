@@ -148,14 +148,12 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @property
     def answer_length(self) -> int | None:
-        """Tokens of an answer to one of :meth:`held_out_prompts`; None for text, which has no
-        end."""
+        """Tokens of an answer to one of :meth:`held_out_prompts`; None for text."""
         return None
 
     @property
     def answer_sets(self) -> dict[str, Any]:
-        """Sets of questions to answer and judge at validation, by name; "" is the validation set
-        itself."""
+        """Sets of questions to judge at validation, by name; "" is the validation set itself."""
         return {}
 
     @property
@@ -191,15 +189,10 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
-        """Prompts from validation data, int64.
+        """n prompts from validation data, int64; for text, each of ``length`` tokens.
 
         Args:
-            n: number of prompts.
-            length: tokens of each, for text.
-            fewer: accept fewer than n, at least one.
-
-        Raises:
-            UserError: if there are fewer.
+            fewer: whether fewer than n, at least one, are accepted instead of refused.
         """
 
     @property

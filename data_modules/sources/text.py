@@ -122,8 +122,7 @@ def path_list(paths: Paths, key: str) -> list[str]:
 
 
 def _may_be_text(path: Path) -> bool:
-    """Whether a file of a folder is read: it is packed text, or begins with no byte 0 (as Git tells
-    text from other files)."""
+    """Whether a file is packed text, or begins without a byte 0, as Git tells text from others."""
     if path.suffix.lower() in PACKED:
         return True
     with path.open("rb") as file:

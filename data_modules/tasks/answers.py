@@ -96,10 +96,8 @@ class AnswerSet:
         to the longest length if it ends its answers itself."""
         examples = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in examples) + self.task.longest_answer
-        tokens, scored, _ = map(
-            torch.from_numpy,
-            lay_out([[e] for e in examples], longest + self.stride * self.depth),
-        )
+        rows = [[example] for example in examples]
+        tokens, scored, _ = map(torch.from_numpy, lay_out(rows, longest + self.stride * self.depth))
         if self.task.ends:
             for row, example in enumerate(examples):
                 start = len(example.prompt)

@@ -59,9 +59,8 @@ class TaskDataModule(WindowDataModule):
         **options: Any,
     ) -> None:
         least_length = task.longest - 1
-        super().__init__(
-            seq_len=least_length if seq_len is None else seq_len, batch_size=batch_size, **options
-        )
+        length = least_length if seq_len is None else seq_len
+        super().__init__(seq_len=length, batch_size=batch_size, **options)
         if examples is not None:
             require_whole("data.examples (null for fresh ones)", examples, least=1)
         require_whole("data.eval_examples", eval_examples, least=1)

@@ -30,8 +30,7 @@ class Walks(Means):
     """Greedy answers: ``legality`` is the share of steps that follow an edge from the walk's node,
     and ``arrival`` the share of answers that end at the goal, legal or not. Both are 1 for a model
     that knows the graph. ``.._chance`` is the value of random symbols, each a step or the end: at a
-    distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
-    """
+    distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``."""
 
     def __init__(self, graph: Graph, *, longest_answer: int) -> None:
         super().__init__("legality", "legality_chance", "arrival", "arrival_chance")
@@ -79,8 +78,7 @@ class Shortcuts(Means):
     the path's goal, these are the steps without an edge to other nodes that are 2 to 4 steps from
     the goal. A model that knows the graph has 0. The paper averages over single shortcuts from the
     start; here their probabilities are summed, at every node of the true path. ``legal_mass`` is
-    the probability of all edges there, and ``.._chance`` that of random symbols.
-    """
+    the probability of all edges there, and ``.._chance`` that of random symbols."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__("shortcut_mass", "shortcut_mass_chance", "legal_mass", "legal_mass_chance")
@@ -114,8 +112,7 @@ class BeliefCosine(TaskMeasure):
     same goal and came from different starts, and ``belief_cosine_others`` of all other pairs. A
     model whose state holds where it stands and where it goes, and nothing else, has 1; the others
     are what chance gives. Only sums of normalized states are kept. (Starts differ as long as
-    ``data.eval_examples`` is at most the number of pairs of validation.)
-    """
+    ``data.eval_examples`` is at most the number of pairs of validation.)"""
 
     sums: Tensor
     counts: Tensor
