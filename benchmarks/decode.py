@@ -88,7 +88,6 @@ def train_models(steps: int, folder: Path) -> list[Path]:
 
 
 def compared(run: Race, texts: int, new_tokens: int) -> Row:
-    """The rates of all ways, and whether their greedy texts are the same."""
     ids = [[one.token_ids for one in outputs] for outputs in run.outputs.values()]
     speeds = {name: texts * new_tokens / median(s) for name, s in run.seconds.items()}
     return {"tokens_per_second": speeds, "greedy_equal": all(own == ids[0] for own in ids)}
@@ -262,12 +261,7 @@ def against_transformers(
     """Greedy decoding next to transformers' of the exported model in fp32, in turns.
 
     Where transformers can (DeepSeek-V3 trunks with sequential modules), its ``use_mtp=True`` too.
-
-    Args:
-        model: a model that can be exported.
-        prompt: token ids.
-        ways: name -> options of ``generate``; those with drafts are compared with its drafts.
-        repeats: figures are medians over them.
+    ``ways`` are options of ``generate`` by name; those with drafts are compared with its drafts.
     """
     drafts = model_type(model.config) == "deepseek_v3" and model.config.mtp.variant == "sequential"
     ids, passes = torch.tensor(prompt), 0

@@ -69,7 +69,6 @@ def draw(results: list[Row]) -> bytes:
 
 
 def main() -> None:
-    """The command line."""
     parser = Parser(prog="python -m benchmarks.decoding_figure", description=__doc__)
     parser.add_argument("figure", type=Path, help="the SVG file that is written")
     args = parser.parse_args()

@@ -34,10 +34,8 @@ _WARMUP_STEPS = 3
 def measure(task: Row) -> Iterator[Row]:
     """A configuration: milliseconds of a step and of decoding passes, rates, memory in bytes.
 
-    Args:
-        task: that of ``build_step``; ``steps`` a turn; ``compile``: whether blocks are compiled;
-            ``repeats``: timed calls of each decoding pass; ``passes_alone``: whether only these are
-            measured, compiled.
+    The task is that of ``build_step`` with options of the command; with ``passes_alone``, only
+    compiled decoding passes are measured.
     """
     import torch
 

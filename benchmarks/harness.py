@@ -98,6 +98,14 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return clock() - began
 
 
+def timed(function: Callable[[], Any]) -> Row:
+    """The ``result`` of one call, and the seconds that it takes: ``wall`` and ``cpu``."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    result = function()
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    return {"result": result, "wall": wall, "cpu": cpu}
+
+
 def median_times(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, float]:
@@ -251,12 +259,7 @@ def module_of(function: Callable[..., Any]) -> str:
 def race(
     sides: Mapping[Side, Callable[[], Worker]], turns: int, *, say: str = ""
 ) -> dict[Side, list[Row]]:
-    """Measurements that take turns, all their processes open at once.
-
-    Args:
-        sides: name -> starts the process.
-        turns: turns of every side.
-        say: as in :func:`take_turns`.
+    """Measurements that take turns as in :func:`take_turns`, all their processes open at once.
 
     Returns:
         Name -> the answers of all turns, each with the facts of its process.
@@ -269,13 +272,8 @@ def race(
 
 
 def measure_once(measurement: Measurement | str, task: Row, **options: Any) -> Row:
-    """The facts and the first answer of a measurement in a process of its own.
-
-    Args:
-        measurement: as in :class:`Worker`.
-        task: as in :class:`Worker`; its ``name``, if it has one, is printed as progress.
-        options: of the :class:`Worker`.
-    """
+    """The facts and the first answer of a measurement in a process of its own; arguments as in
+    :class:`Worker`. The ``name`` of the task, if it has one, is printed as progress."""
     if "name" in task:
         progress(task["name"])
     with Worker(measurement, task, **options) as worker:

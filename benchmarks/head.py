@@ -79,7 +79,7 @@ def inputs(task: Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_pass(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
-    """Forward and backward; returns the loss."""
+    """Forward and backward of an implementation."""
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, targets)
     value.backward()
@@ -230,12 +230,8 @@ def objective_pass(
 ) -> float:
     """The head's part of a step, forward and backward; returns the loss.
 
-    Args:
-        objective: the objective.
-        weight_VC: the head.
-        states: D + 1 hidden states [B, T, C].
-        batch: the windows, which give the targets.
-        alone: depths go through the head one after another, not together as a chain's do.
+    ``states`` are D + 1 hidden states [B, T, C], and the windows give the targets. With ``alone``,
+    depths go through the head one after another, not together as a chain's do.
     """
     weight_VC.grad = None
     # A linear stack says what every depth is asked for, as any stack with the shared head does.

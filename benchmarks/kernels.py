@@ -61,35 +61,30 @@ def time_linear(name: str, rows: int, d_in: int, d_out: int, repeats: int) -> li
         },
         "d_weight": {"ours": lambda: weight_gradient(grad, x), "pytorch": lambda: grad.t() @ x},
     }
-    rows_of_table = []
-    for product, both in sides.items():
-        seconds = harness.median_times(both, repeats=repeats, warmup=3)
-        gflop = 2 * rows * d_in * d_out / 1e9
-        rows_of_table.append(
-            {
-                "kernel": f"{name} {product}",
-                "shape": f"{rows} x {d_in} -> {d_out}",
-                "ms": seconds["ours"] * 1e3,
-                "ms_pytorch": seconds["pytorch"] * 1e3,
-                "gflops": gflop / seconds["ours"],
-                "gflops_pytorch": gflop / seconds["pytorch"],
-                "speedup": seconds["pytorch"] / seconds["ours"],
-            }
-        )
-    return rows_of_table
+    gflop = 2 * rows * d_in * d_out / 1e9
+    found = {
+        product: harness.median_times(both, repeats=repeats, warmup=3)
+        for product, both in sides.items()
+    }
+    return [
+        {
+            "kernel": f"{name} {product}",
+            "shape": f"{rows} x {d_in} -> {d_out}",
+            "ms": seconds["ours"] * 1e3,
+            "ms_pytorch": seconds["pytorch"] * 1e3,
+            "gflops": gflop / seconds["ours"],
+            "gflops_pytorch": gflop / seconds["pytorch"],
+            "speedup": seconds["pytorch"] / seconds["ours"],
+        }
+        for product, seconds in found.items()
+    ]
 
 
 def time_layer(
     name: str, sides: Mapping[str, Callable[..., Tensor]], *leaves: Tensor, repeats: int
 ) -> Row:
     """Forward and backward of functions of the same tensors, and the bytes that each keeps for it.
-
-    Args:
-        name: name of the layer.
-        sides: ``ours``, which comes first, and functions that must agree with it.
-        leaves: the tensors.
-        repeats: figures are medians over them.
-    """
+    ``ours`` comes first, and the others must agree with it."""
     row: Row = {"kernel": name, "shape": " x ".join(str(size) for size in leaves[0].shape)}
     functions = {}
     for side, function in sides.items():

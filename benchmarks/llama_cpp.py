@@ -87,18 +87,17 @@ def _native_model(path: str, *, tokens: int, threads: int) -> tuple[Any, str]:
 def texts(task: Row) -> Iterator[Row]:
     """One text a turn by llama-cpp-python, on one thread: CPU and wall seconds of its prompt and
     its tokens. ``jobs`` are their prompts, numbers of tokens and temperatures, in this order."""
-    import time
-
     longest = max(len(prompt) + n for prompt, n, _ in task["jobs"])
     model, program = _native_model(task["model"], tokens=longest, threads=1)
-    yield {"program": program}
-    for prompt, n, temperature in task["jobs"]:
-        began, cpu_began = time.perf_counter(), time.process_time()
+
+    def decode(prompt: list[int], n: int, temperature: float) -> list[int]:
         model.reset()
         chosen = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {"top_k": 1}
-        ids = list(islice(model.generate(prompt, temp=temperature, **chosen), n))
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
-        yield {"ids": ids, "wall": wall, "cpu": cpu}
+        return list(islice(model.generate(prompt, temp=temperature, **chosen), n))
+
+    yield {"program": program}
+    for job in task["jobs"]:
+        yield harness.timed(partial(decode, *job))
 
 
 def _wheel(task: Row) -> tuple[Decode, str]:
@@ -137,12 +136,8 @@ def measure(
 ) -> list[Row]:
     """A row for every side, with its rates over llama.cpp's.
 
-    Args:
-        task: ``model``, ``threads``, ``batch``, ``prompts`` and ``new_tokens``.
-        heads: a run of heads for the model, which drafts; empty for none.
-        precisions: precisions of this project's weights.
-        turns: turns of every side.
-        python: llama.cpp's interpreter.
+    The task has ``model``, ``threads``, ``batch``, ``prompts`` and ``new_tokens``; the other
+    arguments are those of the command.
     """
     python = python if task["batch"] == 1 else sys.executable  # the wheel's
     sides = {"llama.cpp": partial(harness.Worker, theirs, task, python=python)}

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +122,13 @@ class Transformers:
         return out[0, len(prompt) :].tolist()
 
 
+# (prompt, number of new tokens, seed, temperature) -> token ids, and the seconds that they took.
 Text = Callable[[list[int], int, int, float], Row]
 
 
 def timed(decode: Callable[..., Any]) -> Text:
-    """``decode(prompt, n_new, seed, temperature)`` -> ids, with the seconds that it takes."""
-
-    def text(prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        found = decode(prompt, n_new, seed, temperature)
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
-        return {"ids": found, "wall": wall, "cpu": cpu}
-
-    return text
+    """Measure every call of a function of the same arguments, which returns the ids."""
+    return lambda *args: harness.timed(partial(decode, *args))
 
 
 def of_model(model: MTPModel, way: Row) -> Text:
@@ -180,15 +174,8 @@ def measure(
     new_tokens: int,
     n_prompts: int,
 ) -> list[Row]:
-    """A row for every kind of prompt and temperature.
-
-    Args:
-        model: a trunk with heads.
-        ways: name -> decoding; ``plain`` comes first, and the names of drafts begin so.
-        tokenizer: the model's.
-        new_tokens: tokens of a text.
-        n_prompts: prompts of each kind.
-    """
+    """A row for every kind of prompt and temperature. Of the ways, ``plain`` comes first, and the
+    names of those that draft begin with ``drafts``."""
     rows = []
     for temperature, kind, prompts in groups(tokenizer, n_prompts):
         harness.progress(f"{kind}, temperature {temperature:g}")
@@ -199,14 +186,14 @@ def measure(
             for name in ways if number % 2 == 0 else reversed(ways):
                 found[name].append(ways[name](prompt, new_tokens, number, temperature))
         drafted = [name for name in ways if name.startswith("drafts")]
-        said = {name: [one["ids"] for one in found[name]] for name in ("plain", *drafted)}
+        said = {name: [one["result"] for one in found[name]] for name in ("plain", *drafted)}
         tokens = new_tokens * len(prompts)
         row: Row = {"kind": kind, "temperature": temperature, "tokens": tokens}
         if not temperature:
             for name in drafted:
                 require_same_greedy(model, prompts, said["plain"], said[name])
             pairs = zip(found["transformers"], said["plain"], strict=True)
-            same = sum(a["ids"] == b.token_ids for a, b in pairs)
+            same = sum(a["result"] == b.token_ids for a, b in pairs)
             row["equal_to_transformers"] = f"{same} of {len(prompts)}"
         wall, cpu = (
             {name: sum(one[clock] for one in own) for name, own in found.items()}

@@ -38,12 +38,8 @@ def seconds_of_help() -> float:
 
 
 def seconds_to_first_step(folder: Path, name: str, overrides: Sequence[str]) -> Row:
-    """Wall time from the start of a training process to its first step, and to its end.
-
-    Args:
-        folder: folder of the run and of its cache.
-        name: name of the run, new in ``folder``.
-        overrides: overrides of the config.
+    """Wall time from the start of a training process to its first step, and to its end. The run,
+    of a new name, and its cache lie in ``folder``.
 
     Raises:
         RuntimeError: the run failed, or printed no step.

@@ -2,11 +2,10 @@
 
 Run ``python -m benchmarks.same_bits --base COMMIT``. Each configuration of :data:`CASES` trains for
 60 steps on a generated text, by one thread of this machine: once by the code of the commit and once
-by the working tree. Losses, their weights, gradient
-norms and validation results in ``metrics.csv`` must agree to the last bit; if not, the exit code is
-1. It takes four minutes, half of them for the base, whose results are kept by commit and
-configuration in the cache folder (``--again`` trains it again). The base runs this file from the
-working tree, so it imports no other benchmark.
+by the working tree. Losses, their weights, gradient norms and validation results in ``metrics.csv``
+must agree to the last bit; if not, the exit code is 1. It takes four minutes, half of them for the
+base, whose results are kept by commit and configuration in the cache folder (``--again`` trains it
+again). The base runs this file from the working tree, so it imports no other benchmark.
 """
 
 from __future__ import annotations
@@ -175,8 +174,8 @@ def in_process(tree: Path, case: str, folder: Path, data: Path, log: Any) -> Non
 
 def by_command_line(tree: Path, case: str, folder: Path, data: Path, log: Any) -> None:
     """One run of several processes."""
-    command = [sys.executable, str(tree / "train.py"), *overrides(case, folder, data)]
-    command += [f"run_dir={folder}"]
+    words = [*overrides(case, folder, data), f"run_dir={folder}"]
+    command = [sys.executable, str(tree / "train.py"), *words]
     subprocess.run(command, stdout=log, stderr=log, cwd=folder, check=True)
 
 
@@ -244,14 +243,10 @@ def commit_of(base: str) -> str:
     return done.stdout.strip()
 
 
-def cache_folder() -> Path:
-    """The folder for what is kept of commits."""
-    cache = os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning"
-    return Path(cache).expanduser()
-
-
 def built_tree(commit: str) -> Path:
     """A commit's files in the cache folder, and their C++, whose rounding PyTorch does not have."""
+    from data_modules.cache import cache_folder
+
     python, torch = sys.version_info, importlib.metadata.version("torch")
     tree = cache_folder() / "trees" / f"{commit[:12]}-py{python[0]}.{python[1]}-torch{torch}"
     if tree.is_dir():
@@ -277,6 +272,8 @@ def built_tree(commit: str) -> Path:
 
 def kept(commit: str, case: str, versions: str) -> Path:
     """The cache folder of the base's run of a case, which depends on settings and versions."""
+    from data_modules.cache import cache_folder
+
     native = os.environ.get("MTP_LIGHTNING_NATIVE", "built")
     said = json.dumps([made_text(), COMMON, CASES[case], versions, native])
     key = hashlib.sha256(said.encode()).hexdigest()[:12]

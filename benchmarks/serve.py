@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,16 +39,12 @@ PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Served:
-    """A running server: its address, and the clock for its seconds."""
-
-    url: str
-    clock: Callable[[], float]
+# The address of a running server, and the clock for its seconds.
+Served = tuple[str, Callable[[], float]]
 
 
 @contextmanager
-def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Served]:
+def server(checkpoint: str, speculative: str) -> Iterator[Served]:
     """A server that runs in the block."""
     app = [sys.executable, str(harness.ROOT / "serve.py"), f"checkpoint={checkpoint}", "port=0"]
     options = [f"speculative={speculative}", "num_threads=1", "batch_size=8"]
@@ -57,8 +52,8 @@ def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Ser
         assert process.stdout is not None
         try:
             url = process.stdout.readline().split()[-1]
-            clock = time.perf_counter
-            yield Served(url, (lambda: cpu_seconds(process.pid)) if cpu_time else clock)
+            cpu_clock = partial(cpu_seconds, process.pid)
+            yield url, cpu_clock if harness.counts_cpu_time() else time.perf_counter
         finally:
             process.terminate()
 
@@ -81,11 +76,12 @@ def ask(url: str, prompt: str, tokens: int) -> tuple[str, int]:
 
 def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
     """The rates of so many clients, each of which asks ``requests`` times."""
+    url, clock = served
     asked = [PROMPTS[i % len(PROMPTS)] for i in range(clients * requests)]
-    began = served.clock()
+    began = clock()
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda prompt: ask(served.url, prompt, tokens), asked))
-    seconds = served.clock() - began
+        answers = list(pool.map(lambda prompt: ask(url, prompt, tokens), asked))
+    seconds = clock() - began
     total = sum(n for _, n in answers)
     return {
         "texts": [text for text, _ in answers],
@@ -94,19 +90,25 @@ def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
     }
 
 
-def measure(
-    checkpoint: str,
+@cli.command(quick={"turns": 1, "requests": 8}, cpu_time=True)
+def serve(
     *,
-    clients: Sequence[int],
-    requests: int,
-    turns: int,
-    tokens: int,
-    cpu_time: bool,
+    checkpoint: str,
+    clients: Sequence[int] = (1, 4, 8),
+    requests: int = 128,
+    tokens: int = 64,
+    turns: int = 5,
 ) -> Row:
-    """The rows of the table, and whether both servers' texts are the same."""
+    """The server's speed by the number of clients.
+
+    Args:
+        checkpoint: as serve.py takes it.
+        clients: numbers of clients at once.
+        requests: requests of all clients together in one turn.
+    """
     with ExitStack() as stack:
         servers = {
-            way: stack.enter_context(server(checkpoint, speculative, cpu_time=cpu_time))
+            way: stack.enter_context(server(checkpoint, speculative))
             for way, speculative in WAYS.items()
         }
         for served in servers.values():
@@ -134,38 +136,15 @@ def measure(
         for n in clients
         for a, b in zip(found["speculative", n], found["plain", n], strict=True)
     )
-    return {"rows": rows, "same_texts": same}
-
-
-@cli.command(quick={"turns": 1, "requests": 8}, cpu_time=True)
-def serve(
-    *,
-    checkpoint: str,
-    clients: Sequence[int] = (1, 4, 8),
-    requests: int = 128,
-    tokens: int = 64,
-    turns: int = 5,
-) -> Row:
-    """The server's speed by the number of clients.
-
-    Args:
-        checkpoint: as serve.py takes it.
-        clients: numbers of clients at once.
-        requests: requests of all clients together in one turn.
-    """
-    cpu = harness.counts_cpu_time()
-    result = measure(
-        checkpoint, clients=clients, requests=requests, turns=turns, tokens=tokens, cpu_time=cpu
-    )
     cli.print_table(
-        f"Texts of {tokens} tokens, {'CPU' if cpu else 'wall'} seconds",
+        f"Texts of {tokens} tokens, {'CPU' if harness.counts_cpu_time() else 'wall'} seconds",
         "server: way; clients: clients; tokens/s: tokens_per_second .0f; "
         "requests/s: requests_per_second .2f; against one client: against_one .2f; "
         "against plain: speedup .2f",
-        result["rows"],
+        rows,
     )
-    print(f"texts of both servers are the same: {result['same_texts']}")
-    return result
+    print(f"texts of both servers are the same: {same}")
+    return {"rows": rows, "same_texts": same}
 
 
 main = cli.program(serve)

@@ -123,10 +123,10 @@ def test_training_steps_are_compared_with_the_best_peer() -> None:
 
 
 @pytest.mark.extras
-def test_the_server_is_measured_with_and_without_drafts(tmp_path: Path) -> None:
+def test_the_server_is_measured_with_and_without_drafts(tmp_path, output):
     train_here(tmp_path / "mine", tmp_path / "cache", {"data.seq_len": 64})
-    run = str(tmp_path / "mine")
-    result = serve.measure(run, clients=[1, 2], requests=4, turns=1, tokens=3, cpu_time=False)
+    sizes = ["--clients=1,2", "--requests=4", "--turns=1", "--tokens=3"]
+    result = serve.main(["--checkpoint", str(tmp_path / "mine"), *sizes, *output])
     assert result["same_texts"] is True
     assert [(row["way"], row["clients"]) for row in result["rows"]] == [
         *(("speculative", 1), ("plain", 1), ("speculative", 2), ("plain", 2))
