@@ -53,7 +53,6 @@ RUNS = Path("runs/claims")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]

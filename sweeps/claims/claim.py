@@ -120,7 +120,6 @@ class Claim:
 
     @property
     def command(self) -> str:
-        """The command that runs it."""
         return self.typed("run")
 
     def typed(self, action: str) -> str:

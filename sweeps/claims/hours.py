@@ -160,9 +160,9 @@ def _costs(
     arm_costs: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
     for arm, seed in pending:
         job = composed.get((arm, seed))
-        if job is not None and (job.name in shared or job.name in counted):
-            continue
         if job is not None:
+            if job.name in shared or job.name in counted:
+                continue
             counted.add(job.name)
         if arm not in arm_costs:
             arm_costs[arm] = pace.hours(arm_minutes[arm], job, expected)
@@ -172,10 +172,9 @@ def _costs(
 
 def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
     """A claim's runs, from this folder and from the results."""
-    preregistration = read_preregistration(claim, runs)
-    unchanged = preregistration is not None and preregistration.is_of(claim)
+    stored = read_preregistration(claim, runs)
     try:
-        started = preregistration.runs if preregistration and unchanged else {}
+        started = stored.runs if stored and stored.is_of(claim) else {}
         arms = with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
         arms = with_stored(observe(claim, runs, {}), claim, results)

@@ -44,22 +44,6 @@ class Preregistration:
                 f"({self.began}), so give the changed one another name, or --runs another folder."
             )
 
-    def add(self, claim: Claim, jobs: Sequence[ClaimJob]) -> None:
-        """Add jobs.
-
-        Raises:
-            UserError: an arm at a seed has another config than its earlier run, for example after
-                a change of the code's defaults: an arm would mix old and new runs.
-        """
-        for job in jobs:
-            earlier = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.name)
-            if earlier != job.name:
-                raise UserError(
-                    f"{claim.label} has run {job.arm} at seed {job.seed} in {earlier}, and its "
-                    f"config is now that of {job.name}: continue from the commit that made those "
-                    "runs, or give --runs another folder and run all of it again."
-                )
-
 
 def _file(claim: Claim, runs: Path) -> Path:
     return runs / f"{claim.label}.claim.json"
@@ -71,8 +55,8 @@ def read_preregistration(claim: Claim, runs: Path) -> Preregistration | None:
     Raises:
         UserError: the file is damaged.
     """
-    file = _file(claim, runs)
-    return read_versioned(file, VERSION, _parse, remedy="give --runs another folder")
+    remedy = "give --runs another folder"
+    return read_versioned(_file(claim, runs), VERSION, _parse, remedy=remedy)
 
 
 def _parse(content: dict[str, Any]) -> Preregistration:
@@ -85,7 +69,6 @@ def _parse(content: dict[str, Any]) -> Preregistration:
 
 
 def write_preregistration(preregistration: Preregistration, claim: Claim, runs: Path) -> None:
-    """Store a claim's preregistration."""
     content = {"version": VERSION, "claim": claim.label, **asdict(preregistration)}
     write_json(content, _file(claim, runs))
 
@@ -94,13 +77,20 @@ def register(claim: Claim, jobs: Sequence[ClaimJob], runs: Path, *, commit: str 
     """Store that jobs are about to run; ``commit`` has the prediction of a claim without any run.
 
     Raises:
-        UserError: the claim or the config of a job was changed after runs began, or the file is
-            damaged.
+        UserError: the file is damaged, or the claim or the config of a job was changed after runs
+            began, perhaps by new defaults of the code: an arm would mix old and new runs.
     """
-    preregistration = read_preregistration(claim, runs)
-    preregistration = preregistration or Preregistration(digest=claim.digest, commit=commit)
+    stored = read_preregistration(claim, runs)
+    preregistration = stored or Preregistration(digest=claim.digest, commit=commit)
     preregistration.require(claim, runs)
-    preregistration.add(claim, jobs)
+    for job in jobs:
+        seeds = preregistration.runs.setdefault(job.arm, {})
+        if (earlier := seeds.setdefault(job.seed, job.name)) != job.name:
+            raise UserError(
+                f"{claim.label} has run {job.arm} at seed {job.seed} in {earlier}, and its "
+                f"config is now that of {job.name}: continue from the commit that made those "
+                "runs, or give --runs another folder and run all of it again."
+            )
     write_preregistration(preregistration, claim, runs)
 
 

@@ -109,17 +109,14 @@ class _ClaimReader:
         self, place: str, value: Any, allowed: Collection[str], required: Collection[str]
     ) -> dict[str, Any]:
         """A mapping whose keys are known, with values read by their key."""
+        where, prefix = (f" in {place}", f"{place}.") if place else ("", "")
+        known, needed = (", ".join(sorted(keys)) for keys in (allowed, required))
         if not isinstance(value, dict):
-            prefix = f"{place}: " if place else ""
-            self._refuse(f"{prefix}{value}", f"give a mapping of {', '.join(sorted(allowed))}")
-        for key in value:
-            if key not in allowed:
-                where = f" in {place}" if place else ""
-                self._refuse(f"the key {key}{where}", f"known are {', '.join(sorted(allowed))}")
+            self._refuse(f"{value}{where}", f"give a mapping of {known}")
+        if unknown := [key for key in value if key not in allowed]:
+            self._refuse(f"the key {unknown[0]}{where}", f"known are {known}")
         if missing := sorted(key for key in required if value.get(key) is None):
-            problem = f"no {missing[0]}" + (f" in {place}" if place else "")
-            self._refuse(problem, f"{', '.join(sorted(required))} are needed")
-        prefix = f"{place}." if place else ""
+            self._refuse(f"no {missing[0]}{where}", f"{needed} are needed")
         return {
             key: self._readers[key](f"{prefix}{key}", item) if key in self._readers else item
             for key, item in value.items()

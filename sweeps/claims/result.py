@@ -113,12 +113,10 @@ def unfinished(claim: Claim, arms: Arms) -> list[str]:
 
 
 def file_of(label: str, folder: Path) -> Path:
-    """The path of a claim's result."""
     return folder / f"{label}.json"
 
 
 def write_result(result: Result, label: str, folder: Path) -> None:
-    """Replace a claim's result."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(result, file_of(label, folder))
 

@@ -74,9 +74,7 @@ def left_to_run(
 def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms:
     """Add runs of the claim's result, and of other claims (:func:`shared_runs`), to the observed
     ones: those that were only started elsewhere, and those that are done there and not here.
-
-    Args:
-        results: all claims' results, by label.
+    ``results`` has all claims' results by label.
 
     Raises:
         UserError: a stored run has another config here.

@@ -77,9 +77,8 @@ def observed(
     """Runs by arm and seed.
 
     Args:
-        claim: its first measure is observed.
-        values: by arm the measure of seeds 0, 1, ..; None for a run without that number, or the
-            state of a run that is not done.
+        values: by arm the claim's first measure at seeds 0, 1, ..; None for a run without that
+            number, or the state of a run that is not done.
         costs: cost in the claim's ``equal``, by arm; 1,000 by default.
         texts: fingerprints of the evaluation text by arm.
     """

@@ -11,11 +11,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims.hours import flops_of
 from sweeps.claims.jobs import config_digest, jobs, require_equal_steps
-from sweeps.claims.preregistration import (
-    Preregistration,
-    read_preregistration,
-    write_preregistration,
-)
+from sweeps.claims.preregistration import read_preregistration, register
 from sweeps.claims.read import names, read_claim
 from sweeps.compose import compose_run
 from tests.sweeps.claims.fixture_claims import claim_of, conf_with_own_head, predict
@@ -127,16 +123,15 @@ def test_an_arm_that_does_not_compose_is_named(tmp_path: Path) -> None:
 def test_a_preregistration_keeps_runs_and_refuses_another_config(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     begun = jobs(claim, [0, 1], RUNS)
-    preregistration = Preregistration(digest=claim.digest, commit="c" * 40)
-    preregistration.add(claim, begun)
-    write_preregistration(preregistration, claim, tmp_path)
-    again = read_preregistration(claim, tmp_path)
-    assert again == preregistration and again.is_of(claim)
-    assert again.runs["mtp"] == {0: begun[1].name, 1: begun[3].name}
+    register(claim, begun[:2], tmp_path, commit="c" * 40)
+    register(claim, begun, tmp_path, commit="d" * 40)
+    stored = read_preregistration(claim, tmp_path)
+    assert stored.is_of(claim) and stored.commit == "c" * 40
+    assert stored.runs["mtp"] == {0: begun[1].name, 1: begun[3].name}
     other = claim_of(tmp_path, shared=["mtp.depth=3"])
-    assert not again.is_of(other)
+    assert not stored.is_of(other)
     with pytest.raises(ValueError, match="has run mtp at seed 0 in sequential_depth-2"):
-        again.add(claim, jobs(other, [0], RUNS)[1:])
+        register(claim, jobs(other, [0], RUNS)[1:], tmp_path, commit=None)
     (tmp_path / "mine.claim.json").write_text('{"version": 1, "runs": []}')
     with pytest.raises(ValueError, match="cannot be read as version 1"):
         read_preregistration(claim, tmp_path)

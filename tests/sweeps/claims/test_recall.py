@@ -29,18 +29,23 @@ from tests.sweeps.claims.fixture_claims import (
 from tests.sweeps.fixture_runs import write_run
 
 
-def result_of_another_machine(claim: Claim, runs: Path) -> Result:
-    """A result with the folders of three finished seeds, one failed seed and one not begun."""
+@pytest.fixture
+def claim(tmp_path: Path) -> Claim:
+    return claim_of(tmp_path)
+
+
+@pytest.fixture
+def stored(claim: Claim, tmp_path: Path) -> Result:
+    """A result of another machine, with the folders of three finished seeds, one failed seed and
+    one not begun."""
     values = {"plain": PLAIN[:3], "mtp": shifted(-0.05)[:3]}
     arms = observed(claim, {arm: [*of, "failed", "missing"] for arm, of in values.items()})
-    for job in jobs(claim, range(5), runs):
+    for job in jobs(claim, range(5), tmp_path):
         arms[job.arm][job.seed].folder = job.name
     return json.loads(json.dumps(make_result(claim, arms, BEGAN)))
 
 
-def test_runs_of_the_stored_result_are_not_run_again(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_runs_of_the_stored_result_are_not_run_again(claim, stored, tmp_path):
     assert {(job.arm, job.seed) for job in left_to_run(claim, range(5), tmp_path, stored)} == {
         (arm, seed) for arm in claim.arms for seed in (3, 4)
     }
@@ -50,17 +55,13 @@ def test_runs_of_the_stored_result_are_not_run_again(tmp_path: Path) -> None:
     assert len(left_to_run(other, [0], tmp_path, stored)) == 2
 
 
-def test_another_config_than_the_stored_one_is_refused(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_another_config_than_the_stored_one_is_refused(claim, stored, tmp_path):
     stored["arms"]["mtp"]["seeds"]["1"]["folder"] = "of_another_default"
     with pytest.raises(ValueError, match="settings of mtp have changed.*commit cccc"):
         left_to_run(claim, [4], tmp_path, stored)
 
 
-def test_a_verdict_counts_runs_of_the_stored_result(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_a_verdict_counts_runs_of_the_stored_result(claim, stored, tmp_path):
     runs = tmp_path / "runs"
     here = {a: {s: f"{a}{s}" for s in (3, 4)} for a in claim.arms}
     for seed in (3, 4):
@@ -80,9 +81,7 @@ def test_a_verdict_counts_runs_of_the_stored_result(tmp_path: Path) -> None:
     assert judge(claim, runs, results) == both
 
 
-def test_started_and_failed_runs_of_the_stored_result_are_kept(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_started_and_failed_runs_of_the_stored_result_are_kept(claim, stored, tmp_path):
     observed_here = observed(claim, {"plain": [*["missing"] * 3, "running"], "mtp": []})
     both = with_stored(observed_here, claim, {claim.label: stored})
     assert [seed.state for seed in both["plain"].values()] == [*["done"] * 3, "running", "missing"]
@@ -91,9 +90,7 @@ def test_started_and_failed_runs_of_the_stored_result_are_kept(tmp_path: Path) -
     assert with_stored(observed_here, changed, {claim.label: stored}) == observed_here
 
 
-def test_a_run_both_here_and_in_the_stored_result_is_one_run(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_a_run_both_here_and_in_the_stored_result_is_one_run(claim, stored):
     stored["arms"]["plain"]["seeds"]["0"]["weights"] = "f" * 64
     here = observed(claim, {"plain": PLAIN[:1], "mtp": []})
     here["plain"][0].folder = stored["arms"]["plain"]["seeds"]["0"]["folder"]
@@ -104,9 +101,7 @@ def test_a_run_both_here_and_in_the_stored_result_is_one_run(tmp_path: Path) -> 
         with_stored(here, claim, {claim.label: stored})
 
 
-def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    stored = result_of_another_machine(claim, tmp_path)
+def test_a_claim_began_with_the_first_of_its_runs(claim, stored):
     later = Preregistration(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
     assert beginning(later, claim, stored) == BEGAN
     assert beginning(later, claim, None) == (later.began, later.commit)
@@ -124,9 +119,8 @@ def store_result_of_another_claim(claim: Claim, runs: Path, folder: Path, **chan
     write_result(result, "other", folder / "results")
 
 
-def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
-    claim, results = claim_of(tmp_path), tmp_path / "results"
-    runs = tmp_path / "runs"
+def test_an_arm_that_another_claim_has_run_is_shared(claim, tmp_path):
+    results, runs = tmp_path / "results", tmp_path / "runs"
     named = {(job.arm, job.seed): job.name for job in jobs(claim, range(3), runs)}
     store_result_of_another_claim(claim, runs, tmp_path)
     shared = set(shared_runs(claim, read_results(results).values()))
@@ -141,8 +135,7 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"measure": SOLVED}, {"measure": {"tag": "val/loss"}}])
-def test_an_arm_with_another_measure_is_not_shared(tmp_path, changes):
-    claim = claim_of(tmp_path)
+def test_an_arm_with_another_measure_is_not_shared(claim, tmp_path, changes):
     store_result_of_another_claim(claim, tmp_path / "runs", tmp_path, **changes)
     assert shared_runs(claim, read_results(tmp_path / "results").values()) == {}
 
