@@ -109,15 +109,9 @@ def _as_path(value: Any) -> Any:
 
 
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """The config that train.py composes from overrides, without Hydra's own settings.
-
-    Args:
-        overrides: the run's.
-        config_dir: a folder with more configs (``--config-dir``), absolute.
-
-    Raises:
-        UserError: if they do not match the config.
-    """
+    """The config that train.py composes from overrides, without Hydra's own settings. The absolute
+    folder ``config_dir`` has more configs (``--config-dir``); errors as in
+    :meth:`Composer.compose`."""
     return _composer(config_dir).compose(overrides)
 
 
@@ -135,7 +129,6 @@ def typed_folder(path: str) -> Path:
 
 @cache
 def _composer(config_dir: Path | None) -> Composer:
-    """A composer of this project's configs and those in a folder."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode

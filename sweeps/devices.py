@@ -31,7 +31,6 @@ class Devices:
     cores: int = 0  # taken from a queue that counts them
 
     def environment(self) -> dict[str, str]:
-        """The environment of the job's process."""
         clean = clean_environment()
         # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.
         clean |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
@@ -141,8 +140,8 @@ class DeviceQueue:
         """
         if self.gpus and n > len(self.gpus):
             raise UserError(
-                f"A job needs {n} GPUs, and there are {len(self.gpus)} "
-                f"({', '.join(self.gpus)}): lower trainer.devices, or give the sweep more."
+                f"A job needs {n} GPUs, and there are {len(self.gpus)} ({', '.join(self.gpus)}): "
+                "lower trainer.devices, or give the sweep more."
             )
 
     @property
@@ -177,7 +176,6 @@ class DeviceQueue:
         return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=n_cores, name=name)
 
     def give_back(self, devices: Devices) -> None:
-        """Makes devices free for the next job."""
         self._free_slots = sorted([*self._free_slots, devices.slot])
         self._free_cores += devices.cores
         free = {*self._free_gpus, *(devices.gpus or ())}

@@ -33,7 +33,6 @@ class Watched:
     first: tuple[float, int] | None = None  # time of the first look with steps, and their number
 
     def look(self) -> None:
-        """Reads its newest step."""
         self.step, self.loss = newest(self.job.folder)
         if self.first is None and self.step:
             self.first = (time.monotonic(), self.step)
@@ -71,7 +70,6 @@ class Display:
     def __exit__(self, *args: Any) -> None: ...
 
     def started(self, job: Job, device: str) -> None:
-        """Records that a job has started."""
         self.running[job] = Watched(job, device)
 
     def ended(self, job: Job) -> None:
@@ -93,11 +91,9 @@ class Display:
             self.show()
 
     def show(self) -> None:
-        """Shows the running jobs."""
         raise NotImplementedError
 
     def say(self, text: str) -> None:
-        """Prints a line for the user."""
         raise NotImplementedError
 
     @property

@@ -27,8 +27,7 @@ def follow(
 
     Args:
         find_ended: returns the jobs that the cluster no longer has, with its message about each.
-        cancel: cancels jobs; running ones may save first.
-        grace_seconds: seconds that canceled jobs may take.
+        cancel: cancels jobs; running ones may save first, within ``grace_seconds``.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; all jobs are over or canceled.

@@ -73,8 +73,7 @@ def launch(
         module: the launcher's module, whose ``run`` runs jobs, each to its end; their status files
             say how they ended. None leaves them to workers.
         settings: keyword arguments of ``run``.
-        config: the sweep's own config.
-        loader: composes the jobs' configs.
+        config: the sweep's own config, which ``loader`` composed.
         batch: every job's overrides.
         dry_run: only check and list the jobs (``--dry-run``), which leaves no folder.
 
@@ -109,19 +108,14 @@ def launch(
 
 
 def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> RunJobs:
-    """The function that runs jobs with the launcher's settings.
-
-    Raises:
-        UserError: a setting has a wrong value, or the module or a package that it needs is missing.
-    """
+    """The function that runs jobs with the launcher's settings, after a check of their values."""
     launcher = config.hydra.runtime.choices["hydra/launcher"]
-    for option in groups()["hydra/launcher"]:
-        if option.name == launcher:
-            if needs := NEEDS.search(option.comment):
-                require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
-            for key in option.keys:
-                if key.name in settings:
-                    require_allowed(f"hydra.launcher.{key.name}", settings[key.name], key.comment)
+    for option in (option for option in groups()["hydra/launcher"] if option.name == launcher):
+        if needs := NEEDS.search(option.comment):
+            require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
+        for key in option.keys:
+            if key.name in settings:
+                require_allowed(f"hydra.launcher.{key.name}", settings[key.name], key.comment)
     try:
         run = import_module(module).run
     except (ImportError, AttributeError) as error:
@@ -132,11 +126,7 @@ def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> Run
 def _checked(
     plan: SweepPlan, config: DictConfig, loader: ConfigLoader, batch: Sequence[Sequence[str]]
 ) -> Configs:
-    """Adds a batch of jobs to a plan; returns them with their configs.
-
-    Raises:
-        UserError: something is wrong with the sweep, or with the config of a job.
-    """
+    """Adds a batch of jobs to a plan, and checks their configs, which it returns."""
     if config.hydra.sweeper.get("max_batch_size") is not None:
         raise UserError(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
@@ -258,13 +248,14 @@ def _changed_settings(config: dict[str, Any], folder: Path) -> str:
 def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     """Prints that all is well, or every job that is not done with its log; then exits with 1."""
     unfinished = [job for job in jobs if state_of(job.folder) != "done"]
+    done = f"{counted(len(jobs), 'job')} done in {_shown(folder)}"
     if not unfinished:
-        print(f"{counted(len(jobs), 'job')} done in {_shown(folder)}", flush=True)
+        print(done, flush=True)
         return
     failed = any(state_of(job.folder) == "failed" for job in unfinished)
     retry = " sweep.retry_failed=true" if failed else ""
     lines = [
-        f"{len(jobs) - len(unfinished)} of {counted(len(jobs), 'job')} done in {_shown(folder)}; "
+        f"{len(jobs) - len(unfinished)} of {done}; "
         f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
         *(describe_failure(job.folder) for job in unfinished),
     ]

@@ -129,7 +129,6 @@ class Leases:
                     os.utime(self._folder / f"{job}.{number}", (0, 0))
 
     def release_all(self) -> None:
-        """Releases all jobs."""
         for job in self.held:
             self.release(job)
         with suppress(OSError):

@@ -43,11 +43,9 @@ class MemoryUse:
         self._known_peak: int | None = None
 
     def begin(self, group: int, processes: int) -> None:
-        """Adds a job that has just been started."""
         self._running[group] = _JobMemory(processes)
 
     def look(self) -> None:
-        """Measures the running jobs."""
         group_bytes = bytes_by_group(self._root)
         for group, job in self._running.items():
             job.current = group_bytes.get(group, 0)

@@ -52,13 +52,8 @@ class Recipe:
         labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
-        """The job that this recipe runs.
-
-        Args:
-            folder: folder of the run, absolute.
-            labels: the overrides that distinguish it from the others.
-            program: Python's arguments that start it.
-        """
+        """The job that this recipe runs in a folder; ``program`` has Python's arguments that start
+        it."""
         return Job(
             folder=folder,
             overrides=tuple(overrides),
@@ -75,11 +70,8 @@ class Recipe:
     def of(
         cls, settled: dict[str, Any], *, program: str = TRAIN, options: Sequence[str] = ()
     ) -> Recipe:
-        """How to run the job of a checked config (:func:`sweeps.compose.settle`) from here.
-
-        Raises:
-            UserError: its processes cannot be counted, or would not train together.
-        """
+        """How to run the job of a checked config (:func:`sweeps.compose.settle`) from here; errors
+        as in :func:`count_processes`."""
         trainer = settled["trainer"]
         return cls(
             program=program,
@@ -94,12 +86,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Recipe:
-        """A recipe from ``sweep.json``.
-
-        Raises:
-            KeyError: if a value is missing.
-            ValueError: if a value has another type.
-        """
+        """A recipe from ``sweep.json``; a KeyError for a missing value, a ValueError for one of
+        another type."""
         values = {field.name: stored[field.name] for field in fields(cls)}
         kinds = {"program": str, "options": list, "cwd": str, "on_cpu": bool}
         for key, value in values.items():
@@ -130,11 +118,8 @@ def job_of(
     config_dir: Path | None = None,
 ) -> Job:
     """A run of this project's train app with a checked config, in a folder, started from here.
-    ``config_dir`` has more configs, as in :func:`sweeps.compose.compose_run`.
-
-    Raises:
-        UserError: its processes cannot be counted, or would not train together.
-    """
+    ``config_dir`` has more configs, as in :func:`sweeps.compose.compose_run`; errors as in
+    :func:`count_processes`."""
     options = ["--config-dir", str(config_dir)] if config_dir else []
     recipe = Recipe.of(settled, options=options)
     return recipe.job(folder, overrides, labels=labels, program=app(TRAIN))
@@ -168,12 +153,8 @@ def name_of_program() -> str:
 
 
 def _jobs(stored: dict[str, Any]) -> list[PlannedJob]:
-    """The jobs from the content of ``sweep.json``.
-
-    Raises:
-        KeyError: if a value is missing.
-        ValueError: for a folder outside the sweep's, or values of other types.
-    """
+    """The jobs from the content of ``sweep.json``; errors as in :meth:`Recipe.from_dict`, also a
+    ValueError for a folder outside the sweep's."""
     jobs = []
     for job in stored["jobs"]:
         folder, overrides = job["folder"], job["overrides"]
@@ -312,7 +293,7 @@ class SweepPlan:
             "varied": varied_keys([job.overrides for job in self.jobs]),
             "jobs": [
                 {"folder": job.folder, "overrides": list(job.overrides)}
-                | ({} if job.recipe is None else {"run": asdict(job.recipe)})
+                | ({"run": asdict(job.recipe)} if job.recipe else {})
                 for job in self.jobs
             ],
         }
@@ -324,6 +305,4 @@ class SweepPlan:
         status = read_status(self.folder / name)
         foreign = status is not None and set(status["overrides"]) != set(overrides)
         # Two values may become the same name in a path.
-        if foreign or name in taken:
-            name = f"{name}_{overrides_digest(overrides)}"
-        return name
+        return f"{name}_{overrides_digest(overrides)}" if foreign or name in taken else name

@@ -183,10 +183,6 @@ def make_pool(
 
 
 def run(jobs: Sequence[Job], **settings: Any) -> None:
-    """Runs jobs in a pool with the settings of :func:`make_pool`.
-
-    Raises:
-        UserError: for a job that can never get its devices.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
-    """
+    """Runs jobs in a pool with the settings of :func:`make_pool`; errors as there and in
+    :meth:`Pool.run`."""
     make_pool(jobs, **settings).run(jobs)

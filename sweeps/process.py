@@ -40,7 +40,6 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.folder.name
 
     @property
@@ -140,7 +139,6 @@ class JobProcess:
         return True
 
     def wait(self) -> None:
-        """Waits until it has ended."""
         while not self.ended():
             time.sleep(0.2)
 
@@ -157,7 +155,6 @@ class JobProcess:
         self.kill()
 
     def kill(self) -> None:
-        """Kills it."""
         self._stopping = self._stopping or "killed"
         os.killpg(self._watchdog.group, signal.SIGKILL)
 

@@ -60,15 +60,12 @@ def run(
     try:
         # A new worker for every job, and no retry that the status file does not know of.
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
-        needs = {
-            job: {
-                "num_cpus": cpus_per_process * job.processes,
-                "num_gpus": 0 if job.on_cpu else gpus_per_process * job.processes,
-            }
-            for job in jobs
-        }
-        for need in needs.values():
-            _check_room(ray, cpus=need["num_cpus"], gpus=need["num_gpus"])
+        needs = {}
+        for job in jobs:
+            cpus = cpus_per_process * job.processes
+            gpus = 0 if job.on_cpu else gpus_per_process * job.processes
+            _check_room(ray, cpus=cpus, gpus=gpus)
+            needs[job] = {"num_cpus": cpus, "num_gpus": gpus}
         refs: dict[Job, Any] = {
             job: remote.options(**need).remote(job, cpus_per_process, grace_seconds)
             for job, need in needs.items()
@@ -93,14 +90,12 @@ def run(
 
 def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
     """Refuses a job that no machine can ever run, which Ray would let wait forever."""
-    for node in ray.nodes():
-        resources = node["Resources"]
-        if node["Alive"] and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
-            return
-    raise UserError(
-        f"A job asks for {cpus} cores and {gpus:g} GPUs, which no machine of the Ray cluster has: "
-        "lower hydra.launcher.cpus_per_process or gpus_per_process."
-    )
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in machines):
+        raise UserError(
+            f"A job asks for {cpus} cores and {gpus:g} GPUs, which no machine of the Ray cluster "
+            "has: lower hydra.launcher.cpus_per_process or gpus_per_process."
+        )
 
 
 def _error(ray: Any, ref: Any) -> str:

@@ -264,7 +264,6 @@ def report(search: Search) -> int:
 def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.search"
 ) -> None:
-    """The command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser(program).parse_intermixed_args(arguments)
     with readable_errors():

@@ -10,6 +10,7 @@ from its checkpoint.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import re
 import subprocess
@@ -89,10 +90,7 @@ def torchrun(job: Job, *, node: int) -> tuple[str, ...]:
 
 def in_arrays(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     """Groups jobs that need the same resources into arrays of at most ``limit`` jobs."""
-
-    def resources_of(job: Job) -> tuple[int, int, bool]:
-        return job.processes, job.nodes, job.on_cpu
-
+    resources_of = operator.attrgetter("processes", "nodes", "on_cpu")
     arrays: list[list[Job]] = []
     for _, group in itertools.groupby(sorted(jobs, key=resources_of), resources_of):
         members = list(group)

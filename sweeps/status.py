@@ -72,7 +72,6 @@ def _worker(leases: Leases, lease: Lease | None) -> str:
 def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.status"
 ) -> None:
-    """The command line."""
     parser = Parser.of(__doc__, module="sweeps.status", program=program)
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
@@ -80,8 +79,7 @@ def main(
         plan = SweepPlan(Path(args.folder).absolute())
         if not plan.jobs:
             raise UserError(f"{plan.folder} holds no sweep (no sweep.json).")
-        folders = {job.folder: plan.folder / job.folder for job in plan.jobs}
-        statuses = {name: _status(path) for name, path in folders.items()}
+        statuses = {job.folder: _status(plan.folder / job.folder) for job in plan.jobs}
         print("\n".join(describe(plan, statuses)))
     states = {status["state"] for status in statuses.values()}
     ended = {"done", PRUNED}

@@ -53,8 +53,8 @@ def require_harmless(
         raise UserError(f"{sweep / job.folder} is a link: a job writes in its own folder.")
     source, options = f"{sweep}/sweep.json", list(recipe.options)
     while len(options) > 1 and options[0] in ("--config-dir", "--config-name"):
-        _require_config(*options[:2], allow=allow, source=source)
-        del options[:2]
+        name, value, *options = options
+        _require_config(name, value, allow=allow, source=source)
     for override in options:
         require_plain(override, source=source, allow=allow, housekeeping=("paths.cache_dir",))
     for override in job.overrides:

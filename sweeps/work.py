@@ -116,7 +116,6 @@ class SweepWorker:
         return LOST if job.name in self._lost else None
 
     def ended(self, job: Job) -> None:
-        """Releases a job."""
         self._lost.discard(job.name)
         self._leases.release(job.name)
 
@@ -189,7 +188,6 @@ def _fits(job: Job, queue: DeviceQueue) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.work") -> None:
-    """The command line."""
     args = _parser(program).parse_args(arguments)
     with readable_errors():
         if not 0 < args.stale < math.inf:

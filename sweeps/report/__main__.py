@@ -93,7 +93,6 @@ def _default_output(sweeps: Sequence[SweepRecord]) -> Path:
 def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.report"
 ) -> None:
-    """The command line."""
     parser = Parser(prog=program, description="Compare the runs of one or more sweeps.")
     option = parser.add_argument
     option("folders", nargs="+", metavar="FOLDER", help="a folder of a sweep or of runs")

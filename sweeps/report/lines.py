@@ -88,13 +88,10 @@ def _chart_of(
     apart: float = 0.0,
     crosses: Sequence[Line] = (),
 ) -> Chart | None:
-    """A chart with one line per setting; None if all lines are empty.
+    """A chart with one line per setting, or per family of settings; None if all lines are empty.
 
-    Args:
-        lines: all settings, or stand-ins for families of them, with their lines, which may be
-            empty.
-        apart: width over which settings are spread, so that equal values do not hide each other.
-        crosses: means that are marked by crosses, per setting.
+    Settings are spread over the width ``apart``, so that equal values do not hide each other;
+    ``crosses`` has by setting the means that are marked by crosses.
     """
     all_settings = [setting for setting, _ in lines]
     nonempty = [setting for setting, line in lines if line]

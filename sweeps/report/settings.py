@@ -122,7 +122,6 @@ class Settings:
 
     @property
     def names(self) -> list[str]:
-        """Readable names of all settings."""
         return [setting.name for setting in self.all]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 CONFIDENCE = 0.95
@@ -120,13 +121,11 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, in the given order. Compared with a level, they keep the
     probability of any false positive among the tests below that level."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    n = len(p_values)
+    order = sorted(range(n), key=p_values.__getitem__)
+    raised = (min(1.0, (n - rank) * p_values[i]) for rank, i in enumerate(order))
+    adjusted = dict(zip(order, accumulate(raised, max), strict=True))
+    return [adjusted[i] for i in range(n)]
 
 
 def _standard_error(values: Sequence[float], mean: float) -> float:
@@ -146,7 +145,6 @@ class Share:
 
     @property
     def rate(self) -> float:
-        """``count / n``."""
         return self.count / self.n
 
     @property
