@@ -23,9 +23,6 @@ _ONCE = {"png"}
 
 @pytest.fixture(scope="session", autouse=True)
 def saved_once() -> Iterator[None]:
-    if find_spec("sweeps.report") is None:
-        yield
-        return
     from sweeps.report.chart import Chart
 
     save = Chart._save

@@ -62,10 +62,9 @@ def write_run(
     done: bool = True,
     curve: tuple[float, ...] = (3.0, 2.5),
 ) -> Path:
-    """One run.
+    """One run in a new folder.
 
     Args:
-        folder: made here.
         config: over BASE, by dotted key; ``data.seed`` follows ``seed``, and ``data.depth``
             ``mtp.depth``, as in training.
         loss: final ``val/loss_depth_0``; None leaves it out.
@@ -109,16 +108,8 @@ def task_run(
     done: bool = True,
     **options: Any,
 ) -> Path:
-    """One run of a task.
-
-    Args:
-        folder: made here.
-        config: as for :func:`write_run`.
-        rights: ``val/exact_match`` at steps 10, 20, ..; the last one is a finished run's.
-        chance: ``val/chance``.
-        summary: as for :func:`write_run`.
-        done: as for :func:`write_run`.
-    """
+    """One run of a task, as by :func:`write_run`. ``rights`` has ``val/exact_match`` at steps 10,
+    20, ..; the last one is a finished run's."""
     numbers = {"val/exact_match": rights[-1], "val/chance": chance} if rights else {}
     numbers = {**numbers, **on_questions(), **(summary or {})}
     write_run(folder, config, done=done, summary=numbers, **options)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import LOG_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import read_status, state_of, write_status
@@ -61,15 +63,17 @@ def test_every_job_has_its_own_status_and_stops_no_other(tmp_path, capsys):
         job(tmp_path / "killed", "kill -9 $$"),
         job(tmp_path / "empty", "true"),
         job(tmp_path / "stopped", "exit 143"),
+        Job(folder=tmp_path / "missing", overrides=(), command=("/no/such/program",)),
         job(tmp_path / "last", DONE),
     ]
     pool(len(jobs)).run(jobs)
     states = [status(one)["state"] for one in jobs]
-    assert states == ["done", "failed", "failed", "failed", "interrupted", "done"]
+    assert states == ["done", "failed", "failed", "failed", "interrupted", "failed", "done"]
     assert status(jobs[1])["reason"] == "exit code 1: error: a bad value"
     assert status(jobs[1])["exit_code"] == 1
     assert "SIGKILL" in status(jobs[2])["reason"]
     assert "summary.json" in status(jobs[3])["reason"]
+    assert "/no/such/program" in status(jobs[5])["reason"]
     good = status(jobs[0])
     assert good["device"] in ("cpu:0", "cpu:1") and good["overrides"] == ["job=good"]
     assert good["started"] <= good["ended"] and good["reason"] is None
@@ -87,10 +91,9 @@ def test_jobs_use_all_gpus_and_share_none(tmp_path: Path) -> None:
         spans.append(tuple(int((t.folder / name).read_text()) for name in "ab"))
         gpus.append((t.folder / "gpus").read_text().strip().split(","))
     assert [len(names) for names in gpus] == needs
-    for i, one in enumerate(spans):
-        for j in range(i):
-            if max(one[0], spans[j][0]) < min(one[1], spans[j][1]):  # at the same time
-                assert not set(gpus[i]) & set(gpus[j])
+    for (one, own), (other, others) in combinations(zip(spans, gpus, strict=True), 2):
+        if max(one[0], other[0]) < min(one[1], other[1]):  # at the same time
+            assert not set(own) & set(others)
     assert spans[3][0] < spans[2][1], "the last two jobs run at the same time"
 
 
@@ -148,12 +151,9 @@ Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(jobs)
 def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], list[int]]:
     program = tmp_path / "sweep.py"
     program.write_text(textwrap.dedent(SWEEP))
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(tmp_path), kind],
-        env={**os.environ, "PYTHONPATH": root},
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, str(program), str(tmp_path), kind]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     return process, [int(wait_for(tmp_path / name / "pid")) for name in ("one", "two")]
 
 
@@ -227,14 +227,6 @@ def test_jobs_on_the_cpu_run_next_to_jobs_on_gpus(tmp_path, monkeypatch):
     run([wide, other])
     assert [status(each)["state"] for each in (wide, other)] == ["done", "done"]
     assert status(wide)["device"].startswith("cpu:") and status(other)["device"] == "cuda:0"
-
-
-def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
-    missing = Job(folder=tmp_path / "a", overrides=(), command=("/no/such/program",))
-    good = job(tmp_path / "b", DONE)
-    pool(2).run([missing, good])
-    assert state_of(good.folder) == "done"
-    assert status(missing)["state"] == "failed" and "/no/such/program" in status(missing)["reason"]
 
 
 def test_a_job_whose_status_cannot_be_written_is_ended(tmp_path: Path, monkeypatch) -> None:

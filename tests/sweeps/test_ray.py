@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import signal
 import subprocess
 from functools import partial
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import start
+from mtp_lightning.run.status import read_status
+from tests.integration.helpers import start, summary_of
 from tests.sweeps import typed
 from tests.sweeps.typed import execute, job_folders, job_states, wait_until
 
@@ -34,11 +34,9 @@ def test_jobs_fail_alone_and_use_the_configured_processes(tmp_path, cache):
     execute(command(folder, cache, settings), tmp_path, code=1)
     assert sorted(job_states(folder).values()) == ["done", "done", "failed", "failed"]
     for name, job in job_folders(folder).items():
-        status = json.loads((job / "status.json").read_text())
-        assert status["device"].startswith("ray:")
+        assert read_status(job)["device"].startswith("ray:")
         if "seed=0" in name:
-            size = json.loads((job / "summary.json").read_text())["world_size"]
-            assert f"trainer.devices={size}" in name
+            assert f"trainer.devices={summary_of(job)['world_size']}" in name
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Path, cache: Path) -> None:
@@ -54,9 +52,7 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, cache: Path) -> None:
     assert str(folder) not in processes
     execute(args, tmp_path)
     assert set(job_states(folder).values()) == {"done"}
-    assert "Continuing" in "".join(
-        (job / "job.log").read_text() for job in job_folders(folder).values()
-    )
+    assert any("Continuing" in log.read_text() for log in folder.glob("*/job.log"))
 
 
 def test_more_cores_than_the_machine_has_are_refused(tmp_path: Path, cache: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.helpers import start
+from mtp_lightning.run.status import read_status
+from tests.integration.helpers import start, summary_of
 from tests.sweeps import typed
 from tests.sweeps.typed import execute, job_folders, job_states, wait_until
 
@@ -42,11 +42,10 @@ def test_jobs_fail_alone_and_use_the_configured_processes(tmp_path, cache):
     assert sorted(job_states(folder).values()) == ["done", "done", "failed", "failed"]
     assert done.stdout.count("\nfailed: ") == 2
     for name, job in job_folders(folder).items():
-        status = json.loads((job / "status.json").read_text())
+        status = read_status(job)
         assert re.fullmatch(r"slurm:\d+(_\d+)?", status["device"])
         if "seed=0" in name:
-            size = json.loads((job / "summary.json").read_text())["world_size"]
-            assert f"trainer.devices={size}" in name
+            assert f"trainer.devices={summary_of(job)['world_size']}" in name
         else:
             assert "error: seed" in status["reason"]
     again = execute(command(folder, cache, settings), tmp_path, code=1)
@@ -68,7 +67,7 @@ def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> N
     process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
     (job,) = job_folders(folder).values()
-    number = json.loads((job / "status.json").read_text())["device"].removeprefix("slurm:")
+    number = read_status(job)["device"].removeprefix("slurm:")
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
     wait_until(lambda: job_states(folder)[""] == "interrupted")
     wait_until(lambda: "PENDING" in _queue(number))

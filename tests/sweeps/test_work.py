@@ -274,10 +274,6 @@ def test_another_worker_continues_the_run_of_a_killed_one(tmp_path: Path, cache:
 # Leases.
 
 
-def leases_of(folder: Path, owner: str, **values: float) -> Leases:
-    return Leases(folder, owner=owner, **values)
-
-
 def make_old(folder: Path, lease: str, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(folder / FOLDER / lease, (then, then))
@@ -286,7 +282,7 @@ def make_old(folder: Path, lease: str, seconds: float) -> None:
 def test_only_one_of_many_workers_gets_a_job(tmp_path: Path) -> None:
     """Twenty threads that each ask for a hundred jobs at the same time."""
     jobs = [f"seed-{i}.5" for i in range(100)]  # names with dots, as values have them
-    workers = [leases_of(tmp_path, str(i)) for i in range(20)]
+    workers = [Leases(tmp_path, owner=str(i)) for i in range(20)]
     barrier = threading.Barrier(len(workers))
 
     def ask(worker: Leases) -> None:
@@ -305,20 +301,20 @@ def test_only_one_of_many_workers_gets_a_job(tmp_path: Path) -> None:
 
 
 def test_a_stale_lease_is_taken_over_by_only_one_worker(tmp_path: Path) -> None:
-    gone, a, b = (leases_of(tmp_path, name, stale_seconds=120) for name in ("gone", "a", "b"))
+    gone, a, b = (Leases(tmp_path, owner=name, stale_seconds=120) for name in ("gone", "a", "b"))
     assert gone.take("job", None)
-    seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
-    assert not a.free(seen["a"]) and a.owner(seen["a"]) == "gone"
+    seen = a.look()["job"]
+    assert not a.free(seen) and a.owner(seen) == "gone"
     (tmp_path / FOLDER / "job.1").write_text("[" * 100_000)
-    assert a.owner(seen["a"]) == "", "a damaged lease has no owner"
+    assert a.owner(seen) == "", "a damaged lease has no owner"
     make_old(tmp_path, "job.1", 119)
     assert not a.free(a.look()["job"])
     make_old(tmp_path, "job.1", 121)
-    seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
-    assert a.free(seen["a"]) and b.free(seen["b"])
-    assert a.take("job", seen["a"])
+    seen_by_a, seen_by_b = a.look()["job"], b.look()["job"]
+    assert a.free(seen_by_a) and b.free(seen_by_b)
+    assert a.take("job", seen_by_a)
     # b looked before a took the job, and cannot take it from a.
-    assert not b.take("job", seen["b"])
+    assert not b.take("job", seen_by_b)
     assert a.look()["job"].number == 2 and a.owner(a.look()["job"]) == "a"
     assert a.beat() == [] and gone.beat() == ["job"] and gone.held == []
     gone.release("job")
@@ -326,7 +322,7 @@ def test_a_stale_lease_is_taken_over_by_only_one_worker(tmp_path: Path) -> None:
 
 
 def test_a_heartbeat_keeps_a_lease_and_a_release_frees_it(tmp_path: Path) -> None:
-    a, b = leases_of(tmp_path, "a", stale_seconds=120), leases_of(tmp_path, "b", stale_seconds=120)
+    a, b = (Leases(tmp_path, owner=name, stale_seconds=120) for name in "ab")
     assert a.take("job", None)
     make_old(tmp_path, "job.1", 500)
     assert a.beat() == []
@@ -336,7 +332,7 @@ def test_a_heartbeat_keeps_a_lease_and_a_release_frees_it(tmp_path: Path) -> Non
 
 
 def test_the_age_of_a_lease_is_by_the_file_servers_clock(tmp_path, monkeypatch):
-    a, b = leases_of(tmp_path, "a"), leases_of(tmp_path, "b")
+    a, b = (Leases(tmp_path, owner=name) for name in "ab")
     assert a.take("job", None)
     monkeypatch.setattr(time, "time", lambda: 4e9)  # a machine whose clock is wrong
     assert abs(b.look()["job"].age) < 60
@@ -344,7 +340,7 @@ def test_the_age_of_a_lease_is_by_the_file_servers_clock(tmp_path, monkeypatch):
 
 def test_live_leases_exclude_released_ones(tmp_path: Path) -> None:
     assert live(tmp_path) == []
-    a = leases_of(tmp_path, "a")
+    a = Leases(tmp_path, owner="a")
     assert a.take("one", None) and a.take("two", None)
     a.release("one")
     assert [lease.job for lease in live(tmp_path)] == ["two"]
