@@ -101,7 +101,6 @@ def texts(task: Row) -> Iterator[Row]:
 
 
 def _wheel(task: Row) -> tuple[Decode, str]:
-    """xllamacpp's server."""
     import xllamacpp
 
     from mtp_lightning import llama_server

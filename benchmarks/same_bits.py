@@ -135,7 +135,6 @@ def made_text() -> str:
 
 
 def overrides(case: str, folder: Path, data: Path) -> list[str]:
-    """All overrides of a case."""
     places = [f"data.paths={data / 'text.jsonl'}", f"paths.cache_dir={data / 'cache'}"]
     return [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
 

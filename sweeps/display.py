@@ -96,12 +96,8 @@ class Display:
     def say(self, text: str) -> None:
         raise NotImplementedError
 
-    @property
-    def n_ended(self) -> int:
-        return self.counts.total()
-
     def summary(self) -> str:
-        parts = [f"{self.n_ended} of {self.total} ended", f"{len(self.running)} running"]
+        parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
         return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
 
@@ -118,7 +114,7 @@ class Lines(Display):
         # A file server may not answer for a moment.
         reason = (read_status(job.folder) or {}).get("reason")
         why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
-        self.say(f"{state_of(job.folder)} {job.label} ({self.n_ended} of {self.total}){why}")
+        self.say(f"{state_of(job.folder)} {job.label} ({self.counts.total()} of {self.total}){why}")
 
     def show(self) -> None:
         for run in self.running.values():

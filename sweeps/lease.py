@@ -47,6 +47,7 @@ class Leases:
 
     def __init__(self, folder: Path, *, owner: str, stale_seconds: float = STALE_SECONDS) -> None:
         self._folder = folder / FOLDER
+        self._clock = self._folder / f"clock-{owner}"
         self._owner = owner
         self._stale = stale_seconds
         self._held: dict[str, int] = {}
@@ -133,10 +134,6 @@ class Leases:
             self.release(job)
         with suppress(OSError):
             self._clock.unlink()
-
-    @property
-    def _clock(self) -> Path:
-        return self._folder / f"clock-{self._owner}"
 
     def _now(self) -> float:
         """The current time by the file server's clock, which also sets the leases' times."""

@@ -72,7 +72,7 @@ class Pool:
                     self._measure()
                     for process in self._running:
                         reason = watch(process.job)
-                        if reason is not None and not process.stopping:
+                        if reason is not None and process.stopping is None:
                             process.abandon() if reason is LOST else process.stop(reason)
                     self.display.refresh()
             except BaseException as error:

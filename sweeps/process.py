@@ -71,7 +71,7 @@ class JobProcess:
     ) -> None:
         self.job = job
         self.devices = devices
-        self._stopping: str | None = None
+        self.stopping: str | None = None  # why it was asked to end; None if it was not
         self.abandoned = False  # whether another worker has the job
         self._grace = grace_seconds
         self._kill_at = math.inf
@@ -86,6 +86,7 @@ class JobProcess:
         self._command = ("true",) if unseen else job.command
         self._started = now()
         self._watchdog = _Watchdog(grace_seconds)
+        self.group = self._watchdog.group  # the process group of all its processes
         try:
             self._popen = self._start(ignore_usr2)
             self._write("running")
@@ -108,20 +109,10 @@ class JobProcess:
                 stderr=subprocess.STDOUT,
                 env=self.devices.environment(),
                 pass_fds=(self._lock.file,),
-                process_group=self._watchdog.group,
+                process_group=self.group,
                 preexec_fn=ignore_signal if ignore_usr2 else None,
                 cwd=self.job.cwd,
             )
-
-    @property
-    def group(self) -> int:
-        """The process group of all its processes."""
-        return self._watchdog.group
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was asked to end."""
-        return self._stopping is not None
 
     def ended(self) -> bool:
         """Whether it has ended; then its status file says how."""
@@ -145,9 +136,9 @@ class JobProcess:
     def stop(self, reason: str) -> None:
         """Asks all of its processes to save and end, with a reason for its status; :meth:`ended`
         kills those that are too slow."""
-        self._stopping = reason
+        self.stopping = reason
         self._kill_at = time.monotonic() + self._grace
-        os.killpg(self._watchdog.group, signal.SIGTERM)
+        os.killpg(self.group, signal.SIGTERM)
 
     def abandon(self) -> None:
         """Kills it without changing its status, because another worker has started the job."""
@@ -155,14 +146,14 @@ class JobProcess:
         self.kill()
 
     def kill(self) -> None:
-        self._stopping = self._stopping or "killed"
-        os.killpg(self._watchdog.group, signal.SIGKILL)
+        self.stopping = self.stopping or "killed"
+        os.killpg(self.group, signal.SIGKILL)
 
     def _judge(self, code: int) -> tuple[str, str | None]:
         if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
             return "done", None
-        if self._stopping is not None:
-            return "interrupted", self._stopping
+        if self.stopping is not None:
+            return "interrupted", self.stopping
         for signum in (signal.SIGINT, signal.SIGTERM):
             if code in (-signum, 128 + signum):
                 return "interrupted", f"ended by {signum.name}"
@@ -237,11 +228,7 @@ class _Watchdog:
             stderr=subprocess.DEVNULL,
             process_group=0,
         )
-
-    @property
-    def group(self) -> int:
-        """Id of the group, which exists until this object is dismissed."""
-        return self._shell.pid
+        self.group = self._shell.pid  # the group exists until this object is dismissed
 
     def dismiss(self) -> None:
         """Kills the rest of the group, including itself."""

@@ -191,5 +191,4 @@ def draw_curves(result: Result) -> Chart:
 
 
 def _curves(content: dict[str, Any]) -> list[Any]:
-    """The curves of an arm's seeds."""
     return [run["curve"] for run in content["seeds"].values() if run.get("curve")]

@@ -33,7 +33,6 @@ class Preregistration:
     runs: dict[str, dict[int, str]] = field(default_factory=dict)  # folders, by arm and seed
 
     def is_of(self, claim: Claim) -> bool:
-        """Whether the prediction is unchanged."""
         return self.digest == claim.digest
 
     def require(self, claim: Claim, runs: Path) -> None:

@@ -17,8 +17,6 @@ from sweeps.report.settings import Setting, Settings
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report."""
-
     name: str  # the name of its files
     title: str  # the title above it
     caption: str  # an explanation of what is shown and how it was computed

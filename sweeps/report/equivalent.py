@@ -51,8 +51,6 @@ class Spent:
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of one run."""
-
     total: float  # `C_plain(L) / C`
     price: float  # FLOPs of a plain step divided by those of the run's step
 

@@ -37,7 +37,6 @@ class Metric:
     form: str | int  # `%`, `si`, or the number of decimal places
 
     def show(self, value: float) -> str:
-        """The value in the metric's unit."""
         return number(value, self.form)
 
 

@@ -48,7 +48,6 @@ def axis_of(key: str) -> str:
 
 
 def _values(key: str) -> dict[str, str]:
-    """The names of a key's values."""
     _, _, *values = _names("keys")[key]
     return values[0] if values else {}
 

@@ -149,12 +149,10 @@ class Share:
 
     @property
     def interval(self) -> Interval:
-        """The rate with its interval."""
         return Interval(self.rate, (self.high - self.low) / 2, self.n, (self.low, self.high))
 
 
 def share(count: int, n: int) -> Share:
-    """``count`` of ``n`` seeds with their interval."""
     from scipy import stats
 
     assert 0 <= count <= n and n >= 1

@@ -33,6 +33,7 @@ from tests.sweeps.claims.fixture_claims import (
     BEGAN,
     SOLVED,
     claim_of,
+    finished_run,
     observed,
     output_of,
     predict,
@@ -50,10 +51,9 @@ def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Res
     arms = observed(claim, {arm: ["missing"] * len(claim.scale.seeds) for arm in claim.arms})
     for arm, of_arm in done.items():
         for seed, (minutes, machine) in of_arm.items():
-            made = observed(claim, {arm: [1.0]})[arm][0]
             costs = {"step": 500.0, "flops": 1e12, "seconds": minutes * 60}
-            made = replace(made, costs=costs, machine=machine, ended=None)
-            arms[arm][seed] = replace(made, folder=f"{arm}-{seed}")
+            facts = {"values": {"val/bits_per_byte": 1.0}, "costs": costs, "machine": machine}
+            arms[arm][seed] = finished_run(f"{arm}-{seed}", ended=None, **facts)
     return make_result(claim, arms, BEGAN)
 
 
