@@ -69,16 +69,8 @@ def synchronize() -> None:
 def take_turns(
     sides: Mapping[Side, Callable[[], Any]], turns: int, *, say: str = ""
 ) -> dict[Side, list[Any]]:
-    """Run every side once a turn, in reverse order every second turn.
-
-    Args:
-        sides: name -> one turn.
-        turns: turns of every side.
-        say: what is measured, printed as progress before each turn; empty for no progress.
-
-    Returns:
-        Name -> the answers of all turns.
-    """
+    """Run every side once a turn, in reverse order every second turn; returns the answers of each.
+    Before each turn, ``say`` is printed as progress, unless it is empty."""
     answers: dict[Side, list[Any]] = {name: [] for name in sides}
     order = list(sides)
     for turn in range(turns):
@@ -117,10 +109,7 @@ def median_times(
 
 @contextlib.contextmanager
 def timed_calls(parts: Mapping[str, Sequence[Method]]) -> Iterator[dict[str, list[float]]]:
-    """Time every call of some methods, without the calls of the others inside it.
-
-    Args:
-        parts: name of a part -> its methods.
+    """Time every call of the methods of each part, without the calls of the others inside it.
 
     Yields:
         Name of a part -> seconds of each call that has ended, by :func:`clock`.
@@ -347,10 +336,8 @@ def _proc_status(key: str) -> int:
 def saved_tensors(excluded: Iterable[Any] = ()) -> Iterator[Row]:
     """Count the bytes that autograd holds for backward, every storage once.
 
-    Counted is what forward passes in the block save, until their backward passes free it.
-
-    Args:
-        excluded: tensors that are not counted, such as parameters.
+    Counted is what forward passes in the block save, until their backward passes free it, except
+    for the ``excluded`` tensors, such as parameters.
 
     Yields:
         ``now``: the bytes held; ``peak``: the most that was held at once.

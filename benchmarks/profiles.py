@@ -38,12 +38,8 @@ _ADDED_MATMULS = {"aten::addmm_", "aten::addmm"}
 
 
 def profile_step(built: Training, *, n_steps: int, seconds_per_step: float) -> list[Row]:
-    """Profile some steps.
-
-    Args:
-        built: a step that is warmed up.
-        n_steps: number of profiled steps.
-        seconds_per_step: seconds of a step without the profiler.
+    """Profile some steps of a model that is warmed up, whose step takes ``seconds_per_step``
+    without the profiler.
 
     Returns:
         A row for each part, the largest first: ``part``, ``share`` of the step, ``ms``,

@@ -33,24 +33,16 @@ MODELS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Training:
-    """An optimizer step as a run takes it, without Lightning, callbacks and logging.
+    """An optimizer step as a run takes it, without Lightning, callbacks and logging."""
 
-    Attributes:
-        step: takes a step and returns the loss.
-        forward: runs the forward pass of a step; returns the bytes of the gradients of hidden
-            states, which the loss makes in its forward pass, and the loss.
-        model: the model in training.
-        optimizer: the optimizer of the step.
-        flops_per_token: FLOPs; attention counts in full, without a causal discount.
-        rss_imported: memory of the process after all imports and before the model, in bytes.
-    """
-
-    step: Callable[[], torch.Tensor]
+    step: Callable[[], torch.Tensor]  # takes a step and returns the loss
+    # Runs the forward pass of a step; returns the bytes of the gradients of hidden states, which
+    # the loss makes in its forward pass, and the loss.
     forward: Callable[[], tuple[int, torch.Tensor]]
     model: Any
     optimizer: torch.optim.Optimizer
-    flops_per_token: float
-    rss_imported: int
+    flops_per_token: float  # attention counts in full, without a causal discount
+    rss_imported: int  # bytes of the process after all imports and before the model
 
 
 def build_step(task: Row) -> Training:

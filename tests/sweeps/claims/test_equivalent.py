@@ -188,10 +188,11 @@ def test_an_arm_branches_from_the_run_of_the_same_seed(tmp_path):
     assert [(job.arm, job.seed) for job in again] == [("trunk", 1), ("long", 1)]
 
 
-def test_a_branch_from_a_later_arm_is_refused(tmp_path):
-    arms = {"late": ["branch_from=trunk@9"], "trunk": ["mtp=none"]}
+@pytest.mark.parametrize("link", ["branch_from=trunk@9", "init_from=trunk"])
+def test_a_link_to_a_later_arm_is_refused(tmp_path, link):
+    arms = {"late": [link], "trunk": ["mtp=none"]}
     claim = claim_of(tmp_path, arms=arms, predictions=[predict("late", "below", 1)])
-    with pytest.raises(UserError, match="branch_from=trunk@9: name an arm that is listed before"):
+    with pytest.raises(UserError, match=f"{link}: name an arm that is listed before it"):
         jobs(claim, [0], RUNS)
 
 
@@ -215,10 +216,6 @@ def test_arms_start_from_arms_that_start_from_others(tmp_path):
     for job in again:
         assert list(ready) == [job]
         ready.ended(job)
-    arms = {"heads": ["init_from=trunk"], "trunk": ["mtp=none"]}
-    claim = claim_of(tmp_path / "b", arms=arms, predictions=[predict("heads", "below")])
-    with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):
-        jobs(claim, [0], RUNS)
 
 
 def test_a_plain_curve_on_another_text_is_undecided(tmp_path):
