@@ -20,7 +20,8 @@ class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
 
     A callback is a dataclass of its settings, which the comments of its file in conf/callbacks
-    limit.
+    limit; a wrong setting raises a :class:`UserError`. Hooks that use an MTPModule type it as Any,
+    since callbacks/ may not import module.py.
 
     Attributes:
         takes_gradients: the override that adds the callback, if it needs each task's gradient by
@@ -32,16 +33,10 @@ class RunCallback(Callback):
     newest = cast(Mapping[str, float], MappingProxyType({}))  # untyped, so not a setting
 
     def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            UserError: a setting is not allowed.
-        """
         check_settings(self, f"callbacks.{type(self).__module__.rpartition('.')[2]}")
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which the run does something other than training, such as writing a
-        checkpoint."""
+        """A context of work other than training, such as writing a checkpoint."""
         return nullcontext()
 
     def shown(self) -> str:
@@ -49,7 +44,7 @@ class RunCallback(Callback):
         return ""
 
     def summary(self) -> dict[str, Any]:
-        """Return this callback's entries of ``summary.json``; called once the run has ended."""
+        """This callback's entries of ``summary.json``, once the run has ended."""
         return dict(self.newest)
 
     def on_run_end(self) -> None:

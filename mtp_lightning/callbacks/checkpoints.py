@@ -34,13 +34,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write atomically; see `checkpoints.save` for the errors."""
         checkpoints.save(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Check for damage, then load plain values only."""
         return checkpoints.load(path)
 
 
@@ -98,35 +96,28 @@ class Checkpoints(RunCallback, Checkpoint):
         self.keep_steps = frozenset(require_whole(key, step, least=1) for step in steps)
         self.best_score: float | None = None
         self.best_step: int | None = None
-        self._saved_step: int | None = None
-        self._last_is_good = False
         self._old_handler: Any = None
-        self._interrupted = False
-        self._terminated = False
-        # Further names that the newest save gets once it has its own.
-        self._names: set[str] = set()
 
     @property
     def last_path(self) -> Path:
-        """Path of the newest checkpoint, which may not exist yet."""
+        """The newest checkpoint, which may not exist yet."""
         return self.folder / LAST
 
     @property
     def best_path(self) -> Path:
-        """Path of the best checkpoint, which may not exist yet."""
+        """The best checkpoint, which may not exist yet."""
         return self.folder / BEST
 
     @property
     def _best_by(self) -> str:
-        # A new string at each call: pickle writes an object that it has already written as a
-        # reference, so a stored string would make a checkpoint's bytes depend on whether the run
-        # was resumed.
+        # A new string at each call: pickle writes a known object as a reference, so a stored string
+        # would make a checkpoint's bytes depend on whether the run was resumed.
         return f"{self.mode} {self.monitor}"
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, so that a resumed run does not overwrite a better file."""
-        best = {"best_score": self.best_score, "best_step": self.best_step}
-        return {**best, "best_by": self._best_by}
+        score, step = self.best_score, self.best_step
+        return {"best_score": score, "best_step": step, "best_by": self._best_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best score, unless the run now monitors something else."""
@@ -139,10 +130,10 @@ class Checkpoints(RunCallback, Checkpoint):
         stops at once."""
         step = trainer.global_step
         self.folder = Path(trainer.default_root_dir).absolute() / self.folder
-        self._last_is_good = False
+        self._last_is_good = self._interrupted = self._terminated = False
         self._saved_step = step or None
-        self._interrupted = self._terminated = False
-        # A run that was killed right after a save has not given the file its other names.
+        # Further names that the newest save gets once it has its own. A run that was killed right
+        # after a save has not given them.
         self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
         if self._names:
             is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
@@ -163,12 +154,9 @@ class Checkpoints(RunCallback, Checkpoint):
             trainer.strategy.writes_beside = True
         termination_of(trainer).saves = True
         # Only if nobody else has a handler, and only in the main thread, where Python allows it.
-        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if (
-            trainer.world_size == 1
-            and default
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        is_main = threading.current_thread() is threading.main_thread()
+        if trainer.world_size == 1 and is_default and is_main:
             self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_start(
@@ -226,9 +214,9 @@ class Checkpoints(RunCallback, Checkpoint):
         checkpoints.keep(self.folder, self.keep)
 
     def _check_sigterm(self, trainer: pl.Trainer) -> None:
-        """Notes whether this process, or any other, was asked to end. All processes ask each other
-        at the same points, or they would stop at different steps. A validation is finished first:
-        Lightning would skip it, and the resumed run would miss it."""
+        """Notes whether any process was asked to end. All processes call this at the same points,
+        or they would stop at different steps. A validation is finished first: Lightning would skip
+        it, and the resumed run would miss it."""
         self._terminated |= termination_of(trainer).agreed()
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:

@@ -48,12 +48,8 @@ class MatmulRate:
 
 
 def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
-    """FLOP/s that a device's vendor states for dense matrix products; None if unknown.
-
-    Args:
-        name: as the driver reports it: ``NVIDIA H100 80GB HBM3``.
-        dtype: dtype of the products.
-        tf32: whether fp32 products may be rounded to TF32.
+    """FLOP/s that a device's vendor states for dense matrix products; None if unknown. ``name`` is
+    the driver's (``NVIDIA H100 80GB HBM3``); with ``tf32``, fp32 products may be rounded to TF32.
     """
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     fitting = [key for key in _PEAKS if words >= set(key.split())]
@@ -87,15 +83,11 @@ def run_dtype(precision: str) -> torch.dtype:
 def measure_matmul_rate(
     device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3
 ) -> MatmulRate:
-    """Times matrix products, 1024^3 on a CPU and 8192^3 on a GPU, for about `seconds`.
-
-    It draws no random number from the run's generators.
-    """
+    """Times matrix products, 1024^3 on a CPU and 8192^3 on a GPU, for about `seconds`, without a
+    random number from the run's generators."""
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (
-        torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2)
-    )
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
     product = partial(torch.mm, a, b, out=torch.empty_like(a))
     timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
     with torch.no_grad():

@@ -27,20 +27,14 @@ class ExactMatch(RunCallback):
 
     batch_size: int = 256
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Decodes, checks and logs; every process does its share."""
         sets = trainer.datamodule.answer_sets  # type: ignore[attr-defined]
         if not sets:
             return
-        model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
-        assert isinstance(model, MTPModel)
-        self.newest = answer_all(
-            model,
-            sets,
-            batch_size=self.batch_size,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
+        model = pl_module.whole_model(everywhere=True)
+        rank, world = trainer.global_rank, trainer.world_size
+        self.newest = answer_all(model, sets, batch_size=self.batch_size, rank=rank, world=world)
         pl_module.log_dict(self.newest, rank_zero_only=True)
 
     def shown(self) -> str:
@@ -63,8 +57,7 @@ def answer_all(
         model: a model in evaluation mode.
         sets: a task's ``AnswerSet`` by name; "" is the validation set itself.
         batch_size: examples decoded together.
-        rank: rank of this process, which answers every ``world``-th example.
-        world: number of processes.
+        rank: rank of this process among ``world``; it answers every ``world``-th example.
     """
     from mtp_lightning.decoding.answers import Outputs
     from mtp_lightning.metrics.answers import AnswerRates

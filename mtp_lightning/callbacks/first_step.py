@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class FirstStep(pl.Callback):
-    """Warns, after the first step with all depths, of parameters without a gradient and of draws
-    from PyTorch's own generator."""
+    """Warns once, after the first step with all depths, of parameters without a gradient and of
+    draws from PyTorch's own generator."""
 
     def __init__(self) -> None:
         self._done = False
@@ -23,13 +23,11 @@ class FirstStep(pl.Callback):
         self._draws = False
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Notes the generator's state."""
         self._random_state = None if self._done else torch.get_rng_state()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at the gradients before they are freed."""
         if self._random_state is not None:
             named = pl_module.named_parameters()
             self._idle = [name for name, p in named if p.requires_grad and p.grad is None]
@@ -38,7 +36,6 @@ class FirstStep(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Warns once."""
         if self._done or not all(outputs["active"][1:]):
             return
         self._done = True

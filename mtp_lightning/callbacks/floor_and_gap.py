@@ -37,7 +37,6 @@ class FloorAndGap(SpeculativeEval):
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
     ) -> dict[str, float]:
-        """Continue every prompt, and return the means over all prompts by tag."""
         if model.token_depth == 0 or model.config.mtp.stride != 1:
             return {}
         sizes = {"rollouts": self.rollouts, "seen": self.seen}
@@ -45,6 +44,5 @@ class FloorAndGap(SpeculativeEval):
             Floors(model, prompt, torch.Generator().manual_seed(number), **sizes).measure()
             for number, prompt in enumerate(prompts)
         ]
-        values = {f"val/{name}": value for name, value in floors(by_prompt).items()}
-        self.newest = values
-        return values
+        self.newest = {f"val/{name}": value for name, value in floors(by_prompt).items()}
+        return self.newest

@@ -34,15 +34,10 @@ class GradientConflict(RunCallback):
 
     Args:
         every_n_steps: optimizer steps between two measurements; all of them are logged.
-
-    Raises:
-        UserError: if it is not a whole number of at least 1.
     """
 
     takes_gradients = "callbacks=gradient_conflict"
     every_n_steps: int = 50
-
-    # pl_module is an MTPModule, typed Any below because callbacks/ may not import module.py.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuses a model with nothing to measure.
@@ -57,7 +52,6 @@ class GradientConflict(RunCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: WindowBatch, batch_idx: int
     ) -> None:
-        """Measures the coming step when it is due."""
         step = trainer.global_step
         if (step + 1) % self.every_n_steps:
             return

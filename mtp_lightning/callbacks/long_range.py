@@ -39,35 +39,24 @@ class LongRange(RunCallback):
     _measure: Measure | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the counts."""
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._measure = None
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not data.has_text:
-            if not self._warned:
-                log.warning("callbacks=long_range needs text in bytes, and this data has none.")
-            self._warned = True
-        else:
-            model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
-            assert isinstance(model, MTPModel)
+        if data.has_text:
+            model = pl_module.whole_model(everywhere=True)
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
+        elif not self._warned:
+            log.warning("callbacks=long_range needs text in bytes, and this data has none.")
+            self._warned = True
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: WindowBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: object, batch: WindowBatch, *_: Any
     ) -> None:
-        """Counts a batch."""
         if self._measure is not None:
             with trainer.precision_plugin.val_step_context():
                 self._measure.update(batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs the values."""
         measure, self._measure = self._measure, None
         if measure is None:
             return

@@ -36,14 +36,10 @@ class NanGuard(RunCallback):
 
     every_n_steps: int = 10
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._pending: list[tuple[int, Tensor, list[bool]]] = []
-        self._failure: str | None = None
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets an earlier fit."""
-        self._pending, self._failure = [], None
+        self._pending: list[tuple[int, Tensor, list[bool]]] = []
+        self._failure: str | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
@@ -74,10 +70,9 @@ class NanGuard(RunCallback):
         if not bool(finite.all()):
             bad = [name for (name, _), ok in zip(floating, finite.tolist(), strict=True) if not ok]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            step = trainer.global_step
             self._fail(
-                trainer,
-                f"The parameter {bad[0]}{more} is not finite after optimizer step "
-                f"{trainer.global_step}",
+                trainer, f"The parameter {bad[0]}{more} is not finite after optimizer step {step}"
             )
 
     def _look(self, trainer: pl.Trainer) -> None:

@@ -51,17 +51,13 @@ class StepProgressBar(RunCallback, ProgressBar):
         ProgressBar.__init__(self)
         self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
-        self._shown_at = -math.inf
-        self._began = (0, 0.0)  # step and time at which this process started to train
         self._text = ""
-        self._schedule = ""  # the name of one that moves
 
     def disable(self) -> None:
         """Shows nothing; Lightning calls this on every process but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Shows progress again."""
         self._enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
@@ -72,6 +68,7 @@ class StepProgressBar(RunCallback, ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar at the step that the run starts or resumes from."""
         self._shown_at = -math.inf
+        # The step and time at which this process started to train.
         self._began = (trainer.global_step, time.monotonic())
         schedule = getattr(pl_module, "schedule", None)
         self._schedule = schedule.name if schedule is not None and schedule.moves else ""
@@ -112,13 +109,7 @@ class StepProgressBar(RunCallback, ProgressBar):
             self._shown_at = now
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Shows the number of validation batches instead of the losses."""
         now = time.monotonic()
@@ -142,7 +133,6 @@ class StepProgressBar(RunCallback, ProgressBar):
             self._bar.set_postfix_str(self._text, refresh=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar."""
         self._close(trainer)
 
     def on_exception(

@@ -53,7 +53,6 @@ class SampledAcceptance(SpeculativeEval):
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
     ) -> dict[str, float]:
-        """Continue the prompts by speculative sampling, and return the rates by tag."""
         if model.mtp.max_draft_depth == 0:
             return {}
         options = DecodingOptions(

@@ -53,13 +53,12 @@ class SpeculativeEval(RunCallback):
     new_tokens: int = 64
     _skipped: str = field(default="", init=False)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Decodes, compares and logs, in the first process only."""
-        model = pl_module.whole_model()  # type: ignore[operator]  # gathered by all processes
+        model = pl_module.whole_model()  # gathered by all processes
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
-        assert isinstance(model, MTPModel)
         if data.answer_length == 1 or model.config.mtp.answers_at_once:
             return  # a single token needs no draft
         try:
@@ -80,7 +79,7 @@ class SpeculativeEval(RunCallback):
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
     ) -> dict[str, float]:
-        """Decode the prompts and return what is logged, by tag."""
+        """Decode the prompts and return the values to log, by tag."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         options = DecodingOptions(max_new_tokens=new_tokens, batch_size=1)
         ways = {"plain": options.plain()}
@@ -106,5 +105,4 @@ class SpeculativeEval(RunCallback):
 
     def summary(self) -> dict[str, Any]:
         """The newest values, and the reason why nothing was decoded, if there is one."""
-        skipped = {"not_decoded": self._skipped} if self._skipped else {}
-        return {**skipped, **self.newest}
+        return {**({"not_decoded": self._skipped} if self._skipped else {}), **self.newest}

@@ -83,7 +83,6 @@ class StopWhenSolved(RunCallback):
         )
 
     def summary(self) -> dict[str, Any]:
-        """Whether the task was solved, and the cost of training until then."""
         return {"solved": self._solved_at is not None, "solved_at": self._solved_at}
 
     def state_dict(self) -> dict[str, Any]:

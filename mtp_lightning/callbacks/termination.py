@@ -50,7 +50,7 @@ class Termination(_SignalConnector):
         return bool(flag)
 
     def end(self) -> None:
-        """Lets Lightning end the run at its next check."""
+        """Let Lightning end the run at its next check."""
         self.received_sigterm = True
 
     def before_step(self) -> None:

@@ -11,9 +11,8 @@ from lightning.pytorch.loggers.logger import Logger
 class RunLogger(Logger):
     """Lightning's interface and three more hooks of a run; the defaults do nothing.
 
-    A run calls them in this order: ``resume_from`` (if it continues), ``log_hyperparams``,
-    ``log_metrics`` and ``write_text`` while it lasts; once ``summary.json`` is written,
-    ``log_final`` and ``finalize``.
+    A run calls ``resume_from`` (if it continues), ``log_hyperparams``, then ``log_metrics`` and
+    ``write_text``; once ``summary.json`` is written, ``log_final`` and ``finalize``.
     """
 
     def resume_from(self, step: int) -> None:
@@ -24,10 +23,5 @@ class RunLogger(Logger):
         """Logs a text with its line ends."""
 
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Logs the final state of a run.
-
-        Args:
-            params: the run's settings, as in ``log_hyperparams``.
-            metrics: the final metrics, by log tag.
-            step: optimizer steps done.
-        """
+        """Logs a run's settings, as ``log_hyperparams`` gets them, and its final metrics by tag, at
+        its last optimizer step."""

@@ -14,28 +14,15 @@ from mtp_lightning.run.metrics import MetricsFile
 
 
 class MetricsCSV(RunLogger):
-    """Writes ``folder/metrics.csv``: see :class:`mtp_lightning.run.metrics.MetricsFile`.
+    """Writes ``metrics.csv`` into the run folder; see :class:`MetricsFile`."""
 
-    Args:
-        folder: the run folder.
-    """
+    name = version = ""  # the file is in the run folder itself
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self._file = MetricsFile(Path(folder) / METRICS_FILE)
 
-    @property
-    def name(self) -> str:
-        """Empty, since the file is in the run folder itself."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Empty, since the file is in the run folder itself."""
-        return ""
-
     def resume_from(self, step: int) -> None:
-        """Drops the rows after ``step``."""
         self._file.resume_from(step)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +30,5 @@ class MetricsCSV(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds values to the row of ``step``."""
         assert step is not None
         self._file.write(metrics, int(step))

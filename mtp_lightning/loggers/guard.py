@@ -75,24 +75,18 @@ class GuardedLogger:
         self._try("finalize", self._logger.finalize, "success")
 
     def _try(self, what: str, action: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if self._failed:
-            return None
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:
-            self._failed = True
-            warn_of_failure(self._key, what, error)
-            return None
+        if not self._failed:
+            try:
+                return action(*args, **kwargs)
+            except Exception as error:
+                self._failed = True
+                warn_of_failure(self._key, what, error)
+        return None
 
 
 def warn_of_failure(key: str, what: str, error: BaseException) -> None:
-    """Logs the one warning about a logger that failed.
-
-    Args:
-        key: its name in the config's group ``logger``.
-        what: the method or attribute that failed.
-        error: the error.
-    """
+    """Logs the one warning about a logger whose method or attribute ``what`` failed; ``key`` is its
+    name in the config's group ``logger``."""
     reason = (str(error).strip().splitlines() or [""])[0]
     log.warning(
         "logger.%s failed (%s: %s: %s) and is left out from here on; the run continues.",

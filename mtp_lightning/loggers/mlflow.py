@@ -43,8 +43,9 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
             shared.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{shared / 'mlflow.db'}"
             options.setdefault("artifact_location", (shared / "mlflow_files").as_uri())
-        # The jobs of a sweep start together, and only one of them may create the store.
-        with Lock(shared / ".mlflow.lock").held(seconds=60):
+        # The jobs of a sweep start together; only one may create the store, or the experiment.
+        self._lock = Lock(shared / ".mlflow.lock")
+        with self._lock.held(seconds=60):
             MLFlowLogger.__init__(
                 self,
                 experiment_name=experiment,
@@ -55,7 +56,7 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
             )
 
     def _begin(self, params: Mapping[str, Any]) -> str:
-        with Lock(self._run_folder.parent / ".mlflow.lock").held(seconds=60):
+        with self._lock.held(seconds=60):
             run = self.run_id  # creates the experiment
         self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
         return str(run)
@@ -78,5 +79,4 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
 
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Stores the final metrics as the newest ones."""
         self._send(metrics, step)

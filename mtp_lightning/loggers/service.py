@@ -26,10 +26,8 @@ class ServiceLogger(RunLogger):
     """
 
     def _join(self, folder: str | Path, service: str) -> str | None:
-        """Remember a run folder and the service's name in ``trackers.json``.
-
-        Returns:
-            The service's name of the run; None if the service does not know it.
+        """Remember a run folder and the service's key in ``trackers.json``; return the service's
+        name of the run, None if the service does not know it.
 
         Raises:
             UserError: if the service's package is not installed.
@@ -58,7 +56,6 @@ class ServiceLogger(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends the values that the service does not have yet."""
         sent = self._sent.get(-1 if step is None else step, frozenset())
         unsent = {tag: value for tag, value in metrics.items() if tag not in sent}
         if unsent:

@@ -69,9 +69,8 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
         if new:
             self.log_metrics(new, step)
-        _, values_record, end_record = _hparams(params)
-        self.experiment._get_file_writer().add_summary(values_record, None)
-        self.experiment._get_file_writer().add_summary(end_record, None)
+        for record in _hparams(params)[1:]:
+            self.experiment._get_file_writer().add_summary(record, None)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
@@ -80,8 +79,7 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         self.experiment.add_text(tag, as_code, step)
 
     def save(self) -> None:
-        """Flushes the events. Lightning's own method also writes an hparams.yaml, which the
-        composed configuration replaces."""
+        """Flushes the events, without Lightning's hparams.yaml: the run stores its whole config."""
         if self._experiment is not None:
             self.experiment.flush()
 
@@ -104,20 +102,16 @@ def _depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
     Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
     charts of all runs, and equal ones once. A chart with intervals takes no patterns.
     """
-    charts = {
-        "train loss": "train/loss",
-        "validation loss": "val/loss",
-        "validation accuracy": "val/accuracy",
-    }
+    charts = {"train loss": "train/loss"}
+    charts |= {f"validation {rate}": f"val/{rate}" for rate in ("loss", "accuracy")}
+    rates = {}
     if depth:
         charts["lambda"] = "train/lambda"
-        charts["validation agreement"] = "val/agreement"
-        charts["validation overlap"] = "val/overlap"
+        charts |= {f"validation {rate}": f"val/{rate}" for rate in ("agreement", "overlap")}
+        rates["tokens per pass"] = "tokens_per_step"
+    for j in range(1, depth + 1):
+        rates[f"acceptance at position {j}"] = f"acceptance_position_{j}"
     lines = {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
-    rates = {"tokens per pass": "tokens_per_step"} if depth else {}
-    rates |= {
-        f"acceptance at position {j + 1}": f"acceptance_position_{j + 1}" for j in range(depth)
-    }
     margins = {
         title: ["Margin", [f"decode/{rate}{end}" for end in ("", "_low", "_high")]]
         for title, rate in rates.items()

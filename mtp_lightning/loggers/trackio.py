@@ -39,12 +39,10 @@ class RunTrackio(ServiceLogger):
 
     @property
     def name(self) -> str:
-        """The project."""
         return self._project
 
     @property
     def version(self) -> str:
-        """The run's name in the project."""
         return self._run_name
 
     @property

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
@@ -42,6 +43,7 @@ _SEQUENCES = (list, tuple, set)
 _ANOTHER = f"use another one, for example {PREVIOUS} or {BEST} in the same folder."
 # Files whose checksums are compared in parallel.
 _READERS = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -114,25 +116,20 @@ def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
         UserError: a shard is damaged, or the content of a tensor is missing.
     """
     if is_sharded(content):
-        whole: dict[str, Any] = _shard_files(path).filled(content, path)
-        return whole
+        return _shard_files(path).filled(content, path)
     if without_content(content):
         raise damaged(path)
     return content
 
 
 def is_sharded(content: Any) -> bool:
-    """Whether this is the index of a checkpoint whose tensors several processes wrote to files."""
+    """Whether this is the index of a sharded checkpoint."""
     return isinstance(content, dict) and SHARDS in content
 
 
 def without_content(value: Any) -> bool:
     """Whether a nested value has a tensor with a shape but no content (torch's device ``meta``)."""
-    if isinstance(value, dict):
-        return any(without_content(entry) for entry in value.values())
-    if isinstance(value, list | tuple):
-        return any(without_content(entry) for entry in value)
-    return isinstance(value, torch.Tensor) and value.is_meta
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(value))
 
 
 def damaged(file: Path) -> UserError:
@@ -149,12 +146,8 @@ def _shard_files(path: Path) -> Any:
 
 
 def inspect(path: Path) -> tuple[str | None, int]:
-    """Check a checkpoint, with its shards, by the checksums of all bytes.
-
-    Returns:
-        Why the checkpoint cannot be used, or None; and its optimizer step, or -1 if it is damaged
-        or has none.
-    """
+    """Check a checkpoint, with its shards, by the checksums of all bytes. Return why it cannot be
+    used, or None; and its optimizer step, or -1 if it is damaged or has none."""
     reason, content = _read_index(path)
     if reason is None:
         try:
@@ -177,12 +170,9 @@ def stored_step(path: Path) -> int:
 
 def newest_intact(folder: Path) -> Path | None:
     """Find the checkpoint to continue from: `last.ckpt`, or else the intact one with the highest
-    step; of equal steps, the newest file.
+    step; of equal steps, the newest file; None if there is none.
 
     A warning names each damaged file that was tried, and the reason.
-
-    Returns:
-        None if the folder is missing or holds no intact checkpoint.
     """
     candidates = []
     for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
@@ -225,12 +215,10 @@ def keep(folder: Path, choice: str) -> None:
 
 def _drop_optimizer(path: Path) -> None:
     reason, _ = inspect(path)
-    if reason is not None:
+    if reason is None:
+        save(load(path, mapped=True) | {"optimizer_states": []}, path)
+    else:
         _report(path, reason)
-        return
-    content = load(path, mapped=True)
-    content["optimizer_states"] = []
-    save(content, path)
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:
@@ -264,7 +252,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 raise
             shutil.copyfile(source, temporary)
 
@@ -337,17 +325,14 @@ def _disk_errors(path: Path) -> Iterator[None]:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
         disk_errors = [link for link in chain if isinstance(link, OSError)]
-        full_errors = [link for link in disk_errors if link.errno in (errno.ENOSPC, errno.EDQUOT)]
-        if full_errors:
-            free = shutil.disk_usage(path.parent).free
-            state = "the previous checkpoint there is intact"
-            if not path.exists():
-                state = "no checkpoint was there before"
-            raise OSError(
-                full_errors[0].errno,
-                f"No space left to write the checkpoint {path} ({free:,} bytes free); {state}: "
-                "free some space.",
-            ) from error
+        for full in disk_errors:
+            if full.errno in _FULL:
+                free = shutil.disk_usage(path.parent).free
+                state = "the previous checkpoint there is intact"
+                if not path.exists():
+                    state = "no checkpoint was there before"
+                text = f"No space left to write the checkpoint {path} ({free:,} bytes free)"
+                raise OSError(full.errno, f"{text}; {state}: free some space.") from error
         if disk_errors and isinstance(error, RuntimeError):
             text = f"Cannot write the checkpoint {path}: {disk_errors[0].strerror}."
             raise OSError(disk_errors[0].errno, text) from error

@@ -48,15 +48,13 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if "&" in text and "*" in text:
-            for event in yaml.parse(text, _LOADER):
-                if isinstance(event, yaml.AliasEvent):
-                    raise UserError(f"{path} has the alias *{event.anchor}, which no run writes.")
-        return yaml.load(text, _LOADER)
-    except UserError:
-        raise
+        events = yaml.parse(text, _LOADER) if "&" in text and "*" in text else ()
+        alias = next((event for event in events if isinstance(event, yaml.AliasEvent)), None)
+        if alias is None:
+            return yaml.load(text, _LOADER)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {str(error).partition(chr(10))[0]}.") from error
+    raise UserError(f"{path} has the alias *{alias.anchor}, which no run writes.")
 
 
 def key_of(override: str) -> str:
@@ -80,13 +78,8 @@ def affects_training(key: str) -> bool:
 
 
 def is_plain(depth: Any, target: Any) -> bool:
-    """Whether a run is plain next-token training. Every stack without depths is, except
-    ``mtp=teacherless``, whose trunk reads other tokens.
-
-    Args:
-        depth: ``mtp.depth``.
-        target: ``mtp._target_``.
-    """
+    """Whether a run with this ``mtp.depth`` and ``mtp._target_`` is plain next-token training.
+    Every stack without depths is, except ``mtp=teacherless``, whose trunk reads other tokens."""
     return bool(depth == 0 and not str(target).endswith(".TeacherlessConfig"))
 
 
@@ -103,13 +96,8 @@ def describe_differences(
     stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
 ) -> list[str]:
     """List the keys in which two nested configs differ, as ``trunk.n_layers: 4 -> 6``. A key of
-    :data:`LATER` that is missing has its value there.
-
-    Args:
-        stored: the config before the arrow.
-        wanted: the config after it.
-        ignore: dotted keys that may differ, with all keys below them.
-    """
+    :data:`LATER` that is missing has its value there; the dotted keys ``ignore``, with all keys
+    below them, may differ."""
     a, b = (LATER | flatten(config) for config in (stored, wanted))
     return [
         f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"

@@ -32,7 +32,6 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
     held files before.
 
     Args:
-        folder: the run's folder.
         option: the setting that names the folder, for the message.
         seconds: the longest time to wait for another process.
 

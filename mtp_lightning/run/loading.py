@@ -22,11 +22,8 @@ _KINDS = (
 
 
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
-    """Read a run's model. :func:`~mtp_lightning.opening.open_model` calls this for runs.
-
-    Args:
-        path: a run folder or a checkpoint file.
-        allow: packages whose variants the checkpoint may use.
+    """Read the model of a run folder or checkpoint file, which may use the variants of the packages
+    in ``allow``. :func:`~mtp_lightning.opening.open_model` calls this for runs.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -80,14 +77,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:
-    """Read the checkpoint that :func:`find_checkpoint` finds, without the optimizer's state.
-
-    Args:
-        path: a run folder or a checkpoint file.
-        needs: keys that the checkpoint must have.
-
-    Returns:
-        The file, and its content.
+    """Read the checkpoint that :func:`find_checkpoint` finds, which must have the keys ``needs``.
+    Return the file, and its content without the optimizer's state.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -106,12 +97,8 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
 def model_config(
     checkpoint: dict[str, Any], *, source: Path, allow: Collection[str] = ()
 ) -> ModelConfig:
-    """Build the model config that a checkpoint describes.
-
-    Args:
-        checkpoint: the checkpoint's content.
-        source: its file, for messages.
-        allow: packages whose variants it may use.
+    """Build the model config that a checkpoint (the content of the file ``source``) describes; it
+    may use the variants of the packages in ``allow``.
 
     Raises:
         UserError: the description is not valid, or needs a package that is not allowed.

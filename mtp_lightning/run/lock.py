@@ -13,11 +13,8 @@ from pathlib import Path
 class Lock:
     """A lock that one process holds until it and all children that inherited it release it or end.
 
-    It is the system's lock on a file, which a crash releases too. A file with a process number
-    would not do: the system reuses these numbers.
-
-    Args:
-        path: a file that serves as the lock only.
+    It is the system's lock on a file that serves as the lock only. A crash releases it too. A file
+    with a process number would not do: the system reuses these numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,10 +71,7 @@ class Lock:
 
     @contextmanager
     def held(self, *, seconds: float) -> Iterator[None]:
-        """Wait for the lock, and hold it during a block.
-
-        Args:
-            seconds: the longest time to wait.
+        """Wait some seconds for the lock, and hold it during a block.
 
         Raises:
             BlockingIOError: another process holds the lock for longer.

@@ -35,13 +35,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] | None:
     """Read step and value of the newest row that has a tag, from the file's first line and its last
-    bytes; None if there is no such row or file.
-
-    Args:
-        path: the file.
-        tag: a log tag.
-        tail: the number of bytes at the end to read.
-    """
+    ``tail`` bytes; None if there is no such row or file."""
     try:
         with path.open("rb") as file:
             head = file.readline()
@@ -59,20 +53,16 @@ def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] 
 
 
 class MetricsFile:
-    """Writes a ``metrics.csv``.
+    """Writes a ``metrics.csv``, or continues an existing one.
 
     The columns are ``step`` and every tag seen so far. Rows are appended and passed to the system
     at once, so that a killed process loses no finished row. Values of one step (train and
     validation) share a row. A new tag rewrites the file with one more column. Floats are written by
     ``repr``, which reads back as the same double; a missing value is an empty cell.
-
-    Args:
-        path: the file. An existing one is continued.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._columns = [STEP]
         self._row: Row = {}  # the newest row, to which later values of its step are added
         self._row_start = 0  # the offset of that row in the file
         self._opened = False
@@ -100,11 +90,9 @@ class MetricsFile:
         if self._opened:
             return
         self._opened = True
-        self._columns, self._row, self._row_start = [STEP], {}, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self._rows()
-        if rows:
-            self._columns = list(rows[0])
+        self._columns = list(rows[0]) if rows else [STEP]
         if self._last_step is not None:
             rows = [row for row in rows if int(row[STEP]) <= self._last_step]
         self._rewrite(rows)

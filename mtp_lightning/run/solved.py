@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-EXACT = "val/exact_match"
-"""The log tag of a validation's share of right answers."""
-SOLVED = 0.95
-"""The default level of exact match above which a task counts as solved."""
+EXACT = "val/exact_match"  # the log tag of a validation's share of right answers
+SOLVED = 0.95  # the default level of exact match above which a task counts as solved
 
 _COST = ("tokens", "flops", "seconds")
 _ROUNDING = 1e-7  # Lightning logs in float32, which rounds 0.98 up to 0.98000002
@@ -22,14 +20,8 @@ def is_above(value: float, level: float) -> bool:
 def first_above(
     rows: Iterable[Mapping[str, float]], level: float = SOLVED, tag: str = EXACT
 ) -> Mapping[str, float] | None:
-    """Find the first validation with exact match above a level; None if there is none yet. Later
-    validations may lie below it.
-
-    Args:
-        rows: the rows of ``metrics.csv``, in order.
-        level: the level, 0 to 1.
-        tag: the log tag of exact match; other test sets have other tags.
-    """
+    """Find the first row of ``metrics.csv`` with exact match above a level; None if there is none
+    yet. Later rows may lie below it. Other test sets have other tags."""
     return next((row for row in rows if is_above(row.get(tag, math.nan), level)), None)
 
 

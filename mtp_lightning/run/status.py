@@ -40,14 +40,8 @@ def state_of(folder: Path) -> str:
 
 
 def write_status(folder: Path, overrides: Sequence[str], state: str, **values: Any) -> None:
-    """Write a job's status.
-
-    Args:
-        folder: the job's folder, created if needed.
-        overrides: the job's overrides.
-        state: one of ``STATES``.
-        values: values of the other keys. Keys that are left out are null.
-    """
+    """Write a job's status into its folder, which is created if needed. ``values`` are those of the
+    other keys; keys that are left out are null."""
     assert state in STATES
     folder.mkdir(parents=True, exist_ok=True)
     content = {**_blank(overrides), "state": state, **values}
@@ -59,17 +53,9 @@ def write_status(folder: Path, overrides: Sequence[str], state: str, **values: A
 
 
 def _blank(overrides: Sequence[str]) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "state": "pending",
-        "overrides": list(overrides),
-        "device": None,
-        "pid": None,
-        "started": None,
-        "ended": None,
-        "exit_code": None,
-        "reason": None,
-    }
+    others = ("device", "pid", "started", "ended", "exit_code", "reason")
+    known = {"version": VERSION, "state": "pending", "overrides": list(overrides)}
+    return known | dict.fromkeys(others)
 
 
 def describe_failure(folder: Path) -> str:

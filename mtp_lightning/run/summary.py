@@ -76,14 +76,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], *, depth: int, own_text: bool = True) -> None:
-    """Print a table of the final metrics by depth, and one of the run's other numbers.
-
-    Args:
-        summary: the numbers.
-        depth: D.
-        own_text: whether the model was trained on the other part of the text. Only then do the
-            lines that both parts share say something about the model.
-    """
+    """Print a table of the final metrics by depth (0 .. D), and one of the run's other numbers.
+    ``own_text`` says whether the model was trained on the other part of the text: only then do the
+    lines that both parts share say something about the model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -175,12 +170,8 @@ def print_answer(summary: dict[str, Any]) -> None:
 
 
 def print_paths(folder: Path, *, writes: bool) -> None:
-    """Print the paths of the files that the run wrote, and commands that use them.
-
-    Args:
-        folder: of the run.
-        writes: whether the model writes text, rather than a task's symbols.
-    """
+    """Print the paths of the files that the run wrote, and commands that use them; ``writes`` says
+    whether the model writes text, rather than a task's symbols."""
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     has_checkpoint = (folder / CHECKPOINTS / LAST).is_file()
     if has_checkpoint:
