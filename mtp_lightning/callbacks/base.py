@@ -19,9 +19,8 @@ from mtp_lightning.errors import UserError, suggestion
 class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
 
-    A callback is a dataclass of its settings, which the comments of its file in conf/callbacks
-    limit; a wrong setting raises a :class:`UserError`. Hooks that use an MTPModule type it as Any,
-    since callbacks/ may not import module.py.
+    A callback is a dataclass of its settings. The comments of its file in conf/callbacks explain
+    and limit them; a wrong setting raises a :class:`UserError`.
 
     Attributes:
         takes_gradients: the override that adds the callback, if it needs each task's gradient by
@@ -29,6 +28,7 @@ class RunCallback(Callback):
         newest: what the callback measured at the newest validation, by log tag.
     """
 
+    # Subclasses type an MTPModule as Any, since callbacks/ may not import module.py.
     takes_gradients: ClassVar[str] = ""
     newest = cast(Mapping[str, float], MappingProxyType({}))  # untyped, so not a setting
 

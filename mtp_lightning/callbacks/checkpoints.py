@@ -66,20 +66,11 @@ class Checkpoints(RunCallback, Checkpoint):
     A large checkpoint of a sharded model may be written while training continues: it gets its name
     some steps later, and before the next save begins.
 
-    Args:
-        folder: where the files go; a relative path begins at the run's folder.
-        every_n_steps: optimizer steps between two `last.ckpt`, >= 1.
-        monitor: the logged validation value that decides the best file; null keeps no best file.
-        mode: `min` or `max`.
-        keep: files to keep of a run that has ended well: `all`, `weights` or `none`; those of
-            `keep_steps` are kept in any case.
-        keep_steps: optimizer steps whose checkpoints are kept.
-
     Raises:
-        UserError: for a wrong setting, or if no validation logged `monitor`.
+        UserError: if no validation logged `monitor`.
     """
 
-    folder: Path = Path(CHECKPOINTS)
+    folder: Path = Path(CHECKPOINTS)  # a relative path begins at the run's folder
     every_n_steps: int = 100
     monitor: str | None = "val/loss_depth_0"
     mode: str = "min"

@@ -20,9 +20,6 @@ class ExactMatch(RunCallback):
     (``val/chance``, ``val/seen``, ``val/trivial``), the other values of :class:`AnswerRates`, and
     the task's own measures, on the validation examples; for each out-of-distribution set as
     ``val/SET/..``. On text it does nothing.
-
-    Args:
-        batch_size: examples decoded together, >= 1.
     """
 
     batch_size: int = 256

@@ -21,12 +21,6 @@ class FloorAndGap(SpeculativeEval):
     They are measured on text that the model itself writes after held-out prompts. Every prompt has
     its own random stream, the same at every validation. A model whose depths do not predict one
     token each, or skip tokens (``mtp.stride``), logs nothing.
-
-    Args:
-        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
-        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
-        rollouts: sampled continuations of each prompt, >= 1.
-        seen: samples of the tokens that a head of order m > 0 sees, >= 1.
     """
 
     prompt_tokens: int = 64

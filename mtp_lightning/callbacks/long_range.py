@@ -28,10 +28,6 @@ class LongRange(RunCallback):
     generators. It costs about two validations: one pass over the whole windows and less than one
     over shortened ones; then 32 windows of random tokens, and the decoding of ``n_prompts`` texts
     of a window's length.
-
-    Args:
-        n_prompts: number of held-out prompts to decode, >= 0.
-        prompt_tokens: tokens of each prompt, >= 1.
     """
 
     n_prompts: int = 4

@@ -29,9 +29,6 @@ class NanGuard(RunCallback):
     weights one step before a loss shows it.
 
     With several processes `losses` must be the same on all of them, or one would stop alone.
-
-    Args:
-        every_n_steps: optimizer steps between two checks on a GPU, >= 1.
     """
 
     every_n_steps: int = 10

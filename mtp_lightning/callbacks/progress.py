@@ -37,10 +37,6 @@ class StepProgressBar(RunCallback, ProgressBar):
     It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
     numbers), the module's `schedule`, if it has one, and the other callbacks' `RunCallback.shown`.
     The remaining time is estimated from the 10th step on: the first ones are slower.
-
-    Args:
-        refresh_seconds: seconds between two updates on a terminal.
-        line_seconds: seconds between two lines elsewhere.
     """
 
     refresh_seconds: float = 0.5

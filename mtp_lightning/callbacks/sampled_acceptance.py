@@ -27,14 +27,7 @@ class SampledAcceptance(SpeculativeEval):
     They are the rates of ``speculative_eval`` for text from speculative sampling (Leviathan et al.
     2023). Greedy text of a small model repeats itself, which makes drafting easy; sampled text does
     not. Every prompt has its own random stream, the same at every validation. A model without
-    drafts logs nothing.
-
-    Args:
-        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
-        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
-        new_tokens: tokens to add to each, >= 2.
-        temperature: sampling temperature, > 0.
-        verify: the rule of ``decoding/verification.py`` that accepts drafts.
+    drafts logs nothing. ``decoding/verification.py`` has the rules ``verify`` that accept drafts.
     """
 
     n_prompts: int = 256

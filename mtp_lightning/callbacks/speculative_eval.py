@@ -39,13 +39,8 @@ class SpeculativeEval(RunCallback):
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
     second of plain decoding. For a task, whole prompts are answered; if an answer is a single
-    token, nothing is decoded. If a window has no room for a prompt and the new tokens, a log line
-    and the run's table say so.
-
-    Args:
-        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
-        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
-        new_tokens: tokens to add to each, >= 2.
+    token, nothing is decoded. Prompts have fewer tokens if a window has less room. If it has none
+    for a prompt and the new tokens, a log line and the run's table say so.
     """
 
     n_prompts: int = 64

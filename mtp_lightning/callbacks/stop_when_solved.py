@@ -25,13 +25,8 @@ class StopWhenSolved(RunCallback):
     was stopped this way is finished, and does not train when it is started again, unless ``level``
     or ``validations`` has changed: then it counts again.
 
-    Args:
-        level: exact match to exceed, >= 0, < 1.
-        validations: number of validations in a row, >= 1.
-
     Raises:
-        UserError: for a setting out of range, data without answers, or no callback that checks
-            them.
+        UserError: for data without answers, or no callback that checks them.
     """
 
     level: float = 0.98

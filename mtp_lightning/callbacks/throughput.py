@@ -42,11 +42,6 @@ class Throughput(RunCallback):
 
     The training step returns `tokens` (depth-0 targets of this optimizer step, all processes) and
     `flops` (of this optimizer step, all processes), both Python numbers.
-
-    Args:
-        every_n_steps: steps between two logs; null follows `trainer.log_every_n_steps`.
-        measure_matmul: whether products are measured (0.3 s, and 0.05 s per validation); without,
-            there is no `perf/of_matmul` and no `perf/matmul_drift`.
     """
 
     every_n_steps: int | None = None

@@ -12,7 +12,8 @@ class RunLogger(Logger):
     """Lightning's interface and three more hooks of a run; the defaults do nothing.
 
     A run calls ``resume_from`` (if it continues), ``log_hyperparams``, then ``log_metrics`` and
-    ``write_text``; once ``summary.json`` is written, ``log_final`` and ``finalize``.
+    ``write_text``; once ``summary.json`` is written, ``log_final`` and ``finalize``. The comments
+    of conf/logger explain each logger's settings.
     """
 
     def resume_from(self, step: int) -> None:

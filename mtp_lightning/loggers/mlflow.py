@@ -16,17 +16,9 @@ from mtp_lightning.run.lock import Lock
 class RunMLflow(ServiceLogger, MLFlowLogger):
     """Lightning's logger for MLflow, which continues its run when the run is resumed.
 
-    Args:
-        folder: the run folder.
-        experiment: the experiment that the run belongs to.
-        tracking_uri: URI of the store; None is ``mlflow.db`` next to the run folder, which the runs
-            of one folder, or the jobs of one sweep, share: ``mlflow ui --backend-store-uri
-            sqlite:///runs/mlflow.db``.
-        name: name of the run there; None takes the folder's.
-        options: further options of Lightning's logger, such as ``tags``.
-
-    Raises:
-        UserError: if the package is not installed.
+    Without ``tracking_uri``, the runs of one folder, or the jobs of one sweep, share ``mlflow.db``
+    in it: ``mlflow ui --backend-store-uri sqlite:///runs/mlflow.db``. ``options`` are further ones
+    of Lightning's logger, such as ``tags``.
     """
 
     def __init__(

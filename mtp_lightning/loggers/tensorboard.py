@@ -14,14 +14,8 @@ from mtp_lightning.settings import require_number
 
 
 class RunTensorBoard(RunLogger, TensorBoardLogger):
-    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run
-    per job.
-
-    Args:
-        folder: the run folder.
-        depth: D; the custom charts group the depths 0..D.
-        flush_secs: seconds after which events are flushed, > 0.
-    """
+    """TensorBoard events directly in the run folder, so that `tensorboard --logdir SWEEP` lists one
+    run per job. Custom charts group the depths 0 .. D (``depth``)."""
 
     def __init__(self, folder: str | Path, depth: int, flush_secs: float = 30) -> None:
         # At 0 TensorBoard's writer thread would never sleep, and slow down training.

@@ -14,17 +14,8 @@ from mtp_lightning.loggers.service import ServiceLogger
 
 
 class RunTrackio(ServiceLogger):
-    """Logs to Trackio, and continues its run when the run is resumed.
-
-    Args:
-        folder: the run folder.
-        project: the service's project.
-        name: name of the run there, unique in its project; None derives one from the folder's.
-        options: further options of ``trackio.init``, such as ``group`` or ``space_id``.
-
-    Raises:
-        UserError: if the package is not installed.
-    """
+    """Logs to Trackio, and continues its run when the run is resumed. ``options`` are further ones
+    of ``trackio.init``, such as ``group`` or ``space_id``."""
 
     def __init__(
         self, folder: str | Path, project: str, name: str | None = None, **options: Any

@@ -22,16 +22,9 @@ log = logging.getLogger(__name__)
 class RunWandb(ServiceLogger, WandbLogger):
     """Lightning's logger for Weights & Biases, which continues its run when the run is resumed.
 
-    Args:
-        folder: the run folder; the service's own files go to ``wandb/`` in it.
-        project: the service's project.
-        name: name of the run there; None takes the folder's.
-        offline: whether everything stays in the folder, for ``wandb sync``; None does so if nobody
-            is logged in or the server cannot be reached.
-        options: further options of Lightning's logger or ``wandb.init``, such as ``group``.
-
-    Raises:
-        UserError: if the package is not installed.
+    The service's own files go to ``wandb/`` in the run folder. With ``offline=None``, everything
+    stays there if nobody is logged in or the server cannot be reached. ``options`` are further ones
+    of Lightning's logger or ``wandb.init``, such as ``group``.
     """
 
     def __init__(
