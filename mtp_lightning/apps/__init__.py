@@ -107,7 +107,6 @@ def app(
         work: the dotted name of the function that is called with the config. It is imported only
             then, so that --help does not wait for torch.
         part: the part that has the function; empty for the core.
-        ends_with_reader: see :func:`~mtp_lightning.command_line.shell.readable_errors`.
     """
 
     def task(cfg: DictConfig) -> None:

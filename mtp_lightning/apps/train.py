@@ -40,8 +40,8 @@ def main() -> None:
 def _take_run_dir() -> None:
     """Give the first process's run folder to the others of a run. Its name may contain the time, so
     each process would compose another one."""
-    ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "NODE_RANK")]
-    if set(ranks) == {"0"} or "-m" in sys.argv or "--multirun" in sys.argv:
+    ranks = {os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "NODE_RANK")}
+    if ranks == {"0"} or {"-m", "--multirun"} & set(sys.argv):
         return
     from mtp_lightning import processes
 

@@ -66,11 +66,7 @@ def check(
 
 
 def require_new_names(folder: Path) -> None:
-    """Refuse a folder of further configs that holds a file of conf/, since Hydra would ignore it.
-
-    Raises:
-        UserError: naming the file.
-    """
+    """Refuse a folder of further configs with a file of conf/, since Hydra would ignore it."""
     if folder.resolve() == CONF.resolve():
         return
     for file in sorted(CONF.rglob("*.yaml")):
@@ -80,11 +76,7 @@ def require_new_names(folder: Path) -> None:
 
 
 def check_values(node: Mapping[str, Any], path: str) -> None:
-    """Refuse values of a node, and of all nodes in it, that the rules of their class do not allow.
-
-    Raises:
-        UserError: a value is not allowed.
-    """
+    """Refuse values of a node, and of all nodes in it, that the rules of their class exclude."""
     for inner, child in _nodes(node, path):
         target = str(child.get("_target_", ""))
         rules = keys.of_class(target)
@@ -185,7 +177,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
     rows = "model.vocab_size" if _size(config, "model.vocab_size") else "tokenizer.vocab_size"
     names = ["model.n_layers", "model.d_model", "mtp.depth"]
     names += [rows] if _value(config, "data.task") is None else []
-    model = {key: _size(config, key) for key in names if _size(config, key)}
+    model = {key: size for key in names if (size := _size(config, key))}
     width = model.get("model.d_model", 0)
     # A lower bound: the embedding in 16 bits, or the Python objects of the layers.
     needed = max(
@@ -202,11 +194,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
 
 
 def require_reach(config: Mapping[str, Any]) -> None:
-    """Refuse a depth that looks further ahead than a window is long.
-
-    Raises:
-        UserError: the depth is too large.
-    """
+    """Refuse a depth that looks further ahead than a window is long."""
     depth, length = _value(config, "mtp.depth"), _value(config, "data.seq_len")
     stride = _value(config, "mtp.stride")
     stride = 1 if stride is None else stride
@@ -265,12 +253,7 @@ def _require_exists(key: str, text: str) -> None:
 
 
 def require_prompts(path: Path) -> str:
-    """Read a file of prompts.
-
-    Raises:
-        UserError: the path is a folder, or the file is not UTF-8.
-        OSError: it cannot be read.
-    """
+    """Read a file of prompts. A folder, or a file that is not UTF-8, is refused."""
     if path.is_dir():
         raise UserError(f"prompts={path} is a folder: give a file with one prompt per line.")
     try:

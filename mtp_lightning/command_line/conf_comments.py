@@ -22,42 +22,28 @@ _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
 # libyaml, if it is there, reads conf/ ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WIDTH = 100
+# Files that options include, and that are not options themselves.
 PARTS = ("base", "task", "deepseek_base")
-"""Files that options include, and that are not options themselves."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that may be set.
+    """A key that may be set, with the comment above it."""
 
-    Attributes:
-        name: the dotted key, from the root of its file.
-        default: the value in YAML; empty for a mapping.
-        comment: the comment above the key.
-    """
-
-    name: str
-    default: str
+    name: str  # dotted, from the root of its file
+    default: str  # the value in YAML; empty for a mapping
     comment: str
 
 
 @dataclass(frozen=True)
 class Option:
-    """One file of a group.
+    """One file of a group, the option ``GROUP=NAME``."""
 
-    Attributes:
-        group: the file's folder in conf/; empty for the root.
-        name: the option's name in ``GROUP=NAME``.
-        comment: the comment at the top of the file, with its line breaks.
-        keys: the keys of this file, without those of the files that it includes.
-        content: the parsed YAML.
-    """
-
-    group: str
+    group: str  # the file's folder in conf/; empty for the root
     name: str
-    comment: str
-    keys: tuple[Key, ...]
-    content: dict[str, Any] = field(default_factory=dict, repr=False)
+    comment: str  # at the top of the file, with its line breaks
+    keys: tuple[Key, ...]  # of this file, without those of the files that it includes
+    content: dict[str, Any] = field(default_factory=dict, repr=False)  # the parsed YAML
 
     @property
     def brief(self) -> str:
@@ -78,14 +64,12 @@ def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
 
 @cache
 def groups(added: Path | None = None) -> dict[str, list[Option]]:
-    """All options by group, in alphabetical order. The root's options have the empty name.
-
-    Args:
-        added: a folder of further options (``--config-dir``).
-    """
-    roots = [CONF, *([added] if added else [])]
+    """All options by group, in alphabetical order, with those of a further folder ``added``
+    (``--config-dir``). The root's options have the empty name."""
     files = [
-        (f.parent.relative_to(root).as_posix(), f) for root in roots for f in root.rglob("*.yaml")
+        (file.parent.relative_to(root).as_posix(), file)
+        for root in filter(None, (CONF, added))
+        for file in root.rglob("*.yaml")
     ]
     by_group: dict[str, list[Option]] = {}
     for group, file in sorted(files, key=lambda pair: (pair[0], pair[1].name)):
@@ -118,11 +102,8 @@ def read_option(file: Path, group: str) -> Option:
 
 
 def help_for(word: str, added: Path | None = None) -> str:
-    """The text of ``--help WORD``.
-
-    Args:
-        word: a group (``mtp``), or an option of a group (``mtp=parallel``).
-        added: a folder of further options (``--config-dir``).
+    """The text of ``--help WORD`` about a group (``mtp``) or an option of one (``mtp=parallel``);
+    ``added`` as for :func:`groups`.
 
     Raises:
         UserError: there is no such group or option.
@@ -190,6 +171,5 @@ def _default(value: Any) -> str:
     if isinstance(value, str):
         fallback = re.fullmatch(r"\$\{oc\.select:[\w.]+,(.*)\}", value)
         return fallback[1] if fallback else value
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.conf_comments import PARTS, groups, groups_of, included
+from mtp_lightning.command_line.conf_comments import PARTS, Option, groups, groups_of, included
 from mtp_lightning.errors import nearest, suggestion
 
 # Values that Hydra does not read as words.
@@ -37,18 +37,15 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
         return f"there is no config {file}: check its name, and --config-dir."
     if override := getattr(error, "override", None):
         key, equals, value = override.partition("=")
-        if not equals and ("/" in key or Path(key).exists()):
+        if equals:
+            quoted = f"""'{key}="{value}"'"""
+            return f"{override} cannot be read: put the value in quotes of its own, {quoted}."
+        if "/" in key or Path(key).exists():
             return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
-        if not equals:
-            words = [*overrides]
-            before = words[words.index(key) - 1] if key in words[1:] else ""
-            hint = f", or put '{before} {key}' in quotes if it is one value"
-            quoted = hint if "=" in before else ""
-            return f"{key} has no value: give it as {key.partition(':')[0]}=...{quoted}"
-        return (
-            f"{override} cannot be read: put the value in quotes of its own, "
-            f"""'{key}="{value}"'."""
-        )
+        words = [*overrides]
+        before = words[words.index(key) - 1] if key in words[1:] else ""
+        hint = f", or put '{before} {key}' in quotes if it is one value" if "=" in before else ""
+        return f"{key} has no value: give it as {key.partition(':')[0]}=...{hint}"
     if match := re.match(r"Could not override '([^']*)'", text):
         name = match[1]
         return unknown_key(*_last_known(name, getattr(cause, "parent_node", None)), app)
@@ -106,37 +103,29 @@ def _first(error: BaseException, text: str) -> str:
 
 def unknown_key(name: str, siblings: Collection[str], app: str) -> str:
     """The sentence that refuses a dotted key of an app, not among the keys of its node."""
-    parent, _, key = name.rpartition(".")
-    prefix = f"{parent}." if parent else ""
+    parent, dot, key = name.rpartition(".")
     taken = groups_of(app)
     if name in groups() and name not in taken:
         return f"{name} is a group of train.py and no key here: leave it out. (--cfg job shows all)"
     if name == "sweeps":
-        return (
-            "sweeps is not a key: a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
-        )
+        hint = "a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
+        return f"sweeps is not a key: {hint}"
     if name.partition(".")[0] == "hydra":
-        return (
-            f"{name} is not a key of Hydra or of the launcher: conf/hydra/launcher has the "
-            "launchers' keys."
-        )
+        hint = "conf/hydra/launcher has the launchers' keys."
+        return f"{name} is not a key of Hydra or of the launcher: {hint}"
     if name in groups():
         return f"{name} has no keys before an option is chosen: add {name}=NAME. (--help {name})"
-    if (group := _group_of(name)) and (options := _options_with(name)):
-        first = options[0]
-        if len(options) == 1:
-            return (
-                f"{name} is a key of {group}={first}: add that, or ~{name} where an experiment "
-                f"sets it. (--help {group}={first})"
-            )
-        return (
-            f"{name} is a key of {group}={', '.join(options)}: choose one, or leave it out. "
-            f"(--help {group})"
-        )
-    choices = [f"{prefix}{sibling}" for sibling in siblings]
-    near = nearest(key, siblings)
-    meant = f"{prefix}{near}" if near else _elsewhere(key, app)
     group = _group_of(name)
+    if group and (options := _options_with(name)):
+        choice = f"{group}={', '.join(options)}"
+        if len(options) == 1:
+            remedy = f"add that, or ~{name} where an experiment sets it. (--help {choice})"
+        else:
+            remedy = f"choose one, or leave it out. (--help {group})"
+        return f"{name} is a key of {choice}: {remedy}"
+    choices = [f"{parent}{dot}{sibling}" for sibling in siblings]
+    near = nearest(key, siblings)
+    meant = f"{parent}{dot}{near}" if near else _elsewhere(key, app)
     hint = f"--help {group}" if group else "--help"
     if meant and meant != name:  # another program's
         return f"{name} is not a key: did you mean {meant}? ({hint})"
@@ -159,12 +148,11 @@ def _options_with(name: str) -> list[str]:
     group = _group_of(name)
     inside = name.removeprefix(group.replace("/", ".") + ".")
     files = {option.name: option for option in groups().get(group, [])}
-    return [
-        name
-        for name, option in files.items()
-        if name not in PARTS
-        and any(inside in (key.name for key in part.keys) for part in included(option, files))
-    ]
+
+    def has_key(option: Option) -> bool:
+        return any(key.name == inside for part in included(option, files) for key in part.keys)
+
+    return [name for name, option in files.items() if name not in PARTS and has_key(option)]
 
 
 def _elsewhere(key: str, app: str) -> str | None:

@@ -44,17 +44,11 @@ _NAMED = re.compile(r"\+([\w.]+)=")
 
 @dataclass
 class KeyRules:
-    """The rules in ``conf/`` for the keys of a class, or of a node without a class.
+    """The rules in ``conf/`` for the keys of a class, or of a node without a class."""
 
-    Attributes:
-        keys: the keys, each with its comment; empty for a key without one.
-        open: whether any other key is passed to a class that is not this project's.
-        needs: (option, package, extra) if the class needs a package.
-    """
-
-    keys: dict[str, str] = field(default_factory=dict)
-    open: bool = False
-    needs: tuple[str, str, str] | None = None
+    keys: dict[str, str] = field(default_factory=dict)  # with their comments, which may be empty
+    open: bool = False  # whether any other key is passed to a class that is not this project's
+    needs: tuple[str, str, str] | None = None  # (option, package, extra) if it needs a package
 
 
 def of_class(target: str) -> KeyRules | None:
@@ -63,12 +57,8 @@ def of_class(target: str) -> KeyRules | None:
 
 
 def of_node(path: str, app: str) -> KeyRules:
-    """The rules for the keys of a node without a class.
-
-    Args:
-        path: the node's dotted path in the config; empty for the root.
-        app: the app's root config in conf/.
-    """
+    """The rules for the keys of a node without a class, by its dotted path in the config (empty for
+    the root); ``app`` is the app's root config in conf/."""
     rules_by_name = _read_conf()
     rules = rules_by_name.get(f"{app}:{path}") or rules_by_name.get(path) or KeyRules()
     if path == "trainer":
@@ -178,9 +168,8 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
     if kind in ("bool", "true | false"):
         require_bool(name, value)
     elif kind == "int" and not high:
-        require_whole(
-            name, value, least=bounds["above"] + 1 if lower == ">" else bounds.get("least")
-        )
+        least = bounds["above"] + 1 if lower == ">" else bounds.get("least")
+        require_whole(name, value, least=least)
     else:
         require_number(name, require_whole(name, value) if kind == "int" else value, **bounds)
 

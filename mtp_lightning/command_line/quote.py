@@ -25,32 +25,17 @@ TEXTS = frozenset({"prompt", "stop"})
 # Keys of paths that are written to. A sweep never varies them.
 PLACES = frozenset(
     {
-        "data.cache_dir",
-        "data.source.cache_dir",
-        "output",
-        "paths.cache_dir",
-        "paths.output_dir",
-        "run_dir",
-        "sweep_dir",
+        *("data.cache_dir", "data.source.cache_dir", "paths.cache_dir", "paths.output_dir"),
+        *("output", "run_dir", "sweep_dir"),
     }
 )
 # Keys of paths that are read, and of names within them.
 INPUTS = frozenset(
     {
-        "branch_from",
-        "checkpoint",
-        "compare.reference",
-        "data.field",
-        "data.model",
-        "data.paths",
-        "data.prompts.paths",
-        "data.source.data_files",
-        "data.source.field",
-        "data.source.path",
-        "init_from",
-        "prompts",
-        "tokenizer.eot_token",
-        "tokenizer.path",
+        *("branch_from", "checkpoint", "compare.reference", "init_from", "prompts"),
+        *("data.field", "data.model", "data.paths", "data.prompts.paths"),
+        *("data.source.data_files", "data.source.field", "data.source.path"),
+        *("tokenizer.eot_token", "tokenizer.path"),
     }
 )
 # The keys among these whose value may be a list, or a mapping.
@@ -71,11 +56,7 @@ def literal(arguments: Sequence[str]) -> list[str]:
 
 
 def require_utf8(arguments: Sequence[str]) -> None:
-    """Refuse a text that is not UTF-8. Paths may have any bytes.
-
-    Raises:
-        UserError: a text is not UTF-8; the message names the key and the byte.
-    """
+    """Refuse a text that is not UTF-8, naming the key and the byte. Paths may have any bytes."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         bad = next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None)

@@ -27,7 +27,6 @@ QUIET = "MTP_LIGHTNING_QUIET"
 # Environment variable: 1 prints every number at the end of a run (--verbose).
 VERBOSE = "MTP_LIGHTNING_VERBOSE"
 
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -74,12 +73,7 @@ class _ShowVersion(argparse.Action):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal (Ctrl-C, SIGTERM) has ended a run in good order.
-
-    Args:
-        message: one line that says what was saved.
-        signum: the signal.
-    """
+    """A signal (Ctrl-C, SIGTERM) has ended a run in good order; the message says what was saved."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -118,13 +112,8 @@ def program(app: str) -> str:
 
 
 class _PipeSafe:
-    """A standard stream that survives a closed pipe, as of ``| head -1``.
-
-    Args:
-        stream: the stream.
-        ends: whether the program then exits with the shell's code for SIGPIPE. Otherwise it
-            continues, and further output is dropped.
-    """
+    """A standard stream that survives a closed pipe, as of ``| head -1``. If ``ends``, the program
+    then exits with the shell's code for SIGPIPE. Otherwise it continues without further output."""
 
     def __init__(self, stream: TextIO, *, ends: bool = False) -> None:
         self._stream = stream
