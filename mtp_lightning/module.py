@@ -32,13 +32,9 @@ log = logging.getLogger(__name__)
 def new_model(
     config: ModelConfig, seed: int, *, deferred: bool, half: bool
 ) -> tuple[MTPModel, bool]:
-    """A model with fresh weights, and whether they are still to be drawn.
-
-    Args:
-        deferred: whether to draw the weights after sharding, where the model allows it, so that
-            each rank stores only its shard.
-        half: whether to hold the matrices of the frozen trunk in bf16.
-    """
+    """A model with fresh weights, and whether they are still to be drawn. If ``deferred``, they are
+    drawn after sharding, where the model allows it, so that each rank stores only its shard. If
+    ``half``, the matrices of the frozen trunk are held in bf16."""
     with torch.device("meta") if deferred else nullcontext():
         model = MTPModel(config)
     if deferred and not sets_everything(model):
@@ -78,9 +74,7 @@ class MTPModule(pl.LightningModule):
         self.optimizer_config, self.deferred, self.extra = optimizer, deferred, extra
         self.rates = rates_of(self.model, text_bytes)
         # Progress for schedules and the summary, restored from checkpoints.
-        self.tokens = 0
-        self.flops = 0
-        self.seconds = 0.0
+        self.tokens, self.flops, self.seconds = 0, 0, 0.0
         # Values of the last step by log tag, and the last step that was logged.
         self._values: dict[str, Tensor | float] = {}
         self._row_step: int | None = None
@@ -99,13 +93,9 @@ class MTPModule(pl.LightningModule):
 
     def whole_model(self, *, everywhere: bool = False) -> MTPModel | None:
         """The model for work of a single process, such as decoding: the model itself, or a copy of
-        a sharded one. All processes must call this together.
-
-        Args:
-            everywhere: whether every process gets it; else only the first does, the others None.
-        """
-        model: MTPModel | None = processes.tensors().whole_model(self, everywhere=everywhere)
-        return model
+        a sharded one; None on all processes but the first, unless ``everywhere``. All processes
+        must call this together."""
+        return processes.tensors().whole_model(self, everywhere=everywhere)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = self.balance.parameters()
@@ -192,11 +182,8 @@ class MTPModule(pl.LightningModule):
         self.rates.reset()
         self.validated_step, self.validation = self.trainer.global_step, rates
         # The cost of training so far: the x axes of a fair comparison.
-        cost = {
-            "progress/tokens": float(self.tokens),
-            "progress/flops": float(self.flops),
-            "progress/seconds": self.seconds,
-        }
+        costs = ("tokens", "flops", "seconds")
+        cost = {f"progress/{name}": float(getattr(self, name)) for name in costs}
         # Lightning takes the x axis from "step": optimizer steps done, as in training.
         step = float(self.trainer.global_step)
         self.log_dict({**rates, **cost, "step": step}, rank_zero_only=True)
@@ -206,11 +193,8 @@ class MTPModule(pl.LightningModule):
         # step and never log it.
         self._log_row()
         checkpoint["model_config"] = self.model.config.to_dict()
-        checkpoint["progress"] = {
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "seconds": self.seconds,
-        }
+        done = {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
+        checkpoint["progress"] = done
         checkpoint["threads"] = torch.get_num_threads()
         checkpoint["cpu_kernels"] = ops.code()[0]
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
@@ -233,10 +217,8 @@ class MTPModule(pl.LightningModule):
             "This run was trained with %s and continues with %s: its numbers may differ in the "
             "last bits from those of an uninterrupted run. %s would give the same bits."
         )
-        threads = checkpoint["threads"]
-        if threads != torch.get_num_threads():
-            remedy = f"trainer.num_threads={threads}"
-            log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), remedy)
+        if (threads := checkpoint["threads"]) != (now := torch.get_num_threads()):
+            log.warning(text, f"{threads} CPU threads", now, f"trainer.num_threads={threads}")
         kernels = checkpoint.get("cpu_kernels", "pytorch")
         if kernels != ops.code()[0]:
             built = "The C++ that pip install builds, on a CPU with the same instructions,"
@@ -246,14 +228,10 @@ class MTPModule(pl.LightningModule):
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
     ) -> None:
-        """Log the values of one step in one row.
+        """Log values by tag in the row of ``step`` (optimizer steps done). ``always`` logs at steps
+        that ``trainer.log_every_n_steps`` skips, too.
 
         Lightning's log() would repeat values that only some steps have in later rows.
-
-        Args:
-            values: values by log tag.
-            step: optimizer steps done after this one.
-            always: whether to log at steps that ``trainer.log_every_n_steps`` skips, too.
         """
         if values and (always or self._due(step)):
             plain = {tag: float(value) for tag, value in values.items()}

@@ -36,8 +36,7 @@ def branch_checkpoint(branch_from: str) -> Path:
     """Find the checkpoint that ``RUN@STEP`` names.
 
     Raises:
-        UserError: ``branch_from`` has another form, or the run has no intact checkpoint of that
-            step.
+        UserError: it has another form, or the run has no intact checkpoint of that step.
         FileNotFoundError: the run does not exist.
     """
     run, _, number = branch_from.rpartition("@")
@@ -64,11 +63,8 @@ def branch_checkpoint(branch_from: str) -> Path:
 
 
 def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:
-    """Refuse a branch whose config would have trained the steps done so far differently.
-
-    Args:
-        stored: the content of the checkpoint that the branch continues.
-        allow: packages whose classes the stored run's schedules may use.
+    """Refuse a branch whose config would have trained the steps done so far differently than the
+    checkpoint ``stored``, whose schedules may use classes of the packages in ``allow``.
 
     Raises:
         UserError: a setting other than a schedule differs, or a schedule gives other values in the

@@ -39,13 +39,9 @@ _LONG = ("tokenizer_json", "beside")
 def build_data(
     cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
 ) -> WindowDataModule:
-    """Build and prepare the data module.
-
-    Args:
-        tokenizer_state: the state of the tokenizer that comes with ``init_from``; None uses the
-            config's tokenizer.
-        brought: whether that tokenizer came with an imported trunk. It then replaces the config's
-            tokenizer, unless the command line sets one.
+    """Build and prepare the data module, with the tokenizer that comes with ``init_from``, or else
+    the config's. One that came with an imported trunk (``brought``) may differ from the config's,
+    unless the command line sets that.
 
     Raises:
         UserError: the tokenizer settings do not fit the data or the model of ``init_from``.
@@ -86,11 +82,9 @@ def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[s
 def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     """Configure trunk and stack from the groups ``model`` and ``mtp``.
 
-    Args:
-        vocab_size: the tokenizer's number of ids. An imported trunk may have more rows.
-
     Raises:
-        UserError: the trunk has fewer rows, or a setting is refused.
+        UserError: the trunk has fewer rows than the tokenizer's ``vocab_size``, or a setting is
+            refused. An imported trunk may have more rows.
     """
     rows = cfg.model.get("vocab_size", vocab_size)
     if rows < vocab_size:
@@ -101,10 +95,7 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
     mtp = build_mtp(cfg)
     require_reach(
-        {
-            "mtp": {"depth": mtp.depth, "stride": mtp.stride},
-            "data": {"seq_len": cfg.data.seq_len},
-        }
+        {"mtp": {"depth": mtp.depth, "stride": mtp.stride}, "data": {"seq_len": cfg.data.seq_len}}
     )
     # Every kind of stack without depths is the same model, stored under one name.
     if not (mtp.depth or mtp.answers_at_once):
@@ -115,16 +106,11 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
 
 
 def build_mtp(cfg: DictConfig) -> MTPConfig:
-    """Configure the stack from the group ``mtp``.
-
-    Raises:
-        UserError: a setting is refused.
-    """
+    """Configure the stack from the group ``mtp``; a :class:`UserError` refuses a setting."""
     options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
     if cfg.mtp.get("weights", "") is None:  # of mtp=bag
         options["weights"] = "none" if "task" in cfg.data else "idf"
-    mtp: MTPConfig = instantiate(cfg.mtp, kind=MTPConfig, **options)
-    return mtp
+    return instantiate(cfg.mtp, kind=MTPConfig, **options)  # type: ignore[no-any-return]
 
 
 def build_balance(cfg: DictConfig) -> Balance:
@@ -148,12 +134,8 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig) -> MTPModule:
-    """Build the LightningModule with fresh weights.
-
-    Args:
-        data: the data module, for its vocabulary and for the tokenizer that checkpoints hold.
-        stored: the config before matching, which checkpoints hold. Matching it again gives the same
-            layers and steps.
+    """Build the LightningModule with fresh weights. Checkpoints hold the tokenizer of the data, and
+    ``stored``: the config before matching, which gives the same layers and steps again.
 
     Raises:
         UserError: settings do not fit together.
@@ -206,11 +188,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
 def _refuse_unfit(
     cfg: DictConfig, mtp: MTPConfig, data: WindowDataModule, objective: Objective
 ) -> None:
-    """Refuse a stack that the data or the settings do not fit.
-
-    Raises:
-        UserError: naming both, and the remedy.
-    """
+    """Refuse a stack that the data or the settings do not fit."""
     if not mtp.trains_trunk:
         weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
         if not any(weights if isinstance(weights, list) else [weights]):
@@ -260,11 +238,8 @@ def build_schedule(cfg: DictConfig) -> LambdaSchedule:
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
-    """Set the layers or steps that ``compare.match`` asks for.
-
-    Returns:
-        The config, and the result of the match (None without a match).
-    """
+    """Set the layers or steps that ``compare.match`` asks for; return the config, and the result of
+    the match (None without a match)."""
     if cfg.compare.match == "none":
         return cfg, None
     from mtp_lightning import matching

@@ -70,9 +70,8 @@ def holds_in_bf16(trainer: DictConfig, mtp: MTPConfig) -> bool:
 def kernels_line(device: str) -> str | None:
     """One line about the CPU code that computes the layers and its threads; None on a GPU and with
     ``--quiet``."""
-    if device != "cpu" or os.environ.get(QUIET) == "1":
-        return None
-    return f"CPU layers by {ops.code()[1]}, threads: {torch.get_num_threads()}"
+    shown = device == "cpu" and os.environ.get(QUIET) != "1"
+    return f"CPU layers by {ops.code()[1]}, threads: {torch.get_num_threads()}" if shown else None
 
 
 def use_tensor_cores(cfg: DictConfig) -> None:

@@ -45,13 +45,8 @@ _BARE = {
 }
 # Keys of a data group that say how text is read, not which text.
 _HOW = {
-    "seq_len",
-    "batch_size",
-    "eval_batch_size",
-    "eval_bytes",
-    "document_mask",
-    "val_fraction",
-    "split_seed",
+    *("seq_len", "batch_size", "eval_batch_size", "eval_bytes"),
+    *("document_mask", "val_fraction", "split_seed"),
 }
 # The same for a task, whose examples decide the length of its windows.
 _HOW_TASK = {"batch_size", "eval_batch_size"}
@@ -78,13 +73,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     weight = run.model.head.weight
     if kernels := kernels_line(weight.device.type):
         print(kernels)
-    data = validation_data(
-        run,
-        data=cfg.get("data"),
-        eval_bytes=cfg.eval_bytes,
-        cache_dir=cfg.paths.cache_dir,
-        allow=allow,
-    )
+    settings = {"eval_bytes": cfg.eval_bytes, "cache_dir": cfg.paths.cache_dir}
+    data = validation_data(run, data=cfg.get("data"), allow=allow, **settings)
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
     with precision_of(run), as_decoded, torch.inference_mode():
@@ -120,11 +110,8 @@ def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:
 def evaluate_long_range(
     run: OpenedModel, data: WindowDataModule, cfg: DictConfig
 ) -> dict[str, float]:
-    """Measure how far back the model looks, as ``callbacks=long_range`` does in training.
-
-    It takes about two passes over the text, and decodes ``decode.n_prompts`` texts of a window's
-    length.
-    """
+    """Measure how far back the model looks, as ``callbacks=long_range`` does in training: by about
+    two passes over the text, and by decoding ``decode.n_prompts`` texts of a window's length."""
     measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
     with precision_of(run):
         for batch in data.val_dataloader():
@@ -142,13 +129,12 @@ def validation_data(
     cache_dir: str | None = None,
     allow: Collection[str] = (),
 ) -> WindowDataModule:
-    """Prepare the evaluation text of a run, or other data with the run's settings.
+    """Prepare the evaluation text of a run, or other data with the run's tokenizer and settings.
 
     Args:
-        run: the model, whose tokenizer reads the text.
-        data: the config group of the other data. The group decides which text is read. The run
-            decides how it is read (``data.seq_len``, ``data.val_fraction`` ...), except for keys
-            that the command line sets.
+        data: the config group of the other data, which decides which text is read. The run decides
+            how it is read (``data.seq_len``, ``data.val_fraction`` ...), except for keys that the
+            command line sets.
         eval_bytes: bytes of evaluation text, or ``all``; None keeps the run's value.
         cache_dir: folder of the token stores. By default it is the run's, if that is a cache folder
             on this machine, else the default folder.
@@ -177,18 +163,17 @@ def validation_data(
         for key in shared_keys & stored.keys() & config.data.keys():
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]
-    if eval_bytes is not None and "task" in config.data:
-        raise UserError(
-            f"eval_bytes={eval_bytes} has no meaning for a task: give it as data=..., with "
-            "data.eval_examples."
-        )
     if eval_bytes is not None:
+        if "task" in config.data:
+            raise UserError(
+                f"eval_bytes={eval_bytes} has no meaning for a task: give it as data=..., with "
+                "data.eval_examples."
+            )
         config.data.eval_bytes = eval_bytes
     # The stored nodes. If the data group is the user's, its cache_dir stays as it is.
-    nodes = [config.paths] if data is not None else [config.paths, config.data]
-    for node in nodes:
-        if cache_dir or not is_cache(node.get("cache_dir") or ""):
-            node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
+    for node in (config.paths, config.data) if data is None else (config.paths,):
+        if "cache_dir" in node and (cache_dir or not is_cache(node.cache_dir or "")):
+            node.cache_dir = cache_dir
     module: WindowDataModule = rebuild(
         config.data,
         kind=WindowDataModule,
@@ -204,11 +189,8 @@ def validation_data(
 def evaluate_decoding(
     model: MTPModel, data: WindowDataModule, settings: DictConfig
 ) -> dict[str, Any]:
-    """Measure the drafts' acceptance and speed-up, and compute the expected ones.
-
-    Returns:
-        The metrics; ``not_decoded`` with the reason if no prompt fits; empty without drafts.
-    """
+    """Measure the drafts' acceptance and speed-up, and compute the expected ones. The result is
+    ``not_decoded`` with the reason if no prompt fits, and empty without drafts."""
     if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0 or data.answer_length == 1:
         return {}  # an answer of one token needs no draft
     sizes = {key: settings[key] for key in ("n_prompts", "prompt_tokens", "new_tokens")}

@@ -41,17 +41,8 @@ from mtp_lightning.settings import require_bool
 _PRECISION = ("precision", "head_precision", "activations")
 # The values of a text in output=json.
 _REPORTED = (
-    "text",
-    "token_ids",
-    "new_tokens",
-    "seconds",
-    "tokens_per_second",
-    "verify_passes",
-    "tokens_per_step",
-    "acceptance",
-    "lookups",
-    "lookups_accepted",
-    "finish_reason",
+    *("text", "token_ids", "new_tokens", "seconds", "tokens_per_second", "verify_passes"),
+    *("tokens_per_step", "acceptance", "lookups", "lookups_accepted", "finish_reason"),
 )
 
 
@@ -93,15 +84,11 @@ def generate_text(cfg: Any) -> list[Generation]:
         )
         for p in (prompts if cfg.output == "text" else ())
     ]
+    on_tokens = (lambda i, fresh: streams[i].add(fresh)) if streams else None
     options = decoding_options(cfg, run, rows=len(prompts))
     began = time.perf_counter()  # the first start with a model has measured it for seconds
     try:
-        generations = continue_prompts(
-            run,
-            prompts,
-            options,
-            on_tokens=lambda i, fresh: streams[i].add(fresh) if streams else None,
-        )
+        generations = continue_prompts(run, prompts, options, on_tokens=on_tokens)
     except BaseException:
         if single and streams and streams[0].begun:
             streams[0].write("\n")  # the error message begins on its own line
@@ -140,10 +127,8 @@ def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
 def job_line(generations: Sequence[Generation], seconds: float) -> str:
     """One line about several prompts: total tokens, time, tokens per second, tokens per pass."""
     tokens = sum(generation.new_tokens for generation in generations)
-    line = (
-        f"{counted(len(generations), 'prompt')}, {counted(tokens, 'new token')} in {seconds:.1f} s"
-    )
-    line += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
+    line = f"{counted(len(generations), 'prompt')}, {counted(tokens, 'new token')}"
+    line += f" in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s"
     per_step = rates(generations).get("tokens_per_step", 1.0)
     return f"{line}, {per_step:.2f} per pass" if per_step > 1 else line
 
@@ -173,18 +158,11 @@ def open_for_decoding(
     activations: str = "fp32",
     compile: bool = False,
 ) -> OpenedModel:
-    """Open a model that only decodes: a CPU stores its weights in packed form only.
+    """Open a model that only decodes: a CPU stores its weights in packed form only, unless compiled
+    programs decode (``compile``), which read a weight's own numbers.
 
-    Args:
-        path: see :func:`~mtp_lightning.opening.open_model`, as ``device`` and ``allow``.
-        precision: see :func:`~mtp_lightning.decoding.precision.packer_after_rounding`, as
-            ``head_precision``.
-        activations: see :func:`~mtp_lightning.decoding.precision.use_activations`.
-        compile: whether compiled programs decode, which read a weight's own numbers.
-
-    Raises:
-        UserError: as those two.
-        OSError: a file is missing.
+    For the other arguments and the errors see :func:`~mtp_lightning.opening.open_model`, and
+    ``packer_after_rounding`` and ``use_activations`` of ``decoding/precision.py``.
     """
     packs = device == "cpu" and not compile
     packer = packer_after_rounding(precision, head_precision) if packs else None
@@ -209,14 +187,8 @@ def continue_prompts(
 
 def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
     """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of
-    the tokens that the modules were trained on.
-
-    Args:
-        rows: texts that are mostly decoded together; None for one.
-
-    Raises:
-        UserError: an option is out of range.
-    """
+    the tokens that the modules were trained on. ``rows`` texts are mostly decoded together; None
+    for one, in a server. An option out of range raises a :class:`UserError`."""
     defaults: dict[str, Any] = {"max_context": run.seq_len}
     drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
     if cfg.draft_vocab is None and drafts and not cfg.compile:

@@ -66,12 +66,8 @@ def brought_model(
 
 def adopt_trunk(config: DictConfig, trunk: TrunkConfig, start: StoredModel | None) -> DictConfig:
     """Return the config with an imported trunk as its ``model``. Keys of training, such as
-    ``model.recompute``, keep the config's values.
-
-    Args:
-        config: the run's config.
-        trunk: the trunk.
-        start: the model that it comes from, for messages; None for one of a checkpoint.
+    ``model.recompute``, keep the config's values. Messages name ``start``, the model that the trunk
+    comes from (None for one of a checkpoint).
 
     Raises:
         UserError: the command line asks for another trunk.
@@ -126,12 +122,8 @@ def beginning_windows(data: WindowDataModule) -> WindowBatch:
 def start_from(
     model: MTPModel, start: StoredModel, windows: WindowBatch | None = None
 ) -> dict[str, list[str]]:
-    """Load the weights of ``start`` into a freshly initialized model.
-
-    Args:
-        model: the model. Its modules that ``start`` lacks are initialized by ``mtp.init``.
-        start: the trained model.
-        windows: training text for ``mtp.init=last_block``; None for ``random``.
+    """Load the weights of ``start`` into a freshly initialized model. Modules that ``start`` lacks
+    are initialized by ``mtp.init``; ``last_block`` reads ``windows``, which is training text.
 
     Returns:
         See :func:`check_start`.
@@ -169,7 +161,14 @@ def check_start(model: MTPModel, start: StoredModel) -> dict[str, list[str]]:
             have other shapes, or ``mtp.init`` has no module to initialize.
     """
     old, wanted = start.config, model.config
-    _check_trunk(start.path, old, wanted)
+    differences = describe_differences(
+        old.to_dict()["trunk"], wanted.to_dict()["trunk"], ignore=free_keys(wanted.trunk)
+    )
+    if differences:
+        raise UserError(
+            f"init_from={start.path} has another trunk than this run ({'; '.join(differences)}): "
+            "choose the model and tokenizer settings that it was trained with."
+        )
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
@@ -189,16 +188,6 @@ def check_start(model: MTPModel, start: StoredModel) -> dict[str, list[str]]:
 def free_keys(trunk: TrunkConfig) -> list[str]:
     """The dotted keys of a trunk in which a run may differ from the model that it starts from."""
     return ["init_std", *trunk.training_keys]
-
-
-def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
-    stored, configured = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
-    differences = describe_differences(stored, configured, ignore=free_keys(wanted.trunk))
-    if differences:
-        raise UserError(
-            f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "
-            "choose the model and tokenizer settings that it was trained with."
-        )
 
 
 def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
@@ -239,5 +228,4 @@ def _module(name: str) -> str | None:
 
 
 def _modules(weights: Iterable[str]) -> list[str]:
-    modules = [_module(name) for name in weights]
-    return list(dict.fromkeys(name for name in modules if name is not None))
+    return list(dict.fromkeys(filter(None, map(_module, weights))))

@@ -37,11 +37,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
-    """Build the object of a node that the user composed.
-
-    Args:
-        kind: the class that the object must have; None allows any.
-        arguments: keyword arguments in addition to the node's own keys.
+    """Build the object of a node that the user composed. It must be of the class ``kind``, if one
+    is given; ``arguments`` are passed in addition to the node's own keys.
 
     Raises:
         UserError: the target cannot be imported or has another class, a key is unknown, or the
@@ -98,11 +95,11 @@ def rebuild(
     """Build the object of a stored node, by default data.
 
     Args:
-        kind: the class that the object must have; None allows any.
         allow: packages whose own classes may be built, and names of classes that may use the
             network (:data:`mtp_lightning.stored.NETWORK`).
         groups: the groups of conf/ whose classes may be built.
         arguments: keyword arguments, which replace the node's own keys.
+        kind: as for :func:`instantiate`.
 
     Raises:
         UserError: the target is not allowed; else as :func:`instantiate`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from io import StringIO
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from mtp_lightning.command_line.shell import printable
@@ -101,20 +102,12 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
 
 
 def beginnings(texts: list[str]) -> Iterator[tuple[str, str]]:
-    """Find up to three beginnings: the first function, the first class and the first sentence. More
-    sentences take the place of missing code.
-
-    Yields:
-        The kind of beginning, such as ``a class``, and its text.
-    """
+    """Yield the kind and text of up to three beginnings: ``a function``, ``a class`` and ``a
+    sentence``, the first of each. More sentences take the place of missing code."""
     missing = _SAMPLES
     for kind, pattern in (("a function", _FUNCTION), ("a class", _CLASS)):
-        for text in texts:
-            if match := pattern.search(text):
-                yield kind, match[0]
-                missing -= 1
-                break
-    for text in texts:
-        if missing and (match := _SENTENCE.search(text)):
-            yield "a sentence", match[0]
+        if match := next(filter(None, map(pattern.search, texts)), None):
+            yield kind, match[0]
             missing -= 1
+    sentences = filter(None, map(_SENTENCE.search, texts))
+    yield from (("a sentence", match[0]) for match in islice(sentences, missing))

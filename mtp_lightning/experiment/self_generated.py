@@ -50,24 +50,11 @@ class SelfGenerated(TokenDataModule):
             validation documents, and makes the validation texts.
         tokenizer: the run's tokenizer, which must be the model's. One that is still to be trained
             is replaced with the model's.
-        model: a run folder, a checkpoint or a Hugging Face folder.
-        n_prompts: number of texts, training and validation together.
-        prompt_tokens: tokens of a prompt.
-        new_tokens: the most tokens of a continuation.
-        temperature: sampling temperature; 0 is greedy.
-        top_p: as in decoding; None keeps every token.
-        sample_seed: seed of the sampling. It is not the run's seed, so that runs with other seeds
-            share the texts.
-        decode_batch_size: prompts that are decoded together.
-        accelerator: the device that decodes them.
-        activations: ``int8`` generates with integer products (``decoding/precision.py``).
-        chat_share: share of texts, 0 to 1, that are chats: a question of up to ``prompt_tokens``
-            that the model makes up, and its answer.
-        chat_before: the chat format's text before a question, with special tokens by name.
-        chat_after: its text between a question and the answer.
         weights: the digest of the model's trunk, if it is known. The model is then not read if the
             cache has its texts. With None the model is read, and sets :attr:`weights`.
         options: all other arguments of :class:`TokenDataModule`.
+
+    The comments of conf/data/self_generated.yaml explain the other settings.
 
     Raises:
         UserError: a number is out of range. At the first use: there is no model, it is a task's, it
@@ -315,11 +302,8 @@ def _until(mark: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 class KeptTexts:
     """The finished texts of a corpus that is being generated, so that a stopped build continues: a
-    file of the cache folder with one JSON line per text.
-
-    Args:
-        file: named by everything that the texts depend on; made with the first text.
-    """
+    file of the cache folder with one JSON line per text, named by everything that the texts depend
+    on, and made with the first text."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -37,23 +37,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run starts from. All fields are empty for a fresh run.
+    """What a run starts from. All fields are empty for a fresh run."""
 
-    Attributes:
-        checkpoint: the file that the run continues or branches from.
-        content: the content of that file. Its tensors are read when they are used.
-        branches: whether the checkpoint belongs to another run.
-        start: the model of ``init_from``; None once the run has a checkpoint.
-        tokenizer_state: the state of the tokenizer that comes with the model.
-        trunk: the imported trunk, which replaces the config's; None builds the config's own.
-    """
-
-    checkpoint: Path | None = None
-    content: dict[str, Any] | None = None
-    branches: bool = False
-    start: StoredModel | None = None
-    tokenizer_state: dict[str, Any] | None = None
-    trunk: TrunkConfig | None = None
+    checkpoint: Path | None = None  # the file that the run continues or branches from
+    content: dict[str, Any] | None = None  # of that file; tensors are read when they are used
+    branches: bool = False  # whether the checkpoint belongs to another run
+    start: StoredModel | None = None  # the model of init_from; None once there is a checkpoint
+    tokenizer_state: dict[str, Any] | None = None  # of the tokenizer that comes with the model
+    trunk: TrunkConfig | None = None  # the imported one, which replaces the config's
 
 
 def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
@@ -102,10 +93,8 @@ def _kept_none(folder: Path) -> bool:
 
 
 def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
-    """Return a continuing run's config with the digest of the model that generated its data.
-
-    With the digest, the model itself need not be read: it may be gone, or trained further.
-    """
+    """Return a continuing run's config with the digest of the model that generated its data. The
+    model itself, which may be gone or trained further, is then not read."""
     stored = {} if origin.content is None else origin.content.get("config", {}).get("data", {})
     same_model = "weights" in config.data and stored.get("model") == config.data.model
     if same_model and config.data.weights is None:
@@ -133,8 +122,7 @@ def load_start(
         steps: optimizer steps of the run, which ``compare.match`` may have changed.
 
     Returns:
-        The optimizer step of the checkpoint, whose weights Lightning loads later; None without a
-        checkpoint.
+        The optimizer step of the checkpoint, whose weights Lightning loads later, or None.
 
     Raises:
         UserError: the model or the checkpoint does not fit.

@@ -64,22 +64,14 @@ class Brackets:
 
 @dataclass
 class TextStream:
-    """Writes the prompt with the first token, and then each token's text once it is accepted.
-
-    Attributes:
-        tokenizer: the model's tokenizer.
-        out: the file that the text is written to.
-        prompt: the text before the generated one.
-        terminal: whether ``out`` is a terminal. Control characters in the text are then replaced.
-        marks: the marks for drafts; None writes the text alone.
-    """
+    """Writes the prompt with the first token, and then each token's text once it is accepted."""
 
     tokenizer: Any
     out: TextIO
     prompt: str
     _: KW_ONLY
-    terminal: bool
-    marks: Colors | Brackets | None
+    terminal: bool  # whether control characters in the text are replaced
+    marks: Colors | Brackets | None  # for drafts; None writes the text alone
 
     def __post_init__(self) -> None:
         self._length = 0  # characters of the generated text written so far

@@ -25,21 +25,14 @@ from mtp_lightning.run.layout import METRICS_FILE
 
 # Keys of the trainer group that this project applies itself; Lightning's Trainer does not get them.
 _OWN_TRAINER_KEYS = (
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "num_threads",
-    "compile",
-    "shard_size",
-    "split_checkpoint_gb",
+    *("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile"),
+    *("shard_size", "split_checkpoint_gb"),
 )
 
 
 def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
-    """Build the loggers of the group ``logger``. ``metrics.csv``, which sweeps, search and reports
-    read, is always one of them.
-
-    Args:
-        resume_step: the optimizer step that the run continues from; logs after it are dropped.
+    """Build the loggers of the group ``logger``, and drop logs after the step ``resume_step``. One
+    of them is always ``metrics.csv``, which sweeps, search and reports read.
 
     Raises:
         UserError: a setting is wrong, or a package is not installed.
@@ -78,7 +71,6 @@ class TokenDoublePrecision(DoublePrecision):
     """
 
     def convert_input(self, data: Any) -> Any:
-        """Return the batch unchanged."""
         return data
 
 
@@ -119,10 +111,9 @@ def _checks_of_users_code(cfg: DictConfig) -> list[pl.Callback]:
 
 
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
-    """Build Lightning's Trainer with callbacks and loggers.
+    """Build Lightning's Trainer with callbacks and loggers from a config without ``auto``.
 
     Args:
-        cfg: the config, after :func:`resolve_auto`.
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
         may_skip: whether some parameters get no gradient in some steps.
 
@@ -139,6 +130,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     if settings["precision"] == "64-true":
         plugins.append(TokenDoublePrecision())
         settings["precision"] = None
+    nodes = filter(None, (cfg.get("callbacks") or {}).values())
+    callbacks = [EndedEarly(), *_checks_of_users_code(cfg)]
+    callbacks += [instantiate(node, kind=pl.Callback) for node in nodes]
     try:
         trainer = pl.Trainer(
             **settings,
@@ -151,14 +145,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             use_distributed_sampler=False,
             enable_model_summary=False,
             logger=build_loggers(cfg, resume_step=resume_step),
-            callbacks=[
-                EndedEarly(),
-                *_checks_of_users_code(cfg),
-                *(
-                    instantiate(node, kind=pl.Callback)
-                    for node in filter(None, (cfg.get("callbacks") or {}).values())
-                ),
-            ],
+            callbacks=callbacks,
             plugins=plugins,
         )
     except (TypeError, MisconfigurationException) as error:

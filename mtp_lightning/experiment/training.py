@@ -84,31 +84,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that is ready for its trainer.
+    """A run that is ready for its trainer."""
 
-    Attributes:
-        config: the run's settings, with every ``auto`` replaced and ``compare.match`` applied.
-        stored: the config before matching, which checkpoints and ``config.yaml`` hold. Matching it
-            again gives the same layers and steps.
-        folder: the run's folder.
-        peers: the processes that prepare the run together.
-        data: the data module, prepared.
-        module: the LightningModule with its initial weights. A run that continues gets its weights
-            from Lightning later.
-        checkpoint: the file that the run continues or branches from; None for a new run.
-        resume_step: the optimizer step of the checkpoint; None without one.
-        matched: the result of ``compare.match``; None without a match.
-    """
-
-    config: DictConfig
+    config: DictConfig  # with every ``auto`` replaced and ``compare.match`` applied
+    # The config before matching, which checkpoints and config.yaml hold. Matching it again gives
+    # the same layers and steps.
     stored: DictConfig
     folder: Path
-    peers: Peers
-    data: WindowDataModule
-    module: MTPModule
-    checkpoint: Path | None
-    resume_step: int | None
-    matched: Matched | None
+    peers: Peers  # the processes that prepare the run together
+    data: WindowDataModule  # prepared
+    module: MTPModule  # with initial weights; Lightning loads those of a run that continues
+    checkpoint: Path | None  # the file that the run continues or branches from
+    resume_step: int | None  # the optimizer step of the checkpoint
+    matched: Matched | None  # the result of ``compare.match``
 
 
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> PreparedRun:

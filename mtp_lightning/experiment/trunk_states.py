@@ -55,8 +55,8 @@ def changes_states(model: MTPModel) -> str:
 def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> Path:
     """Return the folder with the trunk's states for all training windows; compute them if needed.
 
-    The passes have a micro-batch's number of windows, in training mode and with gradients enabled,
-    so that the states are bit-identical to those of a training step.
+    The passes are those of a training step: a micro-batch of windows, in training mode, with
+    gradients enabled. So the states are bit-identical to those of a training step.
 
     Raises:
         UserError: the states change, or the cached ones are damaged.
