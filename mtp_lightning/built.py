@@ -33,16 +33,9 @@ def digest(folder: Path) -> str:
 def open_built(
     file: Path, sources: Path, functions: Mapping[str, Signature]
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Open a library. Log a warning if it exists and cannot be used.
-
-    Args:
-        file: the library.
-        sources: the folder of its C++ sources.
-        functions: the functions that it must have, with their types.
-
-    Returns:
-        The library, or None; and the reason in a few words if it is None.
-    """
+    """Open a library, which must have these functions and be built from the C++ in the folder
+    ``sources``. Return it, or None with the reason in a few words; log a warning if it exists and
+    cannot be used."""
     if os.environ.get("MTP_LIGHTNING_NATIVE") == "0":
         return None, "MTP_LIGHTNING_NATIVE=0"
     if not file.exists():

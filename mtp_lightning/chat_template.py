@@ -36,11 +36,8 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """Turns messages into the text that the model was trained on.
-
-    Args:
-        source: the Jinja source.
-        specials: text of special tokens by name, such as ``bos_token``.
+    """Turns messages into the text that the model was trained on, by the Jinja source of a template
+    and the text of special tokens by name, such as ``bos_token``.
 
     Raises:
         UserError: the template is invalid.
@@ -61,10 +58,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer_state: Mapping[str, Any]) -> ChatTemplate | None:
-        """The template from a tokenizer's folder; None if it has none.
-
-        Args:
-            tokenizer_state: that of a :class:`~mtp_lightning.opening.OpenedModel`.
+        """The template in the ``tokenizer_state`` of an opened model; None if it has none.
 
         Raises:
             UserError: the template is invalid.
@@ -76,10 +70,8 @@ class ChatTemplate:
         return cls(source, {role: text for role, text in specials.items() if text is not None})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for the model's answer.
-
-        Args:
-            messages: each with ``role`` and ``content``, and perhaps ``name``.
+        """The prompt for the model's answer to messages, each with ``role`` and ``content``, and
+        perhaps ``name``.
 
         Raises:
             UserError: the template does not take these messages.

@@ -15,11 +15,7 @@ def is_called(header: str | None, names: Collection[str] = ()) -> bool:
     A foreign web page can make its own host name resolve to this machine ("DNS rebinding"), and
     could then read the answers. The browser sends that name in the header, so that unknown names
     are refused. Addresses are accepted, and so is a request without the header, since no browser
-    sends one.
-
-    Args:
-        header: the header's value; None if the request has none.
-        names: allowed names besides localhost, in lower case; ``*`` allows every name.
+    sends one. ``names`` are allowed besides localhost, in lower case; ``*`` allows every name.
     """
     if header is None or "*" in names:
         return True

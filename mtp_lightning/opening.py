@@ -74,8 +74,7 @@ class OpenedModel:
 
 def draft_vocab_of(run_config: dict[str, Any]) -> int | None:
     """The number of first token ids that a model's modules were trained to draft; None for all."""
-    number: int | None = value_at(run_config, ("objective", "draft_vocab"))
-    return number
+    return value_at(run_config, ("objective", "draft_vocab"))
 
 
 def open_model(
@@ -90,7 +89,6 @@ def open_model(
     Args:
         path: a run folder (its best checkpoint), a .ckpt file, a folder in Hugging Face's layout,
             or a GGUF file.
-        device: the model's device.
         allow: packages whose variants the model may use.
         packer_for: ``packer_for`` of ``decoding/fused.py`` for a model that only decodes.
 
@@ -118,8 +116,7 @@ def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
     """Read a model without building it; arguments and errors as for :func:`open_model`, except that
     an imported model may have no tokenizer."""
     read = parts.reader(Path(path)) or loading.read
-    stored: StoredModel = read(Path(path), allow=allow)
-    return stored
+    return read(Path(path), allow=allow)
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:

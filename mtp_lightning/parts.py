@@ -114,15 +114,8 @@ def is_there(name: str) -> bool:
 
 
 def need(name: str, what: str) -> ModuleType:
-    """Import a part.
-
-    Args:
-        name: the part's name.
-        what: the setting, command or file that needs the part, for the message.
-
-    Raises:
-        UserError: the part is not installed.
-    """
+    """Import a part; a :class:`UserError` if it is not installed, whose message begins with the
+    setting, command or file that needs it (``what``)."""
     if not is_there(name):
         raise UserError(missing(name, what))
     return importlib.import_module(PARTS[name].module)
@@ -130,15 +123,11 @@ def need(name: str, what: str) -> ModuleType:
 
 def reader(path: Path) -> Callable[..., Any] | None:
     """The function of a part that reads the model at a path; None for a path of no part's kind,
-    such as a run.
-
-    Raises:
-        UserError: the part is not installed.
-    """
+    such as a run. Errors as for :func:`need`."""
     for name, part in PARTS.items():
         for kind, fits in part.formats.items():
             if fits(path):
-                return need(name, f"{path}, {kind},").read  # type: ignore[no-any-return]
+                return need(name, f"{path}, {kind},").read
     return None
 
 
@@ -164,12 +153,8 @@ def absent(target: str) -> str | None:
 
 
 def on_demand(package: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package whose names are imported on first use.
-
-    Args:
-        package: the package. Its file imports its names for the type checker only, and parts that
-            extend it add theirs.
-    """
+    """The ``__getattr__`` of a package whose names are imported on first use. The package's file
+    imports its names for the type checker only, and parts that extend it add theirs."""
 
     def find(name: str) -> Any:
         home = homes(package).get(name)

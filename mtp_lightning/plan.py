@@ -43,23 +43,14 @@ _SINGLE = 4  # bytes per fp32 number
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """Assumptions about the machines. The defaults are those of an H100 (SXM), eight per machine.
+    """Assumptions about the machines. The defaults are for the H100 (SXM), eight per machine."""
 
-    Attributes:
-        peak: bf16 FLOP/s of a device, as published for dense matrices.
-        mfu: share of the peak that training reaches when it does not wait for the network.
-        memory: bytes of memory per device.
-        in_machine: devices per machine. They form one hsdp shard group.
-        near: bytes per second from a device to others of its machine (NVLink, as measured).
-        far: bytes per second between machines (400 Gb/s per device).
-    """
-
-    peak: float = 989e12
-    mfu: float = 0.4
-    memory: float = 80e9
-    in_machine: int = 8
-    near: float = 350e9
-    far: float = 45e9
+    peak: float = 989e12  # bf16 FLOP/s of a device, as published for dense matrices
+    mfu: float = 0.4  # share of the peak that training reaches without waiting for the network
+    memory: float = 80e9  # bytes per device
+    in_machine: int = 8  # devices per machine, which form one hsdp shard group
+    near: float = 350e9  # bytes/s from a device to others of its machine (NVLink, as measured)
+    far: float = 45e9  # bytes/s between machines (400 Gb/s per device)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,19 +61,12 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of memory on one device.
+    """Bytes of memory on one device."""
 
-    Attributes:
-        states: the device's own weights, gradients and moments.
-        gathered: weights that are gathered for a while, and their gradients.
-        activations: activations kept for the backward pass of one micro-batch.
-        head: logits of one chunk.
-    """
-
-    states: float
-    gathered: float
-    activations: float
-    head: float
+    states: float  # the device's own weights, gradients and moments
+    gathered: float  # weights that are gathered for a while, and their gradients
+    activations: float  # kept for the backward pass of one micro-batch
+    head: float  # logits of one chunk
 
     @property
     def total(self) -> float:
@@ -141,20 +125,12 @@ def _(layer: ExpertsConfig, trunk: TrunkConfig, index: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A planned training on a number of devices.
-
-    Attributes:
-        model: trunk and stack.
-        seq_len: T.
-        batch: windows per micro-batch of a device.
-        devices: devices of all machines.
-        machines: the assumptions about the machines.
-    """
+    """A planned training on a number of devices."""
 
     model: ModelConfig
-    seq_len: int
-    batch: int
-    devices: int
+    seq_len: int  # T
+    batch: int  # windows per micro-batch of a device
+    devices: int  # of all machines
     machines: Machines = Machines()
 
     @property
@@ -176,17 +152,16 @@ class Plan:
         params, blocks = self.model.num_params(), self._block_params
         block, root = max(blocks), params - sum(blocks)
         states = float(_STATES * self._trained + _SINGLE * (params - self._trained))
+        shard = {"ddp": 1, "fsdp": self.devices, "hsdp": self.shard}[strategy]
+        gathered = _HALF * params
         if strategy == "ddp":
-            gathered = _SINGLE * self._trained + _HALF * params
-        else:
-            shard = self.devices if strategy == "fsdp" else self.shard
-            states /= shard
+            gathered += _SINGLE * self._trained
+        elif shard > 1:
             gathered = _HALF * (root + 2 * block) + _SINGLE * block
-            gathered = gathered if shard > 1 else _HALF * params
         trunk = self.model.trunk
         rows = min(chunk_rows(trunk.vocab_size, torch.device("cuda")), self.batch * self.seq_len)
         return Memory(
-            states=states,
+            states=states / shard,
             gathered=gathered,
             activations=self.batch * self.seq_len * self._kept(),
             head=(_SINGLE + _HALF) * rows * trunk.vocab_size,
@@ -207,25 +182,25 @@ class Plan:
         """
         n = self.devices
         if strategy == "ddp":
-            return self._ring(2 * _SINGLE * self._trained, n, self._link(n))
+            return self._ring(2 * _SINGLE * self._trained, n)
         moved = 2 * _HALF * self.model.num_params() + _SINGLE * self._trained
         if strategy == "fsdp":
-            return self._ring(moved, n, self._link(n))
+            return self._ring(moved, n)
         replicas = n // self.shard
         between = self._ring(2 * _SINGLE * self._trained / self.shard, replicas, self.machines.far)
-        return self._ring(moved, self.shard, self.machines.near) + between
+        return self._ring(moved, self.shard) + between
 
     def tokens_per_second(self, strategy: str) -> float:
         """Tokens per second of all devices, if arithmetic and network overlap completely."""
         seconds = max(self.compute_seconds(), self.network_seconds(strategy))
         return self.devices * self.batch * self.seq_len / seconds
 
-    def _link(self, n: int) -> float:
+    def _ring(self, moved: float, n: int, link: float | None = None) -> float:
+        """Seconds of a ring of ``n`` devices; its slowest link is one between machines if it spans
+        several."""
         machines = self.machines
-        return machines.near if n <= machines.in_machine else machines.far
-
-    def _ring(self, moved: float, n: int, link: float) -> float:
-        return moved * (n - 1) / n / link
+        slowest = machines.near if n <= machines.in_machine else machines.far
+        return moved * (n - 1) / n / (link or slowest)
 
     def _kept(self) -> float:
         """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
@@ -274,12 +249,8 @@ class Plan:
 
 
 def describe(plans: Sequence[Plan], tokens: float) -> list[str]:
-    """The lines of the report: two about the assumptions, and an aligned table.
-
-    Args:
-        plans: plans of one model, one per number of devices.
-        tokens: the length of the training.
-    """
+    """The lines of the report: two about the assumptions, and an aligned table. The plans are those
+    of one model, one per number of devices; ``tokens`` is the length of the training."""
     first, machines, model = plans[0], plans[0].machines, plans[0].model
     flops = first.cost.per_token(first.seq_len)
     head = [
@@ -307,14 +278,8 @@ def describe(plans: Sequence[Plan], tokens: float) -> list[str]:
 
 
 def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
-    """Parse a command line.
-
-    Args:
-        arguments: ``devices``, ``tokens``, ``vocab_size`` and the fields of :class:`Machines` as
-            ``KEY=VALUE``. All others are train.py's.
-
-    Returns:
-        The plans, and the number of tokens.
+    """The plans and the number of tokens of a command line: ``devices``, ``tokens``, ``vocab_size``
+    and the fields of :class:`Machines` as ``KEY=VALUE``. All others are train.py's.
 
     Raises:
         UserError: a value is not a number, or settings do not fit together.
@@ -346,16 +311,8 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
             raise UserError(
                 f"devices={n}: give at least 1, and whole machines of {machines.in_machine}."
             )
-    plans = [
-        Plan(
-            model=model,
-            seq_len=cfg.data.seq_len,
-            batch=cfg.data.batch_size,
-            devices=n,
-            machines=machines,
-        )
-        for n in devices
-    ]
+    sizes = {"seq_len": cfg.data.seq_len, "batch": cfg.data.batch_size}
+    plans = [Plan(model=model, devices=n, machines=machines, **sizes) for n in devices]
     return plans, numbers["tokens"]
 
 

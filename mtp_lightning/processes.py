@@ -36,13 +36,8 @@ class Peers:
     leads: bool = True
 
     def broadcast(self, key: str, decide: Callable[[], Any]) -> Any:
-        """Return the first process's decision in all processes.
-
-        Args:
-            key: the name of the decision.
-            decide: makes the decision. It is called in the first process only, and returns a value
-                that JSON can hold.
-        """
+        """Return the first process's decision in all processes. Only the first process calls
+        ``decide``, which returns a value that JSON can hold; ``key`` names the decision."""
         return decide()
 
     def in_turn(self) -> AbstractContextManager[None]:
@@ -83,13 +78,8 @@ class Tensors:
         """Shard the model of a LightningModule if its strategy shards models."""
 
     def whole_model(self, run: Any, *, everywhere: bool) -> Any:
-        """The unsharded model of a LightningModule, for work of one process.
-
-        Args:
-            run: the LightningModule.
-            everywhere: whether each process gets the model; otherwise only the first does, and the
-                others get None.
-        """
+        """The unsharded model of a LightningModule, for work of one process: in each process if
+        ``everywhere``, otherwise in the first one only, and None in the others."""
         return run.model
 
 
@@ -108,10 +98,8 @@ def attach(access: Tensors) -> None:
 
 
 def find(trainer: Mapping[str, Any] | None = None) -> Peers:
-    """Connect to the processes of this run.
-
-    Args:
-        trainer: the config group; None before the config is composed.
+    """Connect to the processes of this run; its config group ``trainer`` is None before the config
+    is composed.
 
     Raises:
         UserError: settings do not fit together, there are several processes without the part, or a
@@ -127,11 +115,8 @@ def find(trainer: Mapping[str, Any] | None = None) -> Peers:
 
 
 def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
-    """Lightning's strategy for the group ``trainer``: an object or a name.
-
-    Args:
-        trainer: the config group.
-        may_skip: whether some parameters get no gradient in some steps.
+    """Lightning's strategy for the group ``trainer``: an object or a name. With ``may_skip``, some
+    parameters get no gradient in some steps.
 
     Raises:
         UserError: there are several processes without the part.

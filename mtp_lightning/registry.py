@@ -81,11 +81,8 @@ class Registered:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, allow: Collection[str] = ()) -> Self:
-        """Build a config from the result of :meth:`to_dict`.
-
-        Args:
-            data: the stored config.
-            allow: packages that may be imported for their variants.
+        """Build a config from the result of :meth:`to_dict`; the packages in ``allow`` may be
+        imported for their variants.
 
         Raises:
             UserError: a variant or field is unknown, or a module is not allowed.

@@ -63,11 +63,9 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
     (``python -m benchmarks.runs threads``).
 
     Args:
-        n: number of threads; None for all cores but one, or for OMP_NUM_THREADS if that is set.
+        n: a whole number of at least 1; None for all cores but one, or for OMP_NUM_THREADS if that
+            is set.
         processes: processes that share this machine's cores to train one model.
-
-    Raises:
-        UserError: ``n`` is not a whole number of at least 1.
     """
     if n is None:
         if "OMP_NUM_THREADS" in os.environ:

@@ -33,14 +33,8 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 
 def require(condition: bool, key: str, value: Any, wanted: str) -> None:
-    """Refuse the value of a dotted key unless a condition holds.
-
-    Args:
-        wanted: the allowed values, in words that follow "must be".
-
-    Raises:
-        UserError: the condition does not hold.
-    """
+    """Refuse the value of a dotted key by a :class:`UserError` unless a condition holds. ``wanted``
+    are the allowed values, in words that follow "must be"."""
     if not condition:
         # Python refuses to print a number of thousands of digits.
         bits = int(value).bit_length() if is_whole(value) else 0
@@ -51,11 +45,8 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
 def require_whole(
     key: str, value: Any, *, least: int | None = None, most: int | None = None
 ) -> int:
-    """Return the value, which must be a Python int (checkpoints store no others) within bounds.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Return the value, which must be a Python int (checkpoints store no others) within bounds;
+    otherwise raise a :class:`UserError`."""
     whole = isinstance(value, int) and is_whole(value) and is_number(value)
     fits = whole and (least is None or value >= least) and (most is None or value <= most)
     require(fits, key, value, "a whole number" + _bounds(least, None, most, None))
@@ -71,12 +62,9 @@ def require_number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Return the value, which must be a number within bounds. ``least`` and ``most`` are inclusive,
-    ``above`` and ``below`` exclusive; there is at most one lower and one upper bound.
-
-    Raises:
-        UserError: it is not a number, or out of bounds.
-    """
+    """Return the value, which must be a number within bounds; otherwise raise a :class:`UserError`.
+    ``least`` and ``most`` are inclusive, ``above`` and ``below`` exclusive; there is at most one
+    lower and one upper bound."""
     fits = (
         is_number(value)
         and (least is None or value >= least)
@@ -89,21 +77,13 @@ def require_number(
 
 
 def require_bool(key: str, value: Any) -> bool:
-    """Return the value, which must be true or false.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Return the value, which must be true or false; otherwise raise a :class:`UserError`."""
     require(isinstance(value, bool), key, value, "true or false")
     return value
 
 
 def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
-    """Return the value, which must be one of ``choices``.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Return the value, which must be one of ``choices``; otherwise raise a :class:`UserError`."""
     if value not in choices:
         raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
     return value

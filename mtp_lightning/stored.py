@@ -126,13 +126,14 @@ def require_sizes(node: Any, *, source: object = None) -> None:
         if "seed" in parts[-1] or not isinstance(value, int):
             continue
         most = LARGEST.get(parts[-1], LARGEST_OF_TASK if "task" in parts else LARGEST_ELSE)
-        if value > most and source is None:
+        if value <= most:
+            continue
+        if source is None:
             raise UserError(f"data.{key}={brief(value)} is too large: give at most {most:,}.")
-        if value > most:
-            raise UserError(
-                f"{source} is refused: its data.{key} is {brief(value)}, and a stored value may be "
-                f"at most {most:,}."
-            )
+        raise UserError(
+            f"{source} is refused: its data.{key} is {brief(value)}, and a stored value may be "
+            f"at most {most:,}."
+        )
 
 
 def brief(number: int) -> str:
@@ -267,9 +268,6 @@ def require_fits(
         sizes: its sizes, by the key that sets each.
         holds: the part of the thing that needs these bytes.
         machines: the number of machines, of this one's size, that share it.
-
-    Raises:
-        UserError: it does not fit.
     """
     if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * machines):
         settings = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())

@@ -84,7 +84,7 @@ def processor(root: Path = Path("/")) -> str:
     AVX2": virtual machines give processors of all generations one name. Empty where the system does
     not tell it. ``root`` is the root of the file system, for tests."""
     try:
-        first, _, _ = (root / "proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+        first = (root / "proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
         return platform.processor()
     facts = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
@@ -114,8 +114,7 @@ def cores() -> int:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processor seconds per second that this process's control groups allow; None for no limit.
     ``root`` is the root of the file system, for tests."""
-    quotas = [*_quotas_of_version_2(root), *_quotas_of_version_1(root)]
-    return min(quotas) if quotas else None
+    return min((*_quotas_of_version_2(root), *_quotas_of_version_1(root)), default=None)
 
 
 def groups_around(root: Path) -> Iterator[Path]:

@@ -136,16 +136,11 @@ def require_fitting(
     optional: Collection[str] = (),
     message: str,
 ) -> None:
-    """Refuse tensors that are missing, unknown or of another shape.
-
-    Args:
-        expected: the shapes that are needed, by name.
-        actual: the shapes that were found, by name.
-        optional: names that may be missing.
-        message: the first words of the error message, which name the file.
+    """Refuse tensors that are missing (unless ``optional``), unknown or of another shape, by the
+    shapes by name that are expected and those found.
 
     Raises:
-        UserError: the message names the tensors.
+        UserError: it names the tensors, after ``message``, which names the file.
     """
     known = {*actual, *optional}
     problems = [f"{name} is missing" for name in expected if name not in known]

@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 # gloo's messages when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer")
 _BEAT = 2.0
+# Seconds without a sign of life after which a process counts as gone. After the same time, a
+# message names a process that has not started yet.
 SILENCE = 20.0
-"""Seconds without a sign of life after which a process counts as gone. After the same time, a
-message names a process that has not started yet."""
+# Seconds to wait for a process that has not started yet.
 PATIENCE = 600.0
-"""Seconds to wait for a process that has not started yet."""
 # Seconds for connected processes to notice a lost one themselves. They get more after SIGTERM,
 # since all of them then save.
 _GRACE, _SAVING = 15.0, 60.0
@@ -58,9 +58,8 @@ def errors_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
 
 def gone_peer(evidence: str, folder: Path | None = None) -> UserError:
     """The error for a process that has ended early, with the evidence for it."""
-    remedy = "Start all of them again."
-    if folder is not None:
-        remedy = f"With run_dir={folder} the same command continues from the last checkpoint."
+    continues = f"With run_dir={folder} the same command continues from the last checkpoint."
+    remedy = "Start all of them again." if folder is None else continues
     return UserError(
         f"another process of this run has ended ({evidence}), so this one ends too: the last lines "
         f"of its output say why. {remedy}"
@@ -75,15 +74,9 @@ def _end(evidence: str, folder: Path) -> None:
 
 
 class Pulse(threading.Thread):
-    """A thread that writes this process's signs of life to the store, and watches the others'.
-
-    It ends when the processes are connected.
-
-    Args:
-        store: the store that all processes share.
-        rank: the rank of this process.
-        size: returns the number of processes, 0 until it is known.
-    """
+    """A thread that writes this process's signs of life to the store that all processes share, and
+    watches the others', until the processes are connected. ``size`` returns the number of
+    processes, 0 until it is known."""
 
     def __init__(self, store: dist.Store, rank: int, size: Callable[[], int]) -> None:
         super().__init__(daemon=True, name="pulse")

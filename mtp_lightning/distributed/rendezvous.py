@@ -55,10 +55,8 @@ class Rendezvous(Peers):
     """This process and the others, before training.
 
     Attributes:
-        rank: the rank of this process among those that prepare the run.
-        size: the number of those processes.
-        local_rank: the rank of this process on its machine.
-        node: the number of this machine.
+        rank: the rank of this process among the ``size`` processes that prepare the run.
+        local_rank: the rank of this process on its machine, which has the number ``node``.
         store: the store that all processes share; None for a single process.
     """
 
@@ -80,11 +78,7 @@ class Rendezvous(Peers):
 
     def broadcast(self, key: str, decide: Callable[[], Any]) -> Any:
         """Return the first process's decision in all processes; within :meth:`handing_on`, also in
-        those that Lightning starts. Arguments as for :class:`Peers`.
-
-        Raises:
-            UserError: the first process failed.
-        """
+        those that Lightning starts. If the first process failed, the others raise a UserError."""
         if key in self._received:
             return self._received[key]
         unique = self._unique(key)
@@ -114,11 +108,8 @@ class Rendezvous(Peers):
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Run a block in the first process before the others, which then find its files. The first
-        process of each machine runs next, because the disk may be local to a machine.
-
-        Raises:
-            UserError: an earlier process failed.
-        """
+        process of each machine runs next, because the disk may be local to a machine. If an earlier
+        process failed, the others raise a UserError."""
         done = self._unique("done")
         if self.rank > 0:
             self._get(done if self.local_rank == 0 else f"{done} on {self.node}")
@@ -130,11 +121,7 @@ class Rendezvous(Peers):
             self._set(done, "")
 
     def require_shared(self, folder: Path) -> None:
-        """Check that all processes see the same run folder.
-
-        Raises:
-            UserError: a process does not see it; all processes raise this.
-        """
+        """Check that all processes see the same run folder; otherwise all raise a UserError."""
         if self.store is None:
             return
         name = self.broadcast("witness", lambda: f".seen_by_all_{uuid.uuid4().hex}")
@@ -164,7 +151,6 @@ class Rendezvous(Peers):
                 )
 
     def watched(self, folder: Path) -> AbstractContextManager[None]:
-        """See :func:`~mtp_lightning.distributed.liveness.errors_of_lost_peers`."""
         return errors_of_lost_peers(folder)
 
     def check(self, trainer: Mapping[str, Any]) -> None:
@@ -280,11 +266,7 @@ def _connected(rank: int, size: int, local_rank: int, node: int) -> Rendezvous:
 
 
 def _reach(host: str, port: int) -> None:
-    """Wait for the first process, which may start late.
-
-    Raises:
-        UserError: it does not start.
-    """
+    """Wait for the first process, which may start late; a :class:`UserError` if it does not."""
     began, reported = time.monotonic(), False
     while True:
         try:

@@ -36,25 +36,15 @@ _MOST_SHARDS = 1 << 20
 
 
 class Pieces:
-    """A sharded tensor, whose rows are read when they are needed.
-
-    Args:
-        outline: a tensor with its shape and dtype.
-        parts: the number of shards.
-        piece: reads the rows of a shard.
-    """
+    """A tensor of the shape and dtype of ``outline`` in a number of shards, whose rows ``piece``
+    reads when they are needed."""
 
     def __init__(self, outline: Tensor, parts: int, piece: Callable[[int], Tensor]) -> None:
         self.shape, self.dtype = outline.shape, outline.dtype
         self._parts, self._piece = parts, piece
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read a copy of the rows from ``start`` up to ``stop``.
-
-        Raises:
-            FileNotFoundError: the file of a shard is missing.
-            UserError: it is damaged, or holds something else.
-        """
+        """Read a copy of the rows from ``start`` up to ``stop``; errors as for :func:`filled`."""
         shards = []
         size = max(1, -(-self.shape[0] // self._parts))
         for part in range(start // size, -(-stop // size)):
@@ -70,11 +60,8 @@ def part_file(folder: Path, key: str, part: int, parts: int) -> Path:
 
 
 def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
-    """Yield the files of the shards that belong to an index.
-
-    Raises:
-        UserError: the index is damaged.
-    """
+    """Yield the files of the shards that belong to an index. A damaged index raises a
+    :class:`UserError`."""
     if not is_sharded(content):
         return
     folder, parts = _described(content, path)
@@ -85,11 +72,7 @@ def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
 
 def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a sharded checkpoint, given its index: sharded tensors become :class:`Pieces`, and
-    others stay as they are.
-
-    Raises:
-        UserError: the index is damaged.
-    """
+    others stay as they are. A damaged index raises a :class:`UserError`."""
     folder, parts = _described(content, path)
     read = cache(partial(_read, index=path))
 
@@ -131,16 +114,11 @@ def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     if any(without_content(value) for key, value in content.items() if key not in KINDS):
         raise damaged(path)
-
-    whole: dict[str, Any] = tree_map_only(
-        Pieces, lambda pieces: pieces.rows(0, pieces.shape[0]), opened(content, path)
-    )
-    return whole
+    return tree_map_only(Pieces, lambda part: part.rows(0, part.shape[0]), opened(content, path))
 
 
 def sweep(folder: Path) -> None:
-    """Remove the shards that belong to no checkpoint of a folder: those of replaced checkpoints and
-    of unfinished saves."""
+    """Remove the shards of replaced checkpoints and of unfinished saves from a folder."""
     wanted: set[Path] = set()
     for index in folder.glob("*.ckpt"):
         try:

@@ -29,12 +29,11 @@ _FAILED, _AT_WORK, _DONE = -1, 0, 1
 
 
 class ShardWriting:
-    """One process's part in writing a checkpoint.
+    """One process's part in writing a checkpoint of a model that is sharded on ``mesh``.
 
     Args:
         checkpoint: the checkpoint, with the same content on every process except for the shards.
         target: the path of the index.
-        mesh: the mesh that the model is sharded on.
         group: a process group of all processes for CPU tensors.
     """
 

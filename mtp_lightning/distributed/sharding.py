@@ -51,7 +51,6 @@ def shard(
     Args:
         root: the module whose ``forward`` is called. Its parameters outside of units stay gathered
             from the start of the forward to the end of the backward pass.
-        mesh: the result of :func:`build_mesh`.
         units: submodules that are gathered one at a time.
         precise: submodules of units that compute in the stored precision.
         low: the precision in which units are gathered and compute; None for the stored one.
@@ -98,12 +97,8 @@ def local(tensor: Tensor) -> Tensor:
 def gathered(state: Any, *, everywhere: bool = False) -> Any:
     """Gather a nested state dict: its tensors become whole, on the CPU.
 
-    Args:
-        state: the state dict, with the same content on every process except for the shards.
-        everywhere: whether each process gets the result, or only the first.
-
-    Returns:
-        The state dict; on the other processes an empty dictionary.
+    The state dict has the same content on every process except for the shards. Unless
+    ``everywhere``, all processes but the first get an empty dictionary.
     """
     keep = everywhere or dist.get_rank() == 0
 
@@ -187,12 +182,8 @@ def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """Send a tensor from the first process to all, and return this process's shard.
-
-    Args:
-        tensor: the whole tensor; on the other processes, one of its shape without content.
-        like: a tensor on the wanted device that is sharded in the same way.
-    """
+    """Send a whole tensor from the first process to all, which have one of its shape without
+    content, and return this process's shard, on the device of ``like`` and sharded as it is."""
     device = local(like).device
     if tensor.is_meta:
         content = torch.empty_like(tensor, device=device)

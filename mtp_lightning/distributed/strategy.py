@@ -58,22 +58,16 @@ def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Stra
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 on a mesh of (shards) or of (replicas, shards).
-
-    Args:
-        shard_size: processes that share one replica of the model; None for all.
-        split_gb: size of a checkpoint, in 10^9 bytes, above which each process writes its shards.
-    """
+    """FSDP2 on a mesh of (shards) or of (replicas, shards). ``shard_size`` processes (None for all)
+    share one replica. If a checkpoint is larger than ``split_gb`` (10^9 bytes), each process writes
+    its shards."""
 
     def __init__(self, shard_size: int | None, *, split_gb: float) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.shard_size = shard_size
         self.split_gb = split_gb
-        # Whether the newest checkpoint is sharded, since the model is too large for one process.
-        self.in_parts = False
-        # Whether shards are written while training continues. The code that sets this must call
-        # ``settled``.
-        self.writes_beside = False
+        # See :class:`~mtp_lightning.callbacks.base.WritesBeside`.
+        self.in_parts = self.writes_beside = False
         self._writing: ShardWriting | None = None
         self._cpu_group: Any = None
 
@@ -97,7 +91,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning passes the optimizer's state to this strategy."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -160,11 +153,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint or content[0]
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Distribute the weights over the processes.
-
-        Raises:
-            UserError: the checkpoint's weights have other names than the model's.
-        """
+        """Distribute the weights, which have the model's names, over the processes."""
         assert self.lightning_module is not None
         weights, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
         if weights.keys() != stored.keys():
@@ -199,9 +188,8 @@ def _spread_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, A
 def _spread_entry(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor | shard_files.Pieces):
         return value
-    if value.shape == parameter.shape:
-        return _own_shard(value, parameter)
-    return _own_shard(value, local(parameter).new_empty(0))
+    like = parameter if value.shape == parameter.shape else local(parameter).new_empty(0)
+    return _own_shard(value, like)
 
 
 def _own_shard(stored: Tensor | shard_files.Pieces, like: Tensor) -> Tensor:

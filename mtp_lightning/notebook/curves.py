@@ -29,9 +29,8 @@ def draw_overview(metrics: DataFrame) -> Figure:
     """The loss of every depth in training and validation; next to it the acceptance of drafts, or
     the share of right answers of a task, if either was logged."""
     is_task = "val/exact_match" in metrics
-    shares = _numbered(metrics, "decode/acceptance_position_")
-    if is_task:
-        shares = {0: "val/exact_match"}
+    drafts = _numbered(metrics, "decode/acceptance_position_")
+    shares = {0: "val/exact_match"} if is_task else drafts
     figure, axes = _figure(2 if shares else 1)
     for depth, tag in _numbered(metrics, "val/loss_depth_").items():
         color = _COLORS[depth % len(_COLORS)]

@@ -15,14 +15,8 @@ _LAST_LINES = 30
 
 
 def start(command: Sequence[str], *, quiet: bool = False) -> None:
-    """Runs ``python COMMAND`` to its end.
-
-    An interrupt is passed on to the program, which then ends cleanly; the rest of its output is
-    shown.
-
-    Args:
-        command: arguments of Python.
-        quiet: show nothing.
+    """Runs ``python COMMAND`` to its end, and shows its output unless ``quiet``. An interrupt is
+    passed on to the program, which then ends cleanly; the rest of its output is shown.
 
     Raises:
         RuntimeError: if the program failed, with its last sentence.

@@ -38,11 +38,7 @@ _SHOWN = {
 
 
 class _Folder:
-    """The files of a folder, read again at every use.
-
-    Args:
-        folder: the run's or the sweep's folder.
-    """
+    """The files of the folder of a run or sweep, read again at every use."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -50,8 +46,7 @@ class _Folder:
     def _read(self, name: str, missing: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
             raise FileNotFoundError(missing)
-        content: dict[str, Any] = read_json(self.folder / name)
-        return content
+        return read_json(self.folder / name)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
@@ -64,11 +59,7 @@ class _Folder:
 
 
 class Run(_Folder):
-    """The files of a run's folder, read again at every use.
-
-    Args:
-        folder: the run's folder.
-    """
+    """The files of a run's folder, read again at every use."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -105,21 +96,14 @@ class Run(_Folder):
         return draw(metrics, tags) if tags else draw_overview(metrics)
 
     def generate(self, prompt: str, **options: Any) -> Text:
-        """Text from the run's best checkpoint.
-
-        Args:
-            prompt: text to continue.
-            options: keys of ``generate.py``: ``max_new_tokens``, ``temperature``, ...
-        """
+        """The prompt's continuation by the run's best checkpoint; ``options`` are keys of
+        ``generate.py``: ``max_new_tokens``, ``temperature``, ..."""
         overrides = (f"{key}={_typed(value)}" for key, value in options.items())
         return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *overrides)
 
     def evaluate(self, *overrides: str) -> dict[str, Any]:
-        """Metrics of the run's best checkpoint, on its own evaluation text or another (``data=``).
-
-        Args:
-            overrides: overrides of ``evaluate.py``.
-        """
+        """Metrics of the run's best checkpoint, on its own evaluation text or, by overrides of
+        ``evaluate.py`` (``data=``), on another."""
         return evaluate(f"checkpoint={self.folder}", *overrides)
 
     def _table_html(self) -> str:
@@ -136,11 +120,7 @@ class Run(_Folder):
 
 
 class Sweep(_Folder):
-    """The files of a sweep's folder, read again at every use.
-
-    Args:
-        folder: the sweep's folder.
-    """
+    """The files of a sweep's folder, read again at every use."""
 
     @property
     def runs(self) -> list[Run]:
@@ -170,11 +150,8 @@ class Sweep(_Folder):
         return DataFrame(list(rows.values()), index=list(rows))
 
     def report(self) -> Path:
-        """``python -m sweeps.report``: means, intervals, tests and figures, as one page.
-
-        Returns:
-            The page's file.
-        """
+        """``python -m sweeps.report``: means, intervals, tests and figures, as one page, whose file
+        is returned."""
         start(["-m", "sweeps.report", str(self.folder)], quiet=True)
         return self.folder / "report.html"
 
@@ -231,8 +208,7 @@ def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
         # Hydra takes the last of two values.
         output = Path(_value("output", overrides) or f"{folder}/metrics.json")
         start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
-        metrics: dict[str, Any] = read_json(output)
-    return metrics
+        return read_json(output)
 
 
 def generate(*overrides: str) -> Text:
