@@ -77,12 +77,9 @@ class ChatTemplate:
             UserError: the template does not take these messages.
         """
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                **dict.fromkeys(("tools", "documents")),  # none, as transformers says it
-                **self._specials,
-            )
+            none = dict.fromkeys(("tools", "documents"))  # as transformers says it
+            given = {"messages": list(messages), "add_generation_prompt": True}
+            return self._template.render(**given, **none, **self._specials)
         except Exception as error:  # an untrusted program may raise anything
             reason = str(error).strip().rstrip(".") or type(error).__name__
             raise UserError(

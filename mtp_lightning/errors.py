@@ -32,11 +32,7 @@ def missing_package(name: str, *, what: str, extra: str | None) -> UserError:
 
 
 def require_package(name: str, *, what: str, extra: str) -> None:
-    """Check that a package is installed, before hours of work that would fail without it.
-
-    Raises:
-        UserError: :func:`missing_package`.
-    """
+    """Refuse a missing package, before hours of work that would fail without it."""
     if importlib.util.find_spec(name) is None:
         raise missing_package(name, what=what, extra=extra)
 

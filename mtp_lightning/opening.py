@@ -120,11 +120,8 @@ def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:
-    """The state of the tokenizer in a folder with a tokenizer.json.
-
-    Raises:
-        UserError: the tokenizer cannot be read, or has no end-of-text token.
-    """
+    """The state of the tokenizer in a folder with a tokenizer.json. One that cannot be read, or has
+    no end-of-text token, raises a :class:`UserError`."""
     from data_modules.tokenizers import PretrainedTokenizer
 
     return PretrainedTokenizer(str(folder)).state()

@@ -22,22 +22,15 @@ from mtp_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """An optional part.
+    """An optional part."""
 
-    Attributes:
-        module: the part's package, or its module if it is one file.
-        brings: the part's function, for messages.
-        extends: the package of the core to which the part adds names; empty if it adds none.
-        command: the module whose ``main`` is the part's command of ``mtp-lightning``, and the
-            command's help; empty without a command.
-        formats: the kinds of paths that the part's ``read`` opens as a model (``opening.py``): for
-            each name, a function that says whether a path is of that kind, without opening a file.
-    """
-
-    module: str
-    brings: str
-    extends: str = ""
+    module: str  # the part's package, or its module if it is one file
+    brings: str  # the part's function, for messages
+    extends: str = ""  # the package of the core to which the part adds names
+    # The module whose ``main`` is the part's command of ``mtp-lightning``, and the command's help.
     command: tuple[str, str] | tuple[()] = ()
+    # The kinds of paths that the part's ``read`` opens as a model (``opening.py``): for each name,
+    # a function that says whether a path is of that kind, without opening a file.
     formats: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
 
 

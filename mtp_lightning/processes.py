@@ -25,15 +25,10 @@ _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class Peers:
-    """The processes that prepare one run together. This base class is a single process.
+    """The processes that prepare one run together. This base class is a single process."""
 
-    Attributes:
-        rank: the rank of this process.
-        leads: whether this is the first process. A process that another one has started is not.
-    """
-
-    rank: int = 0
-    leads: bool = True
+    rank: int = 0  # of this process
+    leads: bool = True  # whether it is the first one, and no other one has started it
 
     def broadcast(self, key: str, decide: Callable[[], Any]) -> Any:
         """Return the first process's decision in all processes. Only the first process calls
@@ -151,11 +146,7 @@ def check(trainer: Mapping[str, Any]) -> None:
 
 
 def require_whole_gradients(trainer: Mapping[str, Any], what: str) -> None:
-    """Refuse a sharded model for a method that needs the whole gradient of each task.
-
-    Raises:
-        UserError: the config shards the model.
-    """
+    """Refuse a sharded model for a method that needs the whole gradient of each task."""
     if trainer["strategy"] == "fsdp":
         raise UserError(
             f"{what} takes every task's gradient by itself, which trainer.strategy=fsdp has on no "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,9 +30,7 @@ def keep_freed_memory() -> None:
     activations mapped and zeroed page by page again, which takes up to a third of a step on a CPU
     (``python -m benchmarks.train_step memory``).
     """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # another system or C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

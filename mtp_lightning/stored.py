@@ -1,7 +1,7 @@
 """The rules for values from stored files. All readers of stored files use them.
 
 A run, a checkpoint, a sweep's plan, a claim, a tokenizer or a model may come from anybody, so its
-values are treated as data:
+values are treated as data, and the functions below refuse others by a :class:`UserError`:
 
 * a text with an interpolation (``${oc.env:TOKEN}``) is refused, since runs store resolved values;
 * a class must be one that conf/ builds (:func:`own_targets`) or belong to a package that the user
@@ -93,11 +93,7 @@ def values(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def require_text(node: Any, *, source: object) -> None:
-    """Refuse interpolations in plain containers.
-
-    Raises:
-        UserError: a text has ``${``, or the containers are nested too deeply.
-    """
+    """Refuse a text with ``${`` in plain containers, and containers that are nested too deeply."""
     try:
         for key, value in values(node):
             for text in (key, value):
@@ -117,9 +113,6 @@ def require_sizes(node: Any, *, source: object = None) -> None:
         node: the settings.
         source: the file that stores them; None for those of a command line, so that no run begins
             that could not be evaluated.
-
-    Raises:
-        UserError: a whole number exceeds the largest one for its key.
     """
     for key, value in values(node):
         parts = key.split(".")
@@ -165,9 +158,6 @@ def require_target(
         allow: packages whose own classes may be built, and names of :data:`NETWORK`.
         groups: groups of conf/ whose classes may be built; empty for all groups.
         how: the setting that allows a name, with ``{}`` for it.
-
-    Raises:
-        UserError: the class is not allowed.
     """
     if target not in own_targets(*groups) and not _defined_in(target, allow):
         raise UserError(
@@ -206,11 +196,7 @@ def targets(node: Any) -> list[str]:
 
 def require_network(target: str, allow: Collection[str], *, how: str) -> None:
     """Refuse a class that uses the network, unless ``allow`` has its name in :data:`NETWORK`;
-    arguments as for :func:`require_target`.
-
-    Raises:
-        UserError: the class is not allowed.
-    """
+    arguments as for :func:`require_target`."""
     name = NETWORK.get(target)
     if name is not None and name not in allow:
         raise UserError(
@@ -243,11 +229,7 @@ def is_cache(folder: Any) -> bool:
 
 def require_memory(config: Any, *, machines: int = 1) -> None:
     """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
-    this one's size) that share it, before it is built; a weight takes 2 bytes at least.
-
-    Raises:
-        UserError: the model is too large.
-    """
+    this one's size) that share it, before it is built; a weight takes 2 bytes at least."""
     trunk, depth = config.trunk, config.mtp.depth
     names = ("n_layers", "d_model", "d_ff", "vocab_size")
     sizes = {f"model.{key}": getattr(trunk, key) for key in names} | {"mtp.depth": depth}
@@ -283,11 +265,7 @@ def _gigabytes(n: int) -> str:
 
 def kept_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
     """The content of one of the files that are kept with a tokenizer, a JSON object; empty without
-    the file.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    the file. A damaged one is refused."""
     try:
         content = json.loads(files.get(name, "{}"))
     except (ValueError, TypeError, RecursionError) as error:

@@ -136,8 +136,8 @@ def require_fitting(
     optional: Collection[str] = (),
     message: str,
 ) -> None:
-    """Refuse tensors that are missing (unless ``optional``), unknown or of another shape, by the
-    shapes by name that are expected and those found.
+    """Compare the shapes of tensors by name. Refuse those that are missing, unless they are
+    ``optional``, unknown, or of another shape.
 
     Raises:
         UserError: it names the tensors, after ``message``, which names the file.

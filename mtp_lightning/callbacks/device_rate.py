@@ -35,16 +35,10 @@ _KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 @dataclass(frozen=True)
 class MatmulRate:
-    """FLOP/s of plain matrix products in this process.
+    """FLOP/s of plain matrix products in this process."""
 
-    Attributes:
-        fastest: of the measured products. This is what the device can do: other processes hardly
-            lower it.
-        typical: the median. This is what the device does now: other processes lower it.
-    """
-
-    fastest: float
-    typical: float
+    fastest: float  # of the measured products: other processes hardly lower it
+    typical: float  # the median: other processes lower it
 
 
 def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:

@@ -134,11 +134,8 @@ def _trainer_arguments() -> frozenset[str]:
 
 
 def require_allowed(name: str, value: Any, comment: str, option: str = "this option") -> None:
-    """Refuse a value that a key's comment does not allow; ``option`` owns the key, for messages.
-
-    Raises:
-        UserError: the value is not allowed; the message names the values that are.
-    """
+    """Refuse a value that a key's comment does not allow, and name those that it does. ``option``
+    owns the key, for messages."""
     if isinstance(value, str) and "${" in value:
         return
     if value is None and re.search(r"\bnull\b", comment):

@@ -42,11 +42,7 @@ _ASKED = 128 + signal.SIGTERM
 
 @contextmanager
 def errors_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
-    """Turn the error of a broken connection, during a block, into a :class:`UserError`.
-
-    Raises:
-        UserError: another process has ended.
-    """
+    """Turn the error of a connection to a process that has ended into a :class:`UserError`."""
     try:
         yield
     except RuntimeError as error:

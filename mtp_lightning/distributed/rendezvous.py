@@ -52,20 +52,14 @@ _SHOWN_SECONDS = 10.0
 
 @dataclass(eq=False)
 class Rendezvous(Peers):
-    """This process and the others, before training.
-
-    Attributes:
-        rank: the rank of this process among the ``size`` processes that prepare the run.
-        local_rank: the rank of this process on its machine, which has the number ``node``.
-        store: the store that all processes share; None for a single process.
-    """
+    """This process and the others, before training."""
 
     rank: int = 0
-    size: int = 1
+    size: int = 1  # the number of processes that prepare the run
     _: KW_ONLY
-    local_rank: int = 0
-    node: int = 0
-    store: dist.Store | None = None
+    local_rank: int = 0  # the rank of this process on its machine
+    node: int = 0  # the number of this machine
+    store: dist.Store | None = None  # shared by all processes; None for a single one
 
     def __post_init__(self) -> None:
         # The decisions of the process that started this one.

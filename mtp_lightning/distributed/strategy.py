@@ -38,11 +38,7 @@ _SPLIT_GB = 16.0
 
 
 def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Strategy:
-    """See :func:`mtp_lightning.processes.strategy`.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
+    """See :func:`mtp_lightning.processes.strategy`. Settings out of range are refused."""
     name, shard_size, split_gb = (
         trainer[key] for key in ("strategy", "shard_size", "split_checkpoint_gb")
     )
@@ -72,11 +68,8 @@ class ShardedStrategy(ModelParallelStrategy):
         self._cpu_group: Any = None
 
     def setup_environment(self) -> None:
-        """Connect the processes, and build their mesh.
-
-        Raises:
-            UserError: ``shard_size`` does not divide the number of processes.
-        """
+        """Connect the processes, and build their mesh. Their number must be a multiple of
+        ``shard_size``."""
         assert self.lightning_module is not None
         # Lightning's setup_environment would build a mesh for tensor parallelism.
         self._setup_distributed()
@@ -123,11 +116,8 @@ class ShardedStrategy(ModelParallelStrategy):
         self.settled(wait=not self.writes_beside)
 
     def settled(self, *, wait: bool) -> bool:
-        """Whether the newest checkpoint is complete. All processes must call this together.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Whether the newest checkpoint is complete; an OSError if it could not be written. All
+        processes must call this together."""
         if self._writing is not None:
             writing, self._writing = self._writing, None  # stays None if `ended` raises
             if not writing.ended(wait=wait):
@@ -153,7 +143,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint or content[0]
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Distribute the weights, which have the model's names, over the processes."""
+        """Distribute the weights over the processes; refuse other names than the model's."""
         assert self.lightning_module is not None
         weights, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
         if weights.keys() != stored.keys():

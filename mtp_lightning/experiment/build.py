@@ -110,7 +110,7 @@ def build_mtp(cfg: DictConfig) -> MTPConfig:
     options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
     if cfg.mtp.get("weights", "") is None:  # of mtp=bag
         options["weights"] = "none" if "task" in cfg.data else "idf"
-    return instantiate(cfg.mtp, kind=MTPConfig, **options)  # type: ignore[no-any-return]
+    return instantiate(cfg.mtp, kind=MTPConfig, **options)
 
 
 def build_balance(cfg: DictConfig) -> Balance:
@@ -134,12 +134,9 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig) -> MTPModule:
-    """Build the LightningModule with fresh weights. Checkpoints hold the tokenizer of the data, and
-    ``stored``: the config before matching, which gives the same layers and steps again.
-
-    Raises:
-        UserError: settings do not fit together.
-    """
+    """Build the LightningModule with fresh weights; refuse settings that do not fit together.
+    Checkpoints hold the tokenizer of the data, and ``stored``: the config before matching, which
+    gives the same layers and steps again."""
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
     objective = build_objective(cfg)
     _refuse_unfit(cfg, model_config.mtp, data, objective)

@@ -17,11 +17,8 @@ from mtp_lightning.run.config import affects_training, is_plain, key_of, lies_in
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the config ``name`` of conf/ with overrides as they are typed on the command line.
-
-    Raises:
-        UserError: the overrides do not fit the config.
-    """
+    """Compose the config ``name`` of conf/ with overrides as they are typed on the command line;
+    refuse those that do not fit it."""
     with (
         composing(overrides, name),
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
@@ -30,11 +27,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def checked_config(overrides: Sequence[str]) -> DictConfig:
-    """Compose the config of train.py, and check it as train.py does.
-
-    Raises:
-        UserError: the config has a mistake.
-    """
+    """Compose the config of train.py, and check it as train.py does; a mistake is a UserError."""
     cfg = compose_config("config", overrides)
     check_config.check(OmegaConf.to_container(cfg), "config", overrides)  # type: ignore[arg-type]
     return cfg

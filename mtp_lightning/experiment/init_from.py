@@ -123,14 +123,8 @@ def start_from(
     model: MTPModel, start: StoredModel, windows: WindowBatch | None = None
 ) -> dict[str, list[str]]:
     """Load the weights of ``start`` into a freshly initialized model. Modules that ``start`` lacks
-    are initialized by ``mtp.init``; ``last_block`` reads ``windows``, which is training text.
-
-    Returns:
-        See :func:`check_start`.
-
-    Raises:
-        UserError: see :func:`check_start`; or names or shapes do not fit.
-    """
+    are initialized by ``mtp.init``; ``last_block`` reads ``windows``, which is training text. The
+    result and the errors are those of :func:`check_start`."""
     modules = check_start(model, start)
     kept, new = modules["kept"], modules["new"]
     stored: dict[str, torch.Tensor | Stored] = {

@@ -70,7 +70,7 @@ class TextStream:
     out: TextIO
     prompt: str
     _: KW_ONLY
-    terminal: bool  # whether control characters in the text are replaced
+    terminal: bool  # whether ``out`` is one: control characters in the text are then replaced
     marks: Colors | Brackets | None  # for drafts; None writes the text alone
 
     def __post_init__(self) -> None:

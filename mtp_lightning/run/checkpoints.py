@@ -222,11 +222,7 @@ def _drop_optimizer(path: Path) -> None:
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:
-    """Refuse to save what `weights_only=True` could not load.
-
-    Raises:
-        UserError: an entry has another type; the message names both.
-    """
+    """Refuse to save an entry that `weights_only=True` could not load, with its place and type."""
     kind = type(value)
     if kind in _ATOMS or kind in _TENSORS:
         return
