@@ -1,7 +1,5 @@
 """Evaluates a trained model: ``mtp-lightning evaluate``; ``--help`` explains it."""
 
-from __future__ import annotations
-
 from mtp_lightning.apps import app
 
 main = app("evaluate", "mtp_lightning.experiment.evaluating.evaluate")

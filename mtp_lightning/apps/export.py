@@ -1,7 +1,5 @@
 """Exports a model: ``mtp-lightning export``; ``--help`` explains it."""
 
-from __future__ import annotations
-
 from mtp_lightning.apps import app
 
 main = app("export", "mtp_lightning.interop.export", part="interop")

@@ -1,7 +1,5 @@
 """Continues text: ``mtp-lightning generate``; ``--help`` explains it."""
 
-from __future__ import annotations
-
 from mtp_lightning.apps import app
 
 main = app("generate", "mtp_lightning.experiment.generating.generate_text", ends_with_reader=True)

@@ -1,7 +1,5 @@
 """Answers requests: ``mtp-lightning serve``; ``--help`` explains it."""
 
-from __future__ import annotations
-
 from mtp_lightning.apps import app
 
 main = app("serve", "mtp_lightning.serving.serve", part="serving")

@@ -11,15 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtp_lightning.command_line.quote import (
-    INPUTS,
-    LISTS,
-    MAPPINGS,
-    PLACES,
-    TEXTS,
-    literal,
-    quoted,
-)
+from mtp_lightning.command_line.quote import INPUTS, LISTS, MAPPINGS, PLACES, TEXTS, literal, quoted
 from mtp_lightning.run.config import flatten
 from tests.integration.helpers import composed
 

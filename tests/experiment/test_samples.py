@@ -55,11 +55,8 @@ def test_samples_mark_their_drafts_on_a_terminal(monkeypatch, capsys, depth, ter
     model = small_model(3, depth, vocab=257)
     print_samples(model, data(*CODE), seed=1)
     output = capsys.readouterr().out
-    assert re.findall(r"^--- (.*)$", output, re.MULTILINE) == [
-        "a function",
-        "a class",
-        "a sentence",
-    ]
+    kinds = re.findall(r"^--- (.*)$", output, re.MULTILINE)
+    assert kinds == ["a function", "a class", "a sentence"]
     assert "temperature 0.7" in output and "class Job(Base):\n" in output
     marked = depth > 0 and terminal
     assert ("drafts of depth" in output) == ("\x1b[32m" in output) == marked
