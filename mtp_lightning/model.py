@@ -73,7 +73,6 @@ class ModelConfig:
     def _param_counts(self) -> tuple[int, int, int]:
         model = self.on_meta()
         total, stack = n_weights(model), n_weights(model.mtp)
-        # Experts that a token is not sent to.
         idle = sum(getattr(x, "idle_params", lambda: 0)() for x in model.modules())
         lookup_table = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
         return total, total - idle - lookup_table, total - stack
@@ -84,11 +83,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any], *, allow: Collection[str] = ()) -> ModelConfig:
-        """The inverse of :meth:`to_dict`.
-
-        Args:
-            data: the config in a checkpoint.
-            allow: packages whose variants may be imported.
+        """The inverse of :meth:`to_dict`; variants may be imported from the packages in ``allow``.
 
         Raises:
             UserError: a variant or field is unknown, or a package is not allowed.
@@ -170,12 +165,8 @@ class MTPModel(nn.Module):
                 layer.compile()
 
     def forward(self, batch: WindowBatch, active: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Hidden states of depth 0 and of the ``active`` MTP depths, ready for the head.
-
-        Args:
-            batch: windows built for this model's depth.
-            active: depths in 1 .. D whose hidden states are wanted; by default all. Only what they
-                need is computed.
+        """Hidden states of depth 0 and of the ``active`` MTP depths, by default all, ready for the
+        head. Only what they need is computed.
 
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
@@ -201,10 +192,10 @@ class MTPModel(nn.Module):
         Args:
             batch: windows built for this model's depth.
             active: depths that will be computed.
-            auxiliary: collects auxiliary outputs of the trunk and, through the inputs, the stack.
+            auxiliary: collects the outputs of the trunk and, through the inputs, of the stack.
 
         Returns:
-            The trunk's output [B, T, C], which the head projects, and what the stack reads.
+            The trunk's output [B, T, C], which the head projects, and the inputs of the stack.
 
         Raises:
             UserError: the batch was built for another depth.
@@ -262,7 +253,6 @@ class MTPModel(nn.Module):
             previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
             tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
             ctx: of the T positions, with the cache of this depth.
-            tokens_apart: see :class:`StackInputs`.
 
         Returns:
             [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.

@@ -66,16 +66,11 @@ class ForwardContext:
         in_blocks: bool = False,
         auxiliary: AuxiliaryOutputs | None = None,
     ) -> ForwardContext:
-        """The context of positions 0 .. T-1 of whole windows.
+        """The context of positions 0 .. ``seq_len`` - 1 of whole windows of a model of ``dtype``.
 
         Args:
-            config: the trunk's.
-            seq_len: T.
-            device: device of the tables.
-            dtype: the model's.
             documents: ids [B, T]; tokens then attend only within their document.
             in_blocks: whether the mask may be a block mask (``document_attention.py``).
-            auxiliary: see :class:`ForwardContext`.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
@@ -110,7 +105,7 @@ class ForwardContext:
         if self.auxiliary is None and self.kv_sink is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        kv_sink = None if self.kv_sink is None else _drop
+        kv_sink = None if self.kv_sink is None else lambda layer, entry_BTMH: None
         return replace(self, auxiliary=auxiliary, kv_sink=kv_sink)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
@@ -118,25 +113,20 @@ class ForwardContext:
         return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
 
 
-def _drop(layer: int, entry_BTMH: Tensor) -> None:
-    """A ``kv_sink`` of a repeated pass, whose entries are known."""
-
-
 class _OpenPass(ForwardContext):
     """The open pass of a cache. It computes tables and mask when the first layer reads them. Fused
     passes never read them, and computing them would take a tenth of a small model's round."""
 
-    def __init__(self, cache: KVCache, **fields: Any) -> None:
-        """``fields`` are those that :func:`dataclasses.replace` passes; they replace the cache's
-        own."""
-        # Bypasses the setters of a frozen dataclass.
-        self.__dict__.update({"auxiliary": None, **fields}, cache=cache, _open=cache)
+    cache: KVCache
 
-    _open: KVCache
+    def __init__(self, cache: KVCache, **fields: Any) -> None:
+        """``fields`` are those of :func:`dataclasses.replace`, which replace the cache's own."""
+        # Bypasses the setters of a frozen dataclass.
+        self.__dict__.update(fields, cache=cache)
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
-        return self._open.angles()
+        return self.cache.angles()
 
     @cached_property
     def cos(self) -> Tensor:  # type: ignore[override]
@@ -148,7 +138,7 @@ class _OpenPass(ForwardContext):
 
     @cached_property
     def mask(self) -> Tensor | None:  # type: ignore[override]
-        return self._open.mask()
+        return self.cache.mask()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +210,7 @@ class Attention(nn.Module):
         self.out = Linear(trunk.n_heads * trunk.d_head, trunk.d_model)
         bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
         self.register_parameter("qkv_bias", bias)
-        # On every query and key head before RoPE (Qwen3), with one gain for all heads.
+        # One gain for all heads.
         self.query_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
 
@@ -248,10 +238,8 @@ class Attention(nn.Module):
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
         qkv = qkv.view(*x_BTC.shape[:2], -1, self.d_head)
-        return qkv if self.query_norm is None else self._norm_heads(qkv)
-
-    def _norm_heads(self, qkv: Tensor) -> Tensor:
-        assert self.query_norm is not None and self.key_norm is not None
+        if self.query_norm is None or self.key_norm is None:
+            return qkv
         sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
         query, key, value = qkv.split(sizes, dim=2)
         return torch.cat((self.query_norm(query), self.key_norm(key), value), dim=2)

@@ -15,8 +15,7 @@ def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
 
 
 class AuxiliaryOutputs:
-    """Collects auxiliary outputs. It is part of the context that every block receives;
-    without one, layers report nothing.
+    """Collects auxiliary outputs, as part of the context that every block receives.
 
     Args:
         keep: whether reports are kept; False for the repetition of a pass that has reported.
@@ -38,8 +37,8 @@ class AuxiliaryOutputs:
         return [loss for losses in self.by_tag.values() for loss in losses]
 
     def add_loss(self, loss: Tensor, tag: str = "moe/sequence_loss") -> None:
-        """Add an auxiliary loss, a scalar summed over the pass's windows, which is logged as
-        ``tag``. The step's loss has its mean over all windows."""
+        """Add a scalar summed over the pass's windows, which is logged as ``tag``. The step's loss
+        has its mean over all windows."""
         if self.keep:
             self.by_tag.setdefault(tag, []).append(loss)
 

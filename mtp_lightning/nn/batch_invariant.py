@@ -9,6 +9,7 @@ batch-invariant on CPUs only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,16 +39,12 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
 def read_together(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
     """Divide rows, which have these numbers of tokens to read, into passes. On a CPU a pass has at
     most :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that the bits of a row depend on
-    its own length only.
-    """
+    its own length only."""
+    most = MAX_INVARIANT_POSITIONS if device.type == "cpu" else math.inf
     start = widest = 0
     for row, length in enumerate(lengths):
         widest = max(widest, length)
-        if (
-            device.type == "cpu"
-            and row > start
-            and widest * (row + 1 - start) > MAX_INVARIANT_POSITIONS
-        ):
+        if row > start and widest * (row + 1 - start) > most:
             yield slice(start, row)
             start, widest = row, length
     yield slice(start, len(lengths))

@@ -27,12 +27,8 @@ def eager_blocks(model: nn.Module) -> AbstractContextManager[None]:
 
 
 class Block(nn.Module):
-    """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``.
-
-    Args:
-        config: the trunk's.
-        layer: index of the block in the trunk; None is a prediction module's block.
-    """
+    """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``. ``layer`` is its index in
+    the trunk, None for the block of a prediction module."""
 
     def __init__(self, config: TrunkConfig, layer: int | None = None) -> None:
         super().__init__()
@@ -45,14 +41,12 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's index in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            # Only the first pass reports to the auxiliary; its repetitions do not.
             passes = itertools.chain([ctx], itertools.repeat(ctx.repeated()))
             return checkpoint(
                 lambda x: self._compute(x, next(passes), layer),
                 x_BTC,
                 use_reentrant=False,
-                # Nothing in a block is random.
-                preserve_rng_state=False,
+                preserve_rng_state=False,  # nothing in a block is random
             )
         return self._compute(x_BTC, ctx, layer)
 

@@ -80,7 +80,7 @@ class LayerConfig(Registered, ABC):
     training_keys: ClassVar[tuple[str, ...]] = ()
     # Whether a token's results have the same bits in every wide pass, such as a prompt's, on a CPU
     # with the C++ (``cpu/``). If not, ``certify/`` promises equal logits only for single texts
-    # whose prompt is read in one pass; in a batch, only equal texts.
+    # whose prompt is read in one pass, and equal texts in a batch.
     same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod
@@ -131,12 +131,11 @@ class AttentionConfig(LayerConfig, family="attention"):
         return self.rope_head_dim(trunk)
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
-        """Whether the layer accepts a block mask of documents (``document_attention.py``) instead
-        of a tensor; by default not."""
+        """Whether the layer accepts a block mask of documents (``document_attention.py``)."""
         return False
 
     def cache_entry(self, trunk: TrunkConfig) -> CacheEntry:
-        """What the cache stores per token; by default keys and values of all key-value heads."""
+        """By default, keys and values of all key-value heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)
 
 

@@ -44,8 +44,8 @@ class TrunkConfig:
             the backward pass (Chen et al. 2016): less memory, a third more arithmetic, the same
             gradients.
         attention: the attention layers; grouped-query by default.
-        feed_forward: the feed-forward layers; dense by default. Both may also be given as the
-            result of their ``to_dict``.
+        feed_forward: the feed-forward layers; dense by default. Both may also be the result of
+            their ``to_dict``.
 
     Raises:
         UserError: a size is not positive, sizes do not fit together, or a layer is of the wrong
@@ -114,11 +114,7 @@ class TrunkConfig:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], *, allow: Collection[str] = ()) -> TrunkConfig:
-        """The inverse of :meth:`to_dict`.
-
-        Args:
-            data: the config in a checkpoint.
-            allow: packages that may be imported for their own layers.
+        """The inverse of :meth:`to_dict`; layers may be imported from the packages in ``allow``.
 
         Raises:
             UserError: a variant or field is unknown, or a module is not allowed.

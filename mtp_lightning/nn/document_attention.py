@@ -25,12 +25,10 @@ MIN_WIDTH = 16
 
 
 def dense_mask(documents_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T]: True where a query attends to a key: one of the same document, not
+    """bool [B, 1, T, T]: True where a query attends to a key, of the same document and not
     later."""
-    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    causal = places_T.unsqueeze(0) <= places_T.unsqueeze(1)
     same_document = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
-    return (causal & same_document).unsqueeze(1)
+    return same_document.tril_().unsqueeze(1)
 
 
 def block_mask(documents_BT: Tensor) -> BlockMask:

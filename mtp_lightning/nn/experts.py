@@ -21,15 +21,8 @@ from mtp_lightning.nn.ops import Op, compute_dtype, gated, no_autocast
 def routed_experts(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """``sum_j gates[:, j] * down_e(silu(gate_e(x)) * up_e(x))`` with ``e = chosen[:, j]``, [M, C].
-
-    Args:
-        x_MC: tokens.
-        chosen_MK: the chosen experts of every token.
-        gates_MK: the gates of these experts.
-        gate_up: [E, 2F, C], the gate's matrix first.
-        down: [E, C, F].
-    """
+    """``sum_j gates[:, j] * down_e(silu(gate_e(x)) * up_e(x))`` with ``e = chosen[:, j]``, [M, C];
+    ``gate_up`` is [E, 2F, C], the gate's matrix first, and ``down`` [E, C, F]."""
     few = not torch.is_grad_enabled() and x_MC.shape[0] <= MAX_VERIFY_WIDTH
     if few and torch.compiler.is_compiling():
         return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)

@@ -10,13 +10,8 @@ from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
 
 
 class Head(nn.Module):
-    """``logits = hidden @ weight.T``.
-
-    Args:
-        vocab_size: V.
-        d_model: C.
-        tied: the weight [V, C] of another module, such as the embedding; None makes a new one.
-    """
+    """``logits = hidden @ weight.T``; the weight [V, C] is new, or that of another module, such as
+    the embedding (``tied``)."""
 
     weight: Tensor
 

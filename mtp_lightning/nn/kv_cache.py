@@ -27,7 +27,7 @@ class KVCache:
     starting the next pass earlier: later entries are overwritten before they can be read.
 
     Args:
-        config: the trunk's, for the heads.
+        config: the trunk's.
         tables: angles and masks; their capacity is the cache's.
         n_layers: number of attention layers; with 0 the cache tracks only the rows' positions.
         batch_size: B, the most rows; :meth:`resize` sets the number in use.
@@ -146,8 +146,8 @@ class KVCache:
         self.spans.write(self.entries_L_BSMH[layer], entry_BTMH)
 
     def _keys_and_values(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
-        """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,
-        expanded to [T, M, P, H]. They are cached by width."""
+        """Views of keys and values [B, M, P, H], kept by width; for a single row in a
+        batch-invariant pass, expanded to [T, M, P, H]."""
         copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
         key = self._width, copies
         if key not in self._views:
@@ -170,13 +170,8 @@ class KVCache:
         return positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of the open pass's queries over all stored positions: [B, T, N, H].
-
-        Args:
-            layer: index of the layer in the cache.
-            query_BTNH: the new queries.
-            mask: the result of :meth:`mask`, or another additive mask [B, T, P].
-        """
+        """Attention of the open pass's queries over all stored positions: [B, T, N, H]. ``mask`` is
+        the result of :meth:`mask`, or another additive mask [B, T, P]."""
         key_BMPH, value_BMPH = self._keys_and_values(layer, query_BTNH.shape[1])
         if is_batch_invariant():
             assert mask is not None
@@ -199,13 +194,8 @@ def attend_by_query(
 
     PyTorch's CPU kernel rounds differently for several queries at a time, and on its second thread.
     So every query is a batch entry or head of its own, on one thread, which costs a few
-    microseconds per layer.
-
-    Args:
-        query_BTNH: the new queries.
-        key_BMPH: stored keys; for a single row, expanded to [T, M, P, H].
-        value_BMPH: stored values, likewise.
-        mask: additive, [T, P] or [B, T, P].
+    microseconds per layer. Keys and values of a single row are expanded to [T, M, P, H]; the mask
+    is additive, [T, P] or [B, T, P].
     """
     batch, n_new, n_heads, d_head = query_BTNH.shape
     if batch == 1:

@@ -34,14 +34,10 @@ def unpack(mixture_X: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
 def mixed_log_probs(
     mixture_X: Tensor, d_model: int, log_probs: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``log q`` [..., V], which may be used as logits.
+    """``log q`` [..., V], which may be used as logits, of a packed mixture; ``log_probs`` returns
+    the log-probabilities [..., V] of a component's states [..., C].
 
     Components are added one at a time, so that only one more tensor of this size exists.
-
-    Args:
-        mixture_X: a packed mixture.
-        d_model: C.
-        log_probs: returns the log-probabilities [..., V] of a component's states [..., C].
     """
     hidden_AC, log_weights_A = unpack(mixture_X, d_model)
     log_q: Tensor | None = None

@@ -72,8 +72,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         return self.kv_rank + self.d_rope
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
-        wide = min(self.d_head, self.d_value) >= MIN_WIDTH
-        return type(self) is LatentAttentionConfig and wide
+        return type(self) is LatentAttentionConfig and min(self.d_head, self.d_value) >= MIN_WIDTH
 
     def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return LatentAttention(trunk, self)

@@ -12,6 +12,7 @@ Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -101,8 +102,8 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             require_number(f"{group}.{name}", getattr(self, name), least=0)
         require_number(f"{group}.bias_frozen", self.bias_frozen, least=0, most=1)
         require_number(f"{group}.scaling", self.scaling, above=0)
-        require(self.scoring in get_args(Scoring), f"{group}.scoring", self.scoring,
-                "sigmoid or softmax")  # fmt: skip
+        words = " or ".join(get_args(Scoring))
+        require(self.scoring in get_args(Scoring), f"{group}.scoring", self.scoring, words)
         if self.scoring == "softmax" and self.bias_rate:
             raise UserError(
                 f"{group}.scoring=softmax has no bias that {group}.bias_rate={self.bias_rate} "
@@ -168,7 +169,8 @@ class Router(Linear):
         with no_autocast(x_MC):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
             # Vectorized code rounds the last numbers of a tensor differently from the others.
-            scoring = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
+            softmax = self.config.scoring == "softmax"
+            scoring = partial(torch.softmax, dim=-1) if softmax else torch.sigmoid
             scores_ME = by_token(scoring, logits_ME)
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
@@ -191,10 +193,6 @@ class Router(Linear):
             biased_ME = grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
         # Without sorting, their order depends on the number of tokens, and so would the rounding.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
-
-
-def _softmax(logits_ME: Tensor) -> Tensor:
-    return logits_ME.softmax(-1)
 
 
 class MoE(nn.Module):

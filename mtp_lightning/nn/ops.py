@@ -35,13 +35,8 @@ Result = TypeVar("Result")
 
 
 class Op(Generic[P, Result]):
-    """A plain function, and the functions that replace it, by type of device.
-
-    The first argument must be a tensor; its device selects the function.
-
-    Attributes:
-        plain: the formula.
-    """
+    """A function (``plain``), and the functions that replace it, by type of device. The first
+    argument must be a tensor; its device selects the function."""
 
     def __init__(self, plain: Callable[P, Result]) -> None:
         update_wrapper(self, plain)
@@ -89,12 +84,8 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 @Op
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (j, j + H/2) of ``x`` [..., H] (Su et al. 2021, eq. 34).
-
-    Args:
-        x: heads.
-        cos, sin: of the angles, broadcast against [..., H/2].
-    """
+    """Rotate the pairs (j, j + H/2) of ``x`` [..., H] (Su et al. 2021, eq. 34); ``cos`` and ``sin``
+    are those of the angles, broadcast against [..., H/2]."""
     left, right = x.chunk(2, dim=-1)
     rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     return rotated.to(x.dtype)
@@ -104,14 +95,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(
     query_BTNH: Tensor, key_BSMH: Tensor, value_BSMH: Tensor, mask: Tensor | BlockMask | None
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads head n // (N / M).
+    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H] of the values' width; query head n reads
+    key head n // (N / M).
 
-    Args:
-        query_BTNH: queries.
-        key_BSMH: keys.
-        value_BSMH: values; the result has their width.
-        mask: broadcast against [B, N, T, S]: bool, True where a query attends to a key; or
-            additive; or a block mask (``document_attention.py``). None is causal, with S = T.
+    The mask is broadcast against [B, N, T, S]: bool, True where a query attends to a key; or
+    additive; or a block mask (``document_attention.py``). None is causal, with S = T.
     """
     if isinstance(mask, BlockMask):
         return document_attention(query_BTNH, key_BSMH, value_BSMH, mask)
@@ -137,11 +125,8 @@ def rotary_attention(
 ) -> Tensor:
     """:func:`attention` of queries and keys after :func:`rotary`, over whole windows: [B, T, N, H].
 
-    Args:
-        qkv_BTNH: the heads of queries, keys and values, in this order.
-        cos, sin: of the angles, [T, 1, H/2].
-        mask: see :func:`attention`.
-        n_heads, n_kv: N, and M of keys as of values.
+    ``qkv_BTNH`` has ``n_heads`` heads of queries, then ``n_kv`` of keys and ``n_kv`` of values;
+    ``cos`` and ``sin`` are [T, 1, H/2].
     """
     query_key, value = qkv_BTNH.split([n_heads + n_kv, n_kv], dim=2)
     query, key = rotary(query_key, cos, sin).split([n_heads, n_kv], dim=2)
@@ -150,13 +135,8 @@ def rotary_attention(
 
 @Op
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """``down(silu(gate(x)) * up(x))`` for ``x`` of [..., C]: [..., C] (Shazeer 2020, eq. 6).
-
-    Args:
-        x: rows.
-        gate_up: [2F, C], the gate's matrix first.
-        down: [C, F].
-    """
+    """``down(silu(gate(x)) * up(x))`` for ``x`` of [..., C]: [..., C] (Shazeer 2020, eq. 6);
+    ``gate_up`` is [2F, C], the gate's matrix first, and ``down`` [C, F]."""
     return linear(gated(linear(x, gate_up)), down)
 
 
@@ -183,10 +163,6 @@ def cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]
 
     Compiled, no intermediate result is written to memory: otherwise the log-probabilities of
     half-precision logits would be written in fp32 and read twice.
-
-    Args:
-        logits_RV: logits of R positions.
-        targets_R: token ids.
 
     Returns:
         ``-log softmax(logits)[target]`` [R], at least fp32, and the gradient with respect to the

@@ -42,10 +42,9 @@ class Spans:
         self.width = width
         self.uniform = len(starts) == 1 or starts.count(starts[0]) == len(starts)
         if not self.uniform:
-            # Flatten rows and positions into one axis: storing by one index is several times
-            # faster than by two.
-            size = tables.capacity
-            places = [row * size + start for row, start in enumerate(starts)]
+            # Rows and positions are one axis: storing by one index is several times faster than by
+            # two.
+            places = [row * tables.capacity + start for row, start in enumerate(starts)]
             self._flat = torch.tensor(places, device=tables.device)
             if width != 1:
                 self._flat = (self._flat.unsqueeze(1) + tables.columns_S[:width]).flatten()
@@ -79,11 +78,7 @@ class Spans:
 class PositionTables:
     """Rotary angles and causal masks of all positions up to a capacity, computed once.
 
-    Args:
-        config: the trunk's.
-        capacity: S, rounded up.
-        device: device of the tables.
-        dtype: dtype of keys, values and masks.
+    ``capacity`` is S, which is rounded up; ``dtype`` is that of keys, values and masks.
     """
 
     def __init__(

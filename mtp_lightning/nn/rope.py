@@ -155,10 +155,10 @@ def rope_table(
         positions: whole numbers of any shape [...].
         d_head: H, even.
         theta: base of the frequencies ``theta^(-2j/R)``.
-        scaling: how the frequencies are stretched to longer contexts.
+        scaling: stretches the frequencies to longer contexts.
         rotary_dim: R, the number of dimensions that are rotated, even: the first R/2 pairs. The
             angles of the other pairs are 0. None is H.
-        dtype: the model's; the tables are at least fp32.
+        dtype: the model's.
 
     Returns:
         Two tensors of [..., H/2], fp32 or fp64.

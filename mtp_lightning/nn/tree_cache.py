@@ -54,7 +54,7 @@ class Branches:
         self.tails: list[tuple[int, Tensor]] = []
         before: list[int] = []
         for path in leaves:
-            shared = sum(1 for a, b in zip(path, before, strict=False) if a == b)
+            shared = sum(a == b for a, b in zip(path, before, strict=False))
             self.tails.append((shared, torch.tensor(path[shared:], device=device)))
             before = path
 
@@ -131,12 +131,8 @@ class TreeCache(KVCache):
         return mixed
 
     def keep_path(self, path_BE: Tensor) -> None:
-        """Keep one path of the last pass's tree in every row.
-
-        Args:
-            path_BE: indices of the path's tokens, the tree's first token first; entries after a
-                path's end are arbitrary.
-        """
+        """Keep one path of the last pass's tree in every row: the indices of its tokens, the tree's
+        first token first; indices after a path's end are arbitrary."""
         tree_spans, spans = self.spans, Spans(self.tables, self.spans.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
             # Fused passes do not call append: their entries are read from the storage.

@@ -34,11 +34,8 @@ class TrunkOutput:
 
     def at(self, positions: slice) -> TrunkOutput:
         """The states at some positions."""
-        final, last_block, before_last = (
-            h_BTC[:, positions] for h_BTC in (self.final, self.last_block, self.before_last)
-        )
-        after = {n: h_BTC[:, positions] for n, h_BTC in self.after.items()}
-        return TrunkOutput(final, last_block, before_last, after)
+        states = (h_BTC[:, positions] for h_BTC in (self.final, self.last_block, self.before_last))
+        return TrunkOutput(*states, {n: h_BTC[:, positions] for n, h_BTC in self.after.items()})
 
 
 class Trunk(nn.Module):
@@ -59,8 +56,8 @@ class Trunk(nn.Module):
     def forward(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
 
-        The caller embeds the tokens, because the prediction depths read the same embeddings,
-        shifted: one lookup serves all.
+        The caller embeds the tokens: one lookup also serves the prediction depths, which read the
+        same embeddings, shifted.
         """
         h_BTC = before_last = embedded_BTC
         after = {0: h_BTC} if 0 in self.keep_after else {}

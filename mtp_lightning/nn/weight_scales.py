@@ -35,10 +35,9 @@ class WeightScales:
     def joined(parts: Sequence[WeightScales], order: Sequence[int] | None) -> WeightScales:
         """The scales of several matrices, one below the other, as one; row i is row ``order[i]``
         of all their rows."""
-        group = min(part.group for part in parts)
+        group, bits = min(part.group for part in parts), max(part.bits for part in parts)
         scales = [part.regrouped(group) for part in parts]
         steps, offsets = (torch.cat([getattr(p, n) for p in scales]) for n in ("steps", "offsets"))
         if order is not None:
             steps, offsets = steps[list(order)], offsets[list(order)]
-        bits = max(part.bits for part in parts)
         return WeightScales(steps=steps, offsets=offsets, group=group, bits=bits)
