@@ -100,14 +100,8 @@ def n_weights(module: nn.Module) -> int:
 
 
 class MTPModel(nn.Module):
-    """Trunk + head + stack.
-
-    Attributes:
-        trunk: embedding, blocks and final norm.
-        head: the output head, shared by every depth.
-        mtp: the stack of further predictions.
-        compiled: whether its blocks are compiled.
-    """
+    """The trunk, the output head that every depth shares, and the stack ``mtp`` of further
+    predictions; ``compiled`` is whether its blocks are compiled."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -189,10 +183,8 @@ class MTPModel(nn.Module):
     ) -> tuple[Tensor, StackInputs]:
         """The trunk over whole windows, or its states that are stored in the batch.
 
-        Args:
-            batch: windows built for this model's depth.
-            active: depths that will be computed.
-            auxiliary: collects the outputs of the trunk and, through the inputs, of the stack.
+        ``active`` are the depths that will be computed; ``auxiliary`` collects the outputs of the
+        trunk and, through the inputs, of the stack.
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and the inputs of the stack.

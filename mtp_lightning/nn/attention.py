@@ -82,10 +82,8 @@ class ForwardContext:
 
     @staticmethod
     def of_cache(cache: KVCache, starts: list[int], n_new: int) -> ForwardContext:
-        """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row.
-
-        Its rotary table is over whole heads, for :func:`rotate_in_place`: [1 | B, T, 1, H].
-        """
+        """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row,
+        with a rotary table for :func:`rotate_in_place`."""
         cache.open(starts, n_new)
         return _OpenPass(cache)
 

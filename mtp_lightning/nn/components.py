@@ -42,13 +42,8 @@ def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1)
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """The vectors that a layer's cache stores per token.
-
-    Attributes:
-        n_vectors: number of vectors: the key heads, then as many value heads.
-        width: size of each vector.
-        shared: whether every vector is both key and value.
-    """
+    """The vectors that a layer's cache stores per token, each of ``width`` numbers: the key heads,
+    then as many value heads; if they are ``shared``, every vector is both key and value."""
 
     n_vectors: int
     width: int

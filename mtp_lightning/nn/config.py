@@ -73,16 +73,16 @@ class TrunkConfig:
     )
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-        check_whole("model", self, sizes)
+        sizes = ["vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"]
+        check_whole("model", self, sizes if self.d_head is None else [*sizes, "d_head"])
         require_number("model.rope_theta", self.rope_theta, above=1)
         require_number("model.norm_eps", self.norm_eps, least=0)
         require_bool("model.tie_embeddings", self.tie_embeddings)
         require_bool("model.recompute", self.recompute)
-        if self.init_std is not None:
-            require_number("model.init_std", self.init_std, least=0)
-        if self.d_head is not None:
-            check_whole("model", self, ["d_head"])
+        if self.init_std is None:
+            std = _DEEPSEEK_STD * (_DEEPSEEK_WIDTH / self.d_model) ** 0.5
+            object.__setattr__(self, "init_std", std)
+        require_number("model.init_std", self.init_std, least=0)
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
         if self.n_heads % self.n_kv_heads:
@@ -90,9 +90,6 @@ class TrunkConfig:
                 f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads="
                 f"{self.n_kv_heads}: every key-value head serves the same number of query heads."
             )
-        if self.init_std is None:
-            std = _DEEPSEEK_STD * (_DEEPSEEK_WIDTH / self.d_model) ** 0.5
-            object.__setattr__(self, "init_std", std)
         for family in (AttentionConfig, FeedForwardConfig):
             object.__setattr__(self, family.family, _component(family, vars(self)[family.family]))
         object.__setattr__(self, "d_head", self.attention.head_size(self))

@@ -5,7 +5,6 @@ Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -29,38 +28,28 @@ def routed_experts(
     top_k = chosen_MK.shape[1]
     order_R = chosen_MK.flatten().argsort(stable=True)
     load_E = loads(chosen_MK, gate_up.shape[0])
-    multiply = _grouped(load_E) if fits_grouped(x_MC, down) else _one_by_one(load_E)
+    # A grouped product takes the ends of the experts' rows, without a device-to-host sync.
+    grouped = fits_grouped(x_MC, down)
+    rows_E = load_E.cumsum(0, dtype=torch.int32) if grouped else load_E.tolist()
     gate_R1 = gates_MK.flatten()[order_R].unsqueeze(-1)
-    inner_RF = gated(multiply(x_MC[order_R // top_k], gate_up)) * gate_R1
-    y_RC = multiply(inner_RF, down)
+    inner_RF = gated(_multiply(x_MC[order_R // top_k], gate_up, rows_E)) * gate_R1
+    y_RC = _multiply(inner_RF, down, rows_E)
     return y_RC[order_R.argsort()].unflatten(0, (-1, top_k)).sum(1)
 
 
-# Rows [R, I] sorted by expert, and the weights [E, O, I] of all experts -> [R, O].
-_Products = Callable[[Tensor, Tensor], Tensor]
-
-
-def _one_by_one(load_E: Tensor) -> _Products:
-    """One matrix product per expert."""
-    widths = load_E.tolist()
-
-    def multiply(x_RI: Tensor, weight_EOI: Tensor) -> Tensor:
-        rows = zip(x_RI.split(widths), weight_EOI.unbind(0), strict=True)
-        return torch.cat([F.linear(x, weight) for x, weight in rows])
-
-    return multiply
+def _multiply(x_RI: Tensor, weight_EOI: Tensor, rows_E: Tensor | list[int]) -> Tensor:
+    """Multiply rows sorted by expert, [R, I] -> [R, O]: all in one product, by the ends of their
+    experts' rows, or expert by expert, by their numbers."""
+    if isinstance(rows_E, Tensor):
+        return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=rows_E)
+    experts = zip(x_RI.split(rows_E), weight_EOI.unbind(0), strict=True)
+    return torch.cat([F.linear(x, weight) for x, weight in experts])
 
 
 def fits_grouped(x_MC: Tensor, down: Tensor) -> bool:
     """Whether ``F.grouped_mm`` is supported: bf16 on a GPU, rows of a multiple of 16 bytes."""
     aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     return x_MC.device.type == "cuda" and x_MC.dtype == torch.bfloat16 and aligned
-
-
-def _grouped(load_E: Tensor) -> _Products:
-    """One grouped product for all experts, without a device-to-host sync."""
-    ends_E = load_E.cumsum(0, dtype=torch.int32)
-    return lambda x_RI, weight_EOI: F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def _on_meta(

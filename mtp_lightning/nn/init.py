@@ -30,15 +30,14 @@ def generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def initialize(model: nn.Module, *, std: float, seed: int) -> None:
     """Matrices from N(0, std^2), gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
+    Buffers that training changes (the experts' biases) are reset too.
 
     Random numbers are drawn on the CPU in fp32, so that the weights do not depend on the device.
-    Buffers that training changes (the experts' biases) are reset too.
     """
     from mtp_lightning import processes
 
     for module in model.modules():
-        reset = getattr(module, "reset_buffers", None)
-        if callable(reset):
+        if callable(reset := getattr(module, "reset_buffers", None)):
             reset()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

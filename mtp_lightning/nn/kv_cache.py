@@ -21,16 +21,11 @@ from mtp_lightning.runtime import threads
 
 
 class KVCache:
-    """Storage of ``n_layers`` attention layers.
+    """Storage of ``n_layers`` attention layers, of the tables' capacity, and at most ``batch_size``
+    rows; :meth:`resize` sets the number in use. Without layers it tracks only the rows' positions.
 
     The caller decides where every row's new positions start. So it drops a rejected draft by
     starting the next pass earlier: later entries are overwritten before they can be read.
-
-    Args:
-        config: the trunk's.
-        tables: angles and masks; their capacity is the cache's.
-        n_layers: number of attention layers; with 0 the cache tracks only the rows' positions.
-        batch_size: B, the most rows; :meth:`resize` sets the number in use.
 
     Attributes:
         spans: the positions of the open pass.

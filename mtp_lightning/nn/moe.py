@@ -137,11 +137,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
 
 
 class Router(Linear):
-    """Computes affinities, the choice of experts, and their gates.
-
-    Attributes:
-        expert_bias: b [E], fp32.
-    """
+    """Computes affinities, and chooses experts with their gates; ``expert_bias`` is b [E], fp32."""
 
     expert_bias: Tensor
     may_be_bf16 = False

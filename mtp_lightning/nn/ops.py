@@ -204,7 +204,7 @@ _describe: Callable[[], tuple[str, str]] | None = None
 
 
 def register_code(describe: Callable[[], tuple[str, str]]) -> None:
-    """Let ``describe`` return the result of :func:`code`."""
+    """Let :func:`code` return the result of ``describe``."""
     global _describe
     _describe = describe
 

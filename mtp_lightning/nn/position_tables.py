@@ -25,16 +25,8 @@ def round_up(n: int) -> int:
 
 
 class Spans:
-    """One span of T consecutive positions in every row of buffers [B, S, ..].
-
-    Args:
-        tables: tables of the capacity S.
-        starts: the first position of every row's span.
-        width: T.
-
-    Attributes:
-        uniform: whether all rows have the same first position.
-    """
+    """One span of T (``width``) consecutive positions in every row of buffers [B, S, ..], with its
+    first position in ``starts``; ``uniform`` is whether all rows have the same one."""
 
     def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
         self.tables = tables
@@ -76,10 +68,8 @@ class Spans:
 
 
 class PositionTables:
-    """Rotary angles and causal masks of all positions up to a capacity, computed once.
-
-    ``capacity`` is S, which is rounded up; ``dtype`` is that of keys, values and masks.
-    """
+    """Rotary angles and causal masks of all positions up to a capacity S, which is rounded up,
+    computed once; ``dtype`` is that of keys, values and masks."""
 
     def __init__(
         self,

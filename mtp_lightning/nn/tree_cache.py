@@ -23,13 +23,9 @@ from mtp_lightning.nn.position_tables import Spans
 class Branches:
     """The tree of the tokens of a pass.
 
-    Args:
+    Attributes:
         parents: for every token the index of its parent, which is smaller; -1 for a token without
             one, such as the first.
-        device: device of the tables.
-
-    Attributes:
-        parents: as given.
         offsets_T: depth of every token in the tree.
         tails: the paths to all leaves in order, each without the tokens that it shares with the
             path before: the offset of its first own token, and its tokens' indices.
@@ -116,7 +112,7 @@ class TreeCache(KVCache):
         assert mask is not None
         entries, new_entries = self.entries_L_BSMH[layer], self._new_entries[layer]
         mask = mask.expand(query_BTNH.shape[0], -1, -1)
-        mixed: Tensor | None = None
+        mixed = query_BTNH.new_empty(*query_BTNH.shape[:3], self.entry.width)
         for spans, index in self._tails:
             spans.write(entries, new_entries.index_select(1, index))
             mixed_path = attend_by_query(
@@ -124,10 +120,7 @@ class TreeCache(KVCache):
                 *self._keys_and_values(layer, len(index)),
                 mask.index_select(1, index),
             )
-            if mixed is None:
-                mixed = mixed_path.new_empty(*query_BTNH.shape[:3], mixed_path.shape[-1])
             mixed.index_copy_(1, index, mixed_path)
-        assert mixed is not None
         return mixed
 
     def keep_path(self, path_BE: Tensor) -> None:

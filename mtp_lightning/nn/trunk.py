@@ -34,16 +34,17 @@ class TrunkOutput:
 
     def at(self, positions: slice) -> TrunkOutput:
         """The states at some positions."""
-        states = (h_BTC[:, positions] for h_BTC in (self.final, self.last_block, self.before_last))
-        return TrunkOutput(*states, {n: h_BTC[:, positions] for n, h_BTC in self.after.items()})
+
+        def cut(h_BTC: Tensor) -> Tensor:
+            return h_BTC[:, positions]
+
+        after = {n: cut(h_BTC) for n, h_BTC in self.after.items()}
+        return TrunkOutput(cut(self.final), cut(self.last_block), cut(self.before_last), after)
 
 
 class Trunk(nn.Module):
-    """A pre-norm decoder without its output head.
-
-    Attributes:
-        keep_after: after how many blocks a pass keeps the state, in :attr:`TrunkOutput.after`.
-    """
+    """A pre-norm decoder without its output head; a pass keeps the states after ``keep_after``
+    blocks in :attr:`TrunkOutput.after`."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()

@@ -11,14 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class WeightScales:
-    """Block scales of a matrix [N, K] with entries ``step x q + offset``, of integers q >= 0.
-
-    Attributes:
-        steps: of every block, fp32 [N, K / group].
-        offsets: likewise.
-        group: inputs of a block.
-        bits: of q.
-    """
+    """Block scales of a matrix [N, K] with entries ``step x q + offset``, of integers q >= 0 of
+    ``bits`` bits; steps and offsets are fp32, [N, K / group], for blocks of ``group`` inputs."""
 
     steps: Tensor
     offsets: Tensor
