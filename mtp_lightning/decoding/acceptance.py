@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,8 +18,19 @@ from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 
-# Upper ends of the entropy bins, in nats.
-_ENTROPIES = (0.5, 1.0, 2.0, 4.0, math.inf)
+# Edges of the entropy bins, in nats.
+_ENTROPIES = (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)
+
+
+@torch.inference_mode()
+def read_text(
+    model: MTPModel, text: Sequence[int], active: Sequence[int] | None = ()
+) -> dict[int, Tensor]:
+    """The hidden states [P, C] of depth 0 and the ``active`` depths, by default none, in one pass
+    over a text as in training. The padding after the text only fills the window."""
+    ids = [*text, *[0] * (model.depth + 1)]
+    tokens = torch.tensor([ids], device=model.head.weight.device)
+    return {k: h_BPC[0] for k, h_BPC in model(WindowBatch(tokens, model.depth), active).items()}
 
 
 def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int, bool]]:
@@ -28,13 +40,9 @@ def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int,
     The prompt's pass gives token 0; every later pass gives the accepted drafts and then the trunk's
     own token. A pass with room for a single token verifies no draft.
     """
-    drafts, at_start = [], True
-    for place in range(1, generation.new_tokens):
-        accepted = generation.accepted_mask[place]
-        if at_start and place < max_new_tokens - 1:
-            drafts.append((place, accepted))
-        at_start = not accepted
-    return drafts
+    accepted = generation.accepted_mask
+    places = range(1, min(len(accepted), max_new_tokens - 1))
+    return [(place, accepted[place]) for place in places if not accepted[place - 1]]
 
 
 @torch.inference_mode()
@@ -46,13 +54,8 @@ def acceptance_by(
     max_new_tokens: int,
 ) -> dict[str, float]:
     """How often the loop accepts the first draft of a pass, by its position in the text and by the
-    main prediction's entropy at that position.
-
-    Args:
-        model: in evaluation mode.
-        prompts: token ids.
-        generations: their greedy continuations, decoded with drafts.
-        max_new_tokens: the limit that they were decoded with.
+    main prediction's entropy at that position. The generations are greedy continuations of the
+    prompts with drafts, decoded with the limit ``max_new_tokens``.
 
     Returns:
         An empty dict without drafts; else
@@ -65,42 +68,29 @@ def acceptance_by(
         - the slopes' standard errors ``.._se``, clustered by text (Liang & Zeger 1986), if there
           are at least two texts.
     """
-    positions, entropies, accepted, texts = [], [], [], []
+    drafts: list[tuple[int, int, float, bool]] = []
     for text, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
-        drafts = first_drafts(generation, max_new_tokens)
         entropy_P = _entropies(model, [*map(int, prompt), *generation.token_ids])
-        for place, was_accepted in drafts:
+        for place, was_accepted in first_drafts(generation, max_new_tokens):
             index = len(prompt) + place
-            positions.append(index + 1)
-            entropies.append(float(entropy_P[index - 1]))  # index - 1 predicts the token at `index`
-            accepted.append(float(was_accepted))
-            texts.append(text)
-    if not accepted:
+            # The distribution at index - 1 is that of the token at `index`.
+            drafts.append((text, index + 1, float(entropy_P[index - 1]), was_accepted))
+    if not drafts:
         return {}
-    position_N, entropy_N, accepted_N = (
-        torch.tensor(values, dtype=torch.float64) for values in (positions, entropies, accepted)
-    )
+    text_N, position_N, entropy_N, accepted_N = torch.tensor(drafts, dtype=torch.float64).unbind(1)
+    powers = [2**i for i in range(int(position_N.max()).bit_length())]
+    bins = [(f"at_{low}-{2 * low - 1}", position_N, low, 2 * low) for low in powers]
+    for start, end in pairwise(_ENTROPIES):
+        last = f"{end:g}" if end < math.inf else "up"
+        bins.append((f"entropy_{start:g}-{last}", entropy_N, start, end))
     values: dict[str, float] = {}
-    low = 1
-    while low <= max(positions):
-        _add(values, f"acceptance_at_{low}-{2 * low - 1}", accepted_N, position_N, low, 2 * low)
-        low *= 2
-    start = 0.0
-    for end in _ENTROPIES:
-        name = f"{start:g}-{end:g}" if end < math.inf else f"{start:g}-up"
-        _add(values, f"acceptance_entropy_{name}", accepted_N, entropy_N, start, end)
-        start = end
+    for name, x, low, high in bins:
+        inside = (x >= low) & (x < high)
+        if inside.any():
+            values[f"acceptance_{name}"] = float(accepted_N[inside].mean())
     for name, x in (("position", position_N.log2()), ("entropy", entropy_N)):
-        _add_slope(values, f"acceptance_slope_{name}", accepted_N, x, torch.tensor(texts))
+        _add_slope(values, f"acceptance_slope_{name}", accepted_N, x, text_N.long())
     return values
-
-
-def _add(
-    values: dict[str, float], name: str, accepted: Tensor, x: Tensor, low: float, high: float
-) -> None:
-    inside = (x >= low) & (x < high)
-    if inside.any():
-        values[name] = float(accepted[inside].mean())
 
 
 def _add_slope(values: dict[str, float], name: str, y: Tensor, x: Tensor, text: Tensor) -> None:
@@ -120,8 +110,7 @@ def _add_slope(values: dict[str, float], name: str, y: Tensor, x: Tensor, text: 
 
 def _entropies(model: MTPModel, text: list[int]) -> Tensor:
     """Entropy of the main prediction after every token of a text, [P], in nats."""
-    tokens = torch.tensor([text + [0] * (model.depth + 1)], device=model.head.weight.device)
-    h_PC = model(WindowBatch(tokens, model.depth), ())[0][0]
-    chunks = log_probs_by_chunk(h_PC.to(model.head.weight.dtype), model.head.weight)
+    h_PC, weight_VC = read_text(model, text)[0], model.head.weight
+    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC)
     # Clamped: a probability of 0 would give 0 * -inf = NaN.
     return torch.cat([-(c.exp() * c.clamp(min=-1e4)).sum(-1) for _, c in chunks]).cpu()

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from statistics import median
 
 # The smallest gain over plain decoding at which drafts are used: while decoding, since timings
@@ -50,16 +52,9 @@ class Measured:
 
 
 def expected_tokens(accepted: Sequence[float]) -> list[float]:
-    """Expected tokens per row of a round with 0, 1, .. drafts, ``1 + sum_j prod_{i <= j} a_i``.
-
-    Args:
-        accepted: a_1, a_2, .., the share of drafts accepted among those judged at a position.
-    """
-    tokens, reach = [1.0], 1.0
-    for share in accepted:
-        reach *= share
-        tokens.append(tokens[-1] + reach)
-    return tokens
+    """Expected tokens per row of a round with 0, 1, .. drafts, ``1 + sum_j prod_{i <= j} a_i``, by
+    the shares a_1, a_2, .. of the drafts judged at a position that are accepted."""
+    return list(accumulate(accumulate(accepted, mul), initial=1.0))
 
 
 def fastest(gains: Sequence[float], margin: float) -> int:
@@ -121,14 +116,8 @@ class AutoDepth:
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
     ) -> None:
-        """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about.
-
-        Args:
-            m: the number of drafts.
-            seconds: the time of the round.
-            accepted: for each row, the number of accepted drafts.
-            reached: for each row, the number of drafts verified, the first rejected one included.
-        """
+        """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about, by each
+        row's number of drafts accepted and verified, the first rejected one included."""
         assert self._rounds is not None
         for j in range(m):
             n_reached = sum(r > j for r in reached)
@@ -208,11 +197,8 @@ class _Rounds:
                 ratios.append(max(seconds / plain, 1.0))
 
     def decide(self, expected: Sequence[float]) -> None:
-        """Choose the number of drafts with the most tokens per second.
-
-        Args:
-            expected: tokens per row of a round with 0, 1, .. drafts.
-        """
+        """Choose the number of drafts with the most tokens per second, by the ``expected`` tokens
+        per row of a round with 0, 1, .. drafts."""
         timed = [m for m, ratios in enumerate(self._ratios) if ratios]
         costs = [self._cost(m, timed) for m in range(timed[-1] + 1)]
         if len(costs) == 1:

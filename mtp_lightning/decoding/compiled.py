@@ -33,15 +33,9 @@ _RECORDED = ("cuda",)
 
 
 class StaticCache:
-    """A :class:`KVCache` as a compiled pass sees it: positions are inputs, not part of the program.
-
-    Every pass reads the whole capacity with a mask, so that one program serves all positions.
-
-    Args:
-        entries_L_BSMH: the storage of a :class:`KVCache`, which :meth:`append` writes to.
-        positions_BT: positions of the new tokens.
-        entry: the layout of a stored entry.
-    """
+    """The storage of a :class:`KVCache` as a compiled pass reads it: the positions of the new
+    tokens are inputs, not part of the program. Every pass reads the whole capacity with a mask, so
+    that one program serves all positions."""
 
     def __init__(
         self, entries_L_BSMH: Sequence[Tensor], positions_BT: Tensor, entry: CacheEntry
@@ -65,15 +59,9 @@ class StaticCache:
         return self.positions_BT.unsqueeze(-1) - self._columns_S
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of the new queries over all stored positions: [B, T, N, H].
-
-        The formula is written out so that the compiler can fuse it.
-
-        Args:
-            layer: index of the layer in the cache.
-            query_BTNH: the new queries.
-            mask: additive, [B, T, S]; None is causal.
-        """
+        """Attention of the new queries over all stored positions: [B, T, N, H]. The mask is
+        additive, [B, T, S]; None is causal. The formula is written out so that the compiler can
+        fuse it."""
         keys, values = self.entry.split(self.entries_L_BSMH[layer].transpose(1, 2))
         batch, seq_len, n_heads, d_head = query_BTNH.shape
         n_kv = keys.shape[1]
@@ -210,14 +198,9 @@ class Recording:
         return [x.clone() for x in self._outputs]
 
 
-def record(
-    function: Callable[[], Sequence[Tensor]],
-) -> tuple[Callable[[], None], Sequence[Tensor]]:
+def record(function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
     """Record the kernels that ``function`` launches. Other threads may use the device meanwhile.
-
-    Returns:
-        A function that replays the kernels, and their outputs, which are filled by a replay.
-    """
+    Returns a function that replays the kernels, and their outputs, which are filled by a replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()

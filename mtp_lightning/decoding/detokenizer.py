@@ -32,11 +32,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, before: Prompt, ends: Collection[int]) -> None:
         self._tokenizer, self._ends = tokenizer, ends
-        # The tokens of the last whole piece, `_whole` of them, and those whose text is incomplete.
-        # `_out` of their characters were returned.
-        self._window = last_piece(tokenizer, before, ends)
-        self._whole = len(self._window)
-        self._out = len(tokenizer.decode(self._window))
+        # `_window`: the tokens of the last whole piece, `_whole` of them, and those whose text is
+        # incomplete. `_out` of their characters were returned.
+        self._begin(last_piece(tokenizer, before, ends))
 
     @property
     def waits(self) -> bool:
@@ -56,10 +54,12 @@ class Detokenizer:
             return ""
         self._out = max(self._out, whole)
         if whole == len(text):
-            del self._window[: self._whole]
-            self._whole = len(self._window)
-            self._out = len(self._tokenizer.decode(self._window))
+            self._begin(self._window[self._whole :])
         return str(new)
+
+    def _begin(self, piece: list[int]) -> None:
+        self._window, self._whole = piece, len(piece)
+        self._out: int = len(self._tokenizer.decode(piece))
 
 
 def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
@@ -76,14 +76,7 @@ def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
 
 
 def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], ends: Collection[int]) -> str:
-    """The text of ``ids`` after the tokens ``before``.
-
-    Args:
-        tokenizer: as for :class:`Detokenizer`.
-        before: the tokens before the text.
-        ids: the text's tokens.
-        ends: as for :class:`Detokenizer`.
-    """
+    """The text of ``ids`` after the tokens ``before``; ``ends`` as for :class:`Detokenizer`."""
     piece = last_piece(tokenizer, before, ends)
     start = len(tokenizer.decode(piece))
     return str(tokenizer.decode([*piece, *(token for token in ids if token not in ends)]))[start:]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,6 @@ from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runtime import eval_mode
 from mtp_lightning.settings import is_whole
 
 if TYPE_CHECKING:
@@ -43,8 +41,7 @@ class Engine:
     """Decodes up to ``slots`` requests together, in rounds.
 
     It is a context manager and works only while entered, with the model in eval mode and its
-    weights packed. All calls must come from the thread that entered it, except :meth:`check`, which
-    changes nothing and may be called from any thread.
+    weights packed. All calls must come from the thread that entered it, except :meth:`check`.
 
     Args:
         model: any variant that decodes token by token, on its device.
@@ -94,19 +91,16 @@ class Engine:
             from mtp_lightning.decoding.lookup import Lookups
 
             self._lookups = Lookups(model, most=options.lookup, slots=self.slots)
-        self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
-        with ExitStack() as inside:
-            inside.enter_context(eval_mode(self._model))
-            inside.enter_context(decoding_passes(self._model))
-            self._inside = inside.pop_all()
+        self._inside = decoding_passes(self._model)
+        self._inside.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._sequences.clear()
         self._decoder = None
-        self._inside.close()
+        self._inside.__exit__(None, None, None)
 
     @property
     def sequences(self) -> Sequence[TextSequence]:
@@ -119,7 +113,7 @@ class Engine:
         return self.slots - len(self._sequences)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that :meth:`add` would refuse.
+        """Refuse a request that :meth:`add` would refuse; from any thread.
 
         Raises:
             UserError: the prompt is empty or holds an unknown token, the text would exceed the
@@ -148,25 +142,15 @@ class Engine:
             )
 
     def add(self, requests: Sequence[Request]) -> list[TextSequence]:
-        """Prefill new sequences, on a CPU in passes of at most 512 positions or one prompt, and
-        choose their first tokens.
-
-        A request whose first token is its last returns a finished sequence, which takes no slot.
-
-        Args:
-            requests: at most :attr:`free`.
-
-        Returns:
-            One sequence per request, in order.
+        """Prefill new sequences, at most :attr:`free`, and choose their first tokens. Returns one
+        sequence per request, in order; one whose first token is its last takes no slot.
 
         Raises:
             UserError: there are too many requests, or :meth:`check` refuses one.
         """
         if len(requests) > self.free:
-            raise UserError(
-                f"{len(requests)} requests for {self.free} free slots of {self.slots}: wait until "
-                "a sequence has finished."
-            )
+            slots = f"{self.free} free slots of {self.slots}"
+            raise UserError(f"{len(requests)} requests for {slots}: wait until a sequence is over.")
         for request in requests:
             self.check(request)
         if not requests:
@@ -217,10 +201,7 @@ class Engine:
         return sequences
 
     def run(self, requests: Iterable[Request]) -> Iterator[TextSequence]:
-        """Decode requests to their ends, each in the first slot that becomes free.
-
-        Args:
-            requests: any number of them.
+        """Decode any number of requests to their ends, each in the first slot that becomes free.
 
         Yields:
             The sequences that have just joined, and after every round those that took part; each
@@ -238,9 +219,8 @@ class Engine:
             UserError: the sequence is not in this engine, or has already finished.
         """
         if sequence not in self._sequences:
-            raise UserError(
-                f"the sequence of prompt {sequence.request.index} is not in this engine."
-            )
+            index = sequence.request.index
+            raise UserError(f"the sequence of prompt {index} is not in this engine.")
         self._drop(self._sequences.index(sequence))
 
     def _report_logits(self, text: TextSequence, n_kept: int, logits_BTV: Tensor, row: int) -> None:
@@ -269,10 +249,8 @@ class Engine:
 
     def _slide(self, session: Session) -> None:
         limit = self.options.max_context
-        if limit is None:
-            return
         for i, n in enumerate(session.n):
-            if n >= limit:
+            if limit is not None and n >= limit:
                 session.slide(i, _length_after_slide(limit))
 
     def _round(self, decoder: Decoder) -> Round:
@@ -298,10 +276,7 @@ class Engine:
         return outcome
 
     def _plan(self, rooms: Sequence[int]) -> tuple[int, list[int], AutoDepth | None]:
-        """Plan the next round.
-
-        Args:
-            rooms: for each row, the most drafts that fit.
+        """Plan the next round, by the most drafts that fit into each row.
 
         Returns:
             The number of drafts that the modules make for every row; for each row, the most that
@@ -336,8 +311,7 @@ class Engine:
         return max(self.max_draft if fixed is None else fixed, self.options.lookup)
 
     def _free_finished(self) -> None:
-        """Free the slots of finished sequences."""
-        for i in range(len(self._sequences) - 1, -1, -1):
+        for i in reversed(range(len(self._sequences))):
             if self._sequences[i].finish_reason is not None:
                 self._drop(i)
 

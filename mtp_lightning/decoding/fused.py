@@ -24,6 +24,7 @@ from mtp_lightning import parts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.runtime import eval_mode
 
 if TYPE_CHECKING:
     from mtp_lightning.weights import WeightPacker
@@ -66,7 +67,7 @@ class DecodingCode:
     """A part's decoding code for one type of device.
 
     Attributes:
-        passes: prepares a model, until :meth:`FusedPasses.close`.
+        passes: prepares a model until :meth:`FusedPasses.close`.
         rounded_weights_need: what the device lacks to read rounded weights fast; None for nothing.
         packer_for: packs the weights of a model that only decodes.
         multiply_integers: makes products with weights in blocks sums of integers.
@@ -125,7 +126,7 @@ def packer_for(
     """The packer of a model's weights; None if no part has code for it.
 
     Args:
-        model: without numbers yet, or with those that are to be kept.
+        model: with the numbers that are to be kept, or without numbers yet.
         path: the file or folder that its weights are read from, for :meth:`WeightPacker.restore`;
             None for a model with other numbers.
         rounding: how its numbers are rounded before they are packed, in words.
@@ -158,9 +159,9 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
 
 @contextmanager
 def decoding_passes(model: MTPModel) -> Iterator[None]:
-    """Prepare a model for the passes of a session: no autograd, fused decode steps where available,
-    blocks that run eagerly."""
-    with torch.inference_mode(), fused_passes(model), eager_blocks(model):
+    """Prepare a model for the passes of a session: evaluation mode, no autograd, fused decode steps
+    where available, blocks that run eagerly."""
+    with eval_mode(model), torch.inference_mode(), fused_passes(model), eager_blocks(model):
         yield
 
 

@@ -30,7 +30,7 @@ def generate(
     indices: Sequence[int] | None = None,
     **changes: Any,
 ) -> list[Generation]:
-    """Continue every prompt.
+    """Continue every prompt. Returns one :class:`Generation` per prompt, in order.
 
     Greedy output equals that of plain greedy decoding token for token; sampled output has the
     model's distribution. Drafts change the speed alone.
@@ -44,9 +44,6 @@ def generate(
         on_end: called as a text ends, with the prompt's index and the text.
         indices: of the prompts, which choose their random streams; 0, 1, .. by default.
         changes: options by name, which replace those of ``options``.
-
-    Returns:
-        One :class:`Generation` per prompt, in order.
 
     Raises:
         UserError: an option is out of range, a prompt is empty or longer than the context, or the

@@ -34,12 +34,7 @@ _WORTH, _WORTH_IN_SAMPLES = 0.3, 0.5
 
 
 class Lookup:
-    """A growing text, which proposes its own continuation.
-
-    Args:
-        prompt: the token ids that it begins with.
-        sampled: whether they are drawn.
-    """
+    """A growing text, greedy or ``sampled``, which proposes its own continuation."""
 
     def __init__(self, prompt: Sequence[int], *, sampled: bool = False) -> None:
         self._ids = np.empty(2 * len(prompt), np.int64)
@@ -91,16 +86,8 @@ def longest_match(ids: np.ndarray) -> tuple[int, int]:
 
 
 def lookups_alone(prompts: Sequence[Prompt], generations: Sequence[Generation]) -> dict[str, float]:
-    """The tokens per pass of greedy texts if all drafts were looked up, at most 8 per round; no
-    model runs.
-
-    Args:
-        prompts: token ids.
-        generations: their greedy continuations.
-
-    Returns:
-        ``lookup_tokens_per_step``, the tokens per pass; empty without a pass.
-    """
+    """``lookup_tokens_per_step``: the tokens per pass of greedy continuations if all drafts were
+    looked up, at most 8 per round; no model runs. Empty without a pass."""
     tokens = passes = 0
     for prompt, generation in zip(prompts, generations, strict=True):
         ids = generation.token_ids
@@ -119,13 +106,8 @@ def lookups_alone(prompts: Sequence[Prompt], generations: Sequence[Generation]) 
 
 
 class Lookups:
-    """The lookups of a decoding engine's texts.
-
-    Args:
-        model: the model.
-        most: most drafts of a round.
-        slots: most texts that are decoded together.
-    """
+    """The lookups of a decoding engine's texts, of which ``slots`` are decoded together, with at
+    most ``most`` drafts of a round."""
 
     def __init__(self, model: MTPModel, *, most: int, slots: int) -> None:
         self._model = model
@@ -134,15 +116,12 @@ class Lookups:
         self._texts = WeakKeyDictionary[TextSequence, tuple[Lookup, int]]()
 
     def drafts(self, sequences: Sequence[TextSequence], rooms: Sequence[int]) -> list[list[int]]:
-        """The drafts of the next round from every sequence's own text.
+        """The drafts of the next round from every sequence's own text, at most as many as the room
+        of each.
 
         On a CPU there are none while texts are decoded together, since a pass takes time for every
         token. A sample then has none in an engine of several slots at all, since its text depends
         on its drafts.
-
-        Args:
-            sequences: the sequences.
-            rooms: for each, the most drafts that fit.
         """
         many = pays_for_many(self._model.head.weight.device)
         if len(sequences) > 1 and not many:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.acceptance import read_text
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.lookup import lookups_alone
@@ -29,8 +29,8 @@ from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
-# Samples of a bootstrap.
-_RESAMPLES = 1000
+# Samples of a bootstrap, and untimed calls of a pass before the timed ones.
+_RESAMPLES, _WARM_UP = 1000, 10
 # Prompts decoded together to measure acceptance, and prompts decoded one by one to measure speed.
 TOGETHER, TIMED = 64, 4
 
@@ -38,16 +38,11 @@ TOGETHER, TIMED = 64, 4
 def prompts_that_fit(
     data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[list[Tensor], int]:
-    """The held-out prompts that a run and evaluate.py decode, and the number of tokens to
-    generate, which fit into one window together.
+    """The held-out prompts that a run and evaluate.py decode, at most ``n_prompts``, and the number
+    of tokens to generate, which fit into one window together.
 
-    For a task, the prompts are whole and the number is the length of an answer.
-
-    Args:
-        data: a data module that is set up.
-        n_prompts: the most prompts; there are fewer if the data holds fewer.
-        prompt_tokens: for text, the most tokens of a prompt.
-        new_tokens: for text, the number of tokens to generate.
+    For text, a prompt has at most ``prompt_tokens``, and the number is ``new_tokens``. For a task,
+    the prompts are whole and the number is the length of an answer.
 
     Raises:
         UserError: there are no prompts, or a window has no room for ``new_tokens`` and a prompt.
@@ -89,19 +84,12 @@ def race(
     repeats: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Race:
-    """Decode ``prompts`` in several ways.
+    """Decode ``prompts`` in several ways, ``repeats`` times each.
 
     Every way first decodes one prompt untimed: the first passes of a size load kernels and allocate
     memory, which alone made plain decoding differ from itself by a factor of up to 1.4. Then the
     ways take turns, in alternating order; with ``batch_size=1`` they take turns at every prompt.
-
-    Args:
-        model: any variant.
-        prompts: token ids.
-        ways: name -> options to decode with.
-        tokenizer: gives texts and the end-of-text id; None for neither.
-        repeats: number of times that all prompts are decoded.
-        clock: returns seconds; use ``time.process_time`` on a busy machine.
+    The clock returns seconds; use ``time.process_time`` on a busy machine.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, list[Generation]] = {}
@@ -128,9 +116,6 @@ def intervals(generations: Sequence[Generation]) -> dict[str, float]:
 
     By a percentile bootstrap over prompts (Efron 1979), since the tokens of one text depend on one
     another and prompts do not. Empty for a single prompt.
-
-    Args:
-        generations: one per prompt.
     """
     n = len(generations)
     if n < 2:
@@ -147,21 +132,11 @@ def intervals(generations: Sequence[Generation]) -> dict[str, float]:
 
 
 def acceptance(
-    model: MTPModel,
-    prompts: Sequence[Prompt],
-    options: DecodingOptions,
-    *,
-    tokenizer: Any = None,
+    model: MTPModel, prompts: Sequence[Prompt], options: DecodingOptions, *, tokenizer: Any = None
 ) -> tuple[dict[str, float], list[Generation]]:
-    """:func:`rates` of greedy drafting, their :func:`intervals`, and what
-    :func:`~mtp_lightning.decoding.lookup.lookups_alone` would give; also checks that plain decoding
-    gives the same texts.
-
-    Args:
-        model: a model that drafts.
-        prompts: token ids.
-        options: how to draft, and how many tokens to generate.
-        tokenizer: gives the end-of-text id that ends a text; None for none.
+    """:func:`rates` of greedy drafting, their :func:`intervals`, and the result of
+    :func:`~mtp_lightning.decoding.lookup.lookups_alone`; also checks that plain decoding gives the
+    same texts.
 
     Returns:
         The values, with ``n_prompts`` and ``new_tokens``, and the generations of plain decoding.
@@ -190,11 +165,6 @@ def teacher_forced_rates(
     the mean number of depths that are right before the first wrong one. The decoding loop visits
     only some of these positions, so measured and expected rates differ slightly; a difference of
     more than a few points is a defect in one of them.
-
-    Args:
-        model: in evaluation mode.
-        prompts: token ids.
-        generations: their greedy continuations.
     """
     depth = model.depth
     n_reached, n_right = torch.zeros(depth), torch.zeros(depth)
@@ -204,13 +174,12 @@ def teacher_forced_rates(
         first, end = len(prompt) - 1, len(text) - depth - 1
         if end <= first:
             continue
-        padded = torch.cat((text, text.new_zeros(depth + 1))).unsqueeze(0)
-        batch = WindowBatch(padded.to(model.head.weight.device), depth)
-        hidden = model(batch)
+        hidden = read_text(model, text.tolist(), active=None)
         all_right_P = torch.ones(end - first, dtype=torch.bool)
         for k in range(1, depth + 1):
-            before_P = batch.tokens[0, first + k : end + k]
-            choice_P = model.draft_logits(k, hidden[k][0, first:end], before_P).argmax(-1).cpu()
+            state_PC = hidden[k][first:end]
+            before_P = text[first + k : end + k].to(state_PC.device)
+            choice_P = model.draft_logits(k, state_PC, before_P).argmax(-1).cpu()
             n_reached[k - 1] += all_right_P.sum()
             all_right_P &= choice_P == text[first + k + 1 : end + k + 1]
             n_right[k - 1] += all_right_P.sum()
@@ -250,16 +219,8 @@ def pass_costs(
     repeats: int = 60,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PassCosts:
-    """Time the passes of a decoding round.
-
-    Args:
-        model: in evaluation mode.
-        prompt: the tokens that every row has read.
-        batch: number of rows.
-        compile: time compiled passes, which have one row.
-        repeats: timed calls of each pass.
-        clock: see :func:`race`.
-    """
+    """Time the passes of a decoding round of ``batch`` rows that have read ``prompt``, ``repeats``
+    times each; compiled passes have one row."""
     kind = Session
     if compile:
         from mtp_lightning.decoding.compiled import CompiledSession
@@ -280,24 +241,22 @@ def pass_costs(
             session.put(chosen, k)
             chosen.tolist()  # waits for a GPU
 
-        verify_seconds = [
-            _seconds(partial(verify, m), repeats, clock) for m in range(model.depth + 1)
-        ]
-        draft_seconds = []
+        costs = PassCosts([], [])
+        for m in range(model.depth + 1):
+            costs.verify.append(_seconds(partial(verify, m), repeats, clock))
         for k in range(1, model.depth + 1):
             session.draft(k)  # catches up with the prompt
-            draft_seconds.append(_seconds(partial(draft, k), repeats, clock))
-    return PassCosts(verify_seconds, draft_seconds)
+            costs.draft.append(_seconds(partial(draft, k), repeats, clock))
+    return costs
 
 
 def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
     times = []
-    warm_up = 10
-    for _ in range(warm_up + repeats):
+    for _ in range(_WARM_UP + repeats):
         began = clock()
         call()
         times.append(clock() - began)
-    return median(times[warm_up:])
+    return median(times[_WARM_UP:])
 
 
 def decoding_report(
@@ -308,22 +267,14 @@ def decoding_report(
     tokenizer: Any = None,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Acceptance and speedup of drafting, measured and expected, on the same greedy texts.
-
-    The speedup is timed one prompt at a time, on the first few prompts.
-
-    Args:
-        model: in evaluation mode.
-        prompts: token ids.
-        options: how to draft, and how many tokens to generate. Expected values are left out if an
-            option of drafting is set, as teacher forcing then does not predict the drafts.
-        tokenizer: gives the end-of-text id that ends a text; None for none.
-        repeats: number of times that the timed prompts are decoded.
+    """Acceptance and speedup of drafting, measured and expected, on the same greedy texts. The
+    speedup is timed one prompt at a time, on the first few prompts.
 
     Returns:
         The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
         over plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
-        :func:`pass_costs`).
+        :func:`pass_costs`). Expected values are left out if an option of drafting is set, as
+        teacher forcing then does not predict the drafts.
 
     Raises:
         RuntimeError: drafts changed a text.
@@ -357,27 +308,22 @@ def require_same_greedy(
     Raises:
         RuntimeError: texts differ at a token that is not a tie.
     """
-    for prompt, a, b in zip(prompts, plain, drafted, strict=True):
-        _require_same(model, list(map(int, prompt)), a.token_ids, b.token_ids)
+    for prompt, one, other in zip(prompts, plain, drafted, strict=True):
+        ids, a, b = list(map(int, prompt)), one.token_ids, other.token_ids
+        if a == b:
+            continue
+        shorter = min(len(a), len(b))
+        i = next((i for i in range(shorter) if a[i] != b[i]), shorter)
+        if i < shorter and _are_tied(model, ids + a[:i], a[i], b[i]):
+            continue
+        raise RuntimeError(
+            f"Speculative greedy decoding differs from plain decoding at new token {i} after the "
+            f"prompt {ids}: {a[i : i + 4]} against {b[i : i + 4]}. This is a defect in the "
+            "decoder: please report it with the checkpoint."
+        )
 
 
-def _require_same(
-    model: MTPModel, prompt: list[int], expected: list[int], drafted: list[int]
-) -> None:
-    if expected == drafted:
-        return
-    shorter = min(len(expected), len(drafted))
-    i = next((i for i in range(shorter) if expected[i] != drafted[i]), shorter)
-    if i < shorter:
-        # Read the text as in training; the padding only fills the window and is never read.
-        tokens = torch.tensor([prompt + expected[:i] + [0] * (model.depth + 1)])
-        with torch.inference_mode():
-            batch = WindowBatch(tokens.to(model.head.weight.device), model.depth)
-            logits = model.head(model(batch, ())[0][0, -1]).float()
-        if abs(float(logits[expected[i]] - logits[drafted[i]])) < _TIE:
-            return
-    raise RuntimeError(
-        f"Speculative greedy decoding differs from plain decoding at new token {i} after the "
-        f"prompt {prompt}: {expected[i : i + 4]} against {drafted[i : i + 4]}. This is a "
-        "defect in the decoder: please report it with the checkpoint."
-    )
+@torch.inference_mode()
+def _are_tied(model: MTPModel, text: list[int], a: int, b: int) -> bool:
+    logits = model.head(read_text(model, text)[0][-1]).float()
+    return abs(float(logits[a] - logits[b])) < _TIE

@@ -1,9 +1,9 @@
 """The options of decoding, the same objects from YAML to engine.
 
 :class:`TextOptions` belong to one text and may differ between texts that are decoded together;
-:class:`DecodingOptions` add those that all texts of an engine share. Creating an object checks its
-values and their combination; :meth:`DecodingOptions.max_draft` checks whether a model supports
-them. A new option needs a field here, a key in conf/ and the code that uses it.
+:class:`DecodingOptions` add those that all texts of an engine share. An object checks its values
+and their combination; :meth:`DecodingOptions.max_draft` checks whether a model supports them. A new
+option needs a field here, a key in conf/ and the code that uses it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,8 @@ class TextOptions(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_whole("max_new_tokens", least=1)
-        self._set_whole("seed")
-        self._set_whole("logprobs", least=0)
-        self._set_whole("eot_id", least=-1)
+        for name, least in (("max_new_tokens", 1), ("seed", None), ("logprobs", 0), ("eot_id", -1)):
+            self._set_whole(name, least=least)
         if not isinstance(self.stop, Sequence):
             raise UserError(f"stop={self.stop!r} must be a string or a list of strings.")
         self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -217,11 +215,8 @@ class DecodingOptions(TextOptions):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any], **overrides: Any) -> Self:
-        """The options that a config sets.
-
-        Args:
-            cfg: a composed config or a node of it; keys that are not options are ignored.
-            overrides: options that replace those of ``cfg``.
+        """The options that a config or a node of it sets, except for ``overrides``; other keys are
+        ignored.
 
         Raises:
             UserError: see the class.
@@ -238,9 +233,7 @@ class DecodingOptions(TextOptions):
     @property
     def slots(self) -> int:
         """The most texts that are decoded at a time."""
-        if self.batch_size is None:
-            return 1 if self.compile else _TOGETHER
-        return self.batch_size
+        return self.batch_size or (1 if self.compile else _TOGETHER)
 
     @property
     def drafts_as_trained(self) -> bool:
@@ -250,8 +243,8 @@ class DecodingOptions(TextOptions):
 
     def plain(self, *, but_lookups: bool = False) -> Self:
         """The same options without drafts, or with none but those that are looked up."""
-        keep = ("lookup", "verify") if but_lookups and self.lookup else ()
-        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING if name not in keep}
+        kept = ("lookup", "verify") if but_lookups and self.lookup else ()
+        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING if name not in kept}
         return replace(self, speculative=False, **defaults)
 
     def _setting(self, name: str) -> str | None:

@@ -56,13 +56,8 @@ def with_measured_depth(
     """The options, with the measured number of drafts where they leave it open (None, ``"auto"``).
 
     The first call for a model measures, which takes seconds; later ones look it up in the cache
-    folder until a file of the model, the machine, its fast code or a setting changes.
-
-    Args:
-        options: the options of decoding.
-        opened: the model.
-        rows: the number of texts that are decoded together.
-        setting: whatever else changes the speed, such as the precision.
+    folder until a file of the model, the machine, its fast code, the number of texts that are
+    decoded together (``rows``) or a ``setting`` such as the precision changes.
     """
     model, depth_is_open = opened.model, options.draft_depth in (None, "auto")
     can_measure = options.speculative and not options.compile and options.tree is None
@@ -88,14 +83,8 @@ def _prompts(opened: OpenedModel) -> list[Prompt]:
 
 
 def measure(model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt]) -> Measured:
-    """Time rounds with 0, 1, .. drafts in turn, while the model continues texts.
-
-    Args:
-        model: a model that drafts.
-        options: how to draft, with ``draft_depth="auto"``; ``batch_size`` texts are written
-            together.
-        prompts: the beginnings of the texts.
-    """
+    """Time rounds with 0, 1, .. drafts in turn, while the model continues the prompts,
+    ``batch_size`` of them together. The options have ``draft_depth="auto"``."""
     sampled, greedy = (_payoff(model, options, prompts, temperature=t) for t in (1.0, 0.0))
     return Measured(greedy=greedy, sampled=sampled)
 
@@ -158,39 +147,35 @@ class _Turns(AutoDepth):
 
 def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
     """The measurement stored in ``folder``; measured and stored if there is none."""
-    measurements: list[Measured] = []
+    new: list[Measured] = []
     errors: list[Exception] = []
 
     def build(target: Path) -> None:
         try:
-            measurements.append(measure_now())
+            new.append(measure_now())
         except Exception as error:
             errors.append(error)
             raise
-        (target / _FILE).write_text(json.dumps(asdict(measurements[0])), "utf-8")
+        (target / _FILE).write_text(json.dumps(asdict(new[0])), "utf-8")
 
     try:
         build_once(folder, build)  # whose seal shows a file that was changed
-        measured = measurements[0] if measurements else _read_stored(folder / _FILE)
+        if not new:
+            return _read_stored(folder / _FILE)
     except (UserError, OSError) as error:
         if errors:  # not the folder's error
             raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
-        measured = measurements[0] if measurements else measure_now()
-        measurements = [measured]
-    if measurements and sys.stderr.isatty():
-        print(description(measured), file=sys.stderr)
-    return measured
+        new = new or [measure_now()]
+    if sys.stderr.isatty():
+        print(description(new[0]), file=sys.stderr)
+    return new[0]
 
 
 def _read_stored(file: Path) -> Measured:
-    stored = json.loads(file.read_text("utf-8"))
-    payoffs = {
-        name: Payoff(tuple(payoff["costs"]), tuple(payoff["accepted"]))
-        for name, payoff in stored.items()
-    }
-    return Measured(**payoffs)
+    payoffs = json.loads(file.read_text("utf-8")).items()
+    return Measured(**{k: Payoff(tuple(p["costs"]), tuple(p["accepted"])) for k, p in payoffs})
 
 
 def description(measured: Measured) -> str:

@@ -45,13 +45,8 @@ def split(precision: str) -> tuple[str, str]:
 def check_precision(
     precision: str, heads: str | None = None, *, activations: str = "fp32", compile: bool = False
 ) -> None:
-    """Refuse a precision that this machine cannot decode in, before a model is read.
-
-    Args:
-        precision: as the user gave it.
-        heads: ``head_precision``, as the user gave it.
-        activations: as the user gave it.
-        compile: whether compiled passes are asked for.
+    """Refuse a precision, ``head_precision`` or activations that this machine cannot decode in,
+    before a model is read.
 
     Raises:
         UserError: a precision is unknown, or rounded weights would not be faster here.
@@ -85,13 +80,9 @@ def use_activations(model: MTPModel, activations: str) -> None:
 
 
 def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> None:
-    """Round ``model`` in place to ``precision``; ``fp32`` changes nothing.
-
-    Args:
-        model: the model.
-        precision: of all matrices.
-        heads: of the MTP stack's own matrices instead, which changes the drafts and no greedy text;
-            None for ``precision``, and ``auto`` for int8 where that is read faster.
+    """Round the matrices of ``model`` in place to ``precision``; ``fp32`` changes nothing. Those of
+    its MTP stack are rounded to ``heads`` instead, if that is not None; ``auto`` is int8 where that
+    is read faster.
 
     Raises:
         UserError: a precision is unknown, rounded weights would not be faster here, or there are no
@@ -106,10 +97,6 @@ def packer_after_rounding(
 ) -> Callable[[MTPModel, Path | None], WeightPacker | None]:
     """``packer_for`` of ``decoding/fused.py`` for a model whose weights :func:`use_precision` would
     round: each is rounded when it is read, and then packed.
-
-    Args:
-        precision: as of :func:`use_precision`.
-        heads: likewise.
 
     Raises:
         UserError: as :func:`use_precision`, here and when the packer is made.
@@ -166,7 +153,7 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _roundings(model: MTPModel, precision: str, heads: str | None) -> Roundings:
-    """The roundings of a model in two precisions, which are settled.
+    """The roundings of a model in two precisions, without ``auto``.
 
     Raises:
         UserError: as :func:`use_precision`.

@@ -37,10 +37,7 @@ _FILE = "program.pt2"
 
 
 class LoadedProgram:
-    """A program that this process has loaded.
-
-    Args:
-        file: its file.
+    """A program that this process has loaded from its file.
 
     Raises:
         RuntimeError: the file is damaged.
@@ -56,10 +53,7 @@ class LoadedProgram:
         """Use the weights of ``function``: the compiled module, or one of the same structure."""
         tensors = dict(_weights(function))
         weights = [tensors[name] for name in self._names]
-        is_bound = len(weights) == len(self._bound) and all(
-            a.data_ptr() == b.data_ptr() for a, b in zip(weights, self._bound, strict=True)
-        )
-        if not is_bound:
+        if [x.data_ptr() for x in weights] != [x.data_ptr() for x in self._bound]:
             constants = dict(zip(self._names, weights, strict=True))
             self._loader.load_constants(constants, False, True, True)
         self._bound = weights  # keeps the tensors alive while the program uses their memory
@@ -77,7 +71,7 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
     Args:
         function: returns a tuple of tensors. Its ``extra_repr`` must show anything that its result
             depends on besides its config and its classes' source, such as a switch of its own.
-        inputs: tensors of the shapes that it will be called with; it may write to them in place.
+        inputs: of the shapes that it will be called with; it may write to them in place.
 
     Raises:
         UserError: the program must be built, and there is no C++ compiler.
@@ -170,11 +164,8 @@ def _machine() -> str:
 def _source(classes: frozenset[type[Any]]) -> str:
     """A digest of the project's own passes and of the files that define other classes."""
     files = {file for name in _SOURCES for file in _python(_PACKAGE / name)}
-    for kind in classes:
-        if not kind.__module__.startswith("torch."):
-            source = inspect.getsourcefile(kind)
-            if source is not None:
-                files.add(Path(source))
+    others = (kind for kind in classes if not kind.__module__.startswith("torch."))
+    files |= {Path(source) for source in map(inspect.getsourcefile, others) if source}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -104,12 +104,9 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
 
 @Op
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw token ids [...] from probabilities [..., V] by inverting the cumulative sum, in fp64.
-
-    Args:
-        probs: probabilities, which need not sum to 1. A token of probability 0 is never drawn.
-        uniform: one number of [0, 1) per draw, [...].
-    """
+    """Draw token ids [...] from probabilities [..., V], which need not sum to 1, by inverting the
+    cumulative sum in fp64, with one number of [0, 1) per draw, [...]. A token of probability 0 is
+    never drawn."""
     cumulative = probs.double().cumsum(dim=-1)
     # The last entry is exactly the total, so no draw can lie beyond it.
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
@@ -129,11 +126,7 @@ def over_all(probs: Tensor, n_tokens: int) -> Tensor:
 
 
 class RowSampling:
-    """One :class:`Sampling` per row; a row's result does not depend on the settings of others.
-
-    Args:
-        rows: the settings of every row.
-    """
+    """One :class:`Sampling` per row; a row's result does not depend on the settings of others."""
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
         self.greedy = all(sampling.greedy for sampling in rows)
@@ -158,10 +151,6 @@ class Noise:
 
     Every round has ``most`` numbers that draw drafts, ``most`` that judge them and one for the
     trunk's own token. A row of fewer drafts takes the first of each; its others are 0.
-
-    Args:
-        most: most drafts of a row per round.
-        device: device of the returned tensors.
     """
 
     def __init__(self, most: int, device: torch.device | str) -> None:

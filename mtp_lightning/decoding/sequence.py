@@ -24,13 +24,8 @@ from mtp_lightning.decoding.speculative import RowResult
 
 @dataclass(frozen=True)
 class LogProb:
-    """A token's log-probability by the trunk, before temperature, ``top_k`` and ``top_p``.
-
-    Attributes:
-        token: its id.
-        logprob: its log-probability, in nats.
-        top: the most likely tokens and their log-probabilities, best first.
-    """
+    """A token's log-probability by the trunk, in nats, before temperature, ``top_k`` and ``top_p``;
+    ``top`` has the most likely tokens and their log-probabilities, best first."""
 
     token: int
     logprob: float
@@ -143,16 +138,12 @@ class Generation:
 
 
 def rates(generations: Sequence[Generation]) -> dict[str, float]:
-    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
-
-    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
-    pass are the tokens from verify passes / verify passes, the trunk's own token included.
-    """
-    pairs = rate_counts(generations).items()
+    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations, as
+    :attr:`Generation.acceptance` and :attr:`Generation.tokens_per_step`."""
     return {
         # fp32, the precision that loggers store.
         name: float(np.float32(above_N.sum() / below_N.sum()))
-        for name, (above_N, below_N) in pairs
+        for name, (above_N, below_N) in rate_counts(generations).items()
         if below_N.sum()
     }
 
@@ -172,12 +163,8 @@ def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray
 
 
 class TextSequence:
-    """Collects the tokens of one request and detects its end.
-
-    Args:
-        request: the request.
-        max_draft: number of draft positions to count acceptance for.
-        tokenizer: with ``decode(ids)`` and ``end_ids``, or None.
+    """Collects the tokens of one request and detects its end; counts acceptance for ``max_draft``
+    positions. The tokenizer has ``decode(ids)`` and ``end_ids``, or is None.
 
     Attributes:
         token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
@@ -220,12 +207,8 @@ class TextSequence:
 
     def take(self, result: RowResult, logits_BTV: Tensor, row: int) -> int:
         """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
-        many tokens the text has kept.
-
-        Args:
-            result: the result of the pass for this row.
-            logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
-        """
+        many tokens the text has kept. ``logits_BTV`` are the trunk's, of at least as many tokens;
+        ``row`` is this text's."""
         before, looked_up = len(self.token_ids), result.looked_up
         n_kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
         self._passes += 1
@@ -274,10 +257,8 @@ class TextSequence:
     def _detokenize(self, end: int) -> None:
         """Turn the first ``end`` tokens into text."""
         new = self.token_ids[len(self._pieces) : end]
-        if self._detokenizer is None:
-            self._pieces += [""] * len(new)
-            return
-        self._pieces += map(self._detokenizer.add, new)
+        detokenizer = self._detokenizer
+        self._pieces += map(detokenizer.add, new) if detokenizer else [""] * len(new)
 
     def _look_for_stop(self, before: int) -> None:
         """If a new token completes a stop string, drop the tokens after it and the characters from
@@ -332,19 +313,17 @@ class TextSequence:
                     return 0
         return end
 
-    def _final_text(self) -> str | None:
-        if self.finish_reason == "stop":
-            return self._text
-        if self._tokenizer is None:
-            return None
-        return text_after(self._tokenizer, self.request.prompt, self.token_ids, self.ends)
-
     def generation(self) -> Generation:
         """The result of a finished sequence."""
         assert self.finish_reason is not None
+        text = None
+        if self.finish_reason == "stop":
+            text = self._text
+        elif self._tokenizer is not None:
+            text = text_after(self._tokenizer, self.request.prompt, self.token_ids, self.ends)
         return Generation(
             token_ids=self.token_ids,
-            text=self._final_text(),
+            text=text,
             finish_reason=self.finish_reason,
             seconds=self._seconds,
             verify_passes=self._passes,

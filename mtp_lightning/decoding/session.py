@@ -32,14 +32,9 @@ from mtp_lightning.nn.position_tables import PositionTables, Spans
 
 
 class DepthDraft(NamedTuple):
-    """The values that one depth drafts from.
-
-    Attributes:
-        logits_BV: the logits of the draft, with ``draft_vocab`` those of the tokens that can be
-            drafted.
-        confidence_B: the model's estimate of the probability that the draft is accepted; None
-            without ``objective.confidence``.
-    """
+    """The values that one depth drafts from: the logits of the tokens that can be drafted, and the
+    model's estimate of the probability that the draft is accepted, None without
+    ``objective.confidence``."""
 
     logits_BV: Tensor
     confidence_B: Tensor | None = None
@@ -56,7 +51,7 @@ class Session:
     recomputes the positions accepted since the last round, at the positions used in training.
 
     Args:
-        model: in eval mode, on its device.
+        model: in eval mode.
         slots: most rows at a time.
         capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
@@ -67,7 +62,6 @@ class Session:
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
         n: for each row, the number of tokens that the trunk has read.
-        most_drafts: most drafts of a round.
         newest_B1C: the hidden state that each row's newest draft was predicted from.
     """
 
@@ -178,11 +172,8 @@ class Session:
         self._resize()
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append rows and read their prompts (prefill), at least one token each.
-
-        Returns:
-            The logits of the next token of every new row, [new rows, V].
-        """
+        """Append rows and read their prompts (prefill), at least one token each. Returns the logits
+        of the next token of every new row, [new rows, V]."""
         lengths = [len(prompt) for prompt in prompts]
         rows = slice(len(self.n), len(self.n) + len(prompts))
         for row, prompt in enumerate(prompts, start=rows.start):
@@ -195,8 +186,7 @@ class Session:
         for part in read_together(lengths, self.tokens_BS.device):
             slots = slice(rows.start + part.start, rows.start + part.stop)
             hidden = self._read_anew(slots, lengths[part])
-            index = torch.tensor(lengths[part], device=hidden.device) - 1
-            newest.append(hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])))
+            newest.append(_at(hidden, [length - 1 for length in lengths[part]]))
         return self.model.head(torch.cat(newest))[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
@@ -210,10 +200,8 @@ class Session:
         return hidden
 
     def verify(self, n_drafts: int) -> Tensor:
-        """Read every row's pending token and its drafts. Returns logits [B, n_drafts + 1, V].
-
-        :meth:`accept` decides how much of it is kept.
-        """
+        """Read every row's pending token and its drafts, of which :meth:`accept` decides how many
+        are kept. Returns logits [B, n_drafts + 1, V]."""
         cache, width = self.trunk_cache, n_drafts + 1
         if self._fused_trunk is not None and width <= MAX_VERIFY_WIDTH:
             cache.open(self.n, width)
@@ -236,9 +224,7 @@ class Session:
 
     def draft(self, k: int) -> DepthDraft:
         """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.
-
-        The shallower depths must be up to date, and their drafts in the token buffer.
-        """
+        The shallower depths must be up to date, and their drafts in the token buffer."""
         newest_B1C, logits_BV = self._newest(k)
         self.newest_B1C, self._n_drafted = newest_B1C, k
         stack, state_BC = self._stack, self._stack.head_input(newest_B1C)[:, 0]
@@ -276,8 +262,7 @@ class Session:
         hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
-        index_B11 = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
-        return hidden.gather(1, index_B11.expand(-1, 1, hidden.shape[-1])), None
+        return _at(hidden, index), None
 
     def _next(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
@@ -393,3 +378,9 @@ class Session:
             column[row] = column[last]
             column.pop()
         self._resize()
+
+
+def _at(states_BTC: Tensor, index: Sequence[int]) -> Tensor:
+    """The states [B, 1, C] at one index of each row."""
+    index_B11 = torch.tensor(index, device=states_BTC.device).view(-1, 1, 1)
+    return states_BTC.gather(1, index_B11.expand(-1, 1, states_BTC.shape[-1]))

@@ -66,12 +66,8 @@ class Draft(NamedTuple):
 
 
 class Round(NamedTuple):
-    """The result of one round.
-
-    Attributes:
-        rows: the result of every row.
-        logits_BTV: the trunk's logits at the pending token and at every draft.
-    """
+    """The result of one round, by row, and the trunk's logits at the pending token and at every
+    draft."""
 
     rows: list[RowResult]
     logits_BTV: Tensor
@@ -125,14 +121,9 @@ class Decoder:
     ) -> tuple[list[int], Tensor]:
         """Append rows and read their prompts.
 
-        Args:
-            prompts: token ids of the prompts.
-            samplings: how tokens are chosen, both the trunk's and the drafts.
-            streams: seed and index of the rows' random numbers, and the most drafts of each per
-                round, which decide how many numbers it takes.
-
-        Returns:
-            The first token of every new row, and the logits [new rows, V] that it was chosen by.
+        ``streams`` are the seed and index of the rows' random numbers, and the most drafts of each
+        per round, which decide how many numbers it takes. Returns the first token of every new row,
+        and the logits [new rows, V] that it was chosen by.
         """
         logits_BV = self.session.join(prompts)
         noise_BR = self._noise.join(streams)
@@ -169,8 +160,7 @@ class Decoder:
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            looked_up: for each row, the drafts that were looked up for it in place of the modules';
-                empty for none in any row.
+            looked_up: for each row, the drafts that were looked up for it in place of the modules'.
         """
         caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
         drafts = self._drafts(n_drafts, noise_BR)
@@ -233,8 +223,7 @@ class Decoder:
             yield Draft(ids_B.clamp(min=0))
 
     def _greedy(self, drafts: Iterator[Draft], caps: Sequence[int]) -> Round:
-        session = self.session
-        columns = []
+        session, columns = self.session, []
         for k, (token_B, *_) in enumerate(drafts, start=1):
             columns.append(token_B.unsqueeze(1))
             session.put(columns[-1], k)

@@ -18,10 +18,7 @@ from mtp_lightning.settings import is_whole
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree of drafts.
-
-    Attributes:
-        widths: children of every node at depth 0, 1, ..
+    """A tree of drafts; every node at depth 0, 1, .. has ``widths`` children.
 
     Raises:
         UserError: a width is not a whole number of at least 1, or the tree is too large for a

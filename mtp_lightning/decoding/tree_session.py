@@ -30,12 +30,7 @@ from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
 
 
 class TreeSession(Session):
-    """A :class:`Session` that drafts the same tree in every round.
-
-    Args:
-        tree: the tree's shape.
-        room: see :class:`Session`.
-    """
+    """A :class:`Session` that drafts the same tree in every round."""
 
     trunk_cache: TreeCache
     depth_caches: Sequence[TreeCache]
@@ -63,13 +58,8 @@ class TreeSession(Session):
         return self.n[row] <= 2 * self.tree.depth
 
     def draft_tree(self, k: int) -> Tensor:
-        """Bring depth ``k`` up to date and draft after every node of depth ``k - 1``.
-
-        The nodes down to depth ``k - 1`` must be in the token buffer.
-
-        Returns:
-            The logits [B, P, V] of the candidates that follow each node.
-        """
+        """Bring depth ``k`` up to date, and return the logits [B, P, V] of the candidates that
+        follow each node of depth ``k - 1``. The nodes down to these must be in the token buffer."""
         if self._one_cache and k > 1:
             return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
@@ -79,8 +69,7 @@ class TreeSession(Session):
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
         ends = [n - k + 1 for n in self.n]
-        caught_up = max((ends[row] - self.filled[k][row] for row in long), default=1)
-        caught_up = max(caught_up, 1)
+        caught_up = max([1, *(ends[row] - self.filled[k][row] for row in long)])
         # A short row reads from position 0, and its drafts are not verified.
         starts = [
             0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(ends)
@@ -145,12 +134,8 @@ class TreeSession(Session):
         return self.model.head(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
-        """Keep the pending token and a path of the tree in every row.
-
-        Args:
-            path_BE: the path's nodes, node 0 first; entries after the accepted ones are ignored.
-            accepted: for each row, the number of accepted drafts.
-        """
+        """Keep the pending token and a path of the tree in every row: nodes, node 0 first. Entries
+        after a row's accepted drafts are ignored."""
         self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
             tree_states = self.trunk_cache.spans.read(self.states[0])

@@ -114,15 +114,9 @@ class TreeDecoder(Decoder):
 def _result(
     tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int
 ) -> RowResult:
-    """The result of a round for one row.
-
-    Args:
-        tree: the tree's shape.
-        tokens: the accepted drafts and the trunk's own token after them.
-        path: node 0 and the accepted nodes.
-        draft: the token of every node; that of node 0 is ignored.
-        limit: the deepest level that could be accepted.
-    """
+    """The result of a round for one row, from its new tokens, node 0 and the accepted nodes
+    (``path``), the token of every node, that of node 0 ignored (``draft``), and the deepest level
+    that could be accepted."""
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
     depths = {node: depth for depth, node in levels if node not in path}
     index, parents = {node: i for i, node in enumerate(depths)}, tree.parents()
@@ -131,11 +125,7 @@ def _result(
 
 
 def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw W candidates of every node without replacement.
-
-    Args:
-        q_BPV: the drafts' distributions.
-        noise_BPW: uniform numbers of [0, 1).
+    """Draw W candidates of every node without replacement, by uniform numbers of [0, 1).
 
     Returns:
         The candidates [B, P, W] in the order of drawing, and the distribution that each was drawn
@@ -165,7 +155,7 @@ def accept_path_or_resample(
     """The rejection rule of a tree.
 
     Args:
-        tree: the tree's shape.
+        tree: the shape.
         p_BTV: the trunk's distribution after every node, node 0 included.
         proposals: for every depth, the distributions of its candidates, [B, P, W, V].
         draft_BN: the candidates of nodes 1 to N.

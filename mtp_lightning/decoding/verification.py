@@ -65,7 +65,7 @@ def accept_or_resample(
 
 def draft_probs(p_BTV: Tensor, q_BMN: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
     """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
-    drawn from; arguments as :func:`accept_or_resample`."""
+    drawn from."""
     index = draft_BM.unsqueeze(-1)
     p_BMV = p_BTV[:, : draft_BM.shape[1]]
     return p_BMV.gather(-1, index).squeeze(-1), q_BMN.gather(-1, index).squeeze(-1)
@@ -81,17 +81,8 @@ def with_own_token(
     weight_B: Tensor | None = None,
 ) -> Tensor:
     """The drafts, and after the accepted ones one token of the trunk: after a rejection, drawn
-    from ``max(weight p - q, 0)`` renormalized, else from p.
-
-    Args:
-        p_BTV, q_BMN, draft_BM, limit_B: see :func:`accept_or_resample`.
-        accepted_B: how many drafts are kept.
-        noise_B: uniform numbers of [0, 1).
-        weight_B: of p; None is 1.
-
-    Returns:
-        Tokens [B, T], of which the first ``accepted + 1`` count.
-    """
+    from ``max(weight p - q, 0)`` renormalized, else from p. The other arguments and the result are
+    those of :func:`accept_or_resample`; the weight is 1 by default."""
     rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     p_BV = p_BTV[rows, accepted_B]
