@@ -35,15 +35,8 @@ _PAGE = Path(__file__).with_name("page.html")
 
 
 class Endpoint:
-    """Answers requests with the texts of a worker.
-
-    Args:
-        cfg: the config of ``conf/serve.yaml``.
-        run: the model.
-        name: the model's name for clients.
-        engine: the worker's engine.
-        worker: runs the model.
-        meters: count requests.
+    """Answers requests with the texts of a worker, which runs the engine; ``cfg`` is the config of
+    ``conf/serve.yaml``, and ``name`` the model's for clients.
 
     Raises:
         UserError: see :class:`BodyParser`.
@@ -92,9 +85,8 @@ class Endpoint:
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_middleware(OwnNames, names=self.hosts)
-        app.add_exception_handler(Refusal, _refused)
-        app.add_exception_handler(HTTPException, _no_route)
-        app.add_exception_handler(Exception, _defect)
+        for kind in (Refusal, HTTPException, Exception):
+            app.add_exception_handler(kind, _refused)
         return app
 
     async def health(self) -> JSONResponse:
@@ -118,9 +110,8 @@ class Endpoint:
         return self._model()
 
     def _model(self) -> dict[str, Any]:
-        name, owner = self.parser.name, "mtp-lightning"
-        fields = {"id": name, "object": "model", "created": self.created, "owned_by": owner}
-        return {**fields, "mtp": self.facts}
+        fields = {"object": "model", "created": self.created, "owned_by": "mtp-lightning"}
+        return {"id": self.parser.name, **fields, "mtp": self.facts}
 
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
@@ -133,11 +124,8 @@ class Endpoint:
     async def _counted(self, request: Request, *, chat: bool) -> Response:
         try:
             response = await self._answer(request, chat=chat)
-        except Refusal as refusal:
-            self.meters.ended(refusal.status)
-            raise
-        except Exception:
-            self.meters.ended(500)
+        except Exception as error:
+            self.meters.ended(error.status if isinstance(error, Refusal) else 500)
             raise
         if not isinstance(response, StreamingResponse):  # a stream counts itself when it ends
             self.meters.ended(response.status_code)
@@ -175,11 +163,11 @@ class Endpoint:
         """A text as server-sent events. Its row is freed, and the request counted, in any case."""
         status = HUNG_UP
         try:
-            for chunk in completion.chunks(first):
-                yield _event(chunk)
-            async for item in news:
+            item: News | None = first
+            while item is not None:
                 for chunk in completion.chunks(item):
                     yield _event(chunk)
+                item = await anext(news, None)
             yield b"data: [DONE]\n\n"
             status = 200
         except Refusal as refusal:
@@ -206,11 +194,11 @@ class Endpoint:
                 async for part in request.stream():
                     body += part
                     if len(body) > self.max_body:
-                        message = f"The body has more than {self.max_body} bytes: shorten it."
-                        raise Refusal(message, status=413)
+                        too_long = f"The body has more than {self.max_body} bytes: shorten it."
+                        raise Refusal(too_long, status=413)
         except TimeoutError:
-            message = f"The body did not come within {_BODY_SECONDS} seconds."
-            raise Refusal(message, status=408) from None
+            late = f"The body did not come within {_BODY_SECONDS} seconds."
+            raise Refusal(late, status=408) from None
         except ClientDisconnect:
             raise Refusal("The client has hung up.", status=HUNG_UP) from None
         return bytes(body)
@@ -244,12 +232,10 @@ def _digest(html: str, element: str) -> str:
 
 
 async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:
-    logprobs, done = [], None
-    async for item in news:
-        logprobs += item.fresh.logprobs
-        done = item.done
+    items = [item async for item in news]
+    done = items[-1].done
     assert done is not None
-    return completion.whole(done, logprobs)
+    return completion.whole(done, [logprob for item in items for logprob in item.fresh.logprobs])
 
 
 def _event(content: dict[str, Any]) -> bytes:
@@ -257,17 +243,11 @@ def _event(content: dict[str, Any]) -> bytes:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {shown(request.url.path)}: {error.detail}."
-    refusal = Refusal(message, status=error.status_code)
-    return JSONResponse(refusal.body, status_code=error.status_code, headers=error.headers)
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    """The traceback is on the server's standard error."""
-    return JSONResponse(Refusal("Internal server error.", status=500).body, status_code=500)
+    """The response to an error. The traceback of a defect is on the server's standard error."""
+    if isinstance(error, HTTPException):  # there is no such route or method
+        message = f"{request.method} {shown(request.url.path)}: {error.detail}."
+        body = Refusal(message, status=error.status_code).body
+        return JSONResponse(body, error.status_code, headers=error.headers)
+    if not isinstance(error, Refusal):
+        error = Refusal("Internal server error.", status=500)
+    return JSONResponse(error.body, error.status, headers=error.headers)

@@ -19,12 +19,8 @@ _HEADER_SECONDS = 10  # the longest time for sending a request's headers
 
 
 class OwnNames:
-    """Refuses requests for other host names with status 421 (misdirected request, RFC 9110).
-
-    Args:
-        app: answers the other requests.
-        names: host names of this server, besides localhost.
-    """
+    """Refuses requests for other host names than ``names`` and localhost with status 421
+    (misdirected request, RFC 9110)."""
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self._app = app
@@ -41,17 +37,14 @@ class OwnNames:
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's connection with a time limit for headers, which uvicorn lacks.
-
-    Without the limit, idle connections could use up all sockets.
-    """
+    """uvicorn's connection with a time limit for headers, which uvicorn lacks: idle connections
+    could use up all sockets."""
 
     _timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:
-        """Start the timer for the first request."""
         super().connection_made(transport)
-        self._wait()
+        self._wait()  # for the first request
 
     def data_received(self, data: bytes) -> None:
         """Run the timer except while a request is answered."""
@@ -63,7 +56,6 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
         self._stop()
         super().connection_lost(exc)
 

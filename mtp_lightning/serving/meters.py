@@ -26,11 +26,8 @@ class Meters:
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
-        self._requests = counter(
-            "mtp_requests",
-            "Requests that ended, by status; 499: the client disconnected.",
-            ["status"],
-        )
+        ended = "Requests that ended, by status; 499: the client disconnected."
+        self._requests = counter("mtp_requests", ended, ["status"])
         self.queue = gauge("mtp_queue_length", "Requests that wait for a slot.")
         self.rows = gauge("mtp_rows", "Slots in use.")
         self.prompt_tokens = counter("mtp_prompt_tokens", "Tokens read.")

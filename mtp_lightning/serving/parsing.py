@@ -30,13 +30,8 @@ _SHORT = 16
 
 
 class BodyParser:
-    """Parses bodies; thread-safe.
-
-    Args:
-        cfg: the config of ``conf/serve.yaml``.
-        run: the model and its tokenizer.
-        name: the model's name for clients.
-        max_draft: most drafts per round.
+    """Parses bodies; thread-safe. ``cfg`` is the config of ``conf/serve.yaml``, ``name`` the
+    model's for clients, and ``max_draft`` the most drafts per round.
 
     Raises:
         UserError: the prompts asked for are longer than the context.
@@ -68,26 +63,15 @@ class BodyParser:
         self._encoding = threading.Lock()
 
     def parse(self, sent: bytes, *, chat: bool) -> tuple[Body, Request]:
-        """Parse a body.
-
-        Args:
-            sent: the bytes of a body.
-            chat: whether it was sent to the chat endpoint.
-
-        Returns:
-            The body's fields, and the request to the engine.
+        """Parse the bytes of a body. Returns its fields, and the request to the engine.
 
         Raises:
             Refusal: the body is invalid, or asks for something that this server cannot do.
         """
         body = parse(sent, self._chat if chat else self._completion)
         if body.model not in (None, self.name):
-            raise Refusal(
-                f"The model {shown(body.model)} is not here, only {self.name}.",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            message = f"The model {shown(body.model)} is not here, only {self.name}."
+            raise Refusal(message, status=404, param="model", code="model_not_found")
         if isinstance(body, ChatBody):
             prompt, logprobs = self._chat_prompt(body.messages), _chat_logprobs(body)
         else:
@@ -130,13 +114,12 @@ class BodyParser:
         if self.template is None:
             message = f"{self.name} has no chat template: ask it by /v1/completions."
             raise Refusal(message, param="model", code="no_chat")
+        fields = [m.model_dump(exclude_none=True) for m in messages]
+        for message_fields in fields:
+            if message_fields["role"] == "developer":  # templates know it by its older name
+                message_fields["role"] = "system"
         try:
-            # Templates know the role by its older name.
-            roles = {"developer": "system"}
-            fields = [m.model_dump(exclude_none=True) for m in messages]
-            text = self.template.render(
-                [{**m, "role": roles.get(m["role"], m["role"])} for m in fields]
-            )
+            text = self.template.render(fields)
         except UserError as error:
             raise Refusal(str(error), param="messages") from error
         return self._checked(self._encoded(text, specials=True), "messages")
@@ -153,10 +136,9 @@ class BodyParser:
         if not ids:
             raise Refusal(f"{param} is empty: give at least one token.", param=param)
         if len(ids) > self._max_prompt:
-            excess = f"has {len(ids)} tokens, and at most {self._max_prompt} are read"
-            raise Refusal(
-                f"The prompt {excess}: shorten it.", param=param, code="context_length_exceeded"
-            )
+            most = f"at most {self._max_prompt} are read"
+            message = f"The prompt has {len(ids)} tokens, and {most}: shorten it."
+            raise Refusal(message, param=param, code="context_length_exceeded")
         return ids
 
     def _new_tokens(self, body: Body, prompt_len: int) -> int:

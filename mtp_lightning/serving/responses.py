@@ -13,17 +13,12 @@ from mtp_lightning.decoding.sequence import Generation, LogProb
 from mtp_lightning.serving.schemas import Body, ChatBody
 from mtp_lightning.serving.served_text import News
 
-_REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
 # OpenAI's log-probability of impossible tokens: JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
 class TokenTexts:
-    """The text of single tokens.
-
-    Args:
-        tokenizer: the model's.
-    """
+    """The text of single tokens of a tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._bytes: list[bytes] = tokenizer.token_bytes()
@@ -46,14 +41,7 @@ class TokenTexts:
 
 
 class Completion:
-    """The answer to one request, whole or in chunks.
-
-    Args:
-        body: the fields of the request's body.
-        request: the request to the engine.
-        model: the model's name for clients.
-        token_texts: texts of tokens.
-    """
+    """The answer to one request, whole or in chunks; ``model`` is the model's name for clients."""
 
     def __init__(
         self, body: Body, request: Request, *, model: str, token_texts: TokenTexts
@@ -132,7 +120,7 @@ class Completion:
         shown = None
         if self._request.logprobs is not None and (in_text or not self._stream):
             shown = self._chat_logprobs(in_text) if self._chat else self._logprobs(in_text)
-        reason = None if done is None else _REASONS[done.finish_reason]
+        reason = done and ("length" if done.finish_reason == "length" else "stop")
         return {"index": 0, **content, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
@@ -162,18 +150,16 @@ class Completion:
         return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
     def _usage(self, done: Generation) -> dict[str, Any]:
-        prompt, new = len(self._request.prompt), done.new_tokens
-        # OpenAI's predicted tokens are our drafts: accepted ones are part of the text.
-        accepted = sum(done.accepted_mask)
-        drafts = {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": done.drafts - accepted,
-        }
+        prompt, new, accepted = len(self._request.prompt), done.new_tokens, sum(done.accepted_mask)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "completion_tokens_details": drafts,
+            # OpenAI's predicted tokens are our drafts: accepted ones are part of the text.
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": done.drafts - accepted,
+            },
         }
 
 

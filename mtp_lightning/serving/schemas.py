@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -47,17 +47,16 @@ _NEUTRAL: Mapping[str, Any] = {
     "tool_choice": "none",
     "tools": [],
 }
-_EMPTY = {"annotations", "tool_calls"}  # fields of a message that are dropped if they are empty
 _SHOWN = 60  # characters of a client's value in a message
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 # What a field must be, by the type of pydantic's error; numbers get their bounds from the schema.
 _WANTED = {
     "bool_type": "true or false",
     "list_type": "a string or a list",
-    "string_type": "a string",
-    "missing": "a string",
-    "string_too_short": f"a string of 1 to {_LONGEST_STOP} characters",
-    "string_too_long": f"a string of 1 to {_LONGEST_STOP} characters",
+    **dict.fromkeys(["string_type", "missing"], "a string"),
+    **dict.fromkeys(
+        ["string_too_short", "string_too_long"], f"a string of 1 to {_LONGEST_STOP} characters"
+    ),
 }
 
 Role = Literal["assistant", "developer", "system", "user"]
@@ -84,51 +83,45 @@ def _joined(content: Any) -> Any:
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         raise Refusal("The parts of a content must be of type text.", param="messages")
     texts = [part.get("text") for part in content]
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong:
-        raise Refusal(f"text must be a string, not {shown(wrong[0])}.", param="messages")
+    for text in texts:
+        if not isinstance(text, str):
+            raise Refusal(f"text must be a string, not {shown(text)}.", param="messages")
     return "\n".join(texts)
-
-
-def _listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-def _counted(logprobs: Any) -> Any:
-    return None if logprobs is False else logprobs
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+Stops = Annotated[
+    list[Stop],
+    Field(max_length=_MOST_STOPS),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+    # Fields that are dropped if they are empty lists, as in OpenAI's answers.
+    unused: ClassVar[Collection[str]] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        """The fields that are not null."""
+    def _without_unused(cls, fields: Any) -> Any:
+        """The fields that are neither null nor unused."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        return {n: value for n, value in fields.items() if n not in cls.unused or value != []}
 
 
 class Message(_Strict):
     """One message of a chat."""
 
+    unused = ("annotations", "tool_calls")
+
     role: Role
     content: Annotated[Text, BeforeValidator(_joined)]
     name: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty(cls, fields: Any) -> Any:
-        """The fields of a message, such as an answer of OpenAI's, that are not empty."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if name not in _EMPTY or value != []}
 
 
 class StreamOptions(_Strict):
@@ -149,7 +142,7 @@ class Body(_Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     draft_depth: int | None = None
-    stop: Annotated[list[Stop], Field(max_length=_MOST_STOPS), BeforeValidator(_listed)] = []
+    stop: Stops = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -182,7 +175,9 @@ class CompletionBody(Body):
     """The body of ``/v1/completions``."""
 
     prompt: Annotated[Any, BeforeValidator(_unwrapped), AfterValidator(_encodable)] = None
-    logprobs: Annotated[Alternatives | None, BeforeValidator(_counted)] = None
+    logprobs: Annotated[
+        Alternatives | None, BeforeValidator(lambda n: None if n is False else n)
+    ] = None
 
 
 class ChatBody(Body):

@@ -33,9 +33,6 @@ class News:
 class ServedText:
     """A text that the worker's thread reports to the event loop on which this object was made.
 
-    Args:
-        request: the request to the engine.
-
     Attributes:
         asked_at: when the request came, by ``time.perf_counter()``.
         over: whether the text has ended or the client has gone.

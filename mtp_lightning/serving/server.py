@@ -26,12 +26,7 @@ _SPARE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
-    """Serves one model at one address.
-
-    Args:
-        cfg: the config of ``conf/serve.yaml``.
-        run: the model.
-        name: the model's name for clients.
+    """Serves one model at one address; the arguments are those of :class:`Endpoint`.
 
     Attributes:
         signum: number of the signal that stopped the server; None before.

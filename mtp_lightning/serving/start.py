@@ -53,11 +53,8 @@ def serve(cfg: Any) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket; clients that connect wait until the server runs.
-
-    Args:
-        host: a name or an address.
-        port: a port number; 0 takes a free one.
+    """Open a socket on a host, a name or an address, and a port, 0 for a free one. Clients that
+    connect wait until the server runs.
 
     Raises:
         UserError: the address is not available.

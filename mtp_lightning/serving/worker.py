@@ -22,13 +22,8 @@ _RETRY_AFTER = 1  # seconds
 
 
 class Worker(threading.Thread):
-    """A thread that decodes texts.
-
-    Args:
-        engine: an engine that nothing else uses.
-        queue: the most waiting texts.
-        meters: record tokens, drafts and times.
-        on_failure: called from the thread if a defect ends it.
+    """A thread that decodes texts with an engine that nothing else uses, while at most ``queue``
+    wait. It calls ``on_failure`` if a defect ends it.
 
     Attributes:
         failure: the exception that ended the thread.
@@ -74,12 +69,8 @@ class Worker(threading.Thread):
                 raise _ending()
             free = self._engine.slots - len(self._running) - self._joining
             if len(self._waiting) >= self._queue + free:
-                raise Refusal(
-                    f"{self._queue} requests are waiting already: try again later.",
-                    status=429,
-                    code="queue_full",
-                    retry_after=_RETRY_AFTER,
-                )
+                message = f"{self._queue} requests are waiting already: try again later."
+                raise Refusal(message, status=429, code="queue_full", retry_after=_RETRY_AFTER)
             self._waiting.append(served)
             self._changed.notify()
 
@@ -92,11 +83,8 @@ class Worker(threading.Thread):
             served.tell(Refusal("The client has hung up.", status=HUNG_UP))
 
     def close(self, grace: float) -> None:
-        """Accept no more texts, refuse the waiting ones, and end.
-
-        Args:
-            grace: seconds in which running texts may finish.
-        """
+        """Accept no more texts, refuse the waiting ones, give running ones ``grace`` seconds to
+        finish, and end."""
         with self._changed:
             if self._ends_at is None:
                 self._ends_at = time.monotonic() + grace
