@@ -44,10 +44,7 @@ def rotary_attention(
 
 
 def attention(
-    query_BTNH: Tensor,
-    key_BSMH: Tensor,
-    value_BSMH: Tensor,
-    mask: Tensor | BlockMask | None,
+    query_BTNH: Tensor, key_BSMH: Tensor, value_BSMH: Tensor, mask: Tensor | BlockMask | None
 ) -> Tensor:
     """``ops.attention``."""
     if mask is not None or query_BTNH.shape[1] > _MAX_SEQ_LEN:

@@ -50,13 +50,8 @@ class _PassStruct(ctypes.Structure):
 
 
 class _Passes:
-    """The passes of a cache over some blocks as ``Pass`` of decode.cpp, one at a time.
-
-    Args:
-        cache: the cache, whose storage does not move while this object lives.
-        layer: index of the first block in it.
-        n: number of blocks.
-    """
+    """The passes of a cache over ``n`` blocks from ``layer`` on as ``Pass`` of decode.cpp, one at a
+    time. The cache's storage does not move while this object lives."""
 
     def __init__(self, cache: KVCache, layer: int, n: int) -> None:
         tables, stored = cache.tables, cache.entries_L_BSMH[layer : layer + n]
@@ -89,19 +84,14 @@ def open_pass(cache: KVCache, layer: int, n: int) -> int:
     """The address of a cache's open pass over ``n`` blocks from ``layer`` on, as ``Pass`` of
     decode.cpp; valid until the next such call."""
     key = "passes", layer, n
-    passes = cache.derived.get(key)
-    if passes is None:
+    if (passes := cache.derived.get(key)) is None:
         passes = cache.derived[key] = _Passes(cache, layer, n)
     return passes.open(cache)
 
 
 class FusedBlocks:
-    """Consecutive blocks whose weights are packed.
-
-    Args:
-        structs: for every block, its struct and the tensors that the struct points to.
-        last: the norm after the blocks, if there is one.
-    """
+    """Consecutive blocks whose weights are packed, each given by its struct and the tensors that
+    the struct points to; ``last`` is the norm after them, if there is one."""
 
     def __init__(
         self, structs: Sequence[tuple[BlockStruct, list[Any]]], last: RMSNorm | None = None
@@ -123,23 +113,15 @@ class FusedBlocks:
 
     def fits(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> bool:
         """Whether a pass has few tokens, writes to a cache, and uses the layers' own weights."""
-        cache = ctx.cache
-        batch, n_new, _ = x_BTC.shape
-        return (
-            (n_new <= MAX_VERIFY_WIDTH or batch * n_new <= MAX_INVARIANT_POSITIONS)
-            and isinstance(cache, KVCache)
-            and ctx.updates is None
-            and native.fits(x_BTC, cache.tables.cos_S1H)
-        )
+        cache, (batch, n_new, _) = ctx.cache, x_BTC.shape
+        few = n_new <= MAX_VERIFY_WIDTH or batch * n_new <= MAX_INVARIANT_POSITIONS
+        if not (few and isinstance(cache, KVCache) and ctx.updates is None):
+            return False
+        return native.fits(x_BTC, cache.tables.cos_S1H)
 
     def __call__(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
-        """The blocks' output [B, T, C] for new tokens, after the norm if there is one.
-
-        Args:
-            x_BTC: the input, which is not changed.
-            ctx: that of a pass that :meth:`fits`.
-            layer: index of the first block in the cache.
-        """
+        """The blocks' output [B, T, C] for the tokens of a pass that :meth:`fits`, after the norm
+        if there is one; ``layer`` is the index of the first block in the cache."""
         h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
         return self.in_place(h_BTC, ctx, layer)
 
@@ -179,25 +161,18 @@ def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
         return None
     assert isinstance(block, Block) and isinstance(block.attention, Attention)
     attention = block.attention
-    norms = (
-        block.attention_norm,
-        block.feed_forward_norm,
-        attention.query_norm,
-        attention.key_norm,
-    )
+    bias, eps, head_norm = attention.qkv_bias, block.attention_norm.eps, attention.query_norm
+    norms = (block.attention_norm, block.feed_forward_norm, head_norm, attention.key_norm)
     if not all(norm is None or is_plain(norm) for norm in norms):
         return None
-    gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
-    bias = attention.qkv_bias
+    sizes = attention.n_heads, attention.n_kv_heads, attention.d_head
     struct = BlockStruct(
         weights[0].inputs,
-        attention.n_heads,
-        attention.n_kv_heads,
-        attention.d_head,
+        *sizes,
         weights[3].inputs,
-        block.attention_norm.eps,
-        block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
-        *gains,
+        eps,
+        eps if head_norm is None else head_norm.eps,
+        *(None if norm is None else norm.weight.data_ptr() for norm in norms),
         None if bias is None else bias.data_ptr(),
         *(weight.struct for weight in weights),
     )

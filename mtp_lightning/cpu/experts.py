@@ -24,13 +24,8 @@ _MIN_TOKENS = 32
 
 
 def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the C++ supports these tensors: fp32, widths of multiples of 16, many rows.
-
-    Args:
-        x: [..., C].
-        gate_up: [2F, C], or for experts [E, 2F, C].
-        down: [C, F], or [E, C, F].
-    """
+    """Whether the C++ supports these tensors, those of ``ops.swiglu`` or of ``routed_experts``:
+    fp32, widths of multiples of 16, many rows."""
     return (
         native.fits(x, gate_up, down)
         and down.shape[-2] % 16 == down.shape[-1] % 16 == 0
@@ -103,10 +98,8 @@ class _NativeExperts(torch.autograd.Function):
         x_MC, gates_MK, gate_up, down = inputs[:4]
         rows = projected.shape[0]
         d_x, d_gates = torch.empty_like(x_MC), torch.empty_like(gates_MK)
-        d_weights = [
-            torch.empty_like(weight) if ctx.needs_input_grad[2] else None
-            for weight in (gate_up, down)
-        ]
+        trained = ctx.needs_input_grad[2]
+        d_weights = [torch.empty_like(x) if trained else None for x in (gate_up, down)]
         inner = x_MC.new_empty(rows, down.shape[2])
         scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))
         arguments = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)

@@ -80,8 +80,8 @@ class CPUWeightPacker:
         return frozenset(packed_weights)
 
     def remember(self) -> None:
-        copies = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
-        packed = {name: copy for name, copy in copies.items() if copy is not None}
+        kept = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
+        packed = {name: weight for name, weight in kept.items() if weight is not None}
         if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
             return
         try:

@@ -42,8 +42,8 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNormCPU(torch.autograd.Function):
-    """Saves its input and one number per row for the backward pass. PyTorch composes the norm from
-    elementary operators on a CPU, which takes more than twice the time and memory."""
+    """Saves its input and one number per row. PyTorch composes the norm from elementary operators
+    on a CPU, which takes more than twice the time and memory."""
 
     @staticmethod
     def forward(ctx: Any, x_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:

@@ -19,20 +19,17 @@ from torch import Tensor
 
 from mtp_lightning.built import SUFFIX, Signature, open_built
 
-# Requirements of the library, for error messages.
+# Requirements of the library and of integer products, for error messages.
 NEEDED = (
     "a CPU with AVX2 or AVX-512 (/proc/cpuinfo), the layers' C++ that pip install builds where "
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
 )
-
-# Requirements of integer products, for error messages.
 NEEDED_FOR_INTEGERS = "a CPU with AVX2, or with AVX-512 VNNI (avx512_vnni in /proc/cpuinfo)"
 
 # The instructions that PyTorch finds on this machine, "AVX512" or "AVX2" or others.
 INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()
 # Name of the code in checkpoints, and in messages.
 _CODE = {"AVX512": ("native", "C++ for AVX-512"), "AVX2": ("native_avx2", "C++ for AVX2")}
-
 # Whether oneDNN's AVX-512 code is available inside PyTorch; with AVX2, MKL's is faster.
 ONEDNN = (
     torch.backends.mkldnn.is_available()

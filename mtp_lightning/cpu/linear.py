@@ -28,12 +28,7 @@ _MIN_ROWS = 32
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes this product: fp32, AVX-512, many rows."""
-    return (
-        ONEDNN
-        and x.dtype == torch.float32
-        and weight.dtype == torch.float32
-        and x.shape[0] >= _MIN_ROWS
-    )
+    return ONEDNN and x.dtype == weight.dtype == torch.float32 and x.shape[0] >= _MIN_ROWS
 
 
 def matmul_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
@@ -103,12 +98,8 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
             return linear(x.float(), weight_NK).to(x.dtype)
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if (
-            packed.integers
-            or is_batch_invariant()
-            or x.dim() < 2
-            or x.shape[-2] <= MAX_VERIFY_WIDTH
-        ):
+        few = x.dim() < 2 or x.shape[-2] <= MAX_VERIFY_WIDTH
+        if packed.integers or few or is_batch_invariant():
             return packed.linear(x)
         weight_NK = numbers_of(weight_NK)
     x_MK = x.reshape(-1, x.shape[-1])

@@ -2,13 +2,15 @@
 
 Such a product is limited by reading the weights from memory; three rows cost as much as one. With
 the layout of ``cpp/formats.h`` the bits of a row's result do not depend on the other rows, which
-speculative decoding requires. Weights whose numbers are all bf16, or all fp16, are packed as such:
-half of the bytes without loss, since the product is computed in fp32. Weights that are integers of
-int8 times one scale per output are packed in int8, a quarter of the bytes; the product is scaled at
-its end. Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and
-Q8_0 have them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so
-are those of Q4_K, Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). After
-:func:`use_integers` products with blocks are sums of integers (``cpp/integer.h``).
+speculative decoding requires. A weight is packed in the smallest of these formats without loss:
+
+- blocks of 32 inputs with 4 or 8 bits, as in GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and in Q4_K,
+  Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). Products have the bits
+  of fp32, or after :func:`use_integers` are sums of integers (``cpp/integer.h``).
+- int8, for integers times one scale per output; the product is scaled at its end;
+- bf16 or fp16, whose products are computed in fp32;
+- fp32.
+
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
@@ -67,15 +69,8 @@ class PackedStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A packed weight.
-
-    Attributes:
-        numbers: uint8, the bytes of the panels.
-        outputs: N.
-        inputs: K.
-        kind: the panels' format.
-        integers: whether products are sums of integers; only in blocks.
-    """
+    """A packed weight [outputs, inputs] of a kind; ``numbers`` are the bytes of its panels, uint8,
+    and ``integers`` is whether products are sums of integers, only in blocks."""
 
     numbers: Tensor
     outputs: int
@@ -141,9 +136,8 @@ def packed_of(weight: Tensor) -> PackedWeight | None:
 
 def pack(weight_NK: Tensor) -> None:
     """Give an fp32 or bf16 weight a packed copy, if there is a kernel that reads one."""
-    if not weight_NK.is_cpu or weight_NK.dtype not in (torch.float32, torch.bfloat16):
-        return
-    if is_kept(weight_NK):
+    fits = weight_NK.is_cpu and weight_NK.dtype in (torch.float32, torch.bfloat16)
+    if not fits or is_kept(weight_NK):
         return
     weight = weight_NK.detach().float()
     packed: Packed | None = packed_weight(weight)
@@ -182,15 +176,10 @@ def unpack(weight: Tensor) -> None:
 
 
 def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
-    """Replace an fp32 weight's own numbers by its packed copy, if it can have one.
-
-    Args:
-        weight_NK: the weight.
-        scales: of its blocks, if its file holds them.
-    """
-    if is_kept(weight_NK) or (packed := packed_weight(weight_NK, scales)) is None:
-        return
-    keep_as(weight_NK, packed)
+    """Replace an fp32 weight's own numbers by its packed copy, if it can have one; ``scales`` are
+    those of its blocks, if its file holds them."""
+    if not is_kept(weight_NK) and (packed := packed_weight(weight_NK, scales)) is not None:
+        keep_as(weight_NK, packed)
 
 
 def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
@@ -220,20 +209,16 @@ def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
         first = numbers_of(weight_NK).detach()[:rows]
         vars(first)["integers"] = vars(weight_NK).get("integers", False)
         pack(first)
-        return first
-    first = weight_NK.new_empty(rows, packed.inputs)
-    first.untyped_storage().resize_(0)
-    vars(first)["packed"] = packed.first(rows)
+    else:
+        first = weight_NK.new_empty(rows, packed.inputs)
+        first.untyped_storage().resize_(0)
+        vars(first)["packed"] = packed.first(rows)
     return first
 
 
 def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> PackedWeight | None:
-    """A copy in the layout of formats.h, or None if the library does not support the weight.
-
-    Args:
-        weight_NK: the weight.
-        scales: see :func:`keep_packed`.
-    """
+    """A copy in the layout of formats.h, or None if the library does not support the weight; scales
+    as of :func:`keep_packed`."""
     weight_NK = weight_NK.detach()
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
@@ -247,12 +232,9 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
         return PackedWeight(numbers, outputs, inputs, kind) if fits else None
 
     def detect(kinds: Iterable[Kind]) -> PackedWeight | None:
-        for kind in kinds:
-            if not lib.pack_weight(address, None, outputs, inputs, kind):
-                continue  # the first numbers do not fit
-            if packed := attempt(kind, "pack_weight"):
-                return packed
-        return None
+        # Without memory for the result, the library tries the first numbers alone.
+        likely = (k for k in kinds if lib.pack_weight(address, None, outputs, inputs, k))
+        return next(filter(None, (attempt(kind, "pack_weight") for kind in likely)), None)
 
     if packed := detect(_SMALL):
         return packed

@@ -19,6 +19,7 @@ from torch import Tensor
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
@@ -117,27 +118,15 @@ class FusedModule:
 
 
 class FusedTrunk:
-    """A :class:`~mtp_lightning.decoding.fused.TrunkPass`.
-
-    Args:
-        blocks: the trunk's blocks, with the final norm.
-        head: the head's packed weight.
-        embedding: [V, C], with numbers of its own or kept packed.
-        branch: the block after which the stack reads the trunk's state, ``mtp.branch``.
-        input_norm: whether it reads the state after the final norm, ``mtp.input_norm``.
-    """
+    """A :class:`~mtp_lightning.decoding.fused.TrunkPass` of the blocks with the final norm, a
+    packed head and the embedding [V, C], for a stack of ``config``."""
 
     def __init__(
-        self,
-        blocks: FusedBlocks,
-        head: PackedWeight,
-        embedding: Tensor,
-        *,
-        branch: str,
-        input_norm: str,
+        self, blocks: FusedBlocks, head: PackedWeight, embedding: Tensor, config: MTPConfig
     ) -> None:
         self._alive = blocks, head, embedding
-        state = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
+        # ``Kept`` of decode.cpp: the state that the stack reads.
+        state = 2 * (config.branch == "final") + (config.input_norm == "post")
         self._trunk = _TrunkStruct(*_decoder(blocks, head, embedding), state)
         self._address = ctypes.addressof(self._trunk)
 
@@ -155,14 +144,8 @@ class FusedTrunk:
 
 
 class FusedDraft:
-    """A :class:`~mtp_lightning.decoding.fused.DraftPass` of a sequential module.
-
-    Args:
-        module: the module.
-        head: the packed weight to draft with.
-        embedding: [V, C].
-        ahead: how far ahead of a position the token is that the module reads.
-    """
+    """A :class:`~mtp_lightning.decoding.fused.DraftPass` of a sequential module, with a packed head
+    and the embedding [V, C]. The module reads the token ``ahead`` positions after its own."""
 
     def __init__(
         self, module: FusedModule, head: PackedWeight, embedding: Tensor, *, ahead: int

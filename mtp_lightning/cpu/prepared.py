@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks
-from mtp_lightning.cpu.packed import (
-    PackedWeight,
-    first_rows,
-    pack,
-    packed_of,
-    unpack,
-    use_integers,
-)
+from mtp_lightning.cpu.packed import PackedWeight, first_rows, pack, packed_of, unpack, use_integers
 from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
@@ -104,8 +97,7 @@ class CPUPasses(Prepared):
         pair = self._head_and_embedding(self._model.head.weight)
         if blocks is None or pair is None:
             return None
-        config = stack.config
-        return FusedTrunk(blocks, *pair, branch=config.branch, input_norm=config.input_norm)
+        return FusedTrunk(blocks, *pair, stack.config)
 
     def _head_and_embedding(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""

@@ -64,11 +64,18 @@ def compare_rounds(fused: Session, layers: Session, drafts: int, seed: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "lengths"),
-    [*((name, (17, 3, 30)) for name in MODELS), ("plain", (9,)), ("one module", (5, 5))],
+    ("name", "lengths", "precision"),
+    [
+        *((name, (17, 3, 30), "fp32") for name in MODELS),
+        *((name, lengths, "fp32") for name, lengths in (("plain", (9,)), ("one module", (5, 5)))),
+        *(("plain", (6, 11), precision) for precision in ("bf16", "int8", "int4")),
+    ],
 )
-def test_fused_passes_have_the_bits_of_the_layers(name: str, lengths: tuple[int, ...]) -> None:
+def test_fused_passes_have_the_bits_of_the_layers(
+    name: str, lengths: tuple[int, ...], precision: str
+) -> None:
     model = small_model(3, 2, **MODELS[name])
+    round_weights(model, roundings_of(model, precision))
     drafts = 4 if name == "one module" else 2
     with decoding_passes(model):
         fused, layers = sessions(model, len(lengths), drafts)
@@ -80,17 +87,6 @@ def test_fused_passes_have_the_bits_of_the_layers(name: str, lengths: tuple[int,
             for session in (fused, layers):
                 session.drop_row(0)
             compare_rounds(fused, layers, drafts, seed=7)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_fused_passes_of_rounded_weights_have_the_bits_of_the_layers(precision: str) -> None:
-    model = small_model(4, 2)
-    round_weights(model, roundings_of(model, precision))
-    with decoding_passes(model):
-        fused, layers = sessions(model, 2, 2)
-        for session in (fused, layers):
-            session.put_pending(session.join(random_prompts(2, (6, 11))).argmax(-1))
-        compare_rounds(fused, layers, 2, seed=0)
 
 
 class UsersTrunk(Trunk):
