@@ -36,6 +36,10 @@ class Detokenizer:
         # incomplete. `_out` of their characters were returned.
         self._begin(last_piece(tokenizer, before, ends))
 
+    def _begin(self, piece: list[int]) -> None:
+        self._window, self._whole = piece, len(piece)
+        self._out = len(self._tokenizer.decode(piece))
+
     @property
     def waits(self) -> bool:
         """Whether the last tokens are part of a character that is not complete."""
@@ -56,10 +60,6 @@ class Detokenizer:
         if whole == len(text):
             self._begin(self._window[self._whole :])
         return str(new)
-
-    def _begin(self, piece: list[int]) -> None:
-        self._window, self._whole = piece, len(piece)
-        self._out: int = len(self._tokenizer.decode(piece))
 
 
 def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
