@@ -9,7 +9,6 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, n_weights
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.objective.balance.base import Balance, NoBalance
-from mtp_lightning.objective.balance.gradients import Scope
+from mtp_lightning.objective.balance.base import Balance
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import depths_of
@@ -93,11 +91,8 @@ class Matched:
         return {**asdict(self), "remaining": self.remaining}
 
     def __str__(self) -> str:
-        changed = (
-            f"{self.n_layers} trunk layers"
-            if self.match == "parameters"
-            else f"{self.max_steps} steps"
-        )
+        layers, steps = f"{self.n_layers} trunk layers", f"{self.max_steps} steps"
+        changed = layers if self.match == "parameters" else steps
         return (
             f"compare.match={self.match}: {changed}; {self.reached:.6g} {self.match} against "
             f"{self.target:.6g} of {self.reference} ({self.remaining:+.2%} remain)"
@@ -105,7 +100,7 @@ class Matched:
 
 
 def plain_reference(config: ModelConfig, length: Length) -> Reference:
-    """The reference that is the same trunk without MTP, trained for as many steps."""
+    """The same trunk without MTP, trained for as many steps."""
     plain = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
     return Reference(
         name="the same trunk with mtp=none",
@@ -115,7 +110,7 @@ def plain_reference(config: ModelConfig, length: Length) -> Reference:
 
 
 def run_reference(folder: str | Path) -> Reference:
-    """The reference that is a finished run; reads its ``summary.json``.
+    """A finished run, from its ``summary.json``.
 
     Raises:
         FileNotFoundError: there is no summary: the folder is not a run's, or the run is unfinished.
@@ -164,14 +159,13 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
 
 
 def total_flops(
-    cost: StepCost, schedule: LambdaSchedule, length: Length, balance: Balance | None = None
+    cost: StepCost, schedule: LambdaSchedule, length: Length, balance: Balance
 ) -> float:
     """Training FLOPs of a whole run. A depth whose weight is 0 at a step costs nothing in it.
 
     The FLOPs include measurements of the balance rule and extra passes of the objective. Balance
     rules that learn count with their initial state.
     """
-    balance = NoBalance(schedule.depth) if balance is None else balance
     steps = length.max_steps
     samples = min(steps, _SAMPLES)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
@@ -184,31 +178,19 @@ def total_flops(
         rests = balance.rests_at(progress)
         kind = tuple(depths_of(base)), rests
         if kind not in costs:
-            scope = None if rests else balance.scope
-            costs[kind] = sum(
-                chance * _step_flops(cost, length.seq_len, active, scope, balance.every_n_steps)
-                for chance, active in balance.active_sets(base)
-            )
+            costs[kind] = 0.0
+            for chance, active in balance.active_sets(base):
+                flops: float = cost.per_token(length.seq_len, active)
+                if balance.scope is not None and not rests:
+                    measured = cost.per_token(length.seq_len, active, scope=balance.scope)
+                    flops += 1 / balance.every_n_steps * (measured - flops)
+                costs[kind] += chance * flops
         total += costs[kind]
     return total / samples * steps * length.tokens_per_step
 
 
-def _step_flops(
-    cost: StepCost, seq_len: int, active: Sequence[int], scope: Scope | None, interval: int
-) -> float:
-    """FLOPs per position of a step, if one in ``interval`` steps measures gradients."""
-    plain = cost.per_token(seq_len, active)
-    if scope is None:
-        return plain
-    return plain + 1 / interval * (cost.per_token(seq_len, active, scope=scope) - plain)
-
-
 def match_steps(
-    cost: StepCost,
-    schedule: LambdaSchedule,
-    target: float,
-    length: Length,
-    balance: Balance | None = None,
+    cost: StepCost, schedule: LambdaSchedule, target: float, length: Length, balance: Balance
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
 
@@ -233,17 +215,11 @@ def match(
     *,
     match: str,
     reference: Reference,
-    balance: Balance | None = None,
+    balance: Balance,
     objective: Objective = CROSS_ENTROPY,
 ) -> Matched:
-    """Find the trunk layers or steps with which a run matches ``reference``.
-
-    Args:
-        config: the model as configured.
-        schedule: its lambda schedule.
-        length: the run's length as configured.
-        match: ``parameters`` or ``flops``.
-        balance: the balance rule; None for fixed weights.
+    """Find the trunk layers or steps with which a run matches ``reference`` in ``match``:
+    ``parameters`` or ``flops``.
 
     Raises:
         UserError: the trunk has too few layers to remove.

@@ -16,6 +16,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.schedule.curriculum import forward_curriculum
 from mtp_lightning.objective.schedule.piecewise import Piecewise
@@ -36,6 +37,7 @@ def matched(
         LENGTH,
         match=quantity,
         reference=matching.plain_reference(config, LENGTH),
+        balance=NoBalance(config.mtp.depth),
     )
 
 
@@ -89,11 +91,12 @@ def test_match_flops_counts_a_depth_only_while_it_is_active() -> None:
     growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
     cost = [StepCost(config).per_token(64, active) for active in ([], [1], [1, 2])]
     short = replace(LENGTH, tokens_per_step=10)
-    total = matching.total_flops(StepCost(config), growing, short)
+    total = matching.total_flops(StepCost(config), growing, short, NoBalance(2))
     assert total == pytest.approx(sum(cost) * 100 * 10, rel=1e-9)
     assert matched(config, "flops", growing).max_steps > matched(config, "flops").max_steps
     # Longer runs are sampled; the sum must not notice.
-    long = matching.total_flops(StepCost(config), growing, replace(short, max_steps=90_000))
+    longer = replace(short, max_steps=90_000)
+    long = matching.total_flops(StepCost(config), growing, longer, NoBalance(2))
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
 
 
@@ -101,7 +104,7 @@ def test_match_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
     plain_flops = StepCost(config).per_token(64) * 1024 * 300
     steps, reached = matching.match_steps(
-        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * plain_flops, LENGTH
+        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * plain_flops, LENGTH, NoBalance(0)
     )
     assert steps == 750 and reached == 2.5 * plain_flops
 

@@ -51,10 +51,7 @@ def log_probs_by_chunk(
 ) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
 
-    Args:
-        h_MC: the states.
-        weight_VC: the shared head's weight.
-        project: computes one chunk [R, V] by another head; None for the shared one.
+    ``project`` computes a chunk by another head than the shared one.
 
     Yields:
         The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
@@ -149,31 +146,24 @@ class _HeadPass:
             self.head = prediction.head
             self.weight = self.head.weight_VC.detach().to(weight.dtype)
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
+        self.depth = self.targets[0].depth
         h, trains_hidden = prediction.hidden, prediction.needs_gradient
         self.trains_weight = prediction.trains_head(shared)
         self.needs_gradient = trains_hidden or self.trains_weight
         self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
         self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if trains_hidden else None
 
-    @property
-    def depth(self) -> int:
-        """k of its first target."""
-        return self.targets[0].depth
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is trained on a single target by cross-entropy."""
-        return self.needs_gradient and len(self.targets) == 1 and self.targets[0].term.of_token
-
     def run(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
         loss = self.prediction.loss
         width, states = (1, 1) if loss is None else (loss.width, loss.states)
         size = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
+        alone = self.needs_gradient and len(self.targets) == 1
+        fused = compiled and alone and self.targets[0].term.of_token
         for rows in chunks(self.h_NC.shape[0] // states, max(1, size // states)):
             if loss is not None:
                 self._run_own_loss(rows, loss, main_MC)
-            elif compiled and self.is_plain:
+            elif fused:
                 self._run_compiled(rows)
             else:
                 self.run_chunk(rows, log_probs(self.h_NC[rows], self.weight))
@@ -194,15 +184,9 @@ class _HeadPass:
     def run_chunk(
         self, rows: slice | Tensor, log_q_RV: Tensor, teacher: Teacher | None = None
     ) -> None:
-        """Losses and gradients at some positions.
-
-        Args:
-            rows: the positions.
-            log_q_RV: their log-probabilities, which are overwritten.
-            teacher: the teacher of the terms that need one.
-        """
+        """Losses and gradients at some positions; overwrites their log-probabilities."""
         h_RC = self.h_NC[rows]
-        targets = self._chunk_targets(rows, teacher)
+        targets = [ChunkTarget(target, rows, teacher) for target in self.targets]
         if not self.needs_gradient:
             for target in targets:
                 target.note(target.value(log_q_RV, h_RC))
@@ -226,7 +210,7 @@ class _HeadPass:
     def _run_compiled(self, rows: slice) -> None:
         """:meth:`run_chunk` with one compiled kernel from logits to their gradient."""
         h_RC = self.h_NC[rows]
-        (target,) = self._chunk_targets(rows)
+        target = ChunkTarget(self.targets[0], rows)
         logits_RV = matmul_transposed(h_RC, self.weight)
         value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
         del logits_RV
@@ -236,7 +220,7 @@ class _HeadPass:
     def _run_own_loss(self, rows: slice, loss: Loss, main_MC: Tensor | None) -> None:
         """:meth:`run_chunk` with a loss that the stack computes."""
         inner = slice(rows.start * loss.states, rows.stop * loss.states)
-        h_NC, targets = self.h_NC[inner], self._chunk_targets(rows)
+        h_NC, targets = self.h_NC[inner], [ChunkTarget(target, rows) for target in self.targets]
         if main_MC is not None:
             self._teach(targets, rows, main_MC)
         logits_NV = matmul_transposed(h_NC, self.weight)
@@ -259,11 +243,6 @@ class _HeadPass:
                 teachers[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
             target.teacher = teachers[k]
 
-    def _chunk_targets(
-        self, rows: slice | Tensor, teacher: Teacher | None = None
-    ) -> list[ChunkTarget]:
-        return [ChunkTarget(target, rows, teacher) for target in self.targets]
-
     def _propagate(
         self,
         rows: slice | Tensor,
@@ -276,8 +255,7 @@ class _HeadPass:
         """Propagate the gradient of the logits to the hidden states and to the weight.
 
         Args:
-            rows: rows of the hidden states.
-            h_NC: the hidden states.
+            rows: rows of the hidden states ``h_NC``.
             d_logits_NV: the gradient with respect to the logits, before scaling.
             scale_N1: factors of its rows; None for 1.
             factor: factor of the whole gradient.
@@ -319,12 +297,9 @@ class _HeadPass:
         return total_RC, logit_gradients
 
     def _logit_grad(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:
-        """The total gradient of all targets with respect to their common logits, with mask and
-        coefficients.
-
-        For cross-entropy it is ``(sum_k c_k) softmax - sum_k c_k one_hot(target_k)``: one pass over
-        the chunk serves all such targets.
-        """
+        """The gradient of all targets with respect to their common logits, with mask and
+        coefficients. That of all cross-entropies takes one pass over the chunk: ``(sum_k c_k)
+        softmax - sum_k c_k one_hot(target_k)``."""
         plain: list[tuple[Tensor, Tensor]] = []
         others_RV: Tensor | None = None
         for target in (target for target in targets if not target.term.of_state):

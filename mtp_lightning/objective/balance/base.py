@@ -84,13 +84,8 @@ class Balance:
         check_settings(self, "balance")
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        """The factors [D + 1] of the losses in the next step, by default the schedule's; does not
-        change the rule's state.
-
-        Args:
-            base: [D + 1], 1 and the schedule's lambda_k.
-            progress: progress before the step.
-        """
+        """The factors [D + 1] of the losses in the next step, by default ``base``: 1 and the
+        schedule's lambda_k. It does not change the rule's state."""
         return list(base)
 
     def rests_at(self, progress: Progress) -> bool:

@@ -30,7 +30,6 @@ class CosineGate(Balance):
     """``balance=cosine_gate``.
 
     Args:
-        depth: D.
         ema: decay of the cosines' moving averages; 0 gates by the step's own cosine.
     """
 

@@ -27,7 +27,6 @@ class DWA(Balance):
     """``balance=dwa``.
 
     Args:
-        depth: D.
         temperature: T; larger values give more equal weights.
         window_steps: optimizer steps of a window.
     """

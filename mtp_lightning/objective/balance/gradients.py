@@ -98,8 +98,6 @@ def require_measurable(config: ModelConfig, objective: Objective, *, setting: st
     """Refuse a model or an objective whose depths have no separate gradient on the trunk.
 
     Args:
-        config: the model's.
-        objective: the objective of the depths.
         setting: the setting that measures, for the message: ``balance=gradnorm``.
 
     Raises:
@@ -143,15 +141,8 @@ def task_gradients(
     task and group, besides the activations.
 
     Args:
-        model: the model.
-        objective: the objective of the depths.
-        plan: the step's plan.
-        depths: MTP depths to measure.
         groups: groups of parameters, by any name. For a tied embedding only the gradient of the
             input side is included.
-
-    Returns:
-        The gradients of every group.
     """
     assert not any(rule.measures for rule in objective.rules), "see require_measurable"
     parameters = [p for group in groups.values() for p in group]
@@ -192,8 +183,7 @@ def add_gradients(
     parameters: list[nn.Parameter],
     totals: Mapping[int, Tensor],
 ) -> None:
-    """Add one micro-batch's part of every task's gradient to ``totals``, task -> flat [P]; other
-    arguments as in :func:`task_gradients`."""
+    """Add one micro-batch's part of every task's gradient to ``totals``, task -> flat [P]."""
     shared = HeadWeight(model.head.weight)
     plan = replace(plan, factors=[float(k in totals) for k in range(model.depth + 1)])
     with torch.enable_grad(), _only(model, parameters):

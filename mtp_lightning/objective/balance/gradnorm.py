@@ -31,7 +31,6 @@ class GradNorm(Balance):
     """``balance=gradnorm``.
 
     Args:
-        depth: D.
         alpha: how strongly unequal training rates are equalized.
         lr: learning rate of the weights.
         every_n_steps: optimizer steps between two measurements.

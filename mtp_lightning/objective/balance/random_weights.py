@@ -22,12 +22,7 @@ from mtp_lightning.objective.schedule.base import Progress
 
 @dataclass(eq=False, kw_only=True)
 class RandomWeights(Balance):
-    """``balance=random``.
-
-    Args:
-        depth: D.
-        seed: seed of the run.
-    """
+    """``balance=random``, drawn from the run's ``seed``."""
 
     name = "random"
     weighs_main = True

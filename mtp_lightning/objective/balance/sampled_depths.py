@@ -37,7 +37,6 @@ class SampledDepths(Balance):
     """``balance=sampled_depths``.
 
     Args:
-        depth: D.
         seed: seed of the run.
         probabilities: ``uniform``, ``loss_ratio``, or a list of D numbers above 0, which are
             normalized over the depths that the schedule does not switch off.

@@ -28,7 +28,6 @@ class TrunkRatio(Balance):
     """``balance=trunk_ratio``.
 
     Args:
-        depth: D.
         rate: u, the step of log lambda_k.
         ratio: r, the wanted ``lambda_k |g_k| / |g_0|`` of every depth.
         ema: decay of the ratios' moving averages.

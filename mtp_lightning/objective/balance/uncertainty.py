@@ -29,11 +29,7 @@ from mtp_lightning.objective.schedule.base import Progress
 
 
 class Uncertainty(Balance):
-    """``balance=uncertainty``.
-
-    Args:
-        depth: D.
-    """
+    """``balance=uncertainty``."""
 
     name = "uncertainty"
     weighs_main = True
