@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from mtp_lightning.metrics.sums import Sums
 
 _ALONE = 16  # positions with their own tag; later ones share a tag per doubling
 
 
-class AnswerRates(Metric):
+class AnswerRates(Sums):
     """Exact match, and accuracy by position and by group, over all ranks and batches.
 
     - ``exact_match``: share of greedily decoded answers that the task's check accepts
@@ -31,7 +32,6 @@ class AnswerRates(Metric):
         groups: names of the G groups.
     """
 
-    full_state_update = False
     answers: Tensor
     right: Tensor
     position: Tensor
@@ -40,15 +40,11 @@ class AnswerRates(Metric):
     def __init__(self, n_positions: int, groups: Sequence[str]) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        # Integers, so that the sums are the same for any number of ranks. The columns: tokens,
-        # tokens decoded right, tokens predicted right with the example's own before them.
-        self._count("answers")
-        self._count("right")
-        self._count("position", n_positions, 3)
-        self._count("group", len(groups), 3)
-
-    def _count(self, name: str, *shape: int) -> None:
-        self.add_state(name, default=torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_sums("answers", "right", exact=True)
+        # The columns: tokens, tokens decoded right, tokens predicted right with the example's own
+        # before them.
+        self.add_sums("position", shape=(n_positions, 3), exact=True)
+        self.add_sums("group", shape=(len(groups), 3), exact=True)
 
     def update(
         self,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.sums import Sums
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 
@@ -118,12 +118,11 @@ def early_bucket(buckets: list[tuple[int, int]]) -> int | None:
     return None
 
 
-class PositionLoss(Metric):
+class PositionLoss(Sums):
     """``loss_position_BUCKET`` of depth 0, ``loss_position_BUCKET_depth_k`` of the others, and
     ``context_score``: depth 0's loss in the last bucket minus that around position 50, in nats; the
     lower it is, the more the tokens in between help (Olsson et al. 2022)."""
 
-    full_state_update = False
     count: Tensor
     loss: Tensor
 
@@ -131,9 +130,7 @@ class PositionLoss(Metric):
         super().__init__()
         self.buckets = position_buckets(seq_len)
         self.index = [i for i, (a, b) in enumerate(self.buckets) for _ in range(a, b + 1)]
-        for name in ("count", "loss"):
-            zeros = torch.zeros(depth + 1, len(self.buckets), dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.add_sums("count", "loss", shape=(depth + 1, len(self.buckets)))
 
     def update(self, reading: Reading) -> None:
         """Counts one batch of windows, of the given length or shorter."""
@@ -160,13 +157,7 @@ def contexts(seq_len: int) -> list[int]:
     return [1 << power for power in range(3, (seq_len // 2).bit_length())]
 
 
-def last_tokens(batch: WindowBatch, context: int) -> WindowBatch:
-    """The same last targets, with only the last ``context`` tokens to read."""
-    start = batch.seq_len - context
-    return batch.map(lambda field: field[:, start:])
-
-
-class TruncatedContext(Metric):
+class TruncatedContext(Sums):
     """``context_gain_c``: depth 0's loss of every window's last target if the model reads only the
     last c tokens, minus that with the whole window, in nats; ``context_gain_c_se``, the standard
     error of this paired mean over windows; ``effective_context``, the smallest c from which every
@@ -178,7 +169,6 @@ class TruncatedContext(Metric):
     pass over the text.
     """
 
-    full_state_update = False
     count: Tensor
     gain: Tensor
     square: Tensor
@@ -187,10 +177,8 @@ class TruncatedContext(Metric):
         super().__init__()
         self.seq_len = seq_len
         self.contexts = contexts(seq_len)
-        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("gain", "square"):
-            zeros = torch.zeros(len(self.contexts), dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.add_sums("count")
+        self.add_sums("gain", "square", shape=len(self.contexts))
 
     def update(self, model: MTPModel, batch: WindowBatch, reading: Reading) -> None:
         """Counts one batch; ``reading`` is that of the whole windows. Windows shorter than the
@@ -200,7 +188,9 @@ class TruncatedContext(Metric):
         valid_B = reading.valid_KBT[0, :, -1]
         self.count += valid_B.sum()
         for i, context in enumerate(self.contexts):
-            short = read(model, last_tokens(batch, context), depths=False)
+            # The same last target, with only the last tokens to read.
+            first = batch.seq_len - context
+            short = read(model, batch.map(lambda field, i=first: field[:, i:]), depths=False)
             gain_B = (short.losses_KBT[0, :, -1] - reading.losses_KBT[0, :, -1])[valid_B].double()
             self.gain[i] += gain_B.sum()
             self.square[i] += gain_B.square().sum()
@@ -276,23 +266,20 @@ def repeat_distances(
     return distances
 
 
-class NaturalRepeats(Metric):
+class NaturalRepeats(Sums):
     """``accuracy_repeat_1-64``, ``_64-256``, ``_256-1024``: depth 0's accuracy on targets whose
     preceding 8 bytes occurred earlier in the window, by the distance of the last occurrence in
     tokens; ``accuracy_no_repeat``, the control: targets whose 8 bytes did not occur; and the
     ``share_`` of each among the targets of these four classes. A last occurrence more than 1,024
     tokens back is in none of them."""
 
-    full_state_update = False
     count: Tensor
     right: Tensor
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         super().__init__()
         self.token_bytes = token_bytes
-        for name in ("count", "right"):
-            zeros = torch.zeros(len(_NAMES), dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.add_sums("count", "right", shape=len(_NAMES))
 
     def update(self, batch: WindowBatch, reading: Reading) -> None:
         """Counts one batch."""

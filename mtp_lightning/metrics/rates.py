@@ -15,20 +15,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.sums import Sums
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk, through_head
+from mtp_lightning.objective.through_head import (
+    chunk_rows,
+    chunks,
+    log_probs_by_chunk,
+    through_head,
+)
 
 _RESAMPLES = 1000  # samples of a bootstrap
 
 
-class DepthRates(Metric):
+class DepthRates(Sums):
     """Loss, accuracy, agreement and overlap of every depth, over all ranks and batches.
 
     For depth k at position i, with p the main model's distribution at i + k (which predicts the
@@ -66,8 +71,7 @@ class DepthRates(Metric):
         rescores: whether the stack has a rescorer.
     """
 
-    full_state_update = False
-    # Sums of what was counted, one number per depth.
+    # One number per depth, and in text_loss one per document.
     count: Tensor
     scored: Tensor
     loss: Tensor
@@ -85,22 +89,13 @@ class DepthRates(Metric):
         self.depth = depth
         self.text_bytes = text_bytes
         self.rescores = rescores
-        zeros = torch.zeros(len(text_bytes or ()), dtype=torch.float64)
-        self.add_state("text_loss", default=zeros, dist_reduce_fx="sum")
-        counted = ("count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap")
-        for name in (*counted, *(["candidate_recall"] if rescores else [])):
-            zeros = torch.zeros(depth + 1, dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.add_sums("text_loss", shape=len(text_bytes or ()))
+        counted = ["count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap"]
+        self.add_sums(*counted, *(["candidate_recall"] if rescores else []), shape=depth + 1)
 
     @torch.no_grad()
     def update(self, model: MTPModel, batch: WindowBatch, hidden: dict[int, Tensor]) -> None:
-        """Counts one batch.
-
-        Args:
-            model: the model.
-            batch: the windows.
-            hidden: the model's hidden states of every depth 0 .. D, [B, T, C].
-        """
+        """Counts one batch, with the model's hidden states of every depth 0 .. D, [B, T, C]."""
         targets = [
             (batch.targets(k), model.mtp.targets(k, batch) >= 0) for k in range(self.depth + 1)
         ]
@@ -111,8 +106,7 @@ class DepthRates(Metric):
                 texts_T = None
                 if self.text_bytes is not None and batch.texts is not None:
                     texts_T = batch.shifted(batch.texts, 0)[row]
-                for start in range(0, batch.seq_len, width):
-                    chunk = slice(start, min(start + width, batch.seq_len))
+                for chunk in chunks(batch.seq_len, width):
                     nll_P = self._update_chunk(model, batch, hidden, targets, row, chunk)
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[chunk], nll_P)
@@ -189,21 +183,14 @@ class DepthRates(Metric):
 
 class OwnLossRates(DepthRates):
     """:class:`DepthRates` of the main prediction, and ``loss_depth_k`` of depths that bring a loss
-    of their own: the mean over the positions that count. These depths have no other rates.
-
-    Args:
-        depth: D.
-        text_bytes: as for :class:`DepthRates`.
-    """
+    of their own: the mean over the positions that count. These depths have no other rates."""
 
     own_count: Tensor
     own_loss: Tensor
 
     def __init__(self, depth: int, text_bytes: Sequence[int] | None = None) -> None:
         super().__init__(0, text_bytes)
-        for name in ("own_count", "own_loss"):
-            zeros = torch.zeros(depth, dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.add_sums("own_count", "own_loss", shape=depth)
 
     @torch.no_grad()
     def update(self, model: MTPModel, batch: WindowBatch, hidden: dict[int, Tensor]) -> None:
@@ -242,12 +229,7 @@ def own_values(
 
 
 def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthRates:
-    """The metric that a validation computes.
-
-    Args:
-        model: any.
-        text_bytes: evaluated UTF-8 bytes of every document of the text.
-    """
+    """The metric that a validation computes; ``text_bytes`` as for :class:`DepthRates`."""
     if model.config.mtp.brings_loss:
         return OwnLossRates(model.depth, text_bytes)
     rescores = model.mtp.rescorer is not None
@@ -261,8 +243,8 @@ def exact(values: Tensor) -> Tensor:
 
 def _log_probs(model: MTPModel, k: int, h_PC: Tensor) -> Tensor:
     weight_VC = model.head.weight
-    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, model.head_of(k).log_probs)
-    return torch.cat([chunk for _, chunk in chunks])
+    parts = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, model.head_of(k).log_probs)
+    return torch.cat([part_PV for _, part_PV in parts])
 
 
 def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
