@@ -72,7 +72,7 @@ class BagMTP(Summary):
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
 
     def observe_training_text(self, data: Any) -> None:
-        """Count document frequencies for ``weights=idf``."""
+        """Set the weights of ``weights=idf`` by counting documents."""
         if self.config.weights != "idf":
             return
         text = data.training_text
@@ -81,17 +81,8 @@ class BagMTP(Summary):
                 "mtp.weights=idf counts the documents of a text, and a task has no documents: set "
                 "mtp.weights=none."
             )
-        holding_V = text.document_frequency(len(self.weights_V))
-        self.weigh(torch.from_numpy(holding_V), text.n_documents)
-
-    def weigh(self, holding_V: Tensor, documents: int) -> None:
-        """Set the weights to inverse document frequencies.
-
-        Args:
-            holding_V: int64, the number of documents that hold each id.
-            documents: N.
-        """
-        self.weights_V.copy_(((1 + documents) / (1 + holding_V.double())).log() + 1)
+        holding_V = torch.from_numpy(text.document_frequency(len(self.weights_V)))
+        self.weights_V.copy_(((1 + text.n_documents) / (1 + holding_V.double())).log() + 1)
 
     def own_loss(self, k: int, batch: WindowBatch) -> PresenceLoss:
         return PresenceLoss(self, batch)

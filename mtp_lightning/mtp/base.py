@@ -84,13 +84,7 @@ class MTPStack(nn.Module, ABC):
         self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
-
-        Args:
-            trunk: the trunk.
-            embedded_BTC: embeddings of the windows' tokens.
-            ctx: their positions and mask.
-            key: key of the random choices in training; None for no random choices.
-        """
+        ``key`` is that of the random choices in training, None for none."""
         output = trunk(embedded_BTC, ctx)
         return output, self.branch(trunk, output)
 
@@ -108,12 +102,8 @@ class MTPStack(nn.Module, ABC):
 
     # Training targets.
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
-        """The tokens that trunk and depths read instead of the batch's.
-
-        Args:
-            tokens_BW: tokens of whole windows, W = T + D + 1.
-            scored_BW: which of them may be targets; None for all.
-        """
+        """The tokens that trunk and depths read instead of the batch's, over whole windows, W = T +
+        D + 1. ``scored_BW`` says which of them may be targets; None for all."""
         return tokens_BW
 
     def targets(self, k: int, batch: WindowBatch) -> Tensor:
@@ -145,14 +135,7 @@ class MTPStack(nn.Module, ABC):
         self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
-        order.
-
-        Args:
-            final_BTC: the trunk's output.
-            inputs: what the stack reads.
-            batch: the windows.
-            depths: the depths that are trained, in order.
-        """
+        order. ``final_BTC`` is the trunk's output; ``depths`` are trained, in order."""
         losses = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
         states, head = list(self.states(inputs, depths)), self.own_head
         if head is None:
@@ -165,10 +148,6 @@ class MTPStack(nn.Module, ABC):
         """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
 
         A generator: a depth that no other depth reads is released when the next one is asked for.
-
-        Args:
-            inputs: what the stack reads.
-            active: depths in 1 .. D.
         """
         previous = inputs.hidden
         for k in self.with_prerequisites(active):
@@ -227,8 +206,7 @@ class MTPStack(nn.Module, ABC):
         of decoding: the state that the next depth reads. By default the branch itself.
 
         Args:
-            k: the depth.
-            inputs: what the stack reads, with the tokens of :meth:`reads`.
+            inputs: they hold the tokens of :meth:`reads`.
             previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
                 and if not, the branch.
         """
@@ -248,12 +226,8 @@ class MTPStack(nn.Module, ABC):
 
     def append(self, trunk: Trunk, ctx: ForwardContext) -> Tensor:
         """The branch state [B, 1, ..] of the newest token read, from a pass of the trunk over the
-        positions after it. The trunk's cache keeps nothing of that pass.
-
-        Args:
-            trunk: the trunk.
-            ctx: of :attr:`appended` positions or fewer, open in the trunk's cache.
-        """
+        positions after it: :attr:`appended` or fewer, which ``ctx`` has open in the trunk's cache.
+        The cache keeps nothing of that pass."""
         raise NotImplementedError
 
     def draft_obstacle(self) -> str:
@@ -261,11 +235,7 @@ class MTPStack(nn.Module, ABC):
         return "" if self.depth else NO_DRAFTS
 
     def require_drafts(self) -> None:
-        """Refuse to draft with a stack that cannot.
-
-        Raises:
-            UserError: naming the reason.
-        """
+        """Raise a ``UserError`` with the :meth:`draft_obstacle`, if there is one."""
         if reason := self.draft_obstacle():
             raise UserError(reason)
 
@@ -284,22 +254,16 @@ class MTPStack(nn.Module, ABC):
 
     # Initialization.
     def observe_training_text(self, data: Any) -> None:
-        """Read statistics of the training documents that the loss needs, before the first step.
-
-        Args:
-            data: a data module; counting the ids of its ``training_text`` takes a pass over it.
+        """Read statistics that the loss needs, before the first step, from the ``training_text`` of
+        a data module.
 
         Raises:
             UserError: a task has no such text.
         """
 
     def validate_loaded(self, source: str) -> None:
-        """Refuse weights that no training could have stored, after they were loaded from
-        ``source``.
-
-        Raises:
-            UserError: naming the source.
-        """
+        """Raise a ``UserError`` for weights, loaded from ``source``, that no training could have
+        stored."""
         if self.own_head is not None:
             self.own_head.require_sound(source)
 
@@ -310,7 +274,5 @@ class MTPStack(nn.Module, ABC):
 
         Args:
             fresh: indices of the modules that have no trained weights.
-            trunk: the trunk, with its weights.
-            head: the trunk's head, with its weights.
-            text: its states over some text; None for ``mtp.init=random``.
+            text: the trunk's states over some text; None for ``mtp.init=random``.
         """

@@ -24,13 +24,7 @@ Concat = Literal["embedding_first", "hidden_first"]
 Detach = Literal["none", "trunk", "all"]
 Init = Literal["random", "last_block"]
 
-_CHOICES = {
-    "branch": Branch,
-    "input_norm": InputNorm,
-    "concat": Concat,
-    "detach": Detach,
-    "init": Init,
-}
+_CHOICES = dict(branch=Branch, input_norm=InputNorm, concat=Concat, detach=Detach, init=Init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +132,7 @@ class MTPConfig(Registered, ABC, family="mtp"):
         return max(self.places_ahead - self.depth - 1, 0)
 
     def check_window(self, seq_len: int) -> None:
-        """Refuse windows of ``seq_len`` positions that are too short for the targets.
-
-        Raises:
-            UserError: naming the setting and the window's length.
-        """
+        """Raise a ``UserError`` for windows of ``seq_len`` positions, too short for the targets."""
 
     def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
         """Refuse settings of the objective that have no meaning for the stack.

@@ -97,11 +97,7 @@ class EagleConfig(ModulesConfig, variant="eagle"):
             )
 
     def check_trunk(self, trunk: TrunkConfig) -> None:
-        """Refuse a trunk that has no such layer on it.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Raise a ``UserError`` for a trunk that such a layer does not fit."""
         whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
         entry = trunk.attention.cache_entry(trunk)
         rope_head_dim = trunk.attention.rope_head_dim(trunk)
@@ -118,11 +114,7 @@ class EagleConfig(ModulesConfig, variant="eagle"):
             )
 
     def check_vocabulary(self, trunk: TrunkConfig) -> None:
-        """Refuse more rows than there are tokens.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Raise a ``UserError`` for more rows than there are tokens."""
         if self.draft_vocab is not None and self.draft_vocab > trunk.vocab_size:
             raise UserError(
                 f"mtp.draft_vocab={self.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
@@ -163,13 +155,8 @@ class DraftAttention(Attention):
     def step(
         self, x_BTX: Tensor, ctx: ForwardContext, before: Sequence[Entry]
     ) -> tuple[Tensor, Entry]:
-        """The output [B, T, C] of one step over whole windows, and its own entry.
-
-        Args:
-            x_BTX: the layer's input, X = 2 C.
-            ctx: that of this step.
-            before: the entries of the steps before, in order.
-        """
+        """The output [B, T, C] of one step over whole windows, and its own entry; X = 2 C, and
+        ``before`` are the entries of the steps before, in order."""
         kv = self.n_kv_heads
         rotated, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
         rotated = rotary(rotated, ctx.cos, ctx.sin)
@@ -188,10 +175,7 @@ def attend_steps(query_BTNH: Tensor, steps: Sequence[Entry], mask: Tensor | None
     The latter are products of single vectors: written as masked matrix products, they would cost as
     much as the former (section 3.2 of the paper).
 
-    Args:
-        query_BTNH: queries of the newest step.
-        steps: keys and values of all steps.
-        mask: bool [B, 1, T, T], True where a query attends to a key; None is causal.
+    ``mask`` is bool [B, 1, T, T], True where a query attends to a key; None is causal.
     """
     (first_key, first_value), *later = steps
     seq_len, n_heads, size = query_BTNH.shape[1:]

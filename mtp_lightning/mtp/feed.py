@@ -68,7 +68,6 @@ class Loss(ABC):
             rows: the chunk's positions among the B x T.
             logits_NV: the logits of all their hidden states, which it may overwrite.
             targets: the prediction's targets at these rows.
-            needs_gradient: whether a gradient is needed.
 
         Returns:
             The gradient with respect to the logits [N, V], and a factor of its rows that is still
@@ -196,7 +195,7 @@ class Together(Feed):
 
     Args:
         final: the main prediction's hidden state.
-        depths: (k, hidden state) of the depths, in order.
+        depths: (k, hidden state) in order.
         losses: the depths' own losses, by k.
         head: the depths' own head; None for the shared head.
     """
@@ -246,10 +245,6 @@ class OneState(Feed):
     One pass through the head serves all depths, with two exceptions that need a pass per depth: a
     term with a teacher, whose position differs by depth, and a head that learns only from the main
     prediction.
-
-    Args:
-        final: the hidden state.
-        depths: the depths k.
     """
 
     def __init__(self, final: Tensor, depths: Sequence[int]) -> None:

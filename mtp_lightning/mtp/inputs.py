@@ -70,15 +70,8 @@ class TrunkText:
     documents: Tensor | None
 
     def projection_pairs(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs of depth k's projection, and the states that its block should receive.
-
-        Args:
-            k: the depth.
-            x_BTX: the input of the depth's projection at every position.
-
-        Returns:
-            [N, X] and [N, C], the N positions whose target is in the same document.
-        """
+        """Inputs [N, X] of depth k's projection, and the states [N, C] that its block should
+        receive, at the N positions whose target is in the same document."""
         seq_len = x_BTX.shape[1]
         y_BTC = self.before[:, k : seq_len + k]
         if self.documents is None:

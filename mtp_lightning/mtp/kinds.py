@@ -74,11 +74,10 @@ class SideBySide(MTPStack):
     """D heads that are computed and trained independently of each other.
 
     Args:
-        config: the variant's.
         heads: one per depth.
         corrections: one per depth, added to the heads' hidden states; empty for heads that read no
             token.
-        rescorer: changes the logits of all depths by the token before; None for none.
+        rescorer: see :class:`MTPStack`.
     """
 
     trains_in_forward: ClassVar[bool] = True
@@ -197,12 +196,8 @@ class HeadByHead(Feed):
                 self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=auxiliary)
             )
             ((_, hidden),) = self.stack.states(stack_inputs, [k])
-        prediction = Prediction(
-            hidden,
-            request.targets[k],
-            train_head=request.train_head,
-            needs_gradient=hidden.requires_grad,
-        )
+        prediction = Prediction(hidden, request.targets[k], request.train_head)
+        prediction.needs_gradient = hidden.requires_grad
         through_head([prediction])
         losses: list[Tensor] = []
         if ctx.auxiliary is not None and auxiliary is not None:

@@ -69,7 +69,7 @@ def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:
     """Copy the weights of as many last blocks of the trunk, the experts' biases included.
 
     Raises:
-        UserError: the blocks are of different kinds, or more than the trunk's.
+        UserError: the blocks differ from the trunk's, or are more.
     """
     if len(blocks) > len(trunk.blocks):
         raise UserError(
@@ -88,12 +88,8 @@ def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:
 
 
 def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
-    """A of the formula above, [C, X], computed in float64.
-
-    Args:
-        x_NX: the projection's input, X = 2 C.
-        y_NC: the wanted output.
-        hidden_half: the columns of x that hold the hidden state.
+    """A of the formula above, [C, X = 2 C], computed in float64; ``hidden_half`` are the columns of
+    x that hold the hidden state.
 
     Raises:
         UserError: there are no tokens.

@@ -60,7 +60,8 @@ class MaskedConfig(MTPConfig, variant="masked"):
         freeze_trunk: embedding, trunk and head keep their weights, as in the paper.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or :meth:`build` gets a trunk with other attention than
+            ``grouped_query``.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("lora_rank",)
@@ -79,19 +80,12 @@ class MaskedConfig(MTPConfig, variant="masked"):
         """The states of a block of masks, side by side."""
         return self.depth
 
-    def check_trunk(self, trunk: TrunkConfig) -> None:
-        """Refuse a trunk whose attention has no updates.
-
-        Raises:
-            UserError: naming the setting.
-        """
+    def build(self, trunk: TrunkConfig) -> MaskedMTP:
         if trunk.attention.variant != "grouped_query":
             raise UserError(
                 "mtp=masked reads the keys and values of whole heads, which model.attention="
                 f"{trunk.attention.variant} does not give: use model.attention=grouped_query."
             )
-
-    def build(self, trunk: TrunkConfig) -> MaskedMTP:
         return MaskedMTP(self, trunk)
 
 
@@ -186,7 +180,6 @@ class MaskedMTP(MTPStack):
     def __init__(self, config: MaskedConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.trunk_config = trunk
-        config.check_trunk(trunk)
         if not config.depth:
             return
         # A matrix, so that it is initialized like an embedding.
@@ -270,7 +263,7 @@ def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tens
     Args:
         z_BTDC: the masks' states.
         target_BTC: the tokens' states.
-        sees: bool [B, 1, T, T], True where a token attends to another; None is causal.
+        sees: as in :class:`MaskCache`.
     """
     seq_len, depth = z_BTDC.shape[1:3]
     total = z_BTDC.new_zeros((), dtype=torch.promote_types(z_BTDC.dtype, torch.float32))

@@ -21,10 +21,7 @@ from mtp_lightning.nn.ops import linear
 class OwnHead(nn.Module):
     """``logits = hidden @ weight.T`` over some tokens of the vocabulary.
 
-    Args:
-        vocab_size: V.
-        d_model: C.
-        rows: N; None is V.
+    ``rows`` is N; None is V.
 
     Attributes:
         weight: [N, C].
@@ -47,20 +44,14 @@ class OwnHead(nn.Module):
         return len(self.weight) == self.vocab_size
 
     def choose(self, counts_V: Tensor) -> None:
-        """Give the rows to the most frequent tokens; among equals, to the smaller id.
-
-        Args:
-            counts_V: int64, how often every id occurs.
-        """
+        """Give the rows to the most frequent tokens, by how often every id occurs, int64; among
+        equals, to the smaller id."""
         order = counts_V.argsort(descending=True, stable=True)
         self.tokens.copy_(order[: len(self.tokens)].sort().values)
 
     def require_sound(self, source: str) -> None:
-        """Refuse stored rows that stand for no token, or for the same one.
-
-        Raises:
-            UserError: naming ``source``.
-        """
+        """Raise a ``UserError`` that names ``source`` for stored rows that stand for no token, or
+        for the same one."""
         inside = (self.tokens >= 0) & (self.tokens < self.vocab_size)
         if not (inside.all() and (self.tokens.diff() > 0).all()):
             raise UserError(

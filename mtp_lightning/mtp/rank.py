@@ -51,11 +51,8 @@ _CHUNK_NUMEL = 2**21
 
 
 def check_rank(config: MTPConfig) -> None:
-    """Refuse a rank below 1, and switches that have no meaning with more than one component.
-
-    Raises:
-        UserError: naming the switch and its value.
-    """
+    """Raise a ``UserError`` for a rank below 1, and for switches that have no meaning with more
+    than one component."""
     require_whole("mtp.rank", config.rank, least=1)
     if config.rank == 1:
         return
@@ -67,21 +64,17 @@ def check_rank(config: MTPConfig) -> None:
         ("stride", "which reads the tokens between"),
         ("correction", "which lets the heads know the tokens before theirs in its own way"),
     ):
-        default = getattr(MTPConfig, name, "none")
-        if getattr(config, name) != default:
+        given, default = (str(getattr(of, name, "none")).lower() for of in (config, MTPConfig))
+        if given != default:
             raise UserError(
-                f"mtp.{name}={_word(getattr(config, name))} has no meaning with {rank}, {reason}: "
-                f"set mtp.{name}={_word(default)}, or mtp.rank=1."
+                f"mtp.{name}={given} has no meaning with {rank}, {reason}: set mtp.{name}="
+                f"{default}, or mtp.rank=1."
             )
     if config.depth == 0:
         raise UserError(
             f"{rank} has no tokens to join at mtp.depth=0: set mtp.depth to 1 or more, or "
             "mtp.rank=1."
         )
-
-
-def _word(value: object) -> str:
-    return str(value).lower()
 
 
 class JointLinearMTP(MTPStack):
@@ -194,12 +187,11 @@ class JointFeed(Feed):
 
 
 class JointLoss(Loss):
-    """The losses of all depths, from the logits of their components.
+    """The losses of all K depths, from the logits of their components.
 
     Args:
         log_weights_MA: ``log w`` of the next token.
         between: the true tokens of the depths before the deepest, [M] each.
-        depths: K.
 
     Attributes:
         d_log_weights_MA: the gradient with respect to ``log_weights_MA``.

@@ -32,7 +32,6 @@ class Rescorer(nn.Module, ABC):
         token that is never drafted.
 
         Args:
-            k: the depth.
             hidden: the depth's states [..., C].
             logits: the head's logits [..., V] of these states.
             before: ids of the tokens before the drafts, [...]. Where it is wider than ``hidden``

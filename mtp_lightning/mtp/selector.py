@@ -142,15 +142,9 @@ def candidates(log_q_RV: Tensor, target_R1: Tensor) -> Tensor:
 def _scores(
     unary_XK: Tensor, before_Xr: Tensor, after_XKr: Tensor, hidden_XC: Tensor, gate_rC: Tensor
 ) -> Tensor:
-    """``S`` [X, K] in the precision of the logits.
-
-    Args:
-        unary_XK: the candidates' logits, or their log-probabilities.
-        before_Xr: the row of A of the token before.
-        after_XKr: the candidates' rows of B.
-        hidden_XC: the depth's state.
-        gate_rC: H.
-    """
+    """``S`` [X, K] in the precision of the logits, from the candidates' logits or
+    log-probabilities, the row of A of the token before, the candidates' rows of B, the depth's
+    state and H."""
     dtype = unary_XK.dtype
     gated_Xr = before_Xr.to(dtype) * F.linear(hidden_XC.to(dtype), gate_rC.to(dtype))
     return unary_XK + (after_XKr.to(dtype) @ gated_Xr.unsqueeze(-1)).squeeze(-1)

@@ -86,13 +86,8 @@ class SummaryLoss(OwnLoss):
 
 
 class LookAhead:
-    """The tokens ahead of every position of some windows.
-
-    Args:
-        batch: whole windows.
-        first: how far ahead the nearest token is; 1 is the next one.
-        last: offset of the farthest token; less at the window's end.
-    """
+    """The tokens ahead of every position of some windows: those ``first`` (1 is the next one) to
+    ``last`` positions ahead, fewer at the window's end."""
 
     def __init__(self, batch: WindowBatch, *, first: int, last: int) -> None:
         tokens_BW, documents_BW, seq_len = batch.tokens, batch.documents, batch.seq_len

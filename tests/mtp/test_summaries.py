@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,7 +101,8 @@ def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> No
     stack = BagConfig().build(tiny_trunk)
     holding_V = torch.zeros(37, dtype=torch.int64)
     holding_V[1], holding_V[2] = 1, 10
-    stack.weigh(holding_V, 10)
+    text = SimpleNamespace(document_frequency=lambda V: holding_V.numpy(), n_documents=10)
+    stack.observe_training_text(SimpleNamespace(training_text=text))
     weights = stack.weights_V.tolist()
     assert weights[:3] == pytest.approx([math.log(11) + 1, math.log(11 / 2) + 1, 1.0])
     assert weights[3:] == pytest.approx([math.log(11) + 1] * 34)
