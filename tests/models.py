@@ -48,11 +48,14 @@ def stored_of(trunk: TrunkConfig, mtp: MTPConfig) -> StoredModel:
     )
 
 
-def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
-    """Random tokens below 37, the vocabulary of ``tiny_trunk``."""
+def windows(rows: int, seq_len: int, depth: int, *, borders: float = 0.0) -> WindowBatch:
+    """Random tokens below 37, the vocabulary of ``tiny_trunk``; with ``borders``, a document begins
+    at each of them with this probability."""
     generator = torch.Generator().manual_seed(1)
     shape = (rows, seq_len + depth + 1)
-    return WindowBatch(torch.randint(0, 37, shape, generator=generator), depth)
+    tokens = torch.randint(0, 37, shape, generator=generator)
+    starts = torch.rand(shape, generator=generator) < borders
+    return WindowBatch(tokens, depth, starts.long().cumsum(1) if borders else None)
 
 
 def checkpoint_of(model: MTPModel) -> dict[str, Any]:

@@ -45,13 +45,7 @@ class Reading:
 
 
 def read(model: MTPModel, batch: WindowBatch, *, depths: bool = True) -> Reading:
-    """Runs one pass of the model over windows.
-
-    Args:
-        model: a model in evaluation mode.
-        batch: windows of the model's depth.
-        depths: whether to include depths 1 .. D, or only depth 0.
-    """
+    """Runs one pass of a model in evaluation mode over windows; ``depths`` includes 1 .. D."""
     hidden = model(batch, None if depths else ())
     losses, valid = [], []
     right_BT = torch.empty(0)
@@ -340,8 +334,7 @@ class LongRange:
     share, and less than one over shortened windows.
 
     Args:
-        model: a model, in evaluation mode when it is used.
-        seq_len: T of the windows.
+        model: in evaluation mode when it is used.
         token_bytes: bytes of every id of the tokenizer.
     """
 

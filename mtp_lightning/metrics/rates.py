@@ -23,12 +23,7 @@ from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import (
-    chunk_rows,
-    chunks,
-    log_probs_by_chunk,
-    through_head,
-)
+from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk, through_head
 
 _RESAMPLES = 1000  # samples of a bootstrap
 
@@ -106,7 +101,8 @@ class DepthRates(Sums):
                 texts_T = None
                 if self.text_bytes is not None and batch.texts is not None:
                     texts_T = batch.shifted(batch.texts, 0)[row]
-                for chunk in chunks(batch.seq_len, width):
+                for start in range(0, batch.seq_len, width):
+                    chunk = slice(start, min(start + width, batch.seq_len))
                     nll_P = self._update_chunk(model, batch, hidden, targets, row, chunk)
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[chunk], nll_P)
@@ -243,17 +239,13 @@ def exact(values: Tensor) -> Tensor:
 
 def _log_probs(model: MTPModel, k: int, h_PC: Tensor) -> Tensor:
     weight_VC = model.head.weight
-    parts = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, model.head_of(k).log_probs)
-    return torch.cat([part_PV for _, part_PV in parts])
+    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, model.head_of(k).log_probs)
+    return torch.cat([chunk for _, chunk in chunks])
 
 
 def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
-    """Summed loss of the evaluated targets over the bytes of the same targets.
-
-    Args:
-        nats_N: summed loss of each document.
-        bytes_N: UTF-8 bytes of its targets.
-    """
+    """Summed loss of the evaluated targets over the bytes of the same targets, from each document's
+    summed loss and the UTF-8 bytes of its targets."""
     return float(nats_N.sum() / math.log(2) / bytes_N.sum())
 
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+TermGradients = dict[nn.Parameter, Tensor]
+"""The gradients of the losses' own parameters; those of every chunk are added."""
 
 
 @dataclass(eq=False)

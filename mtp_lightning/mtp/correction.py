@@ -49,9 +49,7 @@ class SideBySideConfig(BranchConfig):
     """Switches of heads side by side.
 
     Attributes:
-        correction: ``mlp`` adds an MLP of the branch and the tokens since (Hydra); ``markov`` adds
-            a table lookup of the last token, of rank ``correction_rank``; ``selector`` chooses
-            drafts among a depth's 16 likeliest tokens by the last token (DFlash 2).
+        correction: ``none``, or a word of :data:`CORRECTIONS`.
         correction_rank: r, columns of the tables of ``markov`` and ``selector``; None is 64 and
             256.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,

@@ -5,14 +5,8 @@ passes each hidden state, with its targets, to the objective (:data:`ThroughHead
 through a head, chunk by chunk, and sets its gradient. It returns the gradients of the feed's
 inputs, which one autograd node hands on (``objective/stream.py``).
 
-====================  =========================================================================
-feed                  order
-====================  =========================================================================
-:class:`Together`     every depth runs forward first; one teacher serves them all
-:class:`OneState`     the main prediction's state has the targets of all depths
-``HeadByHead``        one head at a time, forward and backward (``kinds.py``)
-``JointFeed``         all depths of a position together, mixed from components (``rank.py``)
-====================  =========================================================================
+Besides the feeds of this file there are ``HeadByHead`` (``kinds.py``) and ``JointFeed``
+(``rank.py``).
 
 Shapes: B batch, T positions, C d_model, V vocabulary, R positions of one chunk.
 """
@@ -38,7 +32,7 @@ class LossTarget(Protocol):
     coefficient: float
     tokens_R: Tensor
     counts_R: Tensor
-    of_token: bool
+    term: Any
 
     def value(self, log_q_RV: Tensor) -> Tensor:
         """The term's loss at every position [R], differentiable with respect to ``log_q_RV``."""
@@ -127,7 +121,7 @@ class Prediction:
     @property
     def needs_teacher(self) -> bool:
         """Whether a term compares with the main prediction."""
-        return any(target.needs_teacher for target in self.targets)
+        return any(target.term.needs_teacher for target in self.targets)
 
     def trains_head(self, shared: HeadWeight) -> bool:
         """Whether the prediction trains its head, which is ``shared`` unless it has its own."""
@@ -191,7 +185,8 @@ class Feed(ABC):
 
 
 class Together(Feed):
-    """All depths run forward first, as part of the autograd graph. Any stack can be trained so.
+    """All depths run forward first, as part of the autograd graph, and one teacher serves them all.
+    Any stack can be trained so.
 
     Args:
         final: the main prediction's hidden state.
@@ -259,7 +254,7 @@ class OneState(Feed):
     ) -> Sequence[Tensor | None]:
         parts = [(k == 0 or request.train_head, group) for k, group in request.targets.items()]
         targets = [target for _, group in parts for target in group]
-        if request.train_head and not any(target.needs_teacher for target in targets):
+        if request.train_head and not any(target.term.needs_teacher for target in targets):
             parts = [(True, targets)]
         predictions = [
             Prediction(self.main, group, train_head=trains, needs_gradient=request.needs[0])

@@ -256,15 +256,9 @@ def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tensor:
-    """The consistency loss, summed over the windows; for each window, the mean over k of the mean
-    over the k-th masks whose target position lies in the window and in the same document (0 if none
-    does).
-
-    Args:
-        z_BTDC: the masks' states.
-        target_BTC: the tokens' states.
-        sees: as in :class:`MaskCache`.
-    """
+    """The consistency loss between the masks' and the tokens' states, summed over the windows; for
+    each window, the mean over k of the mean over the k-th masks whose target position lies in the
+    window and in the same document (0 if none does). ``sees`` as in :class:`MaskCache`."""
     seq_len, depth = z_BTDC.shape[1:3]
     total = z_BTDC.new_zeros((), dtype=torch.promote_types(z_BTDC.dtype, torch.float32))
     for k in range(1, min(depth, seq_len - 1) + 1):

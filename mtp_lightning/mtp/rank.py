@@ -210,7 +210,7 @@ class JointLoss(Loss):
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         shape = (-1, self.depths, log_w_RA.shape[1], logits_NV.shape[1])
         log_p_RKAV = log_softmax_(logits_NV, dtype).view(shape)
-        gradients = _cross_entropy if all(target.of_token for target in targets) else _by_autograd
+        gradients = _cross_entropy if all(t.term.of_token for t in targets) else _by_autograd
         d_logits_RKAV, d_log_w_RA = gradients(log_p_RKAV, log_w_RA, between_R, targets)
         self.d_log_weights_MA[rows] = d_log_w_RA.to(self.d_log_weights_MA.dtype)
         return d_logits_RKAV.flatten(0, 2), None

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.chunk import Chunk, StateGradient
+from mtp_lightning.mtp.chunk import Chunk, StateGradient, TermGradients
 
 
 class Rescorer(nn.Module, ABC):
@@ -43,14 +43,12 @@ class Rescorer(nn.Module, ABC):
         """The loss of every position [R], in nats; arguments as in :meth:`state_gradient`."""
 
     @abstractmethod
-    def state_gradient(
-        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
-    ) -> StateGradient:
-        """:meth:`value` and its gradient.
+    def state_gradient(self, chunk: Chunk, factor_R: Tensor, into: TermGradients) -> StateGradient:
+        """:meth:`value`, and the gradient of ``(value * factor).sum()``; adds those of the
+        rescorer's own parameters to ``into``.
 
         Args:
             chunk: the depth's prediction, with its state and the text's own tokens before the
                 targets (teacher forcing).
             factor_R: factors of the losses, such as mask times coefficient.
-            into: receives the gradients of the rescorer's own parameters, which are added.
         """

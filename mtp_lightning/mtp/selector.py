@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.chunk import Chunk, StateGradient
+from mtp_lightning.mtp.chunk import Chunk, StateGradient, TermGradients
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
@@ -81,9 +81,7 @@ class Selector(Rescorer):
         return torch.cat([self._part(chunk, rows)[0] for rows in self._parts(chunk)])
 
     @torch.no_grad()
-    def state_gradient(
-        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
-    ) -> StateGradient:
+    def state_gradient(self, chunk: Chunk, factor_R: Tensor, into: TermGradients) -> StateGradient:
         for weight in self._weights:
             if weight not in into:
                 into[weight] = torch.zeros_like(weight)

@@ -118,13 +118,8 @@ class StepCost:
     def per_token(
         self, seq_len: int, active: Sequence[int] | None = None, *, scope: Scope | None = None
     ) -> int:
-        """FLOPs per position of training.
-
-        Args:
-            seq_len: T; attention's share grows with it.
-            active: the MTP depths that are computed; by default all.
-            scope: see :meth:`__call__`.
-        """
+        """FLOPs per position of training on windows of T = ``seq_len`` positions; by default all
+        depths are ``active``. Arguments as in :meth:`__call__`."""
         depths = range(1, self.config.mtp.depth + 1) if active is None else active
         # With a frozen trunk nothing learns from the main prediction.
         main = self.config.mtp.trains_trunk

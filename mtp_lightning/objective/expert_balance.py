@@ -26,7 +26,6 @@ def balance_experts(
     of the run. A router that the step did not use (a depth of weight 0) keeps its biases.
 
     Args:
-        model: its routers are those of the trunk and of the MTP modules.
         auxiliary: the loads of all micro-batches of this rank's step.
         fraction: the fraction of the run before the step.
 

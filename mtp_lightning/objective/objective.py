@@ -44,13 +44,9 @@ class Objective:
         term: the depths' term; the main prediction keeps cross-entropy.
         train_head: whether the depths' losses train the shared head; if not, only the hidden states
             get their gradients.
-        weights: weights of positions: ``none``, ``exp_decay`` or ``acceptance``
-            (``rules/position_weights.py``).
-        decay: g of ``exp_decay``; None for 4.
-        smoothing: a of ``acceptance``; None for 0.5.
-        mask: mask of positions: ``none`` or ``entropy`` (``rules/entropy_mask.py``).
-        tau: threshold of the mask, in nats; None for a running quantile.
-        quantile: the running quantile; None for 0.95.
+        weights, decay, smoothing: ``none``, ``exp_decay`` or ``acceptance``, and the settings of
+            these two (``rules/position_weights.py``); None for their defaults.
+        mask, tau, quantile: ``none`` or ``entropy``, and its settings (``rules/entropy_mask.py``).
         confidence: whether depths learn to estimate the acceptance of their drafts
             (``terms/confidence.py``).
         draft_vocab: N, with a frozen trunk: the depths are trained on the first N token ids alone.
@@ -127,14 +123,8 @@ class Objective:
         return list(by_name.values())
 
     def targets(self, stack: MTPStack, plan: StepPlan, batch: WindowBatch) -> list[DepthTarget]:
-        """The main prediction's target, then those of every depth with a factor: one for each term
-        that has a position in the step.
-
-        Args:
-            stack: the stack that is trained.
-            plan: the step's plan.
-            batch: one of its micro-batches.
-        """
+        """The main prediction's target over one of the plan's micro-batches, then those of every
+        depth with a factor: one for each term that has a position in the step."""
         factors, counts = plan.factors, plan.counts
         main = factors[0] / counts.valid[0]
         targets = [DepthTarget(0, self._among_drafted(batch.targets(0)), main, _MAIN_TERM)]
@@ -146,11 +136,9 @@ class Objective:
                 tokens_BT = self._among_drafted(targets_of(term, stack, k, batch))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
-                coefficient, shift = factors[k] * weight / count, batch.stride * k
+                scale, shift = factors[k] * weight / count, batch.stride * k
                 targets.append(
-                    DepthTarget(
-                        k, tokens_BT, coefficient, term, index, shift=shift, before=before_BT
-                    )
+                    DepthTarget(k, tokens_BT, scale, term, index, shift=shift, before=before_BT)
                 )
         return targets
 
@@ -181,12 +169,8 @@ class Objective:
             rule.load_state_dict(state)
 
     def losses(self, sums_KP: Tensor, counts: PositionCounts) -> Tensor:
-        """The mean loss of every depth and term [D + 1, P]; 0 where nothing was counted.
-
-        Args:
-            sums_KP: summed losses of the whole step; the main prediction's in the first column.
-            counts: positions that count in the whole step.
-        """
+        """The mean loss of every depth and term [D + 1, P], from the step's summed losses, with the
+        main prediction's in the first column; 0 where nothing was counted."""
         losses_KP = sums_KP.clone()
         losses_KP[0, 0] /= max(counts.valid[0], 1)
         for k in range(1, len(counts.valid)):
@@ -207,11 +191,8 @@ class Objective:
         return {term.tag(k): losses_KP[k, i] for k in depths for i, term in enumerate(terms)}
 
     def check(self, mtp: MTPConfig) -> None:
-        """Refuse a stack for which the objective or one of its options has no meaning.
-
-        Raises:
-            UserError: naming both, and the remedy.
-        """
+        """Raise a ``UserError`` for a stack with which the objective or one of its options has no
+        meaning."""
         head = [] if self.train_head else ["objective.train_head=false"]
         confidence = ["objective.confidence=true"] if self.confidence else []
         rules = confidence + [rule.setting for rule in self.rules]

@@ -40,12 +40,8 @@ class PositionCounts:
 
 
 def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
-    """Count the positions of every depth that count in the whole step, over all ranks.
-
-    Args:
-        stack: the stack that is trained.
-        batch: this rank's batch; all ranks' have the same size.
-    """
+    """Count the positions of every depth that count in the whole step, over all ranks, whose
+    batches have the same size."""
     # Masks are counted on the host, which avoids waiting for a GPU.
     masked = batch if batch.host is None else replace(batch.host, key=batch.key)
     masks = [stack.valid(k, masked) for k in range(batch.depth + 1)]

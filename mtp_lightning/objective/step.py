@@ -71,10 +71,7 @@ class OptimizerStep:
 
     Args:
         model: in training mode.
-        schedule: lambda_k as a function of progress.
-        balance: the rule that weighs the tasks by measurements.
-        objective: the objective of the MTP depths; by default cross-entropy, like the main
-            prediction's.
+        objective: of the MTP depths; by default cross-entropy, like the main prediction's.
         seed: seed of the random choices in training.
         accumulate: number of micro-batches that a rank's batch is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
@@ -94,9 +91,7 @@ class OptimizerStep:
         accumulate: int = 1,
         clip_norm: float | None = None,
     ) -> None:
-        self.model = model
-        self.schedule = schedule
-        self.balance = balance
+        self.model, self.schedule, self.balance = model, schedule, balance
         self.cost = StepCost(model.config, objective)
         self.objective = objective.for_model(model)
         self.objective.check(model.config.mtp)
@@ -110,9 +105,7 @@ class OptimizerStep:
                     f"balance={balance.name} leaves depths out of a step, but {rule.setting} needs "
                     "all of them in every step: leave one of the two out."
                 )
-        self.seed = seed
-        self.accumulate = accumulate
-        self.clip_norm = clip_norm
+        self.seed, self.accumulate, self.clip_norm = seed, accumulate, clip_norm
         # With a frozen trunk nothing learns from the main prediction, but a rule may observe it.
         self._computes_main = model.config.mtp.trains_trunk or balance.observes
 
@@ -157,10 +150,9 @@ class OptimizerStep:
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepResult:
-        """Run one optimizer step.
+        """Run one optimizer step over this rank's batch; all ranks' have the same size.
 
         Args:
-            batch: this rank's batch; all ranks' have the same size.
             progress: progress before the step.
             optimizer: over the parameters of the model and of the balance rule.
             run: calls a micro-batch's forward pass; sharded models gather their weights in it.
@@ -204,15 +196,9 @@ class OptimizerStep:
         loss = plan.factors[0] * losses[0] + sum(plan.factors[k] * losses[k] for k in plan.active)
         values["train/loss"] = loss.to(dtype)
         values |= {f"train/loss_depth_{k}": losses[k].to(dtype) for k in plan.tasks}
-        lambdas = enumerate(plan.factors[1:], start=1)
-        values |= {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
-        return StepResult(
-            plan=plan,
-            loss=loss,
-            losses=losses,
-            flops=self._flops(plan, measured=gradients is not None),
-            values=values,
-        )
+        values |= {f"train/lambda_depth_{k}": f for k, f in enumerate(plan.factors) if k}
+        flops = self._flops(plan, measured=gradients is not None)
+        return StepResult(plan=plan, loss=loss, losses=losses, flops=flops, values=values)
 
     def _forward_backward(
         self,

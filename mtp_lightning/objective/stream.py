@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.chunk import TermGradients
 from mtp_lightning.mtp.feed import Feed, HeadWeight, LossRequest, Prediction
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.ops import compute_dtype
@@ -58,9 +59,8 @@ def micro_batch_loss(
 
     Args:
         model: in training mode.
-        objective: the objective, bound to the model.
-        plan: the step's plan.
-        batch: one of its micro-batches.
+        objective: bound to the model.
+        batch: one of the plan's micro-batches.
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
 
     Returns:
@@ -106,9 +106,8 @@ def prepass(
 
     Args:
         weight_VC: the shared head's weight.
-        feed: the stack's feed; its depths are computed only if a measure needs them.
+        feed: its depths are computed only if a measure needs them.
         targets: the main prediction's, then the depths'.
-        measures: the measures; without any, nothing is computed.
     """
     if not measures:
         return {}
@@ -148,11 +147,10 @@ def stream_loss(
     auxiliary_factor: float = 1.0,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of the main prediction and of some depths.
+    """The weighted loss of the main prediction and of some depths over one micro-batch.
 
     Args:
         weight_VC: the shared head's weight.
-        feed: the stack's feed over one micro-batch.
         targets: the main prediction's, then those of the feed's depths in order; one target per
             term of a depth.
         train_head: whether the depths train the shared head, or only pass through it.
@@ -170,7 +168,7 @@ def stream_loss(
     head = HeadWeight(weight_VC, needs_gradient=needs_weight)
     sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
     targets = [replace(t, total=total) for t, total in zip(targets, sums, strict=True)]
-    term_gradients: dict[nn.Parameter, Tensor] = {}
+    term_gradients: TermGradients = {}
 
     def send(predictions: Sequence[Prediction]) -> None:
         main = feed.main if any(p.needs_teacher for p in predictions) else None

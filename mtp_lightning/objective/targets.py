@@ -51,25 +51,13 @@ class DepthTarget:
     total: Tensor | None = None
     before: Tensor | None = None
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the term compares with the main prediction."""
-        return self.term.needs_teacher
-
 
 class ChunkTarget:
     """A target at the R positions of one chunk.
 
-    Args:
-        target: the target at all positions.
-        rows: the chunk's rows.
-        teacher: the teacher at these rows; None until it is known.
-
     Attributes:
-        depth: k.
-        shift: that of the target.
-        coefficient: factor of the summed loss.
-        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability.
+        depth, shift, coefficient, term: those of the target.
+        teacher: the teacher at these rows; None until it is known.
         tokens_R: target ids; 0 at positions that do not count.
         valid_R: bool, which positions have a target.
         counts_R: mask times weights.
@@ -78,10 +66,8 @@ class ChunkTarget:
     def __init__(
         self, target: DepthTarget, rows: slice | Tensor, teacher: Teacher | None = None
     ) -> None:
-        self.depth, self.shift = target.depth, target.shift
-        self.coefficient, self.term = target.coefficient, target.term
-        self.of_token = target.term.of_token
-        tokens_R = target.tokens.reshape(-1)[rows]
+        self.depth, self.shift, self.term = target.depth, target.shift, target.term
+        self.coefficient, tokens_R = target.coefficient, target.tokens.reshape(-1)[rows]
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
         weights_R, self._values_R, self._before_R = (
             None if field is None else field.reshape(-1)[rows]
@@ -130,7 +116,7 @@ def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
     from padding."""
     tokens: dict[int, Tensor] = {}
     for target in (target for target in targets if not target.term.counts_padding):
-        if target.depth not in tokens or not target.needs_teacher:
+        if target.depth not in tokens or not target.term.needs_teacher:
             tokens[target.depth] = target.tokens
     return tokens
 

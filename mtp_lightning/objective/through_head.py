@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtp_lightning.mtp.chunk import Teacher
+from mtp_lightning.mtp.chunk import Teacher, TermGradients
 from mtp_lightning.mtp.feed import HeadWeight, Loss, Prediction
 from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
@@ -67,7 +67,7 @@ def log_probs_by_chunk(
 def through_head(
     head: HeadWeight,
     predictions: Sequence[Prediction],
-    term_gradients: dict[nn.Parameter, Tensor] | None = None,
+    term_gradients: TermGradients | None = None,
     *,
     main_hidden: Tensor | None = None,
     compiled: bool = False,
@@ -138,7 +138,7 @@ class _HeadPass:
         shared: HeadWeight,
         weight: Tensor,
         prediction: Prediction,
-        term_gradients: dict[nn.Parameter, Tensor] | None,
+        term_gradients: TermGradients | None,
     ) -> None:
         self.prediction, self.term_gradients = prediction, term_gradients
         self.head, self.weight = shared, weight

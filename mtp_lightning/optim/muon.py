@@ -56,7 +56,6 @@ def orthogonalized(
     iterations of fifth order in the matrix's own precision.
 
     Args:
-        matrix: [M, N].
         coefficients: a, b and c of ``a X + (b X X^T + c (X X^T)^2) X``.
         steps: number of iterations.
         eps: least norm that the matrix is divided by.

@@ -122,8 +122,9 @@ def test_perfect_drafts_agree_and_shifted_ones_do_not() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
-def test_rates_without_a_batch_are_nan() -> None:
+def test_rates_without_a_batch_are_nan_and_one_document_has_no_standard_error() -> None:
     assert all(math.isnan(value) for value in DepthRates(1).compute().values())
+    assert "bits_per_byte_se" not in DepthRates(1, [9]).compute()
 
 
 def test_bits_per_byte_are_pooled_over_documents() -> None:
@@ -176,11 +177,6 @@ def test_losses_are_summed_by_the_document_of_the_target() -> None:
     assert metric.text_loss.tolist() == pytest.approx(nats, rel=1e-5)
     assert values["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / 140, rel=1e-5)
     assert values["bits_per_byte_se"] > 0
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
-def test_one_document_has_no_standard_error() -> None:
-    assert "bits_per_byte_se" not in DepthRates(1, [9]).compute()
 
 
 def test_rates_have_the_same_bits_in_any_order_of_batches() -> None:

@@ -25,6 +25,7 @@ from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepResult
+from tests.models import windows
 
 DEPTH = 2
 RULES: dict[str, Callable[[int], Balance]] = {
@@ -85,10 +86,10 @@ class Training:
         return self.step(batch, progress, self.optimizer)
 
 
-def documents_of(length: int, *, windows: int = 2) -> WindowBatch:
+def documents_of(length: int) -> WindowBatch:
     """Windows of documents of ``length`` tokens."""
     generator = torch.Generator().manual_seed(length)
-    shape = (windows, 12 + DEPTH + 1)
+    shape = (2, 12 + DEPTH + 1)
     tokens = torch.randint(0, 37, shape, generator=generator)
     return WindowBatch(tokens, DEPTH, (torch.arange(shape[1]) // length).expand(shape))
 
@@ -159,13 +160,6 @@ def test_a_frozen_trunk_has_a_main_prediction_only_for_rules_that_need_it(
         assert float(frozen.loss) == pytest.approx(float(total))
 
 
-def uneven() -> WindowBatch:
-    """Windows of documents of uneven lengths, so that the counts of micro-batches differ."""
-    batch = documents_of(99, windows=4)
-    borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.15
-    return WindowBatch(batch.tokens, DEPTH, borders.long().cumsum(1))
-
-
 @pytest.mark.parametrize(
     ("rule", "variant"),
     [
@@ -177,7 +171,7 @@ def test_accumulated_micro_batches_train_as_one_batch(
     tiny_trunk: TrunkConfig, rule: str, variant: str
 ) -> None:
     whole, parts = (Training(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 4))
-    batch = uneven()
+    batch = windows(4, 12, DEPTH, borders=0.15)  # documents of uneven lengths
     assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(4)}) > 1
     for _ in range(3):
         expected, accumulated = (

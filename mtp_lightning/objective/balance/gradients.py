@@ -95,10 +95,8 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
 
 
 def require_measurable(config: ModelConfig, objective: Objective, *, setting: str) -> None:
-    """Refuse a model or an objective whose depths have no separate gradient on the trunk.
-
-    Args:
-        setting: the setting that measures, for the message: ``balance=gradnorm``.
+    """Refuse a model or an objective whose depths have no separate gradient on the trunk, with a
+    message that names the ``setting`` that measures, such as ``balance=gradnorm``.
 
     Raises:
         UserError: the trunk is frozen or detached, no block of it is shared, the depths are

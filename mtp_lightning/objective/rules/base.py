@@ -20,9 +20,12 @@ from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_choice
 
-Measures = Mapping[str, Mapping[int, Tensor]]
-"""A measure's name -> depth -> its values [B, T], at least fp32; arbitrary at positions without a
-target, or without a teacher that the measure needs."""
+ByDepth = Mapping[int, Tensor]
+"""Depth -> a tensor [B, T]."""
+
+Measures = Mapping[str, ByDepth]
+"""A measure's name -> its values, at least fp32; arbitrary at positions without a target, or
+without a teacher that the measure needs."""
 
 
 class PositionMeasure(Term):
@@ -51,12 +54,8 @@ class Rule(ABC):
     measures: tuple[PositionMeasure, ...] = ()
 
     def apply(self, targets: Sequence[DepthTarget], values: Measures) -> list[DepthTarget]:
-        """The targets after the rule has changed them, in the same order.
-
-        Args:
-            targets: the main prediction's, then the depths'.
-            values: values of the measures.
-        """
+        """The targets, the main prediction's first, after the rule has changed them by the values
+        of its measures; in the same order."""
         return list(targets)
 
     def after_backward(self) -> dict[str, float]:
@@ -74,11 +73,10 @@ class Rule(ABC):
 def select_rules(
     setting: str, word: str, classes: Mapping[str, tuple[str, Sequence[str]]], **settings: Any
 ) -> list[Rule]:
-    """The rule that a setting of the objective selects, imported on demand; empty for ``none``.
+    """The rule that the word of a setting of the objective selects, imported on demand; empty for
+    ``none``.
 
     Args:
-        setting: the setting's key.
-        word: its value.
         classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it
             reads.
         settings: the values of these settings; None if not set.

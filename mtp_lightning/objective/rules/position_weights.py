@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule
+from mtp_lightning.objective.rules.base import ByDepth, Measures, PositionMeasure, Rule
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_number
@@ -45,14 +45,12 @@ class PositionWeights(Rule):
         ]
 
     @abstractmethod
-    def depth_weights(
-        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
-    ) -> dict[int, Tensor]:
-        """Depth -> weights [B, T], without a gradient.
+    def depth_weights(self, valid: ByDepth, target_probs: ByDepth) -> dict[int, Tensor]:
+        """The weights of every depth, without a gradient.
 
         Args:
-            valid: depth -> bool [B, T], where it counts; in the order of depths.
-            target_probs: depth -> ``q^k(x)`` [B, T]; empty unless :class:`TargetProb` is measured.
+            valid: bool, where it counts; in the order of depths.
+            target_probs: ``q^k(x)``; empty unless :class:`TargetProb` is measured.
         """
 
 
@@ -69,9 +67,7 @@ class ExpDecay(PositionWeights):
     def __init__(self, decay: float = 4.0) -> None:
         self.g = require_number("objective.decay", decay, above=0)
 
-    def depth_weights(
-        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
-    ) -> dict[int, Tensor]:
+    def depth_weights(self, valid: ByDepth, target_probs: ByDepth) -> dict[int, Tensor]:
         return {
             k: torch.full_like(valid_BT, math.exp(-(k - 1) / self.g), dtype=torch.float32)
             for k, valid_BT in valid.items()
@@ -95,9 +91,7 @@ class Acceptance(PositionWeights):
     def __init__(self, smoothing: float = 0.5) -> None:
         self.a = require_number("objective.smoothing", smoothing, least=0, most=1)
 
-    def depth_weights(
-        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
-    ) -> dict[int, Tensor]:
+    def depth_weights(self, valid: ByDepth, target_probs: ByDepth) -> dict[int, Tensor]:
         reached, product = {}, None
         for k, q_BT in target_probs.items():
             s_BT = torch.where(valid[k], (1 - self.a) * q_BT + self.a, 1)

@@ -79,7 +79,8 @@ class Piecewise(LambdaSchedule):
 
     def lambdas(self, progress: Progress) -> list[float]:
         """The D effective multipliers of L_1 .. L_D at this progress."""
-        position = self._position(progress)
+        reached = {"steps": progress.step, "tokens": progress.tokens}
+        position = reached.get(self.unit, progress.fraction)
         if position <= self.positions[0]:
             return list(self.knot_weights[0])
         if position >= self.positions[-1]:
@@ -94,21 +95,13 @@ class Piecewise(LambdaSchedule):
             share = 0.5 - 0.5 * math.cos(math.pi * share)
         return [_between(a, b, share) for a, b in zip(before, after, strict=True)]
 
-    def _position(self, progress: Progress) -> float:
-        if self.unit == "fraction":
-            return progress.fraction
-        return float(progress.step if self.unit == "steps" else progress.tokens)
-
 
 def preset(
     knots: Callable[..., Mapping[float, Any]], interpolation: str = "step", *, shared: bool = False
 ) -> Callable[..., Piecewise]:
     """A schedule from its knots: D and settings of its own -> fraction -> multiples.
 
-    Args:
-        knots: the knots.
-        interpolation: between them.
-        shared: whether multiples for every depth share one ``mtp_lambda``, as a single one does.
+    With ``shared``, multiples for every depth share one ``mtp_lambda``, as a single one does.
     """
 
     def schedule(

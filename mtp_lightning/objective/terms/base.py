@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.chunk import Chunk, StateGradient
+from mtp_lightning.mtp.chunk import Chunk, StateGradient, TermGradients
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
@@ -71,16 +71,9 @@ class Term(ABC):
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
 
-    def state_gradient(
-        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
-    ) -> StateGradient:
-        """For a term ``of_state``: :meth:`value`, and the gradient of ``(value * factor).sum()``.
-
-        Args:
-            chunk: the chunk, with the depth's state.
-            factor_R: factors of the losses.
-            into: receives the gradients of ``parameters``, which are added.
-        """
+    def state_gradient(self, chunk: Chunk, factor_R: Tensor, into: TermGradients) -> StateGradient:
+        """For a term ``of_state``: :meth:`value`, and the gradient of ``(value * factor).sum()``;
+        adds those of ``parameters`` to ``into``."""
         assert chunk.hidden_RC is not None
         parameters = [p for p in self.parameters if p.requires_grad]
         with torch.enable_grad():

@@ -9,14 +9,14 @@ other loss. The losses of D depths sum to D minus the expected number of accepte
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule
+from mtp_lightning.objective.rules.base import ByDepth, Measures, PositionMeasure, Rule
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Chunk, Term
 
@@ -39,10 +39,7 @@ class Coupled(Term):
         return 1 - self.accepted(chunk)
 
     def together(
-        self,
-        accepted: Mapping[int, Tensor],
-        valid: Mapping[int, Tensor],
-        coefficients: Mapping[int, Tensor],
+        self, accepted: ByDepth, valid: ByDepth, coefficients: ByDepth
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The loss of every depth, and the factor of the gradient of ``1 - s_i``.
 
@@ -50,9 +47,9 @@ class Coupled(Term):
         ``s`` is taken as 1.
 
         Args:
-            accepted: depth -> ``s`` [B, T], in the order of depths.
-            valid: depth -> bool [B, T].
-            coefficients: depth -> [B, T], the weight of its loss at a position.
+            accepted: ``s``, in the order of depths.
+            valid: bool, where a depth counts.
+            coefficients: the weight of a depth's loss at a position.
 
         Returns:
             depth j -> ``1 - prod_{i<=j} s_i`` [B, T]; depth i -> ``sum_{j>=i} coefficient_j

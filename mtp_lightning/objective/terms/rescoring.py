@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.chunk import StateGradient
+from mtp_lightning.mtp.chunk import StateGradient, TermGradients
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.objective.terms.base import Chunk, Term
 
@@ -32,7 +32,5 @@ class RescoringTerm(Term):
     def value(self, chunk: Chunk) -> Tensor:
         return self.rescorer.value(chunk)
 
-    def state_gradient(
-        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
-    ) -> StateGradient:
+    def state_gradient(self, chunk: Chunk, factor_R: Tensor, into: TermGradients) -> StateGradient:
         return self.rescorer.state_gradient(chunk, factor_R, into)

@@ -81,14 +81,6 @@ def make(trunk: TrunkConfig, name: str) -> MTPModel:
     return model.double()
 
 
-def masked() -> WindowBatch:
-    generator = torch.Generator().manual_seed(3)
-    shape = (4, 14)
-    tokens = torch.randint(0, 37, shape, generator=generator)
-    borders = torch.rand(shape, generator=generator) < 0.15
-    return WindowBatch(tokens, 3, borders.long().cumsum(1))
-
-
 def brute_force(
     model: MTPModel, batch: WindowBatch, k: int, parameters: list[nn.Parameter]
 ) -> list[Tensor]:
@@ -102,7 +94,7 @@ def brute_force(
 def test_gradients_equal_those_of_autograd_on_the_whole_graph(
     tiny_trunk: TrunkConfig, name: str
 ) -> None:
-    model, batch = make(tiny_trunk, name), masked()
+    model, batch = make(tiny_trunk, name), windows(4, 10, 3, borders=0.15)
     groups = {
         "trunk": shared_parameters(model, "trunk"),
         "last_block": shared_parameters(model, "last_block"),
@@ -122,7 +114,7 @@ def test_gradients_equal_those_of_autograd_on_the_whole_graph(
 def test_measuring_gradients_changes_nothing_for_training(
     tiny_trunk: TrunkConfig, name: str
 ) -> None:
-    model, batch = make(tiny_trunk, name), masked()
+    model, batch = make(tiny_trunk, name), windows(4, 10, 3, borders=0.15)
     counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
 
     def train() -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -229,8 +221,7 @@ def test_flops_of_measuring_are_those_of_pytorchs_operators(
     experts = replace(tiny_trunk, feed_forward=replace(EXPERTS, sequence_loss=0.0))
     for trunk in (tiny_trunk, experts) if variant == "sequential" else (tiny_trunk,):
         model = build(trunk, variant, depth=3, **switches).double()
-        batch = masked()
-        batch = WindowBatch(batch.tokens, batch.depth)
+        batch = windows(4, 10, 3)
         group = {"": shared_parameters(model, scope)}
         objective = CROSS_ENTROPY.for_model(model)
         cost = StepCost(model.config)
