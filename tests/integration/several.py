@@ -11,7 +11,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.integration.helpers import config, execute
+import pytest
+import torch
+
+from tests.integration.helpers import config, execute, rows, train_here, weights
 
 Runs = dict[str, dict[str, Any]]
 
@@ -31,6 +34,41 @@ def run_all(folder: Path, cache: Path, runs: Runs, *, processes: int) -> None:
     execute(arguments, seconds=1200, code=0)
 
 
+def assert_two_train_as_one(folder: Path, cache: Path, runs: Runs) -> None:
+    """Train runs by two processes with two micro-batches each, and by one process: the logged
+    values and the weights are the same, in float64. The documents have about 50 bytes, so that the
+    counts of ranks and micro-batches differ."""
+    common = {
+        "data.document_mask": "true",
+        "data.source.documents": 1200,
+        "trainer.max_steps": 6,
+        "trainer.precision": "64-true",
+    }
+    two = {
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+        "data.batch_size": 2,
+        "trainer.accumulate_grad_batches": 2,
+    }
+    both, one = folder / "two", folder / "one"
+    both.mkdir()
+    run_all(both, cache, {name: run | common | two for name, run in runs.items()}, processes=2)
+    for name, run in runs.items():
+        train_here(one / name, cache, run | common | {"data.batch_size": 8})
+        assert [row["step"] for row in rows(both / name)] == list(range(1, 7))
+        for logged in zip(rows(both / name), rows(one / name), strict=True):
+            shared, alone = (
+                {t: v for t, v in row.items() if t.startswith(("train/", "balance/", "grad/"))}
+                for row in logged
+            )
+            assert shared == pytest.approx(alone, rel=1e-5), name
+        expected = weights(one / name)
+        for key, tensor in weights(both / name).items():
+            torch.testing.assert_close(
+                tensor, expected[key], rtol=1e-4, atol=1e-6, msg=f"{name}, {key}"
+            )
+
+
 def train_all(file: Path) -> None:
     from mtp_lightning.experiment.training import train
 
@@ -42,8 +80,6 @@ def train_all(file: Path) -> None:
 
 def main() -> None:
     """As torchrun's agent, but with forks instead of new Python processes."""
-    import torch
-
     torch.set_num_threads(1)
     file, processes = Path(sys.argv[1]), int(sys.argv[2])
     with socket.create_server(("127.0.0.1", 0)) as free:

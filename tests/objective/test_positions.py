@@ -102,14 +102,14 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
         Objective(term=CrossEntropy(), **settings)
 
 
-@pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_rules_over_depths_are_refused_without_a_depth(tiny_trunk: TrunkConfig, name: str) -> None:
     model = build(tiny_trunk, "sequential", depth=0)
     with pytest.raises(ValueError, match="has nothing to act on at mtp.depth=0"):
         step_of(model, Objective(**OBJECTIVES[name]))
 
 
-@pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_rules_over_drafts_are_refused_with_a_stride(tiny_trunk: TrunkConfig, name: str) -> None:
     model = build(tiny_trunk, "linear", depth=2, stride=2)
     with pytest.raises(ValueError, match="mtp.stride=2 skips some"):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mtp_lightning.experiment.build import build_balance, match_reference
 from mtp_lightning.objective.balance.base import NoBalance
@@ -19,9 +18,8 @@ from tests.integration.helpers import (
     config,
     rows,
     train_here,
-    weights,
 )
-from tests.integration.several import run_all
+from tests.integration.several import assert_two_train_as_one
 
 RULES = ["dwa", "uncertainty", "gradnorm", "cosine_gate", "trunk_ratio", "random", "sampled_depths"]
 # Settings with which ten steps show the effect of a rule.
@@ -84,37 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 @pytest.mark.long
 def test_two_processes_train_by_a_rule_as_one(tmp_path: Path, cache: Path) -> None:
-    common = {
-        "data.document_mask": "true",
-        "data.source.documents": 1200,
-        "trainer.max_steps": 6,
-        "trainer.precision": "64-true",
-    }
-    two = {
-        "trainer.devices": 2,
-        "trainer.strategy": "ddp",
-        "data.batch_size": 2,
-        "trainer.accumulate_grad_batches": 2,
-    }
-    runs = {rule: settings(rule) | common | two for rule in RULES}
-    run_all(tmp_path, cache, runs, processes=2)
-    for rule in RULES:
-        one = tmp_path / f"{rule}_alone"
-        train_here(one, cache, settings(rule) | common | {"data.batch_size": 8})
-        shared, alone = rows(tmp_path / rule), rows(one)
-        assert [row["step"] for row in shared] == list(range(1, 7))
-        train_only = ("train/", "balance/", "grad/")
-        for left, right in zip(shared, alone, strict=True):
-            left, right = (
-                {tag: v for tag, v in row.items() if tag.startswith(train_only)}
-                for row in (left, right)
-            )
-            assert left == pytest.approx(right, rel=1e-5), rule
-        expected = weights(one)
-        for name, tensor in weights(tmp_path / rule).items():
-            torch.testing.assert_close(
-                tensor, expected[name], rtol=1e-4, atol=1e-6, msg=f"{rule}, {name}"
-            )
+    assert_two_train_as_one(tmp_path, cache, {rule: settings(rule) for rule in RULES})
 
 
 def test_with_matched_flops_a_rule_that_measures_gets_fewer_steps(
