@@ -38,9 +38,6 @@ class MTPStack(nn.Module, ABC):
     A stack of a kind of ``kinds.py`` defines ``step``, another one :meth:`depth_state`. All else
     has a default.
 
-    Args:
-        config: the variant's.
-
     Attributes:
         confidence: estimates the acceptance of drafts; None without ``config.confidence``.
         rescorer: changes the drafts' logits by the token before; None where drafts are chosen by

@@ -72,12 +72,8 @@ class Loss(ABC):
 class HeadWeight:
     """A head's weight and its accumulated gradient.
 
-    Args:
-        weight_VC: the weight.
-        needs_gradient: whether it gets a gradient.
-        tokens_N: int64, the token of each row; None if row i is token i.
-
     Attributes:
+        tokens_N: int64, the token of each row; None if row i is token i.
         gradient: the gradient so far; None before the first chunk.
     """
 
@@ -281,13 +277,8 @@ class OwnLoss(Loss):
 
     @abstractmethod
     def value(self, rows: slice, logits_RV: Tensor) -> Tensor:
-        """The loss of every position [R], differentiable with respect to the logits. It must be
-        finite at positions that do not count.
-
-        Args:
-            rows: the chunk's positions among the B x T.
-            logits_RV: their logits, at least fp32.
-        """
+        """The loss of every position [R], ``rows`` among the B x T, differentiable with respect to
+        their logits, at least fp32. It must be finite at positions that do not count."""
 
     def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`value` and its gradient with respect to the logits [R, V'], which it may

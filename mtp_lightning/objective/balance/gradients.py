@@ -138,9 +138,8 @@ def task_gradients(
     through its modules and the part of the trunk that the groups need. Memory holds one vector per
     task and group, besides the activations.
 
-    Args:
-        groups: groups of parameters, by any name. For a tied embedding only the gradient of the
-            input side is included.
+    ``groups`` are parameters by any name. For a tied embedding only the gradient of the input side
+    is included.
     """
     assert not any(rule.measures for rule in objective.rules), "see require_measurable"
     parameters = [p for group in groups.values() for p in group]

@@ -9,10 +9,9 @@ every step; Stern et al. draw it with the rest. The draw depends only on the see
 depths that have learned least are trained most. A depth's loss is known only when it is drawn, so
 the ratio uses a moving average (decay 0.9) over those steps; it is 1 before the first.
 
-A step saves the computation of the other depths with parallel and linear heads. With sequential
-modules it saves the deeper modules, and the shallower ones' passes through the head; the shallower
-modules still run, since the drawn depth reads them. With ``parameter_free`` it saves almost
-nothing, since all depths share the logits.
+A step saves the computation of the other depths with parallel and linear heads. Of sequential
+modules the shallower ones still run, since the drawn depth reads them. With ``parameter_free`` it
+saves almost nothing, since all depths share the logits.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class SampledDepths(Balance):
     """``balance=sampled_depths``.
 
     Args:
-        seed: seed of the run.
         probabilities: ``uniform``, ``loss_ratio``, or a list of D numbers above 0, which are
             normalized over the depths that the schedule does not switch off.
 

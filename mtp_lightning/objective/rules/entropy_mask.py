@@ -95,11 +95,8 @@ class EntropyMask(Rule):
         ]
 
     def keep_masks(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Depth -> bool [B, T], whether the depth counts at a position.
-
-        Args:
-            entropy_BT: entropy of the main prediction.
-            tokens: depth -> targets [B, T], the main prediction's at 0; -100 is ignored.
+        """Depth -> bool [B, T], whether the depth counts at a position, from the main prediction's
+        entropy and the targets [B, T] of all depths, the main prediction's at 0; -100 is ignored.
         """
         jump_BT = torch.zeros_like(entropy_BT, dtype=torch.bool)
         change_BT = entropy_BT[:, 1:] - entropy_BT[:, :-1]

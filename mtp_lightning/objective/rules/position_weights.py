@@ -55,11 +55,7 @@ class PositionWeights(Rule):
 
 
 class ExpDecay(PositionWeights):
-    """``exp(-(k - 1) / g)`` for depth k.
-
-    Args:
-        decay: g, in depths.
-    """
+    """``exp(-(k - 1) / g)`` for depth k, with g = ``decay``, in depths."""
 
     setting = "objective.weights=exp_decay"
     of_drafts = False
@@ -78,11 +74,8 @@ class Acceptance(PositionWeights):
     """D-PACE (arXiv 2605.18810): a draft is weighted by the expected number of accepted drafts that
     depend on it.
 
-    ``s_k = (1 - a) q^k(x) + a``, ``P_k = prod_{i<=k} s_i``, and depth k has the weight ``sg
-    sum_{i>=k} P_i``, over the depths that count at the position.
-
-    Args:
-        smoothing: a, the smallest acceptance ``s_k``.
+    ``s_k = (1 - a) q^k(x) + a`` with a = ``smoothing``, ``P_k = prod_{i<=k} s_i``, and depth k has
+    the weight ``sg sum_{i>=k} P_i``, over the depths that count at the position.
     """
 
     setting = "objective.weights=acceptance"

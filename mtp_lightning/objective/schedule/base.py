@@ -37,14 +37,8 @@ class Progress:
 
 
 class LambdaSchedule(ABC):
-    """A schedule of the group ``lambda_schedule``.
-
-    Args:
-        depth: D, the number of MTP depths.
-
-    Attributes:
-        name: its name in the config; empty without a config.
-    """
+    """A schedule of the group ``lambda_schedule``, for D = ``depth``; ``name`` is its name in the
+    config, empty without one."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
