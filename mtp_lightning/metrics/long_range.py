@@ -5,6 +5,7 @@ Shapes: B batch, T positions, K depths (0 .. D), N buckets or classes, V vocabul
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -287,13 +288,10 @@ class NaturalRepeats(Sums):
         ]
         distance_BT = torch.from_numpy(np.stack(distances)).to(reading.right_BT.device)
         valid_BT = reading.valid_KBT[0]
-        low = 0
-        classes = []
-        for high in _FARTHEST:
-            classes.append((distance_BT > low) & (distance_BT <= high) & valid_BT)
-            low = high
-        classes.append((distance_BT == 0) & valid_BT)
-        for i, chosen_BT in enumerate(classes):
+        bounds = itertools.pairwise((0, *_FARTHEST))
+        classes = [(distance_BT > low) & (distance_BT <= high) for low, high in bounds]
+        for i, class_BT in enumerate([*classes, distance_BT == 0]):
+            chosen_BT = class_BT & valid_BT
             self.count[i] += chosen_BT.sum()
             self.right[i] += reading.right_BT[chosen_BT].sum()
 

@@ -87,15 +87,12 @@ class GroupedConfig(OptimizerConfig):
         """
         by_group: dict[str, list[nn.Parameter]] = {name: [] for name in self._groups}
         nonempty = set()  # groups of all parameters, frozen ones included
-        for parameter_name, parameter in model.named_parameters():
+        learned = [("what the balance rule learns", parameter) for parameter in others]
+        for parameter_name, parameter in [*model.named_parameters(), *learned]:
             group = self._group_of(parameter_name, parameter)
             nonempty.add(group)
             if parameter.requires_grad:
                 by_group[group].append(parameter)
-        if others:
-            group = self._group_of("what the balance rule learns", others[0])
-            nonempty.add(group)
-            by_group[group] += others
         for name, unused in self._groups.items():
             if name not in nonempty and unused.parameters != "rest":
                 raise UserError(
