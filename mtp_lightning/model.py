@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.base import Confidence, MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs

@@ -12,6 +12,8 @@ from abc import ABC
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_modules.windows import IGNORE_INDEX, RandomKey, WindowBatch
@@ -24,7 +26,6 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 if TYPE_CHECKING:
-    from mtp_lightning.mtp.confidence import Confidence
     from mtp_lightning.mtp.own_head import OwnHead
     from mtp_lightning.mtp.rescoring import Rescorer
 
@@ -273,3 +274,19 @@ class MTPStack(nn.Module, ABC):
             fresh: indices of the modules that have no trained weights.
             text: the trunk's states over some text; None for ``mtp.init=random``.
         """
+
+
+class Confidence(nn.Module):
+    """Estimates whether a depth's draft will be accepted (DSpark, arXiv 2607.05147): one linear
+    layer per depth, from its hidden state to the logit of acceptance."""
+
+    def __init__(self, depth: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(depth, d_model))
+        self.bias = nn.Parameter(torch.empty(depth))
+
+    def forward(self, k: int, hidden: Tensor) -> Tensor:
+        """The logits [...] of depth ``k`` for states [..., C]; a depth beyond D uses layer D."""
+        row = slice(min(k, len(self.bias)) - 1, min(k, len(self.bias)))
+        weight, bias = self.weight[row].to(hidden.dtype), self.bias[row].to(hidden.dtype)
+        return F.linear(hidden, weight, bias)[..., 0]

@@ -31,6 +31,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.rescoring import Rescorer
+from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
 from mtp_lightning.registry import imported
@@ -111,12 +112,7 @@ class Correction(nn.Module):
 
     def __init__(self, width: int, trunk: TrunkConfig) -> None:
         super().__init__()
-        self.down = Linear(width, trunk.d_model)
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        """Start at zero."""
-        self.down.weight.zero_()
+        self.down = ZeroLinear(width, trunk.d_model)
 
 
 class TokensMLP(Correction):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
+from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +66,8 @@ class LinearMTP(SideBySide):
     cached_blocks = 0
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
-        heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
+        heads = [ZeroLinear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
         super().__init__(config, heads, *config.build_correction(trunk))
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        for parameter in self.depths.parameters():
-            parameter.zero_()
 
     def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         return branch_BTC + F.silu(self.depths[k - 1](branch_BTC))

@@ -36,6 +36,7 @@ from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
@@ -94,15 +95,10 @@ class Update(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, rank: int) -> None:
         super().__init__()
-        self.down, self.up = Linear(n_in, rank), Linear(rank, n_out)
+        self.down, self.up = Linear(n_in, rank), ZeroLinear(rank, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        """Start at zero."""
-        self.up.weight.zero_()
 
 
 class Sampler(nn.Module):
@@ -112,16 +108,11 @@ class Sampler(nn.Module):
         super().__init__()
         width = trunk.d_model
         self.norm = RMSNorm(width, trunk.norm_eps)
-        self.up, self.down = Linear(2 * width, width), Linear(width, width)
+        self.up, self.down = Linear(2 * width, width), ZeroLinear(width, width)
 
     def forward(self, z_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
         both = torch.cat((z_BTC, self.norm(embedded_BTC)), dim=-1)
         return self.down(F.silu(self.up(both)))
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        """Start at zero."""
-        self.down.weight.zero_()
 
 
 class MaskCache:

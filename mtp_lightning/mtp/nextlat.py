@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -43,16 +44,11 @@ class StateModel(nn.Module):
         self.norm = nn.LayerNorm(2 * c, trunk.norm_eps)
         self.first = Linear(2 * c, c)
         self.second = Linear(c, c)
-        self.last = Linear(c, c)
+        self.last = ZeroLinear(c, c)
 
     def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
         x = self.norm(torch.cat((hidden_BTC, embedded_BTC), dim=-1))
         return hidden_BTC + self.last(F.gelu(self.second(F.gelu(self.first(x)))))
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        """Start every depth as the main prediction."""
-        self.last.weight.zero_()
 
 
 class NextLatMTP(Chain):

@@ -29,7 +29,7 @@ computed, A components (r), C d_model, V vocabulary, X width of a packed mixture
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
 from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
@@ -91,19 +92,17 @@ class JointLinearMTP(MTPStack):
 
     def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
-        self.d_model = trunk.d_model
+        self.d_model = width = trunk.d_model
 
-        def matrices(n: int) -> nn.ModuleList:
-            return nn.ModuleList(Linear(trunk.d_model, trunk.d_model) for _ in range(n))
+        def random_matrices() -> list[nn.Module]:
+            return [Linear(width, width) for _ in range(config.rank - 1)]
 
-        self.next = matrices(config.rank - 1)
-        self.depths = nn.ModuleList(matrices(config.rank) for _ in range(config.depth))
-        self.weigh = Linear(trunk.d_model, config.rank)
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        for components in cast("list[nn.ModuleList]", list(self.depths)):
-            cast(Linear, components[0]).weight.zero_()
+        self.next = nn.ModuleList(random_matrices())
+        self.depths = nn.ModuleList(
+            nn.ModuleList([ZeroLinear(width, width), *random_matrices()])
+            for _ in range(config.depth)
+        )
+        self.weigh = Linear(width, config.rank)
 
     def components(self, k: int, hidden_BTC: Tensor) -> Tensor:
         """The hidden states [B, T, A, C] of depth ``k``, 0 for the next token."""

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.base import Confidence, MTPStack
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.objective.terms.tv import acceptance
 
