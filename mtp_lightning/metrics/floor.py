@@ -82,8 +82,7 @@ class Floors:
     from, a sampled floor is biased low, and never above the rejection of a head of its order.
 
     Args:
-        model: a model in evaluation mode, with depths that predict a token each and stride 1.
-        prompt_T: int64 ids.
+        model: in evaluation mode, with depths that predict a token each and stride 1.
         generator: draws the samples, on the CPU.
         rollouts: continuations to sample, >= 1.
         seen: continuations of these to sample for an order above 0, >= 1.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -184,8 +185,8 @@ class TruncatedContext(Sums):
         self.count += valid_B.sum()
         for i, context in enumerate(self.contexts):
             # The same last target, with only the last tokens to read.
-            first = batch.seq_len - context
-            short = read(model, batch.map(lambda field, i=first: field[:, i:]), depths=False)
+            last_tokens = itemgetter((slice(None), slice(batch.seq_len - context, None)))
+            short = read(model, batch.map(last_tokens), depths=False)
             gain_B = (short.losses_KBT[0, :, -1] - reading.losses_KBT[0, :, -1])[valid_B].double()
             self.gain[i] += gain_B.sum()
             self.square[i] += gain_B.square().sum()
@@ -223,7 +224,6 @@ def repeat_distances(
 
     Args:
         tokens: tokens of one window, as read.
-        token_bytes: bytes of every id.
         documents: document of every token; an occurrence in another document does not count.
 
     Returns:

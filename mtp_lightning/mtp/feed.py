@@ -270,8 +270,6 @@ class OwnLoss(Loss):
         valid_BT: bool [B, T], which positions count.
     """
 
-    weight: Tensor
-
     def __init__(self, weight: Tensor, valid_BT: Tensor) -> None:
         self.weight, self.valid_BT = weight, valid_BT
 

@@ -41,7 +41,6 @@ class JointConfig(BranchConfig, variant="joint"):
 class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
 
-    config: JointConfig
     cached_blocks = 0  # it attends only over the entries of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:

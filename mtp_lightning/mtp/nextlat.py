@@ -54,7 +54,6 @@ class StateModel(nn.Module):
 class NextLatMTP(Chain):
     """One module, applied D times."""
 
-    config: NextLatConfig
     cached_blocks = 0
     repeats = True
 

@@ -78,8 +78,6 @@ class ParallelHead(nn.Module):
 class ParallelMTP(SideBySide):
     """D heads side by side."""
 
-    config: ParallelConfig
-
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         heads = [ParallelHead(trunk) for _ in range(config.depth)]
         super().__init__(config, heads, *config.build_correction(trunk))

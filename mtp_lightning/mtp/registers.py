@@ -63,8 +63,6 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
 class Registers(TrainingOnly):
     """The learned vector that all registers start from."""
 
-    config: RegistersConfig
-
     def __init__(self, config: RegistersConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.trunk_config = trunk

@@ -18,6 +18,7 @@ states (R, or several for each position).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ def through_head(
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
-    def head_pass(prediction: Prediction) -> _HeadPass:
-        return _HeadPass(head, weight, prediction, term_gradients)
-
+    head_pass = partial(_HeadPass, head, weight, term_gradients=term_gradients)
     due = [
         p
         for p in predictions

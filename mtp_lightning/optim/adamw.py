@@ -21,7 +21,6 @@ class AdamWConfig(OptimizerConfig):
         betas: decay rates of the first and second moments.
         eps: added to the denominator.
         weight_decay: decay of matrices; norm gains and other vectors are never decayed.
-        schedule: multiplier of ``lr``, a function of the step.
 
     Raises:
         UserError: for a setting out of range.

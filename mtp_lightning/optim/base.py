@@ -21,13 +21,9 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module, others: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
-        """The optimizer, with its groups at their peak learning rates.
-
-        Args:
-            model: its parameters that require a gradient are trained.
-            others: scalars that a balance rule learns. AdamW does not decay them; a group decays
-                them like its other parameters.
-        """
+        """The optimizer of the model's parameters that require a gradient, with its groups at their
+        peak learning rates. ``others`` are scalars that a balance rule learns: AdamW does not decay
+        them, and a group decays them like its other parameters."""
 
 
 class LearningRates:

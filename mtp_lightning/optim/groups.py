@@ -56,7 +56,6 @@ class GroupedConfig(OptimizerConfig):
 
     Attributes:
         groups: groups by name; a parameter belongs to the first one that takes it.
-        schedule: schedule of all learning rates.
 
     Raises:
         UserError: for a learning rate that is not above 0, or an invalid expression.

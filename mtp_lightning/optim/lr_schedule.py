@@ -27,7 +27,6 @@ class LRSchedule:
     already learns; the decay would reach `min_ratio` at s = max_steps, one step after the last one.
 
     Args:
-        kind: `cosine`, `wsd` or `constant`.
         warmup_steps: optimizer steps of the warm-up. At most one of the two warm-ups is given.
         warmup_fraction: the warm-up as a fraction of the run, in [0, 1].
         decay_fraction: the last fraction of the run, in which `wsd` decays, in [0, 1]. Only for

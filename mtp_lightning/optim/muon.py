@@ -57,7 +57,6 @@ def orthogonalized(
 
     Args:
         coefficients: a, b and c of ``a X + (b X X^T + c (X X^T)^2) X``.
-        steps: number of iterations.
         eps: least norm that the matrix is divided by.
     """
     a, b, c = coefficients

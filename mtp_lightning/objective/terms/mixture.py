@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+import mtp_lightning.objective.terms as package
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require_number
-
-_PACKAGE = __name__.rpartition(".")[0]
 
 
 class Mixture(Term):
@@ -66,8 +65,7 @@ class Mixture(Term):
 
 def known_terms() -> dict[str, type[Term]]:
     """The project's own terms, and those of imported modules, by name."""
-    package = importlib.import_module(_PACKAGE)
-    for module in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
+    for module in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
         importlib.import_module(module.name)
     kinds = _subclasses(Term)  # type: ignore[type-abstract]
     return {kind.name: kind for kind in kinds if kind is not Mixture}
