@@ -49,6 +49,7 @@ def main(
     parser.add_argument("--text", type=Path, help="take the prompts from this file")
     parser.add_argument(
         "--against",
+        default="",
         help="transformers,llama.cpp: also count their texts that differ from their plain decoding",
     )
     parser.add_argument("--output", type=Path, help="folder for certificate.json and badge.svg")
@@ -58,12 +59,9 @@ def main(
     )
     args = parser.parse_args(argv)
     with readable_errors(), sigterm_interrupts():
-        for name in ("prompts", "new_tokens"):
-            if getattr(args, name) < 2:
-                raise UserError(
-                    f"--{name.replace('_', '-')}={getattr(args, name)} shows nothing: give 2 or "
-                    "more."
-                )
+        for option, number in (("--prompts", args.prompts), ("--new-tokens", args.new_tokens)):
+            if number < 2:
+                raise UserError(f"{option}={number} shows nothing: give 2 or more.")
         if args.weights is not None and not _names(args.weights):
             raise UserError("--weights names no precision: give some, or leave it out for all.")
         if args.minutes is not None and not args.minutes > 0:
@@ -117,7 +115,7 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         minutes=minutes,
         file=args.text,
         seed=args.seed,
-        against=_names(args.against or ""),
+        against=_names(args.against),
         allow=_names(args.allow),
         say=lambda line: print(line, file=sys.stderr, flush=True),
         interrupted=keep,

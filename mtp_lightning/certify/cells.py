@@ -69,14 +69,8 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
 
 
 def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> Iterator[Cell]:
-    """The cells of a model.
-
-    Args:
-        model: the model to decode.
-        threads: numbers of threads to try.
-        few: only cells that differ from one text on one thread in at most one way besides drafts,
-            instead of the product of all ways.
-    """
+    """The cells of a model, on each number of ``threads``: the product of all ways, or with ``few``
+    only those that differ from one text on one thread in at most one way besides drafts."""
     rest = tuple(itertools.product((1, BATCH), threads, (WHOLE, RESUMED)))
     for name, options in ways(model).items():
         for batch, n, reads in rest:

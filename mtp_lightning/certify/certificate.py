@@ -13,6 +13,7 @@ from mtp_lightning.certify.sampled import Sampled
 
 # The probability that samples call a lossless model broken, over all cells together.
 _FALSE_ALARM = 1e-4
+_LINE = "{:<8} {:<11} {:>5} {:>15} {:>17} {:>11} {:>11}"  # of the table
 _BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" \
 aria-label="{left}: {right}">
 <rect rx="3" width="{width}" height="20" fill="#444"/>
@@ -26,14 +27,8 @@ aria-label="{left}: {right}">
 
 @dataclass
 class Row:
-    """A cell in one precision.
-
-    Attributes:
-        precision: the precision of the weights.
-        cell: how texts were decoded.
-        greedy: the comparison of greedy texts.
-        sampled: the test of sampled texts; None if none were drawn.
-    """
+    """A cell in one precision of the weights: the comparison of its greedy texts, and the test of
+    its sampled ones, None if none were drawn."""
 
     precision: str
     cell: Cell
@@ -51,8 +46,9 @@ class Certificate:
         same_bits: whether logits are promised to be equal to the last bit on this machine.
         rows: the cells with their results.
         others: counts for other programs, if they were asked for; these programs promise nothing.
-        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. Latent
-            attention and experts do not, with or without drafts.
+        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. Those
+            of latent attention and experts do not, with or without drafts, since PyTorch's products
+            round differently for other numbers of rows.
     """
 
     model: str
@@ -131,19 +127,17 @@ class Certificate:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.precision, row.cell.drafts), []).append(row)
-        yield f"{'weights':<8} {'drafts':<11} cells {'texts equal':>15} {'logits equal':>17}" + (
-            f" {'difference':>11} {'samples: p':>11}"
+        yield _LINE.format(
+            "weights", "drafts", "cells", "texts equal", "logits equal", "difference", "samples: p"
         )
         for (precision, drafts), rows in groups.items():
             total, ps = _total(rows)
-            cells = (
-                f"{len(rows):>5}",
-                f"{f'{total.texts_equal:,}/{total.texts:,}':>15}",
-                f"{f'{total.logits_equal:,}/{total.tokens:,}':>17}",
-                f"{f'{largest:.1e}' if (largest := total.largest_difference) else '0':>11}",
-                f"{f'{min(ps):.2g}' if ps else '':>11}",
-            )
-            yield f"{precision:<8} {drafts:<11} {' '.join(cells)}".rstrip()
+            texts = f"{total.texts_equal:,}/{total.texts:,}"
+            logits = f"{total.logits_equal:,}/{total.tokens:,}"
+            difference = f"{largest:.1e}" if (largest := total.largest_difference) else "0"
+            least_p = f"{min(ps):.2g}" if ps else ""
+            columns = (precision, drafts, len(rows), texts, logits, difference, least_p)
+            yield _LINE.format(*columns).rstrip()
         for count in self.others:
             way = f"{count.program}, {count.weights}, {count.way}"
             yield f"{way}: {count.texts_equal:,}/{count.texts:,} texts equal its plain ones"
@@ -196,7 +190,7 @@ def _where(row: Row) -> str:
 
 def _row_json(row: Row) -> dict[str, Any]:
     cell, sampled = row.cell, row.sampled
-    fields: dict[str, Any] = {
+    fields = {
         "weights": row.precision,
         "drafts": cell.drafts,
         "batch": cell.batch,
@@ -204,10 +198,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "prefix": cell.reads,
         **asdict(row.greedy),
     }
-    if sampled is not None:
-        fields |= {
-            "sampled_tokens": sampled.tokens,
-            "chi_square": sampled.chi_square,
-            "p": sampled.p,
-        }
-    return fields
+    if sampled is None:
+        return fields
+    numbers = {"sampled_tokens": sampled.tokens, "chi_square": sampled.chi_square, "p": sampled.p}
+    return fields | numbers

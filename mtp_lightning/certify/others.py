@@ -30,8 +30,7 @@ class Way:
     """A way in which another program decodes.
 
     Attributes:
-        program: the program and its version.
-        weights: the precision of the weights, in the program's words.
+        program, weights: the program with its version, and its words for the weights' precision.
         name: ``plain``, which is the reference, or what is done differently.
         decode: prompts and a length -> a text per prompt, as tokens or as a string.
     """
@@ -44,13 +43,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Count:
-    """The texts of a way that equal plain decoding by the same program.
-
-    Attributes:
-        program, weights, way: the program, its precision and the name of the :class:`Way`.
-        texts: number of compared texts.
-        texts_equal: number of equal texts.
-    """
+    """The number of texts of a :class:`Way`, and of those that equal the program's plain ones."""
 
     program: str
     weights: str
@@ -72,8 +65,7 @@ def compare_others(
     Args:
         names: keys of PROGRAMS, for which :func:`require_programs` has passed.
         path: a Hugging Face folder or a GGUF file.
-        prompts: the prompts' tokens.
-        length: new tokens per prompt.
+        prompts, length: the prompts' tokens, and the number of new tokens per prompt.
         say: called with a line after every program and precision.
     """
     counts: list[Count] = []
@@ -99,9 +91,8 @@ def require_programs(names: Sequence[str], path: Path) -> None:
         UserError: a program is unknown or not installed, or does not read this path.
     """
     for name in names:
-        if name not in PROGRAMS:
+        if (program := PROGRAMS.get(name)) is None:
             raise UserError(f"--against {name} is unknown: give {' or '.join(PROGRAMS)}.")
-        program = PROGRAMS[name]
         require_package(program.package, what=f"--against {name}", extra=program.extra)
         if not program.reads(path):
             raise UserError(f"{name} does not read {path}: give {program.wanted}.")
@@ -133,7 +124,7 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
         """Continue rows, filled up on the left to the longest."""
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         greedy = transformers.GenerationConfig(
             max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
         )
@@ -187,8 +178,7 @@ class OtherProgram:
     """Another program.
 
     Attributes:
-        package: the Python package that brings it.
-        extra: this project's extra that installs the package.
+        package, extra: the Python package that brings it, and this project's extra that has it.
         reads: whether it reads a path.
         wanted: the paths that it reads, in words.
         ways: a path -> the ways of decoding, the plain one first, for each precision.

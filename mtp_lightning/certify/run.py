@@ -90,8 +90,8 @@ def certify(
             if not beginnings:
                 longest = run.seq_len - length
                 beginnings = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
-            facts = {"new_tokens": length, "seed": seed}
-            result = result or _empty_certificate(path, run.model, facts)
+            settings = {"new_tokens": length, "seed": seed}
+            result = result or _empty_certificate(path, run.model, settings)
             rows = [
                 Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell) else None)
                 for cell in cells(run.model, threads, few=few)
@@ -124,15 +124,18 @@ def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> Op
     return run
 
 
-def _empty_certificate(path: Path, model: MTPModel, options: dict[str, int]) -> Certificate:
-    """A certificate without rows, with the facts of this machine and the ``options``."""
+def _empty_certificate(path: Path, model: MTPModel, settings: dict[str, int]) -> Certificate:
+    """A certificate without rows, with the facts of this machine and the ``settings``."""
     code, layers = ops.code()
     machine = {"machine": platform.machine(), "processor": processor(), "torch": torch.__version__}
+    trunk = model.config.trunk
     return Certificate(
         model=str(path),
-        facts={**machine, "layers": layers, **options},
+        facts={**machine, "layers": layers, **settings},
         same_bits=code.startswith("native"),  # the C++ for CPUs
-        prompts_alike=_reads_alike(model),
+        prompts_alike=all(
+            layer.same_bits_in_wide_passes for layer in (trunk.attention, trunk.feed_forward)
+        ),
     )
 
 
@@ -165,13 +168,6 @@ def _run_cells(
         say(f"{rows[0].precision}: {done:,} of {len(beginnings):,} prompts{why}, {len(rows)} cells")
         if late:
             break
-
-
-def _reads_alike(model: MTPModel) -> bool:
-    """Whether a prompt token's results have the same bits in any batch. PyTorch's products in
-    latent attention and experts round differently for other numbers of rows."""
-    trunk = model.config.trunk
-    return all(layer.same_bits_in_wide_passes for layer in (trunk.attention, trunk.feed_forward))
 
 
 def _is_sampled(cell: Cell) -> bool:

@@ -26,12 +26,8 @@ _BINS = 16
 
 @dataclass
 class Sampled:
-    """The counts of a cell's sampled tokens.
-
-    Attributes:
-        tokens: number of drawn tokens.
-        counts: number of their transforms in each of 16 equal bins of [0, 1).
-    """
+    """The number of a cell's sampled tokens, and of their transforms in each of 16 equal bins of
+    [0, 1)."""
 
     tokens: int = 0
     counts: list[int] = field(default_factory=lambda: [0] * _BINS)

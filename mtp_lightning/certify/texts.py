@@ -31,12 +31,8 @@ _SHORTEST, _LONGEST = 4, 32
 
 @dataclass
 class DecodedText:
-    """A decoded text.
-
-    Attributes:
-        ids: its tokens.
-        parts: the trunk's logits [T, V] from which they were chosen, one tensor per round.
-    """
+    """The tokens of a decoded text, and the trunk's logits [T, V] from which they were chosen,
+    in parts, one per round."""
 
     ids: list[int] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
@@ -62,18 +58,13 @@ def prompts(
     Raises:
         UserError: the file is too short or not UTF-8.
     """
-    chance = random.Random(seed)
-    if file is None:
-        from data_modules.sources.stdlib import StdlibSource
+    from data_modules.sources.stdlib import StdlibSource
 
-        files = [path for _, path in StdlibSource().files]
-    else:
-        files = [file]
+    chance = random.Random(seed)
+    files = [path for _, path in StdlibSource().files] if file is None else [file]
     beginnings: list[list[int]] = []
-    tries, read_text = 0, cache(partial(Path.read_text, encoding="utf-8"))
-    while len(beginnings) < count:
-        if (tries := tries + 1) > 20 * count + 100:
-            raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
+    read_text = cache(partial(Path.read_text, encoding="utf-8"))
+    for _ in range(20 * count + 100):
         path = chance.choice(files)
         try:
             text = read_text(path)
@@ -86,7 +77,9 @@ def prompts(
         length = chance.randint(min(_SHORTEST, longest), min(_LONGEST, longest))
         if len(ids) >= length:
             beginnings.append([int(token) for token in ids[:length]])
-    return beginnings
+        if len(beginnings) == count:
+            return beginnings
+    raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
 
 
 def decode(

@@ -334,6 +334,13 @@ def test_different_logits_break_only_a_certificate_that_promises_bits() -> None:
 # ---------------------------------------------------------------------------------- the command
 
 
+def exit_code(*words: object) -> Any:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
+
+
 @pytest.fixture
 def three_cells(open_as_mine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     """The cells of the small model that ``mine`` opens."""
@@ -351,21 +358,17 @@ def test_the_command_writes_a_certificate_and_exits_by_its_verdict(
 ) -> None:
     (tmp_path / "text").write_text("a text of the user, which is long enough. " * 30)
     quick = ["mine", "--prompts", "4", "--new-tokens", "4", "--weights", "fp32", "--quick"]
-    with pytest.raises(SystemExit) as ended:
-        main([*quick, "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")])
+    assert exit_code(*quick, "--text", tmp_path / "text", "--output", tmp_path / "out") == 0
     output = capsys.readouterr()
-    assert ended.value.code == 0 and "lossless: " in output.out and "4 of 4 prompts" in output.err
+    assert "lossless: " in output.out and "4 of 4 prompts" in output.err
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["new_tokens"] == 4 and stored["processor"]
     assert (tmp_path / "out" / "badge.svg").read_text().startswith("<svg ")
     monkeypatch.setattr(Certificate, "broken", lambda self: ["a promise"])
-    with pytest.raises(SystemExit) as ended:
-        main(quick)
-    assert ended.value.code == 2 and "BROKEN" in capsys.readouterr().out
+    assert exit_code(*quick) == 2 and "BROKEN" in capsys.readouterr().out
     monkeypatch.setattr(run, "certify", lambda *_, **__: pytest.fail("it would work for hours"))
-    with pytest.raises(SystemExit) as ended:
-        main([*quick, "--output", str(tmp_path / "text")])
-    assert ended.value.code == 1 and "cannot be used (File exists)" in capsys.readouterr().err
+    assert exit_code(*quick, "--output", tmp_path / "text") == 1
+    assert "cannot be used (File exists)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -377,7 +380,8 @@ def test_an_interrupted_command_writes_the_cells_that_it_tried(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["mine", "--prompts", "9", "--new-tokens", "4", "--weights", "fp32", "--quick"]
-    words += ["--output", str(tmp_path / "new" / "out")]
+    file = tmp_path / "new" / "out" / "unfinished_certificate.json"
+    words += ["--output", str(file.parent)]
     try_on = Greedy.try_on
 
     def interrupted(greedy: Greedy, model: MTPModel, cell: Cell, *args: Any, first: int) -> None:
@@ -386,22 +390,18 @@ def test_an_interrupted_command_writes_the_cells_that_it_tried(
         try_on(greedy, model, cell, *args, first=first)
 
     monkeypatch.setattr(Greedy, "try_on", interrupted)
-    file = tmp_path / "new" / "out" / "unfinished_certificate.json"
     for first_prompt, texts in ((0, [8]), (8, [9, 8, 8])):
         interrupt_at = first_prompt
-        with pytest.raises(SystemExit) as ended:
-            main(words)
+        assert exit_code(*words) == 128 + signum
         output = capsys.readouterr()
-        assert ended.value.code == 128 + signum and "interrupted: the table shows" in output.err
+        assert "interrupted: the table shows" in output.err
         assert f"{file} has them.\n" in output.err and f"{sum(texts)} of {sum(texts)}" in output.out
         stored = json.loads(file.read_text())
         assert [cell["texts"] for cell in stored["cells"]] == texts
         assert [path.name for path in file.parent.iterdir()] == [file.name]
     interrupt_at = -1
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    names = {path.name for path in file.parent.iterdir()}
-    assert ended.value.code == 0 and names == {"certificate.json", "badge.svg"}
+    assert exit_code(*words) == 0
+    assert {path.name for path in file.parent.iterdir()} == {"certificate.json", "badge.svg"}
 
 
 def test_a_command_that_fails_at_once_leaves_no_empty_folder(
@@ -409,9 +409,8 @@ def test_a_command_that_fails_at_once_leaves_no_empty_folder(
 ) -> None:
     (tmp_path / "old").mkdir()
     for folder in ("old", "new/out"):
-        with pytest.raises(SystemExit) as ended:
-            main([str(tmp_path / "wrong"), "--output", str(tmp_path / folder)])
-        assert ended.value.code == 1 and "wrong" in capsys.readouterr().err
+        assert exit_code(tmp_path / "wrong", "--output", tmp_path / folder) == 1
+        assert "wrong" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["old"]
 
 
@@ -444,11 +443,9 @@ def test_wrong_arguments_are_refused_in_one_line(
     open_as_mine(small_model(0, 2))
     (tmp_path / "TINY").write_text("a")
     (tmp_path / "LATIN").write_bytes("café ".encode("latin-1") * 200)
-    words = [str(tmp_path / word) if word.isupper() else word for word in words]
-    with pytest.raises(SystemExit) as ended:
-        main(words)
+    assert exit_code(*(tmp_path / word if word.isupper() else word for word in words)) == 1
     error = capsys.readouterr().err
-    assert ended.value.code == 1 and message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_a_model_without_heads_is_certified_with_lookups_alone(certify: Any) -> None:
