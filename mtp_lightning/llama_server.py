@@ -12,14 +12,8 @@ from typing import Any
 
 
 def parameters(file: str | Path, *, batch: int, tokens: int, threads: int) -> Any:
-    """Parameters for ``xllamacpp.Server``.
-
-    Args:
-        file: a GGUF file.
-        batch: number of texts that are decoded together.
-        tokens: length of the longest text, with its prompt and drafts.
-        threads: number of threads.
-    """
+    """Parameters for ``xllamacpp.Server``, which decodes ``batch`` texts of a GGUF file together,
+    each of at most ``tokens`` tokens with its prompt and drafts."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -43,12 +43,8 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Agreement(Generic[Key]):
-    """How often modules make the trunk's choice.
-
-    Attributes:
-        rights: for each module, whether its choice is the trunk's at each position, bool [N].
-        constant: the share that the trunk's most common choice would get everywhere.
-    """
+    """For each module, whether its choice is the trunk's at each position, bool [N], and the
+    constant share that the trunk's most common choice would get everywhere."""
 
     rights: dict[Key, Tensor]
     constant: float
@@ -67,9 +63,13 @@ def _join(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
     """The agreement on several texts: for each, the trunk's choices, ids [T], and the ``rights`` of
     every module."""
     chosen, rights = zip(*texts, strict=True)
-    counts = torch.cat(chosen).bincount()
     joined = {key: torch.cat([right[key] for right in rights]) for key in rights[0]}
-    return Agreement(joined, int(counts.max()) / int(counts.sum()))
+    return Agreement(joined, most_common_share(torch.cat(chosen)))
+
+
+def most_common_share(ids: Tensor) -> float:
+    """The share of the most common of some ids [N]."""
+    return int(ids.bincount().max()) / len(ids)
 
 
 def described(convention: Convention) -> str:

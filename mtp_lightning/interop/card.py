@@ -14,9 +14,7 @@ from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, gguf_layout, heads, speculators
-from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.gguf_writing import Written
-from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.markdown import plain
@@ -67,33 +65,20 @@ def render(
         config,
         name=name,
         file=False,
-        parameters=contents.parameters,
-        shards=contents.shards,
         n_trunk=config.num_trunk_params(),
         n_whole=config.num_params(),
         modules=depth,
-        mimo=is_mimo(config),
-        heads=contents.heads,
         model_type=model_type,
-        stands_for=model_type in STANDS_FOR,
         one_line=one_line(model_type, config.trunk.n_layers, depth),
         others=list(readers_of(config, model_type, depth, extra=extra)),
+        **vars(contents),
         **facts,
     )
 
 
 def render_file(name: str, config: ModelConfig, written: Written, **facts: Any) -> str:
     """The card of a GGUF file; arguments as of :func:`render`."""
-    return _filled(
-        config,
-        name=name,
-        file=True,
-        arch=written.layout.arch,
-        parameters=written.parameters,
-        modules=written.layout.config.mtp.depth,
-        others=written.notes,
-        **facts,
-    )
+    return _filled(config, name=name, file=True, **vars(written), **facts)
 
 
 def _filled(
@@ -127,14 +112,8 @@ def _filled(
 
 
 def readers_of(config: ModelConfig, model_type: str, depth: int, *, extra: str) -> Iterator[str]:
-    """What other programs do with a folder, in sentences.
-
-    Args:
-        config: config of the model.
-        model_type: in its config.json.
-        depth: MTP depths among its layers.
-        extra: the file or folder that holds the heads instead; empty if there is none.
-    """
+    """What other programs do with a folder, in sentences: one with ``depth`` MTP layers, or with
+    the heads in a file or folder ``extra`` instead; empty if there is none."""
     if extra == eagle3.FOLDER:
         yield (
             f"vLLM and SGLang have loaders for {extra}/, which is EAGLE-3's layout; neither was "

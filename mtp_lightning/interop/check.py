@@ -11,12 +11,8 @@ from mtp_lightning.command_line.shell import Parser, readable_errors
 
 
 def check(path: Path) -> None:
-    """Loads a folder with both, compares them, and prints the results.
-
-    Raises:
-        UserError: if something differs, or cannot be read.
-        OSError: if a file is missing.
-    """
+    """Loads a folder with both, compares them, and prints the results. Raises ``UserError`` if
+    something differs or cannot be read, and ``OSError`` if a file is missing."""
     from mtp_lightning.interop import heads
     from mtp_lightning.interop.config_json import STANDS_FOR
     from mtp_lightning.interop.reading import describe

@@ -214,8 +214,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "mtp_hidden_states_first": (False, None),
 }
-
-
 # The fields of _ONLY that a kind of model has a switch for, or that its class in transformers
 # ignores: Qwen2's layers always have biases.
 _SWITCHES = {
@@ -226,10 +224,9 @@ _SWITCHES = {
 
 
 def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
+    switches = _SWITCHES.get(kind, ())
     for name, allowed in _ONLY.items():
-        if name in _SWITCHES.get(kind, ()):
-            continue
-        if name in fields and fields[name] not in allowed:
+        if name in fields and name not in switches and fields[name] not in allowed:
             raise UserError(
                 f"{source} has {name}={fields[name]}, which this project does not compute: "
                 f"it can import only {name}={allowed[0]}."
@@ -267,9 +264,7 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
     # transformers prefers the field, and takes the whole context where both are missing.
     key, positions = "original_max_position_embeddings", fields.get("max_position_embeddings")
     original = _value_or(fields, key, _value_or(rope, key, positions))
-    scaling = None
-    if kind == "yarn":
-        scaling = _yarn(rope, original, positions)
+    scaling = _yarn(rope, original, positions) if kind == "yarn" else None
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
         scaling = {**{name: rope.get(name) for name in names}, "original_positions": original}

@@ -12,15 +12,14 @@ The command is ``mtp_lightning/apps/doctor.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.sequence import Generation, rates
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.interop import config_reading, heads
 from mtp_lightning.interop.agreement import (
     ABOVE,
@@ -28,6 +27,7 @@ from mtp_lightning.interop.agreement import (
     agreement_of_conventions,
     clearly_best,
     described,
+    most_common_share,
     own_texts,
     prompts_of,
 )
@@ -40,6 +40,8 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import OpenedModel, pretrained_state
 from mtp_lightning.weights import build_model, require_held
+
+_FIRST = "acceptance_position_1"  # the rate of first drafts that the trunk accepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +111,13 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
     layout = module_layout(fields["model_type"])
     stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
-    if not max(declared, stored):
+    if not stored:
         reason = "holds no MTP tensors and declares no MTP layers: there is nothing to draft."
+        if declared:
+            reason = f"declares {declared} MTP layer(s) and holds none of their tensors: they were "
+            reason += "lost when it was written."
         return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
-    if not stored:
-        verdict = (
-            f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
-            "lost when it was written."
-        )
-        return Diagnosis(folder=path, layout=None, verdict=verdict)
     config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
     modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
@@ -157,7 +156,7 @@ def _measure(
     first = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
     source = str(diagnosis.folder)
     model = build_model(first, from_folder(weight_map(first), parts, source=source), source=source)
-    prompts = prompts_of(model, _tokenizer(diagnosis.folder, model))
+    prompts = _prompts(diagnosis.folder, model)
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(first.mtp, SequentialConfig)
     meant = (first.mtp.input_norm, first.mtp.concat)
@@ -169,24 +168,19 @@ def _measure(
         best=clearly_best(agreement.rights, meant),
         agreement=agreement.shares,
         constant=agreement.constant,
-        acceptance=_accepted(drafted) if whole else None,
+        acceptance=rates(drafted).get(_FIRST) if whole else None,
     )
 
 
-def _tokenizer(folder: Path, model: MTPModel) -> Any:
-    """The folder's tokenizer; None where there is none."""
+def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
+    """Beginnings of texts, as ids of the folder's tokenizer if it has one."""
     if not (folder / "tokenizer.json").is_file():
-        return None
+        return prompts_of(model, None)
     state = pretrained_state(folder)
     opened = OpenedModel(
         model=model, tokenizer_state=state, config={}, step=0, path=folder, brings_trunk=True
     )
-    return opened.tokenizer
-
-
-def _accepted(texts: Sequence[Generation]) -> float | None:
-    """The share of first drafts that the trunk accepts; None if there are none."""
-    return rates(texts).get("acceptance_position_1")
+    return prompts_of(model, opened.tokenizer)
 
 
 def _judge(
@@ -234,11 +228,9 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
     _, config, weights = describe(path)
     model = build_model(config, weights, source=str(path))
-    prompts = prompts_of(model, _tokenizer(path, model))
-    texts = generate(model, prompts, max_new_tokens=new_tokens)
-    acceptance = _accepted(texts)
-    counts = torch.tensor([i for text in texts for i in text.token_ids]).bincount()
-    constant = int(counts.max()) / int(counts.sum())
+    texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens)
+    acceptance = rates(texts).get(_FIRST)
+    constant = most_common_share(torch.tensor([i for text in texts for i in text.token_ids]))
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"

@@ -23,7 +23,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
 from mtp_lightning.interop.names import from_folder, pieces, weights_of
-from mtp_lightning.interop.tensor_files import StoredTensor, equal
+from mtp_lightning.interop.tensor_files import CONFIG, SINGLE, StoredTensor, equal
 from mtp_lightning.interop.weight_map import MappedWeight, renamed, swiglu_weights
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -33,7 +33,7 @@ from mtp_lightning.settings import is_whole
 from mtp_lightning.weights import Stored
 
 FOLDER, ARCHITECTURE = "draft", "LlamaForCausalLMEagle3"
-_CONFIG, _WEIGHTS, _OWN = "config.json", "model.safetensors", "mtp_lightning"
+_OWN = "mtp_lightning"
 _MODULE = "mtp.depths.0."
 _TOKENS = f"{_MODULE}head.tokens"
 # Steps of the training-time test in EAGLE-3's released code, which its folders do not name.
@@ -78,7 +78,7 @@ def obstacle(config: ModelConfig) -> str:
 
 def is_there(folder: Path) -> bool:
     """Whether a folder has such a folder inside."""
-    return (folder / FOLDER / _CONFIG).is_file()
+    return (folder / FOLDER / CONFIG).is_file()
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
@@ -108,10 +108,10 @@ def read(
         OSError: a file is missing.
     """
     source = str(folder / FOLDER)
-    fields = stored.read_json(folder / FOLDER / _CONFIG)
+    fields = stored.read_json(folder / FOLDER / CONFIG)
     if not isinstance(fields, dict) or fields.get("architectures") != [ARCHITECTURE]:
         raise UserError(f"{source} is not the folder of a {ARCHITECTURE}: take it away.")
-    tensors, _ = tensor_files.parts(folder / FOLDER / _WEIGHTS)
+    tensors, _ = tensor_files.parts(folder / FOLDER / SINGLE)
     mtp = _stack(fields, trunk, source, allow)
     config = ModelConfig(trunk=trunk, mtp=mtp)
     mtp.check_trunk(trunk)
@@ -120,9 +120,7 @@ def read(
     wanted = _fields(config, torch.float32, max_positions=0)
     defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
     for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
-        value = fields.get(name)
-        if value is None:  # as where it is missing
-            value = defaults.get(name)
+        value = defaults.get(name) if fields.get(name) is None else fields[name]
         if value != wanted[name]:
             raise UserError(
                 f"{source} has {name}={value}, and a layer on this trunk has {wanted[name]}: it "
@@ -199,10 +197,8 @@ def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     assert isinstance(mtp, EagleConfig)
     width, size = trunk.d_model, trunk.d_head
     heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
-    parts = tuple(
-        (f"midlayer.self_attn.{name}_proj.weight", (n * size, 2 * width))
-        for name, n in heads.items()
-    )
+    attention = "midlayer.self_attn."
+    parts = tuple((f"{attention}{x}_proj.weight", (n * size, 2 * width)) for x, n in heads.items())
     norms = {
         "token_norm": "midlayer.input_layernorm",
         "hidden_norm": "midlayer.hidden_norm",
@@ -212,16 +208,9 @@ def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     places = [
         renamed("fuse.weight", "fc.weight", (width, mtp.n_states * width)),
         MappedWeight(own="attention.qkv.weight", parts=parts),
-        renamed(
-            "attention.out.weight",
-            "midlayer.self_attn.o_proj.weight",
-            (width, trunk.n_heads * size),
-        ),
+        renamed("attention.out.weight", f"{attention}o_proj.weight", (width, trunk.n_heads * size)),
         *(renamed(f"{own}.weight", f"{theirs}.weight", (width,)) for own, theirs in norms.items()),
-        *(
-            place.under("feed_forward.", "midlayer.mlp.")
-            for place in swiglu_weights(width, trunk.d_ff)
-        ),
+        *(p.under("feed_forward.", "midlayer.mlp.") for p in swiglu_weights(width, trunk.d_ff)),
         renamed("head.weight", "lm_head.weight", (mtp.draft_vocab or trunk.vocab_size, width)),
     ]
     for place in places:

@@ -94,9 +94,9 @@ def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -
     if apart:
         speculators.kind(model.config)  # refuses before anything is written
     if apart or cfg.depth == 0:
-        model = _trunk_alone(model)
+        model = trunk_alone(model)
     elif not mtp.predicts_tokens:
-        model = _trunk_alone(model)
+        model = trunk_alone(model)
         print(
             f"mtp={mtp.variant} shaped the trunk in training and is of no use "
             "without it: the trunk is exported alone."
@@ -127,9 +127,9 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         shard_bytes=int(cfg.shard_gb * 1e9),
         draft_vocab=draft_vocab_of(run.config),
     )
-    drafting = model
-    if apart := cfg.layout == speculators.LAYOUT:
-        drafting = run.model
+    apart = cfg.layout == speculators.LAYOUT
+    drafting = run.model if apart else model
+    if apart:
         n_values = speculators.write(
             partial,
             drafting,
@@ -151,15 +151,15 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
     extra = "" if apart else contents.heads
-    if extra:
-        print(
-            f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
-            f"knows: the trunk is exported plainly, the heads in {extra} next to it."
-        )
     if apart:
         print(
             f"the heads are in {speculators.FOLDER} inside it, which names {folder.resolve()} as "
             "its verifier: change that in its config.json when the folder moves."
+        )
+    elif extra:
+        print(
+            f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
+            f"knows: the trunk is exported plainly, the heads in {extra} next to it."
         )
     for sentence in card.readers_of(model.config, kind, contents.layer_depths, extra=extra):
         print(sentence)
@@ -172,10 +172,10 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     partial.parent.mkdir(parents=True, exist_ok=True)
     kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
     written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)
-    print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
+    print(f"{file}: {written.parameters:,} numbers, architecture {written.arch}")
     for sentence in written.notes:
         print(sentence)
-    checks = kind.check_file(partial, model, run.tokenizer, written, cfg.dtype)
+    checks = kind.check_file(partial, model, run.tokenizer, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     _card_of(file).write_text(text, encoding="utf-8")
@@ -211,7 +211,8 @@ def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -
         yield speculators.check(folder, run.model, DTYPES[dtype])
 
 
-def _trunk_alone(model: MTPModel) -> MTPModel:
+def trunk_alone(model: MTPModel) -> MTPModel:
+    """A model's trunk without its MTP stack."""
     trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}
     trunk.load_state_dict(weights)

@@ -19,7 +19,7 @@ from mtp_lightning.interop.tensor_files import StoredTensor
 
 log = logging.getLogger(__name__)
 
-SCALE = "_scale_inv"
+_SCALE = "_scale_inv"
 
 
 def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | None:
@@ -28,18 +28,18 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     Raises:
         UserError: for another quantization.
     """
-    settings = fields.get("quantization_config")
-    if settings is None:
-        return None
-    kind: Any = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-    size: Any = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
-    whole = isinstance(size, list | tuple) and len(size) == 2
-    if kind != "fp8" or not whole or not all(isinstance(n, int) and n > 0 for n in size):
-        raise UserError(
-            f"{source} has quantization_config of quant_method={kind} with weight_block_size="
-            f"{size}: only fp8 with one scale per block, as in DeepSeek-V3, can be imported."
-        )
-    return int(size[0]), int(size[1])
+    match fields.get("quantization_config"):
+        case None:
+            return None
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if (
+            min(rows, columns) > 0
+        ):
+            return rows, columns
+        case other:
+            raise UserError(
+                f"{source} has quantization_config={str(other)[:200]}: only fp8 with one scale per "
+                "block, quant_method=fp8 and weight_block_size as in DeepSeek-V3, can be imported."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,16 @@ def dequantize(tensors: dict[str, StoredTensor], block: tuple[int, int], *, sour
     Raises:
         UserError: for scales without their matrix, or of another shape.
     """
-    names = [name for name in tensors if name.endswith(SCALE)]
+    names = [name for name in tensors if name.endswith(_SCALE)]
     for name in names:
-        matrix = name.removesuffix(SCALE)
+        matrix = name.removesuffix(_SCALE)
         scale = tensors.pop(name)
         if matrix not in tensors:
             raise UserError(f"{name} in {source} scales {matrix}, which is not there.")
         shape = tensors[matrix].shape
         if len(shape) != 2:
             raise UserError(f"{name} in {source} scales {matrix}, which is not a matrix.")
-        rows, columns = shape
-        wanted = (-(-rows // block[0]), -(-columns // block[1]))
+        wanted = tuple(-(-size // width) for size, width in zip(shape, block, strict=True))
         if tuple(scale.shape) != wanted:
             raise UserError(
                 f"{name} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "

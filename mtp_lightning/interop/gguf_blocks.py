@@ -27,8 +27,7 @@ class KQuant:
     """Byte ranges of the fields of a K-quant super-block of 256 weights.
 
     Attributes:
-        bits: number of bits of q.
-        group: number of weights that share a step and an offset.
+        bits, group: the bits of q, and the number of weights that share a step and an offset.
         quants: all bits of q.
         lowest: the lowest four bits of two q a byte.
         minimum: the factor of the offsets; empty if the offset is a multiple of the step.

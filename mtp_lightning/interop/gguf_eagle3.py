@@ -18,13 +18,12 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, gguf_tokenizer, gguf_writing, llama_cpp
 from mtp_lightning.interop.gguf_fields import trunk_fields
-from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, in_pairs
+from mtp_lightning.interop.gguf_layout import GGUFEntry, in_pairs
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.gguf_writing import Written
-from mtp_lightning.interop.verify import CheckFailed
+from mtp_lightning.interop.verify import CheckFailed, check_names
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.none import NoMTPConfig
 
 LAYOUT = "eagle3"
 _NAMES = {
@@ -67,13 +66,13 @@ def write_file(
 ) -> Written:
     """Write the layer of a model with the trunk's tokenizer; arguments and errors as of
     ``gguf_writing.write_file``."""
-    config, mtp = model.config, model.config.mtp
-    require_fits(config)
+    require_fits(model.config)
+    trunk, mtp = model.config.trunk, model.config.mtp
     assert isinstance(mtp, EagleConfig)
-    fields = trunk_fields(config.trunk, n_layers=1, max_positions=max_positions)
-    fields["target_hidden_size"] = config.trunk.d_model
-    fields["target_layers"] = list(mtp.layers_of(config.trunk.n_layers))
-    words, split = gguf_tokenizer.to_fields(tokenizer, config.trunk.vocab_size)
+    fields = trunk_fields(trunk, n_layers=1, max_positions=max_positions)
+    fields["target_hidden_size"] = trunk.d_model
+    fields["target_layers"] = list(mtp.layers_of(trunk.n_layers))
+    words, split = gguf_tokenizer.to_fields(tokenizer, trunk.vocab_size)
     others = {"general.name": name, **words}
     count = gguf_writing.write_entries(file, LAYOUT, fields, others, _entries(model), dtype=dtype)
     note = (
@@ -81,8 +80,8 @@ def write_file(
         "--model-draft DRAFT.gguf --spec-type draft-eagle3`); `mtp-lightning export "
         "output=TRUNK.gguf` writes that."
     )
-    layout = Layout(arch=LAYOUT, config=ModelConfig(trunk=config.trunk, mtp=NoMTPConfig()))
-    return Written(layout=layout, parameters=count, notes=[note, *([split] if split else [])])
+    notes = [note, *([split] if split else [])]
+    return Written(arch=LAYOUT, modules=0, parameters=count, notes=notes)
 
 
 def _entries(model: MTPModel) -> Iterator[tuple[GGUFEntry, torch.Tensor]]:
@@ -104,16 +103,13 @@ def _entries(model: MTPModel) -> Iterator[tuple[GGUFEntry, torch.Tensor]]:
         yield GGUFEntry(name="d2t", shape=tuple(ids.shape), parts=("d2t",)), ids
 
 
-def check_file(
-    file: Path, model: MTPModel, tokenizer: Any, written: Written, dtype: str
-) -> Iterator[str]:
+def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Iterator[str]:
     """Check a file; arguments, results and errors as of ``gguf_writing.check_file``."""
     import gguf
 
     entries = list(_entries(model))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for name in {entry.name for entry, _ in entries} ^ stored.keys():
-        raise CheckFailed(f"{name} is {'unknown' if name in stored else 'missing'} in {file}.")
+    check_names(stored, [entry.name for entry, _ in entries], file)
     for entry, wanted in entries:
         numbers, kind = stored[entry.name].data, stored[entry.name].tensor_type
         if wanted.is_floating_point():

@@ -13,6 +13,7 @@ from mtp_lightning.interop.config_json import EXPERTS, LATENT, TRUNK, trunk_type
 from mtp_lightning.interop.gguf_layout import DRAFTING, PLAIN, Layout
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 
 # The layout of the trunk, where the architecture alone does not tell it.
 LAYERS = "mtp_lightning.trunk"
@@ -51,12 +52,8 @@ Value = int | float | bool
 
 
 def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
-    """The values of ``ARCH.KEY`` by ``KEY``.
-
-    Args:
-        layout: how the model is written.
-        max_positions: the context length that the file states.
-    """
+    """The values of ``ARCH.KEY`` by ``KEY``; ``max_positions`` is the context length that the file
+    states."""
     trunk, depth = layout.config.trunk, layout.config.mtp.depth
     a = trunk.attention
     fields = trunk_fields(trunk, n_layers=trunk.n_layers + depth, max_positions=max_positions)
@@ -102,8 +99,8 @@ def own_fields(layout: Layout) -> dict[str, str | float]:
     """The values of this project's own keys."""
     trunk = layout.config.trunk
     assert trunk.init_std is not None
-    kind = trunk_type(trunk) + (" dense" if layout.dense else "")
-    return {LAYERS: kind, SPREAD: float(trunk.init_std)}
+    dense = "" if isinstance(trunk.feed_forward, ExpertsConfig) else " dense"
+    return {LAYERS: trunk_type(trunk) + dense, SPREAD: float(trunk.init_std)}
 
 
 def to_json(

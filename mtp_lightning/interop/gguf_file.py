@@ -157,19 +157,15 @@ def _tokenizer_of_transformers(path: Path, folder: str) -> None:
 
 def _refuse_stretched(path: Path, header: Header) -> None:
     """Refuse stretched rotary positions, which are not read from GGUF."""
-    if _FREQUENCIES in header.tensors:
+    fields = header.fields.items()
+    found = [f"rotary frequencies ({_FREQUENCIES})"] if _FREQUENCIES in header.tensors else []
+    types = {name: value for name, value in fields if name.endswith(".rope.scaling.type")}
+    found += [f"{name}={value}" for name, value in types.items() if value != "none"]
+    if not types:  # older files have only factors
+        ends = (".rope.scaling.factor", ".rope.scale_linear")
+        found += [f"{name}={x}" for name, x in fields if name.endswith(ends) and x not in (0, 1)]
+    if found:
         raise UserError(
-            f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which this project does "
-            "not read from GGUF: import the model's own folder of safetensors."
+            f"{path} has {found[0]}, and stretched rotary positions are not read from GGUF: import "
+            "the model's own folder of safetensors."
         )
-    typed = any(name.endswith(".rope.scaling.type") for name in header.fields)
-    for name, value in header.fields.items():
-        # Older files have no type.
-        scaled = name.endswith((".rope.scaling.factor", ".rope.scale_linear")) and not typed
-        if (name.endswith(".rope.scaling.type") and value != "none") or (
-            scaled and value not in (0, 1)
-        ):
-            raise UserError(
-                f"{path} has {name}={value}, which this project does not read from GGUF: import "
-                "the model's own folder of safetensors."
-            )

@@ -116,16 +116,10 @@ class Layout:
     dropped: str = ""
 
     @property
-    def dense(self) -> bool:
-        """Whether its feed-forward layers are dense, its module's as well."""
-        return not isinstance(self.config.trunk.feed_forward, ExpertsConfig)
-
-    @property
     def experts(self) -> ExpertsConfig:
         """The mixture in the file, with the shared expert that ``glm4moe`` always has. If the
         layers are dense, that of a module is the shared expert of a mixture."""
-        trunk = self.config.trunk
-        e = trunk.feed_forward
+        trunk, e = self.config.trunk, self.config.trunk.feed_forward
         if isinstance(e, ExpertsConfig):
             return e if e.n_shared or self.arch != "glm4moe" else replace(e, n_shared=1)
         n = math.gcd(trunk.d_ff, _NARROW)
@@ -171,9 +165,9 @@ def layout_of(config: ModelConfig) -> Layout:
             f"architecture such as {DRAFTING[kind]}, and drafts every token with it."
         )  # fmt: skip
         return Layout(arch=DRAFTING[kind], config=written, dropped=dropped)
+    e = trunk.feed_forward
+    uneven = kind == "qwen3_moe" and isinstance(e, ExpertsConfig) and e.first_k_dense
     trunk_alone = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
-    layers = trunk.feed_forward
-    uneven = kind == "qwen3_moe" and isinstance(layers, ExpertsConfig) and layers.first_k_dense
     return Layout(arch=(DRAFTING if uneven else PLAIN)[kind], config=trunk_alone, dropped=unread)
 
 

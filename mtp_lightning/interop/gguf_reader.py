@@ -30,15 +30,8 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Where a tensor is.
-
-    Attributes:
-        name: its name.
-        shape: outermost axis first.
-        kind: gguf's type of its numbers.
-        row_bytes: bytes of a row, the last axis.
-        offset: its first byte in the file.
-    """
+    """Where a tensor is: its shape, outermost axis first, gguf's type ``kind`` of its numbers, the
+    bytes of a row, which is the last axis, and its first byte in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,12 +42,7 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The fields and the descriptions of tensors of a file.
-
-    Attributes:
-        fields: values by key; arrays are lists.
-        tensors: by name.
-    """
+    """The fields of a file by key, where arrays are lists, and its tensors by name."""
 
     fields: dict[str, Any]
     tensors: dict[str, FileTensor]

@@ -35,12 +35,8 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    parts = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Split", **parts}
 
 
 # llama.cpp's rules by their names, as the tokenizers library writes them.
@@ -55,16 +51,14 @@ _RULES = {
     ),
 }  # fmt: skip
 # Other names of these rules.
+_LLAMA3, _MERGED = ("llama3", "llama-v3", "falcon3", "pixtral"), ("glm4", "chatglm-bpe")
 _ALIASES = {
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "falcon3", "pixtral", "glm4", "chatglm-bpe"), "llama-bpe"
-    ),
+    **dict.fromkeys((*_LLAMA3, *_MERGED), "llama-bpe"),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
 }
 # Rules with which llama.cpp begins a text with the beginning-of-text token, unless the file says
-# otherwise; and those that merge a word even if it is a token.
-_BEGINNING = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
-_MERGED = ("glm4", "chatglm-bpe")
+# otherwise. (Those of _MERGED merge a word even if it is a token.)
+_BEGINNING = ("llama-bpe", *_LLAMA3, "tekken")
 # Tokens that end a text in llama.cpp, whatever the file's keys say.
 _END_NAMES = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
@@ -86,8 +80,6 @@ Caf\u00e9 cr\u00e8me, na\u00efve r\u00e9sum\u00e9 \u2013 \u201cquoted\u201d \u20
 \u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3002 \u4f60\u597d 123
 snake_case_name CamelCaseName SCREAMING_CASE __init__ a1b2c3 2^10 x**2
   two   spaces    and\ttabs\t\tbetween  words  """
-
-
 _LINES = [*_SAMPLE.split("\n"), _SAMPLE]
 
 
@@ -151,13 +143,12 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
 
     if template := source_of(getattr(tokenizer, "beside", {})):
         fields["tokenizer.chat_template"] = template
-    if equal == len(_LINES):
-        return fields, ""
-    return fields, (
+    difference = (
         f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {rule}, "
         f"{equal} of {len(_LINES)} sample texts get the same token ids. The model's tokens are the "
         "same; a client that needs the model's own ids sends ids instead of text."
     )
+    return fields, "" if equal == len(_LINES) else difference
 
 
 def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
@@ -166,8 +157,7 @@ def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
         name: _equal(text, json.dumps({**content, "pre_tokenizer": rule, "normalizer": None}))
         for name, rule in _RULES.items()
     }
-    best = max(equal, key=lambda name: equal[name])
-    return best, equal[best]
+    return max(equal.items(), key=lambda item: item[1])
 
 
 def _equal(text: str, other: str) -> int:
@@ -177,38 +167,25 @@ def _equal(text: str, other: str) -> int:
 
 
 def _ids(text: str, lines: list[str]) -> list[list[int]]:
-    library = _library(text)
-    library.encode_special_tokens = True
-    return [library.encode(line, add_special_tokens=False).ids for line in lines]
-
-
-def _library(text: str) -> Any:
-    """The library's tokenizer; ``text`` was checked when the tokenizer was read."""
+    """The ids of lines by a tokenizer.json, which was checked when the tokenizer was read."""
     from tokenizers import Tokenizer
 
     library = Tokenizer.from_str(text)
     library.no_padding()
     library.no_truncation()
-    return library
+    library.encode_special_tokens = True
+    return [library.encode(line, add_special_tokens=False).ids for line in lines]
 
 
 def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     """Write the tokenizer.json that a file holds or describes into a folder, with the files next to
-    it.
-
-    Args:
-        get: the content of a key of the file; None if it is not there.
-        folder: where to.
-
-    Returns:
-        Whether there is one that can be read without transformers.
-    """
+    it; ``get`` returns the content of a key of the file, None if it is not there. Return whether
+    there is a tokenizer that can be read without transformers."""
     whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
     if not isinstance(whole, str) and (whole := _tokenizer_json(get, tokens)) is None:
         return False
-    (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
     # Without a class, AutoTokenizer splits text by Qwen2's rule in a folder of Qwen3's layout.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for role in _ROLES:
@@ -217,14 +194,18 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
             config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
     if isinstance(begins := get("tokenizer.ggml.add_bos_token"), bool):
         config["add_bos_token"] = begins
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
     ends += [i for i, token in enumerate(tokens) if token in _END_NAMES]
     generation = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
-    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    template = get("tokenizer.chat_template")
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    files = {
+        "tokenizer.json": whole,
+        "tokenizer_config.json": json.dumps(config),
+        "generation_config.json": json.dumps(generation),
+        "chat_template.jinja": get("tokenizer.chat_template"),
+    }
+    for name, text in files.items():
+        if isinstance(text, str):
+            (folder / name).write_text(text, encoding="utf-8")
     return True
 
 

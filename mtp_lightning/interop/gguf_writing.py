@@ -17,7 +17,7 @@ from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.names import plain, to_folder
-from mtp_lightning.interop.verify import CheckFailed, sample_of
+from mtp_lightning.interop.verify import CheckFailed, check_names, sample_of
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import open_model
@@ -33,12 +33,14 @@ class Written:
     """The contents of a written file.
 
     Attributes:
-        layout: the layout of its tensors.
+        arch: llama.cpp's architecture.
+        modules: number of MTP modules.
         parameters: number of values in the tensors.
         notes: sentences about what is left out, how llama.cpp drafts, and what differs there.
     """
 
-    layout: Layout
+    arch: str
+    modules: int
     parameters: int
     notes: list[str]
 
@@ -80,7 +82,8 @@ def write_file(
         dtype=dtype,
     )
     notes = [*layout.sentences(), *([split] if split else [])]
-    return Written(layout=layout, parameters=count, notes=notes)
+    modules = layout.config.mtp.depth
+    return Written(arch=layout.arch, modules=modules, parameters=count, notes=notes)
 
 
 def write_entries(
@@ -158,10 +161,8 @@ def _add(writer: Any, fields: dict[str, Any]) -> None:
             writer.add_array(key, value)
 
 
-def check_file(
-    file: Path, model: MTPModel, tokenizer: Any, written: Written, dtype: str
-) -> Iterator[str]:
-    """Check a file; arguments as of :func:`write_file`, whose result ``written`` is.
+def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Iterator[str]:
+    """Check a file; arguments as of :func:`write_file`.
 
     Yields:
         The results, one line each.
@@ -171,7 +172,7 @@ def check_file(
             else.
     """
     gguf_file.keep_quiet(file)
-    yield check_tensors(file, model, written, dtype)
+    yield check_tensors(file, model, dtype)
     reread = open_model(file)
     text, wanted_ids = sample_of(tokenizer)
     ids = reread.tokenizer.encode(text).tolist()
@@ -186,19 +187,18 @@ def check_file(
         yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
 
 
-def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> str:
+def check_tensors(file: Path, model: MTPModel, dtype: str) -> str:
     """Check that the tensors, read back, are the model's: rounded once, or of Q8_0 within a step.
 
     Raises:
         CheckFailed: one is not.
     """
-    tensors = _layout_tensors(written.layout, model)
+    layout = layout_of(model.config)
+    tensors = _layout_tensors(layout, model)
     fields, _, parts = gguf_file.read(file, read_header(file))
     stored = {name: part.read() for name, part in parts.items()}
-    stored_entries = [entry for entry in entries(written.layout) if entry.parts and not entry.copy]
-    names = {name for entry in stored_entries for name in entry.parts}
-    for name in names ^ stored.keys():
-        raise CheckFailed(f"{name} is {'missing' if name in names else 'unknown'} in {file}.")
+    stored_entries = [entry for entry in entries(layout) if entry.parts and not entry.copy]
+    check_names(stored, {name for entry in stored_entries for name in entry.parts}, file)
     for entry in stored_entries:
         wanted, read_back = entry.assemble(tensors), entry.assemble(stored)
         if not equal(entry, wanted, read_back, dtype):

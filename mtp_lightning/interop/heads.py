@@ -50,14 +50,8 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
-    """Write a model's stack into the trunk's folder.
-
-    Args:
-        folder: the trunk's.
-        model: the model.
-        dtype: dtype of the folder's tensors.
-        max_positions: the context length that the folder states.
-    """
+    """Write a model's stack, in the dtype of the trunk's folder, into that folder, which states
+    ``max_positions`` as its context length."""
     if eagle3.fits(model.config):
         eagle3.write(folder, model, dtype, max_positions=max_positions)
         return

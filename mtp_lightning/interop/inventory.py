@@ -29,6 +29,7 @@ UNUSABLE = {
     "copied": "are the trunk's last block, as an initialization copies it",
     "different": "differ from the trunk's, which they should be copies of",
 }
+_HEAD = "lm_head.weight"
 # Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
 # Short training may leave the size of a smaller matrix within the errors of chance, 2 % here.
@@ -43,12 +44,8 @@ _ROUNDED = 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One MTP module of a folder.
-
-    Attributes:
-        depth: k, from 1.
-        states: states of its tensors, by the folder's names.
-    """
+    """Depth k, from 1, of a folder's MTP modules, and the states of its tensors by the folder's
+    names."""
 
     depth: int
     states: dict[str, str]
@@ -95,25 +92,23 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
                 comparable = state == "trained" and len(shape) > 1 and twin in parts
                 if comparable and tensor is not None and equal(tensor, parts[twin].read()):
                     copied_blocks[depth].append(name)
-        elif place.copy and not place.parts[0][0].startswith("lm_head"):
-            # Copies of embedding and head may be left out.
-            name, _ = place.parts[0]
-            # A tied head is the embedding.
-            tied = place.own != "head.weight" or "lm_head.weight" not in parts
-            base = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
-            depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
-            if name in parts and base is not None and not equal(parts[name].read(), base.read()):
+        elif place.copy and (name := place.parts[0][0]) in parts and name != _HEAD:
+            # A copy of embedding or head, which may be left out. A tied head is the embedding.
+            untied = place.own == "head.weight" and _HEAD in parts
+            base = parts.get(_HEAD if untied else "model.embed_tokens.weight")
+            if base is not None and not equal(parts[name].read(), base.read()):
+                depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
                 modules[depth][name] = "different"
-    for states in modules.values():
+    for depth, states in modules.items():
         if any(s == "trained" and _can_be_judged(parts[n].shape) for n, s in states.items()):
             fresh = [name for name, state in states.items() if state == "fresh"]
             small = [name for name in fresh if math.prod(parts[name].shape) < _FEWEST_ALONE]
             states |= dict.fromkeys(small, "trained")
-    for depth, names in copied_blocks.items():
-        block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
+        block = [n for n in states if "self_attn" in n or ".mlp." in n]
         matrices = [n for n in block if n in parts and len(parts[n].shape) > 1]
-        if names and len(names) == len(matrices):  # a whole block that was never trained
-            modules[depth] |= dict.fromkeys(names, "copied")
+        copied = copied_blocks[depth]
+        if copied and len(copied) == len(matrices):  # a whole block that was never trained
+            states |= dict.fromkeys(copied, "copied")
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 

@@ -109,18 +109,15 @@ def has_layout(config: ModelConfig) -> bool:
     mtp = config.mtp
     if mtp.depth == 0:
         return True
-    if not isinstance(mtp, SequentialConfig):
-        return False
-    layers = (config.trunk.attention.variant, config.trunk.feed_forward.variant)
-    if other_switch(replace(mtp, input_norm="post")):
+    if not isinstance(mtp, SequentialConfig) or other_switch(replace(mtp, input_norm="post")):
         return False
     if mtp.input_norm == "pre":
         return is_mimo(config)
-    experts = config.trunk.feed_forward
-    if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
+    attention, layers = config.trunk.attention.variant, config.trunk.feed_forward
+    if isinstance(layers, ExpertsConfig) and attention == "grouped_query":
         # For Qwen3, transformers takes the first MTP layer for the trunk's first layer.
-        return experts.scoring == "sigmoid" or not experts.first_k_dense
-    return layers != ("latent", "dense")
+        return layers.scoring == "sigmoid" or not layers.first_k_dense
+    return (attention, layers.variant) != ("latent", "dense")
 
 
 def has_extra_file(config: ModelConfig) -> bool:
@@ -202,14 +199,8 @@ def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
 def module_weights(
     trunk: TrunkConfig, own: str, theirs: str, layout: ModuleLayout
 ) -> Iterator[MappedWeight]:
-    """The tensors of one sequential module.
-
-    Args:
-        trunk: config of the trunk.
-        own: prefix of the names here.
-        theirs: prefix of the names in the layout.
-        layout: how the folder holds modules.
-    """
+    """The tensors of one sequential module; ``own`` and ``theirs`` are the prefixes of their names
+    here and in the layout."""
     names = layout.names
     vector, square = (trunk.d_model,), (trunk.d_model, 2 * trunk.d_model)
     for norm in ("enorm", "hnorm"):

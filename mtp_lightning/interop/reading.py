@@ -18,14 +18,14 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
-from mtp_lightning.interop.tensor_files import StoredTensor
+from mtp_lightning.interop.tensor_files import CONFIG, SINGLE, StoredTensor
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.parts import is_gguf
 from mtp_lightning.weights import Stored, StoredModel, require_held
 
 GENERATION = "generation_config.json"
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,8 +55,7 @@ def describe(
         trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
         config = ModelConfig(trunk=trunk, mtp=module_layout(fields["model_type"]).of_depth(depth))
     require_held(config, tensors, source=str(path))
-    weights: dict[str, Stored | Tensor] = {}
-    weights |= from_folder(weight_map(config), tensors, source=str(path))
+    weights = dict[str, Stored | Tensor](from_folder(weight_map(config), tensors, source=str(path)))
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
@@ -76,11 +75,9 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         state = gguf_file.tokenizer_state(path, header)
     elif (path / "tokenizer.json").is_file():
         state = pretrained_state(path)
-        if "eos_token_id" in fields and GENERATION not in (
-            beside := state.setdefault("beside", {})
-        ):
-            # Older folders name their ends here alone.
-            beside[GENERATION] = json.dumps({"eos_token_id": fields["eos_token_id"]})
+        if "eos_token_id" in fields:  # older folders name their ends here alone
+            ends = json.dumps({"eos_token_id": fields["eos_token_id"]})
+            state.setdefault("beside", {}).setdefault(GENERATION, ends)
     return StoredModel(
         path=path,
         config=config,

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
 from mtp_lightning.interop.names import MIMO, module_weights, other_switch, pieces, plain
-from mtp_lightning.interop.reading import SINGLE
+from mtp_lightning.interop.tensor_files import SINGLE
 from mtp_lightning.interop.verify import check_tensors
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -80,12 +80,8 @@ def _obstacle(config: ModelConfig) -> str:
 
 
 def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The folder's tensors, by the library's names.
-
-    Args:
-        model: a model that has a :func:`kind`.
-        dtype: dtype of the floating-point ones.
-    """
+    """The folder's tensors, by the library's names, of a model that has a :func:`kind`;
+    floating-point ones in ``dtype``."""
     config = model.config
     if not isinstance(config.mtp, EagleConfig):
         _, weights = plain(model)
@@ -134,13 +130,8 @@ def _fields(
     name, trunk, mtp = kind(config), config.trunk, config.mtp
     layer = trunk
     if isinstance(mtp, EagleConfig):
-        layer = replace(
-            trunk,
-            n_layers=1,
-            tie_embeddings=False,
-            attention=GroupedQueryConfig(),
-            feed_forward=DenseConfig(),
-        )
+        kinds: dict[str, Any] = {"attention": GroupedQueryConfig(), "feed_forward": DenseConfig()}
+        layer = replace(trunk, n_layers=1, tie_embeddings=False, **kinds)
     one_layer = ModelConfig(trunk=layer, mtp=NoMTPConfig())
     dtype_name = str(dtype).removeprefix("torch.")
     layer_fields = config_json.to_json(one_layer, depth=0, dtype=dtype_name, **stated)

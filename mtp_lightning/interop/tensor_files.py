@@ -22,6 +22,8 @@ from mtp_lightning.interop.weight_map import MappedWeight
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.weights import Stored
 
+CONFIG, SINGLE = "config.json", "model.safetensors"
+
 
 class StoredTensor(Stored):
     """One tensor of a file.
@@ -42,19 +44,15 @@ class StoredTensor(Stored):
 
 @dataclass(frozen=True)
 class Assembled(Stored):
-    """A tensor of this project, assembled from those of a layout.
-
-    Attributes:
-        mapped: the names and shapes of the parts, and how they are stacked.
-        parts: the tensors of the layout, in that order.
-    """
+    """A tensor of this project, assembled from those of a layout: ``parts``, in the order of
+    ``mapped``, which says how they are stacked."""
 
     mapped: MappedWeight
     parts: tuple[StoredTensor, ...]
 
     @property
     def shape(self) -> torch.Size:
-        (rows, *rest) = self.parts[0].shape
+        rest = self.parts[0].shape[1:]
         rows = sum(part.shape[0] for part in self.parts)
         stacked = self.mapped.stacked
         return torch.Size((rows, *rest) if stacked is None else (stacked, rows // stacked, *rest))
@@ -86,14 +84,8 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 class SafeTensor(StoredTensor):
-    """A tensor of a safetensors file. The file is mapped again for every read, since the pages of a
-    map stay in memory as long as the map.
-
-    Args:
-        file: the file.
-        name: name of the tensor.
-        tensor: the tensor, whose shape and dtype are kept.
-    """
+    """A tensor of a safetensors file, of which shape and dtype are kept. The file is mapped again
+    for every read, since the pages of a map stay in memory as long as the map."""
 
     def __init__(self, file: Path, name: str, tensor: Tensor) -> None:
         self.file, self.name = file, name
@@ -126,7 +118,7 @@ def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    _require_library()
+    require_package("safetensors", what=str(file), extra="hf")
     import safetensors
 
     try:
@@ -143,7 +135,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         UserError: if the package is missing.
         OSError: for a full disk, among others.
     """
-    _require_library()
+    require_package("safetensors", what=str(file), extra="hf")
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, such as copies of the embedding.
@@ -158,10 +150,11 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Makes a folder of a ``config.json`` and one file of tensors; errors as :func:`write`."""
     folder.mkdir()
-    text = json.dumps(fields, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    write(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / CONFIG, fields)
+    write(folder / SINGLE, tensors, {"format": "pt"})
 
 
-def _require_library() -> None:
-    require_package("safetensors", what="A file of safetensors", extra="hf")
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes indented JSON, as transformers does."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -36,9 +36,7 @@ class Loaded:
     """A folder loaded by transformers, in float32.
 
     Args:
-        folder: the folder.
-        model_type: model type in its config.json.
-        n_layers: L.
+        folder: the folder, whose config.json names ``model_type`` and ``n_layers``.
         depth: MTP depths among its layers that transformers has.
 
     Attributes:

@@ -7,7 +7,7 @@ state. So the folder is read back twice: as bytes, and with transformers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,21 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], f
     Raises:
         CheckFailed: a tensor is missing, unknown or different; the message names it.
     """
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
+    check_names(tensors, wanted, folder)
     for name, tensor in wanted.items():
         if not torch.equal(tensors[name].float(), tensor.float()):
             raise CheckFailed(f"{name} in {folder} is not the model's tensor.")
     return len(wanted)
+
+
+def check_names(names: Iterable[str], wanted: Collection[str], path: Path) -> None:
+    """Checks that the tensors at a path have the wanted names.
+
+    Raises:
+        CheckFailed: a name is missing or unknown.
+    """
+    for name in sorted({*names} ^ {*wanted}):
+        raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {path}.")
 
 
 def rounded(model: MTPModel, dtype: str) -> MTPModel:
@@ -182,8 +191,12 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
+        where = heads.where(model.config)
         reread = build_model(config, weights, source=str(folder))
-        yield from _check_heads(reread, own_logits, tokens, heads.where(model.config))
+        for k, logits in enumerate(_logits(reread, tokens)):
+            if not torch.equal(logits, own_logits[k]):
+                raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
+        yield f"{where}, read back, gives the same logits at every depth"
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])
 
 
@@ -193,18 +206,12 @@ def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
     return [model.head_of(k)(h_BTC) for k, h_BTC in hidden.items()]
 
 
-def _check_heads(model: MTPModel, ours: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
-    for k, logits in enumerate(_logits(model, tokens)):
-        if not torch.equal(logits, ours[k]):
-            raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
-    yield f"{where}, read back, gives the same logits at every depth"
-
-
 def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str]:
-    (plain,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
-    (drafted,) = generate(model, [prompt], max_new_tokens=_NEW) if theirs.depth else (plain,)
-    wanted = plain.token_ids
-    for use_mtp in (False, True) if theirs.depth else (False,):
+    own = {False: generate(model, [prompt], max_new_tokens=_NEW, speculative=False)[0]}
+    if theirs.depth:
+        own[True] = generate(model, [prompt], max_new_tokens=_NEW)[0]
+    wanted = own[False].token_ids
+    for use_mtp, text in own.items():
         ids, passes = theirs.greedy(prompt, _NEW, use_mtp=use_mtp)
         if ids != wanted:
             i = next(i for i, token in enumerate(wanted) if ids[i : i + 1] != [token])
@@ -212,8 +219,7 @@ def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str
                 f"generate(use_mtp={use_mtp}) of transformers differs from this project's plain "
                 f"greedy decoding at new token {i}: {ids[i : i + 1]} instead of {wanted[i]}."
             )
-        own_passes = 1 + (drafted if use_mtp else plain).verify_passes
         yield (
             f"generate(use_mtp={use_mtp}) decodes the same {_NEW} tokens "
-            f"(passes of the trunk: {passes}, here {own_passes})"
+            f"(passes of the trunk: {passes}, here {1 + text.verify_passes})"
         )

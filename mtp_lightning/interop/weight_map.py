@@ -54,12 +54,8 @@ def renamed(name: str, hf_name: str, shape: Shape, *, copy: bool = False) -> Map
 def layer_weights(
     config: LayerConfig, trunk: TrunkConfig, layer: int | None
 ) -> Iterable[MappedWeight]:
-    """A layer's weights, by names within the layer. Your own layer can register here.
-
-    Args:
-        config: the layer's.
-        trunk: the trunk's.
-        layer: the layer's index in the trunk; None is the block of a prediction module.
+    """A layer's weights, by names within the layer, which is an index in the trunk, or None for the
+    block of a prediction module. Your own layer can register here.
 
     Raises:
         UserError: no layout has such a layer.

@@ -5,7 +5,6 @@ Equal models give equal bytes: names, order, shards and JSON depend only on the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
-from mtp_lightning.interop.reading import CONFIG, INDEX
+from mtp_lightning.interop.reading import CONFIG, GENERATION, INDEX
+from mtp_lightning.interop.tensor_files import write_json
 from mtp_lightning.model import MTPModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,13 +79,13 @@ def write_folder(
     tensors = to_folder(laid_out, weights, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG, fields)
+    write_json(folder / CONFIG, fields)
     n_shards = _write_shards(folder, tensors, shard_bytes)
     if extra:
         heads.write(folder, model, DTYPES[dtype], max_positions=max_positions)
         tensors |= heads.tensors(model, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
-    _write_json(folder / "generation_config.json", tokenizer.generation_config())
+    write_json(folder / GENERATION, tokenizer.generation_config())
     return Contents(
         layer_depths=depth,
         heads=heads.where(config) if extra else "",
@@ -103,15 +103,13 @@ def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None
         (folder / name).write_text(text, encoding="utf-8")
     if "tokenizer_config.json" in beside:
         return
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.eot_token,
-            "model_max_length": max_positions,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.eot_token,
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", fields)
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> int:
@@ -122,7 +120,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) ->
         tensor_files.write(folder / file, shard, {"format": "pt"})
         table |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
     return len(shards)
 
 
@@ -136,8 +134,3 @@ def _fill(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor
 from mtp_lightning.heads import graft
+from mtp_lightning.interop.exporting import trunk_alone
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -40,7 +41,7 @@ def tuned(base: Path, folder: Path, *, by: float, context: int = 64) -> Path:
     """A folder with the base's trunk without MTP layers, after noise of ``by`` standard deviations
     was added to its matrices."""
     run = open_model(base)
-    trunk = folders.alone(run.model)
+    trunk = trunk_alone(run.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trunk.parameters():

@@ -19,7 +19,6 @@ from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE, describe
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
@@ -112,13 +111,6 @@ def random_model(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:
         generator = torch.Generator().manual_seed(1)
         model.mtp.own_head.choose(torch.randint(0, 99, (trunk.vocab_size,), generator=generator))
     return model
-
-
-def alone(model: MTPModel) -> MTPModel:
-    """A model's trunk without its MTP stack."""
-    trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
-    trunk.load_state_dict({n: t for n, t in model.state_dict().items() if n[:4] != "mtp."})
-    return trunk.eval()
 
 
 def export_run(checkpoint: Path, output: Path, **changes: Any) -> Path:

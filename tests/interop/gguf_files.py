@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.interop import llama_cpp
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
@@ -56,26 +58,18 @@ def write_gguf(
     tokens = [*SPECIALS, *WORDS]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_name("tiny")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(d_ff)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(50_000.0)
+    fields: dict[str, Any] = {
+        "block_count": LAYERS, "context_length": 128, "embedding_length": width,
+        "feed_forward_length": d_ff, "head_count": HEADS, "head_count_kv": KV,
+        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 50_000.0,
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens,
+        "token_types": [3] * len(SPECIALS) + [1] * len(WORDS), "token_merges": ["a b"],
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "chat_template": TEMPLATE,
+    }  # fmt: skip
     if kind == "llama":
-        writer.add_rope_dimension_count(width // HEADS)
-        writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIALS) + [1] * len(WORDS))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+        fields |= {"rope_dimension_count": width // HEADS, "vocab_size": len(tokens)}
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
 
     def matrix(name: str, rows: int, columns: int) -> None:
         if k_quants:
@@ -100,8 +94,7 @@ def write_gguf(
         vector(f"{block}ffn_norm.weight", width)
         for name, rows in (("q", width), ("k", kv_width), ("v", kv_width), ("output", width)):
             matrix(f"{block}attn_{name}.weight", rows, width)
-        if kind == "qwen2":
-            for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
+            if kind == "qwen2" and name != "output":
                 vector(f"{block}attn_{name}.bias", rows)
         matrix(f"{block}ffn_gate.weight", d_ff, width)
         matrix(f"{block}ffn_up.weight", d_ff, width)
@@ -113,6 +106,16 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def assert_equal_acceptance(
+    ours: Sequence[Generation], theirs: Sequence[llama_cpp.Continuation]
+) -> None:
+    """llama.cpp accepts the same share of drafts as this project, within one in a hundred."""
+    our_share = sum(sum(text.drafts_accepted) for text in ours) / sum(text.drafts for text in ours)
+    their_share = sum(text.accepted for text in theirs) / sum(text.drafted for text in theirs)
+    assert 0.15 < our_share < 0.97, "a share that could differ"
+    assert abs(our_share - their_share) <= 0.01
 
 
 def hf_model(file: Path, **settings: Any) -> Any:

@@ -85,7 +85,8 @@ def test_a_folder_names_the_tokens_that_its_heads_draft(base: Path, tmp_path: Pa
     folders.export_run(folder, tmp_path / "again", verify=False)
     assert open_model(tmp_path / "again").config["objective"] == {"draft_vocab": 20}
     folders.export_run(folder, tmp_path / "plain", verify=False, depth=0)
-    assert "objective" not in open_model(tmp_path / "plain").config
+    plain = open_model(tmp_path / "plain")
+    assert plain.model.depth == 0 and "objective" not in plain.config
     folders.change_config(folder, mtp_draft_vocab="many")
     with pytest.raises(UserError, match="mtp_draft_vocab must be a whole number"):
         open_model(folder)
@@ -192,11 +193,6 @@ def test_an_interrupted_export_leaves_nothing(
     with pytest.raises(type(error)):
         folders.export_run(base / "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_depth_0_exports_the_trunk_alone(base: Path, tmp_path: Path) -> None:
-    folders.export_run(base / "dense", tmp_path / "out", depth=0, verify=False)
-    assert read_folder(tmp_path / "out").config.mtp.depth == 0
 
 
 def test_confidence_estimates_are_left_out_and_reported(

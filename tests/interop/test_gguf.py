@@ -144,6 +144,12 @@ def test_a_type_that_gguf_cannot_dequantize_is_refused(
         open_model(file)
 
 
+def unpacked(fields: dict[str, Any], folder: Path) -> PretrainedTokenizer:
+    """The tokenizer that the keys of a file describe."""
+    assert gguf_tokenizer.unpack(fields.get, folder)
+    return PretrainedTokenizer(str(folder))
+
+
 @pytest.mark.parametrize("rule", gguf_tokenizer._RULES)
 def test_tokenizers_split_by_the_rule_that_the_file_names(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,29 +165,25 @@ def test_tokenizers_split_by_the_rule_that_the_file_names(
     fields, _ = gguf_tokenizer.to_fields(bpe, 500)
     fields |= {gguf_tokenizer.WHOLE: None, "tokenizer.ggml.pre": rule}
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert gguf_tokenizer.unpack(fields.get, tmp_path)
-    tokenizer = PretrainedTokenizer(str(tmp_path))
+    tokenizer = unpacked(fields, tmp_path)
     expected = gguf_tokenizer._ids(json.dumps(content), texts)
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert [tokenizer.decode(ids) for ids in expected] == texts
     assert tokenizer.eot_id == bpe.eot_id
     aliases = {"llama-bpe": "glm4", "qwen2": "deepseek-r1-qwen"}
     if rule in aliases:
-        alias_fields = fields | {"tokenizer.ggml.pre": aliases[rule]}
-        assert gguf_tokenizer.unpack(alias_fields.get, tmp_path)
-        other = PretrainedTokenizer(str(tmp_path))
+        other = unpacked(fields | {"tokenizer.ggml.pre": aliases[rule]}, tmp_path)
         assert [other.encode(text).tolist() for text in texts] == expected
     # Without the key, llama.cpp begins texts of Llama 3's kind alone.
     without_key = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": None}
-    assert gguf_tokenizer.unpack((fields | without_key).get, tmp_path)
-    prompt = PretrainedTokenizer(str(tmp_path)).encode_prompt("a").tolist()
+    prompt = unpacked(fields | without_key, tmp_path).encode_prompt("a").tolist()
     assert (prompt[:1] == [0]) == (rule == "llama-bpe")
     with_key = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
     assert gguf_tokenizer.unpack((fields | with_key).get, tmp_path)
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
-    for other in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
-        assert not gguf_tokenizer.unpack((fields | other).get, tmp_path)
+    for unknown in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
+        assert not gguf_tokenizer.unpack((fields | unknown).get, tmp_path)
 
 
 def merge_by_scores(text: str, scores: dict[str, float]) -> list[str]:
@@ -212,8 +214,7 @@ def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) 
         "unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "add_space_prefix": spaced,
     }  # fmt: skip
     keys = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-    assert gguf_tokenizer.unpack(keys.get, tmp_path)
-    tokenizer = PretrainedTokenizer(str(tmp_path))
+    tokenizer = unpacked(keys, tmp_path)
     merged = {piece: scores[tokens.index(piece)] for piece in pieces if len(piece) > 1}
     for _ in range(200):
         text = "".join(draw.choice([*" abcdé", "z", "\n"], draw.integers(1, 12)))
@@ -237,13 +238,11 @@ def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) 
         name = f"tokenizer.ggml.{key}"
         assert exported[name] == (keys[name] if key != "token_type" else [*kinds, 5]), key
     (tmp_path / "again").mkdir()
-    assert gguf_tokenizer.unpack(exported.get, tmp_path / "again")
-    again = PretrainedTokenizer(str(tmp_path / "again"))
+    again = unpacked(exported, tmp_path / "again")
     text = " ab  cd\u00e9 " * 3 + "z"
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
     several = keys | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 4}
-    assert gguf_tokenizer.unpack(several.get, tmp_path / "again")
-    again = PretrainedTokenizer(str(tmp_path / "again"))
+    again = unpacked(several, tmp_path / "again")
     assert again.end_ids == (2, 5, 4)
     exported, _ = gguf_tokenizer.to_fields(again, len(tokens))
     assert all(exported[name] == several[name] for name in several if "_token_id" in name)
@@ -332,7 +331,7 @@ def scaled(writer: Any) -> None:
 
 @pytest.mark.parametrize("extra", [frequencies, stretched, scaled])
 def test_rope_scaling_that_transformers_ignores_is_refused(extra: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not read from GGUF"):
+    with pytest.raises(ValueError, match="positions are not read from GGUF"):
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
 
 

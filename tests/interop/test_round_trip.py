@@ -16,11 +16,10 @@ from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.writing import Contents
-from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
-from tests import deepseek
+from tests import deepseek, models
 from tests.interop import folders
 from tests.interop.folders import Folder, read_folder
 
@@ -95,16 +94,6 @@ def test_shared_and_hidden_first_modules_are_converted(
     assert folder.config.to_dict()["mtp"] | switch != folder.config.to_dict()["mtp"]
 
 
-def model_of(variant: str, **mtp: Any) -> MTPModel:
-    config = ModelConfig(trunk=folders.DENSE, mtp=MTPConfig.find(variant)(depth=2, **mtp))
-    model = MTPModel(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.2, 0.3)
-    return model.eval()
-
-
 @pytest.mark.parametrize(
     ("variant", "mtp"),
     [
@@ -120,7 +109,7 @@ def model_of(variant: str, **mtp: Any) -> MTPModel:
 def test_heads_without_a_layout_are_in_a_separate_file(
     variant: str, mtp: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = model_of(variant, **mtp)
+    model = models.build(folders.DENSE, variant, depth=2, **mtp).eval()
     contents, folder = round_trip(model, tmp_path)
     assert contents.heads and contents.layer_depths == 0
     config = json.loads((tmp_path / "one" / "config.json").read_text())
@@ -160,7 +149,8 @@ def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> Non
 
 
 def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
-    contents = folders.write(tmp_path / "one", model_of("parameter_free"))
+    model = models.build(folders.DENSE, "parameter_free", depth=2)
+    contents = folders.write(tmp_path / "one", model)
     assert contents.layer_depths == 0 and not contents.heads
     assert read_folder(tmp_path / "one").config.mtp.variant == "none"
 

@@ -22,6 +22,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, speculators
+from mtp_lightning.interop.exporting import trunk_alone
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -59,46 +60,33 @@ def build(name: str) -> MTPModel:
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype = torch.float32) -> Path:
     """The trunk's folder with the heads inside; returns the heads'."""
-    folders.write(folder, folders.alone(model))
+    folders.write(folder, trunk_alone(model))
     options = {"max_positions": 64, "eot_id": ByteTokenizer().eot_id}
     speculators.write(folder, model, verifier=folder, dtype=dtype, **options)
     return folder / speculators.FOLDER
 
 
 # Rows and columns of the folders' matrices: widths 32, 48, two key heads of 16, 264 tokens.
+BLOCK = {
+    "input_layernorm": [32],
+    "self_attn.o_proj": [32, 64],
+    "post_attention_layernorm": [32],
+    "mlp.gate_proj": [48, 32],
+    "mlp.up_proj": [48, 32],
+    "mlp.down_proj": [32, 48],
+}
 MTP = {
-    "mtp_layers.0.token_layernorm": [32],
-    "mtp_layers.0.hidden_layernorm": [32],
-    "mtp_layers.0.input_proj": [32, 64],
-    "mtp_layers.0.input_layernorm": [32],
-    "mtp_layers.0.self_attn.q_proj": [64, 32],
-    "mtp_layers.0.self_attn.k_proj": [32, 32],
-    "mtp_layers.0.self_attn.v_proj": [32, 32],
-    "mtp_layers.0.self_attn.o_proj": [32, 64],
-    "mtp_layers.0.self_attn.q_norm": [16],
-    "mtp_layers.0.self_attn.k_norm": [16],
-    "mtp_layers.0.post_attention_layernorm": [32],
-    "mtp_layers.0.mlp.gate_proj": [48, 32],
-    "mtp_layers.0.mlp.up_proj": [48, 32],
-    "mtp_layers.0.mlp.down_proj": [32, 48],
-    "mtp_layers.0.final_layernorm": [32],
-}
+    **BLOCK, "token_layernorm": [32], "hidden_layernorm": [32], "input_proj": [32, 64],
+    "self_attn.q_proj": [64, 32], "self_attn.k_proj": [32, 32], "self_attn.v_proj": [32, 32],
+    "self_attn.q_norm": [16], "self_attn.k_norm": [16], "final_layernorm": [32],
+}  # fmt: skip
+MTP = {f"mtp_layers.0.{name}": shape for name, shape in MTP.items()}
 EAGLE = {
-    "embed_tokens": [264, 32],
-    "fc": [32, 96],
-    "layers.0.input_layernorm": [32],
-    "layers.0.hidden_norm": [32],
-    "layers.0.self_attn.q_proj": [64, 64],
-    "layers.0.self_attn.k_proj": [32, 64],
-    "layers.0.self_attn.v_proj": [32, 64],
-    "layers.0.self_attn.o_proj": [32, 64],
-    "layers.0.post_attention_layernorm": [32],
-    "layers.0.mlp.gate_proj": [48, 32],
-    "layers.0.mlp.up_proj": [48, 32],
-    "layers.0.mlp.down_proj": [32, 48],
-    "norm": [32],
-    "lm_head": [50, 32],
-}
+    **BLOCK, "hidden_norm": [32],
+    "self_attn.q_proj": [64, 64], "self_attn.k_proj": [32, 64], "self_attn.v_proj": [32, 64],
+}  # fmt: skip
+EAGLE = {f"layers.0.{name}": shape for name, shape in EAGLE.items()}
+EAGLE |= {"embed_tokens": [264, 32], "fc": [32, 96], "norm": [32], "lm_head": [50, 32]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

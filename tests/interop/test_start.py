@@ -46,18 +46,11 @@ def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return path
 
 
-class CommandLine:
+def command_line(*overrides: str) -> Any:
     """Hydra's description of the command line."""
-
-    def __init__(self, overrides: list[str]) -> None:
-        self.overrides = SimpleNamespace(task=overrides)
-        self.runtime = SimpleNamespace(choices={})
-
-    def initialized(self) -> bool:
-        return True
-
-    def get(self) -> CommandLine:
-        return self
+    task, runtime = SimpleNamespace(task=[*overrides]), SimpleNamespace(choices={})
+    described = SimpleNamespace(overrides=task, runtime=runtime)
+    return SimpleNamespace(initialized=lambda: True, get=lambda: described)
 
 
 def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
@@ -65,8 +58,8 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
 ) -> None:
     """The command line may repeat the model's settings, and say how it is computed."""
     model_settings = {"model.d_ff": 48, "model.recompute": "true", "model.init_std": 0.1}
-    overrides = [f"{key}={value}" for key, value in model_settings.items()]
-    monkeypatch.setattr(compose, "HydraConfig", CommandLine(overrides))
+    overrides = (f"{key}={value}" for key, value in model_settings.items())
+    monkeypatch.setattr(compose, "HydraConfig", command_line(*overrides))
     settings = {**SHORT, **model_settings, "init_from": base / "llama", "mtp.freeze_trunk": "true"}
     settings |= {"mtp.depth": 2}
     with caplog.at_level(logging.INFO):
@@ -150,7 +143,7 @@ def test_a_run_may_bring_the_tokenizer(base: Path, caplog: pytest.LogCaptureFixt
 def test_another_model_on_the_command_line_is_refused(
     base: Path, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "HydraConfig", CommandLine([override, "seed=1"]))
+    monkeypatch.setattr(compose, "HydraConfig", command_line(override, "seed=1"))
     key, value = override.split("=")
     settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", key: value}
     with pytest.raises(ValueError, match=message):
