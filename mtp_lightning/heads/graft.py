@@ -10,11 +10,11 @@ result.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
@@ -66,11 +66,9 @@ def main(argv: list[str], *, program: str) -> None:
     with readable_errors():
         require_inputs(args, args.base, args.tuned)
         require_number("--hours", args.hours, least=0)
-        unused = [*args.overrides, *(["--text"] if args.text else [])]
+        unused = " ".join([*args.overrides, *(["--text"] if args.text else [])])
         if unused and not args.hours:
-            raise UserError(
-                f"--hours=0 trains nothing: leave out {' '.join(unused)}, or give hours."
-            )
+            raise UserError(f"--hours=0 trains nothing: leave out {unused}, or give hours.")
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
         output = output_of(args, args.tuned, "graft")
@@ -83,7 +81,8 @@ def main(argv: list[str], *, program: str) -> None:
 def _run(args: Any, output: Path) -> None:
     base, tuned = read_model(args.base), open_model(args.tuned)
     model = grafted(base, tuned)
-    say("layers", f"{len(_modules(base))} tensors of {args.base}, of the names and shapes needed")
+    _, modules = _split(base.weights)
+    say("layers", f"{len(modules)} tensors of {args.base}, of the names and shapes needed")
     for line in differences(base.config, model.config):
         say("differs", line)
     prompts = prompts_of(model, tuned.tokenizer)
@@ -147,16 +146,15 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     if not base.config.mtp.depth or not base.config.mtp.predicts_tokens:
         raise UserError(f"{base.path} has no MTP layers to graft: give the model that has them.")
     config = ModelConfig(trunk=tuned.model.config.trunk, mtp=base.config.mtp)
-    with torch.device("meta"):
-        wanted = {n: t.shape for n, t in MTPModel(config).state_dict().items() if _is_module(n)}
-    modules = _modules(base)
-    shapes = {name: weight.shape for name, weight in modules.items()}
+    _, needed = _split(config.on_meta().state_dict())
+    _, modules = _split(base.weights)
+    wanted, shapes = ({n: x.shape for n, x in group.items()} for group in (needed, modules))
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
     require_fitting(wanted, shapes, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
-    trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
+    trunk, _ = _split(tuned.model.state_dict())
     return replace(base, config=config, weights={**trunk, **modules}).build()
 
 
@@ -164,12 +162,10 @@ def _shares(agreement: Agreement[int]) -> str:
     return ", ".join(f"{share:.1%} at depth {k}" for k, share in agreement.shares.items())
 
 
-def _is_module(name: str) -> bool:
-    return name.startswith("mtp.")
-
-
-def _modules(base: StoredModel) -> dict[str, Any]:
-    return {name: weight for name, weight in base.weights.items() if _is_module(name)}
+def _split(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of trunk and head, and of the modules."""
+    modules = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
+    return {name: weights[name] for name in weights if name not in modules}, modules
 
 
 def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:

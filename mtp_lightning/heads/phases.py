@@ -81,10 +81,9 @@ def make_plan(
     Other options replace a plan as long as no training has begun.
 
     Args:
-        model: the model that gets heads.
+        model, sources: the model that gets heads, and the files and folders that it is made of.
         folder: the folder of all results.
         args: the command's options.
-        sources: the files and folders that the model is made of.
         keep: whether a new plan is stored.
         further: train the model's own modules further.
 
@@ -95,11 +94,11 @@ def make_plan(
     from mtp_lightning.heads.planning import HeadsPlan, plan
     from mtp_lightning.run.atomic import write_json
 
-    file = folder / PLAN
+    file, heads_plan = folder / PLAN, None
     texts = [str(Path(text).resolve()) for text in args.text]
     options = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     states = [cache_key(source, "") for source in sources]
-    heads_plan, wanted = None, {"model": str(model.resolve()), **options, "sources": states}
+    wanted = {"model": str(model.resolve()), **options, "sources": states}
     if file.is_file():
         try:
             heads_plan = HeadsPlan(**read_json(file))

@@ -63,9 +63,8 @@ class HeadsPlan:
         steps: optimizer steps.
         tokens_per_second: measured generation speed; 0 with files.
         flops_per_second: measured FLOP/s of the forward pass in ``precision``.
-        weights: number of the model's weights.
+        weights, head_weights: numbers of the model's weights, and of the modules'.
         head: the kind of the modules, as in ``mtp=``.
-        head_weights: number of the modules' weights.
         overrides: further settings of training, as typed.
         depth: number of modules that are trained.
         switches: the settings of modules that the model has; empty for new ones.
@@ -73,16 +72,14 @@ class HeadsPlan:
         precision: of training, as in ``trainer.precision``.
         activations: precision of the activations while the model writes texts.
         draft_vocab: number of first token ids that the modules are trained on; None for all.
-        cache_states: whether the trunk's states of all texts are kept on disk.
-        state_bytes: their size.
+        cache_states, state_bytes: whether the trunk's states are kept on disk, and their size.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
         chat_share: share of the texts that are chats.
         context: the most positions of the model, which the export states.
         sources: the cache keys of the files that the model is made of.
-        writing: hours for the texts and the trunk's states of them.
-        training: hours for the steps.
-        others: hours for the phases after training.
+        writing, training, others: hours for the texts and the trunk's states of them, for the
+            steps, and for the phases after training.
     """
 
     model: str
@@ -143,9 +140,8 @@ class HeadsPlan:
         yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
         hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
-        later = ""
-        if self.others:
-            later = f", with {_minutes(self.others)} for start, certificate, export and speed"
+        phases = f", with {_minutes(self.others)} for start, certificate, export and speed"
+        later = phases if self.others else ""
         yield f"time       about {_minutes(hours)} in all on this machine{over}{later}"
 
     def train(self) -> list[str]:
@@ -251,6 +247,7 @@ def _plan(
     _require_trainable(path, mtp, further)
     window = min(_WINDOW, run.seq_len)
     chat, n_around = ([], 0) if files else _chat(run, window)
+    switches = ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
     sketch = HeadsPlan(
         model=str(path.resolve()),
         hours=hours,
@@ -260,7 +257,7 @@ def _plan(
         overrides=overrides,
         context=run.seq_len,
         depth=max(mtp.depth, 1),
-        switches=_switches(mtp) if further else [],
+        switches=switches if further else [],
         rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
         draft_vocab=_VOCAB if trunk.vocab_size >= 4 * _VOCAB else None,
         chat=chat,
@@ -353,13 +350,7 @@ def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
     except UserError as error:
         print(f"{run.path}: {error} No text is a chat.", file=sys.stderr)
         return [], 0
-    around = None if template is None else template.around()
-    if around is None:
+    if template is None or (around := template.around()) is None:
         return [], 0
     n = sum(len(run.tokenizer.encode_specials(text)) for text in around)
     return (list(around), n) if window + n <= run.seq_len else ([], 0)
-
-
-def _switches(mtp: MTPConfig) -> list[str]:
-    """Settings for training a model's own modules further."""
-    return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
