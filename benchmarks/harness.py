@@ -102,8 +102,8 @@ def median_times(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, float]:
     """Median seconds of functions that take turns, without the first ``warmup`` turns."""
-    timed = {name: partial(seconds_of, function) for name, function in functions.items()}
-    times = take_turns(timed, warmup + repeats)
+    calls = {name: partial(seconds_of, function) for name, function in functions.items()}
+    times = take_turns(calls, warmup + repeats)
     return {name: statistics.median(values[warmup:]) for name, values in times.items()}
 
 

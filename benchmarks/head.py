@@ -79,7 +79,7 @@ def inputs(task: Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_pass(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
-    """Forward and backward of an implementation."""
+    """Forward and backward of an implementation; returns the loss."""
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, targets)
     value.backward()

@@ -127,7 +127,7 @@ Text = Callable[[list[int], int, int, float], Row]
 
 
 def timed(decode: Callable[..., Any]) -> Text:
-    """Measure every call of a function of the same arguments, which returns the ids."""
+    """A :data:`Text` that calls ``decode``, which returns the ids, and measures the call."""
     return lambda *args: harness.timed(partial(decode, *args))
 
 

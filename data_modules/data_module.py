@@ -21,11 +21,14 @@ class TokenDataModule(StoreDataModule):
 
     Args:
         source: the corpus.
-        tokenizer: a tokenizer, or one that is trained here.
+        tokenizer: a tokenizer, or a bpe tokenizer that is trained here.
         val_fraction: expected share of validation groups (:class:`DocumentSplit`).
         split_seed: seed of the split; runs with different ``seed`` share the split.
         build_workers: processes that encode a new corpus, as in :func:`prepare_store`.
         options: options of :class:`StoreDataModule` and :class:`WindowDataModule`.
+
+    Raises:
+        UserError: a number out of range.
     """
 
     def __init__(

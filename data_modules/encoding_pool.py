@@ -41,7 +41,8 @@ def pick_workers(requested: int | None, tokenizer: Tokenizer, total_bytes: int |
         return requested
     if total_bytes is not None and total_bytes < LARGE:
         return 0
-    return n if (n := cores()) > 1 else 0
+    n = cores()
+    return n if n > 1 else 0
 
 
 def encode_documents(
@@ -62,6 +63,13 @@ def encode_documents(
             overlap.merge(other)
     finally:
         pool.close()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
+    return RuntimeError(
+        f"a process that encodes text ended with code {process.wait()}: it may have run out of "
+        "memory; data.build_workers=0 encodes without such processes"
+    )
 
 
 class EncodingPool:
@@ -87,7 +95,11 @@ class EncodingPool:
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers)
         for process in self._processes:
-            _send(process.stdin, (tokenizer.state(), dtype.str))
+            try:
+                _send(process.stdin, (tokenizer.state(), dtype.str))
+            except OSError:
+                self.close()
+                raise _ended(process) from None
             self._idle.put(process)
 
     def map(self, batches: Iterable[list[Piece]]) -> Iterator[list[Encoded]]:
@@ -117,10 +129,7 @@ class EncodingPool:
             _send(process.stdin, question)
             return pickle.load(process.stdout)  # type: ignore[arg-type]  # our own worker's
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise RuntimeError(
-                f"a process that encodes text ended with code {process.wait()}: it may have run "
-                "out of memory; data.build_workers=0 encodes without such processes"
-            ) from None
+            raise _ended(process) from None
 
     def overlaps(self) -> list[LineOverlap]:
         """The workers' line counts; call this after :meth:`map`."""

@@ -48,7 +48,8 @@ def require_sealed(folder: Path, memory: Path) -> None:
     """
     try:
         digests = json.loads((folder / FILE).read_text("utf-8"))
-        same = {n: content_digest(folder / n, memory)[1] == d for n, d in digests.items()}
+        stored = digests.items()
+        changed = next((n for n, d in stored if content_digest(folder / n, memory)[1] != d), None)
     except FileNotFoundError as error:
         if error.filename != str(folder / FILE):
             raise damaged(folder, f"{Path(error.filename).name} is missing") from error
@@ -58,9 +59,8 @@ def require_sealed(folder: Path, memory: Path) -> None:
         return
     except (ValueError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{FILE} cannot be read as digests") from error
-    for name, is_same in same.items():
-        if not is_same:
-            raise damaged(folder, f"{name} has other contents than it was built with")
+    if changed is not None:
+        raise damaged(folder, f"{changed} has other contents than it was built with")
 
 
 def damaged(folder: Path, why: str) -> UserError:

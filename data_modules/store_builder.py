@@ -230,8 +230,15 @@ def progress(description: str, total: int | None, unit: str = "B") -> tqdm:
     from tqdm import tqdm
 
     seconds = 0.1 if sys.stderr.isatty() else 60.0
-    options: dict[str, Any] = {"unit_scale": True, "mininterval": seconds, "miniters": 1}
-    return tqdm(total=total, desc=description, unit=unit, file=sys.stderr, **options)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        mininterval=seconds,
+        miniters=1,
+        file=sys.stderr,
+    )
 
 
 def _tell(line: str) -> None:

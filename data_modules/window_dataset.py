@@ -106,8 +106,11 @@ class WindowDataset(Windows):
     Attributes:
         document_mask: whether batches carry document ids.
         states: folder with a frozen trunk's states of these windows, which batches then carry.
-        limit: number of windows to keep, at most those of the file, on whose number alone the
-            choice depends; None for all.
+        limit: number of windows to keep, chosen by an order that depends only on the number of
+            windows in the file; None for all.
+
+    Raises:
+        UserError: the file has fewer windows than ``limit``.
     """
 
     file: TokenFile

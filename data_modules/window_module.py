@@ -58,7 +58,8 @@ class WindowDataModule(LightningDataModule, ABC):
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
     allow: Collection[str] = field(default=(), init=False)
-    # See :class:`StoreDataModule`.
+    # Whether a frozen trunk's states of the training windows are kept, and their folder, which the
+    # owner of the model sets (None: not kept).
     cache_states: bool = field(default=False, init=False)
     states: Path | None = field(default=None, init=False)
 

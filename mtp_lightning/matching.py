@@ -9,6 +9,7 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def run_reference(folder: str | Path) -> Reference:
 
     Raises:
         FileNotFoundError: there is no summary: the folder is not a run's, or the run is unfinished.
-        UserError: the summary lacks parameters or FLOPs.
+        UserError: the summary lacks parameters or FLOPs, or they are not above 0.
     """
     file = Path(folder) / "summary.json"
     if not file.is_file():
@@ -123,9 +124,10 @@ def run_reference(folder: str | Path) -> Reference:
         )
     try:
         summary = read_json(file)
-        return Reference(
-            name=str(folder), parameters=int(summary["parameters"]), flops=float(summary["flops"])
-        )
+        parameters, flops = int(summary["parameters"]), float(summary["flops"])
+        if not (parameters > 0 and 0 < flops < math.inf):
+            raise ValueError(f"{parameters:,} parameters, {flops:g} FLOPs")
+        return Reference(name=str(folder), parameters=parameters, flops=flops)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file} does not say what its run cost ({type(error).__name__}: {error}): "

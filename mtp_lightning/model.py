@@ -140,7 +140,8 @@ class MTPModel(nn.Module):
         ``reset_own_weights()``."""
         assert self.config.trunk.init_std is not None
         initialize(self, std=self.config.trunk.init_std, seed=seed)
-        for module in self.mtp.modules():
+        # Parts first: a module may change what they have set.
+        for module in reversed([*self.mtp.modules()]):
             if callable(reset := getattr(module, "reset_own_weights", None)):
                 reset()
 

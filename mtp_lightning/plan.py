@@ -196,11 +196,12 @@ class Plan:
         return self.devices * self.batch * self.seq_len / seconds
 
     def _ring(self, moved: float, n: int, link: float | None = None) -> float:
-        """Seconds of a ring of ``n`` devices; its slowest link is one between machines if it spans
-        several."""
+        """Seconds in which each of ``n`` devices in a ring moves ``moved`` bytes. ``link`` is the
+        speed of the slowest link in bytes/s; by default that between machines if the ring spans
+        several, else that within one."""
         machines = self.machines
         slowest = machines.near if n <= machines.in_machine else machines.far
-        return moved * (n - 1) / n / (link or slowest)
+        return moved * (n - 1) / n / (slowest if link is None else link)
 
     def _kept(self) -> float:
         """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
@@ -311,8 +312,11 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
             raise UserError(
                 f"devices={n}: give at least 1, and whole machines of {machines.in_machine}."
             )
-    sizes = {"seq_len": cfg.data.seq_len, "batch": cfg.data.batch_size}
-    plans = [Plan(model=model, devices=n, machines=machines, **sizes) for n in devices]
+    seq_len, batch = cfg.data.seq_len, cfg.data.batch_size
+    plans = [
+        Plan(model=model, devices=n, machines=machines, seq_len=seq_len, batch=batch)
+        for n in devices
+    ]
     return plans, numbers["tokens"]
 
 

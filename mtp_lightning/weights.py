@@ -136,8 +136,9 @@ def require_fitting(
     optional: Collection[str] = (),
     message: str,
 ) -> None:
-    """Compare the shapes of tensors by name. Refuse those that are missing, unless they are
-    ``optional``, unknown, or of another shape.
+    """Compare the shapes of the tensors that were found (``actual``) with those that are needed
+    (``expected``), by name. Refuse unknown tensors, tensors of another shape, and missing ones that
+    are not ``optional``.
 
     Raises:
         UserError: it names the tensors, after ``message``, which names the file.

@@ -73,7 +73,8 @@ def launch(
         module: the launcher's module, whose ``run`` runs jobs, each to its end; their status files
             say how they ended. None leaves them to workers.
         settings: keyword arguments of ``run``.
-        config: the sweep's own config, which ``loader`` composed.
+        config: the sweep's own config.
+        loader: Hydra's, which composes the jobs' configs.
         batch: every job's overrides.
         dry_run: only check and list the jobs (``--dry-run``), which leaves no folder.
 
@@ -110,7 +111,9 @@ def launch(
 def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> RunJobs:
     """The function that runs jobs with the launcher's settings, after a check of their values."""
     launcher = config.hydra.runtime.choices["hydra/launcher"]
-    for option in (option for option in groups()["hydra/launcher"] if option.name == launcher):
+    for option in groups()["hydra/launcher"]:
+        if option.name != launcher:
+            continue
         if needs := NEEDS.search(option.comment):
             require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
         for key in option.keys:

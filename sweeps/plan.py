@@ -52,8 +52,8 @@ class Recipe:
         labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
-        """The job that this recipe runs in a folder; ``program`` has Python's arguments that start
-        it."""
+        """The job that this recipe runs in a folder. ``labels`` are the overrides that distinguish
+        it from the other jobs; ``program`` has Python's arguments that start it."""
         return Job(
             folder=folder,
             overrides=tuple(overrides),
@@ -86,8 +86,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Recipe:
-        """A recipe from ``sweep.json``; a KeyError for a missing value, a ValueError for one of
-        another type."""
+        """A recipe from ``sweep.json``. Raises a KeyError for a missing value, and a ValueError for
+        one of another type."""
         values = {field.name: stored[field.name] for field in fields(cls)}
         kinds = {"program": str, "options": list, "cwd": str, "on_cpu": bool}
         for key, value in values.items():

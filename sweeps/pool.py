@@ -64,7 +64,7 @@ class Pool:
             try:
                 while True:
                     check()
-                    waiting = self._fill(source, waiting, ended)
+                    waiting = self._fill(source, waiting, ended, check)
                     if not self._running:
                         return
                     time.sleep(_LOOK_SECONDS)
@@ -79,7 +79,9 @@ class Pool:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
 
-    def _fill(self, source: Iterator[Job], waiting: Job | None, ended: Ended) -> Job | None:
+    def _fill(
+        self, source: Iterator[Job], waiting: Job | None, ended: Ended, check: Callable[[], object]
+    ) -> Job | None:
         """Starts jobs while there is room; returns the next job if it has to wait."""
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):
@@ -92,13 +94,13 @@ class Pool:
             if devices is None:
                 # No job overtakes it: a job for two devices would wait forever.
                 return waiting
-            self._start(waiting, devices, ended)
+            self._start(waiting, devices, ended, check)
             waiting = None
 
-    def _start(self, job: Job, devices: Devices, ended: Ended) -> None:
+    def _start(self, job: Job, devices: Devices, ended: Ended, check: Callable[[], object]) -> None:
         self.display.started(job, devices.name)
         try:
-            process = JobProcess(job, devices, grace_seconds=self.grace_seconds)
+            process = JobProcess(job, devices, grace_seconds=self.grace_seconds, check=check)
             self._running.append(process)
             if self.memory is not None:
                 self.memory.begin(process.group, job.processes)

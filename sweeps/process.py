@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,10 +64,17 @@ class JobProcess:
     Args:
         ignore_usr2: whether its processes ignore SIGUSR2, which Slurm sends to them too.
         grace_seconds: seconds to save and end when asked to, before it is killed.
+        check: called while it waits for a process of an earlier start; raises to end the wait.
     """
 
     def __init__(
-        self, job: Job, devices: Devices, *, ignore_usr2: bool = False, grace_seconds: float
+        self,
+        job: Job,
+        devices: Devices,
+        *,
+        ignore_usr2: bool = False,
+        grace_seconds: float,
+        check: Callable[[], object] = int,
     ) -> None:
         self.job = job
         self.devices = devices
@@ -78,14 +85,18 @@ class JobProcess:
         job.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(job.folder / _LOCK_FILE)
         # A killed sweep leaves jobs that are still saving.
-        if not self._lock.wait(seconds=grace_seconds + 60):
+        if not self._lock.wait(seconds=grace_seconds + 60, check=check):
             raise BlockingIOError(f"{job.folder} is still in use by a process of an earlier start.")
         # If the job finished after its sweep was killed, run ``true`` in its place, which records
         # it as done.
         unseen = job.nodes == 1 and _ended_unseen(job.folder)
         self._command = ("true",) if unseen else job.command
         self._started = now()
-        self._watchdog = _Watchdog(grace_seconds)
+        try:
+            self._watchdog = _Watchdog(grace_seconds)
+        except OSError:
+            self._lock.release()
+            raise
         self.group = self._watchdog.group  # the process group of all its processes
         try:
             self._popen = self._start(ignore_usr2)

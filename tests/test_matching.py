@@ -116,9 +116,10 @@ def test_wrong_settings_and_references_are_refused(tmp_path: Path) -> None:
         check_config.check({"compare": {"match": "none", "reference": "runs/a"}}, "config")
     with pytest.raises(FileNotFoundError, match="holds no summary.json"):
         matching.run_reference(tmp_path)
-    (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3}))
-    with pytest.raises(ValueError, match="does not say what its run cost .*flops"):
-        matching.run_reference(tmp_path)
+    for cost in ({}, {"flops": 0}, {"flops": float("nan")}, {"flops": -1e9}):
+        (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3, **cost}))
+        with pytest.raises(ValueError, match="(?i)does not say what its run cost .*flops"):
+            matching.run_reference(tmp_path)
 
 
 def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ class HuggingFaceSource(FileSource):
         self.field = field
         self.data_files = data_files
         self.streaming = streaming
-        self._version = {"name": name, "revision": revision}
-        self._cache_dir = cache_dir
+        self.config_name = name
+        self.revision = revision
+        self.cache_dir = cache_dir
 
     @cached_property
     def _dataset(self) -> Any:
@@ -63,11 +64,12 @@ class HuggingFaceSource(FileSource):
         try:
             dataset = datasets.load_dataset(
                 self.path,
+                name=self.config_name,
                 split=self.split,
                 data_files=self.data_files,
+                revision=self.revision,
                 streaming=self.streaming,
-                cache_dir=self._cache_dir,
-                **self._version,
+                cache_dir=self.cache_dir,
             )
         except Exception as error:  # the library raises its own types, builders' and the hub's
             problem = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
@@ -98,8 +100,8 @@ class HuggingFaceSource(FileSource):
 
     @property
     def rules(self) -> tuple[object, ...]:
-        name, revision = self._version.values()
-        rules = ("huggingface", self.path, name, self.split, self.field, revision, self.data_files)
+        names = self.path, self.config_name, self.split, self.field, self.revision
+        rules = ("huggingface", *names, self.data_files)
         if self.files:
             return rules
         # The library's digest of the downloaded data and of the builder's options.

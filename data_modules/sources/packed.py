@@ -21,7 +21,8 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed if its suffix says so.
 
     Raises:
-        UserError: also from reads inside the block, for damaged data or ``.zst`` without pyarrow.
+        UserError: for damaged or truncated data, also from reads inside the block, and for ``.zst``
+            without pyarrow.
     """
     suffix = path.suffix.lower()
     with path.open("rb") as file:

@@ -38,7 +38,8 @@ class TextSource(FileSource):
         field: name of the text field in JSON lines and parquet.
 
     Raises:
-        FileNotFoundError: from ``documents`` and ``fingerprint``, for a path without a file.
+        FileNotFoundError: from ``documents`` and ``fingerprint``, for a path that does not exist,
+            or a glob or folder without a file.
         UserError: from these too, for an empty file, one that is not UTF-8 (with the byte offset),
             a line that is not a JSON object with that field, a damaged compressed file, or parquet
             or ``.zst`` without pyarrow.
@@ -87,7 +88,7 @@ class TextSource(FileSource):
                     continue
                 try:
                     row = json.loads(text)
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # RecursionError: a nested list
                     raise UserError(
                         f"{path}, line {number}, is not JSON ({error}): fix or remove that line"
                     ) from None

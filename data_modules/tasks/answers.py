@@ -37,7 +37,8 @@ class AnswerSet:
     Attributes:
         task: the task, or an out-of-distribution variant of it.
         n: number of examples, >= 1.
-        depth: D of the model that answers, and ``stride`` its s.
+        depth: D of the model that answers.
+        stride: s, tokens from one depth's target to the next one's.
         trained: its training windows; None for a set from another distribution.
     """
 

@@ -44,7 +44,7 @@ class Example:
         prompt: ids, at least one.
         answer: ids, at least one that is not given.
         given: which tokens of the answer are read instead of answered, such as further questions;
-            None for none. They are not targets.
+            None for none. They are not targets, and decoding reads them.
     """
 
     prompt: list[int]
@@ -57,7 +57,9 @@ class Example:
     @property
     def asked(self) -> list[bool]:
         """Which tokens of the answer the model has to predict."""
-        return [not given for given in self.given or [False] * len(self.answer)]
+        if self.given is None:
+            return [True] * len(self.answer)
+        return [not given for given in self.given]
 
 
 def question_of(example: Example) -> tuple[int | None, ...]:
@@ -113,8 +115,9 @@ def option(
 
     Args:
         default: the field's default.
-        check: a function of :mod:`mtp_lightning.settings`, and ``bounds`` its further arguments.
+        check: a function of :mod:`mtp_lightning.settings`.
         null: the meaning of None, which is then allowed, for messages.
+        bounds: further arguments of ``check``.
     """
     return field(default=default, metadata={"check": partial(check, **bounds), "null": null})
 
@@ -213,7 +216,8 @@ class Task(ABC):
 
     def show(self, ids: Sequence[int]) -> str:
         """A sequence as text for people."""
-        return " ".join(self.symbols[i] for i in ids)
+        symbols = self.symbols
+        return " ".join(symbols[i] for i in ids)
 
     def draws(self, index: int) -> Draws:
         """The random numbers of an example."""

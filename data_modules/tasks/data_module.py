@@ -117,10 +117,13 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
-        options: dict[str, Any] = {"depth": self.depth, "stride": self.stride}
         return {
             name: AnswerSet(
-                task, self.eval_examples, trained=None if name else self.training, **options
+                task,
+                self.eval_examples,
+                depth=self.depth,
+                stride=self.stride,
+                trained=None if name else self.training,
             )
             for name, task in tasks.items()
         }

@@ -57,7 +57,8 @@ class SampledAnswers(TaskMeasure):
     """Values of a task computed from one answer per example, drawn at temperature 1.
 
     Args:
-        n: number of examples, and ``span`` the positions of their answers in the windows.
+        n: number of examples.
+        span: the positions of their answers in the windows.
         judge: maps all answers, in the order of their examples, to values by name.
     """
 
@@ -94,7 +95,8 @@ class AffineProbe(TaskMeasure):
 
     Args:
         name: name of the value.
-        wanted: maps tokens [B, W] to the target [B, W, S] after each of them; ``size`` is S.
+        wanted: maps tokens [B, W] to the target [B, W, S] after each of them.
+        size: S.
         d_model: C.
     """
 

@@ -3,9 +3,10 @@
 Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 4 and appendix: pairs of key and value,
 then keys again, whose values are asked for. Most queries come soon: their slots are drawn without
 repetition with a probability proportional to ``slot^(power - 1)``. Three things differ from the
-paper. An answer is the token after its query, so that a language model can predict it. Each query's
-key is drawn independently: if each key were asked once, the last values would be known without
-their keys. And one blank symbol, instead of random symbols, lies between queries.
+paper. An answer is the token after its query, so that a language model can predict it. It is
+visible to later queries, so each query's key is drawn independently: if each key were asked once,
+the last values would be known without their keys. And one blank symbol, instead of random symbols,
+lies between queries.
 
     k3 v1 k0 v7 = k0 v7 _ _ k0 v7
 """

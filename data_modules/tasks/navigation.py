@@ -124,6 +124,8 @@ class Navigation(Task):
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[TaskMeasure]:
+        """``legality`` and ``arrival`` of greedy answers, ``shortcut_mass``, ``belief_cosine``,
+        ``surprisal`` and ``excess_loss``."""
         return (
             Walks(self.world, longest_answer=self.longest_answer),
             Shortcuts(self.world),

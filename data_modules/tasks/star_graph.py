@@ -25,7 +25,8 @@ BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
 
 @dataclass(frozen=True, kw_only=True)
 class StarGraph(Task):
-    """G(degree, length).
+    """G(degree, length): prompts of 3 E + 3 tokens with E = degree (length - 1) edges, and answers
+    of ``length``.
 
     Attributes:
         degree: d, arms that leave the start, >= 1.

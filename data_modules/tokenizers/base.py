@@ -182,7 +182,7 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
         raise UserError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
     try:
         return tokenizer_class.from_state(state)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"the stored tokenizer of the kind {kind} is damaged ({type(error).__name__}: {error})"
         ) from error

@@ -33,7 +33,8 @@ class BPETokenizer(Tokenizer):
     Args:
         vocab_size: number of ids to train to, end-of-text included; a small corpus may have fewer
             merges.
-        train_bytes: most bytes to train on: the first of the training documents.
+        train_bytes: most bytes to train on: the training documents in the corpus' order, the last
+            one cut.
     """
 
     kind: ClassVar[str] = "bpe"

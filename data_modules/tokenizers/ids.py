@@ -15,11 +15,18 @@ from mtp_lightning.stored import LARGEST_VOCAB
 
 
 class IdTokenizer(Tokenizer):
-    """Reads and writes ids as numbers separated by spaces; their text is unknown. Refuses numbers
-    out of range, and any other text."""
+    """Reads and writes ids as numbers separated by spaces; their text is unknown.
+
+    Args:
+        vocab_size: number of ids.
+        eot_id: ends a document.
+
+    Raises:
+        UserError: a number out of range; in ``encode`` also a word that is not an id.
+    """
 
     kind: ClassVar[str] = "ids"
-    vocab_size = eot_id = 0  # of the class; each tokenizer has its own
+    vocab_size = eot_id = 0  # replaces abstract properties; each tokenizer sets its own
     reads_text = False
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:

@@ -13,13 +13,14 @@ from mtp_lightning.errors import UserError
 
 
 class SymbolTokenizer(Tokenizer):
-    """One id per symbol (distinct ones without white space, by id); the first is the end of a text.
-    Refuses any other text. Decoding writes a space before every symbol, so that texts can be
+    """One id per symbol; the first symbol is the end of a text. Symbols are distinct and without
+    white space. ``encode`` reads symbols separated by white space, and raises a UserError for
+    anything else; ``decode`` writes a space before each symbol, so that texts can be
     concatenated."""
 
     kind: ClassVar[str] = "symbols"
     eot_id = 0
-    vocab_size = 0  # of the class; each tokenizer has its own
+    vocab_size = 0  # replaces the abstract property; each tokenizer sets its own
     reads_text = False
 
     def __init__(self, symbols: Sequence[str]) -> None:

@@ -107,6 +107,7 @@ def app(
         work: the dotted name of the function that is called with the config. It is imported only
             then, so that --help does not wait for torch.
         part: the part that has the function; empty for the core.
+        ends_with_reader: see :func:`start`.
     """
 
     def task(cfg: DictConfig) -> None:

@@ -15,6 +15,7 @@ from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.errors import UserError, suggestion
 
 
+# Hooks that need an MTPModule type ``pl_module`` as Any: callbacks/ may not import module.py.
 @dataclass(eq=False)
 class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
@@ -28,7 +29,6 @@ class RunCallback(Callback):
         newest: what the callback measured at the newest validation, by log tag.
     """
 
-    # Subclasses type an MTPModule as Any, since callbacks/ may not import module.py.
     takes_gradients: ClassVar[str] = ""
     newest = cast(Mapping[str, float], MappingProxyType({}))  # untyped, so not a setting
 

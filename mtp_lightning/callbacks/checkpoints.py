@@ -101,8 +101,9 @@ class Checkpoints(RunCallback, Checkpoint):
 
     @property
     def _best_by(self) -> str:
-        # A new string at each call: pickle writes a known object as a reference, so a stored string
-        # would make a checkpoint's bytes depend on whether the run was resumed.
+        # A new string at each call: pickle writes an object that it has already written as a
+        # reference, so a stored string would make a checkpoint's bytes depend on whether the run
+        # was resumed.
         return f"{self.mode} {self.monitor}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,11 +117,14 @@ class Checkpoints(RunCallback, Checkpoint):
             self.best_score = state_dict["best_score"]
             self.best_step = state_dict["best_step"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Here, since Lightning does not start the training of a run that has finished before.
+        self.folder = Path(trainer.default_root_dir).absolute() / self.folder
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
         step = trainer.global_step
-        self.folder = Path(trainer.default_root_dir).absolute() / self.folder
         self._last_is_good = self._interrupted = self._terminated = False
         self._saved_step = step or None
         # Further names that the newest save gets once it has its own. A run that was killed right
@@ -251,7 +255,10 @@ class Checkpoints(RunCallback, Checkpoint):
     def _mark_last_as_best(self, trainer: pl.Trainer) -> None:
         """Handles the validation after training, if the last step had none of its own: `last.ckpt`,
         which is the validated model, may be the best."""
-        if stored_step(self.last_path) != trainer.global_step or not self._update_best(trainer):
+        step = trainer.global_step
+        if self.best_step == step or stored_step(self.last_path) != step:
+            return
+        if not self._update_best(trainer):
             return
         if trainer.is_global_zero:
             content = load(self.last_path, mapped=True)

@@ -33,10 +33,14 @@ class NanGuard(RunCallback):
 
     every_n_steps: int = 10
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets an earlier fit."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._pending: list[tuple[int, Tensor, list[bool]]] = []
         self._failure: str | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forgets an earlier fit."""
+        self._pending, self._failure = [], None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any

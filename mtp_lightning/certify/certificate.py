@@ -46,9 +46,9 @@ class Certificate:
         same_bits: whether logits are promised to be equal to the last bit on this machine.
         rows: the cells with their results.
         others: counts for other programs, if they were asked for; these programs promise nothing.
-        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. Those
-            of latent attention and experts do not, with or without drafts, since PyTorch's products
-            round differently for other numbers of rows.
+        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. With
+            latent attention or experts they do not, with or without drafts, since PyTorch's
+            products round differently for other numbers of rows.
     """
 
     model: str

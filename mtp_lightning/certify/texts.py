@@ -79,7 +79,8 @@ def prompts(
             beginnings.append([int(token) for token in ids[:length]])
         if len(beginnings) == count:
             return beginnings
-    raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
+    source = file or "The standard library"
+    raise UserError(f"{source} holds too little text for {count} prompts: give a longer --text.")
 
 
 def decode(

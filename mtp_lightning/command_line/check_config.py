@@ -253,7 +253,8 @@ def _require_exists(key: str, text: str) -> None:
 
 
 def require_prompts(path: Path) -> str:
-    """Read a file of prompts. A folder, or a file that is not UTF-8, is refused."""
+    """Read a file of prompts. A folder, or a file that is not UTF-8, raises a UserError; an
+    unreadable file raises an OSError."""
     if path.is_dir():
         raise UserError(f"prompts={path} is a folder: give a file with one prompt per line.")
     try:

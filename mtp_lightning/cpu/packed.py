@@ -2,13 +2,15 @@
 
 Such a product is limited by reading the weights from memory; three rows cost as much as one. With
 the layout of ``cpp/formats.h`` the bits of a row's result do not depend on the other rows, which
-speculative decoding requires. A weight is packed in the smallest of these formats without loss:
+speculative decoding requires. A weight is packed in the smallest of these formats that holds its
+numbers exactly:
 
 - blocks of 32 inputs with 4 or 8 bits, as in GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and in Q4_K,
-  Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). Products have the bits
-  of fp32, or after :func:`use_integers` are sums of integers (``cpp/integer.h``).
-- int8, for integers times one scale per output; the product is scaled at its end;
-- bf16 or fp16, whose products are computed in fp32;
+  Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``); products have the bits
+  of fp32, or after :func:`use_integers` are sums of integers (``cpp/integer.h``);
+- int8, a quarter of fp32's bytes, for integers times one scale per output; the product is scaled at
+  its end;
+- bf16 or fp16, half of the bytes; products are computed in fp32;
 - fp32.
 
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
@@ -226,7 +228,7 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
     lib, address = native.lib(), weight_NK.data_ptr()
 
     def attempt(kind: Kind, pack: str, *blocks: Tensor) -> PackedWeight | None:
-        """The packed weight; the attempt ends at the first number that does not fit."""
+        """The packed weight; None if a number does not fit."""
         numbers = torch.empty(lib.packed_size(outputs, inputs, kind), dtype=torch.uint8)
         fits = native.call(pack, weight_NK, *blocks, numbers, outputs, inputs, kind)
         return PackedWeight(numbers, outputs, inputs, kind) if fits else None

@@ -116,8 +116,9 @@ class AutoDepth:
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
     ) -> None:
-        """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about, by each
-        row's number of drafts accepted and verified, the first rejected one included."""
+        """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about. For each
+        row, ``accepted`` is its number of accepted drafts, and ``reached`` that of the verified
+        ones, the first rejected one included."""
         assert self._rounds is not None
         for j in range(m):
             n_reached = sum(r > j for r in reached)

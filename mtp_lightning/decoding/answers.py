@@ -46,28 +46,32 @@ class Outputs:
     def states_BPC(self) -> Tensor:
         """The trunk's final states, teacher-forced."""
         # A packed mixture begins with its first component, the trunk's own state.
-        return self._forced[0][..., : self._model.config.trunk.d_model]
+        return self._main_BPX[..., : self._model.config.trunk.d_model]
 
     @cached_property
     def forced_BW(self) -> Tensor:
         """The tokens, with the model's teacher-forced greedy choices at the scored positions."""
-        return _in_place(self.batch, self._forced[1].argmax(-1), self.batch.tokens)
+        return _in_place(self.batch, self._logits_NV.argmax(-1), self.batch.tokens)
 
     @cached_property
     def nats_BW(self) -> Tensor:
         """float64 ``-log p`` of each scored token, teacher-forced; 0 elsewhere."""
         target_N = _scored(self.batch, self.batch.tokens)
-        nats_N = F.cross_entropy(self._forced[1].double(), target_N, reduction="none")
+        nats_N = F.cross_entropy(self._logits_NV.double(), target_N, reduction="none")
         return _in_place(self.batch, nats_N, torch.zeros_like(self.batch.tokens).double())
 
     @cached_property
     def log_probs_KV(self) -> Tensor:
         """``log p`` of every id at the scored tokens, row by row, teacher-forced."""
-        return torch.log_softmax(self._forced[1].float(), dim=-1)
+        return torch.log_softmax(self._logits_NV.float(), dim=-1)
 
     @cached_property
-    def _forced(self) -> tuple[Tensor, Tensor]:
+    def _main_BPX(self) -> Tensor:
         return _teacher_forced(self._model, self.batch)
+
+    @cached_property
+    def _logits_NV(self) -> Tensor:
+        return _logits(self._model, self.batch, self._main_BPX)
 
 
 def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
@@ -118,7 +122,7 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
 def choose(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
     """``[B, W]`` the tokens, with the model's teacher-forced choices at the scored positions: every
     choice follows the true tokens. The choice is made as in :func:`say`."""
-    _, logits_NV = _teacher_forced(model, batch)
+    logits_NV = _logits(model, batch, _teacher_forced(model, batch))
     uniform_N = None if uniforms_BW is None else _scored(batch, uniforms_BW)
     return _in_place(batch, _choose_token(logits_NV, uniform_N), batch.tokens)
 
@@ -130,11 +134,17 @@ def _choose_token(logits_NV: Tensor, uniform_N: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _teacher_forced(model: MTPModel, batch: WindowBatch) -> tuple[Tensor, Tensor]:
-    """The main prediction's states [B, P, X], and the logits [N, V] of the scored tokens."""
+def _teacher_forced(model: MTPModel, batch: WindowBatch) -> Tensor:
+    """The main prediction's states [B, P, X]."""
     with torch.autocast(batch.device.type, enabled=False):
-        states_BPX = model(batch, ())[0]
-        return states_BPX, model.head(states_BPX[batch.valid(0)])
+        return model(batch, ())[0]
+
+
+@torch.no_grad()
+def _logits(model: MTPModel, batch: WindowBatch, states_BPX: Tensor) -> Tensor:
+    """The logits [N, V] of the scored tokens."""
+    with torch.autocast(batch.device.type, enabled=False):
+        return model.head(states_BPX[batch.valid(0)])
 
 
 def _scored(batch: WindowBatch, field_BW: Tensor) -> Tensor:

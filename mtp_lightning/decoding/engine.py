@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,15 +93,16 @@ class Engine:
 
             self._lookups = Lookups(model, most=options.lookup, slots=self.slots)
 
+        self._inside = ExitStack()
+
     def __enter__(self) -> Engine:
-        self._inside = decoding_passes(self._model)
-        self._inside.__enter__()
+        self._inside.enter_context(decoding_passes(self._model))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._sequences.clear()
         self._decoder = None
-        self._inside.__exit__(None, None, None)
+        self._inside.close()
 
     @property
     def sequences(self) -> Sequence[TextSequence]:
@@ -113,7 +115,7 @@ class Engine:
         return self.slots - len(self._sequences)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that :meth:`add` would refuse; from any thread.
+        """Refuse a request that :meth:`add` would refuse. Any thread may call it.
 
         Raises:
             UserError: the prompt is empty or holds an unknown token, the text would exceed the
@@ -150,7 +152,7 @@ class Engine:
         """
         if len(requests) > self.free:
             slots = f"{self.free} free slots of {self.slots}"
-            raise UserError(f"{len(requests)} requests for {slots}: wait until a sequence is over.")
+            raise UserError(f"{len(requests)} requests for {slots}: wait until one has finished.")
         for request in requests:
             self.check(request)
         if not requests:
@@ -249,8 +251,10 @@ class Engine:
 
     def _slide(self, session: Session) -> None:
         limit = self.options.max_context
+        if limit is None:
+            return
         for i, n in enumerate(session.n):
-            if limit is not None and n >= limit:
+            if n >= limit:
                 session.slide(i, _length_after_slide(limit))
 
     def _round(self, decoder: Decoder) -> Round:

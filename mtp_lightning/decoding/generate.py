@@ -14,6 +14,7 @@ from typing import Any
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Fresh, Generation
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
 OnTokens = Callable[[int, Fresh], None]
@@ -46,14 +47,16 @@ def generate(
         changes: options by name, which replace those of ``options``.
 
     Raises:
-        UserError: an option is out of range, a prompt is empty or longer than the context, or the
-            model predicts a task's whole answer at once.
+        UserError: an option is out of range, a prompt is empty or longer than the context, two
+            indices are equal, or the model predicts a task's whole answer at once.
     """
     options = replace(options or DecodingOptions(), **changes)
     # Allocate storage for no more texts than there are.
     options = replace(options, batch_size=min(options.slots, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
     indices = range(len(prompts)) if indices is None else indices
+    if len(set(indices)) < len(indices):
+        raise UserError(f"indices={list(indices)} must differ: give each prompt its own.")
     requests = [options.request(p, index) for index, p in zip(indices, prompts, strict=True)]
     for request in requests:
         engine.check(request)

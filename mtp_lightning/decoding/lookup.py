@@ -107,7 +107,7 @@ def lookups_alone(prompts: Sequence[Prompt], generations: Sequence[Generation]) 
 
 class Lookups:
     """The lookups of a decoding engine's texts, of which ``slots`` are decoded together, with at
-    most ``most`` drafts of a round."""
+    most ``most`` drafts per round."""
 
     def __init__(self, model: MTPModel, *, most: int, slots: int) -> None:
         self._model = model

@@ -160,7 +160,8 @@ class Decoder:
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            looked_up: for each row, the drafts that were looked up for it in place of the modules'.
+            looked_up: for each row, the drafts that were looked up for it in place of the
+                modules'; empty for none in any row.
         """
         caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
         drafts = self._drafts(n_drafts, noise_BR)

@@ -134,8 +134,8 @@ class TreeSession(Session):
         return self.model.head(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
-        """Keep the pending token and a path of the tree in every row: nodes, node 0 first. Entries
-        after a row's accepted drafts are ignored."""
+        """Keep the pending token and a path of the tree in every row. ``path_BE`` holds the path's
+        nodes, node 0 first; entries after a row's ``accepted`` drafts are ignored."""
         self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
             tree_states = self.trunk_cache.spans.read(self.states[0])

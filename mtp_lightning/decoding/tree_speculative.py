@@ -114,9 +114,9 @@ class TreeDecoder(Decoder):
 def _result(
     tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int
 ) -> RowResult:
-    """The result of a round for one row, from its new tokens, node 0 and the accepted nodes
-    (``path``), the token of every node, that of node 0 ignored (``draft``), and the deepest level
-    that could be accepted."""
+    """The result of a round for one row. ``path`` is node 0 and the accepted nodes, ``draft`` the
+    token of every node (that of node 0 is ignored), and ``limit`` the deepest level that could be
+    accepted."""
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
     depths = {node: depth for depth, node in levels if node not in path}
     index, parents = {node: i for i, node in enumerate(depths)}, tree.parents()

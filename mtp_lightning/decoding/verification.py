@@ -65,7 +65,7 @@ def accept_or_resample(
 
 def draft_probs(p_BTV: Tensor, q_BMN: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
     """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
-    drawn from."""
+    drawn from; arguments as for :func:`accept_or_resample`."""
     index = draft_BM.unsqueeze(-1)
     p_BMV = p_BTV[:, : draft_BM.shape[1]]
     return p_BMV.gather(-1, index).squeeze(-1), q_BMN.gather(-1, index).squeeze(-1)
@@ -81,8 +81,17 @@ def with_own_token(
     weight_B: Tensor | None = None,
 ) -> Tensor:
     """The drafts, and after the accepted ones one token of the trunk: after a rejection, drawn
-    from ``max(weight p - q, 0)`` renormalized, else from p. The other arguments and the result are
-    those of :func:`accept_or_resample`; the weight is 1 by default."""
+    from ``max(weight p - q, 0)`` renormalized, else from p. Further arguments are as for
+    :func:`accept_or_resample`.
+
+    Args:
+        accepted_B: the number of drafts kept.
+        noise_B: uniform numbers of [0, 1).
+        weight_B: 1 by default.
+
+    Returns:
+        Tokens [B, T], of which the first ``accepted + 1`` are valid.
+    """
     rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     p_BV = p_BTV[rows, accepted_B]

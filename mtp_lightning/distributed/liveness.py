@@ -54,8 +54,9 @@ def errors_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
 
 def gone_peer(evidence: str, folder: Path | None = None) -> UserError:
     """The error for a process that has ended early, with the evidence for it."""
-    continues = f"With run_dir={folder} the same command continues from the last checkpoint."
-    remedy = "Start all of them again." if folder is None else continues
+    remedy = "Start all of them again."
+    if folder is not None:
+        remedy = f"With run_dir={folder} the same command continues from the last checkpoint."
     return UserError(
         f"another process of this run has ended ({evidence}), so this one ends too: the last lines "
         f"of its output say why. {remedy}"

@@ -260,7 +260,8 @@ def _connected(rank: int, size: int, local_rank: int, node: int) -> Rendezvous:
 
 
 def _reach(host: str, port: int) -> None:
-    """Wait for the first process, which may start late; a :class:`UserError` if it does not."""
+    """Wait for the first process, which may start late. Raises a :class:`UserError` if it does
+    not."""
     began, reported = time.monotonic(), False
     while True:
         try:

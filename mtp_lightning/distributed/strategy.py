@@ -116,8 +116,8 @@ class ShardedStrategy(ModelParallelStrategy):
         self.settled(wait=not self.writes_beside)
 
     def settled(self, *, wait: bool) -> bool:
-        """Whether the newest checkpoint is complete; an OSError if it could not be written. All
-        processes must call this together."""
+        """Whether the newest checkpoint is complete. Raises an OSError if it could not be written.
+        All processes must call this together."""
         if self._writing is not None:
             writing, self._writing = self._writing, None  # stays None if `ended` raises
             if not writing.ended(wait=wait):

@@ -106,7 +106,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
 
 
 def build_mtp(cfg: DictConfig) -> MTPConfig:
-    """Configure the stack from the group ``mtp``; a :class:`UserError` refuses a setting."""
+    """Configure the stack from the group ``mtp``. A setting that is not allowed raises a
+    :class:`UserError`."""
     options: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
     if cfg.mtp.get("weights", "") is None:  # of mtp=bag
         options["weights"] = "none" if "task" in cfg.data else "idf"

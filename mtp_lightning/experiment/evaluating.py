@@ -73,8 +73,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     weight = run.model.head.weight
     if kernels := kernels_line(weight.device.type):
         print(kernels)
-    settings = {"eval_bytes": cfg.eval_bytes, "cache_dir": cfg.paths.cache_dir}
-    data = validation_data(run, data=cfg.get("data"), allow=allow, **settings)
+    cache_dir = cfg.paths.cache_dir
+    data = validation_data(
+        run, data=cfg.get("data"), eval_bytes=cfg.eval_bytes, cache_dir=cache_dir, allow=allow
+    )
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
     with precision_of(run), as_decoded, torch.inference_mode():

@@ -187,8 +187,9 @@ def continue_prompts(
 
 def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
     """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of
-    the tokens that the modules were trained on. ``rows`` texts are mostly decoded together; None
-    for one, in a server. An option out of range raises a :class:`UserError`."""
+    the tokens that the modules were trained on. ``rows`` is the number of texts that are mostly
+    decoded together; a server gives None, which counts as one. An option out of range raises a
+    :class:`UserError`."""
     defaults: dict[str, Any] = {"max_context": run.seq_len}
     drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
     if cfg.draft_vocab is None and drafts and not cfg.compile:

@@ -124,7 +124,8 @@ def start_from(
 ) -> dict[str, list[str]]:
     """Load the weights of ``start`` into a freshly initialized model. Modules that ``start`` lacks
     are initialized by ``mtp.init``; ``last_block`` reads ``windows``, which is training text. The
-    result and the errors are those of :func:`check_start`."""
+    result is that of :func:`check_start`; the errors are its own and those of
+    :func:`~mtp_lightning.weights.load_weights`."""
     modules = check_start(model, start)
     kept, new = modules["kept"], modules["new"]
     stored: dict[str, torch.Tensor | Stored] = {

@@ -56,7 +56,8 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         cause = error.__cause__
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
-        if isinstance(cause, TypeError):
+        # Lightning's error of a wrong setting, by name, since generating imports no lightning.
+        if isinstance(cause, TypeError) or type(cause).__name__ == "MisconfigurationException":
             raise UserError(f"{target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
             raise UserError(not_importable(str(target), cause)) from error
@@ -80,8 +81,10 @@ def _require_annotated(kind: type, settings: Mapping[str, Any], path: str) -> No
         check = _CHECKS.get(names[0])
         if name not in settings or check is None or not set(names[1:]) <= {"None"}:
             continue
-        if settings[name] is not None or "None" not in names:
-            check(f"{path}.{name}", settings[name])
+        value = settings[name]
+        if value is parameter.default or (value is None and "None" in names):
+            continue
+        check(f"{path}.{name}", value)
 
 
 def rebuild(

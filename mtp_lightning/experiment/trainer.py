@@ -31,9 +31,9 @@ _OWN_TRAINER_KEYS = (
 
 
 def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
-    """Build the loggers of the group ``logger``, and drop logs after the step ``resume_step``. One
-    of them is always ``metrics.csv``, which sweeps, search and reports read. A wrong setting or a
-    missing package is a :class:`UserError`."""
+    """Build the loggers of the group ``logger``; one is always that of ``metrics.csv``, which
+    sweeps, search and reports read. Logs after the step ``resume_step`` are dropped (None: a new
+    run). A wrong setting or a missing package raises a :class:`UserError`."""
     built: dict[str, Any] = {}
     for key, node in (cfg.get("logger") or {}).items():
         try:

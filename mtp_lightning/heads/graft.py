@@ -88,11 +88,12 @@ def _run(args: Any, output: Path) -> None:
     prompts = prompts_of(model, tuned.tokenizer)
     max_new = max(8, tuned.seq_len - max(map(len, prompts)))
     texts = own_texts(model, prompts, min(args.new_tokens, max_new))
-    agreement = agreement_of_depths(model, texts)
+    draft_vocab = draft_vocab_of(base.run_config)
+    agreement = agreement_of_depths(model, texts, draft_vocab)
     say("agreement", f"{_shares(agreement)} with the tuned trunk, on its own texts")
     needs_training = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
-        before = agreement_of_depths(base.build(), texts)
+        before = agreement_of_depths(base.build(), texts, draft_vocab)
         say("", f"{_shares(before)} with the base's trunk, on the same texts")
         needs_training = agreement.fell_from(before)
     say("", f"{agreement.constant:.1%} the same token everywhere")
@@ -105,7 +106,7 @@ def _run(args: Any, output: Path) -> None:
         dtype="float32",
         max_positions=tuned.seq_len,
         shard_bytes=5 * 10**9,
-        draft_vocab=draft_vocab_of(base.run_config),
+        draft_vocab=draft_vocab,
     )
     checkpoint = folder
     if needs_training and args.hours:
@@ -129,7 +130,8 @@ def _trained_on(
     """Train the layers on, and choose the better of before and after."""
     plan = make_plan(folder, output, args, [args.base, args.tuned], keep=True, further=True)
     run = run_training(plan, output)
-    after = agreement_of_depths(open_model(run).model, texts)
+    trained = open_model(run)
+    after = agreement_of_depths(trained.model, texts, draft_vocab_of(trained.config))
     say("agreement", f"{_shares(after)} after training on")
     if after.shares[1] <= before.shares[1]:
         say("", "training on did not help: the layers stay as they were")
@@ -146,7 +148,10 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     if not base.config.mtp.depth or not base.config.mtp.predicts_tokens:
         raise UserError(f"{base.path} has no MTP layers to graft: give the model that has them.")
     config = ModelConfig(trunk=tuned.model.config.trunk, mtp=base.config.mtp)
-    _, needed = _split(config.on_meta().state_dict())
+    model = config.on_meta()
+    if reason := model.mtp.draft_obstacle():
+        raise UserError(f"The layers of {base.path} cannot draft: {reason}")
+    _, needed = _split(model.state_dict())
     _, modules = _split(base.weights)
     wanted, shapes = ({n: x.shape for n, x in group.items()} for group in (needed, modules))
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
@@ -163,7 +168,7 @@ def _shares(agreement: Agreement[int]) -> str:
 
 
 def _split(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights of trunk and head, and of the modules."""
+    """Two dicts: the weights of trunk and head, and those of the modules."""
     modules = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
     return {name: weights[name] for name in weights if name not in modules}, modules
 

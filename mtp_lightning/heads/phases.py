@@ -94,11 +94,12 @@ def make_plan(
     from mtp_lightning.heads.planning import HeadsPlan, plan
     from mtp_lightning.run.atomic import write_json
 
-    file, heads_plan = folder / PLAN, None
+    file = folder / PLAN
     texts = [str(Path(text).resolve()) for text in args.text]
     options = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     states = [cache_key(source, "") for source in sources]
     wanted = {"model": str(model.resolve()), **options, "sources": states}
+    heads_plan = None
     if file.is_file():
         try:
             heads_plan = HeadsPlan(**read_json(file))

@@ -72,7 +72,8 @@ class HeadsPlan:
         precision: of training, as in ``trainer.precision``.
         activations: precision of the activations while the model writes texts.
         draft_vocab: number of first token ids that the modules are trained on; None for all.
-        cache_states, state_bytes: whether the trunk's states are kept on disk, and their size.
+        cache_states, state_bytes: whether the trunk's states of all texts are kept on disk, and
+            their size.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
         chat_share: share of the texts that are chats.
@@ -247,7 +248,7 @@ def _plan(
     _require_trainable(path, mtp, further)
     window = min(_WINDOW, run.seq_len)
     chat, n_around = ([], 0) if files else _chat(run, window)
-    switches = ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
+    kept = [f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning]
     sketch = HeadsPlan(
         model=str(path.resolve()),
         hours=hours,
@@ -257,7 +258,7 @@ def _plan(
         overrides=overrides,
         context=run.seq_len,
         depth=max(mtp.depth, 1),
-        switches=switches if further else [],
+        switches=["mtp.init=random", *kept] if further else [],
         rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
         draft_vocab=_VOCAB if trunk.vocab_size >= 4 * _VOCAB else None,
         chat=chat,

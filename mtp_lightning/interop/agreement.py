@@ -43,8 +43,13 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Agreement(Generic[Key]):
-    """For each module, whether its choice is the trunk's at each position, bool [N], and the
-    constant share that the trunk's most common choice would get everywhere."""
+    """How often modules agree with the trunk.
+
+    Attributes:
+        rights: for each module, whether its choice is the trunk's at each position, bool [N].
+        constant: the share that the trunk's most common choice would get if it were made
+            everywhere.
+    """
 
     rights: dict[Key, Tensor]
     constant: float
@@ -97,8 +102,11 @@ def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
 
 
 @torch.inference_mode()
-def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[int]:
-    """Compare each depth's choice with the trunk's choice at the token that it predicts."""
+def agreement_of_depths(
+    model: MTPModel, texts: Sequence[Tensor], draft_vocab: int | None = None
+) -> Agreement[int]:
+    """Compare each depth's choice, among the first ``draft_vocab`` ids if given, with the trunk's
+    choice at the token that it predicts."""
 
     def compare(text: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         batch = WindowBatch(text.unsqueeze(0), model.depth)
@@ -107,15 +115,18 @@ def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[i
         matches = {}
         for k, h_BTC in states.items():
             logits_BTV = model.draft_logits(k, h_BTC, batch.tokens[:, k : k + h_BTC.shape[1]])
-            matches[k] = logits_BTV[0].argmax(-1)[:-k] == chosen[k:]
+            matches[k] = logits_BTV[0, :-k, :draft_vocab].argmax(-1) == chosen[k:]
         return chosen, matches
 
     return _join(map(compare, texts))
 
 
 @torch.inference_mode()
-def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[Convention]:
-    """Compare depth 1's choice with the trunk's, as a sequential module of each convention."""
+def agreement_of_conventions(
+    model: MTPModel, texts: Sequence[Tensor], draft_vocab: int | None = None
+) -> Agreement[Convention]:
+    """Compare the choice of depth 1, as a sequential module of each convention, with the trunk's.
+    The choice is among the first ``draft_vocab`` ids, if given."""
     stacks, trunk = {}, model.config.trunk
     for input_norm, concat in _CONVENTIONS:
         config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
@@ -134,8 +145,8 @@ def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreem
             hidden = model.trunk.state(output, "final", input_norm)
             ctx = ForwardContext.of_window(trunk, n, device=text.device)
             inputs = StackInputs(hidden[:, :n], tokens, embedded, ctx)
-            drafted = model.head(dict(stack.states(inputs, [1]))[1])[0].argmax(-1)
-            rights[input_norm, concat] = drafted == chosen
+            logits_BTV = model.head(dict(stack.states(inputs, [1]))[1])
+            rights[input_norm, concat] = logits_BTV[0, :, :draft_vocab].argmax(-1) == chosen
         return chosen, rights
 
     return _join(map(compare, texts))

@@ -112,8 +112,8 @@ def _filled(
 
 
 def readers_of(config: ModelConfig, model_type: str, depth: int, *, extra: str) -> Iterator[str]:
-    """What other programs do with a folder, in sentences: one with ``depth`` MTP layers, or with
-    the heads in a file or folder ``extra`` instead; empty if there is none."""
+    """What other programs do with a folder of ``depth`` MTP layers, in sentences. ``extra`` is the
+    file or folder that holds the heads instead; empty if there is none."""
     if extra == eagle3.FOLDER:
         yield (
             f"vLLM and SGLang have loaders for {extra}/, which is EAGLE-3's layout; neither was "

@@ -12,9 +12,10 @@ The command is ``mtp_lightning/apps/doctor.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.opening import OpenedModel, pretrained_state
+from mtp_lightning.opening import OpenedModel, draft_vocab_of, pretrained_state
 from mtp_lightning.weights import build_model, require_held
 
 _FIRST = "acceptance_position_1"  # the rate of first drafts that the trunk accepts
@@ -111,13 +112,15 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
     layout = module_layout(fields["model_type"])
     stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
-    if not stored:
-        reason = "holds no MTP tensors and declares no MTP layers: there is nothing to draft."
-        if declared:
-            reason = f"declares {declared} MTP layer(s) and holds none of their tensors: they were "
-            reason += "lost when it was written."
-        return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
+    if not stored:
+        reason = (
+            f"declares {declared} MTP layer(s) and holds none of their tensors: they were lost "
+            "when it was written."
+            if declared
+            else "holds no MTP tensors and declares no MTP layers: there is nothing to draft."
+        )
+        return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
     config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
     modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
@@ -128,7 +131,8 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
         unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
         needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
-        diagnosis = _measure(diagnosis, config, needed, new_tokens, whole=lost is None)
+        drafts = _draft_vocab(fields)
+        diagnosis = _measure(diagnosis, config, needed, new_tokens, drafts, whole=lost is None)
     return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
 
 
@@ -149,6 +153,7 @@ def _measure(
     config: ModelConfig,
     parts: dict[str, StoredTensor],
     new_tokens: int,
+    draft_vocab: int | None,
     *,
     whole: bool,
 ) -> Diagnosis:
@@ -160,8 +165,10 @@ def _measure(
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(first.mtp, SequentialConfig)
     meant = (first.mtp.input_norm, first.mtp.concat)
-    agreement = agreement_of_conventions(model, texts)
-    drafted = generate(model, prompts, max_new_tokens=new_tokens) if whole else []
+    agreement = agreement_of_conventions(model, texts, draft_vocab)
+    drafted = []
+    if whole:
+        drafted = generate(model, prompts, max_new_tokens=new_tokens, draft_vocab=draft_vocab)
     return replace(
         diagnosis,
         meant=meant,
@@ -170,6 +177,11 @@ def _measure(
         constant=agreement.constant,
         acceptance=rates(drafted).get(_FIRST) if whole else None,
     )
+
+
+def _draft_vocab(fields: Mapping[str, Any]) -> int | None:
+    """The number of first token ids that a folder's modules draft; None for all."""
+    return draft_vocab_of(config_reading.run_config(fields))
 
 
 def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
@@ -226,9 +238,10 @@ def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
 
 def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    _, config, weights = describe(path)
+    fields, config, weights = describe(path)
     model = build_model(config, weights, source=str(path))
-    texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens)
+    drafts = _draft_vocab(fields)
+    texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens, draft_vocab=drafts)
     acceptance = rates(texts).get(_FIRST)
     constant = most_common_share(torch.tensor([i for text in texts for i in text.token_ids]))
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"

@@ -212,7 +212,8 @@ def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -
 
 
 def trunk_alone(model: MTPModel) -> MTPModel:
-    """A model's trunk without its MTP stack."""
+    """A copy of a model's trunk without its MTP stack, in evaluation mode; its parameters need
+    gradients only if the stack trained the trunk."""
     trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}
     trunk.load_state_dict(weights)

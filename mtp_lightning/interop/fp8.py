@@ -36,8 +36,10 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
         ):
             return rows, columns
         case other:
+            names = ("quant_method", "weight_block_size")
+            shown = {n: other.get(n) for n in names} if isinstance(other, Mapping) else other
             raise UserError(
-                f"{source} has quantization_config={str(other)[:200]}: only fp8 with one scale per "
+                f"{source} has quantization_config={str(shown)[:200]}: only fp8 with one scale per "
                 "block, quant_method=fp8 and weight_block_size as in DeepSeek-V3, can be imported."
             )
 

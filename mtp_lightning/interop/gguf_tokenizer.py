@@ -50,14 +50,15 @@ _RULES = {
         _split(_SIGNS), _BYTES,
     ),
 }  # fmt: skip
-# Other names of these rules.
-_LLAMA3, _MERGED = ("llama3", "llama-v3", "falcon3", "pixtral"), ("glm4", "chatglm-bpe")
+# Other names of these rules; those of _MERGED merge a word even if it is a token.
+_LLAMA3 = ("llama3", "llama-v3", "falcon3", "pixtral")
+_MERGED = ("glm4", "chatglm-bpe")
 _ALIASES = {
     **dict.fromkeys((*_LLAMA3, *_MERGED), "llama-bpe"),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
 }
 # Rules with which llama.cpp begins a text with the beginning-of-text token, unless the file says
-# otherwise. (Those of _MERGED merge a word even if it is a token.)
+# otherwise.
 _BEGINNING = ("llama-bpe", *_LLAMA3, "tekken")
 # Tokens that end a text in llama.cpp, whatever the file's keys say.
 _END_NAMES = {

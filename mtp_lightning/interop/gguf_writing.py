@@ -34,7 +34,7 @@ class Written:
 
     Attributes:
         arch: llama.cpp's architecture.
-        modules: number of MTP modules.
+        modules: number of MTP modules after the trunk; 0 for EAGLE-3's layer alone.
         parameters: number of values in the tensors.
         notes: sentences about what is left out, how llama.cpp drafts, and what differs there.
     """

@@ -50,7 +50,7 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
-    """Write a model's stack, in the dtype of the trunk's folder, into that folder, which states
+    """Write a model's stack into the trunk's folder, its tensors in ``dtype``. The folder states
     ``max_positions`` as its context length."""
     if eagle3.fits(model.config):
         eagle3.write(folder, model, dtype, max_positions=max_positions)

@@ -36,8 +36,8 @@ _ACCEPTANCE, _ACCEPTANCE_ROUNDED = 0.01, 0.1
 
 @dataclass(frozen=True)
 class Continuation:
-    """llama.cpp's continuation of a prompt: the new tokens, their log-probabilities, None if some
-    are not reported, and the numbers of drafts and of accepted ones."""
+    """llama.cpp's continuation of a prompt: the new tokens, their log-probabilities (None if some
+    are not reported), and the numbers of drafts and of accepted ones."""
 
     ids: list[int]
     logprobs: list[float] | None

@@ -135,7 +135,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         UserError: if the package is missing.
         OSError: for a full disk, among others.
     """
-    require_package("safetensors", what=str(file), extra="hf")
+    require_package("safetensors", what="A file of safetensors", extra="hf")
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, such as copies of the embedding.
@@ -157,4 +157,5 @@ def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes indented JSON, as transformers does."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    # A path in it may have bytes that are not UTF-8.
+    file.write_bytes(f"{text}\n".encode(errors="surrogateescape"))

@@ -54,8 +54,10 @@ def renamed(name: str, hf_name: str, shape: Shape, *, copy: bool = False) -> Map
 def layer_weights(
     config: LayerConfig, trunk: TrunkConfig, layer: int | None
 ) -> Iterable[MappedWeight]:
-    """A layer's weights, by names within the layer, which is an index in the trunk, or None for the
-    block of a prediction module. Your own layer can register here.
+    """A layer's weights, by names within the layer. Your own layer can register here.
+
+    Args:
+        layer: its index in the trunk; None for the block of a prediction module.
 
     Raises:
         UserError: no layout has such a layer.

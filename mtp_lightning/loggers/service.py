@@ -26,8 +26,8 @@ class ServiceLogger(RunLogger):
     """
 
     def _join(self, folder: str | Path, service: str) -> str | None:
-        """Remember a run folder and the service's key in ``trackers.json``; return the service's
-        name of the run, None if the service does not know it.
+        """Remember a run folder, and the service's key in its ``trackers.json``; return the
+        service's name of the run, None if the folder has none yet.
 
         Raises:
             UserError: if the service's package is not installed.

@@ -96,12 +96,16 @@ def _depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
     Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
     charts of all runs, and equal ones once. A chart with intervals takes no patterns.
     """
-    charts = {"train loss": "train/loss"}
-    charts |= {f"validation {rate}": f"val/{rate}" for rate in ("loss", "accuracy")}
+    charts = {
+        "train loss": "train/loss",
+        "validation loss": "val/loss",
+        "validation accuracy": "val/accuracy",
+    }
     rates = {}
     if depth:
         charts["lambda"] = "train/lambda"
-        charts |= {f"validation {rate}": f"val/{rate}" for rate in ("agreement", "overlap")}
+        charts["validation agreement"] = "val/agreement"
+        charts["validation overlap"] = "val/overlap"
         rates["tokens per pass"] = "tokens_per_step"
     for j in range(1, depth + 1):
         rates[f"acceptance at position {j}"] = f"acceptance_position_{j}"

@@ -83,6 +83,7 @@ class Floors:
 
     Args:
         model: in evaluation mode, with depths that predict a token each and stride 1.
+        prompt_T: int64 ids of the prompt.
         generator: draws the samples, on the CPU.
         rollouts: continuations to sample, >= 1.
         seen: continuations of these to sample for an order above 0, >= 1.

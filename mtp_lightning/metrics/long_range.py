@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -47,7 +46,8 @@ class Reading:
 
 
 def read(model: MTPModel, batch: WindowBatch, *, depths: bool = True) -> Reading:
-    """Runs one pass of a model in evaluation mode over windows; ``depths`` includes 1 .. D."""
+    """Runs one pass of a model in evaluation mode over windows of its depth, at depths 0 .. D;
+    without ``depths``, at depth 0 alone."""
     hidden = model(batch, None if depths else ())
     losses, valid = [], []
     right_BT = torch.empty(0)
@@ -153,6 +153,12 @@ def contexts(seq_len: int) -> list[int]:
     return [1 << power for power in range(3, (seq_len // 2).bit_length())]
 
 
+def _last_tokens(batch: WindowBatch, context: int) -> WindowBatch:
+    """The same last targets, with only the last ``context`` tokens to read."""
+    start = batch.seq_len - context
+    return batch.map(lambda field: field[:, start:])
+
+
 class TruncatedContext(Sums):
     """``context_gain_c``: depth 0's loss of every window's last target if the model reads only the
     last c tokens, minus that with the whole window, in nats; ``context_gain_c_se``, the standard
@@ -184,9 +190,7 @@ class TruncatedContext(Sums):
         valid_B = reading.valid_KBT[0, :, -1]
         self.count += valid_B.sum()
         for i, context in enumerate(self.contexts):
-            # The same last target, with only the last tokens to read.
-            last_tokens = itemgetter((slice(None), slice(batch.seq_len - context, None)))
-            short = read(model, batch.map(last_tokens), depths=False)
+            short = read(model, _last_tokens(batch, context), depths=False)
             gain_B = (short.losses_KBT[0, :, -1] - reading.losses_KBT[0, :, -1])[valid_B].double()
             self.gain[i] += gain_B.sum()
             self.square[i] += gain_B.square().sum()
@@ -224,6 +228,7 @@ def repeat_distances(
 
     Args:
         tokens: tokens of one window, as read.
+        token_bytes: bytes of every id.
         documents: document of every token; an occurrence in another document does not count.
 
     Returns:

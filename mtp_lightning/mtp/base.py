@@ -253,7 +253,7 @@ class MTPStack(nn.Module, ABC):
     # Initialization.
     def observe_training_text(self, data: Any) -> None:
         """Read statistics that the loss needs, before the first step, from the ``training_text`` of
-        a data module.
+        a data module. Counting its ids takes a pass over the text.
 
         Raises:
             UserError: a task has no such text.

@@ -132,7 +132,8 @@ class MTPConfig(Registered, ABC, family="mtp"):
         return max(self.places_ahead - self.depth - 1, 0)
 
     def check_window(self, seq_len: int) -> None:
-        """Raise a ``UserError`` for windows of ``seq_len`` positions, too short for the targets."""
+        """Raise a ``UserError`` if windows of ``seq_len`` positions are too short for the
+        targets."""
 
     def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
         """Refuse settings of the objective that have no meaning for the stack.

@@ -54,7 +54,8 @@ class EagleConfig(ModulesConfig, variant="eagle"):
 
     Attributes:
         depth: D, steps of the training-time test.
-        layers: after how many of the trunk's blocks the states are read; None: `default_layers`.
+        layers: after how many of the trunk's blocks the three states are read; None for
+            :func:`default_layers`.
         draft_vocab: rows of the layer's own output head, for the tokens that are the most frequent
             in the training text; None is all tokens.
     """

@@ -196,8 +196,12 @@ class HeadByHead(Feed):
                 self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=auxiliary)
             )
             ((_, hidden),) = self.stack.states(stack_inputs, [k])
-        prediction = Prediction(hidden, request.targets[k], request.train_head)
-        prediction.needs_gradient = hidden.requires_grad
+        prediction = Prediction(
+            hidden,
+            request.targets[k],
+            train_head=request.train_head,
+            needs_gradient=hidden.requires_grad,
+        )
         through_head([prediction])
         losses: list[Tensor] = []
         if ctx.auxiliary is not None and auxiliary is not None:

@@ -69,7 +69,7 @@ def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:
     """Copy the weights of as many last blocks of the trunk, the experts' biases included.
 
     Raises:
-        UserError: the blocks differ from the trunk's, or are more.
+        UserError: the blocks differ from the trunk's, or are more than the trunk has.
     """
     if len(blocks) > len(trunk.blocks):
         raise UserError(
@@ -105,7 +105,7 @@ def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
     gram, target = weighted.T @ x, weighted.T @ y
     h, g = target[hidden_half], gram[hidden_half, hidden_half]
     prior = torch.zeros_like(target)
-    prior[hidden_half] = torch.eye(len(h), dtype=x.dtype) * (h.trace() / g.trace())
+    prior[hidden_half] = torch.eye(len(h), dtype=x.dtype, device=x.device) * (h.trace() / g.trace())
     s = RIDGE * gram.trace() / len(gram)
     gram.diagonal().add_(s)
     return torch.linalg.solve(gram, target + s * prior).T.to(x_NX.dtype)

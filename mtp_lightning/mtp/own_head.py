@@ -44,8 +44,8 @@ class OwnHead(nn.Module):
         return len(self.weight) == self.vocab_size
 
     def choose(self, counts_V: Tensor) -> None:
-        """Give the rows to the most frequent tokens, by how often every id occurs, int64; among
-        equals, to the smaller id."""
+        """Give the rows to the most frequent tokens; among equals, to the smaller id. ``counts_V``
+        is how often every id occurs, int64."""
         order = counts_V.argsort(descending=True, stable=True)
         self.tokens.copy_(order[: len(self.tokens)].sort().values)
 

@@ -65,11 +65,11 @@ def check_rank(config: MTPConfig) -> None:
         ("stride", "which reads the tokens between"),
         ("correction", "which lets the heads know the tokens before theirs in its own way"),
     ):
-        given, default = (str(getattr(of, name, "none")).lower() for of in (config, MTPConfig))
+        given, default = (getattr(of, name, "none") for of in (config, MTPConfig))
         if given != default:
             raise UserError(
-                f"mtp.{name}={given} has no meaning with {rank}, {reason}: set mtp.{name}="
-                f"{default}, or mtp.rank=1."
+                f"mtp.{name}={str(given).lower()} has no meaning with {rank}, {reason}: set "
+                f"mtp.{name}={str(default).lower()}, or mtp.rank=1."
             )
     if config.depth == 0:
         raise UserError(

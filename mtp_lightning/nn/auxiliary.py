@@ -37,8 +37,8 @@ class AuxiliaryOutputs:
         return [loss for losses in self.by_tag.values() for loss in losses]
 
     def add_loss(self, loss: Tensor, tag: str = "moe/sequence_loss") -> None:
-        """Add a scalar summed over the pass's windows, which is logged as ``tag``. The step's loss
-        has its mean over all windows."""
+        """Add an auxiliary loss, a scalar summed over the pass's windows, which is logged as
+        ``tag``. The step's loss has its mean over all windows."""
         if self.keep:
             self.by_tag.setdefault(tag, []).append(loss)
 

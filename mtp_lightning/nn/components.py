@@ -75,7 +75,7 @@ class LayerConfig(Registered, ABC):
     training_keys: ClassVar[tuple[str, ...]] = ()
     # Whether a token's results have the same bits in every wide pass, such as a prompt's, on a CPU
     # with the C++ (``cpu/``). If not, ``certify/`` promises equal logits only for single texts
-    # whose prompt is read in one pass, and equal texts in a batch.
+    # whose prompt is read in one pass; in a batch it promises only equal texts.
     same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod
@@ -130,7 +130,8 @@ class AttentionConfig(LayerConfig, family="attention"):
         return False
 
     def cache_entry(self, trunk: TrunkConfig) -> CacheEntry:
-        """By default, keys and values of all key-value heads."""
+        """The vectors that the cache stores per token; by default keys and values of all key-value
+        heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)
 
 

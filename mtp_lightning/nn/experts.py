@@ -38,8 +38,9 @@ def routed_experts(
 
 
 def _multiply(x_RI: Tensor, weight_EOI: Tensor, rows_E: Tensor | list[int]) -> Tensor:
-    """Multiply rows sorted by expert, [R, I] -> [R, O]: all in one product, by the ends of their
-    experts' rows, or expert by expert, by their numbers."""
+    """Multiply rows sorted by expert, [R, I] -> [R, O]. ``rows_E`` is a tensor with the end of each
+    expert's rows, for one grouped product, or a list of their numbers, for one product per
+    expert."""
     if isinstance(rows_E, Tensor):
         return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=rows_E)
     experts = zip(x_RI.split(rows_E), weight_EOI.unbind(0), strict=True)

@@ -13,7 +13,6 @@ Shapes: A components (r), C d_model, X width of a packed mixture, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -38,11 +37,13 @@ def mixed_log_probs(
     """``log q`` [..., V], which may be used as logits, of a packed mixture; ``log_probs`` returns
     the log-probabilities [..., V] of a component's states [..., C].
 
-    Components are added one at a time, so that only one more tensor of this size exists.
+    Components are added one at a time: the sum and one component exist at once.
     """
     hidden_AC, log_weights_A = unpack(mixture_X, d_model)
-    parts = (
-        log_probs(hidden_AC[..., a, :]) + log_weights_A[..., a : a + 1]
-        for a in range(hidden_AC.shape[-2])
-    )
-    return reduce(torch.logaddexp, parts)
+    log_q: Tensor | None = None
+    for a in range(hidden_AC.shape[-2]):
+        part = log_probs(hidden_AC[..., a, :]) + log_weights_A[..., a : a + 1]
+        log_q = part if log_q is None else torch.logaddexp(log_q, part)
+        del part  # before the next component is computed
+    assert log_q is not None
+    return log_q

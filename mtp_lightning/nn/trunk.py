@@ -43,8 +43,8 @@ class TrunkOutput:
 
 
 class Trunk(nn.Module):
-    """A pre-norm decoder without its output head; a pass keeps the states after ``keep_after``
-    blocks in :attr:`TrunkOutput.after`."""
+    """A pre-norm decoder without its output head. A pass keeps the state after each number of
+    blocks in ``keep_after``, in :attr:`TrunkOutput.after`."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()

@@ -20,10 +20,10 @@ def balance_experts(
 ) -> dict[str, Tensor]:
     """``b += gamma * sign(mean load - load)`` for every router, after an optimizer step.
 
-    The load of an expert is the number of tokens sent to it in the whole step: in all micro-batches
-    of this rank, whose loads ``auxiliary`` holds, and of the others. Activation recomputation does
-    not count twice. gamma is ``model.feed_forward.bias_rate``, and 0 in the last fraction
-    ``model.feed_forward.bias_frozen`` of the run, of which ``fraction`` was done before the step. A
+    The load of an expert is the number of tokens sent to it in the whole step, over all
+    micro-batches and ranks; ``auxiliary`` holds the loads of this rank. Activation recomputation
+    does not count twice. gamma is ``model.feed_forward.bias_rate``, and 0 in the last fraction
+    ``model.feed_forward.bias_frozen`` of the run; ``fraction`` of it was done before the step. A
     router that the step did not use (a depth of weight 0) keeps its biases.
 
     Returns:

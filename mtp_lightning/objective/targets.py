@@ -66,8 +66,9 @@ class ChunkTarget:
     def __init__(
         self, target: DepthTarget, rows: slice | Tensor, teacher: Teacher | None = None
     ) -> None:
-        self.depth, self.shift, self.term = target.depth, target.shift, target.term
-        self.coefficient, tokens_R = target.coefficient, target.tokens.reshape(-1)[rows]
+        self.depth, self.shift = target.depth, target.shift
+        self.coefficient, self.term = target.coefficient, target.term
+        tokens_R = target.tokens.reshape(-1)[rows]
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
         weights_R, self._values_R, self._before_R = (
             None if field is None else field.reshape(-1)[rows]

@@ -20,14 +20,13 @@ import pickle
 import shutil
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
@@ -129,7 +128,11 @@ def is_sharded(content: Any) -> bool:
 
 def without_content(value: Any) -> bool:
     """Whether a nested value has a tensor with a shape but no content (torch's device ``meta``)."""
-    return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(value))
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(without_content, value))
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def damaged(file: Path) -> UserError:
@@ -222,7 +225,8 @@ def _drop_optimizer(path: Path) -> None:
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:
-    """Refuse to save an entry that `weights_only=True` could not load, with its place and type."""
+    """Refuse to save an entry that `weights_only=True` could not load; the message names its place
+    and type."""
     kind = type(value)
     if kind in _ATOMS or kind in _TENSORS:
         return

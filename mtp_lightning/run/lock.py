@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,12 @@ class Lock:
         self._file = file
         return True
 
-    def wait(self, *, seconds: float) -> bool:
-        """Try to take the lock for some seconds; return whether it became free."""
+    def wait(self, *, seconds: float, check: Callable[[], object] = int) -> bool:
+        """Try to take the lock for some seconds; return whether it became free. An exception of
+        ``check``, called between the attempts, ends the wait."""
         until = time.monotonic() + seconds
         while not self.acquire():
+            check()
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)
@@ -71,7 +73,7 @@ class Lock:
 
     @contextmanager
     def held(self, *, seconds: float) -> Iterator[None]:
-        """Wait some seconds for the lock, and hold it during a block.
+        """Wait at most ``seconds`` for the lock, and hold it during a block.
 
         Raises:
             BlockingIOError: another process holds the lock for longer.

@@ -63,6 +63,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._columns = [STEP]
         self._row: Row = {}  # the newest row, to which later values of its step are added
         self._row_start = 0  # the offset of that row in the file
         self._opened = False
@@ -92,7 +93,8 @@ class MetricsFile:
         self._opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self._rows()
-        self._columns = list(rows[0]) if rows else [STEP]
+        if rows:
+            self._columns = list(rows[0])
         if self._last_step is not None:
             rows = [row for row in rows if int(row[STEP]) <= self._last_step]
         self._rewrite(rows)

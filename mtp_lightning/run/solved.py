@@ -20,8 +20,8 @@ def is_above(value: float, level: float) -> bool:
 def first_above(
     rows: Iterable[Mapping[str, float]], level: float = SOLVED, tag: str = EXACT
 ) -> Mapping[str, float] | None:
-    """Find the first row of ``metrics.csv`` with exact match above a level; None if there is none
-    yet. Later rows may lie below it. Other test sets have other tags."""
+    """Find the first row of ``metrics.csv`` whose exact match is above ``level`` (0 to 1); None if
+    there is none yet. Later rows may lie below it. ``tag`` is that of the test set."""
     return next((row for row in rows if is_above(row.get(tag, math.nan), level)), None)
 
 

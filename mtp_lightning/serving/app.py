@@ -163,16 +163,19 @@ class Endpoint:
         """A text as server-sent events. Its row is freed, and the request counted, in any case."""
         status = HUNG_UP
         try:
-            item: News | None = first
-            while item is not None:
+            for chunk in completion.chunks(first):
+                yield _event(chunk)
+            async for item in news:
                 for chunk in completion.chunks(item):
                     yield _event(chunk)
-                item = await anext(news, None)
             yield b"data: [DONE]\n\n"
             status = 200
         except Refusal as refusal:
             status = refusal.status
             yield _event(refusal.body)
+        except Exception:
+            status = 500
+            raise
         finally:
             watch.cancel()
             self.worker.cancel(served)

@@ -10,9 +10,15 @@ _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class Refusal(Exception):
-    """A request is refused, or its text is cut short: a sentence for people, the HTTP status, the
-    invalid field, a word for programs such as ``model_not_found``, and the seconds after which the
-    client may try again."""
+    """A request is refused, or its text is cut short.
+
+    Args:
+        message: a sentence for people.
+        status: the HTTP status.
+        param: the invalid field.
+        code: a word for programs, such as ``model_not_found``.
+        retry_after: the seconds after which the client may try again.
+    """
 
     def __init__(
         self,

@@ -120,7 +120,9 @@ class Completion:
         shown = None
         if self._request.logprobs is not None and (in_text or not self._stream):
             shown = self._chat_logprobs(in_text) if self._chat else self._logprobs(in_text)
-        reason = done and ("length" if done.finish_reason == "length" else "stop")
+        reason = None
+        if done is not None:  # in OpenAI's words
+            reason = "length" if done.finish_reason == "length" else "stop"
         return {"index": 0, **content, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:

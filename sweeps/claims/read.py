@@ -112,7 +112,8 @@ class _ClaimReader:
         where, prefix = (f" in {place}", f"{place}.") if place else ("", "")
         known, needed = (", ".join(sorted(keys)) for keys in (allowed, required))
         if not isinstance(value, dict):
-            self._refuse(f"{value}{where}", f"give a mapping of {known}")
+            named = f"{place}: {value}" if place else f"{value}"
+            self._refuse(named, f"give a mapping of {known}")
         if unknown := [key for key in value if key not in allowed]:
             self._refuse(f"the key {unknown[0]}{where}", f"known are {known}")
         if missing := sorted(key for key in required if value.get(key) is None):

@@ -42,6 +42,15 @@ def test_a_bad_first_step_does_not_blame_the_learning_rate(tmp_path: Path) -> No
         fit(module, [Checkpoints(tmp_path, monitor=None), NanGuard()])
 
 
+def test_a_checkpoint_before_the_first_step_is_saved(tmp_path: Path) -> None:
+    class SavesFirst(TinyModule):
+        def on_fit_start(self) -> None:
+            self.trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    fit(SavesFirst(), [Checkpoints(tmp_path), NanGuard()], max_steps=1)
+    assert files.load(tmp_path / "first.ckpt")["global_step"] == 0
+
+
 def test_the_error_before_any_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no good checkpoint"):
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=100, monitor=None), NanGuard()])

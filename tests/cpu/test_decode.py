@@ -68,10 +68,24 @@ def test_products_of_weights_of_16_bits_have_the_bits_of_fp32(dtype, kind):
     full = packed_weight(weight)
     assert (half.kind, full.kind) == (kind, Kind.FULL)
     assert torch.equal(half.unpacked()[:129], weight[:129])
+    assert half.unpacked()[7, 0].signbit()
+    ids = torch.tensor([7, 3, 128])
+    assert torch.equal(half.rows(ids), weight[ids])
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
     x = torch.randn(3, 40)
     x[:, 5] = x[:, 5].abs()
     assert torch.equal(half.linear(x)[:, :129], full.linear(x)[:, :129])
+
+
+def test_a_denormal_number_that_16_bits_cannot_hold_is_kept_where_denormals_count_as_0():
+    weight = torch.randn(33, 40).half().float()
+    weight[2, 3] = 1e-40
+    torch.set_flush_denormal(True)
+    try:
+        packed = packed_weight(weight)
+    finally:
+        torch.set_flush_denormal(False)
+    assert packed.kind == Kind.FULL and torch.equal(packed.unpacked(), weight)
 
 
 def test_int8_rounds_to_the_nearest_of_255_levels_per_row():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -64,6 +65,23 @@ def test_results_keep_the_order_of_the_batches():
     for result, pieces in zip(results, todo, strict=True):
         (expected,) = encode_batch(pieces, tokenizer, dtype, LineOverlap())
         assert result[0].ids.tolist() == expected.ids.tolist() and result[0][2:] == expected[2:]
+
+
+def test_a_worker_that_cannot_start_is_reported_and_all_are_ended(monkeypatch):
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        # The first one ends at once, the second one waits for its input.
+        started.append(popen(["cat"] if started else ["false"], **options))
+        if len(started) == 1:
+            started[0].wait()
+        return started[-1]
+
+    monkeypatch.setattr(encoding_pool.subprocess, "Popen", start)
+    with pytest.raises(RuntimeError, match=r"ended with code 1: .*data.build_workers=0"):
+        EncodingPool(ByteTokenizer(), np.dtype(np.uint16), 2)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
 def test_a_killed_worker_is_reported_and_leaves_no_store(tmp_path, monkeypatch, split):

@@ -232,6 +232,11 @@ def test_requests_that_do_not_fit_the_engine_are_refused():
         assert len(engine.add([request])) == 1
 
 
+def test_two_prompts_of_one_index_are_refused():
+    with pytest.raises(ValueError, match=r"indices=\[3, 3\] must differ"):
+        generate(small_model(0, 1), [[1, 2], [5, 6]], max_new_tokens=4, indices=[3, 3])
+
+
 @pytest.mark.parametrize("first_ends_first", [True, False])
 def test_two_threads_decode_with_one_model(first_ends_first):
     """Packed weights are kept until the later of the two engines ends."""

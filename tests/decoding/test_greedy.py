@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from tests.decoding.models import (
@@ -227,6 +228,8 @@ def test_decoding_restores_the_model_also_after_an_error():
     generate(model, [[1, 2]], max_new_tokens=3)
     assert [module.training for module in model.modules()] == modes
     assert is_restored(model)
+    with decoding_passes(model):
+        assert not any(module.training for module in model.modules())
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError()))
         generate(model, [[1, 2]], max_new_tokens=3)

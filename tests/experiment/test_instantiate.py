@@ -64,6 +64,11 @@ def test_a_composed_config_builds_any_importable_class(package: str) -> None:
         ({"_target_": "collections.Nothing"}, None, "Nothing.*PYTHONPATH"),
         ({"_target_": SCHEDULE, "speed": 1}, LRSchedule, "LRSchedule refuses its settings.*speed"),
         ({"_target_": SCHEDULE, "kind": "square"}, LRSchedule, "square"),
+        (
+            {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "save_top_k": -5},
+            None,
+            "ModelCheckpoint refuses its settings: .*save_top_k=-5",
+        ),
     ],
 )
 def test_a_target_that_cannot_be_built_is_one_sentence(keys, kind, message):

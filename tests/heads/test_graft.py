@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,30 @@ def test_layers_that_still_agree_with_the_trunk_are_exported(
     assert read_folder(tmp_path / "out" / "model").weights.keys() == base_weights.keys()
 
 
-def test_agreement_of_depths_with_the_trunk_equals_that_of_a_loop(base: Path) -> None:
+@pytest.mark.parametrize("draft_vocab", [None, 7])
+def test_agreement_of_depths_with_the_trunk_equals_that_of_a_loop(
+    base: Path, draft_vocab: int | None
+) -> None:
     model = open_model(base).model
     text = torch.randint(256, (20,), generator=torch.Generator().manual_seed(0))
-    agreement = graft.agreement_of_depths(model, [text])
+    agreement = graft.agreement_of_depths(model, [text], draft_vocab)
     assert [len(rights) for rights in agreement.rights.values()] == [16, 15]
     with torch.no_grad():
         hidden = model(WindowBatch(text.unsqueeze(0), 2))
-        choices = {k: model.head(h)[0].argmax(-1).tolist() for k, h in hidden.items()}
+        vocab = {0: None, 1: draft_vocab, 2: draft_vocab}
+        choices = {
+            k: model.head(h)[0][:, : vocab[k]].argmax(-1).tolist() for k, h in hidden.items()
+        }
     for k in (1, 2):
         expected = [choices[k][i] == choices[0][i + k] for i in range(len(choices[0]) - k)]
         assert agreement.rights[k].tolist() == expected
+
+
+def test_layers_that_cannot_draft_are_refused(base: Path) -> None:
+    model = models.build(folders.dense(vocab_size=50), ParallelConfig(depth=2, stride=2))
+    stored = replace(read_model(base), config=model.config, weights=model.state_dict())
+    with pytest.raises(ValueError, match="cannot draft: .*stride"):
+        graft.grafted(stored, replace(open_model(base), model=model))
 
 
 def test_agreement_is_of_the_drafts_that_a_rescorer_chooses() -> None:

@@ -61,6 +61,7 @@ def assert_two_train_as_one(folder: Path, cache: Path, runs: Runs) -> None:
                 {t: v for t, v in row.items() if t.startswith(("train/", "balance/", "grad/"))}
                 for row in logged
             )
+            assert any(tag.startswith("train/loss_depth_") for tag in alone), name
             assert shared == pytest.approx(alone, rel=1e-5), name
         expected = weights(one / name)
         for key, tensor in weights(both / name).items():

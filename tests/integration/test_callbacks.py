@@ -65,6 +65,18 @@ def test_a_finished_run_that_is_started_again_keeps_its_speed(tmp_path: Path, ca
         assert after[tag] == before[tag] > 0
 
 
+def test_a_finished_run_that_is_started_again_removes_its_own_checkpoints(
+    tmp_path, cache, monkeypatch
+):
+    train_here(tmp_path / "run", cache)
+    (tmp_path / "checkpoints").mkdir()
+    other = tmp_path / "checkpoints" / "last.ckpt"  # of a run in the current directory
+    other.touch()
+    monkeypatch.chdir(tmp_path)
+    train_here(tmp_path / "run", cache, {"callbacks.checkpoints.keep": "none"})
+    assert other.exists() and not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_monitored_values_are_of_the_newest_step(tmp_path, cache, finished):
     """Also between two logged steps; and a callback adds values to the summary."""
     monitored: dict[int, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -67,6 +68,10 @@ def test_a_folder_of_trained_modules_is_sound(runs: Path, tmp_path: Path, name: 
     assert best > max(max(diagnosis.agreement.values()) - 0.03, diagnosis.constant + 0.05)
     assert diagnosis.acceptance is not None and diagnosis.acceptance > 0.15
     assert [len(m.lost) for m in diagnosis.modules] == [0, 0]
+    fields = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**fields, "mtp_draft_vocab": 1}))
+    only_one = doctor.examine(tmp_path / "x")  # token 0 is the only draft
+    assert only_one.acceptance is not None and only_one.acceptance < diagnosis.acceptance / 2
 
 
 def zeroed(tensors: Tensors) -> None:
@@ -141,19 +146,20 @@ def test_broken_modules_are_not_sound(
     assert re.search(message, diagnosis.verdict), diagnosis.verdict
 
 
-def test_the_agreement_of_a_convention_is_that_of_its_model() -> None:
+@pytest.mark.parametrize("draft_vocab", [None, 7])
+def test_the_agreement_of_a_convention_is_that_of_its_model(draft_vocab: int | None) -> None:
     """Against whole models, one a convention, with norm gains that tell the two states apart."""
     trunk = folders.dense(tie_embeddings=False)
     model = deepseek.build(trunk, depth=1).eval()
     texts = [torch.randint(folders.ROWS, (40,), generator=torch.Generator().manual_seed(3))]
-    rights = agreement.agreement_of_conventions(model, texts).rights
+    rights = agreement.agreement_of_conventions(model, texts, draft_vocab).rights
     for (norm, order), expected in rights.items():
         twin = deepseek.build(trunk, depth=1, input_norm=norm, concat=order).eval()
         twin.load_state_dict(model.state_dict())
         padded = torch.cat((texts[0], texts[0][:1])).unsqueeze(0)  # T = 39 positions
         with torch.no_grad():
             hidden = twin(WindowBatch(padded, 1))
-        drafted = twin.head(hidden[1])[0].argmax(-1)
+        drafted = twin.head(hidden[1])[0][:, :draft_vocab].argmax(-1)
         chosen = twin.head(twin(WindowBatch(torch.cat((padded, padded[:, :1]), 1), 1))[0])
         right = drafted == chosen[0].argmax(-1)[1:]
         assert torch.equal(expected, right)

@@ -15,7 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from data_modules.corpora import smollm2
-from data_modules.tokenizers import BPETokenizer, PretrainedTokenizer, tokenizer_from_state
+from data_modules.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    PretrainedTokenizer,
+    tokenizer_from_state,
+)
 from data_modules.windows import WindowBatch
 from mtp_lightning.certify.run import certify
 from mtp_lightning.cpu import library as native
@@ -24,13 +29,14 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_for_decoding
-from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer
+from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer, gguf_writing
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
+from tests import models
 from tests.integration.helpers import ROOT, execute
 from tests.interop import folders
 from tests.interop.folders import read_folder
@@ -130,6 +136,18 @@ def test_k_quants_decode_like_the_dequantized_model(
     options: Any = {"count": 8, "length": 6, "few": True, "precisions": ["fp32", "fp32/int8"]}
     certificate = certify(file, **options)
     assert certificate.rows and not certificate.broken()
+
+
+@pytest.mark.skipif(native.library is None, reason="no C++ for the layers on this machine")
+def test_matrices_of_f16_are_decoded_from_16_bits(tmp_path: Path) -> None:
+    model = models.build(folders.dense(), SequentialConfig(depth=1))
+    tokenizer = ByteTokenizer()
+    gguf_writing.write_file(
+        tmp_path / "m.gguf", model, tokenizer, dtype="float16", max_positions=64
+    )
+    for name, weight in open_for_decoding(tmp_path / "m.gguf").model.named_parameters():
+        packed: Any = packed_copy(weight)
+        assert weight.ndim < 2 or packed.kind == Kind.FP16, name
 
 
 def test_a_type_that_gguf_cannot_dequantize_is_refused(

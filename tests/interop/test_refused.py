@@ -65,6 +65,7 @@ SIZES: list[dict[str, Any]] = [
 CASES = [
     *((changes, next(iter(changes))) for changes in UNSUPPORTED),
     *((changes, r"config\.json ") for changes in WRONG_TYPES),
+    ({"quantization_config": {"bits": "4" * 300, "quant_method": "gptq"}}, "'gptq'"),
     *((changes, "is damaged or forged: its config asks for") for changes in SIZES),
     ({"num_key_value_heads": 3, **NO_MTP}, "config.json describes no model.*n_kv_heads=3"),
 ]

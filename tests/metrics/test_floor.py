@@ -49,8 +49,9 @@ def by_linear_program(p_NV: np.ndarray, weight_N: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_least_rejection_is_that_of_a_linear_program(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    n, size = generator.integers(1, 7), generator.integers(2, 8)
+    n, size = seed + 1, generator.integers(2, 8)
     p_NV, weight_N = generator.dirichlet([0.4] * size, n), generator.random(n)
+    p_NV[-1] = p_NV[0]  # equal distributions
     weight_N[generator.random(n) < 0.2] = 0
     least = least_rejection(torch.tensor(p_NV), torch.tensor(weight_N))
     assert least == pytest.approx(by_linear_program(p_NV, weight_N), abs=1e-9)

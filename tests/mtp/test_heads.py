@@ -22,6 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearMTP
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.losses import gradients, mtp_loss
@@ -200,6 +201,19 @@ def test_stacks_say_whether_they_draft_and_read_tokens(tiny_trunk: TrunkConfig) 
         assert make(depth=2).build(tiny_trunk).reads_tokens is reads, name
         none = make(depth=0).build(tiny_trunk)
         assert not none.reads_tokens and none.max_draft_depth == 0, name
+
+
+def test_a_module_may_change_what_its_parts_start_with(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(stack: LinearMTP) -> None:
+        stack.depths[0].weight.data.fill_(0.5)
+
+    monkeypatch.setattr(LinearMTP, "reset_own_weights", fill, raising=False)
+    model = build(tiny_trunk, "linear", depth=2)
+    model.initialize(0)
+    first, second = model.mtp.depths
+    assert (first.weight == 0.5).all() and not second.weight.any()
 
 
 @pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))

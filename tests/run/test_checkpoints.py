@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -83,6 +83,15 @@ def test_a_flipped_weight_that_torch_loads_is_found(tmp_path: Path) -> None:
     assert not same(silently, content(3, size=10_000)), "torch itself does not notice"
     assert "checksum" in (cio.inspect(path)[0] or "")
     with pytest.raises(ValueError, match="last.ckpt is damaged .*checksum"):
+        cio.load(path)
+
+
+@pytest.mark.parametrize("container", [dict, Counter, OrderedDict])
+def test_a_tensor_without_content_is_damage_in_any_container(tmp_path: Path, container) -> None:
+    path = tmp_path / "last.ckpt"
+    weights = [container(a=torch.empty(3, device="meta"))]
+    torch.save({"state_dict": {"b": weights}, "global_step": 3}, path)
+    with pytest.raises(ValueError, match="does not hold the tensors that it should"):
         cio.load(path)
 
 

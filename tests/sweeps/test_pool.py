@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,7 @@ from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import LOG_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import read_status, state_of, write_status
+from sweeps import process
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool, run
@@ -199,6 +201,18 @@ def test_a_job_waits_for_a_process_of_an_earlier_sweep(tmp_path: Path) -> None:
     assert holder.wait(120) == 0
 
 
+def test_ctrl_c_ends_the_wait_for_a_process_of_an_earlier_sweep(tmp_path: Path) -> None:
+    one = job(tmp_path / "a", DONE)
+    holder = Lock(one.folder / ".lock")
+    assert holder.acquire()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):  # else the test waits for a minute and does not raise
+        pool(1).run([one])
+    holder.release()
+    pool(1).run([one])
+    assert state_of(one.folder) == "done"
+
+
 @pytest.mark.parametrize("finished", ["since", "before", "not"])
 def test_a_job_that_finished_without_its_sweep_is_not_run_again(tmp_path, finished):
     one = job(tmp_path / "a", f"echo x >> begun; {DONE}")
@@ -242,12 +256,27 @@ def test_a_job_whose_status_cannot_be_written_is_ended(tmp_path: Path, monkeypat
     wait_until(lambda: has_ended(int(wait_for(tmp_path / "a" / "pid"))))
 
 
+def test_a_job_without_a_watchdog_is_not_started_and_keeps_no_lock(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError("no process is left")
+
+    one = job(tmp_path / "a", DONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_Watchdog", none)
+        pool(1).run([one])
+    assert status(one)["reason"] == "not started: no process is left"
+    pool(1).run([one])
+    assert state_of(one.folder) == "done"
+
+
 def test_a_job_locked_by_an_earlier_start_is_interrupted(tmp_path: Path, monkeypatch) -> None:
     """The earlier process may still finish the job; otherwise the next start runs it."""
     one = job(tmp_path / "a", DONE)
     holder = Lock(one.folder / ".lock")
     assert holder.acquire()
-    monkeypatch.setattr(Lock, "wait", lambda self, seconds: self.acquire())
+    monkeypatch.setattr(Lock, "wait", lambda self, seconds, check: self.acquire())
     pool(1).run([one])
     assert status(one)["state"] == "interrupted" and "still in use" in status(one)["reason"]
     holder.release()

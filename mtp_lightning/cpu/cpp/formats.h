@@ -75,7 +75,7 @@ struct Bf16 {
     }
 };
 
-// fp16. A panel's next numbers are prefetched by the line, of 64 bytes.
+// fp16. Two vectors are prefetched at once: with AVX-512, a line of 64 bytes.
 struct Fp16 {
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false, IN_BLOCKS = false;

@@ -87,7 +87,7 @@ static bool pack(Fp16, const float* weight, char* packed, int64_t outputs, int64
         Vector number = take(weight + at, n);
         char half[2 * LANES];
         store_fp16(half, number);
-        lost |= load_fp16(half) != number;  // also true for NaN
+        lost |= (Whole)load_fp16(half) != (Whole)number;  // bits, since denormals may count as 0
     });
     if (any(lost)) return false;
     if (!packed) return true;

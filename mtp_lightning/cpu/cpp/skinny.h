@@ -82,7 +82,7 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
         const char* panel = weight + p * size;
-        if constexpr (Format::SCALED || Format::IN_BLOCKS)  // bf16 and fp16 are unpacked by an instruction
+        if constexpr (Format::SCALED || Format::IN_BLOCKS)  // not bf16 and fp16, which one instruction unpacks
             if (rows >= WORTH_UNPACKING) {
                 sized<1>(1, width, [&](auto, auto v) {
                     many_rows<Format, v.value>(x, rows, inputs, panel, out + at, outputs, left, add);

@@ -4,7 +4,8 @@
 
 over the K tasks, the main prediction included as in the source: a task whose loss falls slowly gets
 more weight. ``t`` counts windows of steps, and ``L_k(t)`` is the mean over a window. ``r_k`` is 1
-in the first two windows, and while a depth has not been computed in both of the last two.
+in the first two windows, and where it is undefined: a depth was not computed in both of the last
+two, or its loss was 0.
 
 Cost: only reading the losses.
 """
@@ -49,7 +50,7 @@ class DWA(Balance):
     def ratios(self) -> Tensor:
         """r_k [D + 1]."""
         ratio = self._means[1] / self._means[0]
-        return torch.where(self._means.isnan().any(0), 1.0, ratio)
+        return torch.where(ratio.isfinite(), ratio, 1.0)
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         return multiplied(base, softmax_weights(self.ratios() / self.temperature, tasks_of(base)))

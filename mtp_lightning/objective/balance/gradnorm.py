@@ -63,6 +63,7 @@ class GradNorm(Balance):
             norms = torch.tensor(list(step.gradients.norms.values()), dtype=torch.float64)
             ratios = losses / self._first[tasks]
             rate = ratios / ratios.mean()
+            rate = torch.where(rate.isfinite(), rate, 1.0)  # undefined where losses are 0
             weights = self._weights[tasks]
             weighted = weights * norms
             target = weighted.mean() * rate**self.alpha

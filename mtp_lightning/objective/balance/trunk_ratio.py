@@ -6,7 +6,8 @@ Like the experts' bias (Wang et al. 2024, arXiv 2408.15664), it takes a step of 
 right direction and adds no loss term. ``g`` is measured on the whole shared trunk. A depth's lambda
 starts from the schedule's weight in the first step that computes it. From then on the rule sets it:
 later changes of the schedule are ignored, except that 0 still switches the depth off. The moving
-average starts from the first ratio. Lambdas are fixed in the last 5 % of the run.
+average starts from the first ratio; a measurement with ``|g_0| = 0`` is left out. Lambdas are fixed
+in the last 5 % of the run.
 
 Cost: that of :func:`task_gradients` on the whole shared trunk, in a step that measures.
 """
@@ -63,8 +64,8 @@ class TrunkRatio(Balance):
         norms = None if step.gradients is None else step.gradients.norms
         for k in step.computed[1:]:
             weight = self._lambdas.setdefault(k, step.factors[k])
-            if norms is not None:
-                share = weight * norms[k] / norms[0] if norms[0] else math.inf
+            if norms is not None and norms[0]:
+                share = weight * norms[k] / norms[0]
                 before = self._ratios.get(k, share)
                 self._ratios[k] = self.ema * before + (1 - self.ema) * share
                 error = self.ratio - self._ratios[k]

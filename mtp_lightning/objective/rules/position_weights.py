@@ -49,7 +49,7 @@ class PositionWeights(Rule):
         """The weights of every depth, without a gradient.
 
         Args:
-            valid: bool, where it counts; in the order of depths.
+            valid: bool, where the depth counts; in the order of depths.
             target_probs: ``q^k(x)``; empty unless :class:`TargetProb` is measured.
         """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-import mtp_lightning.objective.terms as package
+import mtp_lightning.objective.terms as terms_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require_number
@@ -65,7 +65,7 @@ class Mixture(Term):
 
 def known_terms() -> dict[str, type[Term]]:
     """The project's own terms, and those of imported modules, by name."""
-    for module in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
+    for module in pkgutil.iter_modules(terms_package.__path__, prefix=f"{terms_package.__name__}."):
         importlib.import_module(module.name)
     kinds = _subclasses(Term)  # type: ignore[type-abstract]
     return {kind.name: kind for kind in kinds if kind is not Mixture}

@@ -228,6 +228,21 @@ def test_trunk_ratio_starts_and_stays_within_its_bounds() -> None:
     assert rule.factors([1.0, 0.2, 0.0], at(9)) == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("zero", ["losses", "main loss", "gradients"])
+@pytest.mark.parametrize("make", [DWA, GradNorm, TrunkRatio])
+def test_steps_without_losses_or_gradients_leave_defined_weights(make: Any, zero: str) -> None:
+    rule = make(2, **({"window_steps": 1} if make is DWA else {"every_n_steps": 1}))
+    empty = {"losses": [0.0] * 3, "main loss": [0.0, *LOSSES[0][1:]]}.get(zero, LOSSES[0])
+    sizes = [[0.0], [0.0], [0.0]] if zero == "gradients" else [[1.0], [0.5], [2.0]]
+    for first in (True, False):  # before and after other steps
+        for losses in (empty, *LOSSES) if first else (*LOSSES, empty, *LOSSES[:2]):
+            gradients = vectors(*(sizes if losses is empty else [[1.0], [0.5], [2.0]]))
+            feed(rule, 0, losses, gradients=None if make is DWA else gradients)
+            factors = rule.factors(BASE, at(1))
+            assert all(map(math.isfinite, factors)) and min(factors) > 0, factors
+    assert factors != BASE
+
+
 def test_trunk_ratio_is_frozen_in_the_last_twentieth_of_a_run() -> None:
     rule = TrunkRatio(1, every_n_steps=1)
     measured = [rule.measures_at(at(step, 200)) for step in range(200)]

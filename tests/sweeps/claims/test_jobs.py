@@ -11,7 +11,12 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims.hours import flops_of
 from sweeps.claims.jobs import config_digest, jobs, require_equal_steps
-from sweeps.claims.preregistration import read_preregistration, register
+from sweeps.claims.preregistration import (
+    Preregistration,
+    read_preregistration,
+    register,
+    write_preregistration,
+)
 from sweeps.claims.read import names, read_claim
 from sweeps.compose import compose_run
 from tests.sweeps.claims.fixture_claims import claim_of, conf_with_own_head, predict
@@ -123,10 +128,11 @@ def test_an_arm_that_does_not_compose_is_named(tmp_path: Path) -> None:
 def test_a_preregistration_keeps_runs_and_refuses_another_config(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     begun = jobs(claim, [0, 1], RUNS)
-    register(claim, begun[:2], tmp_path, commit="c" * 40)
+    first = Preregistration(digest=claim.digest, commit="c" * 40, began="2026-01-01T00:00:00+00:00")
+    write_preregistration(first, claim, tmp_path)
     register(claim, begun, tmp_path, commit="d" * 40)
     stored = read_preregistration(claim, tmp_path)
-    assert stored.is_of(claim) and stored.commit == "c" * 40
+    assert stored.is_of(claim) and (stored.commit, stored.began) == (first.commit, first.began)
     assert stored.runs["mtp"] == {0: begun[1].name, 1: begun[3].name}
     other = claim_of(tmp_path, shared=["mtp.depth=3"])
     assert not stored.is_of(other)
