@@ -31,9 +31,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import Linear, embedding
+from mtp_lightning.nn.linear import Linear, ZeroLinear, embedding
 from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_choice, require_whole
 

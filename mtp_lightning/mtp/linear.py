@@ -22,9 +22,9 @@ from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
-from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.linear import ZeroLinear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,11 @@ from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import over_whole_heads, rope_table
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.linear import Linear, ZeroLinear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.zero_linear import ZeroLinear
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
 from mtp_lightning.nn.ops import exp_, log_softmax_
 from mtp_lightning.settings import require_whole

@@ -27,6 +27,15 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
+class ZeroLinear(Linear):
+    """``x @ weight.T``, 0 at the start: a sum with it starts as the other summand."""
+
+    @torch.no_grad()
+    def reset_own_weights(self) -> None:
+        """Start at zero; the model calls this after it has drawn all weights."""
+        self.weight.zero_()
+
+
 def embedding(rows: int, width: int) -> nn.Embedding:
     """A lookup table [rows, width], not yet initialized: PyTorch's own initialization, on the
     ``meta`` device, would import 800 modules."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
 from typing import Any
@@ -89,8 +90,8 @@ class BodyParser:
                 logprobs=logprobs,
                 draft_depth=body.draft_depth,
             )
-        except ValueError as error:  # "NAME=VALUE must .."
-            name = str(error).partition("=")[0]
+        except ValueError as error:  # "NAME must .." or "NAME=VALUE .."
+            name = re.split("[ =]", str(error), maxsplit=1)[0]
             param = name if name in type(body).model_fields else None
             raise Refusal(str(error), param=param) from error
         if body.stream_options.model_fields_set and not body.stream:
