@@ -30,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Leftovers(Path(__file__).parents[1]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the wheel come first. A worker without tests takes the last ones of another, and
+    would build the wheel again, which takes two minutes."""
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Every test draws the same numbers, alone and after others; so do its fixtures, of whatever
