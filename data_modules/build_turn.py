@@ -50,7 +50,8 @@ def folder_to_build(target: Path) -> Path | None:
             except FileExistsError:  # another process was faster
                 continue
             if target.is_dir():  # the previous builder has just finished
-                folder.rmdir()
+                with suppress(FileNotFoundError):  # it may have removed this folder, too
+                    folder.rmdir()
                 break
             if killed:
                 shutil.rmtree(newest, ignore_errors=True)

@@ -85,7 +85,7 @@ class EncodingPool:
         }
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "data_modules.encoding_pool"],
+                [sys.executable, "-P", "-m", "data_modules.encoding_pool"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -161,7 +161,7 @@ def _work() -> None:
     while True:
         try:
             batch = pickle.load(questions)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the main process has ended
             return
         answer: Any = overlap
         if batch is not None:

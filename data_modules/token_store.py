@@ -145,7 +145,7 @@ def count_ids(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray
     """``[vocab_size]`` int64, how often each id occurs."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), _BLOCK):
-        counts += np.bincount(tokens[start : start + _BLOCK], minlength=vocab_size)
+        counts += np.bincount(tokens[start : start + _BLOCK].astype(np.int64), minlength=vocab_size)
     return counts
 
 

@@ -52,7 +52,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # also Python's own errors, of nested blocks
             raise UserError(f"the model's chat template is not one of Jinja: {error}.") from error
         self._specials = dict(specials)
 

@@ -10,9 +10,10 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, n_weights
@@ -23,6 +24,9 @@ from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
+
+if TYPE_CHECKING:
+    from mtp_lightning.objective.balance.gradients import Scope
 
 # The most points of a run at which the cost of a step is computed; it is constant between them.
 _SAMPLES = 10_000
@@ -36,11 +40,13 @@ class Length:
         seq_len: T.
         max_steps: optimizer steps.
         tokens_per_step: depth-0 targets of one optimizer step, all ranks.
+        stored_states: whether the trunk's states are read, and not computed.
     """
 
     seq_len: int
     max_steps: int
     tokens_per_step: int
+    stored_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,12 @@ def total_flops(
     """
     steps = length.max_steps
     samples = min(steps, _SAMPLES)
+    main = cost.config.mtp.trains_trunk or balance.observes
+
+    def per_token(active: Sequence[int], scope: Scope | None = None) -> float:
+        window = cost(length.seq_len, active, main=main, stored=length.stored_states, scope=scope)
+        return window // length.seq_len
+
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
     total = 0.0
     for sample in range(samples):
@@ -182,9 +194,9 @@ def total_flops(
         if kind not in costs:
             costs[kind] = 0.0
             for chance, active in balance.active_sets(base):
-                flops: float = cost.per_token(length.seq_len, active)
+                flops = per_token(active)
                 if balance.scope is not None and not rests:
-                    measured = cost.per_token(length.seq_len, active, scope=balance.scope)
+                    measured = per_token(active, balance.scope)
                     flops += 1 / balance.every_n_steps * (measured - flops)
                 costs[kind] += chance * flops
         total += costs[kind]

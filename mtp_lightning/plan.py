@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from data_modules.windows import RandomKey
 from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel, n_weights
@@ -32,6 +33,7 @@ from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.cost import StepCost, counted_flops, window_on_meta
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.through_head import chunk_rows
 from mtp_lightning.settings import require_number, require_whole
 
@@ -132,6 +134,7 @@ class Plan:
     batch: int  # windows per micro-batch of a device
     devices: int  # of all machines
     machines: Machines = Machines()
+    objective: Objective = CROSS_ENTROPY
 
     @property
     def shard(self) -> int:
@@ -217,7 +220,8 @@ class Plan:
     def _stack_in_blocks(self) -> float:
         """FLOPs that the stack adds to a forward pass, as a multiple of a module's block's."""
         trunk, depths, meta = self.model.trunk, range(1, self.model.mtp.depth + 1), self._on_meta
-        window = window_on_meta(self.model, self.seq_len)
+        # With a key, as in training: registers are drawn at random.
+        window = replace(window_on_meta(self.model, self.seq_len), key=RandomKey(0, 0))
         with counted_flops() as trunk_flops:
             meta.run_trunk(window, ())
         with counted_flops() as all_flops:
@@ -236,7 +240,7 @@ class Plan:
     @cached_property
     def cost(self) -> StepCost:
         """FLOPs of training steps."""
-        return StepCost(self.model)
+        return StepCost(self.model, self.objective)
 
     @cached_property
     def _on_meta(self) -> MTPModel:
@@ -285,7 +289,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     Raises:
         UserError: a value is not a number, or settings do not fit together.
     """
-    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.experiment.build import build_model_config, build_objective
     from mtp_lightning.experiment.compose import compose_config
 
     values = _defaults()
@@ -307,6 +311,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     require_whole("data.batch_size", cfg.data.batch_size, least=1)
     require_number("tokens", numbers["tokens"], above=0)
     model = build_model_config(cfg, require_whole("vocab_size", numbers["vocab_size"], least=1))
+    objective = build_objective(cfg)
     for n in devices:
         if n < 1 or (n > machines.in_machine and n % machines.in_machine):
             raise UserError(
@@ -314,7 +319,14 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
             )
     seq_len, batch = cfg.data.seq_len, cfg.data.batch_size
     plans = [
-        Plan(model=model, devices=n, machines=machines, seq_len=seq_len, batch=batch)
+        Plan(
+            model=model,
+            devices=n,
+            machines=machines,
+            seq_len=seq_len,
+            batch=batch,
+            objective=objective,
+        )
         for n in devices
     ]
     return plans, numbers["tokens"]

@@ -113,6 +113,7 @@ def require_held(
         "layers": config.trunk.n_layers,
         "MTP depths": config.mtp.depth,
         "components": config.mtp.rank,
+        "blocks of a module": getattr(config.mtp, "blocks", 1),
     }
     for name, number in numbers.items():
         # Each has a tensor of its own, except for depths that share one or have none.

@@ -152,8 +152,9 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
         composed.run_dir = composed.paths.output_dir = str(folder)
     try:
         settled: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (MissingMandatoryValue, InterpolationToMissingValueError):
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
         plain: Any = OmegaConf.to_container(composed)
         missing = sorted(key for key, value in flatten(plain).items() if value == "???")
-        raise UserError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
+        name = missing[0] if missing else error.full_key  # inside a list
+        raise UserError(f"{name} has no value: give it as {name}=...") from None
     return dict(settled)

@@ -71,7 +71,7 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     available = find_gpus()
     if devices == "auto":
         return available
-    if isinstance(devices, str) or not devices:
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
         raise UserError(f"devices={devices}: give auto, cpu or a list of GPUs.")
     wanted = [str(device) for device in devices]
     missing = [name for name in wanted if name not in available]

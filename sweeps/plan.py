@@ -94,6 +94,9 @@ class Recipe:
             unknown = key == "max_steps" and value is None
             if type(value) is not kinds.get(key, int) and not unknown:
                 raise ValueError(f"{key}: {value!r}")
+        for key in ("processes", "nodes"):
+            if values[key] < 1:
+                raise ValueError(f"{key}: {values[key]}")
         if not all(isinstance(option, str) for option in values["options"]):
             raise ValueError(f"options: {values['options']!r}")
         return cls(**{**values, "options": tuple(values["options"])})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,14 +108,21 @@ class Pool:
         except OSError as error:  # the other jobs continue
             # A process of an earlier start may still finish it; otherwise the next start does.
             state = "interrupted" if isinstance(error, BlockingIOError) else "failed"
-            write_status(job.folder, job.overrides, state, reason=f"not started: {error}")
+            with suppress(OSError):  # its folder cannot be written
+                write_status(job.folder, job.overrides, state, reason=f"not started: {error}")
+            self.display.say(f"{job.label} not started: {error}")
             self.queue.give_back(devices)
             self.display.ended(job)
             ended(job)
 
     def _collect(self, ended: Ended) -> None:
         for process in list(self._running):
-            if process.ended():
+            try:
+                has_ended = process.ended()
+            except OSError:  # it has ended, and its status cannot be written
+                self._running.remove(process)
+                raise
+            if has_ended:
                 self._running.remove(process)
                 if self.memory is not None:
                     self.memory.end(process.group, succeeded=state_of(process.job.folder) == "done")
@@ -148,7 +156,8 @@ class Pool:
             process.stop(reason)
         while self._running:
             try:
-                self._collect(_ignore)
+                with suppress(OSError):  # a status that cannot be written
+                    self._collect(_ignore)
                 time.sleep(_LOOK_SECONDS)
             except KeyboardInterrupt:
                 for process in self._running:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +150,7 @@ class JobProcess:
         kills those that are too slow."""
         self.stopping = reason
         self._kill_at = time.monotonic() + self._grace
-        os.killpg(self.group, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
 
     def abandon(self) -> None:
         """Kills it without changing its status, because another worker has started the job."""
@@ -158,7 +159,11 @@ class JobProcess:
 
     def kill(self) -> None:
         self.stopping = self.stopping or "killed"
-        os.killpg(self.group, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, signum: int) -> None:
+        with suppress(ProcessLookupError):  # all of its processes have ended
+            os.killpg(self.group, signum)
 
     def _judge(self, code: int) -> tuple[str, str | None]:
         if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():

@@ -17,6 +17,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -279,7 +280,7 @@ def main(
                 "hold: choose another folder."
             )
         busy = f"Another search is at work in {folder}: wait, or stop it."
-        with alone(folder, busy, "The same command continues."):
+        with alone(folder, busy, "The same command continues."), _errors_of_study(folder):
             config_dir = args.config_dir and args.config_dir.absolute()
             checked, steps = check(folder, space, fixed, config_dir=config_dir)
             pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
@@ -297,6 +298,21 @@ def main(
             pool.run(search.jobs(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)
+
+
+@contextmanager
+def _errors_of_study(folder: Path) -> Iterator[None]:
+    """Turn an error of the study's file into a sentence."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        yield
+    except (DBAPIError, StorageInternalError) as error:
+        raise UserError(
+            f"{folder / STUDY_FILE} cannot be used ({getattr(error, 'orig', error)}): close other "
+            "programs that use it, or choose another folder."
+        ) from error
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

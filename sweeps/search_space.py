@@ -40,7 +40,13 @@ def shown(domain: Range) -> str:
     if isinstance(domain, CategoricalDistribution):
         return f"choice({','.join(map(str, domain.choices))})"
     kind = "int" if isinstance(domain, IntDistribution) else "interval"
-    return f"{kind}({domain.low:g},{domain.high:g}{',log' * domain.log})"
+    low, high = _digits(domain.low), _digits(domain.high)
+    return f"{kind}({low},{high}{',log' * domain.log})"
+
+
+def _digits(number: float) -> str:
+    """A number in six digits, or in all of its digits if it has more."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
@@ -56,6 +62,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
 
     space: Space = {}
     fixed: list[str] = []
+    searched: set[str] = set()
     for argument in arguments:
         key, _, text = argument.partition("=")
         match = _FORM.fullmatch(text.strip().strip("'\""))
@@ -69,8 +76,9 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         if override is not None and not override.is_sweep_override():
             fixed.append(argument)
             continue
-        if key in space:
+        if key_of(argument) in searched:
             raise UserError(f"{argument} gives {key} a second range: leave one out.")
+        searched.add(key_of(argument))
         if match is not None:
             space[key] = _interval(argument, match)
         elif override is not None and override.is_discrete_sweep():
@@ -82,7 +90,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         raise UserError(
             "There is nothing to search: give a range, as optimizer.lr='interval(1e-4,1e-2,log)'."
         )
-    if repeated := [argument for argument in fixed if key_of(argument) in space]:
+    if repeated := [argument for argument in fixed if key_of(argument) in searched]:
         raise UserError(f"{repeated[0]} fixes a key that is searched: give its range or its value.")
     return space, fixed
 

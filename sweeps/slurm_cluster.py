@@ -13,11 +13,13 @@ import itertools
 import operator
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import UserError
@@ -67,8 +69,10 @@ class SlurmRun:
         """Lets the run save and end, and requeues the job; submitit calls this at SIGUSR2."""
         from submitit.helpers import DelayedSubmission
 
-        self._process.stop("Slurm ends the job; it is queued again")
-        self._process.wait()
+        process: JobProcess | None = getattr(self, "_process", None)
+        if process is not None:  # else it still waits for a process of an earlier start
+            process.stop("Slurm ends the job; it is queued again")
+            process.wait()
         return DelayedSubmission(SlurmRun(self.job, self.threads))
 
 
@@ -96,6 +100,11 @@ def in_arrays(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
         members = list(group)
         arrays += [members[i : i + limit] for i in range(0, len(members), limit)]
     return arrays
+
+
+def export_paths(root: Path) -> str:
+    """The line of a job's shell script that lets Python find this project."""
+    return f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
 
 
 def max_array_size() -> int:
@@ -130,11 +139,16 @@ def run(
         UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
+    arrays = in_arrays(jobs, max_array_size())
+    if len(arrays) > n_jobs:
+        raise UserError(
+            f"hydra.launcher.n_jobs={n_jobs} is less than the {len(arrays)} job arrays of this "
+            f"sweep: give at least {len(arrays)}, or sweep jobs of different sizes one by one."
+        )
     import submitit
 
     folder = jobs[0].folder.parent / ".slurm"
     ids: dict[Job, str] = {}
-    arrays = in_arrays(jobs, max_array_size())
     for array in arrays:
         n, nodes, on_cpu = array[0].processes, array[0].nodes, array[0].on_cpu
         try:
@@ -155,7 +169,7 @@ def run(
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
             "additional_parameters": dict(additional or {}),
-            "setup": [f"export PYTHONPATH={ROOT}:$PYTHONPATH"],
+            "setup": [export_paths(ROOT)],
         }
         executor.update_parameters(**{k: v for k, v in settings.items() if v is not None})
         try:

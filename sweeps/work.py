@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
     with readable_errors():
         if not 0 < args.stale < math.inf:
             raise UserError(f"--stale must be above 0 seconds, not {args.stale}.")
+        if not 0 <= args.grace_seconds < math.inf:
+            raise UserError(f"--grace-seconds must be at least 0, not {args.grace_seconds}.")
         folder = Path(args.folder).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}: give that of a planned sweep.")

@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from data_modules.windows import WindowBatch
 from mtp_lightning import matching
 from mtp_lightning.command_line import check_config
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.balance.dwa import DWA
 from mtp_lightning.objective.cost import StepCost
+from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.curriculum import forward_curriculum
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.schedule.published import constant
+from mtp_lightning.objective.step import OptimizerStep
 from tests import closed_forms
 from tests.integration import helpers
 
@@ -107,6 +113,21 @@ def test_match_flops_lengthens_the_run_to_a_costlier_reference() -> None:
         StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * plain_flops, LENGTH, NoBalance(0)
     )
     assert steps == 750 and reached == 2.5 * plain_flops
+
+
+@pytest.mark.parametrize(("rule", "stored"), [(DWA, False), (NoBalance, True), (NoBalance, False)])
+def test_the_flops_of_a_frozen_trunk_are_those_of_its_steps(rule: Any, stored: bool) -> None:
+    trunk = replace(TRUNK, n_layers=2)
+    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
+    model, schedule, balance = MTPModel(config), constant(depth=1, mtp_lambda=0.3), rule(1)
+    model.initialize(0)
+    step = OptimizerStep(model, schedule=schedule, balance=balance)
+    states = torch.randn(2, 1, 16, trunk.d_model) if stored else None
+    batch = WindowBatch(torch.randint(trunk.vocab_size, (2, 18)), 1, states=states)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    done = step(batch, Progress(step=0, max_steps=3), torch.optim.SGD(weights, lr=0.0))
+    length = matching.Length(seq_len=16, max_steps=3, tokens_per_step=32, stored_states=stored)
+    assert matching.total_flops(StepCost(config), schedule, length, balance) == 3 * done.flops
 
 
 def test_wrong_settings_and_references_are_refused(tmp_path: Path) -> None:

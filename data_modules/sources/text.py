@@ -161,10 +161,19 @@ def expand(
     return files
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders, linked ones too, each folder once."""
+    """All files of a folder and its subfolders, linked ones too, each folder once.
+
+    Raises:
+        OSError: a subfolder cannot be read.
+    """
     visited = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        folders.sort()  # decides the name of a folder that is linked twice
         if (real := os.path.realpath(root)) in visited:
             folders.clear()
             continue

@@ -72,7 +72,8 @@ class TokenFilesDataModule(StoreDataModule):
     def opened(self) -> tuple[TokenStore, Tokenizer]:
         train = self._files("data.path", self.path)
         val = None if self.val_path is None else self._files("data.val_path", self.val_path)
-        if shared := {file.shard.path for file in train} & {file.shard.path for file in val or ()}:
+        seen, held_out = ({f.shard.path.resolve() for f in files} for files in (train, val or ()))
+        if shared := seen & held_out:
             raise UserError(
                 f"{min(shared)} is in data.path and in data.val_path: validation must not see "
                 "what was trained on"
@@ -93,7 +94,16 @@ class TokenFilesDataModule(StoreDataModule):
             for file in sorted(files, key=lambda file: file.name != INDEX):
                 for id_file in _id_files(file):
                     unique.setdefault(id_file.resolve(), id_file)
-        return [read_header(file, self.dtype) for file in unique.values()]
+        sources = [read_header(file, self.dtype) for file in unique.values()]
+        too_wide = self.dtype is None and self._tokenizer.vocab_size > 1 << 16
+        for source in sources:
+            if source.format == "raw" and too_wide:
+                raise UserError(
+                    f"{source.shard.path} does not state the type of its ids, and not all "
+                    f"{self._tokenizer.vocab_size:,} ids of the tokenizer have 16 bits: set "
+                    "data.dtype=uint32, or data.dtype=uint16 if the file's ids do."
+                )
+        return sources
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"held_out": self.store.meta["held_out"]}

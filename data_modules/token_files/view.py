@@ -138,7 +138,7 @@ def scan(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedText:
     after_eot = True
     with progress("token files looked through", len(tokens), unit=" tokens") as bar:
         for first in range(0, len(tokens), _BLOCK):
-            block = tokens[first : first + _BLOCK]
+            block = tokens[first : first + _BLOCK].astype(np.int64)  # bincount refuses uint64
             _require_known(block, first, tokens, tokenizer)
             counts += np.bincount(block, minlength=len(counts))
             if without:

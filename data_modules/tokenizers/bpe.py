@@ -102,8 +102,8 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         library = self._library
         with self._one_at_a_time:
-            numbers, new = self._words.split(text)
             try:
+                numbers, new = self._words.split(text)
                 if new:
                     for encoding in library.encode_batch_fast(new, add_special_tokens=False):
                         self._ids.extend(encoding.ids)

@@ -256,9 +256,9 @@ class Checkpoints(RunCallback, Checkpoint):
         """Handles the validation after training, if the last step had none of its own: `last.ckpt`,
         which is the validated model, may be the best."""
         step = trainer.global_step
-        if self.best_step == step or stored_step(self.last_path) != step:
-            return
-        if not self._update_best(trainer):
+        may_be_best = self.best_step != step and stored_step(self.last_path) == step
+        # All processes do the same, also where one sees an older file.
+        if not trainer.strategy.broadcast(may_be_best) or not self._update_best(trainer):
             return
         if trainer.is_global_zero:
             content = load(self.last_path, mapped=True)

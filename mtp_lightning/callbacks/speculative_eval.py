@@ -62,6 +62,7 @@ class SpeculativeEval(RunCallback):
                 n_prompts=self.n_prompts,
                 prompt_tokens=self.prompt_tokens,
                 new_tokens=self.new_tokens,
+                key=f"callbacks.{type(self).__module__.rpartition('.')[2]}.new_tokens",
             )
         except UserError as error:  # training works on such data anyway
             if not self._skipped:
@@ -100,4 +101,5 @@ class SpeculativeEval(RunCallback):
 
     def summary(self) -> dict[str, Any]:
         """The newest values, and the reason why nothing was decoded, if there is one."""
-        return {**({"not_decoded": self._skipped} if self._skipped else {}), **self.newest}
+        skipped = type(self) is SpeculativeEval and self._skipped
+        return {**({"not_decoded": self._skipped} if skipped else {}), **self.newest}

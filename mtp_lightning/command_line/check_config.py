@@ -229,6 +229,9 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
     elif app == "evaluate" and output is not None:
         if Path(output).is_dir():
             raise UserError(f"output={output} is a folder: give a file for the metrics.")
+        # A device would be replaced by a file.
+        if Path(output).exists() and not Path(output).is_file():
+            raise UserError(f"output={output} is not a regular file: give one for the metrics.")
         _require_folder("output", Path(output).parent)
     elif app == "export" and output not in (None, "???"):
         folder_of = Path(output).parent if output.lower().endswith(".gguf") else Path(output)
@@ -242,7 +245,7 @@ def _require_exists(key: str, text: str) -> None:
     run = text.rpartition("@")[0] if key == "branch_from" else ""
     path = Path(run or text).expanduser()
     if path.exists():
-        if key == "prompts":
+        if key == "prompts" and not path.is_fifo():  # a pipe can be read once
             require_prompts(path)
         if key == "compare.reference" and not path.is_dir():
             raise UserError(f"{key}={text} is a file: give the folder of a finished run.")

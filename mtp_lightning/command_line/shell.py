@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -153,6 +154,9 @@ def _surviving_closed_pipes(*, ends_with_reader: bool) -> Iterator[None]:
         yield
         return
     _open_closed_streams()
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # A terminal that is not UTF-8 shows codes instead of letters, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     out = cast(TextIO, _PipeSafe(sys.stdout, ends=ends_with_reader))
     err = cast(TextIO, _PipeSafe(sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):

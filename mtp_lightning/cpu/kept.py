@@ -102,8 +102,9 @@ class CPUWeightPacker:
 
 def _folder(path: Path, rounding: str) -> Path:
     """The cache folder for the packed weights of a file or folder in its present state."""
-    kind = "_".join(["packed", *rounding.split()])
-    return cache_folder() / kind / cache_key(path, f"{native.code()[0]} {native.version()}")
+    # One folder for each instruction set, since machines of several kinds may share a cache.
+    kind = "_".join(["packed", native.code()[0], *rounding.split()])
+    return cache_folder() / kind / cache_key(path, native.version())
 
 
 def _nothing(folder: Path) -> None:

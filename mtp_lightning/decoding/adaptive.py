@@ -111,7 +111,9 @@ class AutoDepth:
     @property
     def best(self) -> int:
         """The number of drafts that was fastest so far, apart from probes."""
-        return 0 if self._rounds is None else self._rounds.best
+        if self._rounds is not None:
+            return self._rounds.best
+        return 0 if self._measured is None else self._measured.best
 
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]

@@ -36,13 +36,14 @@ TOGETHER, TIMED = 64, 4
 
 
 def prompts_that_fit(
-    data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int
+    data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int, key: str
 ) -> tuple[list[Tensor], int]:
     """The held-out prompts that a run and evaluate.py decode, at most ``n_prompts``, and the number
     of tokens to generate, which fit into one window together.
 
     For text, a prompt has at most ``prompt_tokens``, and the number is ``new_tokens``. For a task,
-    the prompts are whole and the number is the length of an answer.
+    the prompts are whole and the number is the length of an answer. ``key`` is the setting of
+    ``new_tokens``, for messages.
 
     Raises:
         UserError: there are no prompts, or a window has no room for ``new_tokens`` and a prompt.
@@ -52,7 +53,7 @@ def prompts_that_fit(
     if room < 1:
         raise UserError(
             f"data.seq_len={data.seq_len} leaves no room for a prompt and new_tokens={new_tokens}: "
-            "lower callbacks.speculative_eval.new_tokens (evaluate.py: decode.new_tokens)"
+            f"lower {key}"
         )
     return data.held_out_prompts(n_prompts, min(prompt_tokens, room), fewer=True), new_tokens
 

@@ -229,7 +229,7 @@ def find_peers() -> Rendezvous:
         if ranks[1] > 1:
             return _connected(*ranks)
     elif _started_by_hand():  # one process per machine
-        node = int(os.environ["NODE_RANK"])
+        node = _number_in("NODE_RANK")
         return _connected(node, 0, 0, node)
     return Rendezvous()
 
@@ -303,10 +303,17 @@ def _started_by_hand() -> bool:
     return all(name in os.environ for name in names) and "LOCAL_RANK" not in os.environ
 
 
+def _number_in(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{name}={text} in the environment must be a whole number.")
+    return int(text)
+
+
 def _main_address() -> tuple[str, int]:
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return os.environ["MASTER_ADDR"], _number_in("MASTER_PORT")
     slurm = SLURMEnvironment()
     return slurm.main_address, slurm.main_port

@@ -40,7 +40,7 @@ def branch_checkpoint(branch_from: str) -> Path:
         FileNotFoundError: the run does not exist.
     """
     run, _, number = branch_from.rpartition("@")
-    if not run or not number.isascii() or not number.isdigit():
+    if not run or not number.isascii() or not number.isdigit() or len(number) > 18:
         raise UserError(
             f"branch_from={branch_from} names no checkpoint: give a run's folder and an optimizer "
             "step, as in branch_from=runs/long@600."

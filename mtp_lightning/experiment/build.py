@@ -243,11 +243,17 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
     from mtp_lightning import matching
 
     config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
+    if not str(trainer.devices).isdigit():
+        raise UserError(
+            f"compare.match={cfg.compare.match} counts the tokens of a step, and trainer.devices="
+            f"{trainer.devices} does not say on how many devices: give their number."
+        )
     batch = cfg.data.batch_size * trainer.accumulate_grad_batches
     length = matching.Length(
         seq_len=cfg.data.seq_len,
         max_steps=trainer.max_steps,
         tokens_per_step=batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
+        stored_states=cfg.data.get("cache_states", False),
     )
     reference = (
         matching.plain_reference(config, length)

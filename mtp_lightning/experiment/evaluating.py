@@ -65,8 +65,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     quiet_lightning()
     check_config.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
     check_precision(cfg.precision, cfg.head_precision, activations=cfg.activations)
+    decoding = DecodingOptions.from_config(cfg.decode)
     allow = trusted_packages(cfg)
     run = open_model(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
+    if cfg.decode.n_prompts and run.model.mtp.max_draft_depth != 0:
+        decoding.max_draft(run.model)  # refuses what the model cannot draft
     use_precision(run.model, cfg.precision, cfg.head_precision)
     use_activations(run.model, cfg.activations)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
@@ -197,7 +200,7 @@ def evaluate_decoding(
         return {}  # an answer of one token needs no draft
     sizes = {key: settings[key] for key in ("n_prompts", "prompt_tokens", "new_tokens")}
     try:
-        prompts, new_tokens = prompts_that_fit(data, **sizes)
+        prompts, new_tokens = prompts_that_fit(data, **sizes, key="decode.new_tokens")
     except UserError as error:  # the teacher-forced metrics are still worth reporting
         log.warning("Nothing was decoded: %s.", error)
         return {"not_decoded": str(error)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.config import TrunkConfig
@@ -70,6 +70,8 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         )
     # mapped skips the checksums, which _newest or branch_checkpoint has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
+    if content is not None and not {"model_config", "config"} <= content.keys():
+        raise UserError(f"{checkpoint} is of another program: take another run_dir or branch_from.")
     origin = Origin(checkpoint=checkpoint, content=content, branches=branches)
     if config.init_from is None:
         return origin
@@ -81,6 +83,12 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
 
 def _newest(folder: Path) -> str | None:
     path = checkpoints.newest_intact(folder / CHECKPOINTS)
+    if path is None and (found := list((folder / CHECKPOINTS).glob("[!.]*.ckpt"))):
+        # Training from the first step would overwrite them.
+        raise UserError(
+            f"{folder} holds {counted(len(found), 'checkpoint')} that cannot be read (see above): "
+            "take another run_dir, or remove its folder checkpoints to begin again."
+        )
     return None if path is None else path.name
 
 

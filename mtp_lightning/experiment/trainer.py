@@ -130,6 +130,8 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     nodes = filter(None, (cfg.get("callbacks") or {}).values())
     callbacks = [EndedEarly(), *_checks_of_users_code(cfg)]
     callbacks += [instantiate(node, kind=pl.Callback) for node in nodes]
+    if not any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks):
+        settings.setdefault("enable_checkpointing", False)  # else Lightning adds its own
     try:
         trainer = pl.Trainer(
             **settings,

@@ -63,9 +63,16 @@ def require_inputs(args: Any, *models: Path) -> None:
 
 
 def output_of(args: Any, model: Path, ending: str) -> Path:
-    """The folder that is asked for, or the one that is named after the model."""
+    """The folder that is asked for, or the one that is named after the model.
+
+    Raises:
+        UserError: it lies inside the model's folder, whose files must not change.
+    """
     name = model.resolve().name.removesuffix(".gguf")
-    return (args.output or Path(f"{name}_{ending}")).resolve()
+    output: Path = (args.output or Path(f"{name}_{ending}")).resolve()
+    if model.is_dir() and output.is_relative_to(model.resolve()):
+        raise UserError(f"--output={output} lies inside {model}: give a folder outside of it.")
+    return output
 
 
 def make_plan(

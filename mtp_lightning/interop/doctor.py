@@ -21,6 +21,7 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, heads
 from mtp_lightning.interop.agreement import (
     ABOVE,
@@ -112,6 +113,11 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
     layout = module_layout(fields["model_type"])
     stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
+    if max(declared, stored) > len(parts):
+        raise UserError(
+            f"{path} is damaged or forged: it has {max(declared, stored):,} MTP layers, and "
+            f"{len(parts):,} tensors."
+        )
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
     if not stored:
         reason = (

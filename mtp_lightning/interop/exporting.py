@@ -3,6 +3,7 @@ checked before it is called done."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -65,6 +66,10 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
     """Refuse options that cannot be fulfilled, before a model is opened."""
     if cfg.depth not in (None, 0):
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
+    if os.path.ismount(target):
+        raise UserError(f"output={target} is a mounted folder: give a new folder inside it.")
+    if as_file and (cfg.max_positions or 0) >= 1 << 32:
+        raise UserError(f"max_positions={cfg.max_positions} must be below 2^32 in a GGUF file.")
     for file in (target, _card_of(target)) if as_file else ():
         if file.exists():
             raise FileExistsError(f"{file} exists: choose another output= or remove it.")

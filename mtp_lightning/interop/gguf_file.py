@@ -55,6 +55,8 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
         UserError: for a damaged file, an architecture that is not read, or tensors that do not
             belong to it.
     """
+    if (parts := header.fields.get("split.count", 0)) > 1:
+        raise UserError(f"{path} is one of {parts} parts: join them (llama-gguf-split --merge).")
     _refuse_stretched(path, header)
     fields, layout = _describe(path, header)
     counts = Counter(tensor.kind.name for tensor in header.tensors.values())

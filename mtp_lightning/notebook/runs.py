@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -255,7 +256,7 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
     if "${" in path:
         raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-    return path[1:-1] if quoted else path
+    return os.path.expanduser(path[1:-1] if quoted else path)
 
 
 def _typed(value: Any) -> str:

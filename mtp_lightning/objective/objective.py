@@ -205,6 +205,12 @@ class Objective:
                 "own loss: leave it out."
             )
         draft_rules = confidence + [rule.setting for rule in self.rules if rule.of_drafts]
+        if self.draft_vocab is not None and (following := draft_rules[len(confidence) :]):
+            raise UserError(
+                f"{following[0]} follows a draft from token to token, and objective.draft_vocab="
+                f"{self.draft_vocab} leaves out tokens, which have no draft: leave one of the two "
+                "out."
+            )
         separate_training = [self.setting for _, term in self.terms if term.of_state] + head
         mtp.check_objective(draft_rules, separate_training)
         if mtp.depth == 0 and rules:

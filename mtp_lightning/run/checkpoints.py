@@ -302,6 +302,9 @@ def _broken_archive(path: Path) -> str | None:
                 return "its parts are compressed, as no checkpoint's are"
             broken = archive.testzip()
     except Exception as error:  # zipfile raises many kinds on a damaged directory
+        # A disk that is away for a moment does not damage files; EINVAL is of a damaged one.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         return f"not a whole checkpoint file: {_first_line(error)}"
     return None if broken is None else f"the checksum of its part {broken!r} does not match"
 

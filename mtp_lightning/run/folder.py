@@ -39,10 +39,13 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
         BlockingIOError: another process trains in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    had_files = any((folder / name).exists() for name in _OTHERS)
+    had_files = _has_files(folder)
     lock = Lock(folder / _LOCK_FILE)
     try:
-        acquired = lock.wait(seconds=seconds)
+        # Another start that failed may have removed the folder.
+        acquired = lock.wait(
+            seconds=seconds, check=lambda: folder.mkdir(parents=True, exist_ok=True)
+        )
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -61,6 +64,16 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
         raise
     finally:
         lock.release()
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder holds files that are not of this start of a run."""
+    job_log = folder / "train.log"  # Hydra has opened this start's, which is still empty
+    return (
+        any((folder / name).exists() for name in _OTHERS)
+        or any(folder.glob("events.out.tfevents.*"))
+        or (job_log.is_file() and job_log.stat().st_size > 0)
+    )
 
 
 def leave(folder: Path) -> None:

@@ -36,14 +36,15 @@ class Lock:
 
     def wait(self, *, seconds: float, check: Callable[[], object] = int) -> bool:
         """Try to take the lock for some seconds; return whether it became free. An exception of
-        ``check``, called between the attempts, ends the wait."""
+        ``check``, called before each attempt, ends the wait."""
         until = time.monotonic() + seconds
-        while not self.acquire():
+        while True:
             check()
+            if self.acquire():
+                return True
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)
-        return True
 
     def is_free(self) -> bool:
         """Whether a process has held the lock and none does now; false where that is unknown."""

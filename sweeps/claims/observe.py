@@ -141,7 +141,7 @@ def curve_of(run: RunRecord) -> list[tuple[float, float]]:
         return []
     parts: list[list[float]] = [[] for _ in range(POINTS)]
     for row in run.rows:
-        if TAG in row:
+        if math.isfinite(row.get(TAG, math.nan)):
             parts[min(int((row["step"] - 1) / steps * POINTS), POINTS - 1)].append(row[TAG])
     if not all(parts):
         return []

@@ -85,6 +85,8 @@ class _ClaimReader:
         predicted = {key: value for key, value in content.items() if key not in _SINCE}
         if not self._arms:
             self._refuse(f"arms: {arms}", "give a list of overrides for every arm's name")
+        if unquoted := [arm for arm in content["arms"] if not isinstance(arm, str)]:
+            self._refuse(f"arms: {unquoted[0]}", "write the arm's name in quotes")
         arm_items = record["arms"].items()
         record["arms"] = {str(arm): self._overrides(f"arms.{arm}", o) for arm, o in arm_items}
         measure = record["measure"] = self._measure("measure", record["measure"])
@@ -190,7 +192,8 @@ class _ClaimReader:
         return tuple(seeds)
 
     def _curve(self, place: str, plain: Any) -> tuple[str, ...]:
-        if not isinstance(plain, list) or len(plain) < 2 or not set(plain) <= set(self._arms):
+        are_arms = isinstance(plain, list) and all(arm in self._arms for arm in plain)
+        if not are_arms or len(plain) < 2:
             self._refuse(f"{place}: {plain}", "give at least two arms of plain runs")
         return tuple(plain)
 

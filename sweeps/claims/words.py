@@ -169,5 +169,8 @@ def _brief(entry: Stored, value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """``0.95`` as ``95 %``."""
-    return f"{100 * share:.0f} %"
+    """``0.95`` as ``95 %``, and ``0.995`` as ``99.5 %``."""
+    percent = 100 * share
+    # Only 0 and 1 are shown as 0 % and 100 %.
+    digits = 1 if 0 < share < 0.005 or 0.995 <= share < 1 else 0
+    return f"{percent:.{digits}f} %"

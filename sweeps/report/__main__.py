@@ -60,11 +60,11 @@ def report(
         svgs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings)
-    write_bytes(page.runs_csv(settings).encode(), target / "runs.csv")
+    write_bytes(page.runs_csv(settings).encode(errors="backslashreplace"), target / "runs.csv")
     facts = (settings, comparisons, priced, drawings, svgs)
     reload_seconds = SECONDS if watched and settings.running else None
     html = page.render(*facts, folder=target, reload_seconds=reload_seconds)
-    write_bytes(html.encode(), target / "report.html")
+    write_bytes(html.encode(errors="backslashreplace"), target / "report.html")
     return target / "report.html", answer(settings, comparisons, priced), settings.running
 
 

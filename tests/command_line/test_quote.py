@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,15 @@ def test_typical_texts_are_read_literally(text: str) -> None:
 )
 def test_quotes_and_lists_of_hydra_keep_their_meaning(argument: str, value: Any) -> None:
     assert read(*argument.split("=", 1)) == value
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    assert literal(["run_dir=~/x y"]) == ["run_dir='/home/me/x y'"]
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "x").touch()
+    assert literal(["run_dir=~/x"]) == ["run_dir='~/x'"]  # there is such a path
 
 
 def test_interpolations_in_paths_are_left_to_hydra() -> None:

@@ -77,6 +77,11 @@ def test_a_finished_run_that_is_started_again_removes_its_own_checkpoints(
     assert other.exists() and not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_without_the_callback_no_checkpoint_is_written(tmp_path: Path, cache: Path) -> None:
+    helpers.execute([*helpers.command(tmp_path, cache), "~callbacks.checkpoints"], code=0)
+    assert summary_of(tmp_path)["step"] > 0 and not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_monitored_values_are_of_the_newest_step(tmp_path, cache, finished):
     """Also between two logged steps; and a callback adds values to the summary."""
     monitored: dict[int, float] = {}

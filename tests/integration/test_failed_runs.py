@@ -31,6 +31,27 @@ def test_an_exploding_loss_ends_the_run_and_keeps_its_checkpoint(tmp_path, cache
     assert train_here(tmp_path, cache)["step"] == 10
 
 
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew(copied, cache, capfd):
+    files = sorted((copied / "checkpoints").iterdir())
+    for file in files:
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        file.unlink()  # it may be a link to another one
+        file.write_bytes(damaged)
+    before = {file: file.read_bytes() for file in [*files, copied / "metrics.csv"]}
+    error = fails(capfd, copied, cache, {"trainer.max_steps": 20})
+    assert f"holds {len(files)} checkpoints that cannot be read" in error
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, cache, capfd):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(
+        {"global_step": 5, "state_dict": {}}, tmp_path / "checkpoints" / "epoch=0-step=5.ckpt"
+    )
+    assert "step=5.ckpt is of another program" in fails(capfd, tmp_path, cache, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, cache, capfd, monkeypatch, code):

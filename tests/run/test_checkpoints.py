@@ -86,6 +86,17 @@ def test_a_flipped_weight_that_torch_loads_is_found(tmp_path: Path) -> None:
         cio.load(path)
 
 
+def test_a_disk_that_is_away_is_no_damage(tmp_path: Path, monkeypatch) -> None:
+    cio.save(content(3), tmp_path / "last.ckpt")
+
+    def away(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        cio.newest_intact(tmp_path)
+
+
 @pytest.mark.parametrize("container", [dict, Counter, OrderedDict])
 def test_a_tensor_without_content_is_damage_in_any_container(tmp_path: Path, container) -> None:
     path = tmp_path / "last.ckpt"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from mtp_lightning.run.folder import claimed
+from mtp_lightning.run.lock import Lock
 
 
 def test_a_claimed_folder_is_made_and_kept(tmp_path: Path) -> None:
@@ -47,6 +50,29 @@ def test_a_users_files_are_kept(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refused"), claimed(tmp_path):
         raise ValueError("refused")
     assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["events.out.tfevents.1.other", "train.log"])
+def test_files_of_other_programs_are_kept(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("theirs")
+    with pytest.raises(KeyError), claimed(tmp_path / "run"):
+        raise KeyError
+    assert (tmp_path / "run" / name).read_text() == "theirs"
+
+
+def test_a_folder_that_a_failed_start_removes_is_made_again(tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", Lock(tmp_path / "run" / ".run.lock")
+    folder.mkdir()
+    assert other.acquire()
+
+    def fail() -> None:
+        shutil.rmtree(folder)
+        other.release()
+
+    threading.Timer(0.3, fail).start()
+    with claimed(folder):
+        assert folder.is_dir()
 
 
 def test_temporaries_of_a_killed_save_are_removed(tmp_path: Path) -> None:

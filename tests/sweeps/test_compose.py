@@ -103,6 +103,8 @@ def test_a_missing_value_is_named(sweep: Sweep) -> None:
     for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
         with pytest.raises(ValueError, match=r"data\.paths has no value"):
             settled(sweep, *overrides)
+    with pytest.raises(ValueError, match=r"more\[0\] has no value"):
+        settled(sweep, "+more=['???']")
 
 
 def test_jobs_of_several_processes_need_a_number_and_a_strategy(sweep: Sweep) -> None:

@@ -154,6 +154,9 @@ def test_variables_of_other_launchers_do_not_reach_a_job(monkeypatch: pytest.Mon
 def test_devices_choose_gpus_and_wrong_ones_are_refused() -> None:
     assert choose_gpus("auto") == ["0", "1", "GPU-abc", "3"]
     assert choose_gpus("cpu") == []
+    for wrong in (1, True, 1.5):
+        with pytest.raises(ValueError, match="give auto, cpu or a list of GPUs"):
+            choose_gpus(wrong)  # type: ignore[arg-type]
     assert choose_gpus([3, 0]) == ["3", "0"]
     for wrong in ([7], [0, 0], "cuda", []):
         with pytest.raises(ValueError, match="^devices="):

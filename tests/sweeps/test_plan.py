@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
-from sweeps.plan import SweepPlan, folder_name, overrides_digest, varied_keys, without_housekeeping
+from sweeps.plan import (
+    Recipe,
+    SweepPlan,
+    folder_name,
+    overrides_digest,
+    varied_keys,
+    without_housekeeping,
+)
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
@@ -109,6 +116,17 @@ def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(ValueError, match=r"sweep\.json cannot be read .* another folder"):
         SweepPlan(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["processes", "nodes"])
+def test_a_stored_recipe_needs_at_least_one_process(key: str) -> None:
+    stored = {
+        "program": "train", "options": [], "cwd": "/", "processes": 1, "nodes": 1,
+        "max_steps": 5, "on_cpu": True,
+    }  # fmt: skip
+    assert Recipe.from_dict(stored).processes == 1
+    with pytest.raises(ValueError, match=f"{key}: 0"):
+        Recipe.from_dict({**stored, key: 0})
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{", "[" * 100_000])

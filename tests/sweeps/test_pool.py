@@ -20,6 +20,7 @@ from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import LOG_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import read_status, state_of, write_status
+from sweeps import pool as pools
 from sweeps import process
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
@@ -254,6 +255,39 @@ def test_a_job_whose_status_cannot_be_written_is_ended(tmp_path: Path, monkeypat
     pool(1).run([one])
     assert status(one)["reason"] == "not started: the disk is full"
     wait_until(lambda: has_ended(int(wait_for(tmp_path / "a" / "pid"))))
+
+
+def test_a_job_in_a_folder_that_cannot_be_written_stops_no_other(tmp_path, monkeypatch, capsys):
+    jobs = [job(tmp_path / name, DONE) for name in "abc"]
+
+    def write(folder: Path, *values: Any, **more: Any) -> None:
+        if folder.name == "b":
+            raise PermissionError("this folder is another user's")
+        write_status(folder, *values, **more)
+
+    monkeypatch.setattr(pools, "write_status", write)
+    monkeypatch.setattr(process, "write_status", write)
+    pool(3, n_jobs=1).run(jobs)
+    assert [state_of(each.folder) for each in jobs] == ["done", "pending", "done"]
+    assert "not started: this folder is another user's" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_of_a_job_lets_the_others_save(tmp_path, monkeypatch):
+    other = job(
+        tmp_path / "other",
+        "trap 'touch saved; exit 0' TERM; touch began; while :; do sleep .1; done",
+    )
+    one = job(tmp_path / "one", f"while [ ! -e ../other/began ]; do sleep .1; done; {DONE}")
+
+    def write(folder: Path, overrides: Any, state: str, **more: Any) -> None:
+        if state != "running":
+            raise OSError(28, "No space left on device")
+        write_status(folder, overrides, state, **more)
+
+    monkeypatch.setattr(process, "write_status", write)
+    with pytest.raises(OSError, match="No space left"):
+        pool(2).run([other, one])
+    assert (other.folder / "saved").exists()
 
 
 def test_a_job_without_a_watchdog_is_not_started_and_keeps_no_lock(

@@ -261,6 +261,9 @@ REFUSED = {
     "model.d_ff=int(1.5,4)": "must be numbers",
     "model.d_ff=interval(1,2": "neither an override nor a range",
     "mtp.depth=4,8": "mtp.depth=4,8 gives mtp.depth a second range",
+    "++optimizer.lr=interval(1,2)": "gives ++optimizer.lr a second range",
+    "+mtp.depth=3,4": "gives +mtp.depth a second range",
+    "++optimizer.lr=0.1": "++optimizer.lr=0.1 fixes a key",
     "data.batch_size=range(1,1)": "data.batch_size=range(1,1) has no values that can be listed",
     "mtp=glob(p*)": "mtp=glob(p*) has no values that can be listed",
     "run_dir=mine": "run_dir=mine is the folder of one run: leave it out",
@@ -288,8 +291,17 @@ def test_ranges_are_parsed_and_printed() -> None:
     }
     assert space == dict(zip("abcd", distributions.values(), strict=True))
     assert list(map(shown, space.values())) == list(distributions) and fixed == ["e=5", "f=[1,2]"]
+    assert shown(IntDistribution(1, 1_000_001)) == "int(1,1000001)"
     with pytest.raises(ValueError, match="nothing to search"):
         parse(["e=5"])
+
+
+def test_a_file_that_is_no_study_is_refused(folder, capsys):
+    folder.mkdir()
+    (folder / "study.db").write_text("text " * 1000)
+    assert run(folder, "--trials", "1") == 1
+    error = capsys.readouterr().err
+    assert "study.db cannot be used" in error and error.count("\n") == 1
 
 
 def test_a_search_on_the_cpu_uses_no_gpu(folder, capsys, monkeypatch):

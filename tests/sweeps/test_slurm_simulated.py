@@ -19,7 +19,7 @@ from mtp_lightning.run.status import state_of, write_status
 from sweeps import slurm_cluster
 from sweeps.follow import follow
 from sweeps.process import Job
-from sweeps.slurm_cluster import _Queue, in_arrays, max_array_size, torchrun
+from sweeps.slurm_cluster import _Queue, export_paths, in_arrays, max_array_size, torchrun
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
 SETTINGS: dict[str, Any] = {
@@ -59,6 +59,21 @@ def test_arrays_have_one_kind_of_job_and_at_most_slurms_length(tmp_path: Path) -
     assert sorted(map(id, jobs)) == sorted(id(job) for array in arrays for job in array)
     for array in arrays:
         assert len({(job.processes, job.nodes, job.on_cpu) for job in array}) == 1
+
+
+def test_fewer_jobs_at_once_than_arrays_are_refused(tmp_path, slurm) -> None:
+    jobs = [*jobs_of(tmp_path, 2), *jobs_of(tmp_path, 2, processes=2)]
+    with pytest.raises(UserError, match="n_jobs=1 is less than the 2 job arrays"):
+        slurm_cluster.run(jobs, **{**SETTINGS, "n_jobs": 1})
+
+
+@pytest.mark.parametrize("before", [None, "/theirs"])
+def test_jobs_find_a_project_in_any_folder(tmp_path: Path, before: str | None) -> None:
+    (root := tmp_path / "my code $x").mkdir()
+    line = f'{export_paths(root)}; printf %s "$PYTHONPATH"'
+    env = {"PATH": os.environ["PATH"], **({"PYTHONPATH": before} if before else {})}
+    found = subprocess.check_output(["bash", "-c", line], env=env, text=True)
+    assert found == ":".join([str(root), *([before] if before else [])])
 
 
 def test_the_limit_of_arrays_is_read_from_scontrol(slurm: Path) -> None:

@@ -196,6 +196,10 @@ def test_invalid_folders_and_options_of_workers_are_refused(tmp_path, capsys):
         ([str(folder)], f"{folder.parent / 'stub.py'}"),
         ([str(folder), "--program=no quote'"], "--program"),
         ([str(folder), "--stale=0"], "--stale must be above 0"),
+        *(
+            ([str(folder), f"--grace-seconds={n}"], "must be at least 0")
+            for n in ("nan", "-5", "inf")
+        ),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
     ]
     for name, changed, message in (

@@ -84,6 +84,7 @@ def test_the_gpu_setting_replaces_only_its_own_keys(tmp_path: Path) -> None:
             "the key x in gpu",
         ),
         ({"sentence": 3}, "give a text"),
+        ({"arms": {"plain": [], 1: []}}, "arms: 1: write the arm's name in quotes"),
     ],
 )
 def test_invalid_claims_are_refused_with_their_file(tmp_path, changes, message):
