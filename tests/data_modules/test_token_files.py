@@ -381,12 +381,14 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
+    (linked := tmp_path / "linked.bin").symlink_to(good)
     message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
     assert_refused(message, tmp_path, good, BPETokenizer(300))
     for options, message in (
         ({"val_path": good, "held_out": 0.1}, "=0.1 has no meaning with data.val_path"),
         ({"held_out": 1}, r"held_out .* must be a number in \(0, 1\), not 1"),
         ({"val_path": str(good)}, "x.bin is in data.path and in data.val_path"),
+        ({"val_path": str(linked)}, "x.bin is in data.path and in data.val_path"),
         ({"val_path": "nowhere.bin"}, "nowhere.bin does not exist.*data.val_path"),
         ({"dtype": "float32"}, "data.dtype must be uint16.*not 'float32'"),
     ):

@@ -296,6 +296,7 @@ def test_wrong_arguments_are_refused(
     (tmp_path / "blank").touch()
     assert "blank is empty" in refused(main, model, "--text", tmp_path / "blank")
     assert "is a run of this project" in refused(main, model.parent / "run")
+    assert "lies inside" in refused(main, model, "--output", model / "heads")
     out = tmp_path / "out"
     plan = plan_of(model, hours=9.0)
     with claimed(out):

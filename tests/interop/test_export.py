@@ -252,6 +252,14 @@ def test_models_that_no_program_decodes_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mounted_output_folder_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(UserError, match="is a mounted folder: give a new folder inside it"):
+        folders.export_run(base / "deepseek", tmp_path)
+
+
 def test_an_output_folder_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="is not empty"):

@@ -171,6 +171,15 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
         gguf_writing.check_tensors(file, model, dtype)
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e-5, 1e-3])
+def test_blocks_of_small_weights_are_written_in_8_bits(size: float, tmp_path: Path) -> None:
+    model = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
+    with torch.no_grad():
+        model.trunk.embedding.weight[5] *= size
+    write(tmp_path / "m.gguf", model, "q8_0")
+    gguf_writing.check_tensors(tmp_path / "m.gguf", model, "q8_0")
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
 def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     """An independent reader of the plain architectures."""
@@ -311,6 +320,7 @@ def test_a_module_with_a_routed_expert_is_refused(tmp_path: Path) -> None:
         ("glm4moe.leading_dense_block_count", 1 << 40, "forged: it says first_k_dense_replace"),
         ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
         ("general.architecture", "bert", "bert, which cannot be imported"),
+        ("split.count", 2, "is one of 2 parts: join them"),
     ],
 )
 def test_forged_fields_are_refused(

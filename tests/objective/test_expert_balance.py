@@ -140,6 +140,15 @@ def test_an_update_of_biases_equals_one_by_hand() -> None:
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
 
 
+def test_every_router_of_a_module_of_several_blocks_is_logged() -> None:
+    model = deepseek.build(deepseek.TRUNK, depth=1, blocks=2).train()
+    batch = WindowBatch(torch.randint(0, 37, (2, 18)), 1)
+    _, _, auxiliary = reported_loss(model, batch, [0.3], [32] * 2)
+    tags = balance_experts(model, auxiliary, fraction=0.0).keys() - {"moe/max_violation"}
+    assert len(tags) == len(routers_of(model))
+    assert {"moe/max_violation_depth_1_block_0", "moe/max_violation_depth_1"} <= tags
+
+
 def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
     model = deepseek.build(deepseek.TRUNK, depth=2).train()
     before = {name: r.expert_bias.clone() for name, r in routers_of(model).items()}

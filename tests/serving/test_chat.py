@@ -13,6 +13,7 @@ import pytest
 
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.chat_template import ChatTemplate
+from mtp_lightning.errors import UserError
 from mtp_lightning.opening import OpenedModel, pretrained_state
 from tests.decoding.models import small_model
 from tests.serving.conftest import NAME, Serving, assert_refused, generation, serving
@@ -83,6 +84,12 @@ def test_a_model_with_a_broken_template_still_completes_texts(
         assert "Chats are refused: the model's chat template is not one of Jinja" in caplog.text
         answer = api.post({"prompt": "a", "max_tokens": 2})
         assert answer.status_code == 200
+
+
+def test_a_template_with_too_many_nested_blocks_is_refused() -> None:
+    nested = "{% for i in x %}" * 25 + "{% endfor %}" * 25
+    with pytest.raises(UserError, match="not one of Jinja: too many statically nested blocks"):
+        ChatTemplate(nested, {})
 
 
 def test_developer_messages_and_parts_equal_a_system_text(served: Serving) -> None:
