@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/cpu": 1_627,
     "mtp_lightning/decoding": 4_677,
     "mtp_lightning/distributed": 1_205,
-    "mtp_lightning/experiment": 2_780,
+    "mtp_lightning/experiment": 2_791,
     "mtp_lightning/heads": 962,
     "mtp_lightning/interop": 5_420,
     "mtp_lightning/loggers": 616,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -77,7 +77,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     if cfg.show_drafts:
         marks = Colors() if wants_colors() else Brackets()
     single = len(prompts) == 1
-    # A single text is printed while it grows, several only when all of them are finished.
+    # A single text is printed while it grows, several in order as they are finished.
     streams = [
         TextStream(
             run.tokenizer, sys.stdout if single else StringIO(), p, terminal=terminal, marks=marks
@@ -85,22 +85,30 @@ def generate_text(cfg: Any) -> list[Generation]:
         for p in (prompts if cfg.output == "text" else ())
     ]
     on_tokens = (lambda i, fresh: streams[i].add(fresh)) if streams else None
+    finished: dict[int, Generation] = {}
+    shown = 0  # texts printed so far
+
+    def on_end(i: int, generation: Generation) -> None:
+        nonlocal shown
+        finished[i] = generation
+        while (text := finished.get(shown)) is not None:
+            if streams:
+                streams[shown].end(text)
+                if isinstance(out := streams[shown].out, StringIO):
+                    print(out.getvalue())
+            else:
+                print(json.dumps(_reported(text, drafts=cfg.show_drafts)))
+            shown += 1
+
     options = decoding_options(cfg, run, rows=len(prompts))
     began = time.perf_counter()  # the first start with a model has measured it for seconds
     try:
-        generations = continue_prompts(run, prompts, options, on_tokens=on_tokens)
+        generations = continue_prompts(run, prompts, options, on_tokens=on_tokens, on_end=on_end)
     except BaseException:
         if single and streams and streams[0].begun:
             streams[0].write("\n")  # the error message begins on its own line
         raise
     seconds = time.perf_counter() - began
-    for stream, generation in zip(streams, generations, strict=False):
-        stream.end(generation)
-        if isinstance(stream.out, StringIO):
-            print(stream.out.getvalue())
-    if cfg.output == "json":
-        for generation in generations:
-            print(json.dumps(_reported(generation, drafts=cfg.show_drafts)))
     deepest = max(len(generations[0].drafts_reached), cfg.lookup)
     if marks is not None and streams and deepest:
         print(marks.legend(deepest, lookups=cfg.lookup > 0), file=sys.stderr)
@@ -179,10 +187,13 @@ def continue_prompts(
     options: DecodingOptions,
     *,
     on_tokens: OnTokens | None = None,
+    on_end: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """Continue prompts with the options of :func:`decoding_options`."""
     ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
+    return generate(
+        run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens, on_end=on_end
+    )
 
 
 def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:

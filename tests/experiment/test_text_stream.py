@@ -209,6 +209,35 @@ def test_the_time_of_a_file_of_prompts_is_without_the_measurement_of_drafts(
     assert now == [60] and "tokens in 0.0 s" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["json", "text"])
+def test_finished_texts_are_printed_before_an_error(
+    generate_app, capsys, monkeypatch, tmp_path, output
+):
+    real = generating.continue_prompts
+
+    def broken(*args: Any, on_end: Any, **options: Any) -> Any:
+        def then(i: int, generation: Any) -> None:
+            on_end(i, generation)
+            if i == 1:
+                raise UserError("out of memory")
+
+        return real(*args, on_end=then, **options)
+
+    file = tmp_path / "prompts"
+    file.write_text("ab\ncd\nef\n")
+    generate_app(prompts=str(file), output=output, batch_size=1)
+    texts = capsys.readouterr().out
+    monkeypatch.setattr(generating, "continue_prompts", broken)
+    with pytest.raises(UserError, match="out of memory"):
+        generate_app(prompts=str(file), output=output, batch_size=1)
+    begun = capsys.readouterr().out
+    if output == "text":
+        assert texts.startswith(begun) and "cd" in begun and "ef" not in begun
+    else:  # seconds differ
+        first, second, _ = (json.loads(line)["text"] for line in texts.splitlines())
+        assert [json.loads(line)["text"] for line in begun.splitlines()] == [first, second]
+
+
 def test_an_error_never_shares_a_line_with_the_prompt(generate_app, capsys, monkeypatch):
     real = generating.continue_prompts
 
