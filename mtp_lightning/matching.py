@@ -10,10 +10,10 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, n_weights
@@ -24,9 +24,6 @@ from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
-
-if TYPE_CHECKING:
-    from mtp_lightning.objective.balance.gradients import Scope
 
 # The most points of a run at which the cost of a step is computed; it is constant between them.
 _SAMPLES = 10_000
@@ -176,12 +173,8 @@ def total_flops(
     """
     steps = length.max_steps
     samples = min(steps, _SAMPLES)
-    main = cost.config.mtp.trains_trunk or balance.observes
-
-    def per_token(active: Sequence[int], scope: Scope | None = None) -> float:
-        window = cost(length.seq_len, active, main=main, stored=length.stored_states, scope=scope)
-        return window // length.seq_len
-
+    main = balance.needs_main(cost.config.mtp)
+    per_token = partial(cost.per_token, length.seq_len, main=main, stored=length.stored_states)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
     total = 0.0
     for sample in range(samples):
@@ -194,9 +187,9 @@ def total_flops(
         if kind not in costs:
             costs[kind] = 0.0
             for chance, active in balance.active_sets(base):
-                flops = per_token(active)
+                flops: float = per_token(active)
                 if balance.scope is not None and not rests:
-                    measured = per_token(active, balance.scope)
+                    measured = per_token(active, scope=balance.scope)
                     flops += 1 / balance.every_n_steps * (measured - flops)
                 costs[kind] += chance * flops
         total += costs[kind]

@@ -37,6 +37,7 @@ class Pool:
     display: Display
     grace_seconds: float  # for jobs to save and end when asked to, before they are killed
     memory: MemoryUse | None = None  # bounds the jobs at once, but allows one; None for no bound
+    _check: Callable[[], None] = field(init=False)  # raises if Ctrl-C or a similar signal has come
     _running: list[JobProcess] = field(default_factory=list, init=False)
     _last_measured: float = field(default=-math.inf, init=False)
     _memory_reported: bool = field(default=False, init=False)
@@ -61,11 +62,11 @@ class Pool:
         """
         waiting: Job | None = None
         source = iter(jobs)
-        with self.display, interrupts() as check:
+        with self.display, interrupts() as self._check:
             try:
                 while True:
-                    check()
-                    waiting = self._fill(source, waiting, ended, check)
+                    self._check()
+                    waiting = self._fill(source, waiting, ended)
                     if not self._running:
                         return
                     time.sleep(_LOOK_SECONDS)
@@ -80,9 +81,7 @@ class Pool:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
 
-    def _fill(
-        self, source: Iterator[Job], waiting: Job | None, ended: Ended, check: Callable[[], object]
-    ) -> Job | None:
+    def _fill(self, source: Iterator[Job], waiting: Job | None, ended: Ended) -> Job | None:
         """Starts jobs while there is room; returns the next job if it has to wait."""
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):
@@ -95,13 +94,13 @@ class Pool:
             if devices is None:
                 # No job overtakes it: a job for two devices would wait forever.
                 return waiting
-            self._start(waiting, devices, ended, check)
+            self._start(waiting, devices, ended)
             waiting = None
 
-    def _start(self, job: Job, devices: Devices, ended: Ended, check: Callable[[], object]) -> None:
+    def _start(self, job: Job, devices: Devices, ended: Ended) -> None:
         self.display.started(job, devices.name)
         try:
-            process = JobProcess(job, devices, grace_seconds=self.grace_seconds, check=check)
+            process = JobProcess(job, devices, grace_seconds=self.grace_seconds, check=self._check)
             self._running.append(process)
             if self.memory is not None:
                 self.memory.begin(process.group, job.processes)

@@ -75,7 +75,7 @@ class JobProcess:
         *,
         ignore_usr2: bool = False,
         grace_seconds: float,
-        check: Callable[[], object] = int,
+        check: Callable[[], object] | None = None,
     ) -> None:
         self.job = job
         self.devices = devices
@@ -86,7 +86,7 @@ class JobProcess:
         job.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(job.folder / _LOCK_FILE)
         # A killed sweep leaves jobs that are still saving.
-        if not self._lock.wait(seconds=grace_seconds + 60, check=check):
+        if not self._lock.wait(seconds=grace_seconds + 60, before=check):
             raise BlockingIOError(f"{job.folder} is still in use by a process of an earlier start.")
         # If the job finished after its sweep was killed, run ``true`` in its place, which records
         # it as done.

@@ -282,7 +282,7 @@ def _reach(host: str, port: int) -> None:
 
 
 def _whole(value: Any) -> int | None:
-    return int(value) if str(value).isdigit() else None
+    return int(value) if str(value).isdecimal() else None
 
 
 def _launched_ranks() -> tuple[int, int, int, int] | None:
@@ -304,10 +304,10 @@ def _started_by_hand() -> bool:
 
 
 def _number_in(name: str) -> int:
-    text = os.environ[name]
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{name}={text} in the environment must be a whole number.")
-    return int(text)
+    number = _whole(os.environ[name])
+    if number is None:
+        raise UserError(f"{name}={os.environ[name]} in the environment must be a whole number.")
+    return number
 
 
 def _main_address() -> tuple[str, int]:

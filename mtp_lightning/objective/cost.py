@@ -116,14 +116,20 @@ class StepCost:
         self._flops: dict[tuple[Any, ...], int] = {}
 
     def per_token(
-        self, seq_len: int, active: Sequence[int] | None = None, *, scope: Scope | None = None
+        self,
+        seq_len: int,
+        active: Sequence[int] | None = None,
+        *,
+        main: bool | None = None,
+        stored: bool = False,
+        scope: Scope | None = None,
     ) -> int:
         """FLOPs per position of training on windows of T = ``seq_len`` positions; by default all
-        depths are ``active``. Arguments as in :meth:`__call__`."""
+        depths are ``active``, and the main prediction is computed if the trunk learns. Arguments as
+        in :meth:`__call__`."""
         depths = range(1, self.config.mtp.depth + 1) if active is None else active
-        # With a frozen trunk nothing learns from the main prediction.
-        main = self.config.mtp.trains_trunk
-        return self(seq_len, depths, main=main, scope=scope) // seq_len
+        main = self.config.mtp.trains_trunk if main is None else main
+        return self(seq_len, depths, main=main, stored=stored, scope=scope) // seq_len
 
     def __call__(
         self,

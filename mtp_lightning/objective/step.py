@@ -106,8 +106,7 @@ class OptimizerStep:
                     "all of them in every step: leave one of the two out."
                 )
         self.seed, self.accumulate, self.clip_norm = seed, accumulate, clip_norm
-        # With a frozen trunk nothing learns from the main prediction, but a rule may observe it.
-        self._computes_main = model.config.mtp.trains_trunk or balance.observes
+        self._computes_main = balance.needs_main(model.config.mtp)
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``.

@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE
@@ -43,9 +44,8 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
     lock = Lock(folder / _LOCK_FILE)
     try:
         # Another start that failed may have removed the folder.
-        acquired = lock.wait(
-            seconds=seconds, check=lambda: folder.mkdir(parents=True, exist_ok=True)
-        )
+        make = partial(folder.mkdir, parents=True, exist_ok=True)
+        acquired = lock.wait(seconds=seconds, before=make)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -34,12 +34,13 @@ class Lock:
         self._file = file
         return True
 
-    def wait(self, *, seconds: float, check: Callable[[], object] = int) -> bool:
-        """Try to take the lock for some seconds; return whether it became free. An exception of
-        ``check``, called before each attempt, ends the wait."""
+    def wait(self, *, seconds: float, before: Callable[[], object] | None = None) -> bool:
+        """Try to take the lock for some seconds; return whether it became free. Each attempt calls
+        ``before`` first, whose exception ends the wait."""
         until = time.monotonic() + seconds
         while True:
-            check()
+            if before is not None:
+                before()
             if self.acquire():
                 return True
             if time.monotonic() > until:

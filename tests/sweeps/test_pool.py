@@ -310,7 +310,7 @@ def test_a_job_locked_by_an_earlier_start_is_interrupted(tmp_path: Path, monkeyp
     one = job(tmp_path / "a", DONE)
     holder = Lock(one.folder / ".lock")
     assert holder.acquire()
-    monkeypatch.setattr(Lock, "wait", lambda self, seconds, check: self.acquire())
+    monkeypatch.setattr(Lock, "wait", lambda self, seconds, before: self.acquire())
     pool(1).run([one])
     assert status(one)["state"] == "interrupted" and "still in use" in status(one)["reason"]
     holder.release()

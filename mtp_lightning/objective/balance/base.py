@@ -22,6 +22,7 @@ from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 
 if TYPE_CHECKING:
+    from mtp_lightning.mtp.base import MTPConfig
     from mtp_lightning.objective.balance.gradients import Scope, TaskGradients
 
 
@@ -87,6 +88,11 @@ class Balance:
         """The factors [D + 1] of the losses in the next step, by default ``base``: 1 and the
         schedule's lambda_k. It does not change the rule's state."""
         return list(base)
+
+    def needs_main(self, mtp: MTPConfig) -> bool:
+        """Whether steps compute the main prediction. With a frozen trunk nothing learns from it,
+        but the rule may observe it."""
+        return mtp.trains_trunk or self.observes
 
     def rests_at(self, progress: Progress) -> bool:
         """Whether the rule has stopped learning."""
