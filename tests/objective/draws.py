@@ -166,17 +166,14 @@ def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
     random.Random(str((head, sort))).shuffle(objectives)
     rest = zip((*WEIGHTS, "acceptance"), MASKS * 2, ("all", "some", "all", "none"), strict=True)
     for objective, choice in zip(objectives, itertools.cycle(rest), strict=False):
-        case = Case(head, sort, objective, *choice)
-        yield case
-        if not case.takes_all:  # the head may refuse the weights and the mask
-            yield Case(head, sort, objective, "none", "none", "all")
+        yield Case(head, sort, objective, *choice)
     yield from plain(head, sort)
 
 
 def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Cross-entropy, which every head takes; more cases for heads that refuse other objectives."""
+    """Cross-entropy, which every head takes."""
     case = Case(head, sort, "ce", "none", "none", "all")
-    for draw in range(1, 2 if case.takes_all else 5):
+    for draw in range(1, 4):
         yield replace(case, draw=draw)
 
 

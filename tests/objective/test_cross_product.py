@@ -123,7 +123,7 @@ def check(case: Case) -> str | None:
     model, progress = step.model, Progress(now, STEPS)
     batch = drawn_batch(model.config.mtp, draw)
     optimizer = RecordGradients(model.parameters(), lr=1.0)
-    counts = draw.random() < 0.25  # counting FLOPs takes as long as the rest
+    counts = draw.random() < 0.1  # counting FLOPs takes as long as the rest
     if not counts:
         step.cost = lambda *_, **__: 0  # type: ignore[assignment]
     with counted_flops() if counts else nullcontext() as counted:
@@ -176,14 +176,18 @@ def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selector, "_NUMEL", 40)
     trained = 0
     for case in cases:
-        try:
-            refusal = check(case)
-        except Exception as error:
-            error.add_note(str(case))
-            raise
-        require_sentence(refusal, "objective")
-        assert refusal is None or not case.takes_all, case
-        trained += refusal is None
+        # A head may refuse the weights and the mask.
+        for attempt in (case, replace(case, weights="none", mask="none", active="all")):
+            try:
+                refusal = check(attempt)
+            except Exception as error:
+                error.add_note(str(attempt))
+                raise
+            if refusal is None:
+                trained += 1
+                break
+            require_sentence(refusal, "objective")
+            assert not case.takes_all, case
     assert trained >= 4
 
 
@@ -229,7 +233,9 @@ def test_all_steps_equal_their_definitions(name: str, monkeypatch: pytest.Monkey
 )
 def test_steps_in_bf16_have_about_the_gradients_of_fp32(name: str) -> None:
     similarities = []
-    for objective, weights in zip(OBJECTIVES, itertools.cycle(WEIGHTS), strict=False):
+    first = list(HEADS_BY_NAME).index(name) % 3
+    objectives = ["ce", *list(OBJECTIVES)[first::3]]
+    for objective, weights in zip(objectives, itertools.cycle(WEIGHTS), strict=False):
         case = Case(*HEADS_BY_NAME[name], objective, weights, "none", "all", 0)
         steps = []
         for low in (False, True):

@@ -170,10 +170,10 @@ def test_a_frozen_trunk_has_a_main_prediction_only_for_rules_that_need_it(
 def test_accumulated_micro_batches_train_as_one_batch(
     tiny_trunk: TrunkConfig, rule: str, variant: str
 ) -> None:
-    whole, parts = (Training(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 4))
+    whole, parts = (Training(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 2))
     batch = windows(4, 12, DEPTH, borders=0.15)  # documents of uneven lengths
-    assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(4)}) > 1
-    for _ in range(3):
+    assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(2)}) > 1
+    for _ in range(2):
         expected, accumulated = (
             {tag: float(value) for tag, value in training(batch).values.items()}
             for training in (whole, parts)
@@ -206,15 +206,6 @@ def test_measuring_rules_log_norms_and_count_their_cost(
     ]
     plain = 10 * 2 * training.step.cost(12, [1, 2])
     assert 1.2 * plain < sum(result.flops for result in results) < 3.5 * plain
-
-
-def test_a_rule_that_never_measures_trains_as_with_fixed_weights(tiny_trunk: TrunkConfig) -> None:
-    rules = (TrunkRatio(DEPTH, every_n_steps=1000), NoBalance(DEPTH))
-    idle, fixed = (Training(tiny_trunk, "sequential", rule) for rule in rules)
-    for _ in range(3):
-        assert torch.equal(idle(documents_of(5)).losses, fixed(documents_of(5)).losses)
-    for a, b in zip(idle.model.parameters(), fixed.model.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_a_closed_cosine_gate_changes_only_the_gradients_of_the_trunk(

@@ -48,7 +48,7 @@ def feed(
     )
 
 
-def real(values: list[float]) -> torch.Tensor:
+def real(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -114,23 +114,14 @@ def test_uncertainty_has_the_gradient_of_the_published_objective() -> None:
     )
     feed(rule, 0, LOSSES[0])
     s = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    lambdas, losses = (torch.tensor(x, dtype=torch.float64) for x in (BASE, LOSSES[0]))
+    lambdas, losses = real(BASE), real(LOSSES[0])
     (lambdas * (losses * torch.exp(-s) + s / 2)).sum().backward()
     assert s.grad is not None
     gradient = torch.stack([p.grad for p in rule.parameters()])  # type: ignore[misc]
     torch.testing.assert_close(gradient, s.grad, rtol=1e-12, atol=0)
-
-
-def test_uncertainty_converges_and_ignores_a_depth_of_weight_0() -> None:
-    rule = Uncertainty(2)
-    optimizer = torch.optim.AdamW(rule.parameters(), lr=0.05, weight_decay=0.0)
-    for step in range(600):
-        optimizer.zero_grad(set_to_none=True)
-        feed(rule, step, LOSSES[0], base=[1.0, 0.3, 0.0])
-        optimizer.step()
-    factors = rule.factors(BASE, at(600))
-    assert factors[:2] == pytest.approx([1 / (2 * 6.0), 0.3 / (2 * 7.0)], rel=1e-3)
-    assert factors[2] == 0.1
+    off = Uncertainty(2)
+    feed(off, 0, LOSSES[0], base=[1.0, 0.3, 0.0])
+    assert [p.grad is None for p in off.parameters()] == [False, False, True]
 
 
 def test_gradnorm_moves_weights_along_the_gradient_of_its_paper() -> None:
@@ -143,8 +134,8 @@ def test_gradnorm_moves_weights_along_the_gradient_of_its_paper() -> None:
         )
         feed(rule, step, losses, gradients=vectors(*([n, 0.0] for n in sizes)))
         # Autograd differentiates the paper's loss on the weights, with constant targets.
-        w = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
-        g = w * torch.tensor(sizes, dtype=torch.float64)
+        w = real(weights).requires_grad_()
+        g = w * real(sizes)
         ratio = real([x / y for x, y in zip(losses, LOSSES[0], strict=True)])
         target = (g.mean() * (ratio / ratio.mean()) ** 1.5).detach()
         (grad,) = torch.autograd.grad((g - target).abs().sum(), w)
@@ -258,9 +249,7 @@ def test_trunk_ratio_is_frozen_in_the_last_twentieth_of_a_run() -> None:
 
 def test_random_weights_are_a_softmax_of_normals_with_mean_1() -> None:
     rule = RandomWeights(2, seed=5)
-    draws = torch.tensor(
-        [rule.factors([1.0, 1.0, 1.0], at(step)) for step in range(3000)], dtype=torch.float64
-    )
+    draws = real([rule.factors([1.0, 1.0, 1.0], at(step)) for step in range(3000)])
     torch.testing.assert_close(draws.sum(1), torch.full((3000,), 3.0).double())
     # log w_i - log w_j = z_i - z_j is N(0, 2).
     difference = (draws[:, 0] / draws[:, 1]).log()
@@ -335,25 +324,3 @@ def test_a_rule_with_a_stored_state_continues_as_before(name: str) -> None:
         assert loaded.factors(BASE, at(3)) == rule.factors(BASE, at(3))
     else:
         assert run(loaded, range(3, 5)) == run(rule, range(3, 5))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DWA(2, temperature=0), "balance.temperature .* not 0"),
-        (lambda: DWA(2, window_steps=0), "balance.window_steps .* not 0"),
-        (lambda: GradNorm(2, alpha=-1), "balance.alpha .* not -1"),
-        (lambda: GradNorm(2, lr=0), "balance.lr .* not 0"),
-        (lambda: GradNorm(2, every_n_steps=True), "balance.every_n_steps .* not True"),
-        (lambda: CosineGate(2, ema=1.0), "balance.ema .* not 1.0"),
-        (lambda: TrunkRatio(2, rate=0), "balance.rate .* not 0"),
-        (lambda: TrunkRatio(2, ratio="much"), "balance.ratio .* not 'much'"),  # type: ignore
-        (lambda: TrunkRatio(2, frozen=2), "balance.frozen .* not 2"),
-        (lambda: SampledDepths(2, seed=0, probabilities="some"), "balance.probabilities .*'some'"),
-        (lambda: SampledDepths(2, seed=0, probabilities=[1.0]), "mtp.depth=2 numbers"),
-        (lambda: SampledDepths(2, seed=0, probabilities=[1.0, 0.0]), "numbers above 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
