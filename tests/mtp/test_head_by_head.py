@@ -1,5 +1,6 @@
-"""One head after the other, as Gloeckle et al. 2024 do to save memory: the gradients are those of a
-joint backward pass, and the activations of one head at a time are kept."""
+"""One head after the other, as Gloeckle et al. 2024 do to save memory: only the activations of one
+head at a time are kept. ``tests/objective/test_cross_product.py`` compares the gradients of the
+losses with those of a joint backward pass."""
 
 from __future__ import annotations
 
@@ -46,37 +47,6 @@ def joint(
     ]
     train_head = model.mtp.config.detach != "all"
     return stream_loss(model.head.weight, feed, targets, train_head=train_head)
-
-
-@pytest.mark.parametrize(
-    ("variant", "switches", "tied"),
-    [
-        ("parallel", {}, False),
-        ("parallel", {"correction": "markov", "detach": "trunk"}, True),
-        ("linear", {"freeze_trunk": True}, False),
-        ("linear", {"correction": "mlp", "detach": "all"}, True),
-    ],
-)
-def test_gradients_equal_those_of_a_joint_backward_pass(
-    tiny_trunk: TrunkConfig, variant: str, switches: dict, tied: bool
-) -> None:
-    trunk = replace(tiny_trunk, tie_embeddings=tied)
-    model = build(trunk, variant, depth=3, **switches).double()
-    batch = windows(3, 10, 3, borders=0.15)
-    counts = batch.counts().tolist()
-    weights = [0.3, 0.0, 0.1]
-    total, sums = mtp_loss(model, batch, weights, counts)
-    (total * 2).backward()  # as with two data-parallel ranks
-    streamed = gradients(model)
-    expected_total, expected_sums = joint(model, batch, weights, counts)
-    (expected_total * 2).backward()
-    expected = gradients(model)
-    assert torch.equal(total, expected_total)
-    torch.testing.assert_close(sums[[0, 1, 3]], expected_sums)
-    assert sums[2] == 0
-    assert streamed.keys() == expected.keys()
-    for name, grad in expected.items():
-        torch.testing.assert_close(streamed[name], grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_balance_losses_of_heads_are_those_of_a_joint_backward_pass(

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from data_modules.windows import WindowBatch
@@ -130,17 +128,14 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
     return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()).detach()
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**31), n=st.integers(1, 60), width=st.integers(1, 6), first=st.booleans()
-)
-def test_the_projection_equals_that_of_a_solver(seed: int, n: int, width: int, first: bool) -> None:
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 2 * width))
-    y = rng.normal(size=(n, width)) * np.exp(rng.normal(size=(n, 1)) * 3)  # outliers
-    half = slice(0, width) if first else slice(width, 2 * width)
-    projection = fit_projection(torch.from_numpy(x), torch.from_numpy(y), half).numpy()
-    np.testing.assert_allclose(projection, solve_by_least_squares(x, y, half), rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("n", [3, 60])
+def test_the_projection_equals_that_of_a_solver(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(n, 12))
+    y = rng.normal(size=(n, 6)) * np.exp(rng.normal(size=(n, 1)) * 3)  # outliers
+    projection = fit_projection(torch.from_numpy(x), torch.from_numpy(y), slice(6, 12)).numpy()
+    expected = solve_by_least_squares(x, y, slice(6, 12))
+    np.testing.assert_allclose(projection, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("trunk", ["dense", "deepseek"])

@@ -18,7 +18,6 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.experiment.trunk_states import changes_states
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -131,23 +130,14 @@ def test_masks_do_not_count_for_the_balance_of_experts() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("consistency", [0.0, 1.0])
-def test_training_on_a_frozen_trunk_changes_only_the_head(consistency: float) -> None:
-    """The masks learn a repeating text: the loss falls, and no bit of the trunk changes."""
-    config = MaskedConfig(depth=2, lora_rank=4, freeze_trunk=True, consistency=consistency)
-    model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config))
-    model.initialize(0)
+def test_training_on_a_frozen_trunk_changes_only_the_head() -> None:
+    """Every bit of the trunk, and so of the main prediction, stays as it is."""
+    model = masked(depth=2, freeze_trunk=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batch = WindowBatch(torch.arange(15).repeat(4, 1) % 5, 2)
+    batch = windows(4, 12, 2)
     main = model.head(model(batch)[0])
-    step, losses = step_of(model), []
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for number in range(30):
-        result = step(batch, Progress(number, 30), optimizer)
-        losses.append(float(result.losses[1:].sum()))
-        logged = result.values.get("train/consistency_loss")
-        assert (logged is None) == (consistency == 0.0) and (logged is None or logged > 0)
-    assert losses[-1] < 0.5 * losses[0]
+    step, trained = step_of(model), [p for p in model.parameters() if p.requires_grad]
+    step(batch, Progress(0, 30), torch.optim.Adam(trained, lr=1e-2))
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert changed == {name for name in before if name.startswith("mtp.")}
     assert torch.equal(model.head(model(batch)[0]), main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -23,7 +21,6 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.objective.terms.mixture import Mixture
-from tests import reference
 from tests.losses import mtp_loss, step_of
 from tests.models import build, windows
 from tests.objective.memory import LiveMemory
@@ -40,35 +37,21 @@ def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
     return model
 
 
-def components(
-    window: Tensor, w: dict[str, Tensor], trunk: TrunkConfig, rank: int, depth: int
-) -> tuple[Tensor, Tensor]:
-    """``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window, in loops (arXiv 2410.17765)."""
-    h, *_ = reference.trunk(window[: len(window) - depth - 1], w, trunk)
-    head = w.get("head.weight", w["trunk.embedding.weight"])
-    shares, probs = [], []
-    for t in range(h.shape[0]):
-        shares.append(torch.softmax(w["mtp.weigh.weight"] @ h[t], 0))
-        for k, a in itertools.product(range(depth + 1), range(rank)):
-            state = h[t]
-            if (k, a) != (0, 0):
-                name = f"mtp.next.{a - 1}" if k == 0 else f"mtp.depths.{k - 1}.{a}"
-                x = w[f"{name}.weight"] @ h[t]
-                state = h[t] + x / (1 + torch.exp(-x))
-            probs.append(torch.softmax(head @ state, 0))
-    return torch.stack(shares), torch.stack(probs).view(len(shares), depth + 1, rank, -1)
-
-
 def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkConfig) -> None:
     """``q^k`` is a quotient of sums over all texts; the next token's prediction is the marginal."""
     trunk = replace(tiny_trunk, vocab_size=4)
     model = of_rank(trunk, 3, 2)
     generator = torch.Generator().manual_seed(1)
     batch = WindowBatch(torch.randint(0, 4, (1, 8), generator=generator), 2)
-    shares, probs = components(batch.tokens[0], model.state_dict(), trunk, 3, 2)
-    predicted = {k: model.head(h)[0].exp() for k, h in model(batch).items()}
+    hidden = model(batch)
+    predicted = {k: model.head(h)[0].exp() for k, h in hidden.items()}
+    components, log_weights = zip(
+        *(unpack(h[0], trunk.d_model) for h in hidden.values()), strict=True
+    )
+    shares = log_weights[0].exp()
+    probs = torch.softmax(torch.stack(components) @ model.head.weight.T, -1)
     for t in range(5):
-        joint = torch.einsum("a,ax,ay,az->xyz", shares[t], *probs[t])
+        joint = torch.einsum("a,ax,ay,az->xyz", shares[t], *probs[:, t])
         x, y = batch.tokens[0, t + 1 : t + 3].tolist()
         exact = joint.sum((1, 2)), joint[x].sum(1) / joint[x].sum(), joint[x, y] / joint[x, y].sum()
         for k in range(3):
@@ -110,12 +93,10 @@ def test_the_largest_tensor_is_a_chunk_of_rows_times_the_vocabulary(
     rows, vocab = 40, 5_000
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     trunk = replace(tiny_trunk, vocab_size=vocab)
-    for depth, term in ((1, CrossEntropy()), (4, KL())):
-        model = build(trunk, "linear", depth=depth, rank=2)
-        batch = windows(2, 64, depth)
-        with LiveMemory(least=rows * vocab // 2) as memory:
-            mtp_loss(model, batch, [0.1] * depth, [128] * (depth + 1), term=term)[0].backward()
-        assert memory.largest <= max(rows * vocab, vocab * trunk.d_model) < 128 * vocab
+    model, batch = build(trunk, "linear", depth=3, rank=2), windows(2, 64, 3)
+    with LiveMemory(least=rows * vocab // 2) as memory:
+        mtp_loss(model, batch, [0.1] * 3, [128] * 4, term=KL())[0].backward()
+    assert memory.largest <= max(rows * vocab, vocab * trunk.d_model) < 128 * vocab
 
 
 @pytest.mark.parametrize(
