@@ -62,6 +62,13 @@ def attention(
     return out @ w[f"{prefix}.out.weight"].T
 
 
+def experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The routed experts' sum [M, C]: every token goes through every expert."""
+    weight = torch.zeros(len(x), len(down), dtype=x.dtype).scatter(1, chosen, gates)
+    gate, up = torch.einsum("mc,efc->emf", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("emf,ecf,me->mc", gate * torch.sigmoid(gate) * up, down, weight)
+
+
 def block(
     x: Tensor, w: Weights, prefix: str, c: TrunkConfig, documents: list[int] | None = None
 ) -> Tensor:

@@ -3,7 +3,6 @@ memory."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -23,7 +22,6 @@ from mtp_lightning.decoding.precision import (
     packer_after_rounding,
     round_weights,
     roundings_of,
-    use_precision,
 )
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
@@ -135,17 +133,6 @@ def test_a_model_with_packed_weights_alone_decodes_the_same_texts(stack, tied):
 def test_a_long_prompt_gives_the_same_text_with_packed_weights():
     model = small_model(5, 1, vocab=300)
     assert_same_texts(model, packed_only(model), (700,), max_new_tokens=6)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_rounded_weights_are_kept_in_packed_form_alone(precision):
-    model = small_model(2, 2, vocab=300)
-    use_precision(model, precision)
-    light = copy.deepcopy(model)
-    packer = packer_for(light)
-    for weight in light.parameters():
-        packer.pack(weight)
-    assert_same_texts(model, light)
 
 
 def test_weights_that_other_code_reads_are_not_packed():

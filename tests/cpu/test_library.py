@@ -184,15 +184,6 @@ def test_the_code_in_use_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatc
     assert native.load() == (None, "this CPU has neither AVX2 nor AVX-512")
 
 
-def exact_mixture(
-    x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """Every token through every expert, in fp64."""
-    weight = torch.zeros(len(x), len(down), dtype=x.dtype).scatter(1, chosen, gates)
-    gate, up = torch.einsum("mc,efc->emf", x, gate_up).chunk(2, dim=-1)
-    return torch.einsum("emf,ecf,me->mc", F.silu(gate) * up, down, weight)
-
-
 def mixture(tokens: int, top_k: int, n_experts: int, width: int, inner: int) -> list[Tensor]:
     """Tokens, choices, gates and weights; the last expert of several has no token."""
     crowd = max(n_experts - 1, 1)
@@ -217,7 +208,7 @@ def test_experts_equal_float64(sizes: tuple[int, ...]) -> None:
     assert_native(y, "NativeExperts")
     inputs = [x, gates, gate_up, down]
     exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
-    expected = exact_mixture(exact[0], chosen, *exact[1:])
+    expected = reference.experts(exact[0], chosen, *exact[1:])
     compare(y, expected, inputs, exact)
     if sizes[2] > 1:
         (d_down,) = torch.autograd.grad(

@@ -24,7 +24,6 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from tests.decoding.models import random_prompts, small_model
 
 VOCAB = 5
-HEADS = (SequentialConfig, ParallelConfig, LinearConfig, JointConfig)
 PROMPT = torch.tensor([3, 1, 4, 1, 0, 2])
 
 
@@ -46,7 +45,7 @@ def by_linear_program(p_NV: np.ndarray, weight_N: np.ndarray) -> float:
     return float(weight_N.sum() + solution.fun)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_least_rejection_is_that_of_a_linear_program(seed: int) -> None:
     generator = np.random.default_rng(seed)
     n, size = seed + 1, generator.integers(2, 8)
@@ -89,7 +88,7 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
     return FloorValues(least, float(rejection), recall)
 
 
-@pytest.mark.parametrize("stack", HEADS)
+@pytest.mark.parametrize("stack", [SequentialConfig, ParallelConfig, JointConfig])
 def test_floors_rejections_and_recalls_equal_those_of_loops(
     stack: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,26 +154,12 @@ def test_sampled_floors_approach_the_exact_one_from_below(
             ).measure()
             for seed in range(seeds)
         ]
-        for n, seen, seeds in ((2000, 200, 1), (4, 8, 40))
+        for n, seen, seeds in ((1000, 200, 1), (4, 8, 20))
     )
     for at, values in exact.items():
         assert many[0][at].floor == pytest.approx(values.floor, abs=0.02)
         assert many[0][at].rejection == pytest.approx(values.rejection, abs=0.03)
         assert np.mean([sampled[at].floor for sampled in few]) < values.floor
-
-
-@pytest.mark.parametrize("stack", [SequentialConfig, JointConfig])
-def test_predictions_read_no_token_after_their_position(stack: Any) -> None:
-    measure = Floors(tiny(stack=stack), PROMPT, torch.Generator(), rollouts=1, seen=1)
-    tokens = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 4, 0]])
-    for k in (1, 2):
-        p_NKV, q_NV = measure._predictions(tokens, k)
-        for i in range(4):
-            alone, _ = measure._predictions(tokens[:, :i], 0)
-            torch.testing.assert_close(p_NKV[:, i], alone[:, -1])
-        # Depth 1 reads one token of the text, depth 2 two.
-        torch.testing.assert_close(q_NV[0], q_NV[1])
-        torch.testing.assert_close(q_NV, measure._predictions(tokens[:, :k], k)[1])
 
 
 def test_logged_floors_and_gaps_are_means_over_prompts() -> None:

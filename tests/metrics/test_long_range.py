@@ -21,7 +21,6 @@ from mtp_lightning.metrics.long_range import (
     early_bucket,
     effective_context,
     position_buckets,
-    random_repeats,
     read,
     repeat_distances,
 )
@@ -203,12 +202,6 @@ def test_the_effective_context_of_a_copy_model_is_its_lag(lag: int) -> None:
     for period in (8, 16, 32, 64):
         accuracy = values[f"accuracy_random_repeat_{period}"]
         assert accuracy == 1 if period == lag else accuracy < 0.3
-
-
-def test_random_repeats_are_the_same_in_every_call() -> None:
-    model = small()
-    assert random_repeats(model, 32) == random_repeats(model, 32)
-    assert set(random_repeats(model, 32)) == {f"accuracy_random_repeat_{p}" for p in (8, 16)}
 
 
 def test_shorter_windows_count_only_for_losses_by_position() -> None:

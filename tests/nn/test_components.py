@@ -11,11 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.interop.weight_map import layer_weights
-from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -25,6 +22,7 @@ from tests import deepseek
 from tests.decoding.models import ids_of, random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
 from tests.losses import mtp_loss
+from tests.models import windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,27 +118,13 @@ def test_the_weight_map_of_a_layer_has_its_weights_and_shapes(name: str) -> None
             assert all(shape[1:] == rows.shape[1:] for _, shape in place.parts)
 
 
-def trained() -> MTPModel:
-    """A model of the user's layers after a few steps on one repeated text."""
-    model = MTPModel(ModelConfig(trunk=users_trunk(init_std=0.3), mtp=SequentialConfig(depth=2)))
-    model.initialize(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(0, 37, (4, 40), generator=torch.Generator().manual_seed(0))
-    batch, losses = WindowBatch(tokens, 2), []
-    for _ in range(12):
-        loss, _ = mtp_loss(model, batch, [0.1, 0.1], batch.counts().tolist())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    return model.eval()
-
-
 def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache, drafts and several rows, texts are those of teacher forcing; one prompt is
     longer than the window."""
-    model = trained()
+    model, batch = deepseek.build(users_trunk(init_std=0.3), depth=2), windows(4, 20, 2)
+    mtp_loss(model, batch, [0.1, 0.1], batch.counts().tolist())[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.eval()
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())
     prompts = random_prompts(0, (2, 9, 21))
     options = {"max_new_tokens": 14}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.nn import experts as plain
@@ -12,7 +11,7 @@ from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.experts import Experts, routed_experts
 from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router, sequence_balance_loss
-from tests import deepseek, deepseek_reference
+from tests import deepseek, deepseek_reference, reference
 
 
 def layer_of(**experts: object) -> MoE:
@@ -48,13 +47,6 @@ def test_the_layer_equals_the_equations(kernels: str, case: dict, tokens: int, g
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def every_expert(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor):
-    """The reference: every token goes through every expert."""
-    weight = torch.zeros(x.shape[0], len(experts.down), dtype=x.dtype).scatter(1, chosen, gates)
-    gate, up = torch.einsum("mc,efc->emf", x, experts.gate_up).chunk(2, dim=-1)
-    return torch.einsum("emf,ecf,me->mc", F.silu(gate) * up, experts.down, weight)
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_equal_those_through_every_expert(
@@ -77,7 +69,7 @@ def test_gradients_equal_those_through_every_expert(
     seed = torch.randn(50, 16, dtype=dtype)
     inputs = [x, gates, experts.gate_up, experts.down]
     y = experts(x, chosen, gates)
-    expected = every_expert(experts, x, chosen, gates)
+    expected = reference.experts(x, chosen, gates, experts.gate_up, experts.down)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(
         torch.autograd.grad(y, inputs, seed),

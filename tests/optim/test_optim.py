@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from mtp_lightning.experiment.instantiate import instantiate
@@ -18,7 +16,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.optim.adamw import AdamWConfig
 from mtp_lightning.optim.base import LearningRates
 from mtp_lightning.optim.groups import Combined, GroupedConfig
-from mtp_lightning.optim.lr_schedule import KINDS, LRSchedule
+from mtp_lightning.optim.lr_schedule import LRSchedule
 from tests import deepseek
 from tests.integration.helpers import assert_same_weights, checkpoint, config, rows, train_here
 from tests.models import build
@@ -50,23 +48,6 @@ def test_learning_rates_are_those_computed_by_hand(
     schedule = LRSchedule(**settings)
     multipliers = {step: schedule(step, max_steps) for step in values}
     assert multipliers == pytest.approx(values, rel=1e-9, abs=1e-12)
-
-
-@given(
-    st.sampled_from(KINDS),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.integers(1, 500),
-    st.integers(0, 600),
-)
-def test_learning_rates_rise_then_fall_within_the_unit_interval(
-    kind, warm, decay, ratio, max_steps, step
-) -> None:
-    schedule = LRSchedule(kind, warmup_fraction=warm, decay_fraction=decay, min_ratio=ratio)
-    values = [schedule(s, max_steps) for s in range(step, step + 3)]
-    assert all(0 <= value <= 1 for value in values)
-    assert values[1] >= min(values[0], values[2]) - 1e-12, "a single peak"
 
 
 @pytest.mark.parametrize(
