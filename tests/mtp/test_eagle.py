@@ -1,4 +1,4 @@
-"""EAGLE-3's layer: its states, its steps and its draft vocabulary.
+"""EAGLE-3's layer: the states that it reads, and its draft vocabulary.
 
 ``tests/objective/test_cross_product.py`` compares losses and gradients with the equations, which
 ``tests/objective/states.py`` computes query by query in float64.
@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_modules.windows import IGNORE_INDEX, WindowBatch
-from mtp_lightning.decoding.fused import decoding_passes
+from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.long_range import read
@@ -43,27 +41,6 @@ def eagle_model(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
     generator = torch.Generator().manual_seed(7)
     model.mtp.layer.head.choose(torch.randint(0, 99, (trunk.vocab_size,), generator=generator))
     return model
-
-
-@pytest.mark.parametrize("draft_vocab", [None, 11])
-def test_training_and_drafting_give_the_same_logits(draft_vocab: int | None) -> None:
-    """In float64, step k at a position equals draft k there, also beyond the trained steps."""
-    model, depth, n = eagle_model(draft_vocab=draft_vocab), 5, 9
-    tokens = windows(1, 2 * n, 3).tokens
-    deep = MTPModel(replace(model.config, mtp=replace(model.config.mtp, depth=depth))).double()
-    deep.load_state_dict(model.state_dict())
-    expected = deep(WindowBatch(tokens[:, : n + depth + 1], depth))
-    with decoding_passes(model):
-        session = Session(model, slots=1, capacity=32, max_draft=depth)
-        assert len(session.depth_caches) == 1
-        session.join([tokens[0, :n].tolist()])
-        session.put_pending(tokens[0, n : n + 1])
-        for k in range(1, depth + 1):
-            logits = session.draft(k).logits_BV[0]
-            session.put(tokens[:, n + k : n + k + 1], k)
-            torch.testing.assert_close(
-                logits, model.head_of(k)(expected[k][0, n - 1]), rtol=1e-12, atol=1e-12
-            )
 
 
 def test_the_default_layers_are_three_blocks() -> None:

@@ -7,7 +7,6 @@ definitions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,41 +61,25 @@ def test_a_depth_reads_the_true_tokens_up_to_its_own_and_no_further(
             assert torch.equal(before[k][1], after[k][1])
 
 
-@every_head
-def test_layers_that_start_at_zero_change_no_state_and_get_gradients(
-    tiny_trunk: TrunkConfig, head: str
-) -> None:
-    if head in ("sequential", "parallel", "joint", "eagle", "parameter_free"):
-        return  # their layers start at random, or they have none
+# The matrices that start at zero, so that a new head gives the main prediction.
+ZERO: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+    "linear": lambda stack: list(stack.parameters()),
+    "linear mlp": lambda stack: [c.down.weight for c in stack.corrections],
+    "parallel markov": lambda stack: [c.down.weight for c in stack.corrections],
+    "linear selector": lambda stack: [stack.rescorer.embedding["after"].weight],
+    "nextlat": lambda stack: [stack.depths[0].last.weight],
+    "masked": lambda stack: [
+        stack.sampler.down.weight, *(u.up.weight for of in stack.updates for u in of.values())
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ZERO)
+def test_matrices_that_start_at_zero_get_gradients(tiny_trunk: TrunkConfig, head: str) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=2)))
     model.initialize(0)
-    states = model(windows(1, 8, 2))
-    if head in ("nextlat", "linear"):
-        expected = {k: states[0] for k in range(3)}
-    elif head == "masked":  # the sampler and the updates start at zero
-        _, inputs = model.run_trunk(windows(1, 8, 2), [1, 2])
-        expected = dict(enumerate([states[0], *inputs.hidden.chunk(2, -1)]))
-    else:
-        uncorrected = replace(model.config.mtp, correction="none", correction_rank=None)
-        plain = MTPModel(replace(model.config, mtp=uncorrected))
-        plain.initialize(0)
-        expected = plain(windows(1, 8, 2))
-    for k in range(3):
-        assert torch.equal(states[k], expected[k])
     mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
-    if head == "nextlat":
-        zero = [model.mtp.depths[0].last.weight]
-    elif head == "masked":
-        up = [update.up for of in model.mtp.updates for update in of.values()]
-        zero = [layer.weight for layer in (model.mtp.sampler.down, *up)]
-    elif head == "linear":  # SiLU's slope at zero is a half
-        zero = list(model.mtp.parameters())
-    elif head == "linear selector":  # its factors get a gradient once it is not zero
-        zero = [model.mtp.rescorer.embedding["after"].weight]
-        assert not model.mtp.rescorer.gate.weight.grad.any()
-    else:
-        zero = [correction.down.weight for correction in model.mtp.corrections]
-    for parameter in zero:
+    for parameter in ZERO[head](model.mtp):
         assert not parameter.any() and parameter.grad is not None and parameter.grad.any()
 
 
