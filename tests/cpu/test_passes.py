@@ -1,4 +1,5 @@
-"""Decoding passes from token ids to logits in one call: they have the bits of the layers."""
+"""Decoding passes from token ids to logits in one call: they have the bits of the layers, and the
+logits of the plain model within rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialMTP
 from mtp_lightning.nn.trunk import Trunk
-from tests.decoding.models import random_prompts, small_model
+from tests.decoding.models import random_prompts, small_model, teacher_forced
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=f"needs {native.NEEDED}")
 
@@ -77,7 +78,13 @@ def test_fused_passes_have_the_bits_of_the_layers(
     model = small_model(3, 2, **MODELS[name])
     round_weights(model, roundings_of(model, precision))
     drafts = 4 if name == "one module" else 2
+    (text,) = random_prompts(2, (8,))
+    expected = teacher_forced(model, text, 1)[1][-1]
     with decoding_passes(model):
+        alone = Session(model, slots=1, capacity=80, max_draft=1)
+        alone.join([text[:-1]])
+        alone.put_pending(torch.tensor(text[-1:]))
+        torch.testing.assert_close(alone.draft(1).logits_BV[0], expected, rtol=1e-4, atol=1e-4)
         fused, layers = sessions(model, len(lengths), drafts)
         for session in (fused, layers):
             logits = session.join(random_prompts(1, lengths))

@@ -66,18 +66,6 @@ def test_the_tokens_ahead_are_those_of_a_search(
             assert bool(valid[row, i]) == bool(expected)
 
 
-@pytest.mark.parametrize("lookahead", [1, 2, 5, 6, 7, 100])
-def test_a_window_has_the_look_ahead_or_as_many_tokens_as_it_is_long(lookahead: int) -> None:
-    """T = 5: windows have at most T + 1 = 6 tokens ahead, so that from W = 7 on the last positions
-    see less than W."""
-    batch = ahead_windows(1, 5, lookahead)
-    stop_BT = LookAhead(batch, first=1, last=lookahead).stop_BT
-    reach = (stop_BT - torch.arange(5)).flatten().tolist()
-    extra = batch.tokens.shape[1] - 5
-    assert extra == max(2, min(lookahead, 6))
-    assert reach == [min(lookahead, extra + 4 - i) for i in range(5)]
-
-
 def stack_of(config: TopConfig) -> torch.nn.Module:
     trunk = TrunkConfig(vocab_size=12, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=8)
     return config.build(trunk)

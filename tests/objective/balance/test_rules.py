@@ -147,6 +147,14 @@ def test_gradnorm_moves_weights_along_the_gradient_of_its_paper() -> None:
     )
 
 
+def test_gradnorm_raises_the_rates_of_training_to_the_power_alpha() -> None:
+    rule = GradNorm(2, alpha=1.5)
+    feed(rule, 0, LOSSES[0])
+    # The main rate is 0.909, and 0.909^1.5 = 0.867: its gradient is above the target.
+    feed(rule, 1, LOSSES[1], gradients=vectors([0.89], [1.05], [1.06]))
+    assert rule.factors([1.0, 1.0, 1.0], at(2))[0] < 1
+
+
 def test_gradnorm_keeps_weights_positive_and_measures_every_n_steps() -> None:
     rule = GradNorm(1, lr=10.0, every_n_steps=3)
     assert [rule.measures_at(at(s)) for s in range(6)] == [False, False, True] * 2
