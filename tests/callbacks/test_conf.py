@@ -27,13 +27,11 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
     ("overrides", "callbacks", "loggers"),
     [
         ([], DEFAULT, LOGGERS),
-        (["callbacks=early_stopping"], DEFAULT | {"EarlyStopping"}, LOGGERS),
         (["callbacks=[default,learning_rate]"], DEFAULT | {"LearningRateMonitor"}, LOGGERS),
         (["callbacks=[long_range,floor_and_gap]"], DEFAULT | {"LongRange", "FloorAndGap"}, LOGGERS),
         (["callbacks=[nan_guard,progress]"], {"NanGuard", "StepProgressBar"}, LOGGERS),
         (["~callbacks.progress"], DEFAULT - {"StepProgressBar"}, LOGGERS),
         (["callbacks=[]", "logger=[]"], set(), set()),
-        (["logger=[csv,default]"], DEFAULT, LOGGERS),
         (["~logger.tensorboard"], DEFAULT, {"MetricsCSV"}),
     ],
 )

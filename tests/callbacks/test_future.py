@@ -50,9 +50,7 @@ class Peeks(Chain):
         return previous_BTC + self.depths[k - 1](embedded_BTC)
 
 
-def test_a_head_that_reads_the_future_is_refused(
-    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_reads_the_future_is_refused(tiny_trunk, monkeypatch):
     monkeypatch.setattr(MTPConfig, "_variants", dict(MTPConfig._variants))
 
     @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,7 @@ def test_a_trunk_that_reads_the_future_is_refused(tiny_trunk: TrunkConfig) -> No
         require_hidden_future(model, windows(2, 12, DEPTH))
 
 
-def test_a_run_is_looked_at_twice_and_only_with_a_users_module(
-    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_looked_at_twice_and_only_with_a_users_module(tiny_trunk, monkeypatch):
     """Also later, since a module may hide what it reads while its weights are zero."""
     model, batch = build(tiny_trunk, "linear", depth=DEPTH), windows(2, 12, DEPTH)
     reads = Reads(1)

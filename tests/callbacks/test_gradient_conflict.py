@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import cache, once
 from tests.integration.helpers import assert_same_weights, column, rows, train_here
+
+__all__ = ["cache", "once"]
 
 CONFLICT: dict[str, Any] = {
     "callbacks": "gradient_conflict",
@@ -17,11 +20,6 @@ TAGS = [
     *(f"grad/{group}norm_depth_{k}" for group in ("", "embedding_") for k in range(3)),
     *(f"grad/{group}cosine_depth_{k}" for group in ("", "embedding_") for k in (1, 2)),
 ]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.slow

@@ -26,20 +26,25 @@ class BadLoss(TinyModule):
         return outputs
 
 
-@pytest.mark.parametrize("every", [3, 1])  # with and without a checkpoint due at the bad step
-def test_the_error_names_step_depth_and_the_last_good_checkpoint(tmp_path, every):
-    with pytest.raises(ValueError) as error:
-        fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=every), NanGuard()])
-    for words in ("step 7", "depth 1 (nan)", str(tmp_path / "last.ckpt"), "(step 6)"):
-        assert words in str(error.value)
-    assert files.load(tmp_path / "last.ckpt")["global_step"] == 6
-
-
-def test_a_bad_first_step_does_not_blame_the_learning_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad_step", "every", "words"),
+    [
+        (7, 3, ("step 7", "depth 1 (nan)", "last.ckpt (step 6)", "Lower the learning rate")),
+        (7, 1, ("step 7", "depth 1 (nan)", "last.ckpt (step 6)")),  # a checkpoint is due at it
+        (7, 100, ("step 7", "no good checkpoint had been written")),
+        (1, 100, ("step 1", "No weight has changed yet")),
+    ],
+)
+def test_the_error_names_step_depth_and_the_last_good_checkpoint(tmp_path, bad_step, every, words):
     module = BadLoss()
-    module.bad_step = 1
-    with pytest.raises(ValueError, match="No weight has changed yet"):
-        fit(module, [Checkpoints(tmp_path, monitor=None), NanGuard()])
+    module.bad_step = bad_step
+    checkpoints = Checkpoints(tmp_path, every_n_steps=every, monitor=None)
+    with pytest.raises(ValueError) as error:
+        fit(module, [checkpoints, NanGuard()])
+    for word in words:
+        assert word in str(error.value)
+    last = tmp_path / "last.ckpt"
+    assert (files.load(last)["global_step"] == 6) if every < 100 else not last.exists()
 
 
 def test_a_checkpoint_before_the_first_step_is_saved(tmp_path: Path) -> None:
@@ -49,12 +54,6 @@ def test_a_checkpoint_before_the_first_step_is_saved(tmp_path: Path) -> None:
 
     fit(SavesFirst(), [Checkpoints(tmp_path), NanGuard()], max_steps=1)
     assert files.load(tmp_path / "first.ckpt")["global_step"] == 0
-
-
-def test_the_error_before_any_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no good checkpoint"):
-        fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=100, monitor=None), NanGuard()])
-    assert not list(tmp_path.glob("*.ckpt"))
 
 
 class OnDevice(NanGuard):
@@ -68,14 +67,14 @@ class OnDevice(NanGuard):
             self._look(trainer)
 
 
-@pytest.mark.parametrize(("every", "seen_at"), [(10, 10), (5, 10), (100, 8)])
-def test_rare_checks_name_the_first_bad_step(tmp_path: Path, every: int, seen_at: int) -> None:
+@pytest.mark.parametrize(("every", "saved", "seen_at"), [(10, 100, 10), (5, 100, 10), (100, 4, 8)])
+def test_rare_checks_name_the_first_bad_step(tmp_path, every, saved, seen_at):
     module = BadLoss()
-    checkpoints = Checkpoints(tmp_path, every_n_steps=4 if every == 100 else 100, monitor=None)
+    checkpoints = Checkpoints(tmp_path, every_n_steps=saved, monitor=None)
     with pytest.raises(ValueError, match="step 7: depth 1"):
         fit(module, [checkpoints, OnDevice(every_n_steps=every)], max_steps=30, val_every=100)
     assert max(module.losses) == seen_at, "checked together, or before a checkpoint"
-    assert module.losses and not (tmp_path / "last.ckpt").exists() or every == 100
+    assert (tmp_path / "last.ckpt").exists() == (saved == 4)
 
 
 def test_an_inactive_depth_may_be_nan(tmp_path: Path) -> None:

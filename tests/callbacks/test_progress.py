@@ -28,19 +28,21 @@ def lines_of(shown: str) -> list[str]:
 
 def test_the_bar_counts_steps_of_the_whole_run(capsys, monkeypatch, tmp_path: Path) -> None:
     module = TinyModule()
-    callbacks = [on_a_terminal(monkeypatch), Checkpoints(tmp_path, every_n_steps=6)]
-    fit(module, callbacks, max_steps=6, epoch_steps=4)
+    callbacks = [on_a_terminal(monkeypatch), Checkpoints(tmp_path, every_n_steps=12)]
+    fit(module, callbacks, epoch_steps=8)
     shown = capsys.readouterr().err
-    assert "6/6" in shown and "1/6" in shown
-    last = module.losses[6]
+    last = module.losses[12]
     assert f"L0 {last[0]:.2f}  L1 {last[1]:.2f}  lambda 0.3" in shown
     assert re.search(r"validating [123]/3", shown)
     assert re.search(r"step 4  validation  L0 \d+\.\d{3}  L1 \d+\.\d{3}", shown)
+    drawn = {int(m[1]): " left" in m[0] for m in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", shown)}
+    assert {1, 12} <= drawn.keys()
+    assert drawn[9] is False and drawn[10] is True, "the remaining time"
 
-    fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
+    fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=15, ckpt_path=tmp_path / "last.ckpt")
     resumed = capsys.readouterr().err
-    assert "6/9" in resumed and "9/9" in resumed
-    assert "1/9" not in resumed
+    assert "12/15" in resumed and "15/15" in resumed
+    assert "| 1/15" not in resumed
 
 
 def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
@@ -63,15 +65,6 @@ def test_the_remaining_time_is_shown_from_the_tenth_step() -> None:
     assert remaining(150, 350, 1050.0) == "3 min left"  # 200 steps of a second each
     assert remaining(150, 180, 1050.0) == "30 s left"
     assert remaining(100, 350, 1000.0) == remaining(350, 350, 1250.0) == ""
-
-
-def test_the_bar_shows_the_remaining_time_from_the_tenth_step(capsys, monkeypatch) -> None:
-    fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=12, val_every=100)
-    drawn = {
-        int(found[1]): " left" in found[0]
-        for found in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", capsys.readouterr().err)
-    }
-    assert drawn[9] is False and drawn[10] is True
 
 
 def test_a_schedule_that_changes_lambda_is_named(capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.guard import GuardedLogger
 
 
+def noted(method: str) -> Callable[..., str]:
+    """A method of a logger that notes its name and the values of its arguments."""
+
+    def call(self: Foreign, *values: Any, **named: Any) -> str:
+        self.calls.append((method, (*values, *named.values())))
+        if method == self.fails:
+            raise ConnectionError("the server is away\nmore of it")
+        return method
+
+    return call
+
+
 class Foreign(Logger):
     """A user's logger: exactly Lightning's interface, and one more method."""
 
@@ -21,40 +34,10 @@ class Foreign(Logger):
         self.fails = fails
         self.calls: list[tuple[str, Any]] = []
 
-    def note(self, method: str, *values: Any) -> None:
-        self.calls.append((method, values))
-        if method == self.fails:
-            raise ConnectionError("the server is away\nmore of it")
-
-    @property
-    def name(self) -> str:
-        self.note("name")
-        return "foreign"
-
-    @property
-    def version(self) -> int:
-        return 3
-
-    @property
-    def experiment(self) -> str:
-        self.note("experiment")
-        return "theirs"
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.note("log_metrics", metrics, step)
-
-    def log_hyperparams(self, params: dict[str, Any]) -> None:
-        self.note("log_hyperparams", params)
-
-    def finalize(self, status: str) -> None:
-        self.note("finalize", status)
-
-    def save(self) -> None:
-        self.note("save")
-
-    def watch(self, model: str, what: str = "weights") -> str:
-        self.note("watch", model)
-        return "watched"
+    version = 3
+    name, experiment = property(noted("name")), property(noted("experiment"))
+    log_metrics, log_hyperparams = noted("log_metrics"), noted("log_hyperparams")
+    finalize, save, watch = noted("finalize"), noted("save"), noted("watch")
 
 
 def use(logger: GuardedLogger) -> None:
@@ -67,7 +50,7 @@ def use(logger: GuardedLogger) -> None:
     logger.write_text("text", "a", 3)
     _ = logger.name, logger.version, logger.save_dir, logger.log_dir
     assert logger.group_separator == "/"
-    logger.watch("model", what="gradients")
+    logger.watch("model")
     logger.save()
     logger.finalize("success")
     logger.log_final({"a": 1}, {"val/loss": 0.5}, 3)
@@ -129,14 +112,7 @@ def test_the_guard_has_the_class_and_attributes_of_its_logger(tmp_path: Path) ->
 
 
 class Ours(RunLogger, Foreign):
-    def resume_from(self, step: int) -> None:
-        self.note("resume_from", step)
-
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        self.note("write_text", tag, text, step)
-
-    def log_final(self, params: Any, metrics: Any, step: int) -> None:
-        self.note("log_final", params, metrics, step)
+    resume_from, write_text, log_final = map(noted, ("resume_from", "write_text", "log_final"))
 
 
 def test_a_run_logger_also_gets_this_projects_calls() -> None:
