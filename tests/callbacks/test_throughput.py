@@ -132,6 +132,7 @@ def test_a_crowded_machine_warns_once(monkeypatch, caplog, clock, typical, drift
         ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989.4),
         ("NVIDIA H100 PCIe", torch.float16, False, 756.0),
         ("NVIDIA GeForce RTX 4090", torch.bfloat16, False, 165.2),
+        ("NVIDIA H200 NVL", torch.bfloat16, False, 835.5),
         ("Tesla T4", torch.float16, False, 65.0),
         ("Tesla T4", torch.bfloat16, False, None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
