@@ -68,7 +68,7 @@ def settled(sweep: Sweep, *overrides: str) -> dict[str, Any]:
 
 def test_random_jobs_equal_the_configs_of_hydra(sweep: Sweep) -> None:
     chance = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         keys = chance.sample(list(CHOICES), chance.randint(1, 7))
         job = [chance.choice(CHOICES[key]) for key in keys]
         # Another job with the same groups first: it may leave no trace in this one.
@@ -79,14 +79,7 @@ def test_random_jobs_equal_the_configs_of_hydra(sweep: Sweep) -> None:
         assert settle(ours, Path("/x")) == settle(theirs, Path("/x")), job
 
 
-WRONG = [
-    "mtp.depht=1",
-    "mtp=sequentail",
-    "+seed=1",
-    "~mtp.nothing",
-    "seed@here=1",
-    "optimiser=adamw",
-]
+WRONG = ["mtp.depht=1", "mtp=sequentail", "+seed=1", "~mtp.nothing", "seed@here=1"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -142,6 +135,9 @@ def test_jobs_with_equal_groups_read_the_config_files_once(sweep, monkeypatch):
     assert sorted(calls) == [["mtp=linear"], ["mtp=parallel"]]
 
 
+PARSER = OverridesParser.create()
+
+
 @pytest.mark.parametrize(
     ("typed", "read"),
     [
@@ -152,11 +148,16 @@ def test_jobs_with_equal_groups_read_the_config_files_once(sweep, monkeypatch):
     ],
 )
 def test_a_job_reads_the_paths_that_were_typed(typed: str, read: list[Any]) -> None:
-    parser = OverridesParser.create()
-    override = parser.parse_override(literal(["-m", typed])[1])
+    override = PARSER.parse_override(literal(["-m", typed])[1])
     prepare_values(override)
     jobs = literal([f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()])
-    assert [parser.parse_override(job).value() for job in jobs] == read
+    assert [PARSER.parse_override(job).value() for job in jobs] == read
+
+
+@pytest.mark.parametrize("typed", ["seed=range(0)", "seed=range(0,2,0)", "mtp=glob(p*)"])
+def test_values_that_cannot_be_listed_are_refused(typed: str) -> None:
+    with pytest.raises(UserError, match=r"has no values that can be listed: list some, as in"):
+        prepare_values(PARSER.parse_override(typed))
 
 
 def test_the_sweeper_leaves_composing_to_the_launcher() -> None:

@@ -81,9 +81,7 @@ def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
     assert capsys.readouterr().out == "pending a (1 of 1)\n"
 
 
-def test_without_a_terminal_that_moves_a_cursor_the_display_is_lines(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_terminal_that_moves_a_cursor_the_display_is_lines(monkeypatch):
     assert isinstance(make_display(1), Lines)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for terminal, kind in (("xterm", LiveTable), ("dumb", Lines)):

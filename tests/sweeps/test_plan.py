@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import read_status, write_status
 from sweeps.plan import (
     Recipe,
     SweepPlan,
     folder_name,
     overrides_digest,
+    refuse_run_folder,
     varied_keys,
     without_housekeeping,
 )
@@ -63,15 +65,6 @@ def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Pat
     assert stored["command"][-1] == "more" and stored["version"] == 1
 
 
-def test_commands_that_differ_in_a_constant_have_other_folders(tmp_path: Path) -> None:
-    plan = SweepPlan(tmp_path)
-    one, two = (
-        [job.folder for job in plan.add([[*job, f"model={model}"] for job in GRID])]
-        for model in ("pico", "micro")
-    )
-    assert one[0] == "mtp.depth-0_seed-0" and len({*one, *two}) == 8
-
-
 def test_a_sweep_of_older_names_continues_in_its_folders(tmp_path: Path) -> None:
     jobs = [{"folder": "seed-0_model-pico", "overrides": ["seed=0", "model=pico"]}]
     (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "jobs": jobs}))
@@ -109,6 +102,13 @@ def test_paths_and_retries_are_not_part_of_a_job(tmp_path: Path) -> None:
 def test_varied_keys_differ_between_jobs() -> None:
     assert varied_keys([["a=1", "b=1"], ["a=1", "b=2", "+c=1"]]) == ["b", "c"]
     assert varied_keys([["a=1"]]) == []
+
+
+def test_the_folder_of_one_run_is_refused() -> None:
+    refuse_run_folder(["seed=1"], "leave it out")
+    for folder in ("+run_dir=x", "logger.csv.folder=x", "logger.tensorboard.folder=x"):
+        with pytest.raises(UserError, match="is the folder of one run: leave it out"):
+            refuse_run_folder([folder], "leave it out")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 2, "jobs": []}', '{"version": 1}', "["])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -145,9 +144,8 @@ jobs = []
 for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or saves)):
     (base / name).mkdir()
     command = ("sh", "-c", f"cd {base / name}; {program}")
-    n = 2 if sys.argv[2] == "two" else 1
-    jobs.append(Job(folder=base / name, overrides=(name,), command=command, processes=n))
-Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(jobs)
+    jobs.append(Job(folder=base / name, overrides=(name,), command=command))
+Pool(queue=DeviceQueue(n_jobs=2), display=Lines(2), grace_seconds=1).run(jobs)
 """
 
 
@@ -160,10 +158,7 @@ def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], lis
     return process, [int(wait_for(tmp_path / name / "pid")) for name in ("one", "two")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "signum"),
-    [("saving", signal.SIGINT), ("deaf", signal.SIGTERM), ("two", signal.SIGINT)],
-)
+@pytest.mark.parametrize(("kind", "signum"), [("saving", signal.SIGINT), ("deaf", signal.SIGTERM)])
 def test_interrupted_jobs_save_and_have_the_signal_as_reason(tmp_path, kind, signum):
     process, pids = start_sweep(tmp_path, kind)
     process.send_signal(signum)
@@ -178,28 +173,22 @@ def test_interrupted_jobs_save_and_have_the_signal_as_reason(tmp_path, kind, sig
         assert (job_status["state"], job_status["reason"]) == ("interrupted", reason)
 
 
-@pytest.mark.parametrize("kind", ["deaf", "two"])
-def test_a_killed_sweep_leaves_no_process(tmp_path: Path, kind: str) -> None:
-    process, pids = start_sweep(tmp_path, kind)
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path) -> None:
+    process, pids = start_sweep(tmp_path, "deaf")
     process.kill()
     process.wait()
     wait_until(lambda: all(map(has_ended, pids)))
-    assert (tmp_path / "one" / "saved").exists()
-    assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
+    assert (tmp_path / "one" / "saved").exists() and not (tmp_path / "two" / "saved").exists()
     assert state_of(tmp_path / "one") == "running", "no process was left to write a status"
 
 
 def test_a_job_waits_for_a_process_of_an_earlier_sweep(tmp_path: Path) -> None:
     one = job(tmp_path / "a", DONE)
-    holder = subprocess.Popen(["flock", str(one.folder / ".lock"), "sleep", "1"])
-    lock = Lock(one.folder / ".lock")
-    until = time.monotonic() + 120
-    while lock.acquire():
-        lock.release()
-        assert time.monotonic() < until
+    holder = Lock(one.folder / ".lock")
+    assert holder.acquire()
+    threading.Timer(0.3, holder.release).start()
     pool(1).run([one])
     assert state_of(one.folder) == "done"
-    assert holder.wait(120) == 0
 
 
 def test_ctrl_c_ends_the_wait_for_a_process_of_an_earlier_sweep(tmp_path: Path) -> None:
@@ -290,9 +279,7 @@ def test_a_full_disk_at_the_end_of_a_job_lets_the_others_save(tmp_path, monkeypa
     assert (other.folder / "saved").exists()
 
 
-def test_a_job_without_a_watchdog_is_not_started_and_keeps_no_lock(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_job_without_a_watchdog_is_not_started_and_keeps_no_lock(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError("no process is left")
 

@@ -101,70 +101,65 @@ def test_squeue_is_called_at_most_every_fifteen_seconds(tmp_path, slurm, monkeyp
     assert list(queue.find_ended()) == [two]
 
 
+class Refused(Exception):
+    """Replaces submitit's error."""
+
+
 class Executor:
     """Replaces submitit's executor: records settings and the number of jobs of each array."""
 
-    submitted: list[tuple[dict[str, Any], int]] = []
+    submitted: list[tuple[dict[str, Any], int]]
+    refused_array = 0  # the number of the array that is refused
 
-    def __init__(self, folder: Path, max_num_timeout: int) -> None:
-        self._settings: dict[str, Any] = {}
-        self._n = 0
+    def __init__(self, folder: Path, max_num_timeout: int) -> None: ...
 
     def update_parameters(self, **settings: Any) -> None:
-        self._settings = settings
         self.submitted.append((settings, 0))
 
     def batch(self) -> Any:
         return nullcontext()
 
     def submit(self, function: Any) -> Any:
+        if len(self.submitted) == self.refused_array:
+            raise Refused("no such node")
         settings, n = self.submitted[-1]
         self.submitted[-1] = settings, n + 1
         return SimpleNamespace(job_id=f"{len(self.submitted)}_{n}")
 
 
-def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, slurm, monkeypatch):
-    program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
-    program(slurm, "squeue", "exit 0")
-    fake = SimpleNamespace(SlurmExecutor=Executor, __spec__="found")
+@pytest.fixture
+def executor(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> type[Executor]:
+    core = SimpleNamespace(utils=SimpleNamespace(FailedJobError=Refused))
+    fake = SimpleNamespace(SlurmExecutor=Executor, core=core, __spec__="found")
     monkeypatch.setitem(sys.modules, "submitit", fake)
+    monkeypatch.setattr(Executor, "submitted", [], raising=False)
+    program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
+    return Executor
+
+
+def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, executor, monkeypatch):
     followed = []
     monkeypatch.setattr(slurm_cluster, "follow", lambda jobs, **values: followed.append(jobs))
-    Executor.submitted = []
     jobs = [*jobs_of(tmp_path, 1500), *jobs_of(tmp_path / "far", 2, processes=4, nodes=2)]
     slurm_cluster.run(jobs, **SETTINGS)
     assert followed == [jobs]
-    assert [n for _, n in Executor.submitted] == [1001, 499, 2]
-    first, second, far = (settings for settings, _ in Executor.submitted)
+    assert [n for _, n in executor.submitted] == [1001, 499, 2]
+    first, second, far = (settings for settings, _ in executor.submitted)
     assert first["array_parallelism"] + second["array_parallelism"] <= 100
     assert (first["nodes"], first["cpus_per_task"], first["gpus_per_node"]) == (1, 2, 1)
     assert (far["nodes"], far["cpus_per_task"], far["gpus_per_node"]) == (2, 8, 4)
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
 
 
-def test_queued_arrays_are_canceled_when_a_later_one_is_refused(tmp_path, slurm, monkeypatch):
-    program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
-    calls = tmp_path / "calls"
-    program(slurm, "scancel", f'echo "$@" >> {calls}')
-
-    class Refused(Exception):
-        pass
-
-    class Refuses(Executor):
-        def submit(self, function: Any) -> Any:
-            if len(self.submitted) == 2:
-                raise Refused("no such node")
-            return super().submit(function)
-
-    utils = SimpleNamespace(FailedJobError=Refused)
-    core = SimpleNamespace(utils=utils)
-    fake = SimpleNamespace(SlurmExecutor=Refuses, core=core, __spec__="found")
-    monkeypatch.setitem(sys.modules, "submitit", fake)
-    Executor.submitted = []
+def test_queued_arrays_are_canceled_when_a_later_one_is_refused(
+    tmp_path, slurm, executor, monkeypatch
+):
+    program(slurm, "scancel", f'echo "$@" >> {tmp_path / "calls"}')
+    monkeypatch.setattr(executor, "refused_array", 2)
     jobs = [*jobs_of(tmp_path, 2), *jobs_of(tmp_path / "far", 1, processes=4, nodes=2)]
     with pytest.raises(UserError, match="Slurm refuses the job: no such node"):
         slurm_cluster.run(jobs, **SETTINGS)
-    assert calls.read_text().split() == ["1_0", "1_1"]
+    assert (tmp_path / "calls").read_text().split() == ["1_0", "1_1"]
 
 
 def test_jobs_with_a_final_status_are_not_waited_for(tmp_path, capsys):

@@ -187,13 +187,16 @@ def test_a_worker_takes_only_jobs_that_fit_its_devices(tmp_path: Path) -> None:
 
 
 def test_invalid_folders_and_options_of_workers_are_refused(tmp_path, capsys):
-    folder = planned(tmp_path, "0,1")
+    sweep = SweepPlan(folder := tmp_path / "sweep")
+    for job in sweep.add([["seed=0"], ["seed=1"]]):
+        job.recipe = replace(recipe_of(1, 1, on_cpu=True), program="/my/stub.py")
+    sweep.write([])
     (empty := tmp_path / "empty").mkdir()
     stored = json.loads((folder / "sweep.json").read_text())
     cases = [
         ([str(empty)], "holds no planned sweep"),
         ([str(tmp_path / "none")], "There is no folder"),
-        ([str(folder)], f"{folder.parent / 'stub.py'}"),
+        ([str(folder)], "--program /my/stub.py"),
         ([str(folder), "--program=no quote'"], "--program"),
         ([str(folder), "--stale=0"], "--stale must be above 0"),
         *(
