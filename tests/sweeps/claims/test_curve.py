@@ -24,8 +24,7 @@ def logged(folder: Path, losses: dict[int, float], **settings: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("steps", [100, 173])
+@pytest.mark.parametrize(("steps", "every"), [(100, 1), (173, 3)])
 def test_a_point_is_the_mean_loss_of_its_part_of_the_run(tmp_path, steps, every):
     generator = random.Random(steps)
     losses = {step: generator.uniform(1, 5) for step in range(every, steps + 1, every)}

@@ -1,4 +1,4 @@
-"""The three verdicts on values and on shares of solved seeds, against scipy's tests."""
+"""The three verdicts on values and on shares of solved seeds."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sweeps.claims.decide import (
     decide,
     overall,
 )
+from sweeps.report.statistics import share, unpaired
 from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     SOLVED,
@@ -49,46 +50,34 @@ def predicting(
 
 
 @pytest.mark.parametrize(
-    ("by", "scale", "verdict"), [(-0.05, 1.0, HOLDS), (0.05, 1.0, FAILS), (-0.002, 3.0, UNDECIDED)]
-)
-def test_paired_differences_agree_with_scipy(tmp_path, by, scale, verdict):
-    finding = finding_of(predicting(tmp_path), shifted(by, scale))
-    assert finding.verdict == verdict and finding.test == PAIRED and finding.n == 5
-    reference = stats.ttest_rel(shifted(by, scale), PLAIN)
-    low, high = reference.confidence_interval(0.95)
-    assert finding.p == pytest.approx(reference.pvalue, rel=1e-6)
-    assert (finding.low, finding.high) == (pytest.approx(low), pytest.approx(high))
-    assert bool(finding.why) == (verdict == UNDECIDED)
-
-
-def test_pairs_are_matched_by_seed_and_not_by_order(tmp_path: Path) -> None:
-    claim = predicting(tmp_path)
-    arms = observed(claim, {"plain": PLAIN, "mtp": shifted(-0.05)})
-    reversed_arms = {"plain": arms["plain"], "mtp": dict(reversed(arms["mtp"].items()))}
-    assert decide(claim, reversed_arms) == decide(claim, arms)
-
-
-@pytest.mark.parametrize(
-    ("side", "by", "effect", "verdict"),
+    ("side", "by", "effect", "scale", "verdict"),
     [
-        ("below", -0.03, -0.05, HOLDS),
-        ("below", -0.05, -0.05, UNDECIDED),
-        ("below", -0.07, -0.05, FAILS),
-        ("above", -0.02, 0.0, HOLDS),
-        ("above", 0.02, 0.0, FAILS),
-        ("within", 0.02, 0.004, HOLDS),
-        ("within", 0.02, -0.004, HOLDS),
-        ("within", 0.02, 0.0205, UNDECIDED),
-        ("within", 0.02, -0.05, FAILS),
+        ("below", 0, -0.05, 1, HOLDS),
+        ("below", 0, 0.05, 1, FAILS),
+        ("below", 0, -0.002, 3, UNDECIDED),
+        ("below", -0.03, -0.05, 1, HOLDS),
+        ("below", -0.05, -0.05, 1, UNDECIDED),
+        ("below", -0.07, -0.05, 1, FAILS),
+        ("above", -0.02, 0.0, 1, HOLDS),
+        ("above", 0.02, 0.0, 1, FAILS),
+        ("within", 0.02, 0.004, 1, HOLDS),
+        ("within", 0.02, -0.004, 1, HOLDS),
+        ("within", 0.02, 0.0205, 1, UNDECIDED),
+        ("within", 0.02, -0.05, 1, FAILS),
     ],
 )
-def test_verdicts_at_thresholds_agree_with_the_interval(tmp_path, side, by, effect, verdict):
-    finding = finding_of(predicting(tmp_path, side=side, by=by), shifted(effect))
-    assert finding.verdict == verdict
-    # The interval agrees with the test.
-    ends = (-by, by) if side == "within" else (by, by)
-    straddles = any(finding.low < end < finding.high for end in ends)
-    assert straddles == (verdict == UNDECIDED)
+def test_paired_differences_agree_with_scipy(tmp_path, side, by, effect, scale, verdict):
+    values = shifted(effect, scale)
+    finding = finding_of(predicting(tmp_path, side, by), values)
+    assert (finding.verdict, finding.test, finding.n) == (verdict, PAIRED, 5)
+    assert bool(finding.why) == (verdict == UNDECIDED)
+    end = -by if side == "within" and effect < 0 else by  # the nearest one
+    assert finding.p == pytest.approx(
+        stats.ttest_rel(values, [p + end for p in PLAIN]).pvalue, rel=1e-6
+    )
+    low, high = stats.ttest_rel(values, PLAIN).confidence_interval(0.95)
+    assert (finding.low, finding.high) == (pytest.approx(low), pytest.approx(high))
+    assert (low < end < high) == (verdict == UNDECIDED), "the interval agrees with the test"
 
 
 def test_an_arm_alone_is_tested_against_a_threshold(tmp_path: Path) -> None:
@@ -109,33 +98,25 @@ def solving(folder: Path, side: str = "above", **prediction: Any) -> Claim:
 @pytest.mark.parametrize(
     ("plain", "mtp", "verdict"), [(0, 7, HOLDS), (7, 0, FAILS), (2, 4, UNDECIDED)]
 )
-def test_shares_of_seeds_agree_with_scipys_fisher_test(tmp_path, plain, mtp, verdict):
+def test_shares_of_seeds_are_compared_by_fishers_test(tmp_path, plain, mtp, verdict):
     finding = finding_of(solving(tmp_path), exact_matches(mtp), exact_matches(plain))
-    assert finding.verdict == verdict and finding.test == FISHER
-    table = [[mtp, 8 - mtp], [plain, 8 - plain]]
-    assert finding.p == pytest.approx(stats.fisher_exact(table).pvalue)
+    assert (finding.verdict, finding.test) == (verdict, FISHER)
+    assert (finding.own, finding.other) == (share(mtp, 8), share(plain, 8))
+    assert finding.p == unpaired(share(mtp, 8), share(plain, 8)).p
     assert finding.effect == pytest.approx((mtp - plain) / 8)
-    for share, count in ((finding.own, mtp), (finding.other, plain)):
-        exact = stats.binomtest(count, 8).proportion_ci(0.95, "exact")
-        assert (share.low, share.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
 
-@pytest.mark.parametrize(("solved", "verdict"), [(0, HOLDS), (8, FAILS), (3, UNDECIDED)])
-def test_one_share_is_tested_against_a_threshold(tmp_path: Path, solved: int, verdict: str) -> None:
-    claim = solving(tmp_path, against=None, side="below", by=0.5)
-    finding = finding_of(claim, exact_matches(solved), exact_matches(0))
-    assert finding.verdict == verdict and finding.test == BINOMIAL
-    assert (finding.low < 0.5 < finding.high) == (verdict == UNDECIDED)
-
-
-@pytest.mark.parametrize("count", range(9))
-@pytest.mark.parametrize("by", [0.05, 0.3, 0.5, 0.85])
-def test_the_binomials_p_agrees_with_clopper_and_pearson(tmp_path, count, by):
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("by", [0.05, 0.5, 0.85])
+def test_one_share_against_a_threshold_agrees_with_clopper_and_pearson(tmp_path, count, by):
     claim = solving(tmp_path, against=None, side="below", by=by)
     finding = finding_of(claim, exact_matches(count), exact_matches(0))
     for level in (0.8, 0.95, 0.99):
         ends = stats.binomtest(count, 8).proportion_ci(level, "exact")
         assert (ends.low <= by <= ends.high) == (finding.p >= 1 - level)
+    inside = HOLDS if count / 8 < by else FAILS
+    assert finding.verdict == (UNDECIDED if finding.low <= by <= finding.high else inside)
+    assert finding.test == BINOMIAL
 
 
 def test_holms_correction_is_over_the_predictions_of_a_claim(tmp_path: Path) -> None:

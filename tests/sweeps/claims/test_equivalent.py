@@ -19,6 +19,7 @@ from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.result import make_result
 from sweeps.claims.reuse import shared_runs
 from sweeps.claims.run import _Ready, _with_parents
+from sweeps.report.statistics import ratio_interval
 from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished_run, predict
 
 TAG = "val/bits_per_byte"
@@ -85,11 +86,9 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     assert effect.effect == pytest.approx(mean, rel=0.01)
     assert ratio.effect == pytest.approx(1.3 * mean, rel=0.01)
     assert gain.low < 0.8 < gain.high < 0.83
-    # By hand: t of four degrees of freedom on the logarithms.
-    logs = [math.log(n) for n in NOISE]
-    spread = math.sqrt(math.fsum((x - sum(logs) / 5) ** 2 for x in logs) / 4)
-    width = 2 * 2.776 * spread / math.sqrt(5)
-    assert math.log(gain.high / gain.low) == pytest.approx(width, rel=0.05)
+    assert (gain.low, gain.high) == pytest.approx(
+        ratio_interval([0.8 * n for n in NOISE]).ends, rel=0.01
+    )
 
 
 def test_an_arm_of_another_size_has_its_own_plain_curve(tmp_path):

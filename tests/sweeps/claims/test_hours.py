@@ -110,13 +110,6 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
     assert result["minutes"] == 20
 
 
-def test_a_run_that_claims_share_counts_for_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: None)
-    claims = [claim_of(tmp_path, name, shared=SMALL) for name in ("one", "two")]
-    first, second = pending_of(claims, tmp_path / "runs", {})
-    assert len(first.costs) == 10 and second.costs == ()
-
-
 def test_estimated_flops_are_those_of_stored_results(tmp_path: Path) -> None:
     """Of results/text_equal_flops.json: 1,736,835,072,000 of plain training, which all arms of
     compare.match=flops get; of results/lambda.json: 2,857,500,672,000 with two depths."""
@@ -190,23 +183,21 @@ def entries_of(folder: Path, values: dict[str, Any], **changes: Any) -> list[dic
     return result_of(claim_of(folder, seeds=list(range(20)), **changes), values)["predictions"]
 
 
-def test_no_seeds_are_estimated_if_decided_failed_or_without_noise(tmp_path: Path) -> None:
-    plain = [2.0, 2.1, 2.2]
-    noisy = [2.3, 1.9, 2.4]
-    for values, changes in (
-        ({"plain": plain, "mtp": [1.0, 1.1, 1.21]}, {}),  # decided
-        ({"plain": plain, "mtp": [*noisy, "failed"]}, {}),
-        ({"plain": [2.0], "mtp": [1.0]}, {}),  # no noise is known
-        ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # equal at every seed
-    ):
-        assert seeds_needed(entries_of(tmp_path, values, **changes), 3) == [None]
-    # Too few seeds: at least the claim's own minimum.
-    few = entries_of(tmp_path, {"plain": plain, "mtp": [1.0, 1.101, 1.19]}, minimum=5)
-    assert few[0]["why"].startswith("n = 3") and seeds_needed(few, 5) == [5]
-    two = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
-    assert seeds_needed(two, 5) == [None], "two seeds are too few to estimate the noise"
-    equal = entries_of(tmp_path, {"plain": [2.0] * 3, "mtp": [1.0] * 3}, minimum=5)
-    assert equal[0]["why"].startswith("n = 3") and seeds_needed(equal, 5) == [None]
+@pytest.mark.parametrize(
+    ("plain", "mtp", "minimum", "needed"),
+    [
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.21], 3, None),  # decided
+        ([2.0, 2.1, 2.2], [2.3, 1.9, 2.4, "failed"], 3, None),
+        ([2.0], [1.0], 3, None),  # no noise is known
+        ([2.0, 2.1, 2.2], [1.9, 2.0, 2.1], 3, None),  # equal at every seed
+        ([2.0, 2.1, 2.2], [1.0, 1.101, 1.19], 5, 5),  # at least the claim's own minimum
+        ([2.0, 2.1], [1.0, 1.101], 5, None),  # too few to estimate the noise
+        ([2.0] * 3, [1.0] * 3, 5, None),
+    ],
+)
+def test_few_seeds_are_needed_or_their_number_is_unknown(tmp_path, plain, mtp, minimum, needed):
+    entries = entries_of(tmp_path, {"plain": plain, "mtp": mtp}, minimum=minimum)
+    assert seeds_needed(entries, minimum) == [needed]
 
 
 @pytest.mark.parametrize(("deviation", "by"), [(0.02, 0.0), (0.035, 0.0), (0.075, -0.01)])
@@ -231,13 +222,11 @@ def test_estimates_of_seeds_agree_with_simulation(tmp_path, deviation, by):
 
 
 def test_the_correction_for_other_predictions_needs_more_seeds(tmp_path: Path) -> None:
-    plain, noisy = [2.0, 2.1, 2.2], [2.3, 1.9, 2.4]
     one = [predict("mtp", "below", against="plain")]
     both = [*one, predict("mtp", "above", 0.3, against="plain")]
-    values = {"plain": plain, "mtp": noisy}
+    values = {"plain": [2.0, 2.1, 2.2], "mtp": [2.3, 1.9, 2.4]}
     (alone,) = seeds_needed(entries_of(tmp_path, values, predictions=one), 3)
     corrected = seeds_needed(entries_of(tmp_path, values, predictions=both), 3)
-    assert alone is not None and corrected[1] is not None and corrected[0] is not None
     assert max(corrected) > 3 and corrected[0] >= alone
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims.hours import flops_of
-from sweeps.claims.jobs import config_digest, jobs, require_equal_steps
+from sweeps.claims.jobs import jobs, require_equal_steps
 from sweeps.claims.preregistration import (
     Preregistration,
     read_preregistration,
@@ -32,21 +32,17 @@ def folders(folder: Path, arms: dict[str, list[str]], **changes: object) -> dict
 
 
 def test_jobs_are_ordered_by_seed_and_then_by_arm(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
-    ordered = jobs(claim, [3, 1], RUNS)
+    ordered = jobs(claim_of(tmp_path), [3, 1], RUNS)
     assert [(job.seed, job.arm) for job in ordered] == [
         (3, "plain"), (3, "mtp"), (1, "plain"), (1, "mtp"),
     ]  # fmt: skip
     job = ordered[1]
     assert job.name.startswith("sequential_depth-2_seed-3_") and len({j.name for j in ordered}) == 4
     assert job.overrides[:2] == ("mtp.depth=2", "mtp=sequential") and "seed=3" in job.overrides
-    assert job.on_cpu and job.folder == RUNS / job.name and job.max_steps == 3500
+    assert job.on_cpu and job.folder == RUNS / job.name and job.max_steps == 3500 and job.nodes == 1
     assert f"run_dir={job.folder}" in " ".join(job.command).replace("'", "")
-
-
-def test_a_job_has_the_nodes_of_its_config(tmp_path: Path) -> None:
-    wide = ["trainer.num_nodes=2", "trainer.strategy=ddp"]
-    assert {job.nodes for job in jobs(claim_of(tmp_path, shared=wide), [0], RUNS)} == {2}
+    wide = claim_of(tmp_path, shared=["trainer.num_nodes=2", "trainer.strategy=ddp"])
+    assert {job.nodes for job in jobs(wide, [0], RUNS)} == {2}
 
 
 def test_arms_choose_from_a_folder_of_configs_at_any_place(tmp_path: Path) -> None:
@@ -62,32 +58,30 @@ def test_arms_choose_from_a_folder_of_configs_at_any_place(tmp_path: Path) -> No
         jobs(read_claim("mine", tmp_path), [0], RUNS)
 
 
-def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
-    folders_a = folders(tmp_path / "a", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
-    # other overrides of the same configs
-    arms = {
-        "control": ["mtp=none"],
-        "heads": ["mtp=sequential", "balance=none"],
-        "logs": ["mtp_lambda=0.3", "logger=default", "callbacks.progress.line_seconds=3"],
-        "else": ["mtp_lambda=0.4"],
-    }
-    folders_b = folders(tmp_path / "b", arms, shared=[])
-    assert folders_a["x"] == folders_b["control"]
-    assert folders_a["y"] == folders_b["heads"] == folders_b["logs"] != folders_b["else"]
-
-
-def test_lambdas_do_not_matter_to_a_run_without_depths(tmp_path: Path) -> None:
-    arms = {
-        "a": ["mtp=none", "mtp_lambda=0.1"],
-        "b": ["mtp=none", "mtp_lambda=3", "lambda_schedule=linear_decay"],
-        "c": ["mtp.depth=0"],
-        "d": ["mtp=none", "optimizer.lr=0.1"],
-        "teacherless": ["mtp=teacherless", "data=star_graph"],
-        "plain_star": ["mtp=none", "data=star_graph"],
-    }
-    folder_of = folders(tmp_path, arms, shared=[])
-    assert folder_of["a"] == folder_of["b"] == folder_of["c"] != folder_of["d"]
-    assert folder_of["teacherless"] != folder_of["plain_star"]
+def test_arms_of_one_config_are_one_run(tmp_path: Path) -> None:
+    """Also in another claim, which has the depth among its shared overrides."""
+    alike = (
+        (
+            ["mtp=none"],
+            ["mtp=none", "mtp_lambda=3", "lambda_schedule=linear_decay"],  # no depth has a weight
+            ["mtp.depth=0"],
+        ),
+        (
+            ["mtp=sequential", "balance=none"],
+            ["mtp_lambda=0.3", "logger=default", "callbacks.progress.line_seconds=3"],
+        ),
+        (["mtp_lambda=0.4"],),
+        (["mtp=none", "optimizer.lr=0.1"],),
+        (["mtp=teacherless", "data=star_graph"],),
+        (["mtp=none", "data=star_graph"],),
+    )
+    arms = {f"{i}_{j}": arm for i, group in enumerate(alike) for j, arm in enumerate(group)}
+    names = folders(tmp_path / "a", arms, shared=[])
+    by_group = [{names[arm] for arm in arms if arm.startswith(f"{i}_")} for i in range(len(alike))]
+    assert [len(group) for group in by_group] == [1] * len(alike)
+    assert len(set.union(*by_group)) == len(alike), "different configs are different runs"
+    others = folders(tmp_path / "b", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
+    assert {others["x"]} == by_group[0] and {others["y"]} == by_group[1]
 
 
 def test_the_documented_overrides_measure_acceptance_on_many_prompts(tmp_path: Path) -> None:
@@ -106,17 +100,6 @@ def test_the_documented_overrides_measure_acceptance_on_many_prompts(tmp_path: P
     assert isinstance(config, dict) and config["data"]["eval_bytes"] == "all"
     speed, sampled = (config["callbacks"][n] for n in ("speculative_eval", "sampled_acceptance"))
     assert speed["n_prompts"] == sampled["n_prompts"] == 256 and sampled["temperature"] == 1.0
-
-
-def test_the_digest_of_a_config_excludes_its_paths() -> None:
-    def digest(*overrides: str) -> str:
-        content = OmegaConf.to_container(compose_run([*overrides, "paths.output_dir=x"]))
-        assert isinstance(content, dict)
-        return config_digest(content)
-
-    excluded = ["run_dir=elsewhere", "paths.cache_dir=there", "sweep.retry_failed=true"]
-    assert digest() == digest(*excluded)
-    assert digest() != digest("trainer.num_threads=1") != digest("seed=1")
 
 
 def test_an_arm_that_does_not_compose_is_named(tmp_path: Path) -> None:

@@ -12,19 +12,16 @@ import pytest
 
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
-from sweeps.claims.claim import Claim
 from sweeps.claims.pages import READMES
-from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
+from sweeps.claims.preregistration import commit_of
 from sweeps.pool import Pool
 from sweeps.process import Job
 from tests.sweeps.claims.fixture_claims import (
     PLAIN,
-    claim_of,
     commit,
     conf_with_own_head,
     exit_code,
     output_of,
-    register,
     with_pages,
     write_claim,
 )
@@ -123,15 +120,3 @@ def test_only_an_unchanged_committed_file_has_a_commit(tmp_path: Path) -> None:
         changed.write_text(changed.read_text() + "# more\n")
         with pytest.raises(ValueError, match="commit the prediction before its runs"):
             commit_of(changed)
-
-
-def test_runs_begun_without_a_commit_stay_unpredicted(tmp_path: Path) -> None:
-    def commit_by_result(claim: Claim, **result: str | None) -> str | None:
-        return predicted_in(file, claim, {"digest": claim.digest, **result}, unpredicted=True)
-
-    claim, file = claim_of(tmp_path), tmp_path / "mine.yaml"
-    assert commit_by_result(claim, predicted_in="d" * 40) == "d" * 40
-    assert commit_by_result(claim, predicted_in=None) is None
-    assert commit_by_result(claim, predicted_in="d" * 40, digest="of another prediction") is None
-    register(claim, tmp_path)
-    assert read_preregistration(claim, tmp_path).commit is None

@@ -12,9 +12,8 @@ import pytest
 from sweeps.claims.claim import Claim
 from sweeps.claims.hours import pending_of
 from sweeps.claims.jobs import jobs
-from sweeps.claims.preregistration import Preregistration
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
-from sweeps.claims.reuse import beginning, left_to_run, shared_runs, with_stored
+from sweeps.claims.reuse import left_to_run, shared_runs, with_stored
 from sweeps.claims.run import run
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
@@ -99,12 +98,6 @@ def test_a_run_both_here_and_in_the_stored_result_is_one_run(claim, stored):
     here["plain"][0].folder = "another"
     with pytest.raises(ValueError, match="has another config for it, another: give --runs"):
         with_stored(here, claim, {claim.label: stored})
-
-
-def test_a_claim_began_with_the_first_of_its_runs(claim, stored):
-    later = Preregistration(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
-    assert beginning(later, claim, stored) == BEGAN
-    assert beginning(later, claim, None) == (later.began, later.commit)
 
 
 def store_result_of_another_claim(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,14 @@ from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import MORE_PLANNING, PLANNING, READMES, pages, part, write_pages
 from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.result import judge, make_result, read_result, write_result
+from sweeps.claims.result import judge, read_result, write_result
 from sweeps.claims.words import beside
-from sweeps.report.statistics import Wait
 from tests.sweeps.claims.fixture_claims import (
-    BEGAN,
     PLAIN,
     SOLVED,
     claim_of,
     exact_matches,
     measured_speeds,
-    observed,
     output_of,
     predict,
     register,
@@ -66,21 +62,6 @@ def test_the_result_file_has_all_numbers(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as version 1"):
         read_result(claim.label, tmp_path)
-
-
-def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path, measure=SOLVED, minimum=2)
-    arms = observed(claim, {"plain": exact_matches(0, 3), "mtp": exact_matches(3, 3)})
-    steps = {"plain": [Wait(100, False)] * 3, "mtp": [Wait(at, True) for at in (10, 20, 30)]}
-    with_waits = {
-        arm: {s: replace(seed, waits={"val/exact_match": steps[arm][s]}) for s, seed in of.items()}
-        for arm, of in arms.items()
-    }
-    result = make_result(claim, with_waits, BEGAN)
-    times = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
-    assert times["mtp"]["median_steps"] == 20
-    assert times["mtp"]["waiting"] == pytest.approx([2 / 3, 1 / 3, 0])
-    assert times["plain"]["median_steps"] is None and times["plain"]["censored"] == [100] * 3
 
 
 def test_values_and_states_are_read_from_runs(tmp_path: Path) -> None:
@@ -123,15 +104,18 @@ def test_steps_set_by_matching_are_compared(tmp_path: Path) -> None:
 def test_times_to_solve_are_read_from_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, measure=SOLVED, seeds=[0, 1], minimum=2)
     runs = tmp_path / "runs"
-    for seed in (0, 1):
+    for seed, rights in enumerate([(0.97, 0.98), (0.4, 0.97)]):
         task_run(runs / f"p{seed}", {"seed": seed}, rights=(0.4, 0.5))
-        task_run(runs / f"m{seed}", {"seed": seed}, rights=(0.4, 0.97))
+        task_run(runs / f"m{seed}", {"seed": seed}, rights=rights)
     begin(claim, runs, seeds=2)
     result = judge(claim, runs)
     assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
     (entry,) = result["predictions"]
     assert (entry["own"]["count"], entry["other"]["count"]) == (2, 0)
     assert entry["verdict"] == "undecided", "two seeds against two"
+    times = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
+    assert (times["mtp"]["median_steps"], times["mtp"]["waiting"]) == (10, [0.5, 0])
+    assert (times["plain"]["median_steps"], times["plain"]["censored"]) == (None, [20, 20])
 
 
 def test_a_result_whose_claim_was_changed_is_stale(tmp_path, capsys):
