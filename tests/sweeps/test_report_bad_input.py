@@ -58,25 +58,25 @@ def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_half_written_runs_are_unfinished_for_a_reason(tmp_path: Path) -> None:
-    write_run(tmp_path / "a_good")
-    (write_run(tmp_path / "b_torn") / "summary.json").write_text('{"val/loss_depth_0": 2.')
-    (write_run(tmp_path / "c_list") / "summary.json").write_text("[1, 2]")
-    (write_run(tmp_path / "d_lost") / "config.yaml").unlink()
-    (write_run(tmp_path / "e_yaml") / "config.yaml").write_text("a: [1, 2")
-    write_run(tmp_path / "f_late", done=False)
-    cut_file = write_run(tmp_path / "g_rows", done=False) / "metrics.csv"
-    cut_file.write_text(cut_file.read_text() + "30,,2.")
-    write_run(tmp_path / "h_more", {"trainer.max_steps": 40}, summary={"step": 20})
-    states = run_states(tmp_path)
-    assert [state for state, _ in states.values()] == ["done"] + 7 * ["unfinished"]
-    for runs, reason in (
-        (("b_torn", "c_list"), "summary.json is damaged"),
-        (("d_lost", "e_yaml"), "config.yaml is missing or damaged"),
-        (("f_late", "g_rows"), "summary.json is missing"),
-        (("h_more",), "of step 20, its config asks for 40"),
-    ):
-        assert all(reason in states[name][1] for name in runs)
-    assert [row["step"] for row in read_run(tmp_path / "g_rows").rows] == [10.0, 20.0]
+    damages = {
+        "torn": ("summary.json", '{"val/loss_depth_0": 2.', "summary.json is damaged"),
+        "list": ("summary.json", "[1, 2]", "summary.json is damaged"),
+        "lost": ("config.yaml", None, "config.yaml is missing or damaged"),
+        "yaml": ("config.yaml", "a: [1, 2", "config.yaml is missing or damaged"),
+        "late": ("summary.json", None, "summary.json is missing"),
+    }
+    for name, (file, content, _) in damages.items():
+        damaged = write_run(tmp_path / name) / file
+        damaged.unlink() if content is None else damaged.write_text(content)
+    write_run(tmp_path / "more", {"trainer.max_steps": 40}, summary={"step": 20})
+    reasons = {name: reason for name, (*_, reason) in damages.items()}
+    reasons["more"] = "of step 20, its config asks for 40"
+    for name, (state, reason) in run_states(tmp_path).items():
+        assert state == "unfinished" and reasons.pop(name) in reason
+    assert reasons == {}
+    cut_file = tmp_path / "late" / "metrics.csv"
+    cut_file.write_text("step,val/loss_depth_0\n10,3.0\n20,2.5\n30,2.")
+    assert [row["step"] for row in read_run(tmp_path / "late").rows] == [10.0, 20.0]
 
 
 def test_subfolders_of_a_run_are_not_runs(tmp_path: Path) -> None:
@@ -201,18 +201,6 @@ def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:
     assert "a: status.json is damaged." in notes
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", {"seed": 0})
-    write_run(tmp_path / "b", {"seed": 1, "model.d_model": 256})
-    write_run(tmp_path / "c", {"seed": 2, "data.split_seed": 7})
-    settings = settings_of(tmp_path)
-    assert sorted(s.label for s in settings.all) == [
-        "model.d_model=128, data.split_seed=0",
-        "model.d_model=128, data.split_seed=7",
-        "model.d_model=256, data.split_seed=0",
-    ]
-
-
 def test_a_data_seed_other_than_the_seed_is_a_setting(tmp_path: Path) -> None:
     """Two runs of seed=1, one of them with data.seed=0."""
     write_run(tmp_path / "a", {"seed": 1})
@@ -221,18 +209,43 @@ def test_a_data_seed_other_than_the_seed_is_a_setting(tmp_path: Path) -> None:
     assert [s.label for s in settings_of(tmp_path).all] == ["data.seed=0", "data.seed=1"]
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        *[({key: "/a"}, {key: "/b"}) for key in ("logger.csv.folder", "run_dir")],
-        (NO_MTP, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, typed in two ways
-    ],
-)
-def test_keys_without_effect_do_not_split_a_setting(tmp_path, one, other):
-    write_run(tmp_path / "a", one)
-    write_run(tmp_path / "b", {**other, "seed": 1})
-    (setting,) = settings_of(tmp_path).all
-    assert len(setting.done) == 2
+# Configs of runs, and the number of runs by setting.
+GROUPED = {
+    "runs that differ in more than the seed": (
+        [{"seed": 0}, {"seed": 1, "model.d_model": 256}, {"seed": 2, "data.split_seed": 7}],
+        {
+            "model.d_model=128, data.split_seed=0": 1,
+            "model.d_model=128, data.split_seed=7": 1,
+            "model.d_model=256, data.split_seed=0": 1,
+        },
+    ),
+    "folders": (
+        [{"seed": i, "logger.csv.folder": f"/{i}", "run_dir": f"/{i}"} for i in (0, 1)],
+        {"all runs": 2},
+    ),
+    "no depth, typed in two ways": (
+        [NO_MTP, {"seed": 1, "mtp.depth": 0, "mtp.concat": "hidden_first"}],
+        {"all runs": 2},
+    ),
+    "runs older than a key": ([{}, {"seed": 1, "data.train_windows": "all"}], {"all runs": 2}),
+    "the class without a choice of mtp": ([{}, NO_MTP], {"mtp=none": 1, "mtp=sequential": 1}),
+    "branches": (
+        [
+            {"seed": seed, "trainer.max_steps": steps, "branch_from": f"{seed}@{steps}"}
+            for seed in (0, 1)
+            for steps in (20, 40)
+        ],
+        {"trainer.max_steps=20": 2, "trainer.max_steps=40": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_runs_are_grouped_by_the_keys_that_change_their_numbers(tmp_path: Path, case: str) -> None:
+    configs, counts = GROUPED[case]
+    for i, config in enumerate(configs):
+        write_run(tmp_path / f"{i}", config)
+    assert run_counts(settings_of(tmp_path)) == [(label, n, n) for label, n in counts.items()]
 
 
 def test_a_repeated_seed_is_left_out(tmp_path: Path) -> None:
@@ -345,15 +358,14 @@ def test_the_seed_is_read_from_overrides(tmp_path: Path) -> None:
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
-    """Neither has depths. Labels have the choice of the group mtp, or the class without one."""
-    write_run(tmp_path / "own" / "a")
-    write_run(tmp_path / "own" / "b", NO_MTP)
-    assert [s.label for s in settings_of(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]
+    """Neither has depths. Labels have the choice of the group mtp."""
     for name in ("none", "teacherless"):
         target = f"mtp_lightning.mtp.{name}.{'NoMTP' if name == 'none' else 'Teacherless'}Config"
         for seed in (0, 1):
             config = {"seed": seed, "mtp._target_": target, "mtp.depth": 0}
             status = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
             write_run(tmp_path / f"{name}{seed}", config, status=status)
-    counts = [(f"mtp={name}", 2, 2) for name in ("none", "teacherless")]
-    assert run_counts(settings_of(tmp_path)) == counts
+    settings = settings_of(tmp_path)
+    assert run_counts(settings) == [(f"mtp={name}", 2, 2) for name in ("none", "teacherless")]
+    (comparison,) = compare(settings)
+    assert comparison.reference.is_plain and not comparison.setting.is_plain

@@ -41,11 +41,11 @@ def test_the_floor_table_has_a_row_per_setting_depth_and_order(tmp_path: Path) -
     assert {"Loss, late − early", "Effective context"} <= set(head)
 
 
-def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
+def test_without_the_callback_there_is_no_table_and_no_figure(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
-    settings = settings_of(tmp_path)
-    assert of_floors(settings).rows == []
-    assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
+    without = settings_of(tmp_path)
+    assert of_floors(without).rows == [] == long_range(without)
+    assert "Effective context" not in [name for name, _ in of_settings(without, []).head]
 
 
 # Curves of the use of distant context.
@@ -77,6 +77,9 @@ def test_every_measure_of_distant_context_has_a_curve() -> None:
     all_tags = [*(tag for curve in tags.values() for tag in curve), *others]
     drawings = long_range(settings(dict.fromkeys(all_tags, 0.25), dict.fromkeys(all_tags, 0.75)))
     assert [drawing.name for drawing in drawings] == list(tags)
+    axes = drawings[0].chart.axes
+    assert axes.get_xscale() == "log", "with plain labels"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
     for drawing in drawings:
         (container,) = drawing.chart.axes.containers
         line = container[0]
@@ -84,15 +87,3 @@ def test_every_measure_of_distant_context_has_a_curve() -> None:
         assert set(line.get_ydata()) == {0.5}
         (segments,) = container[2]
         assert all(s[1, 1] - s[0, 1] > 0.9 for s in segments.get_segments())
-
-
-def test_positions_are_on_a_log_axis_with_plain_labels() -> None:
-    tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
-    (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
-    (axes,) = drawing.chart.panels
-    assert axes.get_xscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "512"]
-
-
-def test_without_the_callback_there_is_no_figure() -> None:
-    assert long_range(settings({"val/loss_depth_0": 1.0})) == []

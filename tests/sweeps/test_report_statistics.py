@@ -56,10 +56,10 @@ def test_one_pair_or_a_constant_difference_has_no_p_value() -> None:
     assert same.p is None and same.constant
     shifted = paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
     assert shifted.p is None and shifted.constant
-    # 2.1 - 2.0 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
-    rounded = paired({0: 2.1, 1: 1.1}, {0: 2.0, 1: 1.0})
+    # 0.3 - 0.2 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
+    rounded = paired({0: 0.3, 1: 1.1}, {0: 0.2, 1: 1.0})
     assert rounded.p is None and rounded.constant
-    near = paired({0: 2.1, 1: 1.1 + 1e-9}, {0: 2.0, 1: 1.0})
+    near = paired({0: 0.3, 1: 1.1 + 1e-9}, {0: 0.2, 1: 1.0})
     assert near.p is not None and not near.constant
 
 
@@ -125,7 +125,7 @@ def still_waiting(waits: list[Wait], time: float) -> float:
 def test_survival_is_the_kaplan_meier_product() -> None:
     draw = random.Random(0)
     for n in (1, 2, 5, 20):
-        for _ in range(20):
+        for _ in range(8):
             waits = [Wait(10.0 * draw.randint(1, 6), draw.random() < 0.6) for _ in range(n)]
             curve = survival(waits)
             assert curve.n == n
@@ -173,7 +173,7 @@ def test_share_intervals_stay_within_0_and_1() -> None:
     """Unlike t intervals. Error bars have no negative length."""
     draw = random.Random(0)
     outside = 0
-    for _ in range(1000):
+    for _ in range(300):
         n, power = draw.randint(2, 6), draw.choice([1, 8, 60, 400])
         values = [draw.random() ** power for _ in range(n)]
         if draw.random() < 0.5:
@@ -184,7 +184,7 @@ def test_share_intervals_stay_within_0_and_1() -> None:
         if estimate.ends is not None:
             assert 0 <= estimate.ends[0] <= estimate.mean <= estimate.ends[1] <= 1, values
         outside += not (plain.half <= plain.mean <= 1 - plain.half)
-    assert outside > 200
+    assert outside > 60
 
 
 def test_share_intervals_without_noise_are_points() -> None:

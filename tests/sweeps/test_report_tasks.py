@@ -125,57 +125,58 @@ def test_shares_are_compared_by_fishers_test_with_holms_correction(tmp_path: Pat
     assert other == "mtp.depth=1"
 
 
-def test_the_answer_has_shares_times_and_fishers_test(tmp_path: Path) -> None:
-    text = answer_of(sweep(tmp_path, {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)}))
-    assert (
-        "The largest share of seeds solves the task (a final val/exact_match above 0.95) with "
-        "D = 1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
-        "D = 2." in text
-    )
-    assert "Half of the seeds have solved it earliest by step 10, with D = 2 (Kapl" in text
-    assert (
-        "D = 1 has a larger share of seeds that solve than D = 0: 5 of 5 against 0 of "
-        "5, beyond noise (Fisher's exact test, unpaired, Holm's p = 0.016)" in text
-    )
-    assert "loss" not in text and "t-test" not in text and "So few seeds" not in text
+SOLVES = "solves the task (a final val/exact_match above 0.95)"
+# Curves, and parts of the answer; a part after "not" is missing from it.
+ANSWERS = {
+    "all of two settings": (
+        {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)},
+        f"The largest share of seeds {SOLVES} with D = 1: 5 of 5 seeds (95 % interval 47.8 % to "
+        "100.0 %); an equal share with D = 2.|"
+        "Half of the seeds have solved it earliest by step 10, with D = 2 (Kapl|"
+        "D = 1 has a larger share of seeds that solve than D = 0: 5 of 5 against 0 of 5, beyond "
+        "noise (Fisher's exact test, unpaired, Holm's p = 0.016)|"
+        "not loss|not t-test|not So few seeds",
+    ),
+    "three seeds": (
+        {0: 3 * (NEVER,), 1: 3 * (LATE,)},
+        "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10|"
+        "These seeds are too few|the correction would be 0.10",
+    ),
+    "none": (
+        {0: 4 * (NEVER,), 1: 4 * (NEVER,)},
+        f"No seed {SOLVES}: 0 of 4 seeds (95 % interval 0.0 % to 60.2 %) with D = 0; the same "
+        "with D = 1.|Holm's correction 1.00|not Half of the seeds",
+    ),
+    "every": (
+        {0: 4 * (EARLY,), 1: 4 * (EARLY,)},
+        "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with",
+    ),
+    "one seed": (
+        {0: (LATE,), 1: (NEVER,)},
+        "1 of 1 seed (95 % interval 2.5 % to 100.0 %)|"
+        "No difference can be tested: that takes two seeds of each setting.",
+    ),
+    "one setting": ({0: (LATE,)}, f"{SOLVES} with all runs."),
+}
 
 
-def test_three_seeds_are_too_few_for_a_difference(tmp_path: Path) -> None:
-    text = answer_of(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
-    assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
-    assert "These seeds are too few" in text and "the correction would be 0.10" in text
-
-
-def test_the_answer_counts_seeds_if_none_or_all_solve(tmp_path: Path) -> None:
-    none = answer_of(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
-    assert (
-        "No seed solves the task (a final val/exact_match above 0.95): 0 of 4 seeds (95 % "
-        "interval 0.0 % to 60.2 %) with D = 0; the same with D = 1." in none
-    )
-    assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
-    every = answer_of(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
-    assert "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with" in every
-    # One of four solves at 10; the others were last validated at 30.
-    sweep(tmp_path / "few", {0: (EARLY, NEVER, NEVER, NEVER)})
-    for name, late in (("none", True), ("all", False), ("few", True)):
-        assert any(cell.beside == "not by step 30" for cell in cells(tmp_path / name)) == late
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_answer_has_shares_times_and_fishers_test(tmp_path: Path, case: str) -> None:
+    curves, parts = ANSWERS[case]
+    settings = settings_of(sweep(tmp_path, curves))
+    for part in parts.split("|"):
+        assert (part.removeprefix("not ") in answer_of(settings)) != part.startswith("not ")
+    late = any(cell.beside == "not by step 30" for cell in cells(tmp_path))
+    assert late == any(NEVER in of_depth for of_depth in curves.values())
+    if case == "one seed":
+        (comparison,) = compare(settings)
+        assert comparison.verdict == "one seed: no test" and smallest_p([comparison]) is None
 
 
 def test_a_report_without_a_finished_run_has_no_answer(tmp_path: Path) -> None:
     path, sentences, _ = report([sweep(tmp_path, {0: (LATE,)}, done=False)])
     assert sentences[-1] == "No setting has a finished run with val/exact_match yet."
     assert "Seeds that solve: no finished run has val/exact_match." in path.read_text()
-
-
-def test_one_seed_has_a_share_and_no_test(tmp_path: Path) -> None:
-    folder = sweep(tmp_path, {0: (LATE,), 1: (NEVER,)})
-    text = answer_of(folder)
-    assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
-    assert "No difference can be tested: that takes two seeds of each setting." in text
-    (comparison,) = compare(settings_of(folder))
-    assert comparison.verdict == "one seed: no test" and smallest_p([comparison]) is None
-    text = answer_of(sweep(tmp_path / "alone", {0: (LATE,)}))
-    assert "solves the task (a final val/exact_match above 0.95) with all runs." in text
 
 
 def test_settings_with_other_questions_are_not_compared(tmp_path: Path) -> None:
@@ -265,29 +266,22 @@ def test_accuracy_is_drawn_by_position_and_by_group(tmp_path: Path) -> None:
 
 def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
     summary = {"val/longer/exact_match": 0.25, "val/wider/exact_match": 0.5}
+    summary |= {"val/creativity": 0.125}
     sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, LATE, LATE, LATE, NEVER)}, summary=summary)
     html = page_of(tmp_path)
     table = table_of(html, "settings")
     heads = re.findall(r"<button type=\"button\">([^<]*)</button>(?:<small>([^<]*))?", table)
     wanted = "Solved of seeds|Median time steps to solve|Exact match of answers|"
-    wanted += "Exact match on longer|Exact match on wider"
-    assert "|".join(map(" ".join, heads[2:7])) == wanted
+    wanted += "Exact match on longer|Exact match on wider|Creativity of sampled answers"
+    assert "|".join(map(" ".join, heads[2:8])) == wanted
     zero, one = rows_of(table)
     assert 'data-sort="0.8">80.0 %' in one and "4 of 5: 28.4 % to 99.5 %" in one
     assert 'data-sort="30' in one and "25.0 %" in one and "not by step" not in one
+    assert "12.5 %" in one
     assert "0 of 5: 0.0 % to 52.2 %" in zero and "not by step 30" in zero
     table = table_of(html, "differences")
     assert "unpaired" in table and "Fisher" in table and "t-test" not in html
     assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
-
-
-def test_further_metrics_of_a_task_are_columns(tmp_path: Path) -> None:
-    sweep(tmp_path / "plain", {0: (EARLY, LATE)})
-    sweep(tmp_path / "more", {0: (EARLY, LATE)}, summary={"val/creativity": 0.125})
-    for name, shown in (("plain", False), ("more", True)):
-        tags = [metric.tag for metric in settings_of(tmp_path / name).columns]
-        assert ("val/creativity" in tags) == shown
-    assert "12.5 %" in [cell.text for cell in cells(tmp_path / "more")]
 
 
 def test_a_run_that_stopped_when_solved_counts_its_own_flops(tmp_path: Path) -> None:
@@ -319,9 +313,7 @@ def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
     assert [float(row[EXACT]) for row in rows] == [1.0, 0.96, 0.5]
 
 
-def test_the_option_solved_sets_the_level(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_option_solved_sets_the_level(tmp_path, capsys):
     sweep(tmp_path, {0: (NEVER, NEVER)})
     main([str(tmp_path), "--solved", "0.4"])
     output = capsys.readouterr().out
@@ -333,21 +325,16 @@ def test_the_option_solved_sets_the_level(
         assert message in capsys.readouterr().err
 
 
-def test_text_runs_next_to_a_task_are_noted(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: (LATE, NEVER)})
-    write_run(tmp_path / "text", {"mtp.depth": 3})
-    note = "The comparison leaves out settings without val/exact_match: D = 3."
-    assert note in notes_of(tmp_path)
-    assert report([tmp_path])[0].is_file()
-
-
-def test_a_finished_run_without_its_curve_is_noted(tmp_path: Path) -> None:
+def test_text_runs_and_runs_without_their_curve_are_noted(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     (tmp_path / "d0_s0" / "metrics.csv").unlink()
-    note = "unknown where no validation with val/exact_match was logged: d0_s0."
-    assert note in notes_of(tmp_path)
+    write_run(tmp_path / "text", {"mtp.depth": 3})
+    notes = notes_of(tmp_path)
+    assert "The comparison leaves out settings without val/exact_match: D = 3." in notes
+    assert "unknown where no validation with val/exact_match was logged: d0_s0." in notes
     share = solved_share(settings_of(tmp_path).all[0], 0.95)
     assert (share.count, share.n) == (1, 2)
+    assert report([tmp_path])[0].is_file()
 
 
 def test_a_report_of_text_runs_has_no_words_of_tasks(tmp_path: Path) -> None:

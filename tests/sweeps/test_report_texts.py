@@ -25,6 +25,7 @@ from tests.sweeps.reported import (
     notes_of,
     page_of,
     settings_of,
+    table_of,
 )
 
 A, B = "a1" * 16, "b2" * 16
@@ -61,11 +62,15 @@ def test_runs_on_one_text_are_compared_without_a_note(tmp_path: Path) -> None:
 
 
 def test_two_texts_are_not_compared(tmp_path: Path) -> None:
-    comparisons, text, notes = compared(sweep(tmp_path, {0: A, 1: B, 2: A}), tmp_path)
+    sweep_settings = sweep(tmp_path, {0: A, 1: B, 2: A})
+    comparisons, text, notes = compared(sweep_settings, tmp_path)
     assert [c.verdict for c in comparisons] == [OTHER_DATA, "beyond noise"]
     refused, tested = comparisons
     assert refused.result is None and refused.adjusted is None and not refused.differs
     assert tested.adjusted == tested.result.p, "Holm's correction counts one test"
+    chosen = compare(sweep_settings, reference="mtp.depth=1")
+    assert [c.verdict for c in chosen] == [OTHER_DATA] * 2
+    assert [row["evaluated_text"] for row in csv_rows(tmp_path)] == [A] * 3 + [B] * 3 + [A] * 3
     assert "D = 1 is better" not in text and "is better than D = 0" in text
     assert "Of those on evaluation data a1a1a1a1: " in text
     assert "D = 2 has the lowest validation loss of the main depth: 1.8" in text
@@ -76,7 +81,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
         assert sentence("remedy") in where and "data.eval_bytes" in where
 
 
-def test_no_setting_is_best_if_every_text_differs(tmp_path: Path) -> None:
+def test_no_setting_is_best_and_the_page_says_why_if_every_text_differs(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: B})
     comparisons, text, _ = compared(settings, tmp_path)
     assert [c.verdict for c in comparisons] == [OTHER_DATA]
@@ -91,15 +96,10 @@ def test_no_setting_is_best_if_every_text_differs(tmp_path: Path) -> None:
     end = "different evaluation data: compare none across these."
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
         assert figures[name].chart is not None and figures[name].caption.endswith(end)
-
-
-def test_tables_of_the_page_note_different_texts(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: A, 1: B})
     html = page_of(tmp_path)
     assert html.count("on data a1a1a1a1 (1,000,000 bytes): D = 0 | data b2b2b2b2") == 4
     for heading in ("settings", "differences"):
-        where = html.index(f'<h2 id="{heading}">')
-        assert "have different evaluation data" in html[where : html.index("</caption>", where)]
+        assert "have different evaluation data" in table_of(html, heading).split("</caption>")[0]
     assert OTHER_DATA in html and "beyond noise" not in html.split("How this is computed")[0]
 
 
@@ -171,16 +171,6 @@ def test_a_malformed_entry_is_an_unknown_text(tmp_path: Path, entry: Any) -> Non
     write_run(tmp_path / "b", {"mtp.depth": 1}, summary=on_text(A))
     settings = settings_of(tmp_path)
     assert [c.verdict for c in compare(settings)] == [OTHER_DATA]
-
-
-def test_the_csv_names_the_text(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: A, 1: B, 2: NO_ENTRY}, seeds=1)
-    assert [row["evaluated_text"] for row in csv_rows(tmp_path)] == [A, B, ""]
-
-
-def test_a_chosen_reference_on_another_text_is_not_compared(tmp_path: Path) -> None:
-    settings = sweep(tmp_path, {0: A, 1: A, 2: B})
-    assert [c.verdict for c in compare(settings, reference="mtp.depth=2")] == [OTHER_DATA] * 2
 
 
 # Bytes of context of each model.
@@ -279,10 +269,12 @@ def test_the_table_has_the_interval_and_the_error_of_the_text(tmp_path: Path) ->
         ("0.9550", "± 0.0635", "text: s.e. 0.0200"),
     ]
     assert html.count("text: s.e.") == 2
-    where = html.index('<h2 id="settings">')
-    assert NOT_A_DIFFERENCE in html[where : html.index("</caption>", where)]
-    where = html.index('<h2 id="differences">')
-    assert "text: s.e." not in html[where:].split("</table>")[0]
+    assert NOT_A_DIFFERENCE in table_of(html, "settings").split("</caption>")[0]
+    assert "text: s.e." not in table_of(html, "differences")
+    with_errors(tmp_path / "none", {0: (None, None)})
+    assert not any(cell.beside for cell in cells(tmp_path / "none"))
+    head = of_settings(settings_of(tmp_path / "none"), []).head
+    assert "bits per byte" not in [unit for _, unit in head]
 
 
 def test_the_answer_in_bits_has_the_error_of_the_text(tmp_path: Path) -> None:
@@ -291,9 +283,3 @@ def test_the_answer_in_bits_has_the_error_of_the_text(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     (best,) = [text for text in answer(settings, compare(settings)) if "has the lowest" in text]
     assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
-
-
-def test_without_errors_of_the_text_the_table_has_none(tmp_path: Path) -> None:
-    table = of_settings(settings_of(with_errors(tmp_path, {0: (None, None)})), [])
-    assert "bits per byte" not in [unit for _, unit in table.head]
-    assert not any(cell.beside for row in table.rows for cell in row)
