@@ -57,7 +57,10 @@ def test_a_speed_is_judged_by_its_interval(tmp_path, speeds, sentence_end):
     for seed, speed in enumerate(speeds):
         summary = {"decode/tokens_per_step": 1.5, "decode/speedup": speed}
         write_run(tmp_path / str(seed), {"seed": seed, "mtp.depth": 1}, summary=summary)
-    assert sentence_end in answer_of(settings_of(tmp_path)) + "\n"
+    settings = settings_of(tmp_path)
+    assert sentence_end in answer_of(settings) + "\n"
+    mean = settings.all[0].estimate("decode/speedup").interval.mean
+    assert mean == pytest.approx(math.prod(speeds) ** (1 / len(speeds))), "a geometric mean"
 
 
 CONSTANT = {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.2), 2: (2.0, 2.1, 2.3)}
