@@ -88,6 +88,12 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys
             assert seed["values"]["val/bits_per_byte"] == summary["val/bits_per_byte"]
     assert "### mine: holds" in (tmp_path / "docs" / "results.md").read_text()
 
+    # On another machine that has only the result.
+    elsewhere = ["--claims", claims, "--runs", tmp_path / "elsewhere", "--root", tmp_path]
+    assert "Nothing to run" in output("run", "mine", *elsewhere)
+    output("verdict", "mine", *elsewhere)
+    assert read_result("mine", results) == result
+
     # Here the stored result is of these runs.
     again = output("replicate", "mine", *options, "--root", tmp_path)
     assert "4 runs in" in again and "4 ended before" in again
