@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.conf_comments import groups
@@ -76,7 +76,7 @@ def launch(
         config: the sweep's own config.
         loader: Hydra's, which composes the jobs' configs.
         batch: every job's overrides.
-        dry_run: only check and list the jobs (``--dry-run``), which leaves no folder.
+        dry_run: only check and list the jobs (``--dry-run``), and write nothing.
 
     Returns:
         One entry per job, with its final validation loss; none for jobs that are not run here.
@@ -87,21 +87,16 @@ def launch(
     """
     with readable_errors():
         plan = SweepPlan(Path(config.hydra.sweep.dir).absolute())
-        try:
-            run = None if module is None else _runner(module, settings, config)
-            configs = _checked(plan, config, loader, batch)
-            if module in (None, "sweeps.pool", "sweeps.ray_cluster"):
-                for job in configs:
-                    refuse_several_machines(job)
-        except UserError:
-            _forget(plan.folder)
-            raise
+        run = None if module is None else _runner(module, settings, config)
+        configs = _checked(plan, config, loader, batch)
+        if module in (None, "sweeps.pool", "sweeps.ray_cluster"):
+            for job in configs:
+                refuse_several_machines(job)
         jobs = list(configs)
         if dry_run:
             _show(plan.folder, jobs)
-            _forget(plan.folder)
             return []
-        _start(run, plan, configs, retry_failed=config.sweep.retry_failed)
+        _start(run, plan, configs, config)
         if run is None:
             return []
         _say_end(plan.folder, jobs)
@@ -157,8 +152,9 @@ def _checked(
     return configs
 
 
-def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, *, retry_failed: bool) -> None:
-    """Stores the plan and runs the jobs that are not done, or leaves them to workers."""
+def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, config: DictConfig) -> None:
+    """Stores the plan and the sweep's own config (``multirun.yaml``, as Hydra does), and runs the
+    jobs that are not done, or leaves them to workers."""
     folder, folder_text = plan.folder, _shown(plan.folder)
     busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
     with alone(folder, busy, f"The same command with sweep_dir={folder_text} continues."):
@@ -167,6 +163,8 @@ def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, *, retry_fail
                 f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
             )
         plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
+        OmegaConf.save(config, folder / "multirun.yaml")
+        retry_failed = config.sweep.retry_failed
         todo = [job for job in configs if must_run(job.folder, retry_failed=retry_failed)]
         _say_plan(folder, configs, todo)
         for job in todo:
@@ -191,14 +189,6 @@ def _show(folder: Path, jobs: Sequence[Job]) -> None:
         if (state := state_of(job.folder)) != "pending":
             text += f", {state}"
         print(f"  {job.name:{width}}  {text}")
-
-
-def _forget(folder: Path) -> None:
-    """Delete the folder of a sweep that was not planned, if it has only the config that Hydra wrote
-    there."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
-        (folder / "multirun.yaml").unlink()
-        folder.rmdir()
 
 
 def _options(config: DictConfig) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.utils import JobReturn
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -34,9 +34,7 @@ class SweepLauncher(Launcher):
     ) -> None:
         self.hydra_context, self.config = hydra_context, config
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
         from sweeps.launch import launch
 
         return launch(
@@ -50,9 +48,8 @@ class SweepLauncher(Launcher):
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own sweeper, except that it refuses keys without values, quotes paths, and leaves
-    composing to a launcher that composes all jobs' configs: otherwise each config would be composed
-    twice."""
+    """Hydra's own sweeper, except that it refuses keys without values, quotes paths, and leaves the
+    sweep's folder and the jobs' configs to a launcher that composes all of them before one runs."""
 
     @staticmethod
     def split_arguments(overrides: Any, max_batch_size: int | None) -> Any:
@@ -62,7 +59,10 @@ class GridSweeper(BasicSweeper):
             prepare_values(override)
         return BasicSweeper.split_arguments(overrides, max_batch_size)
 
-    def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
+    def sweep(self, arguments: list[str]) -> Any:
         # An attribute, not isinstance: Hydra imports its plugins twice.
-        if not getattr(self.launcher, "composes", False):
-            super().validate_batch_is_legal(batch)
+        if self.hydra_context is None or not getattr(self.launcher, "composes", False):
+            return super().sweep(arguments)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        return self.launcher.launch(self.split_arguments(overrides, None)[0], initial_job_idx=0)

@@ -222,9 +222,9 @@ def table() -> Iterator[Row]:
 
 
 def paths_in(folder: Path) -> set[str]:
-    """The paths in a folder, without locks and without the files that Hydra writes for a sweep."""
+    """The paths in a folder, without locks."""
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return paths - {"empty/.lock", "sweep", "sweep/multirun.yaml"}
+    return paths - {"empty/.lock"}
 
 
 @cache

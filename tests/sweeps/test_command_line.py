@@ -163,3 +163,19 @@ def test_a_dry_run_checks_and_lists_jobs_and_writes_nothing(tmp_path: Path) -> N
     error = dry("-m", "mtp.depth=0,300", "sweep_dir=sweep", code=1)
     assert "mtp.depth=300 is larger than the window" in error
     assert "--dry-run lists the jobs of a sweep: add -m" in dry("mtp.depth=0", code=1)
+
+
+def test_a_dry_run_or_a_mistake_leaves_a_begun_sweep_as_it_is(tmp_path: Path) -> None:
+    def sweep(depths: str, *more: str, code: int = 0) -> str:
+        options = ["hydra/launcher=plan", "sweep_dir=sweep", *more]
+        args = [sys.executable, str(ROOT / "train.py"), "-m", f"mtp.depth={depths}", *options]
+        return execute(args, tmp_path, code=code).stdout
+
+    sweep("0,1")
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert tmp_path / "sweep" / "multirun.yaml" in files
+    before = [path.read_bytes() for path in files]
+    assert sweep("0,1,2", "--dry-run").startswith("3 jobs ")
+    sweep("0,300", code=1)
+    assert files == [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert before == [path.read_bytes() for path in files]

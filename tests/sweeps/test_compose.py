@@ -13,6 +13,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -160,19 +161,27 @@ def test_values_that_cannot_be_listed_are_refused(typed: str) -> None:
         prepare_values(PARSER.parse_override(typed))
 
 
-def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
+def test_the_sweeper_leaves_composing_and_the_folder_to_the_launcher(tmp_path: Path) -> None:
     Plugins.instance()  # Hydra imports its plugins again
-    from hydra_plugins.mtp_sweeps.launchers import GridSweeper, SweepLauncher
+    from hydra_plugins.mtp_sweeps.launchers import GridSweeper
 
-    checked = []
+    checked, launched = [], []
 
     class Loader:
         def load_sweep_config(self, *, master_config: object, sweep_overrides: list[str]) -> None:
             checked.append(sweep_overrides)
 
+    def launch(batch: list[list[str]], initial_job_idx: int) -> list[JobReturn]:
+        launched.append(batch)
+        return []
+
+    jobs = [["seed=1"], ["seed=2"]]
     sweeper: Any = GridSweeper(max_batch_size=None)
-    sweeper.config, sweeper.hydra_context = DictConfig({}), SimpleNamespace(config_loader=Loader())
-    for launcher in (SweepLauncher(module=None), SimpleNamespace()):
-        sweeper.launcher = launcher
-        sweeper.validate_batch_is_legal([["seed=1"]])
-    assert checked == [["seed=1"]], "another launcher composes a job when its turn comes"
+    sweeper.config = DictConfig({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    sweeper.hydra_context = SimpleNamespace(config_loader=Loader())
+    for composes, folders in ((True, []), (False, [tmp_path / "sweep"])):
+        sweeper.launcher = SimpleNamespace(composes=composes, launch=launch)
+        sweeper.sweep(["seed=1,2"])
+        assert list(tmp_path.iterdir()) == folders
+    assert launched == [jobs, jobs]
+    assert checked == jobs, "another launcher composes a job when its turn comes"
