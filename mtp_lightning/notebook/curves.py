@@ -20,7 +20,7 @@ def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
     """The curves of some tags, each under its own name."""
     figure, (axes,) = _figure(1)
     for number, tag in enumerate(tags):
-        _curve(axes, metrics, tag, label=tag, color=_COLORS[number % len(_COLORS)])
+        _curve(axes, metrics, tag, number, label=tag)
     _finish(axes)
     return figure
 
@@ -33,19 +33,17 @@ def draw_overview(metrics: DataFrame) -> Figure:
     shares = {0: "val/exact_match"} if is_task else drafts
     figure, axes = _figure(2 if shares else 1)
     for depth, tag in _numbered(metrics, "val/loss_depth_").items():
-        color = _COLORS[depth % len(_COLORS)]
         trained = tag.replace("val/", "train/")
         if trained in metrics:
-            _curve(axes[0], metrics, trained, color=color, alpha=0.35, linewidth=0.8)
+            _curve(axes[0], metrics, trained, depth, alpha=0.35, linewidth=0.8)
         name = "next token" if depth == 0 else f"depth {depth}"
-        _curve(axes[0], metrics, tag, label=name, color=color, marker="o")
+        _curve(axes[0], metrics, tag, depth, label=name, marker="o")
     axes[0].set_ylabel("loss, nats per token (thin: in training)")
     _finish(axes[0])
     if shares:
         for number, tag in shares.items():
             name = "right answers" if is_task else f"draft {number}"
-            color = _COLORS[number % len(_COLORS)]
-            _curve(axes[1], metrics, tag, label=name, color=color, marker="o")
+            _curve(axes[1], metrics, tag, number, label=name, marker="o")
         axes[1].set_ylim(0, 1)
         axes[1].set_ylabel("share" if is_task else "share of drafts accepted")
         _finish(axes[1])
@@ -54,8 +52,7 @@ def draw_overview(metrics: DataFrame) -> Figure:
 
 def _numbered(metrics: DataFrame, prefix: str) -> dict[int, str]:
     """The tags that are a prefix and a number, by that number."""
-    tags = [tag for tag in metrics if re.fullmatch(rf"{prefix}\d+", tag)]
-    return {int(tag.removeprefix(prefix)): tag for tag in tags}
+    return {int(tag[len(prefix) :]): tag for tag in metrics if re.fullmatch(rf"{prefix}\d+", tag)}
 
 
 def _figure(n: int) -> tuple[Figure, list[Axes]]:
@@ -73,9 +70,9 @@ def _figure(n: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
 
 
-def _curve(axes: Axes, metrics: DataFrame, tag: str, **style: Any) -> None:
+def _curve(axes: Axes, metrics: DataFrame, tag: str, number: int, **style: Any) -> None:
     values = metrics[tag].dropna()
-    axes.plot(values.index, values, **style)
+    axes.plot(values.index, values, color=_COLORS[number % len(_COLORS)], **style)
 
 
 def _finish(axes: Axes) -> None:

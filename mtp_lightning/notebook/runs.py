@@ -77,7 +77,8 @@ class Run(_Folder):
         """All logged values: one row per step, one column per log tag, NaN for missing values."""
         from pandas import DataFrame
 
-        return DataFrame(read_metrics(self.folder / METRICS_FILE)).set_index("step").sort_index()
+        rows = read_metrics(self.folder / METRICS_FILE) or {"step": []}
+        return DataFrame(rows).set_index("step").sort_index()
 
     def plot(self, *tags: str) -> Figure:
         """Curves over the steps; by default the losses of every depth, and the acceptance of
@@ -88,12 +89,15 @@ class Run(_Folder):
 
         Raises:
             KeyError: for a tag that the run has not logged.
+            UserError: for the default before the first validation.
         """
         from mtp_lightning.notebook.curves import draw, draw_overview
 
         metrics = self.metrics
         if unknown := [tag for tag in tags if tag not in metrics]:
             raise KeyError(f"{unknown[0]} is not logged; there are {', '.join(metrics.columns)}")
+        if not tags and "val/loss_depth_0" not in metrics:
+            raise UserError(f"{self.folder} has no validation to draw yet: wait, or name log tags.")
         return draw(metrics, tags) if tags else draw_overview(metrics)
 
     def generate(self, prompt: str, **options: Any) -> Text:
@@ -158,8 +162,7 @@ class Sweep(_Folder):
 
     @property
     def _plan(self) -> dict[str, Any]:
-        missing = f"There is no sweep in {self.folder}: it has no {SWEEP_FILE}."
-        return self._read(SWEEP_FILE, missing)
+        return self._read(SWEEP_FILE, f"There is no {SWEEP_FILE}: {self.folder} is not a sweep.")
 
     def _table_html(self) -> str:
         return str(self.table._repr_html_())

@@ -13,6 +13,7 @@ import pytest
 import mtp_lightning
 from mtp_lightning import Run, Sweep, Text, evaluate, generate, sweep, train
 from mtp_lightning.decoding import Generation
+from mtp_lightning.errors import UserError
 from mtp_lightning.notebook import process
 from mtp_lightning.notebook.curves import draw_overview
 from tests.integration.helpers import QUICK, overrides, train_here, wait_for_step
@@ -58,6 +59,15 @@ def test_a_run_draws_its_curves(run: Run) -> None:
     assert list(line.get_ydata()) == list(run.metrics["train/lr"])
     with pytest.raises(KeyError, match="train/nope is not logged; there are .*train/loss"):
         run.plot("train/nope")
+
+
+def test_a_run_without_a_validation_has_nothing_to_draw_yet(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    for text in ("step\n", "step,train/loss\n1,5.5\n2,5.4\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="has no validation to draw yet: wait, or name log tags"):
+            Run(tmp_path).plot()
+    assert list(Run(tmp_path).plot("train/loss").axes[0].get_lines()[0].get_ydata()) == [5.5, 5.4]
 
 
 def test_a_run_evaluates_and_generates(run: Run) -> None:
