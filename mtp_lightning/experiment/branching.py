@@ -93,7 +93,7 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
     settings = flatten(now)  # type: ignore[arg-type]
     for key in ("balance.frozen", "model.feed_forward.bias_frozen"):
         share = settings.get(key) or 0
-        if lengths[0] != lengths[1] and step > (1 - share) * min(lengths):
+        if lengths[0] != lengths[1] and step > round((1 - share) * min(lengths), 6):
             raise UserError(
                 f"{begin}: {key}={share} freezes the last share of a run, and of {lengths[0]} or "
                 f"{lengths[1]} steps in all, steps before {step} would be frozen in one alone. "

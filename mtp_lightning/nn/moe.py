@@ -133,7 +133,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
 
     def rate(self, fraction: float) -> float:
         """gamma after a ``fraction`` of the run."""
-        return 0.0 if fraction >= 1.0 - self.bias_frozen else self.bias_rate
+        return 0.0 if round(fraction + self.bias_frozen, 9) >= 1 else self.bias_rate
 
 
 class Router(Linear):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.branching import check_branch
 from mtp_lightning.run import checkpoints
 from tests.integration import helpers
 from tests.integration.conftest import Once
@@ -126,6 +129,22 @@ def test_a_balance_rule_that_freezes_by_run_length_is_refused(cache, tmp_path):
     settings = {**WHOLE, **frozen, "branch_from": f"{tmp_path / 'parent'}@{AT}"}
     with pytest.raises(UserError, match=r"balance\.frozen=0\.5 freezes the last share of a run"):
         train_here(tmp_path / "refused", cache, settings)
+
+
+@pytest.mark.parametrize(("step", "fits"), [(2, True), (3, False)])
+def test_a_branch_from_the_step_at_which_a_rule_freezes_is_allowed(cache, tmp_path, step, fits):
+    # (1 - 0.9) * 20 is one ulp less than 2.
+    frozen = {**helpers.CONSTANT, "balance": "trunk_ratio", "balance.frozen": 0.9}
+    old, new = (
+        helpers.config(tmp_path, cache, {**frozen, "trainer.max_steps": n}) for n in (20, 40)
+    )
+    stored = {
+        "config": OmegaConf.to_container(old, resolve=True),
+        "global_step": step,
+        "progress": {"tokens": step},
+    }
+    with nullcontext() if fits else pytest.raises(UserError, match="Branch from an earlier step"):
+        check_branch(stored, new)
 
 
 @pytest.mark.slow

@@ -207,3 +207,6 @@ def test_biases_of_experts_are_frozen_at_the_end_of_a_run() -> None:
     config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=8, bias_frozen=0.25)
     rates = [config.rate(done) for done in (0.0, 0.74, 0.75, 0.99)]
     assert rates == [0.001, 0.001, 0.0, 0.0]
+    # 1 - 0.18 is one ulp more than 0.82.
+    config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=8, bias_frozen=0.18)
+    assert [config.rate(step / 100) for step in (81, 82)] == [0.001, 0.0]

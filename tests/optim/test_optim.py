@@ -36,6 +36,10 @@ from tests.models import build
             {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 90: 0.5, 95: 0.25, 100: 0},
         ),
         ({"kind": "cosine"}, 100, {0: 1}),  # without a warm-up
+        # 0.07 * 100 is one ulp more than 7 in floating point, and 0.29 * 100 one less than 29.
+        ({"kind": "constant", "warmup_fraction": 0.07}, 100, {0: 1 / 7, 5: 6 / 7, 6: 1}),
+        ({"kind": "constant", "warmup_fraction": 0.29}, 100, {27: 28 / 29, 28: 1}),
+        ({"kind": "constant", "warmup_fraction": 0.071}, 100, {0: 1 / 8, 7: 1}),
         # A warm-up that is longer than the run.
         ({"kind": "wsd", "warmup_steps": 1000, "decay_fraction": 0.5}, 10, {0: 0.001, 9: 0.01}),
         # A constant rate needs no length.

@@ -246,6 +246,8 @@ def test_trunk_ratio_is_frozen_in_the_last_twentieth_of_a_run() -> None:
     rule = TrunkRatio(1, every_n_steps=1)
     measured = [rule.measures_at(at(step, 200)) for step in range(200)]
     assert measured == [True] * 190 + [False] * 10
+    later = TrunkRatio(1, every_n_steps=1, frozen=0.18)  # 1 - 0.18 is one ulp more than 0.82
+    assert [later.rests_at(at(step, 100)) for step in (81, 82)] == [False, True]
     slow = TrunkRatio(1, every_n_steps=10)
     assert [s for s in range(200) if slow.measures_at(at(s, 200))] == list(range(9, 190, 10))
     feed(rule, 0, [5.0, 5.0], base=[1.0, 0.3], gradients=vectors([1.0], [0.1]))
