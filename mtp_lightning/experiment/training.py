@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,23 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     folder, devices = Path(cfg.paths.output_dir), cfg.trainer.devices
     peers = processes.find(cfg.trainer)
-    with peers.watched(folder), ExitStack() as claim:
-        if peers.leads:
-            claim.enter_context(claimed(folder))
-        else:  # the first process says the same
-            logging.getLogger("mtp_lightning").setLevel(logging.ERROR)
+    with peers.watched(folder), claimed(folder) if peers.leads else _led():
         n_local = devices if isinstance(devices, int) and devices > 0 else 1
         set_threads(cfg.trainer.num_threads, processes=n_local)
         peers.require_shared(folder)
         run = prepare(cfg, folder, peers)
         params = hyperparameters(cfg)
         return finish(run, fit(run, params), params)
+
+
+@contextmanager
+def _led() -> Iterator[None]:
+    """A block of a process that leaves messages to the run's first one, also about Ctrl-C."""
+    logging.getLogger("mtp_lightning").setLevel(logging.ERROR)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from interrupt
 
 
 @dataclass(frozen=True, kw_only=True)

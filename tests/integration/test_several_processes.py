@@ -140,6 +140,24 @@ def test_sigterm_to_one_process_stops_all_and_the_run_resumes_exactly(
         assert not any(file.read_text() for file in run.glob("train_*.log"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [lightning, pytest.param(standalone, marks=pytest.mark.long)],
+    ids=["own", "torchrun"],
+)
+def test_an_interruption_of_all_processes_is_told_once(tmp_path, cache, launcher):
+    settings = LONG | BARE | DDP | {"callbacks.checkpoints.every_n_steps": 2}
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(launcher(cache, settings, run), log)
+    helpers.wait_for_step(process, run, 3)
+    for rank in reversed(_ranks(process, launcher)):  # as the terminal's Ctrl-C
+        os.kill(rank, signal.SIGINT)
+    assert process.wait(240) != 0
+    lines = [line for line in log.read_text().splitlines() if line.startswith("interrupted")]
+    assert len(lines) == 1 and "the same command with run_dir=" in lines[0]
+
+
 @pytest.mark.long
 def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
     settings = LONG | DDP | BARE | {"callbacks": "[nan_guard]"}
