@@ -60,7 +60,7 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
     (``python -m benchmarks.runs threads``).
 
     Args:
-        n: a whole number of at least 1; None for all cores but one, or for OMP_NUM_THREADS if that
+        n: a whole number from 1 to 1024; None for all cores but one, or for OMP_NUM_THREADS if that
             is set.
         processes: processes that share this machine's cores to train one model.
     """
@@ -68,8 +68,8 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
         if "OMP_NUM_THREADS" in os.environ:
             return
         n = max(1, (_CORES - 1) // processes)
-    wanted = "a whole number of at least 1, or null for all cores but one"
-    require(is_whole(n) and n >= 1, "num_threads", n, wanted)
+    wanted = "a whole number from 1 to 1024, or null for all cores but one"
+    require(is_whole(n) and 1 <= n <= 1024, "num_threads", n, wanted)
     torch.set_num_threads(n)
 
 

@@ -6,7 +6,6 @@ NaN and infinity, which make sense for no setting.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -15,10 +14,8 @@ from mtp_lightning.errors import UserError
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a setting is a finite number."""
-    # math.isfinite fails for whole numbers that are too large for a float.
-    whole = is_whole(value) and abs(value) < 1 << 1023
-    return whole or (isinstance(value, float) and math.isfinite(value))
+    """Whether a setting is a number that fp32 can hold; as a setting, a whole one has 64 bits."""
+    return (is_whole(value) or isinstance(value, float)) and abs(value) < 1 << 127
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
@@ -39,7 +36,8 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         # Python refuses to print a number of thousands of digits.
         bits = int(value).bit_length() if is_whole(value) else 0
         shown = f"a number of {bits} bits" if bits > 1023 else repr(value)
-        raise UserError(f"{key} must be {wanted}, not {shown}.")
+        too_large = isinstance(value, int | float) and value >= 1 << 63
+        raise UserError(f"{key} must be {wanted}, not {shown}{', which is too large' * too_large}.")
 
 
 def require_whole(
@@ -47,7 +45,7 @@ def require_whole(
 ) -> int:
     """Return the value, which must be a Python int (checkpoints store no others) within bounds;
     otherwise raise a :class:`UserError`."""
-    whole = isinstance(value, int) and is_whole(value) and is_number(value)
+    whole = isinstance(value, int) and is_whole(value) and abs(value) < 1 << 63
     fits = whole and (least is None or value >= least) and (most is None or value <= most)
     require(fits, key, value, "a whole number" + _bounds(least, None, most, None))
     return value
@@ -67,6 +65,7 @@ def require_number(
     lower and one upper bound."""
     fits = (
         is_number(value)
+        and (isinstance(value, float) or abs(value) < 1 << 63)
         and (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)

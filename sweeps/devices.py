@@ -112,11 +112,11 @@ class DeviceQueue:
         threads: int | str | None = None,
         host: str = "",
     ) -> None:
-        if n_jobs is not None and n_jobs < 1:
-            raise UserError(f"n_jobs={n_jobs} must be a whole number of at least 1.")
-        if not (threads in (None, "auto") or isinstance(threads, int) and threads >= 1):
+        if n_jobs is not None and not 1 <= n_jobs <= 1024:
+            raise UserError(f"n_jobs={n_jobs} must be a whole number from 1 to 1024.")
+        if not (threads in (None, "auto") or isinstance(threads, int) and 1 <= threads <= 1024):
             raise UserError(
-                f"threads_per_process={threads}: give a number of at least 1, auto or null."
+                f"threads_per_process={threads}: give a number from 1 to 1024, auto or null."
             )
         self.gpus = list(gpus)
         self._host = f"{host}:" if host else ""

@@ -59,10 +59,11 @@ def test_a_containers_quota_counts_as_its_cores() -> None:
     assert output == "2\n"
 
 
-def test_a_negative_number_of_threads_is_refused() -> None:
-    rule = "must be a whole number of at least 1, or null for all cores but one, not -1"
-    with pytest.raises(UserError, match=f"num_threads {rule}"):
-        set_threads(-1)
+@pytest.mark.parametrize("n", [-1, 10**9])
+def test_a_number_of_threads_that_no_machine_has_is_refused(n: int) -> None:
+    rule = "must be a whole number from 1 to 1024, or null for all cores but one"
+    with pytest.raises(UserError, match=f"num_threads {rule}, not {n}"):
+        set_threads(n)
 
 
 @pytest.mark.parametrize(

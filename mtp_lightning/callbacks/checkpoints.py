@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mtp_lightning.callbacks.termination import termination_of
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, PREVIOUS, kept_at
-from mtp_lightning.settings import require, require_choice, require_whole
+from mtp_lightning.settings import require_choice, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,6 @@ class Checkpoints(RunCallback, Checkpoint):
         require_choice("callbacks.checkpoints.mode", self.mode, ("min", "max"))
         require_choice("callbacks.checkpoints.keep", self.keep, KEEP)
         key, steps = "callbacks.checkpoints.keep_steps", self.keep_steps
-        is_list = isinstance(steps, Sequence) and not isinstance(steps, str)
-        require(is_list, key, steps, "a list of steps, such as [100, 200]")
         self.keep_steps = frozenset(require_whole(key, step, least=1) for step in steps)
         self.best_score: float | None = None
         self.best_step: int | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,10 @@ def check(
             or a part is missing, or a path is wrong.
     """
     for override in typed:
-        group, _, option = override.lstrip("+").partition("=")
+        group, _, option = override.lstrip("+~").partition("=")
+        deleted = group if override.startswith("~") and group not in groups() else None
+        if deleted and (deleted.rpartition(".")[0] in _CLOSED or deleted.endswith("._target_")):
+            raise UserError(f"{override} deletes a key that every run needs: leave that out.")
         if option in PARTS and group in groups():
             from mtp_lightning.command_line.hydra_errors import unknown_option
 
@@ -57,7 +60,7 @@ def check(
             )
     # init_from may bring another kind of trunk than ``model`` describes, with other keys.
     brought = config.get("init_from") is not None
-    for path, node in _nodes(config, ""):
+    for path, node in keys.nodes(config, ""):
         _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
     _check_together(config)
     require_sizes(config.get("data"))
@@ -77,19 +80,19 @@ def require_new_names(folder: Path) -> None:
 
 def check_values(node: Mapping[str, Any], path: str) -> None:
     """Refuse values of a node, and of all nodes in it, that the rules of their class exclude."""
-    for inner, child in _nodes(node, path):
+    for inner, child in keys.nodes(node, path):
         target = str(child.get("_target_", ""))
-        rules = keys.of_class(target)
-        for key, comment in (rules.keys if rules is not None else {}).items():
+        for key, comment in keys.of_class(target).keys.items():
             if key in child:
-                keys.require_allowed(_join(inner, key), child[key], comment, _option(inner, target))
+                name = keys.join(inner, key)
+                keys.require_allowed(name, child[key], comment, _option(inner, target))
 
 
 def check_settings(built: Any, path: str) -> None:
     """Check an object's attributes as :func:`check_values` checks a node at ``path``. An object of
     a class that ``conf/`` does not build is checked as one of its nearest base class."""
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(built).__mro__]
-    nearest = next((name for name in names if keys.of_class(name) is not None), "")
+    nearest = next((name for name in names if keys.of_class(name).keys), "")
     check_values({**vars(built), "_target_": nearest}, path)
 
 
@@ -103,11 +106,9 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool) -> 
     if (missing_part := parts.absent(target)) is not None:
         raise UserError(parts.missing(missing_part, f"{path}._target_={target}"))
     rules = keys.of_class(target) if target else keys.of_node(path, app)
-    if rules is None:
-        return
     closed = not (open or rules.open) and (bool(target) or path == "trainer")
     for key, value in node.items():
-        name = _join(path, key)
+        name = keys.join(path, key)
         if closed and key not in rules.keys and not str(key).startswith("_"):
             raise _unknown(name, rules.keys, app)
         if key in rules.keys:
@@ -143,22 +144,6 @@ def _is_named(name: str, config: Mapping[str, Any]) -> bool:
     """Whether an interpolation of the config uses a key."""
     used = re.compile(rf"\$\{{[^}}]*{re.escape(name)}\b")
     return any(isinstance(text, str) and used.search(text) for _, text in values(config))
-
-
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield all mappings of a config with their dotted paths."""
-    if isinstance(node, Mapping):
-        yield path, node
-        for key, value in node.items():
-            if path or key != "hydra":
-                yield from _nodes(value, _join(path, key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _nodes(value, f"{path}.{index}")
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
 
 
 def _check_together(config: Mapping[str, Any]) -> None:
@@ -208,8 +193,7 @@ def require_reach(config: Mapping[str, Any]) -> None:
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     """The whole number at a dotted key of a config; 0 if there is none."""
-    value = _value(config, key)
-    return value if is_whole(value) else 0
+    return value if is_whole(value := _value(config, key)) else 0
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

@@ -11,7 +11,7 @@ from mtp_lightning.command_line.conf_comments import PARTS, Option, groups, grou
 from mtp_lightning.errors import nearest, suggestion
 
 # Values that Hydra does not read as words.
-_NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
+_NO_WORD = re.compile(r"\s*(null|true|false|inf|nan|[-+]?[\d.]+(e[-+]?\d+)?)\s*", re.IGNORECASE)
 
 
 def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config") -> str:
@@ -21,7 +21,7 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     The errors are recognized by names, texts and attributes, since importing the libraries here
     would slow the tools down.
     """
-    if str(error).startswith("Config group override must be"):
+    if str(error).startswith(("Config group override must be", "argument of type ")):
         return _not_a_name(overrides)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "YAMLError" in kinds:
@@ -73,7 +73,7 @@ def _not_a_name(overrides: Iterable[str]) -> str:
     raises an error without the override; empty if there is none."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
-        if group in groups() and any(_NO_WORD.fullmatch(part) for part in value.split(",")):
+        if group in groups() and any(_NO_WORD.fullmatch(o) for o in value.strip("[]").split(",")):
             return (
                 f"{override} is not the name of an option: choose one of --help {group}, or leave "
                 f"{group}= out."
@@ -108,11 +108,9 @@ def unknown_key(name: str, siblings: Collection[str], app: str) -> str:
     if name in groups() and name not in taken:
         return f"{name} is a group of train.py and no key here: leave it out. (--cfg job shows all)"
     if name == "sweeps":
-        hint = "a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
-        return f"sweeps is not a key: {hint}"
+        return "sweeps is not a key: a prepared sweep is added, as +sweeps=depth. (--help sweeps)"
     if name.partition(".")[0] == "hydra":
-        hint = "conf/hydra/launcher has the launchers' keys."
-        return f"{name} is not a key of Hydra or of the launcher: {hint}"
+        return f"{name} is not a key of Hydra or the launcher, whose keys conf/hydra/launcher has."
     if name in groups():
         return f"{name} has no keys before an option is chosen: add {name}=NAME. (--help {name})"
     group = _group_of(name)

@@ -1,9 +1,10 @@
 """Reads the comments of ``conf/`` as rules for the values that each key takes.
 
-A rule is a type with its bounds (``int >= 1``, ``float in [0, 1)``, ``number``, ``bool``) and words
-that the key takes as well (``bool, or auto``), or it is words alone (``min | max``). It begins the
-comment, or follows a semicolon or a parenthesis. Comments name keys that no file sets as ``+KEY=``,
-and a file's first lines name a package that it needs (``needs datasets: pip install -e '.[hf]'``).
+A rule is a type with its bounds (``int >= 1``, ``float in [0, 1)``, ``number``, ``bool``, ``path``)
+and words that the key takes as well (``bool, or auto``), or it is words alone (``min | max``). It
+begins the comment, or follows a semicolon or a parenthesis. A key with a class in its value takes a
+mapping. Comments name keys that no file sets as ``+KEY=``, and a file's first lines name a package
+that it needs (``needs datasets: pip install -e '.[hf]'``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ _TYPE = re.compile(
     rf"(?: (>=|>|in \[|in \() ?{_NUMBER}(?:, {_NUMBER}([\])]))?)?(.*)",
     re.DOTALL,
 )
+_OTHER_TYPE = re.compile(r"(?:^|[;(])\s*(mapping|list|str|path|name|tag)\b")
+_OTHERS: dict[str, Any] = {"mapping": (Mapping, "a mapping"), "list": (list | tuple, "a list")}
+_TEXT = (str, "a text, in quotes if it looks like a number")  # all other words of _OTHER_TYPE
 # A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
 _WORD = re.compile(r"; (\w+): ([^();]+)\)")
 NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
@@ -51,9 +55,9 @@ class KeyRules:
     needs: tuple[str, str, str] | None = None  # (option, package, extra) if it needs a package
 
 
-def of_class(target: str) -> KeyRules | None:
-    """The rules for the keys of a class; None for a class that ``conf/`` does not build."""
-    return _read_conf().get(target)
+def of_class(target: str) -> KeyRules:
+    """The rules for the keys of a class; a class that ``conf/`` does not build has none."""
+    return _read_conf().get(target, KeyRules(open=True))
 
 
 def of_node(path: str, app: str) -> KeyRules:
@@ -93,22 +97,20 @@ def _read_conf() -> dict[str, KeyRules]:
 
 def _rules(option: Option) -> Iterator[tuple[str, str]]:
     """Yield a file's keys with their comments; a comment is empty for keys that have none."""
-    for path in _classes(option.content, ""):
-        yield from ((name, "") for name in (f"{path}_target_", path.removesuffix(".")) if name)
     for entry in option.content.get("defaults", []):  # groups within this one
-        yield from ((str(name), "") for name in (entry if isinstance(entry, dict) else ()))
+        yield from ((str(name), "mapping") for name in (entry if isinstance(entry, dict) else ()))
     prefix = f"{option.group.replace('/', '.')}."
     for text in (option.comment, *(key.comment for key in option.keys)):
         yield from ((key.removeprefix(prefix), "") for key in _NAMED.findall(text))
-    yield from ((key.name, key.comment) for key in option.keys)
-
-
-def _classes(node: Any, path: str) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path
+    comments = {key.name: key.comment for key in option.keys}
+    # Null removes one of several.
+    mapping = "mapping, or null" if option.group in ("callbacks", "logger") else "mapping"
+    for path, node in nodes(option.content, ""):
         for key, value in node.items():
-            yield from _classes(value, f"{path}{key}.")
+            if key != "defaults":
+                builds = any("_target_" in inner for _, inner in nodes(value, key))
+                parts = (comments.get(join(path, key)), mapping if builds else None)
+                yield join(path, key), "; ".join(filter(None, parts))
 
 
 def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
@@ -133,6 +135,23 @@ def _trainer_arguments() -> frozenset[str]:
     return frozenset()
 
 
+def nodes(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield all mappings of a config with their dotted paths."""
+    if isinstance(node, Mapping):
+        yield path, node
+        for key, value in node.items():
+            if path or key != "hydra":
+                yield from nodes(value, join(path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from nodes(value, f"{path}.{index}")
+
+
+def join(path: str, key: object) -> str:
+    """A key's dotted path below that of its node."""
+    return f"{path}.{key}" if path else str(key)
+
+
 def require_allowed(name: str, value: Any, comment: str, option: str = "this option") -> None:
     """Refuse a value that a key's comment does not allow, and name those that it does. ``option``
     owns the key, for messages."""
@@ -144,9 +163,13 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         require(value == int(constant[1]), name, value, f"{constant[1]} with {option}")
     match = _TYPE.search(comment)
     if match is None:
-        choices = _choices(comment)
-        if choices and isinstance(value, str):
+        if choices := _choices(comment):
             require_choice(name, value, choices)
+        elif other := _OTHER_TYPE.search(comment):
+            allowed, wanted = _OTHERS.get(other[1], _TEXT)
+            # Objects of other classes, which Python may pass, are checked by those that use them.
+            plain = isinstance(value, str | int | float | list | tuple | Mapping | None)
+            require(not plain or isinstance(value, allowed), name, value, wanted)
         return
     kind, lower, low, high, closed, rest = match.groups()
     words = re.findall(r", or (\w+)", rest)
@@ -159,20 +182,15 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         return
     bounds: dict[str, Any] = {}
     if low:
-        bounds["least" if lower in (">=", "in [") else "above"] = _number(low)
+        bounds["least" if lower in (">=", "in [") else "above"] = ast.literal_eval(low)
     if high:
-        bounds["most" if closed == "]" else "below"] = _number(high)
+        bounds["most" if closed == "]" else "below"] = ast.literal_eval(high)
     if kind in ("bool", "true | false"):
         require_bool(name, value)
     elif kind == "int" and not high:
-        least = bounds["above"] + 1 if lower == ">" else bounds.get("least")
-        require_whole(name, value, least=least)
+        require_whole(name, value, **bounds)
     else:
         require_number(name, require_whole(name, value) if kind == "int" else value, **bounds)
-
-
-def _number(text: str) -> float:
-    return float(text) if "." in text else int(text)
 
 
 def _choices(comment: str) -> list[str]:

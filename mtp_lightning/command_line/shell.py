@@ -236,7 +236,7 @@ def _message(error: Exception) -> str | None:
     classes = {kind.__name__ for kind in type(error).__mro__}
     if "OmegaConfBaseException" in classes:
         key = getattr(error, "full_key", None)
-        if "MissingMandatoryValue" in classes:
+        if {"MissingMandatoryValue", "ConfigAttributeError", "ConfigKeyError"} & classes:
             return f"{key} has no value: give it as {key}=..."
         typed = {"InterpolationResolutionError", "GrammarParseError"} & classes
         return f"{str(error).splitlines()[0]}: check what is typed as ${{...}}." if typed else None

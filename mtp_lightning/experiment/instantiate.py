@@ -9,7 +9,8 @@ of packages that the user allows by name (:func:`rebuild`, ``mtp_lightning/store
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -17,23 +18,9 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.command_line import check_config
-from mtp_lightning.command_line.keys import OWN
+from mtp_lightning.command_line.keys import OWN, require_allowed
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require, require_bool, require_number, require_whole
 from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
-
-
-def _require_str(key: str, value: Any) -> None:
-    require(isinstance(value, str), key, value, "a text, in quotes if it looks like a number")
-
-
-# The check of a value whose parameter has such an annotation.
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "int": require_whole,
-    "float": require_number,
-    "bool": require_bool,
-    "str": _require_str,
-}
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
@@ -52,13 +39,16 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
     check_config.check_values(plain, path)
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:
         cause = error.__cause__
+        if cause is None:  # Hydra refuses the node itself
+            reason, _, key = str(error).partition("\nfull_key: ")
+            raise UserError(f"{key} cannot be built: {reason}.") from error
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
         # Lightning's error of a wrong setting, by name, since generating imports no lightning.
         if isinstance(cause, TypeError) or type(cause).__name__ == "MisconfigurationException":
-            raise UserError(f"{target} refuses its settings: {cause}") from error
+            raise UserError(f"{path}: {target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
             raise UserError(not_importable(str(target), cause)) from error
         raise
@@ -66,25 +56,21 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         raise UserError(
             f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
         )
-    _require_annotated(type(built), plain, path)
+    require_annotated(type(built), plain, path)
     return built
 
 
-def _require_annotated(kind: type, settings: Mapping[str, Any], path: str) -> None:
-    """Refuse values that the annotations of a user's class exclude, such as ``shift: int``. Values
-    of this project's classes were checked by the comments of conf/."""
+def require_annotated(kind: type, settings: Mapping[str, Any], path: str) -> None:
+    """Refuse values that the annotations of a class exclude, such as ``shift: int``. Values of this
+    project's classes were checked by the comments of conf/."""
     if kind.__module__.startswith((*OWN, "builtins")):
         return
     for name, parameter in inspect.signature(kind).parameters.items():
-        annotation = parameter.annotation
-        names = str(getattr(annotation, "__name__", annotation)).split(" | ")
-        check = _CHECKS.get(names[0])
-        if name not in settings or check is None or not set(names[1:]) <= {"None"}:
-            continue
-        value = settings[name]
-        if value is parameter.default or (value is None and "None" in names):
-            continue
-        check(f"{path}.{name}", value)
+        annotation = inspect.formatannotation(parameter.annotation).strip("'")
+        plain = re.fullmatch(r"(?:Optional\[)?(int|float|bool|str)( \| None|\])?", annotation)
+        if plain and name in settings and settings[name] is not parameter.default:
+            rule = f"{plain[1]}, or null" if plain[2] else plain[1]
+            require_allowed(f"{path}.{name}", settings[name], rule)
 
 
 def rebuild(

@@ -18,7 +18,7 @@ from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
-from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
+from mtp_lightning.experiment.instantiate import instantiate, require_annotated, trusted_packages
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.run.layout import METRICS_FILE
@@ -120,6 +120,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
     for key in _OWN_TRAINER_KEYS:
         settings.pop(key)
+    require_annotated(pl.Trainer, settings, "trainer")
     settings["strategy"] = processes.strategy(cfg.trainer, may_skip=may_skip)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if settings["precision"] in MIXED:
@@ -132,6 +133,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     callbacks += [instantiate(node, kind=pl.Callback) for node in nodes]
     if not any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks):
         settings.setdefault("enable_checkpointing", False)  # else Lightning adds its own
+    loggers = build_loggers(cfg, resume_step=resume_step)
     try:
         trainer = pl.Trainer(
             **settings,
@@ -143,11 +145,11 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             # The loaders split the data among processes themselves, in an order that can resume.
             use_distributed_sampler=False,
             enable_model_summary=False,
-            logger=build_loggers(cfg, resume_step=resume_step),
+            logger=loggers,
             callbacks=callbacks,
             plugins=plugins,
         )
-    except (TypeError, MisconfigurationException) as error:
+    except (TypeError, ValueError, MisconfigurationException) as error:
         reason = str(error).rstrip(".")
         raise UserError(
             f"The trainer group has a key that Lightning refuses: {reason}: leave it out."

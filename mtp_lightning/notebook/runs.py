@@ -77,7 +77,7 @@ class Run(_Folder):
         """All logged values: one row per step, one column per log tag, NaN for missing values."""
         from pandas import DataFrame
 
-        rows = read_metrics(self.folder / METRICS_FILE) or {"step": []}
+        rows: Any = read_metrics(self.folder / METRICS_FILE) or {"step": []}
         return DataFrame(rows).set_index("step").sort_index()
 
     def plot(self, *tags: str) -> Figure:

@@ -55,10 +55,8 @@ class LRSchedule:
 
     def __call__(self, step: int, max_steps: int) -> float:
         """The multiplier at optimizer step `step` (from 0) of a run of `max_steps`."""
-        warmup = self.warmup_steps or 0
-        if self.warmup_fraction is not None:
-            # Rounded, so that 0.07 of 100 steps is 7 steps and not one ulp more, which would be 8.
-            warmup = math.ceil(round(self.warmup_fraction * max_steps, 6))
+        # Rounded, so that 0.07 of 100 steps is 7 steps and not one ulp more, which would be 8.
+        warmup = self.warmup_steps or math.ceil(round((self.warmup_fraction or 0) * max_steps, 6))
         rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
         begin = warmup if self.kind == "cosine" else max_steps * (1 - self.decay_fraction)
         if self.kind == "constant" or step < begin:

@@ -67,18 +67,42 @@ data.eval_bytes=0 => data.eval_bytes | at least 1, not 0
 +trainer.limit_val_batches=1 => trainer.limit_val_batches=1 | data.eval_bytes
 +trainer.fast_dev_run=true => trainer.limit_val_batches=1 | fast_dev_run
 +trainer.enable_checkpointing=false => refuses | enable_checkpointing=False | leave it out
++trainer.barebones=true => refuses | barebones=True | leave it out
++trainer.benchmark=8 => trainer.benchmark must be true or false, not 8
++trainer.detect_anomaly=null => trainer.detect_anomaly must be true or false, not None
 optimizer.schedule.kind=square => square | cosine
 data.batch_size=64 trainer.accumulate_grad_batches=100 =>
     6400 | data.batch_size | accumulate_grad_batches
 tokenizer=pretrained tokenizer.path=no/tokenizer.json => no/tokenizer.json
 tokenizer=bpe tokenizer.vocab_size=7 => vocab_size | 7 | 257
 tokenizer=bpe tokenizer.vocab_size=1000.5 => vocab_size | whole number | 1000.5
-callbacks.checkpoints.keep_steps=100 => keep_steps | a list of steps | 100
+callbacks.checkpoints.keep_steps=100 => callbacks.checkpoints.keep_steps must be a list, not 100
+callbacks.checkpoints.keep_steps=[0] => callbacks.checkpoints.keep_steps | at least 1, not 0
 optimizer._target_=mtp_lightning.optim.lr_schedule.LRSchedule =>
     optimizer. | is not a key: | --help optimizer
 optimizer._target_=my_ideas.Sophia => my_ideas | PYTHONPATH
 +callbacks.mine._target_=builtins.dict => dict | Callback is needed
+model.attention._target_=8 => model.attention cannot be built: Expected a callable target, got '8'
+model._target_=math.pi => model cannot be built: Expected a callable target, got '3.14
+optimizer=muon optimizer.lr optimizer.groups.rest.algorithm._partial_=abc =>
+    optimizer.groups.rest.algorithm cannot be built: | _partial_ flag must be a bool
+# values of another type
+optimizer.schedule=null => optimizer.schedule must be a mapping, not None
+optimizer=muon optimizer.lr optimizer.groups=null => optimizer.groups must be a mapping, not None
+optimizer=muon optimizer.lr optimizer.groups.muon=8 => optimizer.groups.muon must be a mapping
+optimizer.betas=0.9 => optimizer.betas must be a list, not 0.9
+model.rope_scaling=yarn => model.rope_scaling must be a mapping, not 'yarn'
+callbacks.nan_guard=8 => callbacks.nan_guard must be a mapping, not 8
+compare.match=8 => compare.match=8 is unknown: choose one of none
+trainer.precision=16 => trainer.precision=16 is unknown: choose one of auto
+allow=numpy => allow must be a list, not 'numpy'
+data=self_generated data.chat_before=8 => data.chat_before must be a text, in quotes if
 # sizes beyond any model of this project
+mtp_lambda=1e200 => mtp_lambda must be a number of at least 0, not 1e+200, which is too large
+lambda_schedule=geometric lambda_schedule.beta=1e200 => lambda_schedule.beta | 1e+200, which is too
+model.rope_theta=1000000000000000000000000000000 => model.rope_theta | 0, which is too large
+trainer.num_threads=1000000000 => trainer.num_threads must be a number in [1, 1024], not 1000000000
+data.num_workers=1000000000 => data.num_workers must be a number in [0, 1024], not 1000000000
 model.n_layers=1000000000 => model.n_layers
 model.d_model=2000000000 => model.d_model
 model.d_ff=1000000000000 => model.d_ff

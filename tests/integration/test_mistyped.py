@@ -89,6 +89,13 @@ evaluate.py checkpoint=x temperature=1 => temperature is not a key: did you mean
 # options
 train.py mtp=sequentail  [*] => mtp has no option 'sequentail': did you mean sequential?
 train.py logger=null  [*] => logger=null is not the name of an option: choose one of --help logger
+train.py mtp=1e200 => mtp=1e200 is not the name of an option: choose one of --help mtp
+train.py callbacks=[default,1] => callbacks=[default,1] is not the name of an option
+train.py ~trainer.devices  [*] => ~trainer.devices deletes a key that every run needs: leave
+train.py ~model._target_ => ~model._target_ deletes a key that every run needs
+train.py optimizer.schedule=null => optimizer.schedule must be a mapping, not None
+train.py lambda_schedule=geometric lambda_schedule.beta=1e200 => 1e+200, which is too large
+train.py compare.match=8 => compare.match=8 is unknown: choose one of none
 train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave mtp= out
 train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
 train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_schedule
@@ -122,7 +129,7 @@ train.py data.seq_len=1000000000000  [*] =>
     data.seq_len=1,000,000,000,000 | GB of memory: make it smaller
 train.py data.num_workers=65 => data.num_workers=65 is too large: give at most 64
 train.py trainer.devices=2 => trainer.devices=2 needs trainer.strategy=ddp
-train.py sweeps=depth => a prepared sweep is added, as in +sweeps=depth
+train.py sweeps=depth => a prepared sweep is added, as +sweeps=depth
 train.py hydra.launcher.n_job=2 => hydra.launcher.n_job is not a key of Hydra
 train.py +trainer.gradient_clip_algorithm=value =>
     trainer.gradient_clip_algorithm is not a key | gradient_clip_val
