@@ -215,17 +215,16 @@ class CompiledSession(Session):
     ) -> Sequence[Tensor]:
         """Run the pass of a key; the first call compiles the result of ``build``."""
         if key not in self._passes:
-            buffers = (*self._angles, *cache.entries_L_BSMH)
+            tables = self._tables
+            buffers = (tables.cos_S1H, tables.sin_S1H, *cache.entries_L_BSMH)
             self._passes[key] = _compiled(build(), arguments, buffers)
         return self._passes[key](*arguments)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
-        tables = super()._tables_for(capacity)
-        self._angles = (tables.cos_S1H, tables.sin_S1H)
         # Every pass is built for one capacity and its storage.
         self._passes: dict[tuple[str, int], Callable[..., Sequence[Tensor]]] = {}
-        return tables
+        return super()._tables_for(capacity)
 
     def verify(self, n_drafts: int) -> Tensor:
         n, width = self.n[0], n_drafts + 1

@@ -148,7 +148,8 @@ class Engine:
         sequence per request, in order; one whose first token is its last takes no slot.
 
         Raises:
-            UserError: there are too many requests, or :meth:`check` refuses one.
+            UserError: there are too many requests, :meth:`check` refuses one, or the memory is too
+                small for them; the other sequences stay as they were.
         """
         if len(requests) > self.free:
             slots = f"{self.free} free slots of {self.slots}"
@@ -157,6 +158,24 @@ class Engine:
             self.check(request)
         if not requests:
             return []
+        try:
+            sequences = self._join(requests)
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and "DefaultCPUAllocator" not in str(error):  # a plain RuntimeError
+                raise
+            if self._decoder is not None:
+                self._decoder.keep_rows(len(self._sequences))
+            longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+            raise UserError(
+                f"{longest} tokens of a text, in {self.slots} slots, do not fit into the memory: "
+                "shorten the prompt, ask for fewer new tokens, or lower batch_size."
+            ) from error
+        self._sequences += sequences
+        self._free_finished()
+        return sequences
+
+    def _join(self, requests: Sequence[Request]) -> list[TextSequence]:
         limit = self.options.max_context
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
@@ -166,20 +185,17 @@ class Engine:
         room = max(lengths) if limit is None else min(max(lengths), limit)
         if self._decoder is None:
             self._decoder = self._new_decoder(room)
-        decoder = self._decoder
-        decoder.session.reserve(room)
+        self._decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
-        tokens, logits_BV = decoder.join(
+        tokens, logits_BV = self._decoder.join(
             windows,
             [r.sampling for r in requests],
             [(r.seed, r.index, self._most_drafts(r)) for r in requests],
         )
-        self._sequences += sequences
         logits_BTV = logits_BV.unsqueeze(1)
         for i, sequence in enumerate(sequences):
             n_kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
             self._report_logits(sequence, n_kept, logits_BTV, i)
-        self._free_finished()
         return sequences
 
     def step(self) -> list[TextSequence]:

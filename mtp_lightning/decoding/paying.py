@@ -161,7 +161,9 @@ def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
     try:
         build_once(folder, build)  # whose seal shows a file that was changed
         if not new:
-            return _read_stored(folder / _FILE)
+            payoffs = json.loads((folder / _FILE).read_text("utf-8")).items()
+            stored = {k: Payoff(tuple(p["costs"]), tuple(p["accepted"])) for k, p in payoffs}
+            return Measured(**stored)
     except (UserError, OSError) as error:
         if errors:  # not the folder's error
             raise
@@ -171,11 +173,6 @@ def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
     if sys.stderr.isatty():
         print(description(new[0]), file=sys.stderr)
     return new[0]
-
-
-def _read_stored(file: Path) -> Measured:
-    payoffs = json.loads(file.read_text("utf-8")).items()
-    return Measured(**{k: Payoff(tuple(p["costs"]), tuple(p["accepted"])) for k, p in payoffs})
 
 
 def description(measured: Measured) -> str:

@@ -88,9 +88,8 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
             log.info("%s is damaged; building it again: %s", folder, str(error).partition("\n")[0])
             shutil.rmtree(folder)
             _loaded[key] = LoadedProgram(_built(folder, function, inputs))
-    loaded = _loaded[key]
-    loaded.bind(function)
-    return loaded
+    _loaded[key].bind(function)
+    return _loaded[key]
 
 
 def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:
@@ -163,14 +162,11 @@ def _machine() -> str:
 @functools.cache
 def _source(classes: frozenset[type[Any]]) -> str:
     """A digest of the project's own passes and of the files that define other classes."""
-    files = {file for name in _SOURCES for file in _python(_PACKAGE / name)}
+    paths = [_PACKAGE / name for name in _SOURCES]
+    files = {file for p in paths for file in ([p] if p.is_file() else p.rglob("*.py"))}
     others = (kind for kind in classes if not kind.__module__.startswith("torch."))
     files |= {Path(source) for source in map(inspect.getsourcefile, others) if source}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _python(path: Path) -> list[Path]:
-    return [path] if path.is_file() else list(path.rglob("*.py"))

@@ -156,7 +156,7 @@ class Noise:
     def __init__(self, most: int, device: torch.device | str) -> None:
         self._most, self._device = most, device
         # For every row, its generator and the places of its numbers.
-        self._rows: list[tuple[torch.Generator, Tensor]] = []
+        self.rows: list[tuple[torch.Generator, Tensor]] = []
 
     def join(self, streams: Sequence[tuple[int, int, int]]) -> Tensor:
         """Append rows, by seed, index and number of drafts; returns their numbers of a first
@@ -169,20 +169,15 @@ class Noise:
             first = torch.arange(drafts)
             places = torch.cat((first, first + self._most, torch.tensor([2 * self._most])))
             new_rows.append((torch.Generator().manual_seed(number), places))
-        self._rows += new_rows
+        self.rows += new_rows
         return self._draw(new_rows)
 
     def next(self) -> Tensor:
         """The numbers of every row for the next round, [B, 2 * most + 1] fp64."""
-        return self._draw(self._rows)
+        return self._draw(self.rows)
 
     def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> Tensor:
         numbers = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
         for row, (generator, places) in zip(numbers, rows, strict=True):
             row[places] = torch.rand(len(places), generator=generator, dtype=torch.float64)
         return numbers.to(self._device)
-
-    def drop_row(self, row: int) -> None:
-        """Drop a row; the last row moves to its slot."""
-        self._rows[row] = self._rows[-1]
-        self._rows.pop()

@@ -14,6 +14,7 @@ Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from operator import sub
 from typing import NamedTuple
@@ -65,6 +66,8 @@ class Session:
         newest_B1C: the hidden state that each row's newest draft was predicted from.
     """
 
+    _kind_of_cache: type[KVCache] = KVCache
+
     def __init__(
         self,
         model: MTPModel,
@@ -85,12 +88,12 @@ class Session:
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
-        self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
+        new_cache = partial(self._kind_of_cache, trunk, tables, batch_size=slots)
+        self.trunk_cache = new_cache(n_layers=trunk.n_layers)
         self._one_cache = one_cache or stack.one_cache
         n_caches = min(max_draft, 1) if self._one_cache else max_draft
-        blocks = stack.cached_blocks
         self.depth_caches: Sequence[KVCache] = [
-            self._cache(tables, blocks, slots) for _ in range(n_caches)
+            new_cache(n_layers=stack.cached_blocks) for _ in range(n_caches)
         ]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
@@ -119,10 +122,7 @@ class Session:
             self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
         self._n_drafted = 0  # depths that have drafted since the last `accept`
         self.newest_B1C: Tensor | None = None
-        self._resize()
-
-    def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
-        return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
+        self.resize(0)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         weight = self.model.trunk.embedding.weight
@@ -145,18 +145,14 @@ class Session:
         """Most tokens per row."""
         return self._tables.capacity - self._slack
 
-    def _resize(self) -> None:
-        """Make views of the rows in use, which are the first rows of the storage."""
-        batch = len(self.n)
+    def resize(self, batch_size: int) -> None:
+        """Use the first ``batch_size`` rows of the storage; added rows have read nothing."""
+        for column in (self.n, *self.filled):
+            column[:] = (column + [0] * batch_size)[:batch_size]
         for cache in (self.trunk_cache, *self.depth_caches):
-            cache.resize(batch)
-        self.tokens_BS = self._tokens[:batch]
-        self.states = [states[:batch] for states in self._states]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows in use."""
-        return len(self.n)
+            cache.resize(batch_size)
+        self.tokens_BS = self._tokens[:batch_size]
+        self.states = [states[:batch_size] for states in self._states]
 
     def reserve(self, capacity: int) -> None:
         """Grow the storage to ``capacity`` tokens per row, drafts included."""
@@ -164,24 +160,25 @@ class Session:
             return
         tables = self._tables_for(capacity)
         more = tables.capacity - self._tables.capacity
-        self._tables = tables
-        for cache in (self.trunk_cache, *self.depth_caches):
-            cache.grow(tables)
-        self._tokens = F.pad(self._tokens, (0, more))
-        self._states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
-        self._resize()
+        trunk_cache, *depth_caches = [
+            cache.grown(tables) for cache in (self.trunk_cache, *self.depth_caches)
+        ]
+        tokens = F.pad(self._tokens, (0, more))
+        states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
+        # Only now: an allocation that fails leaves all as it was.
+        self._tables, self._tokens, self._states = tables, tokens, states
+        self.trunk_cache, self.depth_caches = trunk_cache, depth_caches
+        self.resize(len(self.n))
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append rows and read their prompts (prefill), at least one token each. Returns the logits
         of the next token of every new row, [new rows, V]."""
         lengths = [len(prompt) for prompt in prompts]
         rows = slice(len(self.n), len(self.n) + len(prompts))
+        self.resize(rows.stop)
         for row, prompt in enumerate(prompts, start=rows.start):
             self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
             self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
-        for column in (self.n, *self.filled):
-            column += [0] * len(prompts)
-        self._resize()
         newest = []
         for part in read_together(lengths, self.tokens_BS.device):
             slots = slice(rows.start + part.start, rows.start + part.stop)
@@ -337,7 +334,7 @@ class Session:
 
     def put_pending(self, token_B: Tensor) -> None:
         """Write the pending tokens of the rows that have just joined."""
-        rows = slice(self.batch_size - len(token_B), None)
+        rows = slice(len(self.n) - len(token_B), None)
         Spans(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
@@ -365,7 +362,7 @@ class Session:
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
-        last = self.batch_size - 1
+        last = len(self.n) - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
@@ -376,8 +373,7 @@ class Session:
                 states[row, :n] = states[last, :n]
         for column in (self.n, *self.filled):
             column[row] = column[last]
-            column.pop()
-        self._resize()
+        self.resize(last)
 
 
 def _at(states_BTC: Tensor, index: Sequence[int]) -> Tensor:

@@ -140,9 +140,13 @@ class Decoder:
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
         self.session.drop_row(row)
-        self._noise.drop_row(row)
-        self._samplings[row] = self._samplings[-1]
-        self._samplings.pop()
+        self._noise.rows[row], self._samplings[row] = self._noise.rows[-1], self._samplings[-1]
+        self.keep_rows(len(self.session.n))
+
+    def keep_rows(self, rows: int) -> None:
+        """Drop all rows but the first ``rows``, whatever a failed :meth:`join` has left."""
+        self.session.resize(rows)
+        del self._noise.rows[rows:], self._samplings[rows:]
         self._row_sampling = None
 
     @property

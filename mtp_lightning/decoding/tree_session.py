@@ -24,8 +24,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import ForwardContext
-from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.position_tables import PositionTables, Spans
+from mtp_lightning.nn.position_tables import Spans
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
 
 
@@ -35,15 +34,13 @@ class TreeSession(Session):
     trunk_cache: TreeCache
     depth_caches: Sequence[TreeCache]
     _outputs: Tensor
+    _kind_of_cache = TreeCache
 
     def __init__(self, model: MTPModel, *, tree: Tree, **room: Any) -> None:
         self.tree = tree
         self._branches = lru_cache(maxsize=64)(self._branches_of)
         self._columns = lru_cache(maxsize=256)(self._columns_of)
         super().__init__(model, max_draft=tree.depth, **room)
-
-    def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
-        return TreeCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
 
     @property
     def _widest(self) -> int:
@@ -67,7 +64,7 @@ class TreeSession(Session):
             return self._rescored(k, nodes).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
-        long = [row for row in range(self.batch_size) if not self.is_short(row)]
+        long = [row for row in range(len(self.n)) if not self.is_short(row)]
         ends = [n - k + 1 for n in self.n]
         caught_up = max([1, *(ends[row] - self.filled[k][row] for row in long)])
         # A short row reads from position 0, and its drafts are not verified.

@@ -7,9 +7,11 @@ M vectors of an entry, or its key heads, H head size.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
@@ -64,10 +66,9 @@ class KVCache:
         None if the tokens form a chain."""
         return None
 
-    def rows(self, rows: slice) -> KVCache:
+    def rows(self, rows: slice) -> Self:
         """A cache of some rows that shares this one's storage."""
-        view = object.__new__(type(self))
-        view.__dict__.update(self.__dict__)
+        view = copy(self)
         view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
         view.lengths = self.lengths[rows]
         view._forget()
@@ -91,16 +92,15 @@ class KVCache:
         self.lengths[row] = self.lengths[last]
         self.resize(last)
 
-    def grow(self, tables: PositionTables) -> None:
-        """Move to larger tables, with storage of their capacity."""
-        old_capacity = self.tables.capacity
-        for layer, old in enumerate(self._stored):
-            self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
-            self._stored[layer][:, :old_capacity] = old
-        self.tables = tables
+    def grown(self, tables: PositionTables) -> Self:
+        """A copy with the capacity of larger tables; this cache stays as it was."""
+        grown, more = copy(self), tables.capacity - self.tables.capacity
+        grown._stored = [F.pad(stored, (0, 0, 0, 0, 0, more)) for stored in self._stored]
+        grown.tables = tables
         # The open pass's positions index storage of the old capacity.
-        self.spans = Spans(tables, [0], 0)
-        self.resize(self.batch_size)
+        grown.spans = Spans(tables, [0], 0)
+        grown.resize(self.batch_size)
+        return grown
 
     def open(self, starts: list[int], n_new: int) -> None:
         """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.

@@ -74,7 +74,10 @@ class BodyParser:
             message = f"The model {shown(body.model)} is not here, only {self.name}."
             raise Refusal(message, status=404, param="model", code="model_not_found")
         if isinstance(body, ChatBody):
-            prompt, logprobs = self._chat_prompt(body.messages), _chat_logprobs(body)
+            if body.top_logprobs and not body.logprobs:
+                raise Refusal("top_logprobs needs logprobs=true.", param="top_logprobs")
+            prompt = self._chat_prompt(body.messages)
+            logprobs = body.top_logprobs if body.logprobs else None
         else:
             prompt, logprobs = self._prompt(body.prompt), body.logprobs
         try:
@@ -163,9 +166,3 @@ class BodyParser:
                 code="context_length_exceeded",
             )
         return n_new
-
-
-def _chat_logprobs(body: ChatBody) -> int | None:
-    if body.top_logprobs and not body.logprobs:
-        raise Refusal("top_logprobs needs logprobs=true.", param="top_logprobs")
-    return body.top_logprobs if body.logprobs else None

@@ -14,11 +14,10 @@ import torch
 
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.sequence import TextSequence
+from mtp_lightning.errors import UserError
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.served_text import News, ServedText
-
-_RETRY_AFTER = 1  # seconds
 
 
 class Worker(threading.Thread):
@@ -42,7 +41,7 @@ class Worker(threading.Thread):
         self._on_failure = on_failure
         self._waiting: deque[ServedText] = deque()
         self._running: dict[TextSequence, ServedText] = {}
-        self._joining = 0
+        self._joining: list[ServedText] = []
         self._changed = threading.Condition()
         self._ends_at: float | None = None  # by time.monotonic()
         self._threads = torch.get_num_threads()
@@ -67,10 +66,10 @@ class Worker(threading.Thread):
         with self._changed:
             if not self.alive:
                 raise _ending()
-            free = self._engine.slots - len(self._running) - self._joining
+            free = self._engine.slots - len(self._running) - len(self._joining)
             if len(self._waiting) >= self._queue + free:
                 message = f"{self._queue} requests are waiting already: try again later."
-                raise Refusal(message, status=429, code="queue_full", retry_after=_RETRY_AFTER)
+                raise Refusal(message, status=429, code="queue_full", retry_after=1)
             self._waiting.append(served)
             self._changed.notify()
 
@@ -108,7 +107,11 @@ class Worker(threading.Thread):
             self._on_failure()
         finally:
             self.close(0)
-            self._end_all()
+            # Also the texts that a defect kept from joining the running ones.
+            for served in (*self._running.values(), *self._joining):
+                self.cut += not served.over
+                served.tell(_ending())
+            self._running.clear()
 
     def _turn(self) -> bool:
         """Decode one round of all sequences, including new ones; returns whether to continue."""
@@ -119,15 +122,13 @@ class Worker(threading.Thread):
             ends_at = self._ends_at
             gone = [sequence for sequence, served in self._running.items() if served.over]
             free = 0 if ends_at is not None else self._engine.free + len(gone)
-            joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-            self._joining = len(joining)
+            self._joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         for sequence in gone:
             self._engine.remove(sequence)
             del self._running[sequence]
         if ends_at is not None and (not self._running or time.monotonic() >= ends_at):
-            self._end_all()
             return False
-        self._join(joining)
+        self._join(self._joining)
         began = time.perf_counter()
         sequences = self._engine.step()
         if sequences:
@@ -137,20 +138,27 @@ class Worker(threading.Thread):
         return True
 
     def _join(self, texts: list[ServedText]) -> None:
+        if self._add(texts) is not None:
+            for served in texts:  # one of them may fit
+                if (refusal := self._add([served])) is not None:
+                    served.tell(refusal)
+        self._joining = []
+
+    def _add(self, texts: list[ServedText]) -> Refusal | None:
+        """Add texts to the engine; returns the refusal of texts that the memory does not hold."""
         try:
             sequences = self._engine.add([served.request for served in texts])
-        except BaseException:
-            for served in texts:
-                served.tell(_ending())
-            raise
+        except UserError as error:  # `submit` has checked the requests
+            return Refusal(str(error), status=503)
         with self._changed:
             self._running.update(zip(sequences, texts, strict=True))
-            self._joining = 0
+            self._joining = [served for served in self._joining if served not in texts]
         for sequence, served in zip(sequences, texts, strict=True):
             self._meters.prompt_tokens.inc(len(served.request.prompt))
             served.began_at = time.perf_counter()
             self._meters.first_token.observe(served.began_at - served.asked_at)
             self._tell(sequence)
+        return None
 
     def _tell(self, sequence: TextSequence) -> None:
         served, fresh = self._running[sequence], sequence.fresh()
@@ -167,13 +175,6 @@ class Worker(threading.Thread):
         if fresh.token_ids or done:
             seconds = time.perf_counter() - served.began_at
             served.tell(News(text=text, fresh=fresh, seconds=seconds, done=done))
-
-    def _end_all(self) -> None:
-        """Refuse the rest of all running texts."""
-        for served in self._running.values():
-            self.cut += not served.over
-            served.tell(_ending())
-        self._running.clear()
 
 
 def _ending() -> Refusal:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
+from mtp_lightning.errors import UserError
 from tests.decoding.models import (
     Letters,
     ids_of,
@@ -189,6 +191,60 @@ def test_storage_grows_for_longer_requests():
         while engine.sequences:
             engine.step()
     assert ids_of(rows) == expected
+
+
+class FailsAt(TorchFunctionMode):
+    """Lets the ``n``-th call of PyTorch fail as for want of memory."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: ..")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("mtp", "options"),
+    [
+        ({"depth": 2}, {}),
+        ({"depth": 1}, {"cache": "single", "draft_depth": 3}),
+        ({"depth": 2}, {"tree": (3, 2)}),
+    ],
+    ids=str,
+)
+def test_a_request_that_the_memory_does_not_hold_changes_no_other_text(mtp, options):
+    """Every third call of PyTorch fails once, of the storage's growth and the prompt's passes."""
+    model = small_model(5, **mtp)
+    short, joining, long = (
+        Request(prompt=prompt, max_new_tokens=9 * (i + 1), index=i, **SAMPLINGS[i % 2])
+        for i, prompt in enumerate(random_prompts(5, (3, 5, 60)))
+    )
+    expected = [decoded_alone(model, request, **options) for request in (short, joining, long)]
+    with Engine(model, DecodingOptions(**options)) as engine, pytest.raises(UserError), FailsAt(1):
+        engine.add([short])
+    refused = 0
+    for n in itertools.count(1, 3):
+        with Engine(model, DecodingOptions(batch_size=3, **options)) as engine:
+            rows = engine.add([short])
+            engine.step()
+            call = FailsAt(n)
+            try:
+                with call:
+                    rows += engine.add([long])
+            except UserError as error:
+                assert "tokens of a text, in 3 slots, do not fit into the memory" in str(error)
+                refused += 1
+            rows += engine.add([joining])
+            while engine.sequences:
+                engine.step()
+        assert all(row.token_ids == expected[row.request.index] for row in rows)
+        if call.left > 0:
+            break
+    assert refused == n // 3 > 20 and len(rows) == 3
 
 
 def test_a_request_may_ask_for_fewer_drafts():

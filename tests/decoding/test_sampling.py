@@ -204,7 +204,7 @@ def test_noise_of_a_row_does_not_depend_on_rows_that_join_and_leave():
             assert torch.equal(numbers, expected[alive[row], rounds[alive[row]]])
         for row in range(len(alive) - 1, -1, -1):
             if rounds[alive[row]] == 200 or torch.rand((), generator=generator) < 0.02:
-                noise.drop_row(row)
-                alive[row] = alive[-1]
-                alive.pop()
+                for rows in (alive, noise.rows):
+                    rows[row] = rows[-1]
+                    rows.pop()
     assert max(rounds.values()) > 64

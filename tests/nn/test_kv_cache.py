@@ -121,7 +121,7 @@ def test_rows_are_added_and_storage_grows(trunk):
         assert cache.lengths == [10, 10, 0]
         layer(x[:1, :10], ForwardContext.of_cache(cache.rows(slice(2, 3)), [0], 10))
         cache.lengths[2] = 10
-        cache.grow(PositionTables(trunk, 48))
+        cache = cache.grown(PositionTables(trunk, 48))
         order = [2, 1, 0]
         for start in range(10, 40, 5):
             out = layer(x[order, start : start + 5], ForwardContext.of_cache(cache, [start] * 3, 5))

@@ -10,9 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
+from torch import Tensor
 
 from mtp_lightning.opening import OpenedModel
-from tests.serving.conftest import NAME, SEQ_LEN, Serving, generation, serving, wait_until
+from tests.serving.conftest import (
+    NAME,
+    SEQ_LEN,
+    Serving,
+    assert_refused,
+    generation,
+    serving,
+    wait_until,
+)
 
 pytestmark = pytest.mark.extras
 
@@ -242,6 +252,38 @@ def test_a_full_queue_is_answered_with_retry_after(run: OpenedModel, gate: threa
         texts = [answer.result(30).choices[0].text for answer in answers]
         assert texts == [generation(run, "a", 10).text] * 3
         server.wait_for('mtp_requests_total{status="429"}', 1)
+
+
+def test_a_text_that_the_memory_does_not_hold_is_refused_alone(
+    run: OpenedModel, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four texts: the first is decoded when the others join it, one of them too long."""
+    pad, texts = F.pad, [40, 50, 1000, 30]
+    fields = [{"prompt": PROMPTS[i], "max_tokens": n, **SETTINGS[i]} for i, n in enumerate(texts)]
+    layers: list[Tensor] = []
+
+    def pad_few(x: Tensor, padding: tuple[int, ...], **how: Any) -> Tensor:
+        layers.extend([x] if padding[-1] > 500 else [])
+        if len(layers) > 1:  # the storage of the first layer has grown
+            layers.clear()
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return pad(x, padding, **how)
+
+    monkeypatch.setattr(F, "pad", pad_few)
+    with serving(run, batch_size=4) as server, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.post, fields[0])]
+        server.wait_for("mtp_rows", 1)
+        answers += [pool.submit(server.post, more) for more in fields[1:]]
+        server.wait_for("mtp_queue_length", 3)
+        gate.set()
+        first, second, long, fourth = (answer.result(60) for answer in answers)
+        message = "tokens of a text, in 4 slots, do not fit into the memory: shorten the prompt"
+        assert_refused(long, 503, message)
+        assert_refused(server.post({**fields[2], "stream": True}), 503, message)
+        for i, answer in ((0, first), (1, second), (3, fourth)):
+            expected = generation(run, PROMPTS[i], texts[i], **SETTINGS[i])
+            assert answer.json()["choices"][0]["text"] == expected.text
+        server.wait_for('mtp_requests_total{status="503"}', 2)
 
 
 def test_memory_does_not_grow_with_requests(run: OpenedModel) -> None:
