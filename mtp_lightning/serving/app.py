@@ -31,6 +31,7 @@ from mtp_lightning.serving.worker import Worker
 _BODY_SECONDS = 30  # the longest time for sending a body
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 _UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_DEFECT = Refusal("Internal server error.", status=500)
 _PAGE = Path(__file__).with_name("page.html")
 
 
@@ -175,6 +176,7 @@ class Endpoint:
             yield _event(refusal.body)
         except Exception:
             status = 500
+            yield _event(_DEFECT.body)
             raise
         finally:
             watch.cancel()
@@ -252,5 +254,5 @@ async def _refused(request: Request, error: Exception) -> Response:
         body = Refusal(message, status=error.status_code).body
         return JSONResponse(body, error.status_code, headers=error.headers)
     if not isinstance(error, Refusal):
-        error = Refusal("Internal server error.", status=500)
+        error = _DEFECT
     return JSONResponse(error.body, error.status, headers=error.headers)

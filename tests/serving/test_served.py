@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -332,3 +333,28 @@ def test_a_defect_ends_the_server_and_its_requests(
             api.completions.create(model=NAME, prompt="a", max_tokens=SEQ_LEN // 2)
         wait_until(lambda: running.server.should_exit, "the server ends")
         assert isinstance(running.server.worker.failure, ZeroDivisionError)
+
+
+def test_a_defect_in_a_stream_is_its_last_event_and_one_traceback(
+    run: OpenedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openai import APIError
+
+    from mtp_lightning.serving.responses import Completion
+
+    chunks, calls = Completion.chunks, itertools.count()
+
+    def broken_chunks(self: Completion, news: Any) -> Any:
+        if next(calls) == 2:
+            raise ZeroDivisionError("a defect")
+        return chunks(self, news)
+
+    monkeypatch.setattr(Completion, "chunks", broken_chunks)
+    with serving(run) as server, server.client() as api:
+        stream = api.completions.create(model=NAME, prompt="a", max_tokens=500, stream=True)
+        with pytest.raises(APIError, match="Internal server error"):
+            list(stream)
+        server.wait_for('mtp_requests_total{status="500"}', 1)
+        server.wait_for("mtp_rows", 0)
+        assert server.post({"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert capsys.readouterr().err.count("ZeroDivisionError: a defect") == 1
