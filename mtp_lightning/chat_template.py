@@ -79,9 +79,12 @@ class ChatTemplate:
         try:
             none = dict.fromkeys(("tools", "documents"))  # as transformers says it
             given = {"messages": list(messages), "add_generation_prompt": True}
-            return self._template.render(**given, **none, **self._specials)
+            text = self._template.render(**given, **none, **self._specials)
+            text.encode()  # refuses half of a surrogate pair
+            return text
         except Exception as error:  # an untrusted program may raise anything
-            reason = str(error).strip().rstrip(".") or type(error).__name__
+            reason = " ".join(str(error).encode(errors="replace").decode().split()).rstrip(".")
+            reason = reason or type(error).__name__
             raise UserError(
                 f"The model's chat template does not take these messages: {reason}."
             ) from error

@@ -248,11 +248,8 @@ def load_weights(
         )
     model.mtp.validate_loaded(source)
     if n_rounded:
-        log.warning(
-            "%d matrices of %s are rounded to bf16: the model uses the rounded values.",
-            n_rounded,
-            source,
-        )
+        message = "%d matrices of %s are rounded to bf16: the model uses the rounded values."
+        log.warning(message, n_rounded, source)
 
 
 def _is_finite(x: torch.Tensor) -> bool:

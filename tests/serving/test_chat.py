@@ -136,6 +136,14 @@ def test_templates_may_read_names(chat_model: OpenedModel) -> None:
     assert answer["usage"]["prompt_tokens"] == 2
 
 
+@pytest.mark.parametrize("half", ["{{ '\\ud800' }}", "{{ raise_exception('\\ud800\\n') }}"])
+def test_half_a_character_of_a_template_is_refused(chat_model: OpenedModel, half: str) -> None:
+    state = {**chat_model.tokenizer_state, "beside": {"chat_template.jinja": half}}
+    with serving(replace(chat_model, tokenizer_state=state)) as api:
+        answer = api.post({"messages": MESSAGES, "max_tokens": 2}, path="chat/completions")
+    assert_refused(answer, 400, "The model's chat template does not take these messages")
+
+
 def test_the_prompt_equals_that_of_transformers(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
