@@ -26,10 +26,10 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
         return compose(name, overrides=literal(list(overrides)))
 
 
-def checked_config(overrides: Sequence[str]) -> DictConfig:
-    """Compose the config of train.py, and check it as train.py does; a mistake is a UserError."""
-    cfg = compose_config("config", overrides)
-    check_config.check(OmegaConf.to_container(cfg), "config", overrides)  # type: ignore[arg-type]
+def checked_config(overrides: Sequence[str], name: str = "config") -> DictConfig:
+    """Compose the config of an app and check it as the app does; a mistake is a UserError."""
+    cfg = compose_config(name, overrides)
+    check_config.check(OmegaConf.to_container(cfg), name, overrides)  # type: ignore[arg-type]
     return cfg
 
 

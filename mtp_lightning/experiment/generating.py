@@ -56,22 +56,8 @@ def generate_text(cfg: Any) -> list[Generation]:
             foreign.
         OSError: a file is missing.
     """
-    if cfg.output not in ("text", "json"):
-        raise UserError(f"output={cfg.output} is unknown: choose text or json.")
-    require_bool("show_drafts", cfg.show_drafts)
-    DecodingOptions.from_config(cfg)  # checks the options before a large model is read
-    if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
-        raise not_together("show_drafts=true", "speculative=false")
-    for name in ("top_k", "top_p"):
-        if cfg[name] is not None and cfg.temperature == 0:
-            raise UserError(
-                f"{name}={cfg[name]} chooses among samples, and temperature=0 draws none: set "
-                f"temperature=1, or leave {name} out."
-            )
-    prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
+    prompts = checked_prompts(cfg)
     run = open_from_config(cfg)
-    if cfg.show_drafts and not cfg.lookup:
-        run.model.mtp.require_drafts()
     terminal = sys.stdout.isatty()
     marks: Colors | Brackets | None = None
     if cfg.show_drafts:
@@ -120,6 +106,23 @@ def generate_text(cfg: Any) -> list[Generation]:
         if terminal:
             print(cost_line(generations[0]), file=sys.stderr)
     return generations
+
+
+def checked_prompts(cfg: Any) -> list[str]:
+    """Check the options of ``conf/generate.yaml`` before its model is read; return the prompts."""
+    if cfg.output not in ("text", "json"):
+        raise UserError(f"output={cfg.output} is unknown: choose text or json.")
+    require_bool("show_drafts", cfg.show_drafts)
+    DecodingOptions.from_config(cfg)
+    if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
+        raise not_together("show_drafts=true", "speculative=false")
+    for name in ("top_k", "top_p"):
+        if cfg[name] is not None and cfg.temperature == 0:
+            raise UserError(
+                f"{name}={cfg[name]} chooses among samples, and temperature=0 draws none: set "
+                f"temperature=1, or leave {name} out."
+            )
+    return read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
 
 
 def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
@@ -207,6 +210,8 @@ def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> 
         defaults["draft_vocab"] = draft_vocab_of(run.config)
     options = DecodingOptions.from_config(cfg, **defaults)
     if cfg.get("show_drafts"):
+        if not cfg.lookup:
+            run.model.mtp.require_drafts()
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
     fastest = with_measured_depth(options, run, rows=min(options.slots, rows or 1), **precision)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from io import StringIO
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding import generate
@@ -42,15 +42,8 @@ def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None
 
 def _print_answer(model: MTPModel, data: WindowDataModule, length: int) -> None:
     (prompt,) = data.held_out_prompts(1, data.seq_len)
-    (answer,) = generate(
-        model,
-        [prompt],
-        max_new_tokens=length,
-        temperature=0.0,
-        tokenizer=data.tokenizer,
-        max_context=data.seq_len,
-        long="slide",
-    )
+    sizes: dict[str, Any] = {"max_new_tokens": length, "max_context": data.seq_len}
+    (answer,) = generate(model, [prompt], tokenizer=data.tokenizer, long="slide", **sizes)
     question = printable(data.tokenizer.decode(prompt.tolist()))
     print("Sample (a held-out question >> the model's answer)")
     print(f"{question} >>{printable(answer.text or '')}\n")

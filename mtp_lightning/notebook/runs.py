@@ -162,7 +162,7 @@ class Sweep(_Folder):
 
     @property
     def _plan(self) -> dict[str, Any]:
-        return self._read(SWEEP_FILE, f"There is no {SWEEP_FILE}: {self.folder} is not a sweep.")
+        return self._read(SWEEP_FILE, f"There is no sweep in {self.folder}: no {SWEEP_FILE}.")
 
     def _table_html(self) -> str:
         return str(self.table._repr_html_())
@@ -222,21 +222,22 @@ def generate(*overrides: str) -> Text:
         overrides: as on the command line: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
 
     Raises:
-        UserError: for a missing prompt, a damaged or unknown checkpoint, or an option out of range.
+        UserError: for a missing prompt, a damaged or unknown checkpoint, or a wrong option.
         OSError: if there is no such checkpoint.
     """
-    from mtp_lightning.experiment.compose import compose_config
+    from mtp_lightning.experiment.compose import checked_config
     from mtp_lightning.experiment.generating import (
+        checked_prompts,
         continue_prompts,
         decoding_options,
         open_from_config,
     )
 
-    cfg = compose_config("generate", overrides)
+    cfg = checked_config(overrides, "generate")
     if cfg.prompt is None:
         raise UserError("There is no prompt: give prompt=TEXT.")
+    (prompt,) = checked_prompts(cfg)
     run = open_from_config(cfg)
-    prompt = str(cfg.prompt)
     (generation,) = continue_prompts(run, [prompt], decoding_options(cfg, run, rows=1))
     return Text(prompt, generation, run.tokenizer)
 

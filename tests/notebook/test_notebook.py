@@ -16,6 +16,7 @@ from mtp_lightning.decoding import Generation
 from mtp_lightning.errors import UserError
 from mtp_lightning.notebook import process
 from mtp_lightning.notebook.curves import draw_overview
+from mtp_lightning.paths import app
 from tests.integration.helpers import QUICK, overrides, train_here, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -81,6 +82,18 @@ def test_a_run_evaluates_and_generates(run: Run) -> None:
     with pytest.raises(ValueError, match="There is no prompt"):
         generate(f"checkpoint={run.folder}")
     assert "bits per byte" in run._repr_html_() and "a (b), c" in run._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "option", ["top_k=5", "+nope=1", f"prompts={__file__}", "show_drafts=1", "verify=x"]
+)
+def test_options_are_refused_in_the_sentence_of_generate_py(run: Run, option: str) -> None:
+    words = [f"checkpoint={run.folder}", "prompt=a", option]
+    with pytest.raises(ValueError) as here:
+        generate(*words)
+    with pytest.raises(RuntimeError) as there:
+        process.start([*app("generate"), *words], quiet=True)
+    assert str(here.value) == str(there.value)
 
 
 class Letters:
