@@ -46,7 +46,7 @@ def main(
         help="fewer configurations, and as many prompts as fit into a minute, at least eight",
     )
     parser.add_argument("--minutes", type=float, help="start no prompt after this time")
-    parser.add_argument("--text", type=Path, help="take the prompts from this file")
+    parser.add_argument("--text", type=Path, help="the prompts' text (Python's standard library)")
     parser.add_argument(
         "--against",
         default="",

@@ -18,10 +18,10 @@ import torch
 
 from mtp_lightning import llama_server
 from mtp_lightning.certify.cells import BATCH
+from mtp_lightning.certify.texts import Prompts
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.parts import is_gguf
 
-Prompts = Sequence[Sequence[int]]
 _DRAFTS = 4
 
 

@@ -61,7 +61,7 @@ def certify(
         few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
         minutes: no more prompts are taken after this time, divided equally among the precisions;
             each precision is tried on eight prompts at least.
-        file: the prompts' text; None for Python's standard library.
+        file: the prompts' text; None as in :func:`~mtp_lightning.certify.texts.prompts`.
         seed: the seed of prompts and samples.
         allow: packages whose variants the model may use.
         against: other programs to count for, see :mod:`~mtp_lightning.certify.others`.
@@ -118,7 +118,7 @@ def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> Op
     if length >= run.seq_len:
         raise UserError(
             f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
-            "trained on: give fewer."
+            "trained on: lower --new-tokens."
         )
     use_activations(run.model, activations)
     return run

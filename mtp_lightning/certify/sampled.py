@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.certify.cells import Cell
-from mtp_lightning.certify.texts import decode
+from mtp_lightning.certify.texts import Prompts, decode
 from mtp_lightning.model import MTPModel
 
 _BINS = 16
@@ -46,22 +46,15 @@ class Sampled:
         return float(torch.special.gammaincc(degrees, half))
 
     def draw(
-        self,
-        model: MTPModel,
-        cell: Cell,
-        beginnings: Sequence[Sequence[int]],
-        length: int,
-        *,
-        first: int,
-        seed: int,
+        self, model: MTPModel, cell: Cell, prompts: Prompts, length: int, *, first: int, seed: int
     ) -> None:
         """Sample a text of ``length`` tokens for every prompt, at temperature 1, and count its
         tokens; ``first`` is the number of the first prompt. Where drafts are looked up, the second
         half of a prompt is read twice, since a model then continues with what it has read."""
         if cell.options.lookup:
-            beginnings = [list(ids[-(len(ids) // 2) :]) * 2 for ids in beginnings]
-        lengths = [length] * len(beginnings)
-        texts = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
+            prompts = [list(ids[-(len(ids) // 2) :]) * 2 for ids in prompts]
+        lengths = [length] * len(prompts)
+        texts = decode(model, cell, prompts, lengths, first=first, temperature=1.0, seed=seed)
         noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
         for text in texts:
             u_T = transform(text.logits_TV.cpu(), text.ids, noise)

@@ -24,6 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.runtime import threads
 
+Prompts = Sequence[Sequence[int]]
 # Characters that are enough for a prompt's tokens.
 _SLICE = 400
 _SHORTEST, _LONGEST = 4, 32
@@ -53,7 +54,8 @@ def prompts(
         count: number of prompts.
         longest: most tokens of a prompt.
         seed: the seed of the random choices.
-        file: the text; None for the modules of Python's standard library.
+        file: the text; None for the modules of Python's standard library, or for random tokens of
+            a model that reads no text, such as a task's.
 
     Raises:
         UserError: the file is too short or not UTF-8.
@@ -61,6 +63,10 @@ def prompts(
     from data_modules.sources.stdlib import StdlibSource
 
     chance = random.Random(seed)
+    shortest, longest = min(_SHORTEST, longest), min(_LONGEST, longest)
+    if file is None and not tokenizer.reads_text:
+        lengths = [chance.randint(shortest, longest) for _ in range(count)]
+        return [chance.choices(range(tokenizer.vocab_size), k=length) for length in lengths]
     files = [path for _, path in StdlibSource().files] if file is None else [file]
     beginnings: list[list[int]] = []
     read_text = cache(partial(Path.read_text, encoding="utf-8"))
@@ -74,7 +80,7 @@ def prompts(
             raise UserError(f"{file} is not UTF-8: {error}; convert it.") from error
         start = chance.randrange(max(len(text) - _SLICE, 1))
         ids = list(tokenizer.encode(text[start : start + _SLICE]))
-        length = chance.randint(min(_SHORTEST, longest), min(_LONGEST, longest))
+        length = chance.randint(shortest, longest)
         if len(ids) >= length:
             beginnings.append([int(token) for token in ids[:length]])
         if len(beginnings) == count:
@@ -86,7 +92,7 @@ def prompts(
 def decode(
     model: MTPModel,
     cell: Cell,
-    beginnings: Sequence[Sequence[int]],
+    beginnings: Prompts,
     lengths: Sequence[int],
     *,
     first: int = 0,

@@ -20,7 +20,7 @@ from mtp_lightning.certify.cells import PLAIN, Cell, cells, ways
 from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.sampled import Sampled, transform
-from mtp_lightning.certify.texts import DecodedText, decode
+from mtp_lightning.certify.texts import DecodedText, decode, prompts
 from mtp_lightning.decoding import verification
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.session import Session
@@ -34,7 +34,7 @@ from tests.decoding.models import small_model
 class Words:
     """A tokenizer of 37 ids, as many as the model has."""
 
-    eot_id, end_ids = 36, (36,)
+    eot_id, end_ids, vocab_size, reads_text = 36, (36,), 37, True
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) % 36 for c in text]
@@ -137,6 +137,16 @@ def test_samples_with_lookups_are_of_single_texts(certify: Any, rounds: Any) -> 
     cell = Cell(drafts="looked up", options=ways(model)["looked up"])
     decode(model, cell, [[1, 2, 3, 4]], [60], temperature=0.05)  # a model of chance repeats itself
     assert any(looked_up for *_, looked_up in rounds)
+
+
+def test_a_model_that_reads_no_text_gets_random_tokens(certify: Any, monkeypatch: Any) -> None:
+    """Those of a task read only its own symbols."""
+    monkeypatch.setattr(Words, "reads_text", False)
+    monkeypatch.setattr(Words, "encode", lambda *_: pytest.fail("no text"))
+    certificate = certify(small_model(0, 2), "none", "depth 2", count=20)
+    assert certificate.verdict().startswith("lossless: ")
+    drawn = prompts(Words(), 20, longest=6, seed=0, file=None)
+    assert {len(ids) for ids in drawn} == {4, 5, 6} and len(set(sum(drawn, []))) > 30
 
 
 def test_decoding_on_two_threads_is_certified(
