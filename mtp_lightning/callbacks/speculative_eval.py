@@ -101,5 +101,4 @@ class SpeculativeEval(RunCallback):
 
     def summary(self) -> dict[str, Any]:
         """The newest values, and the reason why nothing was decoded, if there is one."""
-        skipped = type(self) is SpeculativeEval and self._skipped
-        return {**({"not_decoded": self._skipped} if skipped else {}), **self.newest}
+        return {**({"not_decoded": self._skipped} if self._skipped else {}), **self.newest}

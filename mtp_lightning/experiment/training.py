@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -269,7 +270,8 @@ def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
     return {
         **module.validation,
         **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
-        **{name: value for c in run_callbacks(trainer) for name, value in c.summary().items()},
+        # Of several reasons why nothing was decoded, the first callback's.
+        **ChainMap(*(callback.summary() for callback in run_callbacks(trainer))),
         "step": trainer.global_step,
         **early,
         "tokens": module.tokens,

@@ -43,11 +43,14 @@ class _Module:
         self.logged |= values
 
 
-def test_a_window_without_room_for_new_tokens_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [SpeculativeEval, SampledAcceptance])
+def test_a_window_without_room_for_new_tokens_warns_once(
+    kind: type[SpeculativeEval], caplog: pytest.LogCaptureFixture
+) -> None:
     data = SimpleNamespace(seq_len=64, answer_length=None)
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     module: Any = _Module(small_model(0, 2))
-    callback = SpeculativeEval(new_tokens=64)
+    callback = kind(new_tokens=64)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             callback.on_validation_epoch_end(trainer, module)

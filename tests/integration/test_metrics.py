@@ -64,6 +64,7 @@ def run(once: Once, cache: Path) -> Run:
 def bpe(once: Once, cache: Path) -> Run:
     """Of a BPE tokenizer."""
     more = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "data.eval_batch_size": 2}
+    more["callbacks"] = "sampled_acceptance"
     return read_run(once("bpe", lambda folder: train_on_poem(folder, cache, **more)), cache)
 
 
