@@ -307,7 +307,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     cfg = compose_config("config", ["paths.output_dir=plan", *rest])
     if cfg.data.seq_len is None:
         raise UserError("data.seq_len has no value: give it as data.seq_len=...")
-    require_whole("data.seq_len", cfg.data.seq_len, least=1)
+    require_whole("data.seq_len", cfg.data.seq_len, least=1, most=1 << 24)
     require_whole("data.batch_size", cfg.data.batch_size, least=1)
     require_number("tokens", numbers["tokens"], above=0)
     model = build_model_config(cfg, require_whole("vocab_size", numbers["vocab_size"], least=1))

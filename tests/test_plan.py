@@ -179,6 +179,7 @@ def test_the_command_line_prints_a_table_errors_and_help(capsys):
         ("mtp.depth=-1", "depth"),
         ("data.batch_size=0", "data.batch_size must be"),
         ("data.seq_len=x", "data.seq_len must be"),
+        ("data.seq_len=10000000000", r"data.seq_len must be a whole number in \[1, 16777216\]"),
         ("tokens=-1", "tokens must be a number above 0"),
     ],
 )
