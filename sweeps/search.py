@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.db"
 LOSS = "val/loss_depth_0"  # that every validation logs
-_TAIL = 1 << 16  # bytes at the end of metrics.csv, some hundred rows: the last validation is there
 
 
 @dataclass(kw_only=True)
@@ -101,8 +100,7 @@ class Search:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
         file = job.folder / METRICS_FILE
         self._metric_logged = self._metric_logged or self._logged_by_first(file)
-        # Only the end of a file that grows is read at every look.
-        newest = read_newest(file, self.metric, tail=_TAIL) if self._metric_logged else None
+        newest = read_newest(file, self.metric) if self._metric_logged else None
         if newest is None or newest[0] == self._newest_steps.get(job.folder):
             return None
         self._newest_steps[job.folder] = newest[0]

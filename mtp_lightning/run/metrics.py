@@ -9,6 +9,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,21 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [row for row in rows if row is not None]
 
 
-def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] | None:
-    """Read step and value of the newest row that has a tag, from the file's first line and its last
-    ``tail`` bytes; None if there is no such row or file."""
-    try:
-        with path.open("rb") as file:
-            head = file.readline()
-            start = file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - tail))
-            if start > len(head):
+def read_newest(path: Path, tag: str) -> tuple[int, float] | None:
+    """Read step and value of the newest row that has a tag; None if there is no such row or file.
+    No more of the file's end is read than that row needs, since a run is looked at often."""
+    with suppress(OSError), path.open("rb") as file:
+        head, tail = file.readline(), 4096
+        first = file.tell()
+        start = end = file.seek(0, os.SEEK_END)
+        while start > first and tag.encode() in head:
+            start = file.seek(max(first, end - tail))
+            if start > first:
                 file.readline()  # the rest of a row
-            rows = _whole_rows(head + file.read())
-    except OSError:
-        return None
-    for text in reversed(rows):
-        row = _numbers(text)
-        if row is not None and tag in row:
-            return int(row[STEP]), row[tag]
+            for row in map(_numbers, reversed(_whole_rows(head + file.read()))):
+                if row is not None and tag in row:
+                    return int(row[STEP]), row[tag]
+            tail *= 2
     return None
 
 

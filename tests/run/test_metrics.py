@@ -135,13 +135,14 @@ def test_the_newest_row_skips_empty_cells_and_unfinished_rows(path: Path) -> Non
     assert read_newest(path, "nothing") is None
 
 
-@pytest.mark.parametrize("tail", [30, 45, 4096])
-def test_the_newest_row_is_read_from_the_tail_of_a_long_file(path: Path, tail: int) -> None:
-    path.write_text("\n".join([HEAD, *(f"{i},{i / 8},{i / 4}" for i in range(1, 5000)), ""]))
-    assert read_newest(path, "train/loss", tail=tail) == (4999, 4999 / 8)
-
-
-def test_half_a_row_at_the_edge_of_the_tail_is_not_read(path: Path) -> None:
-    path.write_text(f"{HEAD}\n10,1.5,2.5\n123,,2.5\n")
-    assert read_newest(path, "val/loss_depth_0", tail=7) is None
-    assert read_newest(path, "val/loss_depth_0") == (123, 2.5)
+@pytest.mark.parametrize("n", [3, 5000])
+@pytest.mark.parametrize("width", [1, 7, 2000])
+def test_the_newest_row_is_found_at_any_length_of_the_rows_and_of_the_file(path, n, width) -> None:
+    """The first validation is far from the end of a long file."""
+    n = n // width + 3
+    head = [HEAD, *(f"tag_{i}" for i in range(width))]
+    rows = [[f"{i},{i / 8},{i / 4 if i == 2 else ''}", *["0.125"] * width] for i in range(1, n)]
+    path.write_text("\n".join([*map(",".join, [head, *rows]), ""]))
+    assert read_newest(path, "train/loss") == (n - 1, (n - 1) / 8)
+    assert read_newest(path, "val/loss_depth_0") == (2, 0.5)
+    assert read_newest(path, "val/loss") is None
