@@ -28,9 +28,9 @@ class TextSource(FileSource):
     A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
     ``field``, and a ``.parquet`` file one per row. Files that end in ``.gz`` or ``.zst`` are
     decompressed as they are read. A folder stands for all files below it, except hidden ones, empty
-    ones and those that are not text, which a log line counts; a glob stands for its matches. Files
-    are taken in the order of ``paths``, sorted inside a folder or glob; a file named twice is read
-    once.
+    ones and those that are not text, which a log line counts; a glob stands for the files and then
+    the folders that match it. Files are taken in the order of ``paths``, sorted inside a folder or
+    glob; a file named twice is read once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
@@ -146,19 +146,16 @@ def expand(
         FileNotFoundError: if there is no file.
     """
     path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _folder(path, key, text_only)
-    if path.exists():
-        return [(path.name, path)]
-    if not glob.has_magic(pattern):
-        raise FileNotFoundError(f"{pattern} does not exist (looked from {Path.cwd()}): check {key}")
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    files = [(match.name, match) for match in matches if match.is_file()]
-    if not files:
-        raise FileNotFoundError(
-            f"no file matches {pattern!r} (looked from {Path.cwd()}): check {key}"
-        )
-    return files
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    names = {file: file.name for file in found if file.is_file()}
+    around = set(found)  # ** matches the folders of a folder, too
+    for folder in (path for path in found if path.is_dir() and around.isdisjoint(path.parents)):
+        for name, file in _folder(folder, text_only):
+            names.setdefault(file, name)
+    if not names:
+        why = "holds no file to read" if found else "does not exist"
+        raise FileNotFoundError(f"{pattern} {why} (looked from {Path.cwd()}): check {key}")
+    return [(name, file) for file, name in names.items()]
 
 
 def _refuse(error: OSError) -> None:
@@ -181,12 +178,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if (path := Path(root) / name).is_file())
 
 
-def _folder(folder: Path, key: str, text_only: bool) -> list[tuple[str, Path]]:
+def _folder(folder: Path, text_only: bool) -> list[tuple[str, Path]]:
     entries = [(path.relative_to(folder), path) for path in _files_below(folder)]
     visible = [(r, path) for r, path in entries if not any(part[0] == "." for part in r.parts)]
     files = sorted((r.as_posix(), p) for r, p in visible if not text_only or _may_be_text(p))
-    if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no files to read: check {key}")
     hidden, other = len(entries) - len(visible), len(visible) - len(files)
     if hidden or other:
         level = logging.WARNING if other else logging.INFO

@@ -77,9 +77,10 @@ def test_text_refuses_missing_empty_and_undecodable_files(tmp_path):
     good, latin, missing = tmp_path / "good.txt", tmp_path / "latin.txt", FileNotFoundError
     good.write_text("good")
     assert_refused("nowhere.txt does not exist", good, tmp_path / "nowhere.txt", error=missing)
-    assert_refused(r"no file matches .*\*\.md", tmp_path / "*.md", error=missing)
+    assert_refused(r"\*\.md does not exist", tmp_path / "*.md", error=missing)
     (tmp_path / "none").mkdir()
-    assert_refused("holds no files", tmp_path / "none", error=missing)
+    for nothing in ("none", "no*"):
+        assert_refused("holds no file to read", tmp_path / nothing, error=missing)
     latin.write_bytes(b"caf\xe9 au lait")
     assert_refused(r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3.*-f LATIN1", tmp_path)
     latin.write_bytes("as Windows writes".encode("utf-16"))
@@ -102,6 +103,20 @@ def test_a_folder_is_read_without_hidden_empty_and_binary_files(tmp_path, caplog
     assert "left out 1 hidden files, and 2 that are empty or of another kind" in caplog.text
     # A file that the path names is never left out.
     assert_refused(r"logo\.png is not UTF-8.*zero bytes.*leave it out", tmp_path / "logo.png")
+
+
+def test_a_glob_reads_the_files_and_then_the_folders_that_match_it(tmp_path, caplog):
+    for file in ("b/1.txt", "a/2.txt", "a/deep/3.txt", "c.txt", "a/.git/index"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    (tmp_path / "a" / "logo.png").write_bytes(b"\0")
+    (tmp_path / "empty").mkdir()
+    read = list(TextSource(tmp_path / "*").documents())
+    assert read == ["c.txt", "a/2.txt", "a/deep/3.txt", "b/1.txt"]
+    assert caplog.text.count("left out 1 hidden files, and 1 that are empty") == 1
+    (tmp_path / "a" / "logo.png").unlink()
+    names = [name for name, _ in TextSource(tmp_path / "**").files]
+    assert names == ["2.txt", "3.txt", "1.txt", "c.txt"]  # in the order of their paths
 
 
 def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
