@@ -75,10 +75,7 @@ class WindowDataModule(LightningDataModule, ABC):
         require_whole("seed", self.seed, least=0)
         require_whole("mtp.stride", self.stride, least=1)
         require_whole("mtp.lookahead", self.lookahead, least=0)
-        if not 0 <= self.depth <= self.seq_len:
-            raise UserError(
-                f"mtp.depth must lie between 0 and data.seq_len = {self.seq_len}, got {self.depth}"
-            )
+        require_whole("mtp.depth", self.depth, least=0)
         if self.stride * self.depth > self.seq_len:
             raise UserError(
                 f"mtp.depth={self.depth} x mtp.stride={self.stride} reaches beyond "

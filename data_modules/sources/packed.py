@@ -42,14 +42,9 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
             with io.BufferedReader(unpacked, 1 << 20) as plain:
                 yield plain
         except (EOFError, zlib.error, OSError) as error:
-            if _is_damage(error):
+            if getattr(error, "errno", None) is None:  # else the disk is damaged
                 raise damaged from error
             raise
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the data are damaged, and not the disk, whose errors have an errno."""
-    return getattr(error, "errno", None) is None
 
 
 def _pyarrow(path: Path) -> Any:
@@ -86,6 +81,6 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
                     )
                 yield text
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if not _is_damage(error):
+        if getattr(error, "errno", None) is not None:  # the disk is damaged
             raise
         raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None

@@ -16,7 +16,8 @@ from typing import ClassVar, TypeVar
 
 from data_modules.tasks.base import ONCE, Draws, Example, Task, option
 
-TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
+TO, EQUALS, PLUS, MINUS, TIMES, OVER = range(1, 7)
+ZERO = OVER  # the id of a number n >= 1 is ZERO + n
 OPERATORS = (PLUS, MINUS, TIMES, OVER)
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Countdown(Task):
     def example(self, index: int) -> Example:
         draws = self.draws(index)
         numbers = [1 + n for n in draws.many_below(self.largest, self.numbers)]
-        pool = [(n, [_token(n)]) for n in numbers]
+        pool = [(n, [ZERO + n]) for n in numbers]
         while len(pool) > 1:
             (a, left), (b, right) = _take_two(pool, draws)
             # Never empty: the smaller can be subtracted from the larger, or equals divided.
@@ -72,14 +73,14 @@ class Countdown(Task):
             ]
             pool.append(results[draws.below(len(results))])
         target, answer = pool[0]
-        return Example([*map(_token, numbers), TO, _token(target), EQUALS], answer)
+        return Example([*(ZERO + n for n in numbers), TO, ZERO + target, EQUALS], answer)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         """Whether it is an expression of each of the prompt's numbers once, equal to the target."""
         *numbers, _, target, _ = prompt
         if sorted(t for t in answer if t not in OPERATORS) != sorted(numbers):
             return False
-        return _evaluate(answer) == _number(target)
+        return _evaluate(answer) == target - ZERO
 
     def variants(self) -> dict[str, Task]:
         """One number more."""
@@ -94,14 +95,6 @@ class Countdown(Task):
             left, right = _take_two(pool, draws)
             pool.append([*left, *right, OPERATORS[draws.below(4)]])
         return self.check(prompt, pool[0])
-
-
-def _token(number: int) -> int:
-    return FIRST + number - 1
-
-
-def _number(token: int) -> int:
-    return token - FIRST + 1
 
 
 def _take_two(pool: list[T], draws: Draws) -> tuple[T, T]:
@@ -124,7 +117,7 @@ def _evaluate(tokens: Sequence[int]) -> int | None:
     """The value of a postfix expression; None if it is invalid or leaves the positive numbers."""
     stack: list[int] = []
     for token in tokens:
-        value: int | None = _number(token)
+        value: int | None = token - ZERO
         if token in OPERATORS:
             if len(stack) < 2:
                 return None

@@ -138,8 +138,8 @@ def test_too_little_text_names_the_minimum(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": -1}, "mtp.depth must lie between 0 and data.seq_len = 32, got -1"),
-        ({"depth": 33}, "mtp.depth .* got 33"),
+        ({"depth": -1}, "mtp.depth must be a whole number of at least 0, not -1"),
+        ({"depth": 33}, "mtp.depth=33 x mtp.stride=1 reaches beyond"),
         ({"seq_len": 0, "depth": 0}, "data.seq_len must be a whole number of at least 1, not 0"),
         ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1, not 0"),
         ({"accumulate": 0}, "accumulate_grad_batches must be a whole number of at least 1"),
