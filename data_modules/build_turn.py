@@ -1,10 +1,11 @@
 """One process builds a folder of the cache; the others that need it, on any machine, wait for it.
 
 The builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
-every few seconds. The others wait until the finished folder is there. If the builder was killed,
-the next one makes ``N + 1``. Processes on the same machine see this at once, by the system's lock
-on the folder, which ends with the builder. Processes on other machines, and all processes where
-there are no locks, see it when the folder has not been touched for two minutes.
+every few seconds; it writes into a folder of its own name there. The others wait until the finished
+folder is there. If the builder was killed, the next one makes ``N + 1``. Processes on the same
+machine see this at once, by the system's lock on the folder, which ends with the builder. Processes
+on other machines, and all processes where there are no locks, see it when the folder has not been
+touched for two minutes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ log = logging.getLogger(__name__)
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 8 * BEAT  # seconds without one after which another process builds
 # File in a builder's folder that names the machine, on which the lock can be tested. It is removed
-# before the folder is renamed.
+# before the lock ends.
 _MACHINE = ".machine"
 
 
 def folder_to_build(target: Path) -> Path | None:
     """Makes a folder next to ``target`` to build it in, after waiting for a process that builds it
-    already; returns None if that process has built it."""
+    already; returns None if that process has built it. Once the caller has been silent for long,
+    another process may remove the folder and make one of the same name."""
     watched: tuple[int, float] | None = None
     since, delay, has_warned = time.monotonic(), 0.02, False
     while not target.is_dir():
@@ -72,7 +74,7 @@ def alive(folder: Path) -> Iterator[None]:
     def beat() -> None:
         while not finished.wait(BEAT):
             with suppress(OSError):
-                os.utime(folder)
+                os.utime(folder if lock is None else lock)
 
     lock = _locked(folder)
     thread = threading.Thread(target=beat, daemon=True)
@@ -82,8 +84,9 @@ def alive(folder: Path) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
-        (folder / _MACHINE).unlink(missing_ok=True)
         if lock is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(_MACHINE, dir_fd=lock)
             os.close(lock)
 
 
@@ -123,7 +126,7 @@ def _was_killed(folder: Path) -> bool:
     try:
         # Shared: other processes may test it at the same time.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # A builder that has just finished removed this file before it released the lock.
+        # A builder that has just finished removed this file.
         return (folder / _MACHINE).exists()
     except OSError:
         return False

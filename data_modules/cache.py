@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from data_modules.build_turn import alive, folder_to_build
 from data_modules.digests import stamp
@@ -70,40 +71,49 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
-        temporary = folder_to_build(target)
+        turn = folder_to_build(target)
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
             f"set data.cache_dir or the environment variable {ENVIRONMENT}"
         ) from error
-    if temporary is None:
+    if turn is None:
         return False
+    # Of this process alone: while it is stopped, its turn may be removed and made by another.
+    temporary = turn / uuid4().hex
+    unfinished = temporary / ".unfinished"
     try:
-        with alive(temporary):
+        with alive(turn):
+            temporary.mkdir(parents=True)
+            unfinished.touch()
             build(temporary)
             seal(temporary)
+            unfinished.unlink()  # missing if the folder was removed, and made again by a write
             for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
                 sync_file(path)
             sync_folder(temporary)
-        try:
             os.rename(temporary, target)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
-                raise
-            log.info("another process built %s first: using its files", target)
-            return False
         sync_folder(target.parent)
         return True
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                error.errno,
                 f"cannot build {target} ({os.strerror(error.errno)}): free some space, or set "
-                f"data.cache_dir or the environment variable {ENVIRONMENT} to another disk",
+                f"data.cache_dir or the environment variable {ENVIRONMENT} to another disk"
+            ) from error
+        removed = isinstance(error, FileNotFoundError) and str(turn) in str(error.filename)
+        if target.is_dir() and (removed or error.filename2 is not None):
+            log.info("another process built %s first: using its files", target)
+            return False
+        if removed:
+            raise OSError(
+                f"the unfinished {target} was removed, as this process was stopped: start again"
             ) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # another process may build in it now
+            turn.rmdir()
 
 
 def _remove_stale(folder: Path) -> None:

@@ -23,7 +23,7 @@ from data_modules.overlap import LineOverlap
 from data_modules.seal import note
 from data_modules.shards import Shard
 from data_modules.splitting import SPLITS, DocumentSplit
-from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
+from data_modules.token_store import FORMAT, PIECES, TokenStore, save_array, token_dtype
 from data_modules.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -201,9 +201,9 @@ class _SplitWriter:
 
     def close(self) -> None:
         self.file.close()
-        np.save(self.path.with_suffix(".starts.npy"), np.array(self.starts[:-1], np.int64))
+        save_array(self.path.with_suffix(".starts.npy"), np.array(self.starts[:-1], np.int64))
         if self.pieces is not None:
-            np.save(self.path.with_suffix(".pieces.npy"), np.array(self.pieces, PIECES))
+            save_array(self.path.with_suffix(".pieces.npy"), np.array(self.pieces, PIECES))
 
     def facts(self) -> dict[str, int]:
         return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}

@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -147,6 +148,12 @@ def count_ids(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray
     for start in range(0, len(tokens), _BLOCK):
         counts += np.bincount(tokens[start : start + _BLOCK].astype(np.int64), minlength=vocab_size)
     return counts
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """``np.save``, whose own way to write to a file reports a full disk as two sizes."""
+    with path.open("wb") as file:
+        np.save(SimpleNamespace(write=file.write), array)  # type: ignore[arg-type]
 
 
 def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -23,7 +23,7 @@ from data_modules.sources.base import digest_files
 from data_modules.splitting import cut_index
 from data_modules.store_builder import keep_store, progress
 from data_modules.token_files.formats import TokenSource
-from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids
+from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids, save_array
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
@@ -199,14 +199,14 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
         )
     splits: dict[str, dict[str, int | None]] = {}
     for name, text in texts.items():
-        np.save(folder / f"{name}.starts.npy", text.starts)
+        save_array(folder / f"{name}.starts.npy", text.starts)
         splits[name] = {
             "tokens": text.n_tokens,
             "bytes": int(text.counts @ lengths) if has_text else None,
             "documents": len(text.starts),
         }
     rows = _pieces(texts["val"], names if has_text else None, lengths, tokenizer.eot_id)
-    np.save(folder / "val.pieces.npy", np.array(list(rows), PIECES))
+    save_array(folder / "val.pieces.npy", np.array(list(rows), PIECES))
     tokenizer.save(folder)
     return {
         "dtype": np.dtype(texts["train"].shards[0].dtype).name,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from data_modules import build_turn
+from data_modules import build_turn, cache
 from data_modules.cache import build_once
 from tests.data_modules.programs import start
 
@@ -104,7 +107,7 @@ def killed_build(tmp_path: Path) -> Path:
 
 def test_a_killed_builder_of_this_machine_is_replaced_at_once(tmp_path, killed_build, monkeypatch):
     monkeypatch.setattr(build_turn, "SILENCE", 1e9)
-    assert (killed_build / "half").exists()
+    assert list(killed_build.glob("*/half"))
     build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
     assert_only_the_target(tmp_path)
 
@@ -122,3 +125,56 @@ def test_a_silent_builder_is_replaced_later(tmp_path, killed_build, monkeypatch,
     assert caplog.text.count("another process builds") == 1
     # That builder may be asleep: its folder stays until it has been silent for much longer.
     assert {path.name for path in tmp_path.iterdir()} == {"target", killed_build.name}
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from data_modules.cache import build_once
+
+def build(folder):
+    print("building", flush=True)
+    sys.stdin.readline()
+    if sys.argv[2] == "makes it again":
+        folder.mkdir(parents=True)
+    (folder / "of the stopped one").touch()
+
+try:
+    print(build_once(Path(sys.argv[1]), build))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("stopped", ["writes", "makes it again"])
+@pytest.mark.parametrize("new", ["builds", "has built"])
+def test_a_builder_that_was_stopped_leaves_the_new_one_alone(tmp_path, monkeypatch, stopped, new):
+    """Its folder was removed, and the new builder's has the same name."""
+    process = start(STOPPED, tmp_path / "target", stopped, stdin=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "STALE_SECONDS", -60)
+        build_once(tmp_path / "other", lambda folder: None)
+    started, finish = threading.Event(), threading.Event()
+
+    def build(folder: Path) -> None:
+        assert folder.parent.name == ".target.building-1"
+        started.set()
+        assert finish.wait(120)
+        (folder / "whole").touch()
+
+    with ThreadPoolExecutor(1) as pool:
+        built = pool.submit(build_once, tmp_path / "target", build)
+        assert started.wait(120)
+        if new == "has built":
+            finish.set()
+            built.result()
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate("\n")
+        finish.set()
+        built.result()
+    removed = "the unfinished .*target was removed, as this process was stopped: start again\n"
+    assert re.fullmatch(removed if new == "builds" else ".*/target\n", output)
+    shutil.rmtree(tmp_path / "other")
+    assert_only_the_target(tmp_path)

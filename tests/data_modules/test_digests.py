@@ -55,6 +55,9 @@ def test_a_damaged_record_is_ignored(tmp_path, files_look_old, damage):
     (record,) = memory.iterdir()
     record.write_text(damage)
     assert content_digest(file, memory) == expected
+    record.unlink()
+    record.mkdir()
+    assert content_digest(file, memory) == expected and list(memory.iterdir()) == [record]
     (tmp_path / "blocked").write_text("")  # not a folder
     assert content_digest(file, tmp_path / "blocked") == expected
 

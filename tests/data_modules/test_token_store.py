@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
 import time
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -21,6 +22,7 @@ from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.token_store import token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from tests.data_modules.programs import start
 from tests.data_modules.stores import ListSource, store_of
 
 
@@ -142,6 +144,29 @@ def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path, full):
         build_once(tmp_path / "file" / "target", fill)
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from tests.data_modules.programs import start
+from tests.data_modules.stores import store_of
+
+most = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+try:
+    store_of([str(i) for i in range(400)], Path(sys.argv[1]), val_fraction=0.8)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("most", [500, 2_500, 10_000])
+def test_any_file_of_a_store_may_be_the_one_that_fills_the_disk(tmp_path, most):
+    """Ids, starts of documents, and pieces."""
+    output, _ = start(FULL, tmp_path, most, stderr=subprocess.DEVNULL).communicate()
+    assert re.match(r"cannot build .*stores/\w+ \(File too large\): free some space", output)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
 def test_a_cache_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, monkeypatch):
     def refuse(path: Path) -> bool:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -196,10 +221,10 @@ def test_a_long_build_keeps_its_folder_from_being_removed(tmp_path, monkeypatch)
     def build(folder: Path) -> None:
         for i in range(6):
             time.sleep(0.2)
-            build_once(folder.with_name(f"{folder.name[1:5]}{i}"), lambda folder: None)
+            build_once(tmp_path / f"{folder.parent.name[1:5]}{i}", lambda folder: None)
         (folder / "whole").write_text("")
 
     assert (build_once(tmp_path / "target", build) / "whole").exists()
     monkeypatch.setattr(build_turn, "BEAT", 60)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="slow was removed, as this process was stopped"):
         build_once(tmp_path / "slow", build)
