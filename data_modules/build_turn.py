@@ -1,11 +1,10 @@
 """One process builds a folder of the cache; the others that need it, on any machine, wait for it.
 
 The builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
-every few seconds; it writes into a folder of its own name there. The others wait until the finished
-folder is there. If the builder was killed, the next one makes ``N + 1``. Processes on the same
-machine see this at once, by the system's lock on the folder, which ends with the builder. Processes
-on other machines, and all processes where there are no locks, see it when the folder has not been
-touched for two minutes.
+every few seconds. The others wait until the finished folder is there. If the builder was killed,
+the next one makes ``N + 1``. Processes on the same machine see this at once, by the system's lock
+on the folder, which ends with the builder. Processes on other machines, and all processes where
+there are no locks, see it when the folder has not been touched for two minutes.
 """
 
 from __future__ import annotations

@@ -81,14 +81,13 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
         return False
     # Of this process alone: while it is stopped, its turn may be removed and made by another.
     temporary = turn / uuid4().hex
-    unfinished = temporary / ".unfinished"
     try:
         with alive(turn):
             temporary.mkdir(parents=True)
-            unfinished.touch()
+            (temporary / ".unfinished").touch()
             build(temporary)
             seal(temporary)
-            unfinished.unlink()  # missing if the folder was removed, and made again by a write
+            (temporary / ".unfinished").unlink()  # refuses a removed folder that was made again
             for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
                 sync_file(path)
             sync_folder(temporary)

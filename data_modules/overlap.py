@@ -33,7 +33,10 @@ class LineOverlap:
         # One line at a time: a document may be the whole corpus.
         for match in LINE.finditer(document):
             line = match.group().strip()
-            if len(line) >= LONG and (value := _hash(line)) < self._below:
+            if len(line) < LONG:
+                continue
+            value = int.from_bytes(blake2b(line.encode("utf-8"), digest_size=8).digest(), "big")
+            if value < self._below:
                 counts[value] += 1
                 if len(counts) > LIMIT:
                     self._forget()
@@ -60,7 +63,3 @@ class LineOverlap:
         train, val = self._counts["train"], self._counts["val"]
         shared = sum(n for value, n in val.items() if value in train)
         return shared / sum(val.values()) if val else None
-
-
-def _hash(line: str) -> int:
-    return int.from_bytes(blake2b(line.encode("utf-8"), digest_size=8).digest(), "big")

@@ -53,6 +53,7 @@ def take_prompts(
                 f"different prompts of {length} tokens, and {counts[name]} are needed: lower "
                 "data.n_prompts or data.prompt_tokens, or take prompts from more text."
             )
+    split.source.require_unchanged()
     return [(name, prompt) for name in SPLITS for prompt in taken[name].values()]
 
 

@@ -44,6 +44,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
         start = time.perf_counter()
         _tell(f"training the {tokenizer.kind} tokenizer on {split.source.name} ...")
         tokenizer.train(split.documents("train")).save(folder)
+        split.source.require_unchanged()
         _tell(f"trained the tokenizer in {time.perf_counter() - start:.1f} s")
 
     return Tokenizer.load(build_once(target, build))
@@ -222,6 +223,7 @@ def _encoded(
             yield piece
             bar.update(piece.n_bytes)
         bar.total = bar.n  # of .jsonl, only the field is text
+    split.source.require_unchanged()
 
 
 def progress(description: str, total: int | None, unit: str = "B") -> tqdm:

@@ -33,6 +33,9 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the documents or their groups may have changed."""
 
+    def require_unchanged(self) -> None:  # noqa: B027
+        """Refuses documents that have changed since :meth:`fingerprint`; sources of files do."""
+
     def grouped(self) -> Iterator[tuple[str, str]]:
         """Yields (group, document): the documents in order, near copies with the same group.
 
@@ -70,6 +73,12 @@ class FileSource(Source):
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def require_unchanged(self) -> None:
+        before = self._fingerprint
+        del self._fingerprint
+        if self._fingerprint != before:
+            raise UserError(f"a file of {self.name!r} was changed while it was read: start again.")
 
     def total_bytes(self) -> int | None:
         return sum(path.stat().st_size for _, path in self.files)

@@ -56,7 +56,9 @@ class SyntheticSource(Source):
                 rank = SUCCESSORS - 1 - np.frexp(raw.astype(np.float64))[1]
                 state = follow[state, rank]
             for column in chain.T:
-                yield _sentences([vocabulary[word] for word in column.tolist()])
+                words = [vocabulary[word] for word in column.tolist()]
+                sentences = (words[i : i + 12] for i in range(0, length, 12))
+                yield "".join(" ".join(sentence) + ".\n" for sentence in sentences)
 
     def fingerprint(self) -> str:
         return digest("synthetic 1", self.size, self.n_documents, self.words, self.seed)
@@ -82,8 +84,3 @@ def _invent(bits: np.random.Philox, n: int) -> list[str]:
             word += onsets[onset] + vowels[vowel]
         words.append(word)
     return words
-
-
-def _sentences(words: list[str]) -> str:
-    lines = (words[i : i + 12] for i in range(0, len(words), 12))
-    return "".join(" ".join(line) + ".\n" for line in lines)

@@ -149,7 +149,7 @@ def baselines(
     Given tokens are read, as a model reads them. There is at least one example of each kind.
     """
     contents = {task.content(example) for example in training}
-    answers = [_asked_tokens(example) for example in training]
+    answers = [tuple(compress(example.answer, example.asked)) for example in training]
     by_length = _most_frequent((len(answer), answer) for answer in answers)
     by_position = _most_frequent(pair for answer in answers for pair in enumerate(answer))
     by_question = _most_frequent(zip(map(question_of, training), answers, strict=True))
@@ -171,10 +171,6 @@ def baselines(
             for strategy in (constant, majority, table)
         ),
     }
-
-
-def _asked_tokens(example: Example) -> tuple[int, ...]:
-    return tuple(compress(example.answer, example.asked))
 
 
 def _is_right(task: Task, example: Example, tokens: Sequence[int]) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from data_modules import build_turn, cache
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
+from data_modules.prompts import take_prompts
+from data_modules.sources import TextSource
 from data_modules.splitting import DocumentSplit
-from data_modules.store_builder import prepare_store
+from data_modules.store_builder import prepare_store, prepare_tokenizer
 from data_modules.token_store import token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from tests.data_modules.programs import start
@@ -110,6 +113,38 @@ def test_a_lone_surrogate_is_refused_with_its_document(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="document 101 of listed .* U\\+D800.* character 2"):
         store_of(documents, tmp_path, tokenizer=tokenizer)
     assert not list((tmp_path / "stores").iterdir())
+
+
+class Edited(TextSource):
+    """Its file gets one more word whenever it is read."""
+
+    def documents(self) -> Iterator[str]:
+        for document in super().documents():
+            with open(self.paths[0], "a") as file:
+                file.write("more ")
+            yield document
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda split, cache: prepare_store(ByteTokenizer(), split, cache),
+        lambda split, cache: prepare_store(BPETokenizer(270), split, cache),
+        lambda split, cache: prepare_tokenizer(BPETokenizer(270), split, cache),
+        lambda split, _: take_prompts(
+            split, ByteTokenizer(), counts={"train": 3, "val": 2}, length=8
+        ),
+    ],
+    ids=["store", "store and tokenizer", "tokenizer", "prompts"],
+)
+def test_text_that_changes_while_it_is_read_is_refused(tmp_path, read):
+    """Its store would be kept under the digest of the text before."""
+    (tmp_path / "a.txt").write_text("a line of text\n" * 100)
+    source = Edited(tmp_path / "a.txt")
+    before = source.fingerprint()
+    with pytest.raises(ValueError, match="a file of 'text' was changed while it was read"):
+        read(DocumentSplit(source), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/*")) and source.fingerprint() != before
 
 
 def test_each_text_split_and_tokenizer_has_its_own_store(tmp_path):
