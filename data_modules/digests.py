@@ -28,7 +28,6 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
     """Size and hex digest of a file's content.
 
     Args:
-        path: the file.
         remember: a folder with a record of the :func:`stamp` and digest of each large file. A file
             that changed a moment ago gets no record, and records that cannot be read or written
             are skipped.

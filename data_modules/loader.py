@@ -50,7 +50,10 @@ class _Loader:
             generator=torch.Generator(),
             worker_init_fn=partial(_init_worker, os.getpid()),
         )
-        yield from loader
+        try:
+            yield from loader
+        except UserError as error:  # of a worker, whose traceback torch puts before the sentence
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 @dataclass(eq=False, kw_only=True)

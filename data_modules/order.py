@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 LARGE = 2**26
@@ -36,9 +38,7 @@ class FeistelOrder:
 
     def __init__(self, n: int, *, seed: int, epoch: int) -> None:
         self.n = n
-        root = int(np.ceil(np.sqrt(max(n, 1))))
-        while root * root < n:  # the square root of a large number is rounded
-            root += 1
+        root = math.isqrt(max(n, 1) - 1) + 1
         self._a, self._b = np.uint64(root), np.uint64(-(-max(n, 1) // root))
         self._keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(_ROUNDS)
 

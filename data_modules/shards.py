@@ -15,15 +15,29 @@ from mtp_lightning.errors import UserError
 @dataclass(frozen=True)
 class Shard:
     """``n_tokens`` contiguous token ids in a file, after ``offset`` bytes, in numpy's own layout;
-    ``dtype`` includes the byte order (``<u2``)."""
+    ``dtype`` includes the byte order (``<u2``), and ``stamp`` is that of the file whose ids these
+    are."""
 
     path: Path
     dtype: str
     offset: int
     n_tokens: int
+    stamp: tuple[int, int, int] | None = None
+
+    def require_unchanged(self) -> None:
+        """Refuses a file that another program wrote to or replaced."""
+        try:
+            unchanged = stamp_of(self.path) == self.stamp
+        except FileNotFoundError:  # removed; the system keeps it while it is mapped
+            return
+        if not unchanged:
+            raise UserError(
+                f"{self.path} was written to or replaced while it was being read: start again."
+            )
 
     def tokens(self) -> np.ndarray:
         """``[n_tokens]`` read-only memory map."""
+        self.require_unchanged()
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.n_tokens,)
         )
@@ -61,7 +75,6 @@ class ShardedTokens:
         self.shards = list(shards)
         # Plain arrays of the maps: indexing a np.memmap is slower.
         self._maps = [np.asarray(shard.tokens()) for shard in shards]
-        self._stamps = [_stamp(shard.path) for shard in shards]
         sizes = np.array([shard.n_tokens for shard in shards], np.int64)
         self._ends = sizes.cumsum()
         self._begins = self._ends - sizes
@@ -86,20 +99,11 @@ class ShardedTokens:
         number = int(self._ends.searchsorted(index, side="right"))
         return self.shards[number].path, index - int(self._begins[number])
 
-    def _require_unchanged(self, number: int) -> None:
-        path = self.shards[number].path
-        try:
-            unchanged = _stamp(path) == self._stamps[number]
-        except FileNotFoundError:  # removed; the system keeps it while it is mapped
-            return
-        if not unchanged:
-            raise UserError(f"{path} was written to while it was being read: start again.")
-
     def _span(self, first: int, last: int) -> np.ndarray:
         number = int(self._ends.searchsorted(first, side="right"))
         parts: list[np.ndarray] = []
         while first < last:
-            self._require_unchanged(number)
+            self.shards[number].require_unchanged()
             begin, end = int(self._begins[number]), int(self._ends[number])
             parts.append(self._maps[number][first - begin : min(last, end) - begin])
             first, number = end, number + 1
@@ -115,6 +119,7 @@ def windows_at(tokens: np.ndarray | ShardedTokens, first: np.ndarray, length: in
     return sliding_window_view(tokens, length)[first]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Size, time and inode of a file: one of them differs in a file that takes its place."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -57,9 +57,6 @@ def prepare_store(
     :func:`prepare_tokenizer` if needed.
 
     Args:
-        tokenizer: the tokenizer, trained or not.
-        split: the source and its split.
-        cache: the cache folder.
         workers: processes that encode; the store does not depend on their number. 0 encodes in this
             process; None uses one per core if the corpus has 64 MiB or more.
 
@@ -107,11 +104,9 @@ def keep_store(
     """The store of a key, written if the cache has none.
 
     Args:
-        cache: the cache folder.
         key: hex digest of everything that determines the tokens.
         write: writes the other files into the folder that it receives, and returns ``meta.json``
             except for format, fingerprint and versions.
-        kind: folder of the cache.
         shards: for a view, where the tokens are.
     """
 
@@ -142,9 +137,6 @@ def write_documents(
     :func:`keep_store` takes it.
 
     Args:
-        folder: the folder to write into.
-        tokenizer: the tokenizer of the ids.
-        split: the split that the documents come from.
         encoded: pieces of documents, in order.
         overlap: the line counts, complete once all documents are written.
         vocab_size: upper bound of the ids; by default the tokenizer's own.

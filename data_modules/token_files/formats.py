@@ -19,12 +19,12 @@ checked against the file's size before use.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_modules.shards import Shard
+from data_modules.shards import Shard, stamp_of
 from data_modules.token_files.litdata_chunks import INDEX, item_offsets, read_chunk
 from mtp_lightning.errors import UserError
 
@@ -79,7 +79,8 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
             f"{path} is not a file of token ids: give .bin (Megatron, nanoGPT, llm.c, litdata) or "
             f".npy files; for a folder with others too, use a glob: data.path='{path.parent}/*.bin'"
         )
-    if path.stat().st_size == 0:
+    stamp = stamp_of(path)
+    if stamp[0] == 0:
         raise UserError(f"{path} is empty: leave the file out of data.path")
     with path.open("rb") as file:
         head = file.read(_LLM_C_HEADER)
@@ -92,14 +93,14 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
     elif int.from_bytes(head[:4], "little") in _LLM_C:
         source = _llm_c(path, head)
     else:
-        return _raw(path, head, dtype)
+        source = _raw(path, head, dtype)
     if dtype is not None and np.dtype(source.shard.dtype) != np.dtype(dtype):
         stated = np.dtype(source.shard.dtype).name
         raise UserError(
             f"{path} ({source.format}) states that its ids are {stated}, not data.dtype={dtype}: "
             "leave data.dtype out"
         )
-    return source
+    return replace(source, shard=replace(source.shard, stamp=stamp))
 
 
 def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules import TokenDataModule, TokenFilesDataModule
-from data_modules.shards import Shard, ShardedTokens, cut
+from data_modules.shards import Shard, ShardedTokens, cut, stamp_of
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.token_files.formats import read_header
 from data_modules.token_files.view import scan
@@ -189,7 +189,7 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
     for i, n in enumerate(sizes):
         head = data.draw(st.integers(0, 5))
         (folder / str(i)).write_bytes(bytes(head) + flat[start : start + n].tobytes())
-        shards.append(Shard(folder / str(i), "<u2", head, n))
+        shards.append(Shard(folder / str(i), "<u2", head, n, stamp_of(folder / str(i))))
         start += n
     tokens = ShardedTokens(shards)
     first = data.draw(st.integers(0, len(flat)))
@@ -368,6 +368,20 @@ def test_the_fingerprint_follows_content_not_path(tmp_path):
     documents[0][0] = 7
     assert module(tmp_path / "c", nanogpt(tmp_path / "y.bin", documents)).fingerprint != first
     assert module(tmp_path / "c", tmp_path / "y.bin", IdTokenizer(257, 256)).fingerprint != first
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [30_000, 20_000, 40_000])
+def test_a_file_that_is_replaced_after_it_was_looked_through_is_refused(tmp_path, workers, size):
+    """Windows would be cut from other ids, by the bounds of the file before."""
+    file = nanogpt(tmp_path / "x.bin", ids_of(texts()))
+    data = module(tmp_path / "c", file, num_workers=workers)
+    data.prepare()
+    nanogpt(tmp_path / "y.bin", ids_of(texts(seed=1, size=size))).replace(file)
+    message = r"^\S+x\.bin was written to or replaced while it was being read: start again\.$"
+    with pytest.raises(ValueError, match=message):
+        next(iter(data.train_dataloader()))
+    assert len(next(iter(module(tmp_path / "c", file).train_dataloader()))) == 4
 
 
 def test_ids_beyond_the_vocabulary_are_named(tmp_path):
