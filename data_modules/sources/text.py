@@ -87,7 +87,7 @@ class TextSource(FileSource):
                 if not text.strip():
                     continue
                 try:
-                    row = json.loads(text)
+                    row = json.loads(text.removeprefix("\ufeff"))  # which Windows puts first
                 except (ValueError, RecursionError) as error:  # RecursionError: a nested list
                     raise UserError(
                         f"{path}, line {number}, is not JSON ({error}): fix or remove that line"

@@ -60,7 +60,7 @@ def test_text_reads_files_folders_globs_and_lists_in_order(tmp_path):
 
 def test_text_reads_json_lines(tmp_path):
     file = tmp_path / "x.jsonl"
-    file.write_text('{"body": "one\\ntwo"}\n\n{"body": "three", "n": 1}\n')
+    file.write_text('\ufeff{"body": "one\\ntwo"}\n\n{"body": "three", "n": 1}\n')
     assert list(TextSource(file, field="body").documents()) == ["one\ntwo", "three"]
     assert_refused(r"x\.jsonl, line 1, has no string under 'text'.*'body': 'str'", file)
     file.write_text('{"text": "one"}\n{"text": \n')
