@@ -36,7 +36,7 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         # Python refuses to print a number of thousands of digits.
         bits = int(value).bit_length() if is_whole(value) else 0
         shown = f"a number of {bits} bits" if bits > 1023 else repr(value)
-        too_large = isinstance(value, int | float) and value >= 1 << 63
+        too_large = "number" in wanted[:14] and isinstance(value, int | float) and value >= 1 << 63
         raise UserError(f"{key} must be {wanted}, not {shown}{', which is too large' * too_large}.")
 
 

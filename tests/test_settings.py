@@ -12,6 +12,7 @@ from mtp_lightning.settings import (
     is_number,
     is_whole,
     require,
+    require_bool,
     require_choice,
     require_number,
     require_whole,
@@ -60,6 +61,20 @@ def test_numbers_out_of_bounds_are_refused_with_the_bounds(bounds, inside, outsi
     for value in outside:
         with pytest.raises(ValueError, match=f"^key must be {words}.$"):
             require_number("key", value, **bounds)
+
+
+def test_numbers_that_overflow_in_pytorch_are_refused_as_too_large() -> None:
+    words = r"^key must be a (whole )?number, not .*, which is too large.$"
+    for check, value in (
+        (require_whole, 10**30),
+        (require_number, 10**30),
+        (require_number, 1e200),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check("key", value)
+    assert require_number("key", 1e30) == 1e30 and not is_number(-1e200)
+    with pytest.raises(ValueError, match=r"^key must be true or false, not 1e\+200.$"):
+        require_bool("key", 1e200)
 
 
 def test_wrong_whole_numbers_choices_and_conditions_are_refused() -> None:
