@@ -10,6 +10,7 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,8 @@ def match_steps(
         if nearer == steps:
             break
         steps = nearer
+    else:  # depths begin or end at a step or token, but a longer run costs more all the same
+        steps = bisect_left(range(1 << 40), target, lo=1, key=flops)
     candidates = {s: flops(s) for s in (steps - 1, steps, steps + 1) if s >= 1}
     steps = min(candidates, key=lambda s: abs(candidates[s] - target))
     return steps, candidates[steps]

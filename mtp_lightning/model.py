@@ -171,8 +171,7 @@ class MTPModel(nn.Module):
         """
         active = range(1, self.depth + 1) if active is None else active
         final_BTC, inputs = self.run_trunk(batch, active)
-        main = self.mtp.main_state(final_BTC)
-        return {0: main, **dict(self.mtp.states(inputs, active))}
+        return {0: self.mtp.main_state(final_BTC), **dict(self.mtp.states(inputs, active))}
 
     def run_trunk(
         self,

@@ -115,8 +115,7 @@ def open_model(
 def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
     """Read a model without building it; arguments and errors as for :func:`open_model`, except that
     an imported model may have no tokenizer."""
-    read = parts.reader(Path(path)) or loading.read
-    return read(Path(path), allow=allow)
+    return (parts.reader(Path(path)) or loading.read)(Path(path), allow=allow)
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:

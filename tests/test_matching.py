@@ -115,6 +115,24 @@ def test_match_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     assert steps == 750 and reached == 2.5 * plain_flops
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_match_flops_is_the_nearest_where_depths_begin_or_end_at_a_step(first, second, unit):
+    trunk = replace(TRUNK, n_layers=2)  # two thirds of a step's cost are its depths'
+    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=4))
+    at = 150 if unit == "steps" else 150 * LENGTH.tokens_per_step
+    schedule = Piecewise(4, 0.3, {0: first, at: second}, unit=unit, interpolation="step")
+    result = matched(config, "flops", schedule)
+    without, with_depths = (StepCost(config).per_token(64, active) for active in ([], range(1, 5)))
+    costs = {
+        n: 1024 * (min(n, 150) * (with_depths if first else without)
+                   + max(n - 150, 0) * (with_depths if second else without))
+        for n in range(1, 600)
+    }  # fmt: skip
+    nearest = min(costs, key=lambda n: abs(costs[n] - result.target))
+    assert result.max_steps == nearest and result.reached == pytest.approx(costs[nearest])
+
+
 @pytest.mark.parametrize(("rule", "stored"), [(DWA, False), (NoBalance, True), (NoBalance, False)])
 def test_the_flops_of_a_frozen_trunk_are_those_of_its_steps(rule: Any, stored: bool) -> None:
     trunk = replace(TRUNK, n_layers=2)
