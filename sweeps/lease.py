@@ -113,11 +113,11 @@ class Leases:
         with self._lock:
             lost = []
             for job, number in list(self._held.items()):
-                if (self._folder / f"{job}.{number + 1}").exists():
-                    del self._held[job]
-                    lost.append(job)
-                else:
-                    with suppress(OSError):  # a file server that is away for a moment
+                with suppress(OSError):  # a file server that is away for a moment
+                    if (self._folder / f"{job}.{number + 1}").exists():
+                        del self._held[job]
+                        lost.append(job)
+                    else:
                         os.utime(self._folder / f"{job}.{number}")
             return lost
 

@@ -311,7 +311,7 @@ class KeptTexts:
         content, intact = file.read_bytes() if file.is_file() else b"", 0
         for line in content.splitlines(keepends=True):
             try:
-                part, index, ids = json.loads(line)
+                part, index, ids = json.loads(line[: line.index(b"\n")])
                 self._texts[str(part), int(index)] = [int(i) for i in ids]
             except (ValueError, TypeError):  # the process was killed while it wrote the line
                 break

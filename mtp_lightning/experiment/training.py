@@ -37,7 +37,7 @@ from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
 from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.atomic import replacing, write_json
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics
@@ -187,7 +187,8 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     )
     if trainer.is_global_zero:
         run.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(_as_trained(run), run.folder / CONFIG_FILE, resolve=True)
+        with replacing(run.folder / CONFIG_FILE) as temporary:
+            OmegaConf.save(_as_trained(run), temporary, resolve=True)
         data.tokenizer.save(run.folder)
         if kernels := kernels_line(run.config.trainer.accelerator):
             log.info(kernels)

@@ -144,7 +144,7 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
     before = file.stat()
     KeptTexts(file)
     assert file.stat().st_mtime_ns == before.st_mtime_ns
-    for half in ('["texts", 1', "half"):
+    for half in ('["texts", 1', "half", '["texts", 1, [3]]'):
         with file.open("a") as lines:
             lines.write(half)
         damaged = file.stat()

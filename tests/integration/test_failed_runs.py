@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.integration import helpers
 from tests.integration.helpers import assert_equal, checkpoint, fails, rows, train_here, weights
@@ -77,6 +79,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, cache, capfd, monkeypat
     train_here(tmp_path, cache, settings)
     train_here(tmp_path / "whole", cache, settings)
     assert rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_config_of_a_finished_run(copied, cache, capfd, monkeypatch):
+    before = (copied / "config.yaml").read_bytes()
+
+    def save(config: Any, file: Any, **more: Any) -> None:
+        Path(file).write_text("half: of a")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(OmegaConf, "save", save)
+    assert "No space left on device" in fails(capfd, copied, cache, {})
+    assert (copied / "config.yaml").read_bytes() == before
+    assert not list(copied.glob(".*.tmp"))
 
 
 def test_resuming_with_another_architecture_is_refused(tmp_path, cache, copied, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -336,6 +337,16 @@ def test_a_heartbeat_keeps_a_lease_and_a_release_frees_it(tmp_path: Path) -> Non
     assert not b.free(b.look()["job"])
     a.release("job")
     assert b.free(b.look()["job"]) and b.take("job", b.look()["job"])
+
+
+def test_a_file_server_that_is_away_for_a_moment_stops_no_heartbeat(tmp_path, monkeypatch):
+    a, b = (Leases(tmp_path, owner=name) for name in "ab")
+    assert a.take("job", None)
+    with monkeypatch.context() as away:
+        error = OSError(errno.ESTALE, "Stale file handle")
+        away.setattr(Path, "exists", lambda self: (_ for _ in ()).throw(error))
+        assert a.beat() == [] and a.held == ["job"]
+    assert b.take("job", b.look()["job"]) and a.beat() == ["job"]
 
 
 def test_the_age_of_a_lease_is_by_the_file_servers_clock(tmp_path, monkeypatch):
