@@ -230,13 +230,13 @@ def is_cache(folder: Any) -> bool:
 def require_memory(config: Any, *, machines: int = 1) -> None:
     """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
     this one's size) that share it, before it is built; a weight takes 2 bytes at least."""
-    trunk, depth = config.trunk, config.mtp.depth
-    names = ("n_layers", "d_model", "d_ff", "vocab_size")
-    sizes = {f"model.{key}": getattr(trunk, key) for key in names} | {"mtp.depth": depth}
-    what = ("a model of", sizes, "its weights alone")
+    trunk, mtp = config.trunk, config.mtp
+    sizes = {f"model.{k}": getattr(trunk, k) for k in ("n_layers", "d_model", "d_ff", "vocab_size")}
+    sizes |= {"mtp.depth": mtp.depth, "mtp.blocks": mtp.blocks}
+    of = ("a model of", sizes, "its weights alone")
     # Checked first, since counting the weights takes time for every layer.
-    require_fits((trunk.n_layers + depth) * BYTES_OF_LAYER, *what, machines=machines)
-    require_fits(2 * config.num_params(), *what, machines=machines)
+    require_fits(BYTES_OF_LAYER * (trunk.n_layers + mtp.depth * mtp.blocks), *of, machines=machines)
+    require_fits(2 * config.num_params(), *of, machines=machines)
 
 
 def require_fits(

@@ -102,9 +102,11 @@ mtp_lambda=1e200 => mtp_lambda must be a number of at least 0, not 1e+200, which
 lambda_schedule=geometric lambda_schedule.beta=1e200 => lambda_schedule.beta | 1e+200, which is too
 model.rope_theta=1000000000000000000000000000000 => model.rope_theta | 0, which is too large
 trainer.num_threads=1000000000 => trainer.num_threads must be a number in [1, 1024], not 1000000000
-data.num_workers=1000000000 => data.num_workers must be a number in [0, 1024], not 1000000000
+data.num_workers=1000000000 => data.num_workers=1000000000
+trainer.devices=1000000000 => trainer.devices (auto for | [1, 1024], not 1000000000
 model.n_layers=1000000000 => model.n_layers
 model.d_model=2000000000 => model.d_model
+mtp.blocks=1000000000 => mtp.blocks=1,000,000,000 | make it smaller
 model.d_ff=1000000000000 => model.d_ff
 +model.vocab_size=1000000000000 => model.vocab_size
 model.rope_theta=nan => model.rope_theta
