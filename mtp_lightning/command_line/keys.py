@@ -38,8 +38,8 @@ _TYPE = re.compile(
     re.DOTALL,
 )
 _OTHER_TYPE = re.compile(r"(?:^|[;(])\s*(mapping|list|str|path|name|tag)\b")
-_OTHERS: dict[str, Any] = {"mapping": (Mapping, "a mapping"), "list": (list | tuple, "a list")}
-_TEXT = (str, "a text, in quotes if it looks like a number")  # all other words of _OTHER_TYPE
+_CLASSES: dict[str, Any] = {"mapping": Mapping, "list": list | tuple}  # the others are texts
+_STR = "text, in quotes if it looks like a number"
 # A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
 _WORD = re.compile(r"; (\w+): ([^();]+)\)")
 NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
@@ -166,7 +166,7 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         if choices := _choices(comment):
             require_choice(name, value, choices)
         elif other := _OTHER_TYPE.search(comment):
-            allowed, wanted = _OTHERS.get(other[1], _TEXT)
+            allowed, wanted = _CLASSES.get(other[1], str), f"a {other[1].replace('str', _STR)}"
             # Objects of other classes, which Python may pass, are checked by those that use them.
             plain = isinstance(value, str | int | float | list | tuple | Mapping | None)
             require(not plain or isinstance(value, allowed), name, value, wanted)

