@@ -75,6 +75,8 @@ class Engine:
         self.slots = options.slots
         self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
+        # Tokens that sliding keeps of a full context.
+        self._kept = max((options.max_context or 0) // 2, 1)
         self._on_logits = on_logits
         self._model = model
         self._sequences: list[TextSequence] = []
@@ -180,18 +182,15 @@ class Engine:
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
             # `check` lets a longer prompt pass only with long="slide".
-            windows = [w if len(w) <= limit else w[-_length_after_slide(limit) :] for w in windows]
+            windows = [w if len(w) <= limit else w[-self._kept :] for w in windows]
         lengths = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         room = max(lengths) if limit is None else min(max(lengths), limit)
         if self._decoder is None:
             self._decoder = self._new_decoder(room)
         self._decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
-        tokens, logits_BV = self._decoder.join(
-            windows,
-            [r.sampling for r in requests],
-            [(r.seed, r.index, self._most_drafts(r)) for r in requests],
-        )
+        streams = [(r.seed, r.index, self._most_drafts(r)) for r in requests]
+        tokens, logits_BV = self._decoder.join(windows, [r.sampling for r in requests], streams)
         logits_BTV = logits_BV.unsqueeze(1)
         for i, sequence in enumerate(sequences):
             n_kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
@@ -271,7 +270,7 @@ class Engine:
             return
         for i, n in enumerate(session.n):
             if n >= limit:
-                session.slide(i, _length_after_slide(limit))
+                session.slide(i, self._kept)
 
     def _round(self, decoder: Decoder) -> Round:
         # After the accepted drafts comes a token of the trunk's own.
@@ -340,8 +339,3 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
-
-
-def _length_after_slide(limit: int) -> int:
-    """Number of tokens that sliding keeps of a full context of ``limit``."""
-    return max(limit // 2, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +13,6 @@ from typing import Any, TextIO
 from mtp_lightning.command_line import quote
 from mtp_lightning.command_line.check_config import require_prompts
 from mtp_lightning.decoding import Generation, generate
-from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
 from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.precision import (
@@ -185,18 +184,12 @@ def open_for_decoding(
 
 
 def continue_prompts(
-    run: OpenedModel,
-    prompts: Sequence[str],
-    options: DecodingOptions,
-    *,
-    on_tokens: OnTokens | None = None,
-    on_end: Callable[[int, Generation], None] | None = None,
+    run: OpenedModel, prompts: Sequence[str], options: DecodingOptions, **callbacks: Any
 ) -> list[Generation]:
-    """Continue prompts with the options of :func:`decoding_options`."""
+    """Continue prompts with the options of :func:`decoding_options`; the callbacks are those of
+    :func:`~mtp_lightning.decoding.generate.generate`."""
     ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return generate(
-        run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens, on_end=on_end
-    )
+    return generate(run.model, ids, options, tokenizer=run.tokenizer, **callbacks)
 
 
 def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
