@@ -187,7 +187,7 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         bounds["most" if closed == "]" else "below"] = ast.literal_eval(high)
     if kind in ("bool", "true | false"):
         require_bool(name, value)
-    elif kind == "int" and not high:
+    elif kind == "int" and bounds.keys() <= {"least", "most"}:
         require_whole(name, value, **bounds)
     else:
         require_number(name, require_whole(name, value) if kind == "int" else value, **bounds)

@@ -101,7 +101,7 @@ data=self_generated data.chat_before=8 => data.chat_before must be a text, in qu
 mtp_lambda=1e200 => mtp_lambda must be a number of at least 0, not 1e+200, which is too large
 lambda_schedule=geometric lambda_schedule.beta=1e200 => lambda_schedule.beta | 1e+200, which is too
 model.rope_theta=1000000000000000000000000000000 => model.rope_theta | 0, which is too large
-trainer.num_threads=1000000000 => trainer.num_threads must be a number in [1, 1024], not 1000000000
+trainer.num_threads=1000000 => trainer.num_threads must be a whole number in [1, 1024], not 1000000
 data.num_workers=1000000000 => data.num_workers=1000000000
 trainer.devices=1000000000 => trainer.devices (auto for | [1, 1024], not 1000000000
 model.n_layers=1000000000 => model.n_layers

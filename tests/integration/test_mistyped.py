@@ -149,7 +149,7 @@ serve.py checkpoint=FOLDER draft_depth=0  [15 s] => speculative=false is plain d
 generate.py checkpoint=FOLDER prompt=a top_k=5  [15 s] =>
     top_k=5 chooses among samples | set temperature=1
 generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in [0, 1], not 2
-serve.py checkpoint=FOLDER port=99999 => port must be a number in [0, 65535], not 99999
+serve.py checkpoint=FOLDER port=99999 => port must be a whole number in [0, 65535], not 99999
 export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one of float32
 # missing values, packages and files
 train.py data=text => data.paths has no value: give it as data.paths=...

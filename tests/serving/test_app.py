@@ -99,7 +99,7 @@ def test_a_signal_ends_the_server(finished: Path, grace: int, number: int, code:
     [
         ({"port": 70000}, "port must be"),
         ({"max_prompt": 0}, "max_prompt must be"),
-        ({"hosts": "evil.example"}, r"hosts must be a list of names, .* not 'evil.example'"),
+        ({"hosts": "evil.example"}, "hosts must be a list, not 'evil.example'"),
         ({"hosts": [8000]}, "hosts must be a list of names"),
         ({"name": " "}, "name must be a name or null"),
         ({"tree": [2], "cache": "single"}, "does not go together with cache=single"),

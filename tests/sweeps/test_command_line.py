@@ -93,13 +93,13 @@ def test_data_parallel_jobs_use_the_configured_processes(tmp_path: Path, cache: 
 # Overrides, and words of the message.
 WRONG = {
     "unknown option": ("balance=none,dwaa", "no option 'dwaa': did you mean dwa?"),
-    "unknown key": ("+swep=depth", "swep is not a key: did you mean sweeps?"),
+    "unknown key": ("+sweps=depth", "sweps is not a key: did you mean sweeps?"),
     "devices": ("trainer.devices=1,-1", "trainer.devices must be a whole number"),
     "batches": ("seed=0,1 hydra.sweeper.max_batch_size=1", "max_batch_size"),
     "interval": ("optimizer.lr=interval(0.1,1)", "has no single values: list some, as in opt"),
     "run_dir": ("seed=0,1 run_dir=mine", "run_dir=mine is the folder of one run"),
     "module": ("seed=0,1 hydra.launcher.module=sweeps.pol", "sweeps.pol cannot be used"),
-    "n_jobs": ("seed=0,1 hydra.launcher.n_jobs=0", "n_jobs must be a whole number of at least 1"),
+    "n_jobs": ("seed=0,1 hydra.launcher.n_jobs=0", "n_jobs must be a whole number in [1, 1024]"),
     "grace": ("seed=0,1 hydra.launcher.grace_seconds=abc", "must be a number"),
 }
 

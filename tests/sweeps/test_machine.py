@@ -90,7 +90,7 @@ def test_a_process_with_a_gpu_has_the_gpus_share_of_the_cores() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("n_jobs", 0, "n_jobs=0 must be a whole number of at least 1"),
+        ("n_jobs", 0, "n_jobs=0 must be a whole number from 1 to 1024"),
         *[("threads", n, f"threads_per_process={n}: give a number") for n in (0, -1, "all", 1.5)],
     ],
 )
