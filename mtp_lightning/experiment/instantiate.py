@@ -43,7 +43,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         cause = error.__cause__
         if cause is None:  # Hydra refuses the node itself
             reason, _, key = str(error).partition("\nfull_key: ")
-            raise UserError(f"{key} cannot be built: {reason}.") from error
+            raise UserError(f"{key or target} cannot be built: {reason}.") from error
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
         # Lightning's error of a wrong setting, by name, since generating imports no lightning.
