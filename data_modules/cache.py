@@ -38,8 +38,8 @@ def cache_key(path: Path, options: str) -> str:
     path = path.resolve()
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
     states = [(str(f.relative_to(path)), *stamp(f.stat())) for f in files if f.is_file()]
-    texts = str(path), json.dumps([states, options])
-    return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+    parts = os.fsencode(path), json.dumps([states, options]).encode()
+    return "-".join(hashlib.sha256(data).hexdigest()[:16] for data in parts)
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -49,16 +49,8 @@ _BY_DEPTH = (
 def render(
     name: str, config: ModelConfig, contents: Contents, *, model_type: str, **facts: Any
 ) -> str:
-    """The card of a folder, in Markdown.
-
-    Args:
-        name: name of the export.
-        config: config of the model.
-        contents: the contents of the folder.
-        model_type: model type in config.json.
-        facts: ``dtype`` of the tensors, optimizer ``step`` of the checkpoint, ``run_config`` that
-            the run was started with, and its ``summary``, None if there is none.
-    """
+    """The card of a folder, in Markdown. The ``facts`` are the tensors' ``dtype``, the checkpoint's
+    ``step``, the ``run_config`` that the run was started with, and its ``summary`` or None."""
     depth = contents.layer_depths
     extra = heads.FILE if contents.heads == heads.FILE else ""
     return _filled(

@@ -30,17 +30,19 @@ from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
+from mtp_lightning.run.folder import claimed
 
 
 def export(cfg: Any) -> Path:
     """Write the folder or the GGUF file that ``conf/export.yaml`` asks for, and verify it.
 
-    It has the name ``.NAME.partial`` until it is complete and verified.
+    It is in the folder ``.NAME.partial``, which one process holds at a time, until it is complete
+    and verified.
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
         CheckFailed: the written folder or file is not the model.
-        OSError: a missing checkpoint, or an output folder that is not empty.
+        OSError: a missing checkpoint, an output folder that is not empty, or another export to it.
     """
     check_config.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
     target = Path(cfg.output)
@@ -49,25 +51,30 @@ def export(cfg: Any) -> Path:
     run = open_model(cfg.checkpoint, allow=cfg.allow)
     model = _model_to_write(run, cfg, as_file=as_file, apart=apart)
     final = target.resolve()
-    partial = final.with_name(f".{final.name}.partial{final.suffix if as_file else ''}")
-    _remove(partial)
-    try:
-        (_fill_file if as_file else _fill)(partial, target, run, model, cfg)
-        partial.replace(final)
-    except BaseException:  # such as a failed check, a full disk or Ctrl-C
-        _remove(partial)
-        if as_file:
-            _remove(_card_of(target))  # it did not exist before
-        raise
+    folder = final.with_name(f".{final.name}.partial")
+    with claimed(folder, option="output", seconds=0):
+        try:
+            # Another export to it may have ended meanwhile.
+            _require_possible(cfg, target, as_file=as_file, apart=apart)
+            partial = folder / final.name
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed export
+            (_fill_file if as_file else _fill)(partial, target, run, model, cfg)
+            partial.replace(final)
+            if as_file:
+                _card_of(partial).replace(_card_of(final))
+        finally:  # also after a failed check, a full disk or Ctrl-C
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
 def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> None:
-    """Refuse options that cannot be fulfilled, before a model is opened."""
+    """Refuse options that cannot be fulfilled."""
     if cfg.depth not in (None, 0):
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
     if os.path.ismount(target):
         raise UserError(f"output={target} is a mounted folder: give a new folder inside it.")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(target.resolve())):
+        raise UserError(f"output={target} is not UTF-8, as libraries need it: choose another name.")
     if as_file and (cfg.max_positions or 0) >= 1 << 32:
         raise UserError(f"max_positions={cfg.max_positions} must be below 2^32 in a GGUF file.")
     for file in (target, _card_of(target)) if as_file else ():
@@ -113,12 +120,6 @@ def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -
     return model
 
 
-def _remove(path: Path) -> None:
-    if path.is_file():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
     """Write and verify ``folder`` under its temporary name ``partial``. With ``layout=speculators``
     ``model`` is the trunk alone, and the heads of ``run`` go into a folder inside."""
@@ -146,9 +147,10 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         parameters = contents.parameters + n_values
         contents = replace(contents, heads=speculators.FOLDER, parameters=parameters)
     kind = read_json(partial / CONFIG)["model_type"]
-    old_card = Path(cfg.checkpoint) / card.FILE
-    unchanged = cfg.depth is None and not apart
-    if unchanged and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
+    old_card, old = Path(cfg.checkpoint) / card.FILE, Path(cfg.checkpoint) / CONFIG
+    fields = read_json(old) if old.is_file() else {}
+    same_dtype = (fields.get("torch_dtype") or fields.get("dtype")) == cfg.dtype
+    if cfg.depth is None and not apart and same_dtype and old_card.is_file():
         shutil.copyfile(old_card, partial / card.FILE)
     else:
         facts = {"model_type": kind, "dtype": cfg.dtype, **_training(run)}
@@ -174,7 +176,6 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
 def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
     """Write and verify ``file`` under its temporary name ``partial``, and write its card."""
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
-    partial.parent.mkdir(parents=True, exist_ok=True)
     kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
     written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)
     print(f"{file}: {written.parameters:,} numbers, architecture {written.arch}")
@@ -183,7 +184,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     checks = kind.check_file(partial, model, run.tokenizer, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
-    _card_of(file).write_text(text, encoding="utf-8")
+    _card_of(partial).write_text(text, encoding="utf-8")
 
 
 def _card_of(file: Path) -> Path:
@@ -223,15 +224,6 @@ def trunk_alone(model: MTPModel) -> MTPModel:
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}
     trunk.load_state_dict(weights)
     return trunk.requires_grad_(model.config.mtp.trains_trunk).eval()
-
-
-def _dtype(path: str) -> str | None:
-    """The dtype of a Hugging Face folder's tensors; None for a run."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        return None
-    fields = read_json(file)
-    return fields.get("torch_dtype") or fields.get("dtype")
 
 
 def _training(run: OpenedModel) -> dict[str, Any]:

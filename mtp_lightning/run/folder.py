@@ -27,9 +27,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 @contextmanager
 def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS) -> Iterator[None]:
-    """Hold a run's folder during a block; create it if needed.
+    """Hold a folder that one process writes at a time during a block; create it if needed.
 
-    If the block ends with an error before the run has made a step, the folder is removed, unless it
+    If the block ends with an error before a run has made a step, the folder is removed, unless it
     held files before.
 
     Args:
@@ -37,7 +37,7 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
         seconds: the longest time to wait for another process.
 
     Raises:
-        BlockingIOError: another process trains in it.
+        BlockingIOError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     had_files = _has_files(folder)
@@ -52,7 +52,7 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
         acquired = True  # the file system has no locks
     if not acquired:
         raise BlockingIOError(
-            f"Another process trains in {folder}: wait for its end, or take another {option}."
+            f"Another process works in {folder}: wait for its end, or take another {option}."
         )
     for temporary in (folder / CHECKPOINTS).glob(".*.tmp"):  # left by a kill during a save
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from data_modules import TokenDataModule
+from data_modules.cache import cache_key
 from data_modules.digests import LARGE, content_digest
 from data_modules.sources.base import digest_files
 from data_modules.tokenizers import ByteTokenizer
@@ -72,3 +73,11 @@ def test_a_data_module_remembers_digests_in_its_cache(tmp_path, files_read, file
     first = module().fingerprint
     assert files_read.count("a.txt") == 1 and module().fingerprint == first
     assert files_read.count("a.txt") == 1
+
+
+def test_files_of_names_that_are_not_utf8_have_cache_keys(tmp_path):
+    folder = tmp_path / "na\udcffme"
+    folder.mkdir()
+    (folder / "o\udcff").touch()
+    keys = {cache_key(path, "") for path in (tmp_path, folder, folder / "o\udcff")}
+    assert len(keys) == 3

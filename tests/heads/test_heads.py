@@ -301,7 +301,7 @@ def test_wrong_arguments_are_refused(
     plan = plan_of(model, hours=9.0)
     with claimed(out):
         monkeypatch.setattr(planning, "plan", None)
-        assert f"Another process trains in {out}" in refused(main, model, "--output", out)
+        assert f"Another process works in {out}" in refused(main, model, "--output", out)
     assert not (out / PLAN).exists()
     (out / RUN).mkdir(parents=True)
     (out / PLAN).write_text(json.dumps(vars(plan)))

@@ -183,7 +183,7 @@ def test_an_interrupted_export_leaves_nothing(
         monkeypatch.setattr(exporting, check, lambda *_: [])
 
     def fail(*_: Any, **__: Any) -> None:
-        assert step == "write_folder" or (tmp_path / ".out.partial" / "config.json").is_file()
+        assert step == "write_folder" or (tmp_path / ".out.partial/out/config.json").is_file()
         raise error
 
     if step == "write_folder":  # after its first file
@@ -193,6 +193,57 @@ def test_an_interrupted_export_leaves_nothing(
     with pytest.raises(type(error)):
         folders.export_run(base / "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_one_process_exports_to_an_output_at_a_time(
+    base: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports that shared a folder for their unfinished files left a mixture of both."""
+    if name == "out.gguf":
+        pytest.importorskip("gguf", reason="GGUF files need pip install -e '.[hf]'")
+    output, step = tmp_path / name, "_fill_file" if name == "out.gguf" else "_fill"
+    fill = getattr(exporting, step)
+
+    def with_another(*args: Any) -> None:
+        with pytest.raises(
+            BlockingIOError, match=rf"works in .*\.{name}.partial: .* another output"
+        ):
+            folders.export_run(base / "deepseek", output, verify=False)
+        fill(*args)
+        assert not output.exists()
+
+    monkeypatch.setattr(exporting, step, with_another)
+    remains = tmp_path / f".{name}.partial" / name  # of a killed export
+    remains.parent.mkdir()
+    if name == "out":
+        remains.mkdir()
+        (remains / "model-00002-of-00002.safetensors").touch()
+    else:
+        remains.write_text("GG")
+    folders.export_run(base / "dense", output, verify=False)
+    card_of = [] if name == "out" else ["out.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name, *card_of]
+    expected = open_model(base / "dense").model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in read_folder(output).weights.items())
+    if name == "out":
+        assert not (output / "model-00002-of-00002.safetensors").exists()
+
+
+def test_an_output_that_appears_during_an_export_is_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_slowly(*args: Any, **options: Any) -> Any:
+        (tmp_path / "out.gguf").write_text("theirs")
+        (tmp_path / "out.md").write_text("theirs")
+        return open_model(*args, **options)
+
+    monkeypatch.setattr(exporting, "open_model", open_slowly)
+    with pytest.raises(FileExistsError, match="out.gguf exists: choose another output="):
+        folders.export_run(base / "dense", tmp_path / "out.gguf")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "out.gguf": "theirs", "out.md": "theirs",
+    }  # fmt: skip
 
 
 def test_confidence_estimates_are_left_out_and_reported(
@@ -222,6 +273,7 @@ def test_heads_without_a_layout_are_exported_and_reported(
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype=int8 is unknown"),
+        ({"dtype": None}, "dtype=None is unknown"),
         ({"shard_gb": 0}, "shard_gb must be a number above 0"),
         ({"max_positions": -1}, "max_positions must be"),
         ({"depth": 1}, "depth=1"),
@@ -258,6 +310,13 @@ def test_a_mounted_output_folder_is_refused(
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(UserError, match="is a mounted folder: give a new folder inside it"):
         folders.export_run(base / "deepseek", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["na\udcffme/out", "o\udcff.gguf"])
+def test_an_output_that_is_not_utf8_is_refused(base: Path, name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not UTF-8, as libraries need it: choose another name"):
+        folders.export_run(base / "dense", tmp_path / name, verify=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_folder_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> None:

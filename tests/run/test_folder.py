@@ -24,7 +24,7 @@ def test_a_claimed_folder_is_made_and_kept(tmp_path: Path) -> None:
 
 def test_a_claimed_folder_cannot_be_claimed_again(tmp_path: Path) -> None:
     again = claimed(tmp_path, seconds=0)  # a second open file conflicts, as that of a process would
-    message = f"Another process trains in {re.escape(str(tmp_path))}: .* another run_dir"
+    message = f"Another process works in {re.escape(str(tmp_path))}: .* another run_dir"
     with claimed(tmp_path), pytest.raises(BlockingIOError, match=message), again:
         pass
     with claimed(tmp_path, seconds=0):
