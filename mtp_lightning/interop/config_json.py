@@ -157,15 +157,8 @@ def _check_deepseek(trunk: TrunkConfig) -> None:
 def to_json(
     config: ModelConfig, *, depth: int, max_positions: int, dtype: str, eot_id: int | None
 ) -> dict[str, Any]:
-    """The content of ``config.json``.
-
-    Args:
-        config: config of the model.
-        depth: MTP depths in the folder's layers.
-        max_positions: the context length that the folder states.
-        dtype: dtype of its tensors.
-        eot_id: id of the end-of-text token.
-    """
+    """The content of ``config.json``, for a folder with ``depth`` MTP depths in its layers that
+    states ``max_positions`` as its context length."""
     trunk = config.trunk
     kind = model_type(config) if depth else trunk_type(trunk)
     fields: dict[str, Any] = {

@@ -38,10 +38,6 @@ _DEFAULTS_OF: dict[str, dict[str, Any]] = {
 def require_known(fields: Mapping[str, Any], *, source: str) -> None:
     """Refuses the ``config.json`` of a model that this project cannot compute.
 
-    Args:
-        fields: its content.
-        source: the file, for messages.
-
     Raises:
         UserError: for another kind of model, or a field that has no switch here.
     """
@@ -72,12 +68,8 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
-    """The trunk that a ``config.json`` describes, after :func:`require_known`.
-
-    Args:
-        fields: its content.
-        depth: MTP layers that the folder holds.
-        source: the file, for messages.
+    """The trunk that the ``config.json`` of a folder with ``depth`` MTP layers describes, after
+    :func:`require_known`.
 
     Raises:
         UserError: for a missing field, or sizes that do not match.

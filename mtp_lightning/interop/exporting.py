@@ -177,6 +177,8 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     """Write and verify ``file`` under its temporary name ``partial``, and write its card."""
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
     kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
+    if kind is gguf_writing:
+        options["draft_vocab"] = draft_vocab_of(run.config)
     written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)
     print(f"{file}: {written.parameters:,} numbers, architecture {written.arch}")
     for sentence in written.notes:

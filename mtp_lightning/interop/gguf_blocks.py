@@ -99,14 +99,8 @@ class Blocks(StoredTensor):
 def numbers(
     file: Path, tensor: FileTensor, i: int | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The values of a tensor of a file, or of one of the matrices that it stacks.
-
-    Args:
-        file: the file.
-        tensor: the tensor.
-        i: which matrix; None for all.
-        out: contiguous, filled and returned; None for a new float32 tensor.
-    """
+    """The values of a tensor of a file, or of matrix ``i`` of those that it stacks, in ``out``,
+    which is contiguous, or in a new float32 tensor."""
     from gguf.quants import dequantize
 
     shape = tensor.shape if i is None else tensor.shape[1:]

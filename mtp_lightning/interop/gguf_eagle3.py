@@ -72,7 +72,7 @@ def write_file(
     fields = trunk_fields(trunk, n_layers=1, max_positions=max_positions)
     fields["target_hidden_size"] = trunk.d_model
     fields["target_layers"] = list(mtp.layers_of(trunk.n_layers))
-    words, split = gguf_tokenizer.to_fields(tokenizer, trunk.vocab_size)
+    words, differences = gguf_tokenizer.to_fields(tokenizer, trunk.vocab_size)
     others = {"general.name": name, **words}
     count = gguf_writing.write_entries(file, LAYOUT, fields, others, _entries(model), dtype=dtype)
     note = (
@@ -80,8 +80,7 @@ def write_file(
         "--model-draft DRAFT.gguf --spec-type draft-eagle3`); `mtp-lightning export "
         "output=TRUNK.gguf` writes that."
     )
-    notes = [note, *([split] if split else [])]
-    return Written(arch=LAYOUT, modules=0, parameters=count, notes=notes)
+    return Written(arch=LAYOUT, modules=0, parameters=count, notes=[note, *differences])
 
 
 def _entries(model: MTPModel) -> Iterator[tuple[GGUFEntry, torch.Tensor]]:

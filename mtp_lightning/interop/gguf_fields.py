@@ -10,6 +10,7 @@ import numpy as np
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import EXPERTS, LATENT, TRUNK, trunk_type
+from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.gguf_layout import DRAFTING, PLAIN, Layout
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
@@ -19,6 +20,8 @@ from mtp_lightning.nn.moe import ExpertsConfig
 LAYERS = "mtp_lightning.trunk"
 # The spread of new modules' matrices, which llama.cpp has no key for.
 SPREAD = "mtp_lightning.initializer_range"
+# The number of first token ids that the module was trained to draft; llama.cpp drafts from all.
+DRAFTED = "mtp_lightning.draft_vocab"
 # llama.cpp's keys for the settings of a trunk, of latent attention and of experts.
 _TRUNK = {
     "d_model": "embedding_length",
@@ -95,23 +98,21 @@ def _values(keys: Mapping[str, str], config: Any) -> dict[str, Value]:
     return {key: float(value) if key in _DECIMAL else value for key, value in values.items()}
 
 
-def own_fields(layout: Layout) -> dict[str, str | float]:
+def own_fields(layout: Layout, draft_vocab: int | None) -> dict[str, Any]:
     """The values of this project's own keys."""
     trunk = layout.config.trunk
     assert trunk.init_std is not None
     dense = "" if isinstance(trunk.feed_forward, ExpertsConfig) else " dense"
-    return {LAYERS: trunk_type(trunk) + dense, SPREAD: float(trunk.init_std)}
+    fields = {LAYERS: trunk_type(trunk) + dense, SPREAD: float(trunk.init_std)}
+    has_drafted = draft_vocab is not None and layout.config.mtp.depth
+    return {**fields, DRAFTED: draft_vocab} if has_drafted else fields
 
 
 def to_json(
     get: Callable[[str], Any], tensors: Collection[str], *, source: str
 ) -> tuple[dict[str, Any], bool]:
     """The fields of a config.json, and whether a mixture in the module stands for a dense layer.
-
-    Args:
-        get: the content of a key of the file; None if it is not there.
-        tensors: names of the file's tensors.
-        source: the file, for messages.
+    ``get`` returns the content of a key of the file; None if it is not there.
 
     Raises:
         UserError: an architecture that is not read, or a key that is missing.
@@ -128,6 +129,7 @@ def to_json(
         "max_position_embeddings": need("context_length", 2048),
         "tie_word_embeddings": "output.weight" not in tensors,
         "num_nextn_predict_layers": depth,
+        DRAFT_VOCAB: get(DRAFTED),
     }
     if isinstance(spread := get(SPREAD), float):
         fields["initializer_range"] = _decimal(spread)

@@ -55,7 +55,7 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
         UserError: for a damaged file, an architecture that is not read, or tensors that do not
             belong to it.
     """
-    if (parts := header.fields.get("split.count", 0)) > 1:
+    if (parts := header.fields.get("split.count", 0)) not in (0, 1):
         raise UserError(f"{path} is one of {parts} parts: join them (llama-gguf-split --merge).")
     _refuse_stretched(path, header)
     fields, layout = _describe(path, header)
@@ -137,7 +137,10 @@ def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if not gguf_tokenizer.unpack(header.fields.get, Path(folder)):
             _tokenizer_of_transformers(path, folder)
-        return pretrained_state(folder) | {"path": str(path)}
+        try:
+            return pretrained_state(folder) | {"path": str(path)}
+        except (UserError, OSError) as error:  # which names the folder
+            raise UserError(str(error).replace(folder, str(path))) from error
 
 
 def _tokenizer_of_transformers(path: Path, folder: str) -> None:

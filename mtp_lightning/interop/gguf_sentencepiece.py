@@ -46,13 +46,8 @@ def to_fields(
 
 
 def parts(get: Callable[[str], Any], tokens: list[str], types: list[int]) -> dict[str, Any] | None:
-    """The normalizer, decoder and model of a tokenizer.json; None without a score of every piece.
-
-    Args:
-        get: returns the content of a key of the file; None if it is not there.
-        tokens: the pieces, by id.
-        types: their types, by id.
-    """
+    """The normalizer, decoder and model of a tokenizer.json, from the pieces and their types by id;
+    None without a score of every piece."""
     scores = get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         return None

@@ -60,13 +60,26 @@ _ALIASES = {
 # Rules with which llama.cpp begins a text with the beginning-of-text token, unless the file says
 # otherwise.
 _BEGINNING = ("llama-bpe", *_LLAMA3, "tekken")
-# Tokens that end a text in llama.cpp, whatever the file's keys say.
+# The ids that end a text, where there are more than llama.cpp has keys or names for.
+_ENDS = "mtp_lightning.end_token_ids"
+# Tokens that end a text in llama.cpp, whatever the file's keys say (special_eog_ids in its
+# src/llama-vocab.cpp), and by role those that do so where no key names one.
 _END_NAMES = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>",
-    "<|end_of_text|>", "<end_of_utterance>", "[EOT]", "[EOS]",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|end_of_text|>", "<end_of_utterance>", "[EOT]", "[EOS]", "<eos>", "<turn|>",
+    "<|tool_response>", "[e~[", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 }  # fmt: skip
+_FILLING = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+# Names that end a part of a text in a vocabulary that has a token of each of these sets.
+_PARTS = {
+    "<|end|>": ({"<|call|>", "<|calls|>"}, {"<|return|>", "<|flush|>"}),
+    "</s>": ({"<|tool_response>"},),
+}
 _SAMPLE = """def read_lines(path, max_size=1024):
     with open(path) as file:
         return [line.rstrip("\\n") for line in file][:max_size]
@@ -84,8 +97,8 @@ snake_case_name CamelCaseName SCREAMING_CASE __init__ a1b2c3 2^10 x**2
 _LINES = [*_SAMPLE.split("\n"), _SAMPLE]
 
 
-def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The values of the tokenizer's keys, and a sentence about what differs in llama.cpp, if any.
+def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], list[str]]:
+    """The values of the tokenizer's keys, and sentences about what differs in llama.cpp.
 
     Args:
         tokenizer: with ``library_json()``, ``eot_id``, ``special_ids()`` and maybe ``beside``.
@@ -144,12 +157,21 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
 
     if template := source_of(getattr(tokenizer, "beside", {})):
         fields["tokenizer.chat_template"] = template
-    difference = (
-        f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {rule}, "
-        f"{equal} of {len(_LINES)} sample texts get the same token ids. The model's tokens are the "
-        "same; a client that needs the model's own ids sends ids instead of text."
-    )
-    return fields, "" if equal == len(_LINES) else difference
+    notes = []
+    if equal < len(_LINES):
+        notes.append(
+            f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {rule}, "
+            f"{equal} of {len(_LINES)} sample texts get the same token ids. The model's tokens are "
+            "the same; a client that needs the model's own ids sends ids instead of text."
+        )
+    known = _ends(fields.get, tokens)
+    if others := [tokens[i] for i in tokenizer.end_ids if i not in known]:
+        fields[_ENDS] = list(tokenizer.end_ids)
+        notes.append(
+            f"llama.cpp ends no text with {', '.join(others)}, since a file names three such "
+            "tokens there; this project does."
+        )
+    return fields, notes
 
 
 def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
@@ -185,8 +207,8 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
-    if not isinstance(whole, str) and (whole := _tokenizer_json(get, tokens)) is None:
-        return False
+    if not isinstance(whole, str):
+        whole = _tokenizer_json(get, tokens)
     # Without a class, AutoTokenizer splits text by Qwen2's rule in a folder of Qwen3's layout.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for role in _ROLES:
@@ -195,9 +217,7 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
             config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
     if isinstance(begins := get("tokenizer.ggml.add_bos_token"), bool):
         config["add_bos_token"] = begins
-    ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
-    ends += [i for i, token in enumerate(tokens) if token in _END_NAMES]
-    generation = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
+    generation = {"eos_token_id": _ends(get, tokens)}
     files = {
         "tokenizer.json": whole,
         "tokenizer_config.json": json.dumps(config),
@@ -207,7 +227,22 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     for name, text in files.items():
         if isinstance(text, str):
             (folder / name).write_text(text, encoding="utf-8")
-    return True
+    return whole is not None
+
+
+def _ends(get: Callable[[str], Any], tokens: list[str]) -> list[int]:
+    """The ids that end a text: those of this project's key, and those of llama.cpp's keys and
+    names."""
+    ids, kept = {token: i for i, token in enumerate(tokens)}, get(_ENDS)
+    ends = [get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", *_MORE_ENDS)]
+    ends += sorted(ids[name] for name in _END_NAMES & ids.keys())
+    for role, names in _FILLING.items():
+        named = next((ids[name] for name in names if name in ids), None)
+        key = get(f"tokenizer.ggml.{role}_token_id")
+        ends.append(named if key is None else key)
+    parts = [ids.get(n) for n, near in _PARTS.items() if all(ids.keys() & names for names in near)]
+    ends = [*(kept if isinstance(kept, list) else ()), *(i for i in ends if i not in parts)]
+    return list(dict.fromkeys(i for i in ends if isinstance(i, int)))
 
 
 def _tokenizer_json(get: Callable[[str], Any], tokens: list[str]) -> str | None:

@@ -52,6 +52,7 @@ def write_file(
     *,
     dtype: str,
     max_positions: int,
+    draft_vocab: int | None = None,
     name: str = "model",
 ) -> Written:
     """Write a model and its tokenizer.
@@ -61,7 +62,7 @@ def write_file(
         model: any variant; heads that llama.cpp does not read are left out.
         tokenizer: as for a folder (``writing.py``).
         dtype: a name of :data:`TYPES`.
-        max_positions: the context length that the file states.
+        max_positions, draft_vocab: as for a folder.
         name: the model's name in the file.
 
     Raises:
@@ -70,18 +71,18 @@ def write_file(
     """
     layout = layout_of(model.config)
     tensors = _layout_tensors(layout, model)
-    words, split = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
+    words, differences = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)
     stored = (entry for entry in entries(layout) if not entry.copy)
     count = write_entries(
         file,
         layout.arch,
         fields,
-        {"general.name": name, **gguf_fields.own_fields(layout), **words},
+        {"general.name": name, **gguf_fields.own_fields(layout, draft_vocab), **words},
         ((entry, entry.assemble(tensors)) for entry in stored),
         dtype=dtype,
     )
-    notes = [*layout.sentences(), *([split] if split else [])]
+    notes = [*layout.sentences(), *differences]
     modules = layout.config.mtp.depth
     return Written(arch=layout.arch, modules=modules, parameters=count, notes=notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import sys
@@ -22,6 +23,7 @@ from data_modules.tokenizers import (
     tokenizer_from_state,
 )
 from data_modules.windows import WindowBatch
+from mtp_lightning import llama_server
 from mtp_lightning.certify.run import certify
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_copy
@@ -29,8 +31,14 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_for_decoding
-from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer, gguf_writing
-from mtp_lightning.interop.gguf_reader import read_header
+from mtp_lightning.interop import (
+    gguf_blocks,
+    gguf_file,
+    gguf_reader,
+    gguf_tokenizer,
+    gguf_writing,
+)
+from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -38,7 +46,7 @@ from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
 from tests import models
 from tests.integration.helpers import ROOT, execute
-from tests.interop import folders
+from tests.interop import folders, gguf_files
 from tests.interop.folders import read_folder
 from tests.interop.gguf_files import (
     MARKS,
@@ -46,6 +54,7 @@ from tests.interop.gguf_files import (
     WORDS,
     gguf,
     hf_model,
+    needs_llama_cpp,
     transformers,
     write_gguf,
 )
@@ -249,8 +258,8 @@ def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) 
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids[0] == 1  # llama.cpp's default for this kind
     # Written without the scores, only from the order of merges.
-    exported, note = gguf_tokenizer.to_fields(tokenizer, len(tokens) + 1)
-    assert not note and exported.pop(gguf_tokenizer.WHOLE)
+    exported, notes = gguf_tokenizer.to_fields(tokenizer, len(tokens) + 1)
+    assert not notes and exported.pop(gguf_tokenizer.WHOLE)
     names = ("model", "token_type", "unknown_token_id", "eos_token_id", "add_space_prefix")
     for key in names:
         name = f"tokenizer.ggml.{key}"
@@ -268,12 +277,47 @@ def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) 
     assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 
 
+FILLING = [name for names in gguf_tokenizer._FILLING.values() for name in names]
+NAMED: list[tuple[list[str], dict[str, int]]] = [
+    (sorted(gguf_tokenizer._END_NAMES - {"<|end|>", "</s>"}), {}),
+    (["<|end|>", "<|return|>", "</s>"], {}),
+    (["<|end|>", "<|return|>", "<|calls|>"], {"eot": 0}),
+    (["<|end|>", "<|call|>", "<|flush|>"], {}),
+    (["</s>", "<|tool_response>", "<|end|>"], {}),
+    (["<|fim_pad|>", "own", "<|file_sep|>", "<|fim_prefix|>", "<|user|>"], {"fim_pad": 1}),
+    *(([name, "one", "two"], {}) for name in FILLING),
+]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("names", "keys"), NAMED, ids=[names[0] for names, _ in NAMED])
+def test_the_tokens_that_end_a_text_are_those_of_llama_cpp(
+    names: list[str], keys: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(writer: Any) -> None:
+        for role, i in keys.items():
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", i)
+
+    monkeypatch.setattr(gguf_files, "SPECIALS", [*names, "other"])
+    file = write_gguf(tmp_path / "tiny.gguf", extra=named)
+    ends = set(open_model(file).tokenizer.end_ids)
+    parameters = llama_server.parameters(file, batch=1, tokens=32, threads=1)
+    server, theirs = importlib.import_module("xllamacpp").Server(parameters), set()
+    request = llama_server.request([40, 41], 2) | {"ignore_eos": False}
+    for i in range(len(names) + 1):  # each in turn is the only choice
+        answer = server.handle_completions(request | {"logit_bias": [[i, 1000.0]]})
+        theirs |= {i} if answer["choices"][0]["finish_reason"] == "stop" else set()
+    assert ends == theirs
+
+
 def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers reads a tokenizer whose rule is unknown here. By default it would ask whether to
     run code that the files next to it name, and run it after "y"."""
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes().replace(b"smollm", b"newest"))
-    assert open_model(file).tokenizer.vocab_size == len(SPECIALS) + len(WORDS)
+    tokenizer = open_model(file).tokenizer
+    assert tokenizer.vocab_size == len(SPECIALS) + len(WORDS)
+    assert tokenizer.end_ids == (2, 0)  # as of a rule that is known
     (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     config = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -283,6 +327,21 @@ def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     ) as error:
         open_model(file)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "the tokenizer m.gguf has no end-of-text token"),
+        ({gguf_tokenizer.WHOLE: "{}"}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
+        ({"tokenizer.ggml.merges": [1]}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
+    ],
+)
+def test_errors_of_a_tokenizer_name_its_file(changes: dict[str, Any], message: str) -> None:
+    fields = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b"], "merges": []}
+    header = Header({f"tokenizer.ggml.{k}": v for k, v in fields.items()} | changes, {})
+    with pytest.raises(UserError, match=f"^{message}"):
+        gguf_file.tokenizer_state(Path("m.gguf"), header)
 
 
 def test_opening_reads_the_header_and_builds_the_tokenizer_once(

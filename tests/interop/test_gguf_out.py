@@ -321,6 +321,7 @@ def test_a_module_with_a_routed_expert_is_refused(tmp_path: Path) -> None:
         ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
         ("general.architecture", "bert", "bert, which cannot be imported"),
         ("split.count", 2, "is one of 2 parts: join them"),
+        ("split.count", "two", "is one of two parts: join them"),
     ],
 )
 def test_forged_fields_are_refused(
@@ -352,11 +353,11 @@ def test_tokenizers_are_written_by_the_name_of_their_rule(tmp_path: Path) -> Non
     ]
     bpe: Any = BPETokenizer(400).train(texts)
     for name, rule in gguf_tokenizer._RULES.items():
-        fields, note = gguf_tokenizer.to_fields(library(rule), 400)
-        assert not note
+        fields, notes = gguf_tokenizer.to_fields(library(rule), 400)
+        assert not notes
         # The vocabulary is too small to tell DeepSeek-V3's rule from Llama 3's.
         assert fields["tokenizer.ggml.pre"] == name or name == "deepseek-v3"
-    fields, note = gguf_tokenizer.to_fields(bpe, 410)
+    fields, (note,) = gguf_tokenizer.to_fields(bpe, 410)
     assert "sample texts get the same token ids" in note
     assert fields["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
     assert fields["tokenizer.ggml.token_type"][0] == 3
@@ -371,6 +372,35 @@ def test_tokenizers_are_written_by_the_name_of_their_rule(tmp_path: Path) -> Non
     assert gguf_tokenizer.to_fields(bpe, 410)[0]["tokenizer.chat_template"] == "d"
     with pytest.raises(UserError, match="only BPE of bytes"):
         gguf_tokenizer.to_fields(SymbolTokenizer(["end", "a"]), 8)
+
+
+def test_ends_beyond_llama_cpps_keys_are_kept_and_reported(tmp_path: Path) -> None:
+    class Ends(ByteTokenizer):
+        end_ids = (256, 3, 4, 70, 66)
+
+    model = models.build(folders.dense(), SequentialConfig(depth=0))
+    file = tmp_path / "m.gguf"
+    notes = write_file(file, model, Ends(), dtype="float32", max_positions=64).notes
+    assert notes == [
+        "llama.cpp ends no text with F, B, since a file names three such tokens there; this "
+        "project does."
+    ]
+    assert open_model(file).tokenizer.end_ids == (256, 3, 4, 70, 66)
+    write(file, model)
+    assert "mtp_lightning.end_token_ids" not in read_header(file).fields
+    # Here llama.cpp takes <|end|> for the end of a part.
+    kept = {"mtp_lightning.end_token_ids": [0, 2]}
+    assert gguf_tokenizer._ends(kept.get, ["<|end|>", "<|call|>", "<|return|>"]) == [0, 2, 1]
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, {"draft_vocab": 20}), (0, None)])
+def test_a_file_names_the_tokens_that_its_module_drafts(
+    depth: int, expected: Any, tmp_path: Path
+) -> None:
+    model = models.build(folders.dense(), SequentialConfig(depth=depth))
+    options: dict[str, Any] = {"dtype": "float32", "max_positions": 64, "draft_vocab": 20}
+    write_file(tmp_path / "m.gguf", model, ByteTokenizer(), **options)
+    assert open_model(tmp_path / "m.gguf").config.get("objective") == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
