@@ -17,10 +17,6 @@ from mtp_lightning.stored import LARGEST_VOCAB
 class IdTokenizer(Tokenizer):
     """Reads and writes ids as numbers separated by spaces; their text is unknown.
 
-    Args:
-        vocab_size: number of ids.
-        eot_id: ends a document.
-
     Raises:
         UserError: a number out of range; in ``encode`` also a word that is not an id.
     """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 from tokenizers.processors import TemplateProcessing
 
@@ -21,6 +21,7 @@ from data_modules.tokenizers import (
     bpe,
     tokenizer_from_state,
 )
+from data_modules.tokenizers.library import bytes_of_pieces
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.writing import write_tokenizer
 
@@ -69,6 +70,26 @@ def test_token_bytes_join_to_the_text(trained_bpe):
         assert len(table) == tokenizer.vocab_size
         assert b"".join(table[i] for i in tokenizer.encode(text)) == text.encode()
         assert table[tokenizer.eot_id] == b"<|endoftext|>"
+
+
+def test_bytes_of_words_and_their_pieces_are_those_of_the_decoded_text():
+    """A space separates words; ``##`` and ``</w>`` stand for nothing else."""
+    text = "the players played, and the end of all plays. don't play on"
+    bert, suffix = pre_tokenizers.BertPreTokenizer(), {"end_of_word_suffix": "</w>"}
+    for model, trainer, splitter, decoder, options in (
+        (models.WordPiece, trainers.WordPieceTrainer, bert, decoders.WordPiece(), {}),
+        (models.BPE, trainers.BpeTrainer, bert, decoders.BPEDecoder(), suffix),
+        (models.WordLevel, trainers.WordLevelTrainer, bert, None, {}),
+    ):
+        library = Library(model(unk_token="?", **options))
+        library.pre_tokenizer = splitter
+        if decoder is not None:
+            library.decoder = decoder
+        trained = trainer(vocab_size=32, special_tokens=["?"], show_progress=False, **options)
+        library.train_from_iterator([text], trained)
+        pieces, ids = bytes_of_pieces(library.to_str(), 32), library.encode(text).ids
+        assert 0 not in ids
+        assert b"".join(pieces[i] for i in ids).decode().strip() == library.decode(ids)
 
 
 def test_byte_decoding_shows_end_of_text_and_broken_bytes():
