@@ -141,8 +141,8 @@ class HeadsPlan:
         yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
         hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
-        phases = f", with {_minutes(self.others)} for start, certificate, export and speed"
-        later = phases if self.others else ""
+        phases = "start, certificate, export and speed, estimated from another machine's"
+        later = f", with {_minutes(self.others)} for {phases}" if self.others else ""
         yield f"time       about {_minutes(hours)} in all on this machine{over}{later}"
 
     def train(self) -> list[str]:

@@ -13,13 +13,17 @@ from mtp_lightning.command_line.shell import Parser, readable_errors
 def check(path: Path) -> None:
     """Loads a folder with both, compares them, and prints the results. Raises ``UserError`` if
     something differs or cannot be read, and ``OSError`` if a file is missing."""
+    from mtp_lightning.errors import UserError
     from mtp_lightning.interop import heads
     from mtp_lightning.interop.config_json import STANDS_FOR
     from mtp_lightning.interop.reading import describe
     from mtp_lightning.interop.transformers_model import one_line
     from mtp_lightning.interop.verify import check_with_transformers
+    from mtp_lightning.parts import is_gguf
     from mtp_lightning.weights import build_model
 
+    if is_gguf(path):
+        raise UserError(f"{path} is a GGUF file: it is examined by mtp-lightning certify {path}.")
     fields, config, weights = describe(path)
     depth = 0 if heads.is_there(path) else config.mtp.depth
     if depth and fields["model_type"] not in STANDS_FOR:

@@ -67,13 +67,8 @@ def read(
     *,
     allow: Collection[str] = (),
 ) -> tuple[MTPConfig, Mapping[str, Stored | Tensor]]:
-    """The stack and its weights.
-
-    Args:
-        folder: the trunk's.
-        trunk: its config.
-        embedding: its embedding, which copies of it must equal.
-        allow: packages whose variants it may use.
+    """The stack next to a trunk, which may use variants of the packages in ``allow``, and its
+    weights. Copies of the trunk's ``embedding`` must equal it.
 
     Raises:
         UserError: for a damaged file, or a stack that this version does not know.
@@ -83,6 +78,8 @@ def read(
     weights, metadata = tensor_files.parts(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(metadata.get(_KEY, "")), allow=allow)
+        if trunks := [name for name in weights if not name.startswith("mtp.")]:
+            raise ValueError(f"{trunks[0]} belongs to the trunk")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder / FILE} does not describe its tensors: {error}.") from error
     return config, weights

@@ -102,10 +102,8 @@ def write(
     """Write the folder inside ``folder``; returns the number of values in its tensors.
 
     Args:
-        folder: the trunk's.
         model: a model that has a :func:`kind`.
         verifier: the path by which the trunk's folder will be found.
-        dtype: dtype of the weights.
         stated: ``max_positions`` and ``eot_id`` of :func:`config_json.to_json`.
     """
     content = tensors(model, dtype)

@@ -7,6 +7,7 @@ of this module are those of safetensors: plain tensors, from which no reader can
 from __future__ import annotations
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UserError, require_package
+from mtp_lightning.errors import UserError, counted, require_package
 from mtp_lightning.interop.weight_map import MappedWeight
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.weights import Stored
+
+log = logging.getLogger(__name__)
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 
@@ -113,6 +116,8 @@ def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         tensors: dict[str, StoredTensor] = {
             name: SafeTensor(file, name, content.get_tensor(name)) for name in names
         }
+        if n := sum(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            log.warning("%s: float64 is rounded to float32 in %s.", file, counted(n, "tensor"))
         return tensors, content.metadata() or {}
 
 

@@ -37,15 +37,8 @@ class CheckFailed(UserError):
 
 
 def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
-    """Checks that every trained tensor differs from its initialization.
-
-    Args:
-        model: a trained model.
-        seed: seed of the run.
-        weights: lambda of every depth; a module that no weight above 0 reaches is not trained.
-
-    Returns:
-        One line about the result.
+    """Checks that every trained tensor differs from its initialization; returns one line about it.
+    ``weights`` are the lambdas of all depths: a module that none above 0 reaches is not trained.
 
     Raises:
         CheckFailed: if a tensor does not differ.
@@ -150,11 +143,8 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
 
 
 def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
-    """Checks that transformers computes the same from the folder as ``model``.
-
-    Args:
-        folder: a folder in Hugging Face's layout.
-        model: the same model, with the folder's values, on the CPU.
+    """Checks that transformers computes the same from a folder as ``model``, which is the folder's
+    with its values, on the CPU.
 
     Yields:
         The results, one line each.

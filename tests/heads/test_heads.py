@@ -137,7 +137,8 @@ def test_overrides_change_the_plan(
     text = lines(*numbers, "data.seq_len=24", "optimizer.lr=0.3", "data.activations=fp32")
     assert "500 texts that" in text and "2,000 steps of 96 tokens" in text
     assert "at a rate of 0.3" in text and "with activations=fp32" in text
-    assert "about 15 minutes in all" in text and "with 10 minutes for" in text
+    assert "about 15 minutes in all" in text
+    assert "with 10 minutes for start, certificate, export and speed, estimated from" in text
     assert "one parallel module of" in lines("mtp=parallel")
     assert "2 parallel modules of" in lines("mtp=parallel", "mtp.depth=2")
     for own in (["mtp=masked", "mtp.lora_rank=2"], ["mtp.freeze_trunk=false"]):

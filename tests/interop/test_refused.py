@@ -82,6 +82,13 @@ def test_unsupported_config_values_are_refused(
         read_folder(llama)
 
 
+def test_rounding_of_float64_is_reported(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders.merge(llama, set_to("model.norm.weight", lambda t: t.double()))
+    read_folder(llama)
+    file = llama / "model.safetensors"
+    assert caplog.messages == [f"{file}: float64 is rounded to float32 in 1 tensor."]
+
+
 def test_null_fields_have_their_defaults(llama: Path) -> None:
     fields = json.loads((llama / "config.json").read_text())
     nothing = dict.fromkeys(("rms_norm_eps", "initializer_range"))
@@ -273,4 +280,11 @@ def test_damaged_files_are_named(llama: Path) -> None:
 def test_heads_of_an_unknown_kind_are_refused(llama: Path, metadata: dict[str, str]) -> None:
     tensor_files.write(llama / heads.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
     with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not describe"):
+        read_folder(llama)
+
+
+def test_heads_that_would_replace_a_tensor_of_the_trunk_are_refused(llama: Path) -> None:
+    metadata = {"mtp_lightning": '{"variant": "none"}'}
+    tensor_files.write(llama / heads.FILE, {"trunk.norm.weight": torch.ones(32)}, metadata)
+    with pytest.raises(UserError, match="its tensors: trunk.norm.weight belongs to the trunk"):
         read_folder(llama)

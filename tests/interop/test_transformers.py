@@ -208,6 +208,12 @@ def test_transformers_drafts_after_the_one_line_of_the_card(
     assert plain.tolist() == drafted.tolist()
 
 
+def test_check_refuses_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UserError, match="m.gguf is a GGUF file: it is examined by mtp-lightning"):
+        check.check(tmp_path / "m.gguf")
+
+
 def test_check_prints_the_line_and_its_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
