@@ -164,7 +164,7 @@ def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, config: DictC
             )
         plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
         OmegaConf.save(config, folder / "multirun.yaml")
-        retry_failed = config.sweep.retry_failed
+        retry_failed = OmegaConf.select(config, "sweep.retry_failed")
         todo = [job for job in configs if must_run(job.folder, retry_failed=retry_failed)]
         _say_plan(folder, configs, todo)
         for job in todo:

@@ -111,10 +111,11 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool) -> 
         name = keys.join(path, key)
         if closed and key not in rules.keys and not str(key).startswith("_"):
             raise _unknown(name, rules.keys, app)
-        if key in rules.keys:
+        comment = rules.keys.get(key, "mapping, or null" if path in keys.SEVERAL else None)
+        if comment is not None:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
-            keys.require_allowed(name, value, rules.keys[key], _option(path, target))
+            keys.require_allowed(name, value, comment, _option(path, target))
     if rules.needs is not None:
         what, package, extra = rules.needs
         require_package(package, what=what, extra=extra)

@@ -29,6 +29,7 @@ from mtp_lightning.settings import (
 
 # Groups whose keys are explained in other files, or are Hydra's.
 _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
+SEVERAL = ("callbacks", "logger")  # groups of which a run has several options; null removes one
 OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # A type; its lower bound, its upper bound and whether that one is included; and the text after it.
@@ -103,8 +104,7 @@ def _rules(option: Option) -> Iterator[tuple[str, str]]:
     for text in (option.comment, *(key.comment for key in option.keys)):
         yield from ((key.removeprefix(prefix), "") for key in _NAMED.findall(text))
     comments = {key.name: key.comment for key in option.keys}
-    # Null removes one of several.
-    mapping = "mapping, or null" if option.group in ("callbacks", "logger") else "mapping"
+    mapping = "mapping, or null" if option.group in SEVERAL else "mapping"
     for path, node in nodes(option.content, ""):
         for key, value in node.items():
             if key != "defaults":
@@ -155,9 +155,8 @@ def join(path: str, key: object) -> str:
 def require_allowed(name: str, value: Any, comment: str, option: str = "this option") -> None:
     """Refuse a value that a key's comment does not allow, and name those that it does. ``option``
     owns the key, for messages."""
-    if isinstance(value, str) and "${" in value:
-        return
-    if value is None and re.search(r"\bnull\b", comment):
+    looked_up = isinstance(value, str) and "${" in value
+    if looked_up or (value is None and re.search(r"\bnull\b", comment)):
         return
     if constant := re.match(r"always (\d+) here", comment):
         require(value == int(constant[1]), name, value, f"{constant[1]} with {option}")

@@ -93,6 +93,8 @@ optimizer=muon optimizer.lr optimizer.groups.muon=8 => optimizer.groups.muon mus
 optimizer.betas=0.9 => optimizer.betas must be a list, not 0.9
 model.rope_scaling=yarn => model.rope_scaling must be a mapping, not 'yarn'
 callbacks.nan_guard=8 => callbacks.nan_guard must be a mapping, not 8
++callbacks.mine=8 => callbacks.mine must be a mapping, not 8
++logger.mine=8 => logger.mine must be a mapping, not 8
 compare.match=8 => compare.match=8 is unknown: choose one of none
 trainer.precision=16 => trainer.precision=16 is unknown: choose one of auto
 allow=numpy => allow must be a list, not 'numpy'
@@ -102,8 +104,8 @@ mtp_lambda=1e200 => mtp_lambda must be a number of at least 0, not 1e+200, which
 lambda_schedule=geometric lambda_schedule.beta=1e200 => lambda_schedule.beta | 1e+200, which is too
 model.rope_theta=1000000000000000000000000000000 => model.rope_theta | 0, which is too large
 trainer.num_threads=1000000 => trainer.num_threads must be a whole number in [1, 1024], not 1000000
-data.num_workers=1000000000 => data.num_workers=1000000000
-trainer.devices=1000000000 => trainer.devices (auto for | [1, 1024], not 1000000000
+data.num_workers=1000000000 => data.num_workers=1,000,000,000 is too large: give at most 64
+trainer.devices=1000000 => trainer.devices must be a whole number in [1, 1024], not 1000000
 model.n_layers=1000000000 => model.n_layers
 model.d_model=2000000000 => model.d_model
 mtp.blocks=1000000000 => mtp.blocks=1,000,000,000 | make it smaller

@@ -95,6 +95,7 @@ train.py ~trainer.devices  [*] => ~trainer.devices deletes a key that every run 
 train.py ~model._target_ => ~model._target_ deletes a key that every run needs
 train.py optimizer.schedule=null => optimizer.schedule must be a mapping, not None
 train.py lambda_schedule=geometric lambda_schedule.beta=1e200 => 1e+200, which is too large
+train.py paths.output_dir=null => paths.output_dir must be a path, not None
 train.py compare.match=8 => compare.match=8 is unknown: choose one of none
 train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave mtp= out
 train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
