@@ -117,6 +117,8 @@ def build_mtp(cfg: DictConfig) -> MTPConfig:
 def build_balance(cfg: DictConfig) -> Balance:
     """Build the rule of the group ``balance``. Without MTP depths, it is :class:`NoBalance`."""
     balance: Balance = instantiate(cfg.balance, kind=Balance)
+    if balance.depth != (depth := build_mtp(cfg).depth):
+        raise UserError(f"balance.depth={balance.depth} is not mtp.depth={depth}: leave it out.")
     if balance.depth == 0 and not isinstance(balance, NoBalance):
         log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
         return NoBalance(0)
