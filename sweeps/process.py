@@ -166,13 +166,14 @@ class JobProcess:
             os.killpg(self.group, signum)
 
     def _judge(self, code: int) -> tuple[str, str | None]:
-        if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
-            return "done", None
-        if self.stopping is not None:
-            return "interrupted", self.stopping
+        asked = self.stopping
         for signum in (signal.SIGINT, signal.SIGTERM):
             if code in (-signum, 128 + signum):
-                return "interrupted", f"ended by {signum.name}"
+                asked = asked or f"ended by {signum.name}"
+        if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
+            return "done", None
+        if asked is not None:  # it may have been about to end: with keep=none it could not go on
+            return ("done", None) if _ended_unseen(self.job.folder) else ("interrupted", asked)
         if code == 0:
             return "failed", f"ended without {SUMMARY_FILE}"
         if code < 0:

@@ -113,6 +113,18 @@ def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
     assert sorted(ended) == ["b", "slow"]
 
 
+def test_a_job_that_is_stopped_after_its_summary_is_done(tmp_path: Path) -> None:
+    ending = job(tmp_path / "ending", f"sleep 0.5; {DONE}; echo up > up; sleep 60")
+    working = job(tmp_path / "working", f"{DONE}; touch -d '1 hour ago' summary.json; "
+                                        "echo up > up; sleep 60")  # fmt: skip
+    by_itself = job(tmp_path / "by_itself", f"sleep 0.5; {DONE}; exit 143")
+    pool(3, n_jobs=3).run([ending, working, by_itself], watch=hopeless_if_up)
+    assert [state_of(one.folder) for one in (ending, working, by_itself)] == [
+        "done", "interrupted", "done",
+    ]  # fmt: skip
+    assert status(ending)["reason"] is None and status(working)["reason"] == "hopeless"
+
+
 def test_child_processes_of_a_finished_job_are_ended(tmp_path: Path) -> None:
     one = job(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
