@@ -94,6 +94,9 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
     mtp = build_mtp(cfg)
+    for group in ("balance", "lambda_schedule"):
+        if (depth := cfg[group].get("depth", mtp.depth)) != mtp.depth:
+            raise UserError(f"{group}.depth={depth} is not mtp.depth={mtp.depth}: leave it out.")
     require_reach(
         {"mtp": {"depth": mtp.depth, "stride": mtp.stride}, "data": {"seq_len": cfg.data.seq_len}}
     )
@@ -117,8 +120,6 @@ def build_mtp(cfg: DictConfig) -> MTPConfig:
 def build_balance(cfg: DictConfig) -> Balance:
     """Build the rule of the group ``balance``. Without MTP depths, it is :class:`NoBalance`."""
     balance: Balance = instantiate(cfg.balance, kind=Balance)
-    if balance.depth != (depth := build_mtp(cfg).depth):
-        raise UserError(f"balance.depth={balance.depth} is not mtp.depth={depth}: leave it out.")
     if balance.depth == 0 and not isinstance(balance, NoBalance):
         log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
         return NoBalance(0)

@@ -96,6 +96,7 @@ callbacks.nan_guard=8 => callbacks.nan_guard must be a mapping, not 8
 +callbacks.mine=8 => callbacks.mine must be a mapping, not 8
 +logger.mine=8 => logger.mine must be a mapping, not 8
 balance=dwa balance.depth=8 => balance.depth=8 is not mtp.depth=2: leave it out
+lambda_schedule.depth=1000000000 => lambda_schedule.depth=1000000000 is not mtp.depth=2: leave
 compare.match=8 => compare.match=8 is unknown: choose one of none
 trainer.precision=16 => trainer.precision=16 is unknown: choose one of auto
 allow=numpy => allow must be a list, not 'numpy'
