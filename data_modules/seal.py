@@ -37,11 +37,7 @@ def seal(folder: Path) -> None:
 
 def require_sealed(folder: Path, memory: Path) -> None:
     """Checks that a folder's files are as they were sealed. A folder from before there were digests
-    gets them now, with one line in the log.
-
-    Args:
-        folder: a sealed folder.
-        memory: folder that remembers the digests of large files.
+    gets them now, with one line in the log. ``memory`` is as in :func:`content_digest`.
 
     Raises:
         UserError: if a file has other contents or is missing.

@@ -187,11 +187,8 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
-        """n prompts from validation data, int64; for text, each of ``length`` tokens.
-
-        Args:
-            fewer: whether fewer than n, at least one, are accepted instead of refused.
-        """
+        """n prompts from validation data, int64; for text, each of ``length`` tokens. With
+        ``fewer``, fewer than n, at least one, are accepted instead of refused."""
 
     @property
     def _loading(self) -> dict[str, Any]:

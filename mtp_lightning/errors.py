@@ -20,13 +20,8 @@ def counted(n: int, noun: str) -> str:
 
 
 def missing_package(name: str, *, what: str, extra: str | None) -> UserError:
-    """The error for an optional package that is not installed.
-
-    Args:
-        name: the package.
-        what: the setting or file that needs it.
-        extra: this project's extra that installs it; None if there is none.
-    """
+    """The error for an optional package that is not installed, which a setting or file (``what``)
+    needs, and which an ``extra`` of this project installs, if there is one."""
     checkout = "" if extra is None else f" (in a checkout: pip install -e '.[{extra}]')"
     return UserError(f"{what} needs the package {name}: pip install {name}{checkout}.")
 
@@ -46,13 +41,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The remedy for an unknown word, with a period: ``did you mean sequential?``
-
-    Args:
-        word: the unknown word.
-        known: the known words.
-        otherwise: the remedy if no known word is similar; empty lists all of them.
-    """
+    """The remedy for an unknown word, as a sentence: ``did you mean sequential?`` If no known word
+    is similar, it is ``otherwise``, or the list of all known words."""
     known = list(known)
     if near := nearest(word, known):
         return f"did you mean {near}?"

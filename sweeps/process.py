@@ -172,7 +172,7 @@ class JobProcess:
                 asked = asked or f"ended by {signum.name}"
         if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
             return "done", None
-        if asked is not None:  # it may have been about to end: with keep=none it could not go on
+        if asked is not None:  # it may have been about to end: with keep=none it could not continue
             return ("done", None) if _ended_unseen(self.job.folder) else ("interrupted", asked)
         if code == 0:
             return "failed", f"ended without {SUMMARY_FILE}"

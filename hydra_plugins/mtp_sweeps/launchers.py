@@ -14,13 +14,8 @@ from omegaconf import DictConfig
 
 
 class SweepLauncher(Launcher):
-    """Passes the jobs of a sweep to the module that runs them.
-
-    Args:
-        module: a module of ``sweeps/``; None leaves the jobs to workers.
-        dry_run: only check and list the jobs.
-        settings: keyword arguments of the module's ``run``.
-    """
+    """Passes the jobs of a sweep to the module of ``sweeps/`` that runs them; None leaves them to
+    workers, and ``dry_run`` only checks and lists them. ``settings`` are for its ``run``."""
 
     composes = True  # before the first job starts, so the sweeper need not
     config: DictConfig  # the sweep's own

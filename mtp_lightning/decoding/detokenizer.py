@@ -22,12 +22,8 @@ class Detokenizer:
     """Takes the tokens of one text as they come.
 
     A character of several tokens is returned with the last of them. The results joined are the text
-    of all tokens, except for an incomplete character at the end.
-
-    Args:
-        tokenizer: the model's, with ``decode(ids)``.
-        before: the tokens before the text.
-        ends: the tokens that end a text and have no text.
+    of all tokens, except for an incomplete character at the end. ``ends`` are the tokens that end a
+    text and have no text.
     """
 
     def __init__(self, tokenizer: Any, before: Prompt, ends: Collection[int]) -> None:

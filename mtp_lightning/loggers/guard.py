@@ -23,11 +23,8 @@ class GuardedLogger:
     another logger.
 
     Lightning calls ``finalize("success")`` whenever ``fit`` or ``validate`` ends. A run ends later,
-    when its ``summary.json`` is written: then :meth:`close` passes it on.
-
-    Args:
-        logger: a logger of Lightning, or a :class:`RunLogger`.
-        key: its name in the config's group ``logger``.
+    when its ``summary.json`` is written: then :meth:`close` passes it on. ``key`` is the logger's
+    name in the config's group ``logger``.
     """
 
     def __init__(self, logger: Logger, key: str) -> None:

@@ -58,12 +58,8 @@ class DepthRates(Sums):
     million nats.
 
     If the depths have a head of their own, over some tokens, q is 0 for the others, and the loss
-    leaves targets among those out. The other rates do not.
-
-    Args:
-        depth: D.
-        text_bytes: evaluated UTF-8 bytes of every document of the text.
-        rescores: whether the stack has a rescorer.
+    leaves targets among those out. The other rates do not. ``rescores`` is whether the stack has a
+    rescorer.
     """
 
     # One number per depth, and in text_loss one per document.

@@ -370,9 +370,8 @@ def test_the_fingerprint_follows_content_not_path(tmp_path):
     assert module(tmp_path / "c", tmp_path / "y.bin", IdTokenizer(257, 256)).fingerprint != first
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("size", [30_000, 20_000, 40_000])
-def test_a_file_that_is_replaced_after_it_was_looked_through_is_refused(tmp_path, workers, size):
+@pytest.mark.parametrize(("size", "workers"), [(30_000, 0), (20_000, 0), (40_000, 0), (20_000, 1)])
+def test_a_file_that_is_replaced_after_it_was_looked_through_is_refused(tmp_path, size, workers):
     """Windows would be cut from other ids, by the bounds of the file before."""
     file = nanogpt(tmp_path / "x.bin", ids_of(texts()))
     data = module(tmp_path / "c", file, num_workers=workers)
