@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import is_whole, require
+from mtp_lightning.settings import require_whole
 from mtp_lightning.system import cores
 
 # PyTorch's default number of threads, read before anyone changes it; PyTorch knows no quota.
@@ -68,9 +68,7 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
         if "OMP_NUM_THREADS" in os.environ:
             return
         n = max(1, (_CORES - 1) // processes)
-    wanted = "a whole number from 1 to 1024, or null for all cores but one"
-    require(is_whole(n) and 1 <= n <= 1024, "num_threads", n, wanted)
-    torch.set_num_threads(n)
+    torch.set_num_threads(require_whole("num_threads", n, least=1, most=1024))
 
 
 @contextmanager

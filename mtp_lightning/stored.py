@@ -16,6 +16,7 @@ values are treated as data, and the functions below refuse others by a :class:`U
 from __future__ import annotations
 
 import json
+import math
 import os
 import pydoc
 import re
@@ -230,13 +231,14 @@ def is_cache(folder: Any) -> bool:
 def require_memory(config: Any, *, machines: int = 1) -> None:
     """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
     this one's size) that share it, before it is built; a weight takes 2 bytes at least."""
-    trunk, mtp = config.trunk, config.mtp
-    sizes = {f"model.{k}": getattr(trunk, k) for k in ("n_layers", "d_model", "d_ff", "vocab_size")}
-    sizes |= {"mtp.depth": mtp.depth, "mtp.blocks": mtp.blocks}
-    of = ("a model of", sizes, "its weights alone")
+    trunk, keys = config.trunk, ("n_layers", "d_model", "d_ff", "vocab_size")
+    modules = {f"mtp.{key}": getattr(config.mtp, key) for key in ("depth", "blocks", "rank")}
+    sizes = {f"model.{key}": getattr(trunk, key) for key in keys} | modules
+    what = ("a model of", sizes, "its weights alone")
     # Checked first, since counting the weights takes time for every layer.
-    require_fits(BYTES_OF_LAYER * (trunk.n_layers + mtp.depth * mtp.blocks), *of, machines=machines)
-    require_fits(2 * config.num_params(), *of, machines=machines)
+    n_layers = trunk.n_layers + math.prod(modules.values())
+    require_fits(n_layers * BYTES_OF_LAYER, *what, machines=machines)
+    require_fits(2 * config.num_params(), *what, machines=machines)
 
 
 def require_fits(

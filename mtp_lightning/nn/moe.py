@@ -132,7 +132,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             )
 
     def rate(self, fraction: float) -> float:
-        """gamma after a ``fraction`` of the run."""
+        """gamma after a ``fraction`` of the run; the sum is rounded, as 1 - 0.18 exceeds 0.82."""
         return 0.0 if round(fraction + self.bias_frozen, 9) >= 1 else self.bias_rate
 
 

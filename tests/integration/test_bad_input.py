@@ -111,6 +111,7 @@ trainer.devices=1000000 => trainer.devices must be a whole number in [1, 1024], 
 model.n_layers=1000000000 => model.n_layers
 model.d_model=2000000000 => model.d_model
 mtp.blocks=1000000000 => mtp.blocks=1,000,000,000 | make it smaller
+mtp=linear mtp.rank=1000000000 => mtp.rank=1,000,000,000 | make it smaller
 model.d_ff=1000000000000 => model.d_ff
 +model.vocab_size=1000000000000 => model.vocab_size
 model.rope_theta=nan => model.rope_theta

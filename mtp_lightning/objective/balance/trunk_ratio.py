@@ -57,7 +57,7 @@ class TrunkRatio(Balance):
         return [base[0], *lambdas[1:]]
 
     def rests_at(self, progress: Progress) -> bool:
-        return round(progress.fraction + self.frozen, 9) >= 1
+        return round(progress.fraction + self.frozen, 9) >= 1  # 1 - 0.18 is above 82 / 100
 
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
