@@ -120,6 +120,6 @@ def windows_at(tokens: np.ndarray | ShardedTokens, first: np.ndarray, length: in
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
-    """Size, time and inode of a file: one of them differs in a file that takes its place."""
+    """Size, time and inode of a file, without the ctime of ``digests.stamp``: chmod changes it."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino

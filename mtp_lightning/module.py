@@ -50,8 +50,6 @@ class MTPModule(pl.LightningModule):
     """Trains the model of an :class:`OptimizerStep`.
 
     Args:
-        step: one optimizer step.
-        optimizer: config of the optimizer.
         deferred: whether the weights are drawn after sharding (:func:`new_model`).
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
         extra: plain containers stored in every checkpoint (tokenizer, fingerprint of the data,

@@ -29,15 +29,14 @@ def is_whole(value: Any) -> TypeGuard[int]:
     return True
 
 
-def require(condition: bool, key: str, value: Any, wanted: str) -> None:
+def require(condition: bool, key: str, value: Any, wanted: str, note: str = "") -> None:
     """Refuse the value of a dotted key by a :class:`UserError` unless a condition holds. ``wanted``
-    are the allowed values, in words that follow "must be"."""
+    are the allowed values, in words that follow "must be"; a ``note`` on the value ends it."""
     if not condition:
         # Python refuses to print a number of thousands of digits.
         bits = int(value).bit_length() if is_whole(value) else 0
         shown = f"a number of {bits} bits" if bits > 1023 else repr(value)
-        too_large = "number" in wanted[:14] and isinstance(value, int | float) and value >= 1 << 63
-        raise UserError(f"{key} must be {wanted}, not {shown}{', which is too large' * too_large}.")
+        raise UserError(f"{key} must be {wanted}, not {shown}{note}.")
 
 
 def require_whole(
@@ -47,7 +46,7 @@ def require_whole(
     otherwise raise a :class:`UserError`."""
     whole = isinstance(value, int) and is_whole(value) and abs(value) < 1 << 63
     fits = whole and (least is None or value >= least) and (most is None or value <= most)
-    require(fits, key, value, "a whole number" + _bounds(least, None, most, None))
+    require(fits, key, value, "a whole number" + _bounds(least, None, most, None), _size(value))
     return value
 
 
@@ -71,7 +70,7 @@ def require_number(
         and (most is None or value <= most)
         and (below is None or value < below)
     )
-    require(fits, key, value, "a number" + _bounds(least, above, most, below))
+    require(fits, key, value, "a number" + _bounds(least, above, most, below), _size(value))
     return value
 
 
@@ -86,6 +85,10 @@ def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
     return value
+
+
+def _size(value: Any) -> str:
+    return ", which is too large" if isinstance(value, int | float) and value >= 1 << 63 else ""
 
 
 def _bounds(

@@ -111,7 +111,6 @@ def require_sizes(node: Any, *, source: object = None) -> None:
     """Refuse data settings of implausible size.
 
     Args:
-        node: the settings.
         source: the file that stores them; None for those of a command line, so that no run begins
             that could not be evaluated.
     """

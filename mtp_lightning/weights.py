@@ -211,7 +211,6 @@ def load_weights(
     loaded, NaN and infinity after the last.
 
     Args:
-        model: the model.
         weights: the weights by the model's names. For bf16 parameters they are rounded, and a
             warning says so.
         source: the weights' origin, for messages.
