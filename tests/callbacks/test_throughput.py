@@ -178,7 +178,7 @@ def test_the_matmul_rate_is_near_that_of_a_plain_product() -> None:
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
-    assert 0.1 < measured.fastest / (2 * 1024**3 / min(times)) < 10, "also on a busy machine"
+    assert 0.2 < measured.fastest / (2 * 1024**3 / min(times)) < 5
 
 
 def test_the_dtype_follows_the_precision() -> None:
