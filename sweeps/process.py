@@ -88,10 +88,10 @@ class JobProcess:
         # A killed sweep leaves jobs that are still saving.
         if not self._lock.wait(seconds=grace_seconds + 60, before=check):
             raise BlockingIOError(f"{job.folder} is still in use by a process of an earlier start.")
-        # If the job finished after its sweep was killed, run ``true`` in its place, which records
-        # it as done.
-        unseen = job.nodes == 1 and _ended_unseen(job.folder)
-        self._command = ("true",) if unseen else job.command
+        # If the job finished after its sweep was killed, or while Slurm queued it again, run
+        # ``true`` in its place, which records it as done.
+        finished = job.nodes == 1 and _has_finished(job.folder)
+        self._command = ("true",) if finished else job.command
         self._started = now()
         try:
             self._watchdog = _Watchdog(grace_seconds)
@@ -173,7 +173,7 @@ class JobProcess:
         if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
             return "done", None
         if asked is not None:  # it may have been about to end: with keep=none it could not continue
-            return ("done", None) if _ended_unseen(self.job.folder) else ("interrupted", asked)
+            return ("done", None) if _has_finished(self.job.folder) else ("interrupted", asked)
         if code == 0:
             return "failed", f"ended without {SUMMARY_FILE}"
         if code < 0:
@@ -194,15 +194,14 @@ class JobProcess:
         )
 
 
-def _ended_unseen(folder: Path) -> bool:
-    """Whether a job's status is running, but its summary was written later."""
+def _has_finished(folder: Path) -> bool:
+    """Whether a job has a summary, and its status is done, or is running and older."""
     try:
         written = (folder / SUMMARY_FILE).stat().st_mtime_ns
-        return (
-            state_of(folder) == "running" and written >= (folder / STATUS_FILE).stat().st_mtime_ns
-        )
+        began = (folder / STATUS_FILE).stat().st_mtime_ns
     except FileNotFoundError:
         return False
+    return {"done": True, "running": written >= began}.get(state_of(folder), False)
 
 
 def silence(folder: Path) -> float:

@@ -215,10 +215,11 @@ def test_ctrl_c_ends_the_wait_for_a_process_of_an_earlier_sweep(tmp_path: Path) 
     assert state_of(one.folder) == "done"
 
 
-@pytest.mark.parametrize("finished", ["since", "before", "not"])
+@pytest.mark.parametrize("finished", ["since", "before", "not", "seen"])
 def test_a_job_that_finished_without_its_sweep_is_not_run_again(tmp_path, finished):
     one = job(tmp_path / "a", f"echo x >> begun; {DONE}")
-    write_status(one.folder, one.overrides, "running")
+    # Slurm queues a job again that was asked to save, also if it ended well instead.
+    write_status(one.folder, one.overrides, "done" if finished == "seen" else "running")
     if finished != "not":
         (one.folder / "summary.json").write_text("{}")
         # A summary older than the status is of an earlier start, and does not count.
@@ -226,7 +227,7 @@ def test_a_job_that_finished_without_its_sweep_is_not_run_again(tmp_path, finish
         os.utime(one.folder / "summary.json", (at, at))
     pool(1).run([one])
     assert (status(one)["state"], status(one)["exit_code"]) == ("done", 0)
-    assert (one.folder / "begun").exists() == (finished != "since")
+    assert (one.folder / "begun").exists() == (finished in ("before", "not"))
 
 
 def test_jobs_of_several_nodes_are_refused_before_any_starts(tmp_path: Path) -> None:
