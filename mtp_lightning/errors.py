@@ -13,6 +13,14 @@ class UserError(ValueError):
     """
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether the machine or a GPU has too little memory. PyTorch raises a plain RuntimeError for
+    the machine's."""
+    # Compared by name, since importing torch takes time.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
 def counted(n: int, noun: str) -> str:
     """``1 job``, ``2 jobs``, ``2,000 passes``."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"

@@ -116,11 +116,8 @@ def _each(values: str, quote: Callable[[str], str]) -> str:
 
 def _in_quotes(text: str) -> str:
     # Escape the text's quotes, and the backslashes before a quote or at the end.
-    return "'" + re.sub(r"(\\*)('|\Z)", _escaped, text) + "'"
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return match[1] * 2 + ("\\'" if match[2] else "")
+    doubled = re.sub(r"\\+(?='|\Z)", r"\g<0>\g<0>", text)
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def _kind(value: str) -> str:

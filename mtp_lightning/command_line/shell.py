@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, lacks_memory
 from mtp_lightning.paths import ROOT
 
 _OWN = tuple(
@@ -246,6 +246,9 @@ def _message(error: Exception) -> str | None:
         if error.filename is None or error.strerror is None:
             return str(error)
         return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check the path."
+    if lacks_memory(error):
+        reason = ". ".join(str(error).split(". ")[:2]) or "The memory is full"
+        return f"{reason}: take smaller batches, shorter windows or a smaller model."
     if isinstance(error, ValueError) and _is_users(error):
         return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
     return None

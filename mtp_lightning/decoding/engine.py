@@ -29,7 +29,7 @@ from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, lacks_memory
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
 
@@ -163,8 +163,7 @@ class Engine:
         try:
             sequences = self._join(requests)
         except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not known and "DefaultCPUAllocator" not in str(error):  # a plain RuntimeError
+            if not lacks_memory(error):
                 raise
             if self._decoder is not None:
                 self._decoder.keep_rows(len(self._sequences))

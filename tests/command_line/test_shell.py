@@ -56,6 +56,34 @@ def test_errors_that_a_user_can_correct_are_one_line(fails, of_users_code, capsy
     assert ("HYDRA_FULL_ERROR" in line) == of_users_code
 
 
+def torch_without_memory() -> None:
+    torch.empty(1 << 50)
+
+
+def gpu_without_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8 GiB.")
+
+
+def python_without_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (torch_without_memory, "can't allocate memory: you tried to allocate 4503599627370496"),
+        (gpu_without_memory, "error: CUDA out of memory. Tried to allocate 9 GiB:"),
+        (python_without_memory, "error: The memory is full:"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(fails, reason, capsys):
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        fails()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1 and reason in line
+    assert line.endswith(": take smaller batches, shorter windows or a smaller model.")
+
+
 def value_error_of_torch() -> None:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=-1.0)
 
