@@ -218,7 +218,8 @@ def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
         index.write_text("[")
     else:  # the digests do not show the damage
         entries = json.loads(index.read_text())
-        entries["trunk.embedding.weight"][1 if damage == "shape" else 0] += 1 << 20
+        field, more = (1, -1) if damage == "shape" else (0, 1 << 20)
+        entries["trunk.embedding.weight"][field] += more
         index.write_text(json.dumps(entries))
         (folder / "digests.json").unlink()
     for name, weight in opened().named_parameters():

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics import rates as rates_file
-from mtp_lightning.metrics.rates import DepthRates, bits_per_byte, bits_per_byte_se
+from mtp_lightning.metrics.rates import (
+    DepthRates,
+    bits_per_byte,
+    bits_per_byte_se,
+    own_values,
+)
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.kinds import NoModules
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.nn.head import Head
+from tests.models import build, windows
 
 
 class Stack(NoModules):
@@ -165,14 +171,25 @@ def test_rates_have_the_same_bits_in_any_order_of_batches() -> None:
     assert values[0] == values[1] == values[2]
 
 
-def test_rates_under_autocast_compute_the_head_in_fp32() -> None:
+def test_rates_under_autocast_compute_the_heads_in_fp32() -> None:
     """In bfloat16, the two best of a thousand logits are often equal."""
     weight, batch = torch.randn(1000, 8), WindowBatch(torch.randint(0, 1000, (2, 66)), 1)
+    own_head = OwnHead(1000, 8, None)
+    torch.nn.init.normal_(own_head.weight)
     hidden = {k: torch.randn(2, 64, 8, dtype=torch.bfloat16) for k in range(2)}
     values = []
     for enabled in (False, True):
         metric = DepthRates(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            metric.update(Model(weight), batch, hidden)
+            metric.update(Model(weight, own_head), batch, hidden)
         values.append(metric.compute())
     assert values[0] == values[1]
+
+
+def test_a_stacks_own_loss_under_autocast_is_computed_in_fp32(tiny_trunk) -> None:
+    stack = build(tiny_trunk, "bag", depth=1).mtp
+    batch, hidden = windows(2, 8, 1), torch.randn(2, 8, tiny_trunk.d_model)
+    plain, _ = own_values(stack, 1, batch, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = own_values(stack, 1, batch, hidden)
+    assert torch.equal(plain, mixed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -116,6 +116,8 @@ knot_lists = st.dictionaries(
 
 @settings(max_examples=40)
 @given(knot_lists, st.sampled_from(INTERPOLATIONS), st.integers(0, 1000))
+# 0.3 + (0.9 - 0.3) is above 0.9 in floating point.
+@example({0.0: [0.3, 0.4, 0.8], math.nextafter(0.5, 1): [0.9, 0.1, 0.2]}, "cosine", 500)
 def test_weights_are_between_those_of_the_nearest_knots(
     knots, interpolation: str, step: int
 ) -> None:

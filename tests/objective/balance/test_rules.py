@@ -90,6 +90,15 @@ def test_dwa_equals_its_formula() -> None:
         feed(rule, step, losses)
 
 
+def test_dwa_takes_the_mean_of_the_steps_in_which_a_depth_was_computed() -> None:
+    rule, seldom = DWA(2, window_steps=2), [1.0, 0.3, 0.0]
+    for step in range(4):
+        feed(rule, step, LOSSES[step], base=seldom if step == 2 else BASE)
+    first, second = [(a + b) / 2 for a, b in zip(LOSSES[0], LOSSES[1], strict=True)], LOSSES[3]
+    ratios = [(LOSSES[2][k] + second[k]) / 2 / first[k] for k in (0, 1)] + [second[2] / first[2]]
+    assert rule.ratios().tolist() == pytest.approx(ratios)
+
+
 def test_dwa_ignores_a_depth_of_weight_0_and_starts_a_new_one_with_ratio_1() -> None:
     rule = DWA(2, window_steps=1)
     off = [1.0, 0.3, 0.0]
