@@ -36,19 +36,28 @@ static inline Whole load_whole(const char* from) { return *(const LooseWhole*)fr
 
 // A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
 // each<V>(panel, inputs, body), which calls body(k, weight[V]) for every input k. Where it is SCALED,
-// weight is to be multiplied by scale<V>(panel, v).
+// weight is to be multiplied by scale<V>(panel, v). Formats that are not in blocks read P adjacent panels
+// of V / P vectors at once: each<V, P>.
+
+// Where vector v of an input is; panels of `size` bytes have W vectors of `bytes` each.
+template <int W>
+INLINE const char* vector_of(const char* panel, int64_t size, int v, int64_t bytes) {
+    return panel + v / W * size + v % W * bytes;
+}
 
 struct Full {
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
-    template <int V, bool PREFETCHES = false, typename Body>
+    template <int V, int P = 1, bool PREFETCHES = false, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
-        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
+        int64_t size = bytes(PANEL, inputs);
+        for (int64_t k = 0; k < inputs; k++, panel += V / P * sizeof(Vector)) {
             Vector weight[V];
             times<V>(BODY(int v) {
-                if (PREFETCHES) prefetch(panel + v * sizeof(Vector));
-                weight[v] = load((const float*)panel + v * LANES);
+                const char* from = vector_of<V / P>(panel, size, v, sizeof(Vector));
+                if (PREFETCHES) prefetch(from);
+                weight[v] = load((const float*)from);
             });
             body(k, weight);
         }
@@ -61,13 +70,15 @@ struct Bf16 {
     static constexpr int UNIT = 2;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
-    template <int V, typename Body>
+    template <int V, int P = 1, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
-        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
+        int64_t size = bytes(PANEL, inputs);
+        for (int64_t k = 0; k < inputs; k++, panel += V / P * sizeof(Vector) / 2) {
             Vector weight[V];
             times<V / 2>(BODY(int v) {
-                prefetch(panel + v * sizeof(Vector));
-                Whole pair = load_whole(panel + v * sizeof(Vector));
+                const char* from = vector_of<V / P / 2>(panel, size, v, sizeof(Vector));
+                prefetch(from);
+                Whole pair = load_whole(from);
                 weight[2 * v] = lower_half(pair), weight[2 * v + 1] = upper_half(pair);
             });
             body(k, weight);
@@ -80,13 +91,15 @@ struct Fp16 {
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
-    template <int V, typename Body>
+    template <int V, int P = 1, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
-        for (int64_t k = 0; k < inputs; k++, panel += V * LANES * 2) {
+        int64_t size = bytes(PANEL, inputs);
+        for (int64_t k = 0; k < inputs; k++, panel += V / P * LANES * 2) {
             Vector weight[V];
             times<V>(BODY(int v) {
-                if (v % 2 == 0) prefetch(panel + v * LANES * 2);
-                weight[v] = load_fp16(panel + v * LANES * 2);
+                const char* from = vector_of<V / P>(panel, size, v, LANES * 2);
+                if (v % 2 == 0) prefetch(from);
+                weight[v] = load_fp16(from);
             });
             body(k, weight);
         }
@@ -99,13 +112,17 @@ struct Byte {
     static constexpr bool SCALED = true, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
     INLINE Vector scale(const char* panel, int v) { return load((const float*)panel + v * LANES); }
-    template <int V, typename Body>
+    template <int V, int P = 1, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
-        panel += V * sizeof(Vector);
-        for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
+        int64_t size = bytes(PANEL, inputs);
+        panel += V / P * sizeof(Vector);
+        for (int64_t k = 0; k < inputs; k++, panel += V / P * LANES) {
             Vector weight[V];
-            prefetch(panel);
-            times<V>(BODY(int v) { weight[v] = load_bytes((const int8_t*)panel + v * LANES); });
+            times<V>(BODY(int v) {
+                const char* from = vector_of<V / P>(panel, size, v, LANES);
+                if (v % (V / P) == 0) prefetch(from);
+                weight[v] = load_bytes((const int8_t*)from);
+            });
             body(k, weight);
         }
     }
@@ -151,7 +168,7 @@ struct Blocks {
         Whole moved = left > 0 ? lanes << left : lanes >> -left;
         return (Vector)masked_or(moved, ((1 << BITS) - 1) << (23 - BITS), 0x3f800000);
     }
-    template <int V, typename Body>
+    template <int V, int = 1, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k += GROUP) {
             Vector step[V], offset[V];

@@ -11,26 +11,28 @@
 
 #include "integer.h"
 
-// R rows of x[M, K] times a panel, into (or added to) `left` outputs of R rows of out[M, N].
-template <typename Format, int R, int V>
-static void rows_of_panel(const float* x, int64_t inputs, const char* panel, float* out,
-                          int64_t outputs, int64_t left, bool add) {
+// R rows of x[M, K] times P adjacent panels of V vectors in all, into (or added to) `left` outputs of R rows
+// of out[M, N].
+template <typename Format, int R, int V, int P = 1>
+static void rows_of_panels(const float* x, int64_t inputs, const char* panel, float* out,
+                           int64_t outputs, int64_t left, bool add) {
+    int64_t size = Format::bytes(PANEL, inputs);
     Vector sum[R][V];
     each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
     auto product = BODY(int64_t k, auto& weight) {
         add_products<R, V>(BODY(int r) { return x[r * inputs + k]; }, weight, sum);
     };
-    // Prefetching fp32 panels slows one row down; for several rows it pays only on some CPUs.
-    if constexpr (R > 1 && std::is_same_v<Format, Full>) {
+    if constexpr (std::is_same_v<Format, Full>) {  // prefetching pays only on some CPUs
         if (PREFETCH_BYTES)
-            Full::each<V, true>(panel, inputs, product);
+            Full::each<V, P, true>(panel, inputs, product);
         else
-            Full::each<V>(panel, inputs, product);
+            Full::each<V, P>(panel, inputs, product);
     } else {
-        Format::template each<V>(panel, inputs, product);
+        Format::template each<V, P>(panel, inputs, product);
     }
     each_vector<R, V>(BODY(int r, int v) {
-        if constexpr (Format::SCALED) sum[r][v] *= Format::scale(panel, v);
+        if constexpr (Format::SCALED)
+            sum[r][v] *= Format::scale(panel + v / (V / P) * size, v % (V / P));
         store_sum(out + r * outputs + v * LANES, sum[r][v], left - v * LANES, add);
     });
 }
@@ -78,10 +80,20 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
     // With 16 registers, the sums of more rows leave none for the scales of blocks.
     constexpr int64_t ROWS = REGISTERS == 16 && Format::IN_BLOCKS ? 4 : HIGH;
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
+    // The sums of one row and one panel are too few chains to hide the latency of multiply-adds and of memory.
+    // Unpacking blocks takes longer than both.
+    int64_t pairs = !Format::IN_BLOCKS && rows == 1 ? outputs / (2 * PANEL) : 0;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
-    for (int64_t p = 0; p < panels; p++) {
+    for (int64_t j = 0; j < panels - pairs; j++) {
+        int64_t p = j < pairs ? 2 * j : j + pairs;
         int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
         const char* panel = weight + p * size;
+        if constexpr (!Format::IN_BLOCKS)
+            if (j < pairs) {
+                rows_of_panels<Format, 1, 2 * WIDE_VECTORS, 2>(x, inputs, panel, out + at, outputs,
+                                                               left, add);
+                continue;
+            }
         if constexpr (Format::SCALED || Format::IN_BLOCKS)  // not bf16 and fp16, which one instruction unpacks
             if (rows >= WORTH_UNPACKING) {
                 sized<1>(1, width, [&](auto, auto v) {
@@ -92,7 +104,7 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
         for (int64_t i = 0; i < rows; i += ROWS)
             sized<ROWS>(rows - i, width, [&](auto r, auto v) {
                 if constexpr (v.value % Format::UNIT == 0)
-                    rows_of_panel<Format, r.value, v.value>(
+                    rows_of_panels<Format, r.value, v.value>(
                         x + i * inputs, inputs, panel, out + i * outputs + at, outputs, left, add);
             });
     }
