@@ -44,7 +44,7 @@ class Pool:
 
     def run(
         self,
-        jobs: Iterable[Job],
+        jobs: Iterable[Job | None],
         *,
         watch: Callable[[Job], str | None] = _ignore,
         ended: Ended = _ignore,
@@ -52,7 +52,8 @@ class Pool:
         """Runs all jobs; their status files say how they ended.
 
         Args:
-            jobs: taken one by one, each when there is room for it.
+            jobs: taken one by one, each when there is room for it; None says that there is none
+                now, but perhaps later.
             watch: called now and then for each running job; a text stops it, and is the reason.
                 At ``LOST`` it is killed and its status left unchanged.
             ended: called for each job that has ended.
@@ -81,7 +82,7 @@ class Pool:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
 
-    def _fill(self, source: Iterator[Job], waiting: Job | None, ended: Ended) -> Job | None:
+    def _fill(self, source: Iterator[Job | None], waiting: Job | None, ended: Ended) -> Job | None:
         """Starts jobs while there is room; returns the next job if it has to wait."""
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):

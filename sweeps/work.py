@@ -15,7 +15,6 @@ import os
 import shlex
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
 from sweeps.display import Lines
 from sweeps.interrupts import continued_by, interrupts
-from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
+from sweeps.lease import STALE_SECONDS, Leases, this_process
 from sweeps.machine import MemoryUse
 from sweeps.plan import TRAIN, PlannedJob, SweepPlan, must_run, varied_labels
 from sweeps.pool import LOST, Pool
@@ -38,7 +37,7 @@ _BEATS = 8  # per time after which a lease is stale
 
 
 class SweepWorker:
-    """An iterator over the jobs that this worker can get: it may continue after it ended.
+    """The jobs that this worker can get.
 
     Args:
         look_seconds: seconds between two looks at the others' leases.
@@ -72,34 +71,25 @@ class SweepWorker:
             )
         self.too_large = {name: job for name, job in self.jobs.items() if not _fits(job, queue)}
         self._unfinished = [name for name in self.jobs if name not in self.too_large]
-        self._candidates: deque[tuple[str, Lease | None]] = deque()
-        self._last_look = -float("inf")
 
-    def __iter__(self) -> SweepWorker:
-        return self
-
-    def __next__(self) -> Job:
-        # A job that was free may be taken by now: only ``take`` decides.
-        if not self._candidates and time.monotonic() - self._last_look >= self._look_seconds:
-            self._last_look = time.monotonic()
-            self._candidates.extend(self._look())
-        while self._candidates:
-            name, lease = self._candidates.popleft()
-            if not must_run(self._folder / name) or not self._leases.take(name, lease):
-                continue
-            # Checked again: its previous worker may have ended it just before.
-            if must_run(self._folder / name):
-                return self.jobs[name]
-            self._leases.release(name)
-        raise StopIteration
-
-    def _look(self) -> Iterator[tuple[str, Lease | None]]:
-        newest = self._leases.look()
-        own_jobs = set(self._leases.held)
-        for name in self._unfinished:
-            lease = newest.get(name)
-            if name not in own_jobs and self._leases.free(lease):
-                yield name, lease
+    def __iter__(self) -> Iterator[Job | None]:
+        """Jobs that this worker has taken; None while it can take none."""
+        while True:
+            next_look = time.monotonic() + self._look_seconds
+            newest, own_jobs = self._leases.look(), set(self._leases.held)
+            free = {name: newest.get(name) for name in self._unfinished if name not in own_jobs}
+            free = {name: lease for name, lease in free.items() if self._leases.free(lease)}
+            for name, lease in free.items():
+                # A job that was free may be taken by now: only ``take`` decides.
+                if must_run(self._folder / name) and self._leases.take(name, lease):
+                    # Checked again: its previous worker may have ended it just before.
+                    if must_run(self._folder / name):
+                        yield self.jobs[name]
+                    else:
+                        self._leases.release(name)
+            yield None
+            while time.monotonic() < next_look:
+                yield None
 
     @property
     def has_jobs(self) -> bool:

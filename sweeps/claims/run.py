@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError, counted
@@ -15,7 +15,6 @@ from sweeps.claims.reuse import left_to_run, shared_runs
 from sweeps.interrupts import alone
 from sweeps.plan import PlannedJob, SweepPlan, must_run
 from sweeps.pool import make_pool
-from sweeps.process import Job
 
 
 def run(
@@ -80,8 +79,10 @@ def run(
             if read_status(job.folder) is None:
                 write_status(job.folder, job.overrides, "pending")
         if waiting:
-            ready = _Ready(waiting)
-            make_pool(waiting, n_jobs=n_jobs).run(ready, ended=ready.ended)
+            unfinished = {job.name for job in waiting}
+            make_pool(waiting, n_jobs=n_jobs).run(
+                _ready([*waiting], unfinished), ended=lambda job: unfinished.discard(job.name)
+            )
     return _say_unfinished(todo)
 
 
@@ -118,26 +119,14 @@ def _write_plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) ->
     plan.write(command)
 
 
-class _Ready:
-    """Jobs in order; one that branches from another comes once that has ended, and later jobs do
-    not wait for it."""
-
-    def __init__(self, waiting: Sequence[ClaimJob]) -> None:
-        self._waiting = list(waiting)
-        self._unfinished = {job.name for job in waiting}
-
-    def __iter__(self) -> _Ready:
-        return self
-
-    def __next__(self) -> Job:
-        for job in self._waiting:
-            if job.parent not in self._unfinished:
-                self._waiting.remove(job)
-                return job
-        raise StopIteration  # for now: the pool asks again while jobs run
-
-    def ended(self, job: Job) -> None:
-        self._unfinished.discard(job.name)
+def _ready(waiting: list[ClaimJob], unfinished: Collection[str]) -> Iterator[ClaimJob | None]:
+    """Jobs in order; one that branches from another comes once that is no longer ``unfinished``,
+    and later jobs do not wait for it. None while all jobs wait."""
+    while waiting:
+        job = next((job for job in waiting if job.parent not in unfinished), None)
+        if job is not None:
+            waiting.remove(job)
+        yield job
 
 
 def _say_unfinished(todo: Sequence[ClaimJob]) -> int:

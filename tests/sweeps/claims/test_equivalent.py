@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sweeps.claims.jobs import jobs
 from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.result import make_result
 from sweeps.claims.reuse import shared_runs
-from sweeps.claims.run import _Ready, _with_parents
+from sweeps.claims.run import _ready, _with_parents
 from sweeps.report.statistics import ratio_interval
 from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished_run, predict
 
@@ -174,13 +175,14 @@ def test_an_arm_branches_from_the_run_of_the_same_seed(tmp_path):
     assert [job.name for job in elsewhere] == [job.name for job in all_jobs]
     # A branch waits for its trunk.
     chosen = [job for job in all_jobs if job.arm in ("trunk", "long")]
-    ready = _Ready(chosen)
-    first = list(ready)
-    assert [job.name for job in first] == [trunks[3], trunks[1]]
+    unfinished = {job.name for job in chosen}
+    ready = _ready([*chosen], unfinished)
+    assert [job.name for job in takewhile(bool, ready)] == [trunks[3], trunks[1]]
+    assert next(ready) is None
+    for seed, begins in ((1, 3), (3, 1)):
+        unfinished.discard(trunks[seed])
+        assert next(ready) == chosen[begins]
     assert list(ready) == []
-    for ended, begins in ((1, 3), (0, 1)):
-        ready.ended(first[ended])
-        assert [job.name for job in ready] == [chosen[begins].name]
     # A parent that is only in a stored result runs again, for its checkpoints.
     (branch,) = [job for job in all_jobs if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)
@@ -211,10 +213,10 @@ def test_arms_start_from_arms_that_start_from_others(tmp_path):
     # All parents whose folders are missing run again.
     again = _with_parents([heads], [claim], tmp_path)
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
-    ready = _Ready(again)
-    for job in again:
-        assert list(ready) == [job]
-        ready.ended(job)
+    unfinished = {job.name for job in again}
+    for job in _ready([*again], unfinished):
+        assert job is not None and unfinished == {one.name for one in again[again.index(job) :]}
+        unfinished.discard(job.name)
 
 
 def test_a_plain_curve_on_another_text_is_undecided(tmp_path):
