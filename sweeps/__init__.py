@@ -2,3 +2,18 @@
 
 This package talks to runs only through their files and the command line; see docs/sweeps.md.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+V = TypeVar("V")
+
+
+def grouped(pairs: Iterable[tuple[Any, V]]) -> dict[Any, list[V]]:
+    """The values of each key, both in order of appearance."""
+    groups: dict[Any, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups

@@ -22,6 +22,7 @@ from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import read_status, state_of
 from mtp_lightning.stored import component, read_json
+from sweeps import grouped
 from sweeps.process import Job, python_command
 
 VERSION = 1
@@ -194,10 +195,7 @@ def refuse_run_folder(overrides: Iterable[str], remedy: str) -> None:
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Keys that do not have the same override in every job, in order of appearance."""
-    by_key: dict[str, list[str]] = {}
-    for overrides in jobs:
-        for override in overrides:
-            by_key.setdefault(key_of(override), []).append(override)
+    by_key = grouped((key_of(override), override) for overrides in jobs for override in overrides)
     return [key for key, group in by_key.items() if len(set(group)) > 1 or len(group) < len(jobs)]
 
 

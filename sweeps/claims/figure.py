@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.run.config import values_by_key
+from sweeps import grouped
 from sweeps.claims import words
 from sweeps.claims.claim import ClaimMeasure
 from sweeps.claims.decide import UNDECIDED, arm_share
@@ -85,11 +87,8 @@ def caption(result: Result, *, curves: bool = False) -> str:
 
 def _drawn(result: Result) -> list[list[dict[str, Any]]]:
     """The predictions with numbers, grouped by measure."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in words.entries(result):
-        if entry["effect"] is not None:
-            groups.setdefault(words.quantity(entry["measure"]), []).append(entry)
-    return list(groups.values())
+    entries = [entry for entry in words.entries(result) if entry["effect"] is not None]
+    return [*grouped((words.quantity(entry["measure"]), entry) for entry in entries).values()]
 
 
 def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Chart:
@@ -148,13 +147,11 @@ def _shares(result: Result, measure: dict[str, Any]) -> Chart:
 
 def panels(result: Result) -> dict[str, list[str]]:
     """The arms with curves, by tokenizer: nats per token of different tokenizers do not compare."""
-    by_tokenizer: dict[str, list[str]] = {}
-    for arm, content in result["arms"].items():
-        if _curves(content):
-            tokenizers = [o for o in content["overrides"] if o.startswith("tokenizer=")]
-            tokenizer = (tokenizers or [""])[-1].partition("=")[2]
-            by_tokenizer.setdefault(name_of("tokenizer", tokenizer), []).append(arm)
-    return by_tokenizer
+    return grouped(
+        (name_of("tokenizer", values_by_key(content["overrides"]).get("tokenizer", "")), arm)
+        for arm, content in result["arms"].items()
+        if _curves(content)
+    )
 
 
 def draw_curves(result: Result) -> Chart:

@@ -21,10 +21,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of, lies_in
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim, is_stale
-from sweeps.claims.decide import UNDECIDED
+from sweeps.claims.decide import UNDECIDED, seeds_needed
 from sweeps.claims.jobs import ClaimJob, branch_step, jobs
 from sweeps.claims.observe import ArmRun, Arms, observe
-from sweeps.claims.power import seeds_needed
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.result import Result, in_order, state, with_own_costs
 from sweeps.claims.reuse import shared_runs, with_stored

@@ -18,10 +18,8 @@ from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.stored import read_json
 from sweeps.claims import words
 from sweeps.claims.claim import CPU, Claim, Stored, is_stale
-from sweeps.claims.decide import FAILS, HOLDS
+from sweeps.claims.decide import FAILS, HOLDS, seeds_needed
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
-from sweeps.claims.lossless import lossless
-from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report import environment, require_packages
@@ -136,6 +134,36 @@ def _results(pairs: Sequence[Pair], root: Path) -> dict[str, Any]:
         "run": [section for section in on_cpu if section["result"] is not None],
         "missing": [section["claim"].name for section in on_cpu if section["result"] is None],
     }
+
+
+def lossless(root: Path) -> dict[str, Any] | None:
+    """The verdict over all certificates of ``results/certificates`` (``mtp-lightning certify``),
+    with the texts of each and of the other programs in it; None if there are none. The claim holds
+    if no certificate has a broken promise."""
+    rows, others, holds = [], [], True
+    for file in sorted((root / "results" / "certificates").glob("*.json")):
+        content = read_json(file)
+        cells, samples = content["cells"], [c["p"] for c in content["cells"] if "p" in c]
+        holds = holds and not content["broken"]
+        rows.append(
+            {
+                "file": file.name,
+                "model": content["model"],
+                "processor": content["processor"],
+                "weights": list(dict.fromkeys(cell["weights"] for cell in cells)),
+                "cells": len(cells),
+                "texts": sum(cell["texts"] for cell in cells),
+                "texts_equal": sum(cell["texts_equal"] for cell in cells),
+                "tokens": sum(cell["tokens"] for cell in cells),
+                "logits_equal": sum(cell["logits_equal"] for cell in cells),
+                "samples": len(samples),
+                "least_p": min(samples, default=None),
+            }
+        )
+        others += [{"processor": content["processor"], **count} for count in content["others"]]
+    if not rows:
+        return None
+    return {"state": HOLDS if holds else FAILS, "rows": rows, "others": others}
 
 
 def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:

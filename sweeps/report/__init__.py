@@ -1,9 +1,9 @@
 """Reports a sweep as a page: `python -m sweeps.report FOLDER`.
 
 Data flows through read.py (files -> runs), collect.py and settings.py (runs that differ only in the
-seed), compare.py and equivalent.py (differences, gains), figures.py with lines.py and training.py
-(drawn by chart.py), tables.py and findings.py, to page.py and events.py. texts.yaml and the
-templates have the words. The report trains nothing and writes nothing into a run's folder.
+seed), compare.py and equivalent.py (differences, gains), figures.py with lines.py (drawn by
+chart.py), tables.py and findings.py, to page.py. texts.yaml and the templates have the words. The
+report trains nothing and writes nothing into a run's folder.
 """
 
 from __future__ import annotations

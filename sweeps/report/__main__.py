@@ -47,7 +47,7 @@ def report(
     require_packages("the report")
     if not 0 <= level < 1:
         raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
-    from sweeps.report import chart, events, figures, page
+    from sweeps.report import chart, figures, page
 
     sweeps = _read(folders)
     settings = collect(sweeps, level=level)
@@ -59,7 +59,7 @@ def report(
         drawings = figures.draw(settings, comparisons, priced)
         svgs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
-        events.write_events(target / page.FIGURES, settings, drawings)
+        page.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings).encode(errors="backslashreplace"), target / "runs.csv")
     facts = (settings, comparisons, priced, drawings, svgs)
     reload_seconds = SECONDS if watched and settings.running else None

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sweeps import grouped
 from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, first_few
 from sweeps.report.names import sentence
 from sweeps.report.settings import Setting, Settings
@@ -27,11 +28,7 @@ def may_compare(setting: Setting, other: Setting) -> bool:
 
 def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
     """Settings with finished runs, grouped by those that may be compared."""
-    groups: dict[Any, list[Setting]] = {}
-    for setting in settings:
-        if setting.done:
-            groups.setdefault(_text(setting), []).append(setting)
-    return list(groups.values())
+    return [*grouped((_text(setting), setting) for setting in settings if setting.done).values()]
 
 
 def _text(setting: Setting) -> Any:
@@ -45,9 +42,7 @@ def refusal(settings: Sequence[Setting]) -> str:
     groups = by_text(settings)
     if len(groups) < 2:
         return ""
-    by_name: dict[str, list[Setting]] = {}
-    for group in groups:
-        by_name.setdefault(_name(group[0]), []).extend(group)
+    by_name = grouped((_name(setting), setting) for group in groups for setting in group)
     parts = [
         f"{name}{_bytes(group)}: {first_few([setting.name for setting in group])}"
         for name, group in by_name.items()
@@ -87,9 +82,7 @@ def _context(group: Sequence[Setting]) -> str:
         key = "context_unknown"
     else:
         key = "context_equal" if max(sizes) <= EQUAL_CONTEXT * min(sizes) else "context_differs"
-    by_size: dict[str, list[str]] = {}
-    for setting, window in zip(group, windows, strict=True):
-        by_size.setdefault(_window(*window), []).append(setting.name)
+    by_size = grouped((_window(*w), s.name) for s, w in zip(group, windows, strict=True))
     parts = [f"{size} with {first_few(labels)}" for size, labels in by_size.items()]
     return sentence(key, windows=first_few(parts, between=" | "))
 

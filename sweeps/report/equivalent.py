@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_lightning.run.config import lies_in
+from sweeps import grouped
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import FLOPS
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings
@@ -134,12 +135,8 @@ def families(settings: Settings) -> list[Family]:
     """The plain curves of a report with their arms. A family needs plain runs at two budgets and an
     arm; the loss is the headline metric."""
     tag = settings.headline.tag
-    groups: dict[str, list[Setting]] = {}
-    for setting in settings.all:
-        if setting.done:
-            groups.setdefault(_rest(setting), []).append(setting)
     complete = []
-    for group in groups.values():
+    for group in grouped((_rest(s), s) for s in settings.all if s.done).values():
         plain = [s for s in group if s.is_plain]
         arms = [s for s in group if s not in plain]
         # The rate of a run that stopped early has not decayed.

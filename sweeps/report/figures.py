@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from sweeps import grouped
 from sweeps.report.chart import (
     COLORS,
     QUIETLY,
@@ -23,13 +24,20 @@ from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.drawing import Drawing, drawing_of, text_error
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.lines import by_group, long_range, of_depths, over_places
+from sweeps.report.lines import (
+    by_group,
+    curve,
+    exact_match,
+    long_range,
+    of_depths,
+    over_places,
+    times,
+)
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
-from sweeps.report.training import curve, exact_match, times
 
 # Figures that join or rank settings: they are left out if the settings may not be compared. The
 # other figures show each setting on its own.
@@ -199,10 +207,10 @@ def heat_maps(settings: Settings) -> list[Drawing]:
     pair = (preferred + [key for key in keys if key not in preferred])[:2]
     if len(pair) < 2:
         return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
-    groups: dict[str, list[Setting]] = {}
-    for setting in settings.all:
-        rest = [name_of(k, show(v)) for k, v in setting.values.items() if k not in pair]
-        groups.setdefault(", ".join(rest), []).append(setting)
+    groups = grouped(
+        (", ".join(name_of(k, show(v)) for k, v in s.values.items() if k not in pair), s)
+        for s in settings.all
+    )
     maps = []
     for number, (name, members) in enumerate(groups.items()):
         if all(_values(members, key) > 1 for key in pair):

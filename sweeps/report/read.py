@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,19 +100,16 @@ class RunRecord:
 
     def fact(self, *keys: str) -> Any:
         """A finished run's value under nested keys of its summary; None if there is none."""
-        value: Any = self.summary
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return _nested(self.summary, *keys)
 
     @property
     def text(self) -> EvaluatedText:
         """The text that a finished run was evaluated on."""
-        digest = self.fact("evaluation", "fingerprint")
-        counts = [self.fact("evaluation", name) for name in ("documents", "bytes", "tokens")]
-        has_digest = isinstance(digest, str) and digest != ""
+        names = ("fingerprint", "documents", "bytes", "tokens")
+        digest, *counts = (self.fact("evaluation", name) for name in names)
         return EvaluatedText(
-            digest if has_digest else None, *(c if isinstance(c, int) else None for c in counts)
+            digest if isinstance(digest, str) and digest else None,
+            *(count if isinstance(count, int) else None for count in counts),
         )
 
 
@@ -162,17 +160,15 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     if not sweep.runs and _is_run(folder):
         sweep.runs.append(read(folder))
     inner = [path.name for path in sorted(folder.iterdir()) if (path / SWEEP_FILE).is_file()]
-    if inner and not sweep.runs:
+    if not sweep.runs:
         raise FileNotFoundError(
             f"{folder} holds sweeps, not runs: give one of them, as {folder / inner[0]}."
+            if inner
+            else f"{folder} holds no runs: give the folder of a sweep, whose subfolders have a "
+            f"{CONFIG_FILE}."
         )
     if inner:
         sweep.notes.append(f"Sweeps in subfolders are left out: {', '.join(inner)}.")
-    if not sweep.runs:
-        raise FileNotFoundError(
-            f"{folder} holds no runs: give the folder of a sweep, whose subfolders have a "
-            f"{CONFIG_FILE}."
-        )
     return sweep
 
 
@@ -182,19 +178,21 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     if not folder.is_dir():
         run.state, run.reason = "missing", "its folder does not exist: it has not begun"
         return run
-    config = _read_yaml(folder / CONFIG_FILE)
+    config = _content(read_yaml, folder / CONFIG_FILE)
     if isinstance(config, dict):
         run.config = LATER | flatten(config)
     elif (folder / CONFIG_FILE).exists():
         run.notes.append(f"{CONFIG_FILE} is damaged")
-    run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
+    hydra = _content(read_yaml, folder / ".hydra" / "hydra.yaml")
+    choices = _nested(hydra, "hydra", "runtime", "choices")
+    run.choices = choices if isinstance(choices, dict) else {}
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
     status = read_status(folder) or {}
     if not status and (folder / STATUS_FILE).exists():
         run.notes.append(f"{STATUS_FILE} is damaged")
     run.overrides = _overrides(status.get("overrides")) or _overrides(
-        _read_yaml(folder / ".hydra" / "overrides.yaml")
+        _content(read_yaml, folder / ".hydra" / "overrides.yaml")
     )
     state = status.get("state")
     run.reason = str(status.get("reason") or "")
@@ -203,12 +201,16 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
         if state == "running" and not run.reason and (seconds := silence(folder)) > SILENT_SECONDS:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
-    summary, problem = _read_summary(folder / SUMMARY_FILE)
+    file = folder / SUMMARY_FILE
+    content = _content(read_json, file)
+    summary = content if isinstance(content, dict) else {}
     steps, max_steps = summary.get("step"), run.config.get("trainer.max_steps")
     # Matching sets the number of steps itself, and a callback may have stopped the run early.
     may_differ = "compare" in summary or summary.get("stopped_early")
-    if problem:
-        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
+    if summary is not content:
+        problem = "damaged" if file.exists() else "missing"
+        well = ", though its job ended well" if state else ""
+        run.reason = f"{SUMMARY_FILE} is {problem}{well}"
     elif not run.config:
         run.reason = f"its {CONFIG_FILE} is missing or damaged"
     elif steps != max_steps and not may_differ:
@@ -230,30 +232,19 @@ def _natural(path: Path) -> list[tuple[int, float, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _read_summary(path: Path) -> tuple[dict[str, Any], str]:
-    """(The content of a summary, ""), or ({}, what is wrong with the file)."""
+def _content(read: Callable[[Path], Any], file: Path) -> Any:
+    """The content of a file; None if it is missing or damaged."""
     try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {}, "is missing"
+        return read(file)
     except (OSError, ValueError):
-        return {}, "is damaged"
-    return (content, "") if isinstance(content, dict) else ({}, "is damaged")
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return read_yaml(path)
-    except (OSError, UserError):
         return None
 
 
-def _read_choices(path: Path) -> dict[str, Any]:
-    content = _read_yaml(path)
-    try:
-        return dict(content["hydra"]["runtime"]["choices"])
-    except (TypeError, KeyError, ValueError):
-        return {}
+def _nested(value: Any, *keys: str) -> Any:
+    """The value under nested keys; None if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _overrides(overrides: Any) -> dict[str, str]:

@@ -11,8 +11,7 @@ from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.others import Count
 from mtp_lightning.certify.sampled import Sampled
 from mtp_lightning.decoding.options import DecodingOptions
-from sweeps.claims.lossless import lossless
-from sweeps.claims.pages import pages
+from sweeps.claims.pages import lossless, pages
 from sweeps.claims.result import write_result
 from tests.sweeps.claims.fixture_claims import claim_of, result_of, with_pages
 
