@@ -67,7 +67,8 @@ def launch(
     batch: Sequence[Sequence[str]],
     dry_run: bool,
 ) -> list[JobReturn]:
-    """Runs the jobs of a sweep that are not done, and reports the results of all.
+    """Runs the jobs of a sweep that are not done, and reports the results of all. Returns an entry
+    per job, with its final validation loss; none for jobs that are not run here.
 
     Args:
         module: the launcher's module, whose ``run`` runs jobs, each to its end; their status files
@@ -77,9 +78,6 @@ def launch(
         loader: Hydra's, which composes the jobs' configs.
         batch: every job's overrides.
         dry_run: only check and list the jobs (``--dry-run``), and write nothing.
-
-    Returns:
-        One entry per job, with its final validation loss; none for jobs that are not run here.
 
     Raises:
         SystemExit: 1 if a job did not finish or something was wrong with the sweep; 128 + the
@@ -240,19 +238,20 @@ def _changed_settings(config: dict[str, Any], folder: Path) -> str:
 
 def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     """Prints that all is well, or every job that is not done with its log; then exits with 1."""
-    unfinished = [job for job in jobs if state_of(job.folder) != "done"]
+    states = {job: state_of(job.folder) for job in jobs}
+    unfinished = [job for job, state in states.items() if state != "done"]
     done = f"{counted(len(jobs), 'job')} done in {_shown(folder)}"
     if not unfinished:
         print(done, flush=True)
         return
-    failed = any(state_of(job.folder) == "failed" for job in unfinished)
-    retry = " sweep.retry_failed=true" if failed else ""
-    lines = [
+    retry = " sweep.retry_failed=true" if "failed" in states.values() else ""
+    print(
         f"{len(jobs) - len(unfinished)} of {done}; "
         f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
         *(describe_failure(job.folder) for job in unfinished),
-    ]
-    print("\n".join(lines), flush=True)
+        sep="\n",
+        flush=True,
+    )
     raise SystemExit(1)
 
 

@@ -25,6 +25,7 @@ from sweeps.process import is_gone
 
 FOLDER = ".leases"
 STALE_SECONDS = 120.0
+_BEATS = 8  # per time after which a lease is stale
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Leases:
         self._clock = self._folder / f"clock-{owner}"
         self._owner = owner
         self._stale = stale_seconds
+        self.beat_seconds = stale_seconds / _BEATS  # between two heartbeats, and two looks
         self._held: dict[str, int] = {}
         self._lock = Lock()
 

@@ -9,8 +9,6 @@ from its checkpoint.
 
 from __future__ import annotations
 
-import itertools
-import operator
 import os
 import re
 import shlex
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
+from sweeps import grouped
 from sweeps.devices import Devices
 from sweeps.follow import follow
 from sweeps.process import Job, JobProcess, ignore_signal
@@ -94,12 +93,8 @@ def torchrun(job: Job, *, node: int) -> tuple[str, ...]:
 
 def in_arrays(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     """Groups jobs that need the same resources into arrays of at most ``limit`` jobs."""
-    resources_of = operator.attrgetter("processes", "nodes", "on_cpu")
-    arrays: list[list[Job]] = []
-    for _, group in itertools.groupby(sorted(jobs, key=resources_of), resources_of):
-        members = list(group)
-        arrays += [members[i : i + limit] for i in range(0, len(members), limit)]
-    return arrays
+    sizes = sorted(grouped(((job.processes, job.nodes, job.on_cpu), job) for job in jobs).items())
+    return [alike[i : i + limit] for _, alike in sizes for i in range(0, len(alike), limit)]
 
 
 def export_paths(root: Path) -> str:
@@ -195,21 +190,16 @@ class _Queue:
         self._ids = ids
         self._missed: dict[Job, int] = dict.fromkeys(ids, 0)
         self._last_query = -float("inf")
-        self._ended: dict[Job, str] = {}
 
     def find_ended(self) -> dict[Job, str]:
         if time.monotonic() - self._last_query >= _QUERY_SECONDS:
             self._last_query = time.monotonic()
-            self._ended = self._query()
-        return self._ended
-
-    def _query(self) -> dict[Job, str]:
-        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode == 0:
-            queued = set(result.stdout.split())
-            for job, number in self._ids.items():
-                self._missed[job] = 0 if number in queued else self._missed[job] + 1
+            command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                queued = set(result.stdout.split())
+                for job, number in self._ids.items():
+                    self._missed[job] = 0 if number in queued else self._missed[job] + 1
         # Missing twice in a row: a job that is just being requeued or submitted is not over.
         return {
             job: f"Slurm ended job {self._ids[job]} (its output: {job.folder.parent}/.slurm)"

@@ -54,21 +54,17 @@ def require_harmless(
     source, options = f"{sweep}/sweep.json", list(recipe.options)
     while len(options) > 1 and options[0] in ("--config-dir", "--config-name"):
         name, value, *options = options
-        _require_config(name, value, allow=allow, source=source)
+        if name == "--config-dir" and value not in allow:
+            raise UserError(
+                f"{source}: its jobs use the configs in {value}, which may name any code. If you "
+                f"trust its author, add {_HOW.format(shlex.quote(value))}."
+            )
+        if name == "--config-name" and not _CHOICE.fullmatch(value):
+            raise UserError(f"{source}: --config-name {value} is not the name of a config.")
     for override in options:
         require_plain(override, source=source, allow=allow, housekeeping=("paths.cache_dir",))
     for override in job.overrides:
         require_plain(override, source=source, allow=allow)
-
-
-def _require_config(name: str, value: str, *, allow: Collection[str], source: str) -> None:
-    if name == "--config-dir" and value not in allow:
-        raise UserError(
-            f"{source}: its jobs use the configs in {value}, which may name any code. If you "
-            f"trust its author, add {_HOW.format(shlex.quote(value))}."
-        )
-    if name == "--config-name" and not _CHOICE.fullmatch(value):
-        raise UserError(f"{source}: --config-name {value} is not the name of a config.")
 
 
 def require_plain(

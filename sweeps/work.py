@@ -33,14 +33,11 @@ from sweeps.pool import LOST, Pool
 from sweeps.process import Job
 from sweeps.trust import require_harmless
 
-_BEATS = 8  # per time after which a lease is stale
-
 
 class SweepWorker:
     """The jobs that this worker can get.
 
     Args:
-        look_seconds: seconds between two looks at the others' leases.
         program: command that starts a user's own program; empty for this project's train app.
         allow: what the plan may name besides this project's own code (``trust.py``).
 
@@ -54,11 +51,10 @@ class SweepWorker:
         *,
         leases: Leases,
         queue: DeviceQueue,
-        look_seconds: float,
         program: Sequence[str] = (),
         allow: Collection[str] = (),
     ) -> None:
-        self._folder, self._leases, self._look_seconds = plan.folder, leases, look_seconds
+        self._folder, self.leases = plan.folder, leases
         self._lost: set[str] = set()
         labels = varied_labels(plan.jobs)
         self.jobs = {
@@ -75,18 +71,18 @@ class SweepWorker:
     def __iter__(self) -> Iterator[Job | None]:
         """Jobs that this worker has taken; None while it can take none."""
         while True:
-            next_look = time.monotonic() + self._look_seconds
-            newest, own_jobs = self._leases.look(), set(self._leases.held)
+            next_look = time.monotonic() + self.leases.beat_seconds
+            newest, own_jobs = self.leases.look(), set(self.leases.held)
             free = {name: newest.get(name) for name in self._unfinished if name not in own_jobs}
-            free = {name: lease for name, lease in free.items() if self._leases.free(lease)}
+            free = {name: lease for name, lease in free.items() if self.leases.free(lease)}
             for name, lease in free.items():
                 # A job that was free may be taken by now: only ``take`` decides.
-                if must_run(self._folder / name) and self._leases.take(name, lease):
+                if must_run(self._folder / name) and self.leases.take(name, lease):
                     # Checked again: its previous worker may have ended it just before.
                     if must_run(self._folder / name):
                         yield self.jobs[name]
                     else:
-                        self._leases.release(name)
+                        self.leases.release(name)
             yield None
             while time.monotonic() < next_look:
                 yield None
@@ -99,7 +95,7 @@ class SweepWorker:
 
     def beat(self) -> None:
         """Shows the others that this worker lives; called by a thread of its own."""
-        self._lost.update(self._leases.beat())
+        self._lost.update(self.leases.beat())
 
     def watch(self, job: Job) -> str | None:
         """Whether a job has to be stopped because another worker has it."""
@@ -107,17 +103,17 @@ class SweepWorker:
 
     def ended(self, job: Job) -> None:
         self._lost.discard(job.name)
-        self._leases.release(job.name)
+        self.leases.release(job.name)
 
 
-def work(worker: SweepWorker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
+def work(worker: SweepWorker, pool: Pool, *, wait: bool = True) -> None:
     """Runs the jobs of a worker until every job of the sweep has ended; without ``wait``, until no
-    job is free. The worker renews its leases every ``beat_seconds``.
+    job is free.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
     """
-    finished = threading.Event()
+    finished, beat_seconds = threading.Event(), worker.leases.beat_seconds
 
     def beat() -> None:
         while not finished.wait(beat_seconds):
@@ -196,14 +192,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
             raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
         queue = _queue(args, on_cpu=all(job.recipe.on_cpu for job in plan.jobs if job.recipe))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
-        beat = args.stale / _BEATS
         try:
             command = shlex.split(args.program)
         except ValueError as error:
             raise UserError(f"--program {args.program}: {error}.") from error
-        worker = SweepWorker(
-            plan, leases=leases, queue=queue, look_seconds=beat, program=command, allow=args.allow
-        )
+        worker = SweepWorker(plan, leases=leases, queue=queue, program=command, allow=args.allow)
         for name, job in worker.too_large.items():
             print(
                 f"{name} needs {job.processes} GPUs, more than this worker has: start a worker on "
@@ -215,7 +208,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
             with continued_by("Unfinished jobs are free for other workers."):
-                work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
+                work(worker, pool, wait=not args.no_wait)
         finally:
             leases.release_all()
         _say_end(worker)

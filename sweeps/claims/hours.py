@@ -100,23 +100,22 @@ def pending_of(
 class _Pace:
     """The speed of the finished runs: those of this machine, or all if none has finished here."""
 
-    machine: str | None  # whose runs count; None for any machine
+    machine: str  # whose runs count; empty for any machine
     rate: float | None  # median FLOPs per second; None if unknown
 
     @classmethod
     def of(cls, finished: Sequence[ArmRun]) -> _Pace:
-        machine = this_machine()
-        local = [run for run in finished if _ran_on(run, machine)]
+        local = cls(this_machine(), None).counted(finished)
         rates = [
             run.costs["flops"] / (run.minutes * 60)
             for run in local or finished
             if run.costs.get("flops") and run.minutes > 0
         ]
-        return cls(machine if local else None, median(rates) if rates else None)
+        return cls(this_machine() if local else "", median(rates) if rates else None)
 
-    def minutes(self, runs: Iterable[ArmRun]) -> list[float]:
-        """The wall time of each finished run that counts."""
-        return [run.minutes for run in runs if run.done and _ran_on(run, self.machine)]
+    def counted(self, runs: Iterable[ArmRun]) -> list[ArmRun]:
+        """The finished runs on the machine, or on its GPU, whose name follows."""
+        return [run for run in runs if run.done and (run.machine or "").startswith(self.machine)]
 
     def hours(
         self, minutes: Sequence[float], job: ClaimJob | None, expected: float
@@ -124,15 +123,10 @@ class _Pace:
         """The hours of a run and their source, by the minutes of its arm's runs, the FLOPs of its
         job, or the minutes that its claim expects."""
         if minutes:
-            return median(minutes) / 60, ELSEWHERE if self.machine is None else MEASURED
+            return median(minutes) / 60, MEASURED if self.machine else ELSEWHERE
         if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:
             return flops / self.rate / 3600, BY_FLOPS
         return expected / 60, EXPECTED
-
-
-def _ran_on(run: ArmRun, machine: str | None) -> bool:
-    """Whether a run ended on a machine, or on its GPU, whose name follows; None for any machine."""
-    return machine is None or (run.machine or "").startswith(machine)
 
 
 def _costs(
@@ -149,7 +143,10 @@ def _costs(
     that an earlier claim runs (``counted``) are left out; the others are added to ``counted``."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
-    arm_minutes = {arm: pace.minutes(arm_runs.values()) for arm, arm_runs in arms.items()}
+    arm_minutes = {
+        arm: [run.minutes for run in pace.counted(by_seed.values())]
+        for arm, by_seed in arms.items()
+    }
     composed: dict[tuple[str, int], ClaimJob] = {}
     if count_flops and any(shared or counted or not arm_minutes[arm] for arm, _ in pending):
         seeds_left = list(dict.fromkeys(seed for _, seed in pending))
@@ -172,8 +169,8 @@ def _costs(
 def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
     """A claim's runs, from this folder and from the results."""
     stored = read_preregistration(claim, runs)
+    started = stored.runs if stored and stored.is_of(claim) else {}
     try:
-        started = stored.runs if stored and stored.is_of(claim) else {}
         arms = with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
         arms = with_stored(observe(claim, runs, {}), claim, results)

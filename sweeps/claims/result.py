@@ -14,7 +14,7 @@ from typing import Any
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim, is_stale
-from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, decide, overall
 from sweeps.claims.jobs import branch_step
 from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
@@ -68,7 +68,9 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "began": began[0],
         "verdict": verdict if began[1] else f"{verdict} ({UNPREDICTED})",
         "unfinished": unfinished(claim, arms),
-        "predictions": [_finding(finding) for finding in findings],
+        "predictions": [
+            {**flat.pop("prediction"), **flat} for flat in (asdict(finding) for finding in findings)
+        ],
         "arms": {
             arm: {
                 "overrides": list(claim.overrides(arm)),
@@ -135,11 +137,6 @@ def read_results(folder: Path) -> dict[str, Result]:
     """Read all results of a folder, by label; errors as in :func:`read_result`."""
     results = {file.stem: read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))}
     return {label: result for label, result in results.items() if result is not None}
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    flat = asdict(finding)
-    return {**flat.pop("prediction"), **flat}
 
 
 def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:

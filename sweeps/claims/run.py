@@ -34,8 +34,7 @@ def run(
     Args:
         runs: the folder of all claims' runs, absolute; it need not exist.
         commits: the commit of each prediction, by the claim's label; None for a trial.
-        seeds: by default each claim's own.
-        arms: by default all of each claim.
+        seeds: by default each claim's own, as are ``arms``.
         results: the folder of results; runs that are done there are not run again.
         command: the command line, for ``sweep.json``.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sweeps import grouped
+from sweeps.report import lines
 from sweeps.report.chart import (
     COLORS,
     QUIETLY,
@@ -24,15 +25,6 @@ from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.drawing import Drawing, drawing_of, text_error
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.lines import (
-    by_group,
-    curve,
-    exact_match,
-    long_range,
-    of_depths,
-    over_places,
-    times,
-)
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
@@ -51,10 +43,10 @@ def draw(
     drawings = (
         [
             solved(settings),
-            exact_match(settings),
-            times(settings),
-            over_places(settings, "accuracy_position"),
-            *by_group(settings),
+            lines.exact_match(settings),
+            lines.times(settings),
+            lines.over_places(settings, "accuracy_position"),
+            *lines.by_group(settings),
         ]
         if settings.is_task
         # The answer comes first: differences, or for a task the seeds that solve it.
@@ -62,16 +54,15 @@ def draw(
     )
     drawings += [
         *(gains(settings, family, i) for i, family in enumerate(families or [None])),
-        *(curve(settings, axis) for axis in CURVE_AXES),
-        *of_depths(settings),
-        *long_range(settings),
+        *(lines.curve(settings, axis) for axis in CURVE_AXES),
+        *lines.of_depths(settings),
+        *lines.long_range(settings),
         *heat_maps(settings),
         front(settings, FLOPS),
         front(settings, DECODE_SPEED),
     ]
-    if len(by_text(settings.all)) > 1:
-        drawings = [_of_several_texts(drawing) for drawing in drawings]
-    return drawings
+    alike = len(by_text(settings.all)) < 2
+    return drawings if alike else [_of_several_texts(drawing) for drawing in drawings]
 
 
 def _of_several_texts(drawing: Drawing) -> Drawing:

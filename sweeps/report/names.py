@@ -30,32 +30,28 @@ def sentence(name: str, **values: Any) -> str:
     return str(texts("sentences")[name]).format(**values)
 
 
-def _names(part: str) -> dict[str, Any]:
-    """The ``keys`` or the ``tags`` of ``names.yaml``."""
-    return _words("names.yaml")[part]
+def _key(key: str) -> tuple[str, str, dict[str, str]]:
+    """The name of a key's axis, the form of its values (empty for an unknown key), and its values
+    with names of their own."""
+    axis, form, *values = _words("names.yaml")["keys"].get(key, (key, ""))
+    return axis, form, values[0] if values else {}
 
 
 def name_of(key: str, value: str) -> str:
     """A readable name of a value: ``D = 2`` for ``mtp.depth=2``; unknown keys stay as typed."""
-    if key not in _names("keys"):
-        return f"{key}={value}"
-    return _values(key).get(value) or _names("keys")[key][1].format(value)
+    _, form, values = _key(key)
+    return values.get(value) or (form.format(value) if form else f"{key}={value}")
 
 
 def axis_of(key: str) -> str:
     """A readable name of a key: ``D`` for ``mtp.depth``."""
-    return str(_names("keys").get(key, [key])[0])
-
-
-def _values(key: str) -> dict[str, str]:
-    _, _, *values = _names("keys")[key]
-    return values[0] if values else {}
+    return _key(key)[0]
 
 
 def in_words(tag: str) -> tuple[str, str]:
     """A tag in words with its unit, and the direction in which it improves; a tag that has no words
     stays as it is."""
-    for pattern, (words, better) in _names("tags").items():
+    for pattern, (words, better) in _words("names.yaml")["tags"].items():
         if match := re.fullmatch(pattern, tag):
             return words.format(*match.groups()), better
     return tag, ""
@@ -70,7 +66,8 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
         for key in [key for key in values if key.endswith("._target_")]:
             class_name = values[key].rpartition(".")[2]  # GatedConfig of my_ideas.heads
             values[key.removesuffix("._target_")] = class_name.removesuffix("Config")
-    keys = [key for key in _names("keys") if len({v.get(key) for v in by_arm.values()}) > 1]
+    known = _words("names.yaml")["keys"]
+    keys = [key for key in known if len({v.get(key) for v in by_arm.values()}) > 1]
     names = {}
     for arm, arm_values in by_arm.items():
         names[arm] = arm.replace("_", " ")
@@ -80,7 +77,7 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
             alike = [v for v in others if v.get(key) == arm_values.get(key)]
             if len(alike) < len(others) or not parts:
                 value = arm_values.get(key, "")
-                has_name = value or "" in _values(key)
+                has_name = value or "" in _key(key)[2]
                 parts += [name_of(key, value)] if has_name else []
             others = alike
             if not others and parts:

@@ -151,7 +151,7 @@ def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
     (folder / "sweep.json").write_text(json.dumps(changed))
     queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
     leases = Leases(folder, owner="me", stale_seconds=9)
-    worker = SweepWorker(SweepPlan(folder), leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(SweepPlan(folder), leases=leases, queue=queue)
     (made,) = worker.jobs.values()
     assert made.folder.parent == folder and ".." not in made.folder.parts
     return made.command

@@ -143,7 +143,7 @@ def test_a_worker_stops_a_job_that_another_has_taken_over(tmp_path: Path) -> Non
         job.recipe = recipe
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
-    worker = SweepWorker(sweep, leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(sweep, leases=leases, queue=queue)
     sleeps = "trap '' TERM; echo > begun; sleep 600"
     programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
     for name, job in worker.jobs.items():
@@ -183,7 +183,7 @@ def test_a_worker_takes_only_jobs_that_fit_its_devices(tmp_path: Path) -> None:
     assert stored.jobs == sweep.jobs
     leases = Leases(tmp_path, owner="a")
     queue = DeviceQueue(gpus=["0", "1"])
-    worker = SweepWorker(stored, leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(stored, leases=leases, queue=queue)
     assert list(worker.too_large) == ["a-2", "a-4"]
     assert [job.name for job in takewhile(bool, worker)] == ["a-1", "a-3"] == leases.held
 
