@@ -42,13 +42,9 @@ _HOW = "--allow {}"
 def require_harmless(
     sweep: Path, job: PlannedJob, recipe: Recipe, *, allow: Collection[str]
 ) -> None:
-    """Refuses a job that does more than train in its own folder with this platform's own code, and
-    with the packages, folders of configs, URLs and services that the user allowed. ``sweep`` is the
-    folder of the plan.
-
-    Raises:
-        UserError: naming what was refused, and the remedy.
-    """
+    """Raises a UserError with the remedy for a job that does more than train in its own folder with
+    this platform's own code, and with the packages, folders of configs, URLs and services that the
+    user allowed. ``sweep`` is the folder of the plan."""
     if (sweep / job.folder).is_symlink():
         raise UserError(f"{sweep / job.folder} is a link: a job writes in its own folder.")
     source, options = f"{sweep}/sweep.json", list(recipe.options)

@@ -108,11 +108,8 @@ class SweepWorker:
 
 def work(worker: SweepWorker, pool: Pool, *, wait: bool = True) -> None:
     """Runs the jobs of a worker until every job of the sweep has ended; without ``wait``, until no
-    job is free.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
-    """
+    job is free. Raises a KeyboardInterrupt at Ctrl-C or SIGTERM, after this worker's jobs have
+    ended."""
     finished, beat_seconds = threading.Event(), worker.leases.beat_seconds
 
     def beat() -> None:

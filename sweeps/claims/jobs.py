@@ -72,11 +72,8 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
 
 
 def require_equal_steps(claim: Claim, runs: Path) -> None:
-    """Refuse a claim whose runs could never decide a prediction.
-
-    Raises:
-        UserError: a prediction compares arms of unequal steps, which are said to be equal.
-    """
+    """Raises a UserError for a claim that compares arms of unequal steps, which it says are equal:
+    its runs could never decide this prediction."""
     if claim.equal != "steps":
         return
     steps = {job.arm: job.max_steps for job in jobs(claim, claim.scale.seeds[:1], runs)}
