@@ -177,11 +177,6 @@ def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
     return retry_failed or state != "failed"
 
 
-def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
-    """The overrides that determine a job's results."""
-    return tuple(o for o in overrides if not lies_in(key_of(o), PLACES))
-
-
 def refuse_run_folder(overrides: Iterable[str], remedy: str) -> None:
     """Raises a UserError for an override of a folder that every job has by itself."""
     folders = ("run_dir", "paths.output_dir", "logger.csv.folder", "logger.tensorboard.folder")
@@ -261,7 +256,10 @@ class SweepPlan:
         """
         by_overrides = {frozenset(job.overrides): job for job in self.jobs}
         taken = {job.folder for job in self.jobs}
-        batch_overrides = [without_housekeeping(overrides) for overrides in batch]
+        # Those that determine a job's results.
+        batch_overrides = [
+            tuple(o for o in overrides if not lies_in(key_of(o), PLACES)) for overrides in batch
+        ]
         varied = varied_keys(batch_overrides) if varied is None else varied
         planned: dict[str, PlannedJob] = {}
         for overrides in batch_overrides:

@@ -26,10 +26,6 @@ def write_weights(
     Returns:
         One line per run, with its file and whether the result has the same digest, or saying that
         the run keeps no weights; and the number of runs that keep none.
-
-    Raises:
-        UserError: an arm does not compose.
-        OSError: a file cannot be written, for example because the disk is full.
     """
     from safetensors.torch import save_file
 

@@ -19,10 +19,8 @@ EQUAL_CONTEXT = 1.05  # largest context over the smallest, in bytes
 
 
 def may_compare(setting: Setting, other: Setting) -> bool:
-    """Whether two settings were evaluated on the same data.
-
-    Decoding depends on the data, too: its prompts are held-out documents. Training loss,
-    throughput, parameters, FLOPs and seconds do not."""
+    """Whether two settings were evaluated on the same data. Decoding depends on it, too: its
+    prompts are held-out documents. Training loss, throughput, FLOPs and seconds do not."""
     return bool(_text(setting) == _text(other))
 
 

@@ -14,24 +14,13 @@ from functools import partial
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.solved import first_above, is_above
+from sweeps.report import statistics
 from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings, show
-from sweeps.report.statistics import (
-    LEVEL,
-    Paired,
-    Share,
-    Survival,
-    Unpaired,
-    Wait,
-    holm,
-    paired,
-    share,
-    survival,
-    unpaired,
-)
+from sweeps.report.statistics import LEVEL, Paired, Share, Survival, Unpaired, Wait
 
 FACT = "the same at every seed, so there is no variance to test"
 OTHER_DATA = "not compared: other evaluation data"
@@ -85,7 +74,7 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
         (_unlike(s, r) if reference is None else "") or _tested(settings, s, r) for s, r in pairs
     ]
     ps = {i: t.p for i, t in enumerate(results) if not isinstance(t, str) and t.p is not None}
-    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    adjusted = dict(zip(ps, statistics.holm(list(ps.values())), strict=True))
     return [
         Comparison(s, r, None, None, test)
         if isinstance(test, str)
@@ -112,10 +101,10 @@ def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired 
     if not may_compare(setting, reference):
         return OTHER_DATA
     if not settings.is_task:
-        return paired(estimate.values, baseline.values) or "no seed in common"
+        return statistics.paired(estimate.values, baseline.values) or "no seed in common"
     own_share, baseline_share = (solved_share(s, settings.level) for s in (setting, reference))
     assert own_share is not None and baseline_share is not None
-    return unpaired(own_share, baseline_share)
+    return statistics.unpaired(own_share, baseline_share)
 
 
 def _verdict(result: Paired | Unpaired, adjusted: float | None) -> str:
@@ -203,7 +192,8 @@ def solved_share(setting: Setting, level: float) -> Share | None:
     exact = setting.estimate(EXACT)
     if exact.interval is None:
         return None
-    return share(sum(is_above(value, level) for value in exact.values.values()), len(exact.values))
+    n_solved = sum(is_above(value, level) for value in exact.values.values())
+    return statistics.share(n_solved, len(exact.values))
 
 
 def wait_of(run: RunRecord, level: float, tag: str = EXACT) -> Wait | None:
@@ -219,4 +209,4 @@ def wait_of(run: RunRecord, level: float, tag: str = EXACT) -> Wait | None:
 def time_to_solve(setting: Setting, level: float) -> Survival | None:
     """The time to solve over all seeds with a validation, unfinished ones too; None without any."""
     waits = (wait_of(run, level) for run in setting.runs)
-    return survival([wait for wait in waits if wait])
+    return statistics.survival([wait for wait in waits if wait])

@@ -12,18 +12,7 @@ from typing import Any
 
 from mtp_lightning.run.config import is_plain, lies_in
 from mtp_lightning.run.solved import SOLVED as SOLVED
-from sweeps.report.metrics import (
-    ANSWERS,
-    BITS,
-    BY_TAG,
-    EXACT,
-    LOSS,
-    OF_TASKS,
-    SPEEDS,
-    TABLE,
-    Metric,
-    is_share,
-)
+from sweeps.report import metrics
 from sweeps.report.names import name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
 from sweeps.report.statistics import Interval, interval, ratio_interval, share_interval
@@ -78,7 +67,7 @@ class Setting:
     @property
     def answers(self) -> bool:
         """Whether its runs answer a task's questions."""
-        return any(EXACT in row for run in self.runs for row in (run.summary, *run.rows))
+        return any(metrics.EXACT in row for run in self.runs for row in (run.summary, *run.rows))
 
     @property
     def is_plain(self) -> bool:
@@ -99,9 +88,9 @@ class Setting:
         if finite and len(finite) == len(finals):
             values = list(finite.values())
             # A user's metric may match the pattern of shares without being one.
-            if is_share(tag) and all(0 <= value <= 1 for value in values):
+            if metrics.is_share(tag) and all(0 <= value <= 1 for value in values):
                 return Estimate(share_interval(values), "", finite)
-            if tag in SPEEDS and min(values) > 0:
+            if tag in metrics.SPEEDS and min(values) > 0:
                 return Estimate(ratio_interval(values), "", finite)
             return Estimate(interval(values), "", finite)
         gap = "" if finals else "no finished run"
@@ -140,14 +129,14 @@ class Settings:
         return [run for setting in self.all for run in setting.done]
 
     @property
-    def headline(self) -> Metric:
+    def headline(self) -> metrics.Metric:
         """The main loss: of depth 0 per token, or in bits per byte if the tokenizers differ."""
         tokenizers = {
             json.dumps(run.fact("data", "tokenizer", "fingerprint"))
             for run in self.done
             if isinstance(run.fact("data", "tokenizer"), dict)
         }
-        return BY_TAG[BITS if len(tokenizers) > 1 else LOSS]
+        return metrics.BY_TAG[metrics.BITS if len(tokenizers) > 1 else metrics.LOSS]
 
     @cached_property
     def is_task(self) -> bool:
@@ -157,19 +146,19 @@ class Settings:
     @property
     def compared_tag(self) -> str:
         """The tag by which settings are compared: of the headline metric, or of solving a task."""
-        return EXACT if self.is_task else self.headline.tag
+        return metrics.EXACT if self.is_task else self.headline.tag
 
     @property
-    def columns(self) -> list[Metric]:
+    def columns(self) -> list[metrics.Metric]:
         """The possible columns of the table of settings. A task begins with exact match, then exact
         match on every out-of-distribution set, then the task's other metrics."""
         if not self.is_task:
-            return [*TABLE]
+            return [*metrics.TABLE]
         tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
         matches = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
-        sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in matches if m]
-        others = [metric for metric in OF_TASKS if metric.tag in tags]
-        return [ANSWERS, *sets, *others, *TABLE]
+        sets = [metrics.Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in matches if m]
+        others = [metric for metric in metrics.OF_TASKS if metric.tag in tags]
+        return [metrics.ANSWERS, *sets, *others, *metrics.TABLE]
 
 
 def lacks(key: str, value: Any) -> bool:

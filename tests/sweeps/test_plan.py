@@ -19,7 +19,6 @@ from sweeps.plan import (
     overrides_digest,
     refuse_run_folder,
     varied_keys,
-    without_housekeeping,
 )
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
@@ -94,9 +93,10 @@ def test_a_folder_that_another_job_has_used_is_not_reused(tmp_path: Path) -> Non
 
 
 def test_paths_and_retries_are_not_part_of_a_job(tmp_path: Path) -> None:
-    batch = [["seed=0", "sweep.retry_failed=true", "sweep_dir=x", "paths.cache_dir=y"], ["seed=0"]]
-    assert [job.overrides for job in SweepPlan(tmp_path).add(batch)] == [("seed=0",)]
-    assert without_housekeeping(["run_dir=a", "+sweeps=depth"]) == ("+sweeps=depth",)
+    more = ["sweep.retry_failed=true", "sweep_dir=x", "paths.cache_dir=y", "run_dir=a"]
+    batch = [["seed=0", "+sweeps=depth", *more], ["seed=0", "+sweeps=depth"]]
+    (job,) = SweepPlan(tmp_path).add(batch)
+    assert job.overrides == ("seed=0", "+sweeps=depth")
 
 
 def test_varied_keys_differ_between_jobs() -> None:
