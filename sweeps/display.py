@@ -54,7 +54,8 @@ class Watched:
 
 @dataclass
 class Display:
-    """The state of the jobs, as a pool reports it, for both displays."""
+    """The state of the jobs, as a pool reports it: one line for every start and end, and now and
+    then one for each running job."""
 
     total: int
     seconds: float = 30.0  # between two looks at the running jobs
@@ -71,11 +72,17 @@ class Display:
 
     def started(self, job: Job, device: str) -> None:
         self.running[job] = Watched(job, device)
+        self.event(f"started {job.label} on {device}")
 
     def ended(self, job: Job) -> None:
         """Records that a job has ended; its status file says how."""
         self.running.pop(job, None)
-        self.counts[state_of(job.folder)] += 1
+        state = state_of(job.folder)
+        self.counts[state] += 1
+        # A file server may not answer for a moment.
+        reason = (read_status(job.folder) or {}).get("reason")
+        why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
+        self.event(f"{state} {job.label} ({self.counts.total()} of {self.total}){why}")
 
     def left(self, job: Job) -> None:
         """Says that another worker has taken a job over."""
@@ -91,32 +98,6 @@ class Display:
             self.show()
 
     def show(self) -> None:
-        raise NotImplementedError
-
-    def say(self, text: str) -> None:
-        raise NotImplementedError
-
-    def summary(self) -> str:
-        parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
-        parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
-        return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
-
-
-class Lines(Display):
-    """One line for every start and end, and now and then one for each running job."""
-
-    def started(self, job: Job, device: str) -> None:
-        super().started(job, device)
-        self.say(f"started {job.label} on {device}")
-
-    def ended(self, job: Job) -> None:
-        super().ended(job)
-        # A file server may not answer for a moment.
-        reason = (read_status(job.folder) or {}).get("reason")
-        why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
-        self.say(f"{state_of(job.folder)} {job.label} ({self.counts.total()} of {self.total}){why}")
-
-    def show(self) -> None:
         for run in self.running.values():
             eta = f", {run.eta} left" if run.eta else ""
             self.say(f"  {run.job.label}: step {run.steps}, loss {run.loss or '-'}{eta}")
@@ -124,6 +105,15 @@ class Lines(Display):
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+    def event(self, text: str) -> None:
+        """Says that a job has started or ended."""
+        self.say(text)
+
+    def summary(self) -> str:
+        parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
+        parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
+        return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
 
 
 class LiveTable(Display):
@@ -157,6 +147,8 @@ class LiveTable(Display):
     def say(self, text: str) -> None:
         self._live.console.print(text, highlight=False, markup=False)
 
+    def event(self, text: str) -> None: ...  # the table has it
+
     def table(self) -> Table:
         """The newest ended jobs, failed ones first, and all running jobs."""
         from rich.table import Table
@@ -182,7 +174,7 @@ class LiveTable(Display):
 
 def make_display(total: int) -> Display:
     """The table if stdout is a terminal that can draw it again, else lines."""
-    return LiveTable(total) if has_styles() else Lines(total)
+    return LiveTable(total) if has_styles() else Display(total)
 
 
 def newest(folder: Path) -> tuple[int, str]:

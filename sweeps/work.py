@@ -24,7 +24,7 @@ from mtp_lightning.paths import app
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.interrupts import continued_by, interrupts
 from sweeps.lease import STALE_SECONDS, Leases, this_process
 from sweeps.machine import MemoryUse
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
                 "a larger machine",
                 flush=True,
             )
-        display = Lines(len(worker.jobs))
+        display = Display(len(worker.jobs))
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:

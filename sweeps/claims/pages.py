@@ -217,10 +217,11 @@ def _counts(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def _has_numbers(claim: Claim, result: Result | None) -> bool:
-    if result is None or is_stale(result, claim):
-        return False
-    return any(entry["effect"] is not None for entry in result["predictions"])
+def _measured(by_name: Mapping[str, Pair], claims: Sequence[str]) -> list[tuple[Claim, Result]]:
+    """Those of some claims that have numbers and were not changed since."""
+    pairs = (by_name[name] for name in claims if name in by_name)
+    current = [(c, result) for c, result in pairs if result is not None and not is_stale(result, c)]
+    return [(c, r) for c, r in current if any(e["effect"] is not None for e in r["predictions"])]
 
 
 def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
@@ -230,14 +231,12 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     unmeasured, picture = [], None
     answers: dict[str, list[str]] = {}  # sizes by the verdict on all heads' gains
     for size, claims in _SIZES.items():
-        candidates = [by_name[name] for name in claims if name in by_name]
-        measured = [(claim, result) for claim, result in candidates if _has_numbers(claim, result)]
+        measured = _measured(by_name, claims)
         if not measured:
-            unmeasured += [size] if candidates else []
+            unmeasured += [size] if by_name.keys() & {*claims} else []
             continue
         claim, result = measured[0]
-        assert result is not None
-        heads = sizes.setdefault(size, {})
+        heads = sizes[size] = {}
         enough = max(e["n"] for e in result["predictions"]) >= claim.scale.minimum
         verdicts: set[str] = set()
         for entry in words.entries(result, claim):
@@ -260,8 +259,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         return None
     grows = [
         {"head": entry["arm"], "number": words.measured(entry)}
-        for claim, result in (by_name[name] for name in _GROWTH if name in by_name)
-        if result is not None and not is_stale(result, claim)
+        for claim, result in _measured(by_name, _GROWTH)
         for entry in words.entries(result, claim)
         if entry["verdict"] == HOLDS
     ]
@@ -285,17 +283,15 @@ def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's share of seeds that learn the way, and the heads that are beyond noise."""
     plain_name = name_of("mtp", "none")
     for group in _PLANNING:
-        if group[0] not in by_name or not _has_numbers(*by_name[group[0]]):
+        measured = _measured(by_name, group)
+        if not measured or measured[0][0].name != group[0]:
             continue
-        first, first_result = by_name[group[0]]
-        assert first_result is not None
+        first, first_result = measured[0]
         if max(entry["n"] for entry in first_result["predictions"]) < first.scale.minimum:
             continue
         arms: dict[str, dict[str, Any]] = {}
         beyond: dict[str, None] = {}  # each once, in this order
-        for claim, result in (by_name[name] for name in group if name in by_name):
-            if result is None or is_stale(result, claim):
-                continue
+        for claim, result in measured:
             for entry in words.entries(result, claim):
                 for arm, share in (("against", "other"), ("arm", "own")):
                     if entry[share] is not None:

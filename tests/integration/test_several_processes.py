@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import read_status
 from sweeps.devices import DeviceQueue
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.pool import Pool
 from sweeps.process import Job
 from tests.integration import helpers
@@ -254,7 +254,7 @@ def test_a_stopped_sweep_lets_all_processes_save(tmp_path, cache, strategy):
         newest = read_newest(run / "metrics.csv", "train/loss")
         return "enough" if newest is not None and newest[0] >= 20 else None
 
-    pool = Pool(queue=DeviceQueue(n_jobs=1), display=Lines(1), grace_seconds=240)
+    pool = Pool(queue=DeviceQueue(n_jobs=1), display=Display(1), grace_seconds=240)
     pool.run([job], watch=far_enough)
     status = read_status(run)
     assert status is not None

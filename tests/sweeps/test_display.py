@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mtp_lightning.run.status import last_words, write_status
-from sweeps.display import Lines, LiveTable, duration, make_display
+from sweeps.display import Display, LiveTable, duration, make_display
 from sweeps.process import Job
 
 HEAD = "step,train/loss,val/loss_depth_0"
@@ -62,7 +62,7 @@ def test_the_live_table_shows_step_loss_and_remaining_time(tmp_path, monkeypatch
 
 def test_lines_report_starts_ends_and_progress(tmp_path, capsys):
     jobs = sweep(tmp_path)
-    with Lines(3, seconds=0) as lines:
+    with Display(3, seconds=0) as lines:
         for job in jobs:
             lines.started(job, "cuda:1")
         lines.ended(jobs[2])
@@ -76,17 +76,17 @@ def test_lines_report_starts_ends_and_progress(tmp_path, capsys):
 
 
 def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
-    with Lines(1) as lines:
+    with Display(1) as lines:
         lines.ended(Job(folder=tmp_path / "a", overrides=(), command=()))
     assert capsys.readouterr().out == "pending a (1 of 1)\n"
 
 
 def test_without_a_terminal_that_moves_a_cursor_the_display_is_lines(monkeypatch):
-    assert isinstance(make_display(1), Lines)
+    assert type(make_display(1)) is Display
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for terminal, kind in (("xterm", LiveTable), ("dumb", Lines)):
+    for terminal, kind in (("xterm", LiveTable), ("dumb", Display)):
         monkeypatch.setenv("TERM", terminal)
-        assert isinstance(make_display(1), kind)
+        assert type(make_display(1)) is kind
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3700, "1:01:40")])
@@ -110,7 +110,7 @@ def test_the_last_words_of_a_log_are_its_error_or_last_line(tmp_path, log, words
 
 
 def test_a_job_that_another_worker_has_is_no_end(tmp_path: Path, capsys) -> None:
-    lines, (job, *_) = Lines(2), sweep(tmp_path)
+    lines, (job, *_) = Display(2), sweep(tmp_path)
     lines.started(job, "cpu:0")
     lines.left(job)
     assert "left mtp.depth=0" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from mtp_lightning.system import cores, cpu_quota
 from sweeps import devices
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.machine import MemoryUse, available, bytes_by_group
 from sweeps.pool import Pool
 from sweeps.process import Job
@@ -256,7 +256,7 @@ def test_a_pool_starts_only_jobs_that_fit_in_memory(machine, tmp_path, capsys, f
         command = ("sh", "-c", f"cd {folder}; {script}")
         jobs.append(Job(folder=folder, overrides=(str(i),), command=command))
     use = MemoryUse(machine.root)
-    Pool(queue=DeviceQueue(n_jobs=4), display=Lines(len(jobs)), grace_seconds=60, memory=use).run(
+    Pool(queue=DeviceQueue(n_jobs=4), display=Display(len(jobs)), grace_seconds=60, memory=use).run(
         jobs
     )
     spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in jobs]

@@ -22,7 +22,7 @@ from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps import pool as pools
 from sweeps import process
 from sweeps.devices import DeviceQueue
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.pool import Pool, run
 from sweeps.process import Job, JobProcess
 from tests.sweeps.typed import wait_until
@@ -39,7 +39,7 @@ def job(folder: Path, program: str, **values: Any) -> Job:
 
 def pool(total: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue: Any) -> Pool:
     devices = DeviceQueue(n_jobs=n_jobs, **queue)
-    return Pool(queue=devices, display=Lines(total), grace_seconds=grace_seconds)
+    return Pool(queue=devices, display=Display(total), grace_seconds=grace_seconds)
 
 
 def status(job: Job) -> dict[str, Any]:
@@ -146,7 +146,7 @@ SWEEP = """
 import sys
 from pathlib import Path
 from sweeps.devices import DeviceQueue
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.pool import Pool
 from sweeps.process import Job
 base = Path(sys.argv[1])
@@ -157,7 +157,7 @@ for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or 
     (base / name).mkdir()
     command = ("sh", "-c", f"cd {base / name}; {program}")
     jobs.append(Job(folder=base / name, overrides=(name,), command=command))
-Pool(queue=DeviceQueue(n_jobs=2), display=Lines(2), grace_seconds=1).run(jobs)
+Pool(queue=DeviceQueue(n_jobs=2), display=Display(2), grace_seconds=1).run(jobs)
 """
 
 

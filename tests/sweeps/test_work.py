@@ -19,7 +19,7 @@ import pytest
 from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
-from sweeps.display import Lines
+from sweeps.display import Display
 from sweeps.lease import FOLDER, Leases, live
 from sweeps.plan import Recipe, SweepPlan
 from sweeps.pool import Pool
@@ -159,7 +159,7 @@ def test_a_worker_stops_a_job_that_another_has_taken_over(tmp_path: Path) -> Non
             worker.beat()
         return worker.watch(job)
 
-    Pool(queue=queue, display=Lines(2), grace_seconds=60).run(
+    Pool(queue=queue, display=Display(2), grace_seconds=60).run(
         worker, watch=watch, ended=worker.ended
     )
     assert time.monotonic() - began < 300
