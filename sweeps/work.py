@@ -187,7 +187,13 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         plan = SweepPlan(folder)
         if not plan.jobs:
             raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
-        queue = _queue(args, on_cpu=all(job.recipe.on_cpu for job in plan.jobs if job.recipe))
+        on_cpu = all(job.recipe.on_cpu for job in plan.jobs if job.recipe)
+        queue = DeviceQueue(
+            gpus=choose_gpus("cpu" if on_cpu else args.devices),
+            n_jobs=args.n_jobs,
+            threads=int(args.threads) if str(args.threads).isdecimal() else args.threads,
+            host=os.uname().nodename,
+        )
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         try:
             command = shlex.split(args.program)
@@ -209,12 +215,6 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         finally:
             leases.release_all()
         _say_end(worker)
-
-
-def _queue(args: argparse.Namespace, *, on_cpu: bool) -> DeviceQueue:
-    gpus = choose_gpus("cpu" if on_cpu else args.devices)
-    threads = int(args.threads) if str(args.threads).isdecimal() else args.threads
-    return DeviceQueue(gpus=gpus, n_jobs=args.n_jobs, threads=threads, host=os.uname().nodename)
 
 
 def _say_end(worker: SweepWorker) -> None:

@@ -34,20 +34,12 @@ Points = Mapping[float, tuple[float, float]]
 """The (x, y) of a run's validations, by step."""
 
 
-def over_places(settings: Settings, name: str) -> Drawing:
-    """One line per setting over the numbers in the tags of a figure in ``texts.yaml``."""
-    figure = texts("figures")[name]
-    return _over_places(settings, drawing_of(settings, name), figure, figure["tags"])
-
-
 def by_group(settings: Settings) -> list[Drawing]:
     """Accuracy by each quantity that the task groups tokens by, such as a distance."""
-    figure = texts("figures")["accuracy_group"]
     drawings = []
     for group in dict.fromkeys(match[1] for match in _matches(settings, _GROUPS)):
-        words = {"name": f"accuracy_{group}", "group": group, "words": group.replace("_", " ")}
-        drawing = drawing_of(settings, "accuracy_group", **words)
-        drawings.append(_over_places(settings, drawing, figure, figure["tags"].format(group=group)))
+        words = {"group": group, "words": group.replace("_", " ")}
+        drawings.append(over_places(settings, "accuracy_group", name=f"accuracy_{group}", **words))
     return drawings
 
 
@@ -57,10 +49,13 @@ def long_range(settings: Settings) -> list[Drawing]:
     return [drawing for drawing in curves if drawing.chart is not None]
 
 
-def _over_places(
-    settings: Settings, drawing: Drawing, figure: Mapping[str, Any], pattern: str
-) -> Drawing:
-    tags, crosses = _places(settings, pattern), _places(settings, figure.get("crosses", ""))
+def over_places(settings: Settings, kind: str, *, name: str = "", **values: str) -> Drawing:
+    """One line per setting over the numbers in the tags of a figure in ``texts.yaml``. The other
+    arguments are those of :func:`drawing_of`."""
+    figure = texts("figures")[kind]
+    drawing = drawing_of(settings, kind, name=name, **values)
+    tags = _places(settings, figure["tags"].format(**values))
+    crosses = _places(settings, figure.get("crosses", ""))
     of_depths, axis = figure.get("of_depths"), figure.get("axis")
     # The depths of a head that predicts no token have losses of another kind.
     main = [(place, tag) for place, tag in tags if not place]
