@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mtp_lightning.errors import counted
+from sweeps import grouped
 from sweeps.report import environment, metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, spread
-from sweeps.report.read import STATES
+from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP
+from sweeps.report.read import STATES, RunRecord
 from sweeps.report.settings import Setting, Settings
-from sweeps.report.statistics import LEVEL, Share
+from sweeps.report.statistics import LEVEL
 
 # The names that the templates use.
 _WORDS = {
@@ -26,6 +28,7 @@ _WORDS = {
     "counted": counted,
     "first_few": metrics.first_few,
     "shown": metrics.with_interval,
+    "spread": metrics.spread,
     "EXACT": EXACT,
     "LEVEL": LEVEL,
     "SPEEDUP": metrics.BY_TAG[SPEEDUP],
@@ -58,7 +61,6 @@ def answer(
         # If every setting is alone on its text, one empty group replaces them all.
         groups=[_facts(group, settings, named=len(groups) > 1) for group in ranked * has_numbers]
         or [{"top": None, "ranked": [], "sped_up": []}] * has_numbers,
-        share=_share,
         gains=[arm for family in families if has_numbers for arm in family.arms if arm.total],
         compared=compared,
         constant=[c for c in compared if c.paired and c.paired.constant],
@@ -85,15 +87,13 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     level, metric = settings.level, settings.headline
     text = group[0].text if named else None
     where = f"Of those on evaluation data {text.short}: " if text else ""
-    facts: dict[str, Any] = {"where": where, "top": None, "median": None}
-    facts["ranked"] = _ranked(group, metric.tag)
-    facts["error"] = (
-        error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
-    )
-    costs = [interval.mean for s in facts["ranked"] if (interval := s.estimate(FLOPS).interval)]
-    unequal = len(costs) == len(facts["ranked"]) > 1 and max(costs) > 1.02 * min(costs)
+    ranked, sped_up = _ranked(group, metric.tag), _ranked(group, SPEEDUP, largest=True)
+    facts: dict[str, Any] = {"where": where, "ranked": ranked, "sped_up": sped_up}
+    facts |= {"top": None, "median": None}
+    facts["error"] = error_of_text(ranked[0]) if ranked and metric.tag == BITS else None
+    costs = [interval.mean for s in ranked if (interval := s.estimate(FLOPS).interval)]
+    unequal = len(costs) == len(ranked) > 1 and max(costs) > 1.02 * min(costs)
     facts["flops"] = (costs[0], min(costs), max(costs)) if unequal else None
-    facts["sped_up"] = _ranked(group, SPEEDUP, largest=True)
     shares = [(s, share) for s in group if (share := solved_share(s, level))]
     if settings.is_task and shares:
         # Of equal shares, the one with the most seeds has the narrowest interval.
@@ -103,16 +103,9 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
         curves = [(s, curve) for s in group if (curve := time_to_solve(s, level))]
         medians = [(curve.median, s.name) for s, curve in curves if curve.median is not None]
         if medians and top.count:
-            step = min(median for median, _ in medians)
-            labels = [label for median, label in medians if median == step]
+            step, labels = min(grouped(medians).items())
             facts["median"] = {"step": step, "labels": labels, "several": len(medians) > 1}
     return facts
-
-
-def _share(share: Share) -> str:
-    return (
-        f"{share.count} of {counted(share.n, 'seed')} (95 % interval {spread(share.interval, '%')})"
-    )
 
 
 def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> list[Setting]:
@@ -124,19 +117,9 @@ def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> 
 def caveats(settings: Settings) -> list[str]:
     """Sentences on what is missing and what may make numbers incomparable."""
     done = [run for run in settings.runs if run.state == "done"]
-    differing = [
-        (fact, _kinds((run.fact(fact.replace(" ", "_")) for run in done), cut=90), meaning)
-        for fact, meaning in (
-            ("git commit", "Differences may come from the code."),
-            ("machine", "Seconds and speeds do not compare."),
-            ("world size", "Seconds do not compare."),
-        )
-    ]
     versions = [v for run in done if isinstance(v := run.fact("versions"), dict)]
-    names = sorted({name for v in versions for name in v})
-    packages = [(n, _kinds((run.fact("versions", n) for run in done), between=", ")) for n in names]
     gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    partial: dict[tuple[int, int], list[str]] = {}
+    fewer: dict[tuple[int, int], list[str]] = {}
     for setting in (s for s in settings.all if s.done):
         missing: dict[str, list[str]] = {}
         for metric in settings.columns:
@@ -145,7 +128,7 @@ def caveats(settings: Settings) -> list[str]:
         for gap, tags in missing.items():
             gaps.setdefault((gap, tuple(tags)), []).append(setting.name)
         if (n := len(setting.done)) < setting.planned:
-            partial.setdefault((n, setting.planned), []).append(setting.name)
+            fewer.setdefault((n, setting.planned), []).append(setting.name)
     counted = [(s, run) for s in settings.all for run in s.done if settings.is_task and s.answers]
     others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
@@ -160,20 +143,23 @@ def caveats(settings: Settings) -> list[str]:
         left_out=settings.left_out,
         data=len({json.dumps(run.fact("data", "fingerprint")) for run in done}),
         tokenizers=len({json.dumps(run.fact("data", "tokenizer", "fingerprint")) for run in done}),
-        differing=[difference for difference in differing if difference[1]],
-        packages=[difference for difference in packages if difference[1]],
+        kinds=partial(_kinds, done),
+        packages=sorted({name for v in versions for name in v}),
         task_others=others,
         silent=[run.name for _, run in counted if wait_of(run, settings.level) is None],
         settings=settings.all,
         gaps=gaps,
-        partial=partial,
+        partial=fewer,
         pairs=[setting.name for setting in settings.all if len(setting.done) == 2],
         absent=[run.name for run in done if not any("progress/tokens" in row for row in run.rows)],
     )
 
 
-def _kinds(values: Iterable[Any], *, between: str = "; ", cut: int | None = None) -> str:
-    """The values with their numbers of runs; empty if all runs have the same value."""
+def _kinds(
+    runs: Sequence[RunRecord], *keys: str, between: str = "; ", cut: int | None = None
+) -> str:
+    """The values of a fact with their numbers of runs; empty if all runs have the same value."""
+    values = (run.fact(*keys) for run in runs)
     kinds = Counter("unknown" if v is None else json.dumps(v).strip('"') for v in values)
     counted = between.join(f"{kind[:cut]} ({n})" for kind, n in kinds.most_common(4))
     return counted if len(kinds) > 1 else ""
