@@ -66,15 +66,13 @@ def require_harmless(
 def require_plain(
     text: str, *, source: str, allow: Collection[str] = (), housekeeping: Sequence[str] = ()
 ) -> None:
-    """Refuses a stored override that does more than set what a run of this platform computes.
+    """Raises a UserError with the remedy for a stored override that does more than set what a run
+    of this platform computes.
 
     Args:
         source: where it comes from, for the message.
         allow: packages, folders, URLs and services that the user allowed.
         housekeeping: keys of a run's paths that it may set.
-
-    Raises:
-        UserError: with the remedy.
     """
     try:
         _require_plain(text, allow, housekeeping)

@@ -35,14 +35,11 @@ from sweeps.trust import require_harmless
 
 
 class SweepWorker:
-    """The jobs that this worker can get.
+    """The jobs that this worker can get. A plan whose jobs cannot be run from it is a UserError.
 
     Args:
         program: command that starts a user's own program; empty for this project's train app.
         allow: what the plan may name besides this project's own code (``trust.py``).
-
-    Raises:
-        UserError: if the folder has no plan, or one whose jobs cannot be run from it.
     """
 
     def __init__(
