@@ -118,11 +118,11 @@ class _Pace:
         return [run for run in runs if run.done and (run.machine or "").startswith(self.machine)]
 
     def hours(
-        self, minutes: Sequence[float], job: ClaimJob | None, expected: float
+        self, runs: Iterable[ArmRun], job: ClaimJob | None, expected: float
     ) -> tuple[float, str]:
-        """The hours of a run and their source, by the minutes of its arm's runs, the FLOPs of its
-        job, or the minutes that its claim expects."""
-        if minutes:
+        """The hours of a run and their source, by its arm's runs, the FLOPs of its job, or the
+        minutes that its claim expects."""
+        if minutes := [run.minutes for run in self.counted(runs)]:
             return median(minutes) / 60, MEASURED if self.machine else ELSEWHERE
         if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:
             return flops / self.rate / 3600, BY_FLOPS
@@ -143,12 +143,9 @@ def _costs(
     that an earlier claim runs (``counted``) are left out; the others are added to ``counted``."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
-    arm_minutes = {
-        arm: [run.minutes for run in pace.counted(by_seed.values())]
-        for arm, by_seed in arms.items()
-    }
+    unmeasured = any(not pace.counted(arms[arm].values()) for arm, _ in pending)
     composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and any(shared or counted or not arm_minutes[arm] for arm, _ in pending):
+    if count_flops and (shared or counted or unmeasured):
         seeds_left = list(dict.fromkeys(seed for _, seed in pending))
         composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
@@ -161,7 +158,7 @@ def _costs(
                 continue
             counted.add(job.name)
         if arm not in arm_costs:
-            arm_costs[arm] = pace.hours(arm_minutes[arm], job, expected)
+            arm_costs[arm] = pace.hours(arms[arm].values(), job, expected)
         estimates.append(Cost(arm, seed, *arm_costs[arm]))
     return estimates
 
