@@ -35,6 +35,14 @@ class Preregistration:
     def is_of(self, claim: Claim) -> bool:
         return self.digest == claim.digest
 
+    def beginning(self, claim: Claim, stored: Stored | None) -> tuple[str, str | None]:
+        """The time at which the first run was requested, here or by the stored result of another
+        machine, and the prediction's commit at that time."""
+        began = [(self.began, self.commit)]
+        if stored is not None and not is_stale(stored, claim):
+            began.append((stored["began"], stored["predicted_in"]))
+        return min(began, key=lambda pair: pair[0])
+
     def require(self, claim: Claim, runs: Path) -> None:
         """Raises a UserError if the prediction was changed after its runs in a folder began."""
         if not self.is_of(claim):

@@ -18,7 +18,7 @@ from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, decide, overall
 from sweeps.claims.jobs import branch_step
 from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
-from sweeps.claims.reuse import beginning, with_stored
+from sweeps.claims.reuse import with_stored
 from sweeps.plan import read_versioned
 from sweeps.report.statistics import survival
 
@@ -41,7 +41,8 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
     preregistration.require(claim, runs)
     by_label = {} if results is None else read_results(results)
     arms = with_stored(observe(claim, runs, preregistration.runs), claim, by_label)
-    return make_result(claim, arms, beginning(preregistration, claim, by_label.get(claim.label)))
+    began = preregistration.beginning(claim, by_label.get(claim.label))
+    return make_result(claim, arms, began)
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:

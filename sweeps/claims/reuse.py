@@ -14,7 +14,6 @@ from mtp_lightning.errors import UserError
 from sweeps.claims.claim import Claim, ClaimMeasure, Stored, is_stale
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import ArmRun, Arms
-from sweeps.claims.preregistration import Preregistration
 
 
 def stored_runs(claim: Claim, stored: Stored | None) -> dict[str, dict[int, ArmRun]]:
@@ -93,14 +92,3 @@ def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms
         arm: {s: r if r.done else shared.get(r.folder, r) for s, r in sorted(by_seed.items())}
         for arm, by_seed in merged.items()
     }
-
-
-def beginning(
-    preregistration: Preregistration, claim: Claim, stored: Stored | None
-) -> tuple[str, str | None]:
-    """The time at which a claim's first run was requested, here or elsewhere, and the prediction's
-    commit at that time."""
-    began = [(preregistration.began, preregistration.commit)]
-    if stored is not None and not is_stale(stored, claim):
-        began.append((stored["began"], stored["predicted_in"]))
-    return min(began, key=lambda pair: pair[0])
