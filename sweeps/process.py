@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,21 +93,16 @@ class JobProcess:
         finished = job.nodes == 1 and _has_finished(job.folder)
         self._command = ("true",) if finished else job.command
         self._started = now()
-        try:
+        with ExitStack() as undo:  # where it cannot be started, last first
+            undo.callback(self._lock.release)
             self._watchdog = _Watchdog(grace_seconds)
-        except OSError:
-            self._lock.release()
-            raise
-        self.group = self._watchdog.group  # the process group of all its processes
-        try:
+            undo.callback(self._watchdog.dismiss)
+            self.group = self._watchdog.group  # the process group of all its processes
             self._popen = self._start(ignore_usr2)
-            self._write("running")
-        except OSError:
-            self._watchdog.dismiss()
-            self._lock.release()
-            if hasattr(self, "_popen"):  # only its status could not be written: a full disk
-                self._popen.wait()
-            raise
+            undo.callback(self._popen.wait)
+            undo.callback(self.kill)
+            self._write("running")  # fails on a full disk
+            undo.pop_all()
 
     def _start(self, ignore_usr2: bool) -> subprocess.Popen[bytes]:
         with (self.job.folder / LOG_FILE).open("ab") as log:
