@@ -166,22 +166,25 @@ def check(
     )
     if model.depth == 0:
         return
-    their_texts = continue_prompts(file, prompts, lengths, drafts=1, layer=layer)
-    our_texts = [
-        text
+    drafting = continue_prompts(file, prompts, lengths, drafts=1, layer=layer)
+    their_counts = [(text.drafted, text.accepted) for text in drafting]
+    our_counts = [
+        (text.drafts, text.drafts_accepted[0])
         for prompt, n in zip(prompts, lengths, strict=True)
         for text in generate(model, [prompt], max_new_tokens=n, draft_depth=1)
     ]
-    n_ours, n_theirs = sum(t.drafts for t in our_texts), sum(t.drafted for t in their_texts)
-    our_share = sum(t.drafts_accepted[0] for t in our_texts) / max(n_ours, 1)
-    their_share = sum(t.accepted for t in their_texts) / max(n_theirs, 1)
+    n_equal = sum(mine == their for mine, their in zip(our_counts, their_counts, strict=True))
+    n_ours, n_theirs = (sum(n for n, _ in counts) for counts in (our_counts, their_counts))
+    our_share = sum(accepted for _, accepted in our_counts) / max(n_ours, 1)
+    their_share = sum(accepted for _, accepted in their_counts) / max(n_theirs, 1)
     line = (
         f"llama.cpp accepts {their_share:.1%} of its {n_theirs} drafts "
         f"({'draft-mtp' if layer is None else 'draft-eagle3'}), this project {our_share:.1%} of "
-        f"{n_ours}"
+        f"{n_ours}, with equal numbers in {n_equal} of {len(prompts)} texts"
     )
-    is_exact = (layer_dtype or dtype) == "float32"
-    if abs(their_share - our_share) > (_ACCEPTANCE if is_exact else _ACCEPTANCE_ROUNDED):
+    allowed = _ACCEPTANCE if (layer_dtype or dtype) == "float32" else _ACCEPTANCE_ROUNDED
+    # llama.cpp's module also reads the first token, which can change many drafts of a few texts.
+    if abs(their_share - our_share) > allowed and 2 * n_equal <= len(prompts):
         raise CheckFailed(f"{line}: the MTP module in {layer or file} computes something else.")
     yield line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,26 @@ def test_the_check_fails_for_a_file_of_another_model(part: str, tmp_path: Path) 
     write(file, other)
     with pytest.raises(CheckFailed, match="computes something else"):
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
+
+
+@pytest.mark.parametrize("n_worse", [3, 9])
+def test_other_drafts_in_a_few_texts_are_llama_cpps_own(
+    n_worse: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module reads a position more; a wrong module drafts otherwise in most texts."""
+    model = trained_model("llama")
+
+    def continue_prompts(file: Path, prompts: Any, lengths: Any, **settings: Any) -> Any:
+        way: dict[str, Any] = {"draft_depth": 1} if settings else {"speculative": False}
+        for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
+            (text,) = generate(model, [prompt], max_new_tokens=n, eot_id=None, **way)
+            accepted = sum(text.drafts_accepted) if i >= n_worse else 0
+            yield llama_cpp.Continuation(text.token_ids, None, text.drafts, accepted)
+
+    monkeypatch.setattr(llama_cpp, "continue_prompts", lambda *a, **s: [*continue_prompts(*a, **s)])
+    lines = llama_cpp.check(tmp_path, model, ByteTokenizer(), dtype="float32", context=64)
+    with nullcontext() if n_worse == 3 else pytest.raises(CheckFailed, match="something else"):
+        assert "with equal numbers in 13 of 16 texts" in list(lines)[1]
 
 
 def test_texts_are_compared_up_to_their_first_end_token(
