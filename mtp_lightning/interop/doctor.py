@@ -12,10 +12,9 @@ The command is ``mtp_lightning/apps/doctor.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -86,7 +85,7 @@ class Diagnosis:
         for convention, share in self.agreement.items():
             mark = "  <- the layout's" if convention == self.meant else ""
             report.append(f"agreement   {share:6.1%}  {described(convention)}{mark}")
-        if self.agreement:
+        if self.constant:
             report.append(f"            {self.constant:6.1%}  the same token everywhere")
         if self.acceptance is not None:
             report.append(f"accepted    {self.acceptance:6.1%}  of first drafts, decoding greedily")
@@ -122,9 +121,10 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     if not stored:
         reason = (
             f"declares {declared} MTP layer(s) and holds none of their tensors: they were lost "
-            "when it was written."
+            f"when it was written; mtp-lightning doctor graft BASE {path} adds those of a base."
             if declared
-            else "holds no MTP tensors and declares no MTP layers: there is nothing to draft."
+            else "holds no MTP tensors and declares no MTP layers: there is nothing to draft "
+            f"with; mtp-lightning heads {path} trains a head."
         )
         return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
     config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
@@ -137,7 +137,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
         unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
         needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
-        drafts = _draft_vocab(fields)
+        drafts = draft_vocab_of(config_reading.run_config(fields))
         diagnosis = _measure(diagnosis, config, needed, new_tokens, drafts, whole=lost is None)
     return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
 
@@ -183,11 +183,6 @@ def _measure(
         constant=agreement.constant,
         acceptance=rates(drafted).get(_FIRST) if whole else None,
     )
-
-
-def _draft_vocab(fields: Mapping[str, Any]) -> int | None:
-    """The number of first token ids that a folder's modules draft; None for all."""
-    return draft_vocab_of(config_reading.run_config(fields))
 
 
 def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
@@ -238,7 +233,7 @@ def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
         accepted = f", and the trunk accepts {diagnosis.acceptance:.1%} of their first drafts"
     return True, (
         f"its {depth} MTP layer(s) are complete and trained, and match their layout's "
-        f"{described(meant)} ({shares[meant]:.1%}){accepted}"
+        f"convention, {described(meant)} (agreement {shares[meant]:.1%}){accepted}"
     )
 
 
@@ -246,12 +241,13 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
     fields, config, weights = describe(path)
     model = build_model(config, weights, source=str(path))
-    drafts = _draft_vocab(fields)
+    drafts = draft_vocab_of(config_reading.run_config(fields))
     texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens, draft_vocab=drafts)
     acceptance = rates(texts).get(_FIRST)
     constant = most_common_share(torch.tensor([i for text in texts for i in text.token_ids]))
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
-    accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
     sound = acceptance is not None and acceptance > constant
-    return _conclude(diagnosis, sound, f"the trunk accepts {accepted} drafts")
+    accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
+    more = "" if sound else f", and {constant:.1%} of its tokens are one and the same"
+    return _conclude(diagnosis, sound, f"the trunk accepts {accepted} drafts{more}")

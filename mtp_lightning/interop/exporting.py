@@ -205,7 +205,7 @@ def _verify(target: Path, cfg: Any, *checks: Iterator[str]) -> None:
 
 def _check_seed(run: OpenedModel, model: MTPModel) -> Iterator[str]:
     """Check that training has changed the weights of a run, which are random at first."""
-    if run.step and "seed" in run.config:
+    if run.step and "seed" in run.config and any(p.requires_grad for p in model.parameters()):
         lambdas = run.config.get("mtp_lambda", 0)
         weights = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
         yield check_trained(model, run.config["seed"], weights)

@@ -17,9 +17,11 @@ from mtp_lightning.interop import agreement, doctor, inventory
 from mtp_lightning.interop.inventory import has_initial_size, is_fresh, take_inventory
 from mtp_lightning.interop.reading import contents
 from mtp_lightning.interop.tensor_files import SafeTensor
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
-from tests import deepseek
+from tests import deepseek, models
 from tests.integration import helpers
 from tests.interop import folders
 
@@ -201,6 +203,18 @@ def test_the_command_exits_with_2_if_a_folder_is_not_sound(
             apps_doctor.main([str(folder)])
         assert stop.value.code == code
     assert "not sound" in capsys.readouterr().out
+
+
+def test_a_verdict_names_the_measure_that_failed_or_the_next_command(tmp_path: Path) -> None:
+    trunk = folders.dense(tie_embeddings=False)
+    folders.write(tmp_path / "heads", models.build(trunk, ParallelConfig(depth=1)))
+    heads = doctor.examine(tmp_path / "heads")
+    share = f"{heads.constant:.1%}"
+    assert heads.verdict.endswith(f"drafts, and {share} of its tokens are one and the same.")
+    assert re.search(f"{share} +the same token everywhere", "\n".join(heads.lines()))
+    folders.write(tmp_path / "plain", models.build(trunk, SequentialConfig(depth=0)))
+    folder = tmp_path / "plain"
+    assert doctor.examine(folder).verdict.endswith(f"mtp-lightning heads {folder} trains a head.")
 
 
 def test_the_inventory_reads_a_modules_tensors_once(

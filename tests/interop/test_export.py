@@ -152,6 +152,13 @@ def test_an_untrained_module_is_named_and_nothing_is_written(
     assert [file.name for file in tmp_path.iterdir()] == ["lost.ckpt"]
 
 
+def test_nothing_is_said_of_training_where_nothing_was_trained(base: Path) -> None:
+    run = open_model(base / "dense")
+    (line,) = exporting._check_seed(run, run.model)
+    assert "trained tensors differ" in line
+    assert not list(exporting._check_seed(run, run.model.requires_grad_(False)))
+
+
 def test_untrained_parameters_may_equal_their_initialization() -> None:
     model = deepseek.build(folders.DENSE, depth=2)
     fresh = deepseek.build(folders.DENSE, depth=2, freeze_trunk=True)
