@@ -28,9 +28,9 @@ class TextSource(FileSource):
     A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
     ``field``, and a ``.parquet`` file one per row. Files that end in ``.gz`` or ``.zst`` are
     decompressed as they are read. A folder stands for all files below it, except hidden ones, empty
-    ones and those that are not text, which a log line counts; a glob stands for the files and then
-    the folders that match it. Files are taken in the order of ``paths``, sorted inside a folder or
-    glob; a file named twice is read once.
+    ones and those that are not text; a glob stands for the files that match it, except empty ones,
+    and then the folders. A log line counts what is left out. Files are taken in the order of
+    ``paths``, sorted inside a folder or glob; a file named twice is read once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
@@ -62,9 +62,7 @@ class TextSource(FileSource):
         for pattern in self.paths:
             for name, path in expand(pattern):
                 if path.stat().st_size == 0:
-                    raise UserError(
-                        f"{path} is empty: give text, or leave the file out of data.paths"
-                    )
+                    raise UserError(f"{path} is empty: give text, or leave it out of data.paths")
                 unique.setdefault(path.resolve(), (name, path))
         return list(unique.values())
 
@@ -96,7 +94,7 @@ class TextSource(FileSource):
                     kinds = isinstance(row, dict) and {k: type(v).__name__ for k, v in row.items()}
                     raise UserError(
                         f"{path}, line {number}, has no string under {self.field!r} "
-                        f"(it has {kinds or type(row).__name__}): set data.field to a text's name"
+                        f"(it has {kinds or type(row).__name__}): rename it, or set data.field"
                     )
                 if "\\u" in text:
                     require_unicode(row[self.field], f"{path}, line {number},")
@@ -138,16 +136,18 @@ def expand(
     do not depend on where they are.
 
     Args:
-        pattern: the path, folder or glob.
         key: the config key of the path, for messages.
-        text_only: whether to leave out files of a folder that are empty or not text.
+        text_only: whether to leave out empty files, and those of a folder that are not text.
 
     Raises:
         FileNotFoundError: if there is no file.
     """
     path = Path(pattern).expanduser()
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    names = {file: file.name for file in found if file.is_file()}
+    empty = {p for p in found if text_only and p != path and p.is_file() and not p.stat().st_size}
+    if empty:
+        log.warning("%s: left out %d empty files", pattern, len(empty))
+    names = {file: file.name for file in found if file.is_file() and file not in empty}
     around = set(found)  # ** matches the folders of a folder, too
     for folder in (path for path in found if path.is_dir() and around.isdisjoint(path.parents)):
         for name, file in _folder(folder, text_only):

@@ -86,7 +86,8 @@ def test_text_refuses_missing_empty_and_undecodable_files(tmp_path):
     latin.write_bytes("as Windows writes".encode("utf-16"))
     assert_refused(r"latin\.txt is not UTF-8: byte 0xff at byte offset 0.*-f UTF-16", latin)
     latin.write_bytes(b"")
-    assert_refused(r"latin\.txt is empty", tmp_path / "*.txt")
+    assert_refused(r"latin\.txt is empty", latin)
+    assert_refused("holds no file to read", tmp_path / "l*.txt", error=missing)
     for nothing in ([], "", [""], None, 3, [3]):
         with pytest.raises(ValueError, match="data.paths must name a file"):
             TextSource(nothing)
@@ -115,8 +116,10 @@ def test_a_glob_reads_the_files_and_then_the_folders_that_match_it(tmp_path, cap
     assert read == ["c.txt", "a/2.txt", "a/deep/3.txt", "b/1.txt"]
     assert caplog.text.count("left out 1 hidden files, and 1 that are empty") == 1
     (tmp_path / "a" / "logo.png").unlink()
+    (tmp_path / "0.txt").touch()
     names = [name for name, _ in TextSource(tmp_path / "**").files]
     assert names == ["2.txt", "3.txt", "1.txt", "c.txt"]  # in the order of their paths
+    assert "left out 1 empty files" in caplog.text
 
 
 def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
