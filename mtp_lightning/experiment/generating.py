@@ -46,9 +46,8 @@ _REPORTED = (
 
 
 def generate_text(cfg: Any) -> list[Generation]:
-    """Continue the prompts of ``conf/generate.yaml`` and print the texts.
-
-    The texts go to standard output, and remarks about them to standard error.
+    """Continue the prompts of ``conf/generate.yaml``; print the texts to standard output, and
+    remarks about them to standard error.
 
     Raises:
         UserError: an option is out of range, there is no prompt, or the checkpoint is damaged or
@@ -208,15 +207,14 @@ def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> 
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
     fastest = with_measured_depth(options, run, rows=min(options.slots, rows or 1), **precision)
-    measured = fastest.measured
-    if rows is not None and measured is not None and not measured.pays:
+    if rows is not None and (measured := fastest.measured) and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
         return options.plain(but_lookups=True)
     return fastest
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
-    """Read the prompts from ``prompt``, from the file ``prompts`` (one per line) or from ``stdin``.
+    """Read the prompts from ``prompt``, from the lines of the file ``prompts`` or from ``stdin``.
 
     Raises:
         UserError: there is no prompt, it is given twice, or it is empty.
@@ -228,6 +226,10 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
         texts = [str(prompt)]
     elif prompts is not None:
         texts = [line for line in require_prompts(Path(prompts)).split("\n") if line]  # not at \f
+        if prompts.endswith(".jsonl"):
+            from data_modules.sources.text import TextSource
+
+            texts = list(TextSource(prompts).documents())
     elif stdin.isatty():
         raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:

@@ -132,10 +132,8 @@ def cost_line(generation: Generation) -> str:
 
 def ends_at_once(generation: Generation) -> str | None:
     """Say in a sentence why the generated text is empty; None if it is not."""
-    if generation.text:
-        return None
-    if generation.finish_reason == "eot":
-        return "The text ends at once: the model's first token is the end of text."
-    if generation.finish_reason == "stop":
-        return "The text ends at once: it begins with a stop string."
-    return None
+    reasons = {
+        "eot": "The text ends at once: the model's first token is the end of text.",
+        "stop": "The text ends at once: it begins with a stop string.",
+    }
+    return None if generation.text else reasons.get(generation.finish_reason)

@@ -190,6 +190,9 @@ def test_a_line_of_a_file_is_one_prompt(tmp_path):
     file.write_text("\n\n")
     with pytest.raises(UserError, match="/prompts is empty: give"):
         generating.read_prompts(None, str(file), StringIO())
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"text": "<|user|>\\na\\n"}\n\n{"text": "b"}\n')
+    assert generating.read_prompts(None, str(chats), StringIO()) == ["<|user|>\na\n", "b"]
 
 
 def test_the_time_of_a_file_of_prompts_is_without_the_measurement_of_drafts(
