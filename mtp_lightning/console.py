@@ -18,7 +18,7 @@ APPS = {
     "evaluate": "compute the metrics of a trained model",
     "generate": "generate text with a trained model",
     "serve": "serve a trained model over OpenAI's HTTP interface",
-    "export": "write a trained model as a Hugging Face folder",
+    "export": "write a trained model as a Hugging Face folder or a GGUF file",
 }
 # Programs with their own options: the module of their main(), and their help.
 TOOLS = {

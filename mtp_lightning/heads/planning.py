@@ -133,13 +133,15 @@ class HeadsPlan:
             f"{self.precision}, at a rate of {self.rate:.2g}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
+        validating = (self.writing + self.training) * (1 / (_TEXTS + _TRAINING) - 1)
+        yield f"validation up to {_minutes(validating)}"
         # The check of the export holds four models: the run's, its rounded copy, its first weights
         # and transformers' own. Training holds one, a packed one, and the module's moments.
         memory = _IMPORTS + 4 * (4 * self.weights + 4 * self.head_weights)
         # Checkpoints with the module's optimizer state, the export, and the trunk's states.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
         yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
-        hours = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
+        hours = self.writing + self.training + validating + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
         phases = "start, certificate, export and speed, estimated from another machine's"
         later = f", with {_minutes(self.others)} for {phases}" if self.others else ""
@@ -339,8 +341,8 @@ def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
         raise UserError(f"{path} has heads of mtp={mtp.variant}, which are not trained on here.")
     if mtp.depth and not further:
         raise UserError(
-            f"{path} has MTP heads already: examine them with mtp-lightning doctor, or train them "
-            f"further with mtp-lightning train init_from={path}."
+            f"{path} has MTP heads already: examine them with mtp-lightning doctor (in a GGUF "
+            f"file: certify), or train them further with mtp-lightning train init_from={path}."
         )
 
 

@@ -25,16 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with readable_errors():
         set_threads(None)
-        device = pick_accelerator("auto")
-        opened = open_for_decoding(
-            args.model, device=device, head_precision=AUTO, activations=args.activations
-        )
+        setting = {"precision": "fp32", "head_precision": AUTO, "activations": args.activations}
+        opened = open_for_decoding(args.model, device=pick_accelerator("auto"), **setting)
         opened.model.mtp.require_drafts()
         # Options, device, threads and words are generate.py's, so that it finds the measurement.
         options = DecodingOptions(
             draft_vocab=draft_vocab_of(opened.config), max_context=opened.seq_len
         )
-        setting = {"precision": "fp32", "head_precision": AUTO, "activations": args.activations}
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None
         write_json({"said": description(measured), **asdict(measured)}, args.output)

@@ -150,6 +150,7 @@ def test_overrides_change_the_plan(
     # The later phases take ten minutes: they leave 50 minutes of an hour, and half of six minutes.
     text = lines()
     assert "about 22 minutes at" in text and "about 60 minutes in all on" in text
+    assert "validation up to 10 minutes" in text
     assert "about 13 minutes in all on this machine, more than --hours=0.1," in lines(hours=0.1)
 
 
