@@ -108,8 +108,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         return _examine_heads(path, new_tokens)
     fields, parts = contents(path)
     declared = config_reading.declared_depth(fields)
-    source = str(path / CONFIG)
-    trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
+    trunk = config_reading.from_json(fields, depth=declared or 1, source=str(path / CONFIG))
     layout = module_layout(fields["model_type"])
     stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
     if max(declared, stored) > len(parts):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop import eagle3
 from mtp_lightning.interop.config_json import trunk_type
 from mtp_lightning.interop.names import other_switch, weight_map
 from mtp_lightning.interop.weight_map import MappedWeight, Shape
@@ -177,11 +178,12 @@ def _unread(config: ModelConfig) -> str:
     if not mtp.depth:
         return ""
     if isinstance(mtp, EagleConfig):
-        return (
-            "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own, "
-            "which `mtp-lightning export output=DRAFT.gguf layout=eagle3` writes."
-        )
-    if not isinstance(mtp, SequentialConfig):
+        if not (setting := eagle3.obstacle(config)):
+            return (
+                "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own, "
+                "which `mtp-lightning export output=DRAFT.gguf layout=eagle3` writes."
+            )
+    elif not isinstance(mtp, SequentialConfig):
         setting = f"mtp={mtp.variant}"
     elif not (setting := other_switch(mtp)):
         if getattr(config.trunk.attention, "q_rank", 1) is not None:

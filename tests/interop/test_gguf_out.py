@@ -24,6 +24,7 @@ from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
@@ -110,6 +111,8 @@ def test_shared_and_hidden_first_modules_are_converted(tmp_path: Path) -> None:
         ("llama", "llama", SequentialConfig(depth=1, branch="before_last"),
          "mtp.branch=before_last"),
         ("llama", "llama", SequentialConfig(depth=1, blocks=2), "mtp.blocks=2"),
+        ("llama", "llama", EagleConfig(depth=1, layers=(0, 0, 1)), "mtp.layers=[0, 0, 1]"),
+        ("llama", "llama", EagleConfig(depth=1, confidence=True), "objective.confidence=true"),
         ("deepseek-tied", "deepseek2", SequentialConfig(depth=1), "q_rank=null"),
     ],
 )  # fmt: skip
