@@ -131,7 +131,9 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
     if "/" in name or "@" in name or name in groups() or parent not in _CLOSED:
         return
     names = {*keys.of_node(parent, app).keys, *(groups_of(app) if not parent else ())}
-    if key not in names and not _is_named(name, config):
+    used = re.compile(rf"\$\{{[^}}]*{re.escape(name)}\b")  # by an interpolation
+    is_used = any(isinstance(text, str) and used.search(text) for _, text in values(config))
+    if key not in names and not is_used:
         raise _unknown(name, {name for name in names if "/" not in name}, app)
 
 
@@ -139,12 +141,6 @@ def _unknown(name: str, known: Collection[str], app: str) -> UserError:
     from mtp_lightning.command_line.hydra_errors import unknown_key
 
     return UserError(unknown_key(name, known, app))
-
-
-def _is_named(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether an interpolation of the config uses a key."""
-    used = re.compile(rf"\$\{{[^}}]*{re.escape(name)}\b")
-    return any(isinstance(text, str) and used.search(text) for _, text in values(config))
 
 
 def _check_together(config: Mapping[str, Any]) -> None:

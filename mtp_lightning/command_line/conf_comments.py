@@ -52,6 +52,12 @@ class Option:
         match = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
         return (match.group() if match else text).rstrip(".:; ")
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The options of groups in its ``defaults``: ``override /tokenizer: byte``."""
+        entries = [entry for entry in self.content.get("defaults", []) if isinstance(entry, dict)]
+        return {str(group): str(name) for entry in entries for group, name in entry.items()}
+
 
 def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
     """A file, followed by the files of its group that it includes."""
@@ -67,14 +73,13 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
     """All options by group, in alphabetical order, with those of a further folder ``added``
     (``--config-dir``). The root's options have the empty name."""
     files = [
-        (file.parent.relative_to(root).as_posix(), file)
+        ("/".join(file.parent.relative_to(root).parts), file)
         for root in filter(None, (CONF, added))
         for file in root.rglob("*.yaml")
     ]
     by_group: dict[str, list[Option]] = {}
     for group, file in sorted(files, key=lambda pair: (pair[0], pair[1].name)):
-        name = "" if group == "." else group
-        by_group.setdefault(name, []).append(read_option(file, name))
+        by_group.setdefault(group, []).append(read_option(file, group))
     return by_group
 
 
@@ -83,8 +88,7 @@ def groups_of(app: str) -> set[str]:
     if app == "config":
         return set(groups())
     (root,) = (option for option in groups()[""] if option.name == app)
-    chosen = (entry for entry in root.content["defaults"] if isinstance(entry, dict))
-    return {name for entry in chosen for name in entry if not name.startswith("override ")}
+    return {group for group in root.chosen if not group.startswith("override ")}
 
 
 def read_option(file: Path, group: str) -> Option:
@@ -126,6 +130,7 @@ def help_for(word: str, added: Path | None = None) -> str:
         )
     option = options[name]
     lines = [f"{group}={name}", "", option.comment, ""]
+    lines += [f"  {g}={choice}".replace("override /", "") for g, choice in option.chosen.items()]
     for key in option.keys:
         default = f" = {key.default}" if key.default else ""
         lines += [f"  {key.name}{default}", *filter(None, [_wrapped(key.comment, "      ")])]

@@ -98,8 +98,7 @@ def _read_conf() -> dict[str, KeyRules]:
 
 def _rules(option: Option) -> Iterator[tuple[str, str]]:
     """Yield a file's keys with their comments; a comment is empty for keys that have none."""
-    for entry in option.content.get("defaults", []):  # groups within this one
-        yield from ((str(name), "mapping") for name in (entry if isinstance(entry, dict) else ()))
+    yield from ((group, "mapping") for group in option.chosen)  # groups within this one
     prefix = f"{option.group.replace('/', '.')}."
     for text in (option.comment, *(key.comment for key in option.keys)):
         yield from ((key.removeprefix(prefix), "") for key in _NAMED.findall(text))

@@ -68,6 +68,8 @@ def test_help_describes_groups_and_options() -> None:
         in help_for("data")
     )
     assert "  base " not in help_for("data")
+    preset = help_for("experiment=small_text").splitlines()
+    assert {"  lambda_schedule=constant", "  tokenizer=byte"} <= {*preset}
     with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
         help_for("nope")
     with pytest.raises(ValueError, match="mtp has no option 'nope'; choose one of .*sequential"):
