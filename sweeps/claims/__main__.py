@@ -28,7 +28,7 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import Pending, costs, listing, pending_of, planned
-from sweeps.claims.jobs import require_equal_steps
+from sweeps.claims.jobs import require_equal
 from sweeps.claims.pages import answers, pairs_of, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
@@ -164,7 +164,7 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **selection: Any) 
             )
         file, stored = args.claims / f"{claim.name}.yaml", read_result(claim.label, args.results)
         if stored is None:
-            require_equal_steps(claim, args.runs.absolute())
+            require_equal(claim, args.runs.absolute())
         commits[claim.label] = predicted_in(file, claim, stored, unpredicted=args.unpredicted)
     options = {"n_jobs": args.jobs, "retry_failed": args.retry_failed, "command": args.typed}
     return run(claims, args.runs.absolute(), commits=commits, **options, **selection)

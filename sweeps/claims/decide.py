@@ -32,7 +32,7 @@ FEW, NOISE, UNCORRECTED = (
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
 # The largest relative difference of two arms in the resource that they should spend alike.
-_MOST_APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
+MOST_APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 
 POWER = 0.8
 MOST = 10_000  # seeds; an effect that needs more counts as equal to the threshold
@@ -237,7 +237,7 @@ def _unequal(resource: str, own: Sequence[ArmRun], other: Sequence[ArmRun]) -> s
         return f"the runs do not say their {resource}"
     a, b = (math.fsum(values) / len(values) for values in costs)
     gap = abs(a - b) / max(b, 1e-300)
-    return f"the arms differ by {gap:.1%} in {resource}" if gap > _MOST_APART[resource] else ""
+    return f"the arms differ by {gap:.1%} in {resource}" if gap > MOST_APART[resource] else ""
 
 
 def seeds_needed(entries: list[Stored], minimum: int) -> list[int | None]:

@@ -15,20 +15,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import key_of, lies_in
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.decide import UNDECIDED, seeds_needed
-from sweeps.claims.jobs import ClaimJob, branch_step, jobs
+from sweeps.claims.jobs import ClaimJob, flops_of, jobs
 from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.result import Result, in_order, state, with_own_costs
 from sweeps.claims.reuse import shared_runs, with_stored
 from sweeps.claims.words import aligned
-from sweeps.report.settings import OF_DEPTHS
 
 MEASURED, ELSEWHERE = "measured", "measured elsewhere"
 BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"
@@ -175,33 +172,6 @@ def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
         arm: {s: with_own_costs(claim, arm, run) for s, run in arm_runs.items()}
         for arm, arm_runs in arms.items()
     }
-
-
-def flops_of(job: ClaimJob) -> float | None:
-    """A run's training FLOPs as ``python -m mtp_lightning.plan`` counts them; None if it cannot.
-
-    A run with ``compare.match=flops`` has the FLOPs of plain training. A branch counts only from
-    the step where it begins.
-    """
-    from mtp_lightning.plan import plans_of
-    from sweeps.compose import compose_run, searchpath
-
-    overrides = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
-    config = compose_run(overrides, job.config_dir)
-    if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
-        return None
-    if config.compare.match == "flops":
-        overrides = [*(o for o in overrides if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
-    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
-    try:
-        overrides += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
-        (plan,), _ = plans_of(overrides)
-    except (UserError, ArithmeticError):
-        return None
-    data, steps = config.data, config.trainer.max_steps
-    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
-    total = plan.cost.per_token(data.seq_len) * tokens
-    return float(total * (1 - (branch_step(job.overrides) or 0) / steps))
 
 
 def fitting(

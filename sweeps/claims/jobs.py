@@ -26,7 +26,8 @@ from mtp_lightning.run.config import (
     values_by_key,
 )
 from sweeps.claims.claim import CPU, GPU, Claim
-from sweeps.compose import compose_run, settle
+from sweeps.claims.decide import MOST_APART
+from sweeps.compose import compose_run, searchpath, settle
 from sweeps.plan import job_of
 from sweeps.process import Job
 from sweeps.report.settings import OF_DEPTHS
@@ -69,19 +70,59 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     return all_jobs
 
 
-def require_equal_steps(claim: Claim, runs: Path) -> None:
-    """Raises a UserError for a claim that compares arms of unequal steps, which it says are equal:
-    its runs could never decide this prediction."""
-    if claim.equal != "steps":
+def require_equal(claim: Claim, runs: Path) -> None:
+    """Refuse a claim whose runs could never decide a prediction.
+
+    Raises:
+        UserError: a prediction compares arms whose steps or FLOPs differ but are said to be equal.
+    """
+    if claim.equal not in ("steps", "flops"):
         return
-    steps = {job.arm: job.max_steps for job in jobs(claim, claim.scale.seeds[:1], runs)}
-    for prediction in claim.predictions:
-        arm, against = prediction.arm, prediction.against
-        if against is not None and steps[arm] != steps[against]:
+    first = {job.arm: job for job in jobs(claim, claim.scale.seeds[:1], runs)}
+    for arm, against in ((p.arm, p.against) for p in claim.predictions if p.against is not None):
+        own, other = first[arm], first[against]
+        about = f"The claim {claim.label} has equal: {claim.equal} and compares {own.arm}"
+        alike = own.max_steps == other.max_steps
+        if claim.equal == "steps" and not alike:
             raise UserError(
-                f"The claim {claim.label} has equal: steps and compares {arm} ({steps[arm]} steps) "
-                f"with {against} ({steps[against]}): give both as many, or write equal: nothing."
+                f"{about} ({own.max_steps} steps) with {other.arm} ({other.max_steps}): give both "
+                "as many, or write equal: nothing."
             )
+        whole = own.max_steps is not None and own.parent is None is other.parent
+        if claim.equal == "flops" and alike and whole:
+            flops, others = flops_of(own), flops_of(other)
+            gap = abs(flops / others - 1) if flops and others else 0.0
+            if gap > MOST_APART["flops"]:
+                raise UserError(
+                    f"{about} with {other.arm}, whose steps differ by {gap:.1%} in FLOPs: add "
+                    "compare.match=flops to shared, or write equal: steps."
+                )
+
+
+def flops_of(job: ClaimJob) -> float | None:
+    """A run's training FLOPs as ``python -m mtp_lightning.plan`` counts them; None if it cannot.
+
+    A run with ``compare.match=flops`` has the FLOPs of plain training. A branch counts only from
+    the step where it begins.
+    """
+    from mtp_lightning.plan import plans_of
+
+    overrides = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
+    config = compose_run(overrides, job.config_dir)
+    if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
+        return None
+    if config.compare.match == "flops":
+        overrides = [*(o for o in overrides if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
+    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
+    try:
+        overrides += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
+        (plan,), _ = plans_of(overrides)
+    except (UserError, ArithmeticError):
+        return None
+    data, steps = config.data, config.trainer.max_steps
+    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
+    total = plan.cost.per_token(data.seq_len) * tokens
+    return float(total * (1 - (branch_step(job.overrides) or 0) / steps))
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -68,7 +68,10 @@ def run(
             print("Nothing to run: every run is done.", flush=True)
             return 0
         todo = _with_parents(todo, claims, runs)
-        _write_plan(todo, runs, command)
+        plan = SweepPlan(runs)  # with which the report reads the folder like any sweep's
+        folders = {planned.folder for planned in plan.jobs}
+        plan.jobs += [PlannedJob(j.name, j.overrides) for j in todo if j.name not in folders]
+        plan.write(command)
         waiting = [job for job in todo if must_run(job.folder, retry_failed=retry_failed)]
         print(
             f"{counted(len(todo), 'run')} in {runs}, {len(todo) - len(waiting)} ended before",
@@ -108,14 +111,6 @@ def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path)
             parent = by_name[parent].parent
         ordered |= {added.name: added for added in (*reversed(missing), job)}
     return list(ordered.values())
-
-
-def _write_plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
-    """Write ``sweep.json``, with which the report reads the folder like any sweep's."""
-    plan = SweepPlan(runs)
-    folders = {planned.folder for planned in plan.jobs}
-    plan.jobs += [PlannedJob(job.name, job.overrides) for job in todo if job.name not in folders]
-    plan.write(command)
 
 
 def _ready(waiting: list[ClaimJob], unfinished: Collection[str]) -> Iterator[ClaimJob | None]:

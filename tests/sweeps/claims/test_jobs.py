@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
-from sweeps.claims.hours import flops_of
-from sweeps.claims.jobs import jobs, require_equal_steps
+from sweeps.claims.jobs import flops_of, jobs, require_equal
 from sweeps.claims.preregistration import (
     Preregistration,
     read_preregistration,
@@ -131,9 +130,20 @@ def test_arms_of_unequal_steps_are_refused_as_equal(tmp_path: Path) -> None:
     arms = {"plain": ["mtp=none"], "mtp": ["trainer.max_steps=7000"]}
     message = r"compares mtp \(7000 steps\) with plain \(3500\): give both as many, or write equal"
     with pytest.raises(ValueError, match=message):
-        require_equal_steps(claim_of(tmp_path, arms=arms), RUNS)
-    require_equal_steps(claim_of(tmp_path, arms=arms, equal="nothing"), RUNS)
-    require_equal_steps(claim_of(tmp_path), RUNS)
+        require_equal(claim_of(tmp_path, arms=arms), RUNS)
+    require_equal(claim_of(tmp_path, arms=arms, equal="nothing"), RUNS)
+    require_equal(claim_of(tmp_path), RUNS)
+
+
+def test_arms_whose_equal_steps_cost_different_flops_are_refused_as_equal(tmp_path: Path) -> None:
+    arms = {"plain": ["mtp=none"], "mtp": ["mtp=sequential"]}
+    message = r"compares mtp with plain, whose steps differ by [\d.]+% in FLOPs: add compare.match"
+    with pytest.raises(UserError, match=message):
+        require_equal(claim_of(tmp_path, arms=arms, equal="flops", shared=[]), RUNS)
+    matched = ["compare.match=flops"]
+    require_equal(claim_of(tmp_path, arms=arms, equal="flops", shared=matched), RUNS)
+    alike = {"plain": ["mtp_lambda=0.1"], "mtp": ["mtp_lambda=0.3"]}
+    require_equal(claim_of(tmp_path, arms=alike, equal="flops"), RUNS)
 
 
 @pytest.mark.slow
