@@ -242,7 +242,7 @@ def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     unfinished = [job for job, state in states.items() if state != "done"]
     done = f"{counted(len(jobs), 'job')} done in {_shown(folder)}"
     if not unfinished:
-        print(done, flush=True)
+        print(f"{done}; python -m sweeps.report {_shown(folder)} compares them", flush=True)
         return
     retry = " sweep.retry_failed=true" if "failed" in states.values() else ""
     print(

@@ -14,8 +14,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
-from mtp_lightning.run.config import values_by_key
-from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE, SWEEP_FILE
+from mtp_lightning.run.config import flatten, read_yaml, values_by_key
+from mtp_lightning.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.status import state_of
 from mtp_lightning.stored import read_json
@@ -145,9 +145,11 @@ class Sweep(_Folder):
         plan = self._plan
         rows = {}
         for job, run in zip(plan["jobs"], self.runs, strict=True):
-            overrides = values_by_key(job["overrides"])
+            typed: dict[str, Any] = {**values_by_key(job["overrides"])}
+            if (file := run.folder / CONFIG_FILE).is_file():  # has numbers where words were typed
+                typed |= flatten(read_yaml(file))
             row: dict[str, Any] = {"state": state_of(run.folder)}
-            row |= {key: overrides.get(key) for key in plan["varied"]}
+            row |= {key: typed.get(key) for key in plan["varied"]}
             if (run.folder / SUMMARY_FILE).is_file():
                 numbers = run.summary.items()
                 row |= {k: v for k, v in numbers if isinstance(v, int | float) and k not in row}
@@ -253,10 +255,9 @@ def _output_folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Pa
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:
     """The path that the last override of a key gives; None if there is none."""
-    values = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
-    if not values:
+    path = values_by_key(overrides).get(key)
+    if path is None:
         return None
-    path = values[-1]
     if "${" in path:
         raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
@@ -265,6 +266,5 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
 
 def _typed(value: Any) -> str:
     """A value in the command line's syntax."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else str(value)
+    return text.lower() if isinstance(value, bool) else text

@@ -163,7 +163,8 @@ def test_a_matched_run_counts_the_flops_that_it_used(tmp_path: Path, cache: Path
 def test_a_sweep_counts_a_solved_run_as_done(tmp_path: Path, cache: Path) -> None:
     python, app, *overrides, _ = helpers.command(tmp_path / "unused", cache, EASY)
     args = [python, app, "-m", *overrides, f"sweep_dir={tmp_path / 's'}", "seed=0,1"]
-    assert "2 jobs done" in execute(args, code=0).stdout
+    output = execute(args, code=0).stdout
+    assert "2 jobs done" in output and f"python -m sweeps.report {tmp_path / 's'}" in output
     folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]
     assert [state_of(folder) for folder in folders] == ["done", "done"]
     assert all(summary_of(folder)["solved"] for folder in folders)

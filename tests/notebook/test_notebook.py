@@ -176,7 +176,7 @@ def test_a_sweep_has_a_table_and_a_report(quick: list[str], tmp_path: Path) -> N
     other_overrides = [text for text in quick if not text.startswith("mtp.depth=")]
     depths = sweep(*other_overrides, "mtp.depth=0,1", f"sweep_dir={tmp_path / 'sweep'}", quiet=True)
     table = depths.table
-    assert list(table["state"]) == ["done", "done"] and list(table["mtp.depth"]) == ["0", "1"]
+    assert list(table["state"]) == ["done", "done"] and list(table["mtp.depth"]) == [0, 1]
     assert [run.folder.name for run in depths.runs] == list(table.index)
     assert table["val/loss_depth_0"].notna().all()
     assert depths.report().is_file() and "mtp.depth" in depths._repr_html_()
