@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.integration.helpers import ROOT, execute, overrides
 
@@ -104,6 +105,9 @@ def test_a_chapter_runs(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "runs" / "two" / "report.html").is_file()
     if name == "your_head":
         assert (tmp_path / "runs" / "stretches" / "report.html").is_file()
+        last = tmp_path / "runs" / "stretch" / "checkpoints" / "last.ckpt"
+        weights = torch.load(last, weights_only=True)["state_dict"]
+        assert weights["model.mtp.depths.0.bias"].abs().max() < 0.5, "starts at 0, as it is written"
 
 
 @pytest.mark.slow
