@@ -200,8 +200,8 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         more = [f"and {n} more"] if (n := len(differences) - _SHOWN) > 0 else []
         shown = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
-            f"{source} holds another architecture than this config ({shown}): "
-            "start in another run_dir, or go back to the settings that the run began with."
+            f"{source} holds another architecture than this config ({shown}): go back to the "
+            "settings of that run, or start another one (init_from=RUN begins with its trunk)."
         )
     if checkpoint.get("optimizer_states") == []:
         raise UserError(

@@ -17,6 +17,7 @@ def test_keys_and_values_have_names() -> None:
     assert name_of("mtp", "linear") == "linear heads" and name_of("mtp", "none") == "no MTP"
     assert name_of("mtp.depth", "2") == "D = 2" and axis_of("mtp.depth") == "D"
     assert name_of("mtp.token_dropout", show(0.0)) == "no token dropout"
+    assert name_of("experiment", show(None)) == "no preset"
     assert name_of("mtp.own", "x") == "mtp.own=x" and axis_of("mtp.own") == "mtp.own"
     assert [joined(list("abc"[:n])) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     title = question(["mtp.depth", "mtp_lambda"], BY_TAG[LOSS], task=False)
