@@ -57,17 +57,15 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     name = peers.broadcast("resume", lambda: _newest(folder))
     if name != LAST and _kept_none(folder):  # a kept step is not the run's end
         raise UserError(
-            f"{folder} holds a finished run that kept no checkpoint to continue from: take another "
-            "run_dir."
+            f"{folder} holds a finished run that kept no checkpoint: take another run_dir."
         )
     checkpoint = None if name is None else folder / CHECKPOINTS / name
     branches = name is None and config.branch_from is not None
     if branches:
         from mtp_lightning.experiment.branching import branch_checkpoint
 
-        checkpoint = Path(
-            peers.broadcast("branch", lambda: str(branch_checkpoint(config.branch_from)))
-        )
+        found = peers.broadcast("branch", lambda: str(branch_checkpoint(config.branch_from)))
+        checkpoint = Path(found)
     # mapped skips the checksums, which _newest or branch_checkpoint has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
     if content is not None and not {"model_config", "config"} <= content.keys():
@@ -137,6 +135,7 @@ def load_start(
     """
     if origin.content is not None:
         step = check_resumable(origin.content, module, source=origin.checkpoint)
+        changes = origin.content.get("changed", "")  # of this run before, or of its parent
         if origin.branches:
             from mtp_lightning.experiment.branching import check_branch
 
@@ -148,10 +147,11 @@ def load_start(
             if step >= steps and idle:
                 raise UserError(
                     f"{folder} has all its {step} steps, so a change would have no effect "
-                    f"({'; '.join(idle)}): start in another run_dir, or give more "
-                    "trainer.max_steps."
+                    f"({'; '.join(idle)}): start in another run_dir, or raise trainer.max_steps."
                 )
             log.warning("Continuing with changed settings: %s.", "; ".join(changed))
+            changes += f" At step {step}: {'; '.join(changed)}." if step < steps else ""
+        module.extra |= {"changed": changes} if changes else {}
         # Checkpoints from before this check do not say what they were trained on.
         if origin.content.get("data") not in (None, module.extra["data"]):
             raise UserError(
@@ -190,9 +190,8 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     stored_init = stored["mtp"].get("init", "random")
     if stored_init != config.mtp.init:
         raise UserError(
-            f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run "
-            f"that continues cannot change it to mtp.init={config.mtp.init}: set mtp.init="
-            f"{stored_init}, or start in another run_dir."
+            f"{source} is of a run that began with mtp.init={stored_init}, not {config.mtp.init}: "
+            f"set mtp.init={stored_init}, or start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
@@ -201,7 +200,7 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         shown = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
             f"{source} holds another architecture than this config ({shown}): go back to the "
-            "settings of that run, or start another one (init_from=RUN begins with its trunk)."
+            "settings of that run, or start in another run_dir (init_from=RUN takes its trunk)."
         )
     if checkpoint.get("optimizer_states") == []:
         raise UserError(

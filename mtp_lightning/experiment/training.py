@@ -287,6 +287,7 @@ def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
         **({} if config.mtp.predicts_tokens else {"mtp_predicts_tokens": False}),
         "world_size": trainer.world_size,
         "seed": module.extra["config"]["seed"],
+        **({"changed": changed} if (changed := module.extra.get("changed")) else {}),
         "evaluation": data.evaluation_summary(),
         "data": data.summary(),
         **environment(trainer.strategy.root_device),

@@ -213,6 +213,8 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {max_steps}"
     else:
         run.state = "done"
+        if changed := summary.get("changed"):
+            run.notes.append(f"it continued with other settings.{changed}".rstrip("."))
         # A log tag has a number: null stands for one that is not finite.
         run.summary = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
     return run

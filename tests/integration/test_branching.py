@@ -90,7 +90,7 @@ def test_keep_steps_keeps_checkpoints_of_these_steps(parent):
         ({"balance": "random"}, "was trained with balance=none"),
         ({"optimizer": "muon", "optimizer.lr": None}, "of another optimizer (AdamWConfig, not"),
         ({"objective": "kl"}, "this one changes objective"),
-        ({"mtp.depth": 1}, "or start another one (init_from=RUN begins with its trunk)"),
+        ({"mtp.depth": 1}, "another run_dir (init_from=RUN takes its trunk)"),
         ({"trainer.accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches: 1 -> 2"),
         ({"mtp_lambda": 0.1}, "the lambdas of step 0 were [0.15, 0.15], and under"),
         ({"optimizer.schedule.decay_fraction": 0.5}, "the learning rate of step 17 was 1 of its"),

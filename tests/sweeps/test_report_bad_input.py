@@ -88,6 +88,15 @@ def test_subfolders_of_a_run_are_not_runs(tmp_path: Path) -> None:
     assert [r.folder for r in read_sweep(tmp_path).runs] == [run]
 
 
+def test_a_run_that_continued_with_other_settings_is_noted(tmp_path: Path) -> None:
+    """Its config says what it ended with, so that it counts as a run of that setting."""
+    file = depth_sweep(tmp_path, {0: (2.0, 2.1)})[0, 1] / "summary.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"changed": " At step 50: mtp_lambda: 0.3 -> 1.0."}))
+    note = "it continued with other settings. At step 50: mtp_lambda: 0.3 -> 1.0."
+    assert note in notes_of(tmp_path)
+
+
 @pytest.mark.parametrize("value", [{LOSS: v} for v in (math.nan, math.inf, "1.1", None)] + [{}])
 def test_a_missing_number_is_a_gap_and_leaves_no_mean(tmp_path, value):
     """Runs write null, since JSON has no NaN; older runs have NaN."""
