@@ -49,8 +49,11 @@ class Composer:
         self._bases: dict[tuple[str, ...], bytes] = {}
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """A job's config, without Hydra's own settings; a UserError if the overrides do not match
-        it."""
+        """A job's config, without Hydra's own settings.
+
+        Raises:
+            UserError: if the overrides do not match the config.
+        """
         with composing(overrides):
             parsed = [self._parse(override) for override in overrides]
             groups = tuple(str(override.input_line) for override, value in parsed if not value)
@@ -138,8 +141,11 @@ def _composer(config_dir: Path | None) -> Composer:
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Sets the folder of a job's config, checks that no value is missing, and resolves it. Another
-    program's config, or a missing value, is a UserError."""
+    """Sets the folder of a job's config, checks that no value is missing, and resolves it.
+
+    Raises:
+        UserError: if it is another program's config, or a value is missing.
+    """
     if "run_dir" not in composed or "trainer" not in composed:
         raise UserError("Sweeps of this kind are for train.py: use hydra/launcher=basic here.")
     with open_dict(composed):

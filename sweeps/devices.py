@@ -46,8 +46,10 @@ def clean_environment() -> dict[str, str]:
 
 
 def find_gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them. The driver's own
-    tool lists them, since torch takes seconds to import."""
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    It asks the driver's own tool, since torch takes seconds to import.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -59,8 +61,11 @@ def find_gpus() -> list[str]:
 
 
 def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
-    """The GPUs of ``hydra.launcher.devices``; an empty list is the CPU. A word other than auto and
-    cpu, or a GPU that does not exist, is a UserError."""
+    """The GPUs of ``hydra.launcher.devices``; an empty list is the CPU.
+
+    Raises:
+        UserError: for a word other than auto and cpu, or a GPU that does not exist.
+    """
     if devices == "cpu":
         return []
     available = find_gpus()
@@ -128,7 +133,11 @@ class DeviceQueue:
         self._free_slots = list(range(self.n_jobs))
 
     def check(self, n: int) -> None:
-        """Raises a UserError if ``n`` processes, one per GPU, can never get their devices."""
+        """Checks that ``n`` processes, one per GPU, can ever get their devices.
+
+        Raises:
+            UserError: if they cannot.
+        """
         if self.gpus and n > len(self.gpus):
             raise UserError(
                 f"A job needs {n} GPUs, and there are {len(self.gpus)} ({', '.join(self.gpus)}): "
@@ -143,7 +152,11 @@ class DeviceQueue:
 
     def take(self, n: int, *, on_cpu: bool = False) -> Devices | None:
         """Devices for a job of ``n`` processes; no GPU if it is ``on_cpu``, and None if it has to
-        wait. Raises a UserError if it would wait forever."""
+        wait.
+
+        Raises:
+            UserError: if it would wait forever.
+        """
         gpus = n if self.gpus and not on_cpu else 0
         self.check(gpus)
         if not self._free_slots or len(self._free_gpus) < gpus:

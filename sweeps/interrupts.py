@@ -61,8 +61,11 @@ def continued_by(remedy: str) -> Iterator[None]:
 @contextmanager
 def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
     """Work in a sweep's folder, made if needed, that no other process may do at the same time.
-    Raises a BlockingIOError with the message ``busy`` if one does it, and a Stopped that ends in
-    ``remedy`` if the work was interrupted."""
+
+    Raises:
+        BlockingIOError: another process is at work; ``busy`` is the message.
+        Stopped: the work was interrupted; the message ends in ``remedy``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
     if not lock.acquire():

@@ -130,8 +130,11 @@ def job_of(
 
 
 def count_processes(settled: dict[str, Any]) -> int:
-    """Number of processes of a job that train together on each of its machines; a UserError if they
-    cannot be counted, or would not train together."""
+    """Number of processes of a job that train together on each of its machines.
+
+    Raises:
+        UserError: if they cannot be counted, or would not train together.
+    """
     trainer = settled["trainer"]
     devices = trainer["devices"]
     if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
@@ -203,8 +206,11 @@ def overrides_digest(overrides: Sequence[str]) -> str:
 
 
 def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
-    """A readable name that is safe in paths and, unquoted, in Hydra overrides. It holds the varied
-    overrides, or all if none is varied; if they are long, their beginning and a digest of all."""
+    """A readable name that is safe in paths and, unquoted, in Hydra overrides.
+
+    It holds the varied overrides, or all if none is varied; if they are long, their beginning and a
+    digest of all.
+    """
     parts = [o for o in overrides if key_of(o) in varied] or overrides
     name = "_".join(map(_item, parts)) or "default"
     if len(name) <= _LONGEST:
@@ -221,8 +227,11 @@ def _item(override: str) -> str:
 def read_versioned(
     file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
 ) -> T | None:
-    """Read and parse a JSON file that has a version; None if it does not exist. A damaged file, or
-    one of another version, is a UserError that ends in the remedy."""
+    """Read and parse a JSON file that has a version; None if it does not exist.
+
+    Raises:
+        UserError: the file is damaged or of another version; ends in the remedy.
+    """
     if not file.exists():
         return None
     try:
@@ -238,7 +247,10 @@ def read_versioned(
 
 class SweepPlan:
     """The jobs of a sweep's folder, which need not exist, read from and written to ``sweep.json``.
-    A damaged file, or one of another version, is a UserError."""
+
+    Raises:
+        UserError: if its ``sweep.json`` is damaged or has another version.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -174,11 +174,14 @@ def make_pool(
     grace_seconds: float = 60.0,
 ) -> Pool:
     """A pool over this machine's devices, shown on the terminal. The settings are those of
-    conf/hydra/launcher/local_pool.yaml. A job that can never get its devices is a UserError.
+    conf/hydra/launcher/local_pool.yaml.
 
     Args:
         jobs: the jobs that it must be able to run; if all ask for the CPU, no GPU is used.
         total: number of jobs that will run, for the display; by default that of ``jobs``.
+
+    Raises:
+        UserError: for a job that can never get its devices.
     """
     gpus = choose_gpus("cpu" if all(job.on_cpu for job in jobs) else devices)
     queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)

@@ -39,7 +39,11 @@ def run(
     grace_seconds: float,
 ) -> None:
     """Submits jobs to Ray and waits for them; see conf/hydra/launcher/ray.yaml for the settings.
-    An address without a cluster is a UserError. Ctrl-C and SIGTERM cancel the jobs."""
+
+    Raises:
+        UserError: if Ray is not installed, or has no cluster at the address.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
+    """
     import ray
 
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -48,7 +48,11 @@ LOSS = "val/loss_depth_0"  # that every validation logs
 
 @dataclass(kw_only=True)
 class Search:
-    """The study of a folder, and its trials as jobs. A folder of another search is a UserError."""
+    """The study of a folder, and its trials as jobs.
+
+    Raises:
+        UserError: if the folder holds another search.
+    """
 
     folder: Path  # of the search, absolute
     space: Space
@@ -114,7 +118,10 @@ class Search:
 
     def _logged_by_first(self, file: Path, *, ended: bool = False) -> bool:
         """Whether the first validation has logged the metric; False while it may still do so.
-        Raises a UserError if it has not, although the run continued."""
+
+        Raises:
+            UserError: it has not, although the run continued.
+        """
         rows = read_metrics(file) if file.is_file() else []
         first = next((i for i, row in enumerate(rows) if LOSS in row), None)
         if first is None:
@@ -177,7 +184,11 @@ def check(
     folder: Path, space: Space, fixed: Sequence[str], *, config_dir: Path | None = None
 ) -> tuple[list[Job], int]:
     """Checked jobs with every choice and both bounds of every range, and the most optimizer steps
-    of a trial. Raises a UserError if an override does not match the config."""
+    of a trial.
+
+    Raises:
+        UserError: an override does not match the config.
+    """
     jobs, steps = [], 0
     first_values = {key: examples(domain)[0] for key, domain in space.items()}
     for key, domain in space.items():

@@ -53,8 +53,10 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
     """Splits overrides into the range of each key that is searched, and the fixed overrides.
 
     ``interval(a,b)`` and ``int(a,b)`` are ranges, including their bounds, with ``,log`` on a log
-    scale; ``choice(a,b)`` and ``a,b`` are choices; all others are fixed. An argument that is none
-    of these, or nothing to search, is a UserError.
+    scale; ``choice(a,b)`` and ``a,b`` are choices; all others are fixed.
+
+    Raises:
+        UserError: for an argument that is none of these, or nothing to search.
     """
     from optuna.distributions import CategoricalDistribution
 

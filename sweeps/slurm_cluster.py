@@ -128,9 +128,12 @@ def run(
     max_requeues: int,
     additional: dict[str, Any] | None,
 ) -> None:
-    """Queues jobs and waits for them; see conf/hydra/launcher/slurm.yaml for the settings. Raises a
-    UserError if there is no Slurm, or it refuses the settings. Ctrl-C and SIGTERM cancel the
-    jobs."""
+    """Queues jobs and waits for them; see conf/hydra/launcher/slurm.yaml for the settings.
+
+    Raises:
+        UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
+    """
     arrays = in_arrays(jobs, max_array_size())
     if len(arrays) > n_jobs:
         raise UserError(

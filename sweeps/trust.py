@@ -42,9 +42,13 @@ _HOW = "--allow {}"
 def require_harmless(
     sweep: Path, job: PlannedJob, recipe: Recipe, *, allow: Collection[str]
 ) -> None:
-    """Raises a UserError with the remedy for a job that does more than train in its own folder with
-    this platform's own code, and with the packages, folders of configs, URLs and services that the
-    user allowed. ``sweep`` is the folder of the plan."""
+    """Refuses a job that does more than train in its own folder with this platform's own code, and
+    with the packages, folders of configs, URLs and services that the user allowed. ``sweep`` is the
+    folder of the plan.
+
+    Raises:
+        UserError: naming what was refused, and the remedy.
+    """
     if (sweep / job.folder).is_symlink():
         raise UserError(f"{sweep / job.folder} is a link: a job writes in its own folder.")
     source, options = f"{sweep}/sweep.json", list(recipe.options)
@@ -66,13 +70,15 @@ def require_harmless(
 def require_plain(
     text: str, *, source: str, allow: Collection[str] = (), housekeeping: Sequence[str] = ()
 ) -> None:
-    """Raises a UserError with the remedy for a stored override that does more than set what a run
-    of this platform computes.
+    """Refuses a stored override that does more than set what a run of this platform computes.
 
     Args:
         source: where it comes from, for the message.
         allow: packages, folders, URLs and services that the user allowed.
         housekeeping: keys of a run's paths that it may set.
+
+    Raises:
+        UserError: with the remedy.
     """
     try:
         _require_plain(text, allow, housekeeping)

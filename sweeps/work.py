@@ -35,11 +35,14 @@ from sweeps.trust import require_harmless
 
 
 class SweepWorker:
-    """The jobs that this worker can get. A plan whose jobs cannot be run from it is a UserError.
+    """The jobs that this worker can get.
 
     Args:
         program: command that starts a user's own program; empty for this project's train app.
         allow: what the plan may name besides this project's own code (``trust.py``).
+
+    Raises:
+        UserError: if the folder has no plan, or one whose jobs cannot be run from it.
     """
 
     def __init__(
@@ -105,8 +108,11 @@ class SweepWorker:
 
 def work(worker: SweepWorker, pool: Pool, *, wait: bool = True) -> None:
     """Runs the jobs of a worker until every job of the sweep has ended; without ``wait``, until no
-    job is free. Raises a KeyboardInterrupt at Ctrl-C or SIGTERM, after this worker's jobs have
-    ended."""
+    job is free.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
+    """
     finished, beat_seconds = threading.Event(), worker.leases.beat_seconds
 
     def beat() -> None:

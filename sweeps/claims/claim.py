@@ -133,7 +133,11 @@ class Claim:
         return (*shared, *self.scale.arms.get(arm, self.arms[arm]))
 
     def on_gpu(self) -> Claim:
-        """The claim at the published scale; a UserError for a claim of one scale."""
+        """The claim at the published scale.
+
+        Raises:
+            UserError: the claim has only one scale.
+        """
         if self.gpu is None:
             raise UserError(f"The claim {self.name} has no gpu setting: run it without --gpu.")
         return replace(self, scale=self.gpu, setting=GPU)

@@ -58,8 +58,10 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     is the folder of all runs, absolute.
 
     An arm with ``branch_from=ARM@STEP`` continues that arm's run of the same seed, and one with
-    ``init_from=ARM`` starts from the weights of that run; both come after it in the list. An arm
-    that does not compose, or branches from one that is not listed before it, is a UserError.
+    ``init_from=ARM`` starts from the weights of that run; both come after it in the list.
+
+    Raises:
+        UserError: an arm does not compose, or branches from one that is not listed before it.
     """
     all_jobs: list[ClaimJob] = []
     for seed in seeds:

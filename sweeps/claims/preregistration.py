@@ -57,7 +57,11 @@ def _file(claim: Claim, runs: Path) -> Path:
 
 
 def read_preregistration(claim: Claim, runs: Path) -> Preregistration | None:
-    """Read a claim's preregistration; None if nothing was run. A damaged file is a UserError."""
+    """Read a claim's preregistration; None if nothing was run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     remedy = "give --runs another folder"
     return read_versioned(_file(claim, runs), VERSION, _parse, remedy=remedy)
 
@@ -78,8 +82,11 @@ def write_preregistration(preregistration: Preregistration, claim: Claim, runs: 
 
 def register(claim: Claim, jobs: Sequence[ClaimJob], runs: Path, *, commit: str | None) -> None:
     """Store that jobs are about to run; ``commit`` has the prediction of a claim without any run.
-    Raises a UserError for a damaged file, and if the claim or the config of a job was changed after
-    runs began, perhaps by new defaults of the code: an arm would mix old and new runs."""
+
+    Raises:
+        UserError: the file is damaged, or the claim or the config of a job was changed after runs
+            began, perhaps by new defaults of the code: an arm would mix old and new runs.
+    """
     stored = read_preregistration(claim, runs)
     preregistration = stored or Preregistration(digest=claim.digest, commit=commit)
     preregistration.require(claim, runs)
@@ -98,7 +105,11 @@ def predicted_in(
     file: Path, claim: Claim, stored: Stored | None, *, unpredicted: bool = False
 ) -> str | None:
     """The commit that had a claim's prediction before its runs, which a stored result of the same
-    prediction names. A prediction in no commit is a UserError, or None if ``unpredicted``."""
+    prediction names; None for a prediction in no commit if ``unpredicted``.
+
+    Raises:
+        UserError: no commit has the prediction.
+    """
     if stored and not is_stale(stored, claim) and stored["predicted_in"]:
         return str(stored["predicted_in"])
     try:
@@ -110,8 +121,11 @@ def predicted_in(
 
 
 def commit_of(file: Path) -> str:
-    """The last commit that changed a file; a UserError if the file is in no Git repository, or has
-    changes that are not committed."""
+    """The last commit that changed a file.
+
+    Raises:
+        UserError: the file is in no Git repository, or has changes that are not committed.
+    """
     # Git commits a symbolic link itself, not the file that it points to.
     real = file.resolve()
     if _git(real, "rev-parse", "--is-inside-work-tree") != "true":

@@ -35,8 +35,11 @@ def read_claim(
     name: str, folder: Path = FOLDER, *, allow: Collection[str] = (), config_dir: Path | None = None
 ) -> Claim:
     """Read a claim from its file in a folder. Its arms may name classes of this project and of the
-    packages in ``allow``, and configs of this project and of the folder ``config_dir``. A missing
-    or invalid file is a UserError."""
+    packages in ``allow``, and configs of this project and of the folder ``config_dir``.
+
+    Raises:
+        UserError: there is no such claim, or its file is invalid.
+    """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"{name!r} names no claim: rename its file, to letters, digits, - and _.")
     file = folder / f"{name}.yaml"

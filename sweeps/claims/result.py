@@ -33,8 +33,11 @@ Result = dict[str, Any]
 
 def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | None:
     """Make a claim's result from its runs, and from finished runs of the earlier results in a
-    folder; None if none was started. Raises a UserError if the claim was changed after its runs
-    began."""
+    folder; None if none was started.
+
+    Raises:
+        UserError: the claim was changed after its runs began.
+    """
     preregistration = read_preregistration(claim, runs)
     if preregistration is None:
         return None
@@ -122,7 +125,11 @@ def write_result(result: Result, label: str, folder: Path) -> None:
 
 
 def read_result(label: str, folder: Path) -> Result | None:
-    """Read a claim's result; None if it has none. A damaged file is a UserError."""
+    """Read a claim's result; None if it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     remedy = "restore it by git checkout, or delete it and judge the claim again"
     return read_versioned(file_of(label, folder), VERSION, dict, remedy=remedy)
 

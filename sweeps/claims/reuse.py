@@ -47,8 +47,11 @@ def shared_runs(claim: Claim, results: Iterable[Stored]) -> dict[str, ArmRun]:
 def left_to_run(
     claim: Claim, seeds: Sequence[int], runs: Path, stored: Stored | None
 ) -> list[ClaimJob]:
-    """A claim's jobs at some seeds, without those that are done in its stored result. Raises a
-    UserError if an arm does not compose, or its config differs from that of its stored runs."""
+    """A claim's jobs at some seeds, without those that are done in its stored result.
+
+    Raises:
+        UserError: an arm does not compose, or its config differs from that of its stored runs.
+    """
     by_arm = stored_runs(claim, stored).items()
     done = {(arm, s): run for arm, by_seed in by_arm for s, run in by_seed.items() if run.done}
     if all((arm, seed) in done for arm in claim.arms for seed in seeds):
@@ -70,8 +73,11 @@ def left_to_run(
 def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Stored]) -> Arms:
     """Add runs of the claim's result, and of other claims (:func:`shared_runs`), to the observed
     ones: those that were only started elsewhere, and those that are done there and not here.
-    ``results`` has all claims' results by label. Another config of a stored run here is a
-    UserError."""
+    ``results`` has all claims' results by label.
+
+    Raises:
+        UserError: a stored run has another config here.
+    """
     merged = {arm: dict(by_seed) for arm, by_seed in arms.items()}
     for arm, by_seed in stored_runs(claim, results.get(claim.label)).items():
         for seed, run in by_seed.items():

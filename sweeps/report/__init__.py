@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 
 
 def require_packages(what: str) -> None:
-    """Raises a UserError if a package of the extra ``report`` is missing, which ``what`` needs."""
+    """Check that the packages of the extra ``report`` are installed, which ``what`` needs.
+
+    Raises:
+        UserError: one is missing.
+    """
     for name in ("matplotlib", "jinja2", "scipy"):
         require_package(name, what=what, extra="report")
 
 
 @cache
 def environment(package: str, *, html: bool = False) -> Environment:
-    """The ``*.jinja`` files of a package; with ``html``, inserted values are escaped for HTML. It
-    is cached, since compiling the templates takes longer than filling them."""
+    """The ``*.jinja`` files of a package; with ``html``, inserted values are escaped for HTML.
+
+    It is cached, since compiling the templates takes longer than filling them.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader(package, ".")

@@ -31,8 +31,11 @@ TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
 
 def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings:
-    """Group the runs of one or more sweeps; ``level`` is :attr:`Settings.level`. A run without a
-    config belongs to no setting; it counts as planned for the one that its overrides name."""
+    """Group the runs of one or more sweeps; ``level`` is :attr:`Settings.level`.
+
+    A run without a config belongs to no setting; it counts as planned for the one that its
+    overrides name.
+    """
     runs = [run for sweep in sweeps for run in sweep.runs]
     configured = [run for run in runs if run.config]
     follows = _seed_keys(configured)
@@ -85,10 +88,12 @@ def _apart(
     identity: Callable[[RunRecord], Any],
     name: Callable[[RunRecord], str],
 ) -> list[Setting]:
-    """Split settings whose finished runs differ in ``identity``; ``key`` names the parts. Runs of
-    equal configs differ if a text file, or the evaluated part of it, has changed between them. An
-    unfinished run does not say which text it reads, so its curve is then not averaged with the
-    others."""
+    """Split settings whose finished runs differ in ``identity``; ``key`` names the parts.
+
+    Runs of equal configs differ if a text file, or the evaluated part of it, has changed between
+    them. An unfinished run does not say which text it reads, so its curve is then not averaged with
+    the others.
+    """
     if all(len({identity(run) for run in setting.done}) < 2 for setting in settings):
         return settings
     parts: list[Setting] = []
@@ -123,8 +128,10 @@ def _rank(run: RunRecord) -> tuple[bool, float]:
 
 
 def _name(settings: list[Setting], sweep_keys: list[str]) -> list[str]:
-    """Choose the keys that separate the settings, and set every setting's values of them. Keys that
-    sweeps or command lines name come first, then others while two settings are alike."""
+    """Choose the keys that separate the settings, and set every setting's values of them.
+
+    Keys named by sweeps or command lines come first, then others while two settings are alike.
+    """
     named = sweep_keys + [key for s in settings for run in s.runs for key in run.overrides]
     # Most comparisons are with plain training, so the depth comes first.
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]

@@ -67,7 +67,11 @@ class Comparison:
 
 def compare(settings: Settings, *, reference: str | None = None) -> list[Comparison]:
     """Test every setting against its reference (:func:`references`), with Holm's correction over
-    all of them. A ``reference`` that names no setting, or several, is a UserError."""
+    all of them.
+
+    Raises:
+        UserError: ``reference`` names no setting, or several.
+    """
     baselines = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, baselines, strict=True) if s is not r]
     results = [

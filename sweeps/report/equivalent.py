@@ -62,8 +62,11 @@ class Gain:
 
 
 class PlainCurve:
-    """``C_plain(L)`` through plain runs of at least two lengths. Raises a ValueError for fewer, and
-    if more compute did not always lower the loss."""
+    """``C_plain(L)`` through plain runs of at least two lengths.
+
+    Raises:
+        ValueError: there are too few runs, or more compute did not always lower the loss.
+    """
 
     def __init__(self, runs: Sequence[Spent]) -> None:
         from scipy.interpolate import PchipInterpolator

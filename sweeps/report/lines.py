@@ -88,8 +88,10 @@ def _chart_of(
     crosses: Sequence[Line] = (),
 ) -> Chart | None:
     """A chart with one line per setting, or per family of settings; None if all lines are empty.
+
     Settings are spread over the width ``apart``, so that equal values do not hide each other;
-    ``crosses`` has by setting the means that are marked by crosses."""
+    ``crosses`` has by setting the means that are marked by crosses.
+    """
     all_settings = [setting for setting, _ in lines]
     nonempty = [setting for setting, line in lines if line]
     if not nonempty:

@@ -232,8 +232,11 @@ def _typed_config(run: RunRecord) -> dict[str, str]:
 
 def differences(folders: Sequence[str | Path]) -> list[str]:
     """One line per key in which two runs differ: ``KEY: A | B``. Then the two runs' numbers, those
-    of the table of settings, if both runs are finished. Other than two folders, each of one run
-    with a config, is a UserError."""
+    of the table of settings, if both runs are finished.
+
+    Raises:
+        UserError: these are not two folders, or a folder is not that of one run with a config.
+    """
     if len(folders) != 2:
         raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
     pair: list[RunRecord] = []

@@ -127,7 +127,11 @@ class SweepRecord:
 
 def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     """Read all runs directly below a folder, or the folder itself if it is a run. A ``name`` is put
-    before its runs' names. A folder that does not exist, or has no run, is a FileNotFoundError."""
+    before its runs' names.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
