@@ -36,7 +36,7 @@ LINES = {
     "mtp_lightning/notebook": 499,
     "mtp_lightning/objective": 3_992,
     "mtp_lightning/optim": 407,
-    "mtp_lightning/run": 1_339,
+    "mtp_lightning/run": 1_342,
     "mtp_lightning/serving": 1_533,
     "sweeps": 9_795,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.registry import NotAllowed
@@ -73,7 +74,9 @@ def find_checkpoint(path: str | Path) -> Path:
             return folder / BEST
         if (newest := checkpoints.newest_intact(folder)) is not None:
             return newest
-    raise FileNotFoundError(f"{path} holds no intact checkpoint: give {_KINDS}.")
+    inside = (f for f in sorted(path.iterdir()) if (f / CHECKPOINTS).is_dir() or parts.reader(f))
+    remedy = f"did you mean {near}?" if (near := next(inside, None)) else f"give {_KINDS}."
+    raise FileNotFoundError(f"{path} holds no intact checkpoint: {remedy}")
 
 
 def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:

@@ -190,7 +190,9 @@ def test_evaluate_refuses_unusable_checkpoints(tmp_path, finished, capfd):
         return the_error(capfd.readouterr().err)
 
     assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
-    assert "no intact checkpoint" in refused(tmp_path)
+    assert "no intact checkpoint: give" in refused(tmp_path)
+    (tmp_path / "sweep" / "job" / "checkpoints").mkdir(parents=True)
+    assert f"did you mean {tmp_path / 'sweep' / 'job'}?" in refused(tmp_path / "sweep")
     assert "damaged" in refused(write(tmp_path, "no checkpoint at all", "text.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "model_config" in refused(tmp_path / "other.ckpt")
