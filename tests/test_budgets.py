@@ -23,7 +23,7 @@ LINES = {
     "mtp_lightning/callbacks": 1_680,
     "mtp_lightning/certify": 1_107,
     "mtp_lightning/command_line": 1_215,
-    "mtp_lightning/cpu": 1_627,
+    "mtp_lightning/cpu": 1_640,
     "mtp_lightning/decoding": 4_666,
     "mtp_lightning/distributed": 1_205,
     "mtp_lightning/experiment": 2_783,

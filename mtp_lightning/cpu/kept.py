@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # A model with fewer bytes is packed faster than it is looked up.
 LEAST = 1 << 25
+UNUSED_DAYS = 30
+"""Days after which packed weights that no process has opened are removed."""
 # The alignment of a weight in the file, in bytes.
 _ALIGNED = 4096
 _INDEX, _NUMBERS = "index.json", "packed.bin"
@@ -77,6 +81,8 @@ class CPUWeightPacker:
         for name, packed in packed_weights.items():
             keep_as(self._weights[name], packed)
         self._look_up()
+        with suppress(OSError):  # a read-only cache
+            os.utime(self._folder)
         return frozenset(packed_weights)
 
     def remember(self) -> None:
@@ -85,10 +91,11 @@ class CPUWeightPacker:
         if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
             return
         try:
-            for old in self._folder.parent.glob(self._folder.name.partition("-")[0] + "-*"):
-                if old != self._folder:  # of an older state of the same files
-                    shutil.rmtree(old, ignore_errors=True)
             build_once(self._folder, lambda folder: _write(folder, packed))
+            # Those of an older state of the same files, and of models that nobody opens any more.
+            older = self._folder.parent.glob(self._folder.name.partition("-")[0] + "-*")
+            for old in {*older, *_unused(self._folder.parent.parent)} - {self._folder}:
+                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             log.info("the packed weights are not kept for other processes: %s", error)
 
@@ -105,6 +112,12 @@ def _folder(path: Path, rounding: str) -> Path:
     # One folder for each instruction set, since machines of several kinds may share a cache.
     kind = "_".join(["packed", native.code()[0], *rounding.split()])
     return cache_folder() / kind / cache_key(path, native.version())
+
+
+def _unused(cache: Path) -> list[Path]:
+    """The folders of packed weights that no process has opened for :data:`UNUSED_DAYS`."""
+    limit = time.time() - UNUSED_DAYS * 86_400
+    return [folder for folder in cache.glob("packed*/*") if folder.stat().st_mtime < limit]
 
 
 def _nothing(folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,18 @@ def test_a_second_process_maps_the_packed_weights_of_the_first(cached, monkeypat
     opened()
     (new_folder,) = (tmp_path / "cache").glob("packed*/*")
     assert new_folder != folder  # for the changed file; the old one is removed
+
+
+def test_packed_weights_that_nobody_opened_for_a_month_are_removed(cached, tmp_path):
+    *_, opened = cached
+    for name in ("packed_native/1-2", "packed_of_older_versions/3-4", "stores/5"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        os.utime(tmp_path / "cache" / name, (0, 0))
+    opened()
+    (kept,) = (tmp_path / "cache").glob("packed*/*")
+    os.utime(kept, (0, 0))
+    opened()
+    assert kept.stat().st_mtime > time.time() - 3600 and (tmp_path / "cache/stores/5").is_dir()
 
 
 def test_each_rounding_has_packed_weights_of_its_own(cached, tmp_path):
