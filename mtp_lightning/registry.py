@@ -118,7 +118,7 @@ class Registered:
             if package not in allow:
                 raise NotAllowed(
                     f"{cls.family}={variant} is code of the package {package}, which is not "
-                    f"imported without your permission: say allow=[{package}] if you trust it."
+                    f"imported without your permission: say 'allow=[{package}]' if you trust it."
                 )
             try:
                 importlib.import_module(str(module))

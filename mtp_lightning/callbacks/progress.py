@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,12 @@ _TIMED_FROM = 10  # steps of this process before the remaining time is estimated
 # Short, so that all of it and some bar fit into 100 columns.
 _TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 _UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+def with_bar(batches: Iterable[Any], doing: str) -> Iterable[Any]:
+    """The batches, counted by a bar on a terminal."""
+    quiet = os.environ.get(QUIET) == "1" or None  # None hides the bar off a terminal
+    return tqdm(batches, doing, leave=False, bar_format=_TIMED, disable=quiet)
 
 
 @dataclass(eq=False)
@@ -101,7 +108,7 @@ class StepProgressBar(RunCallback, ProgressBar):
             return
         if last or now - self._shown_at >= self.line_seconds:
             text = f"step {step}/{trainer.max_steps}  {self._describe(trainer, outputs)}"
-            self._line(f"{text}  {self._remaining_time(step, trainer.max_steps, now)}".rstrip())
+            self.print(f"{text}  {self._remaining_time(step, trainer.max_steps, now)}".rstrip())
             self._shown_at = now
 
     def on_validation_batch_end(
@@ -111,8 +118,7 @@ class StepProgressBar(RunCallback, ProgressBar):
         now = time.monotonic()
         if self._bar is None or now - self._shown_at < self.refresh_seconds:
             return
-        total = sum(trainer.num_val_batches)
-        self._bar.set_postfix_str(f"validating {batch_idx + 1}/{total:g}", refresh=True)
+        self._bar.set_postfix_str(f"validating {batch_idx + 1}/{sum(trainer.num_val_batches):g}")
         self._shown_at = now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,7 +130,7 @@ class StepProgressBar(RunCallback, ProgressBar):
             if match := re.fullmatch(r"val/loss_depth_(\d+)", tag):
                 losses[int(match[1])] = float(value)
         text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
-        self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
+        self.print(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=True)
 
@@ -142,12 +148,6 @@ class StepProgressBar(RunCallback, ProgressBar):
             self._bar.update(trainer.global_step - self._bar.n)
             self._bar.close()
             self._bar = None
-
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
     def _remaining_time(self, step: int, max_steps: int, now: float) -> str:
         """The remaining time at the speed so far, validations included."""

@@ -122,8 +122,10 @@ def help_for(word: str, added: Path | None = None) -> str:
         briefs = {n: option.brief for n, option in options.items() if n not in PARTS}
         width = max(map(len, briefs)) + 2
         rows = (_wrapped(brief, f"  {n:<{width}}") for n, brief in briefs.items())
+        usual = next(root for root in groups()[""] if root.name == "config").chosen.get(group)
+        default = f" (default {usual})" if usual in options else ""
         hint = f"--help {group}={next(iter(briefs))} explains an option's keys."
-        return "\n".join([f"{group}=NAME, one of", "", *rows, "", hint])
+        return "\n".join([f"{group}=NAME{default}, one of", "", *rows, "", hint])
     if name not in options:
         raise UserError(
             f"--help {word}: {group} has no option {name!r}; choose one of {', '.join(options)}."
@@ -174,7 +176,6 @@ def _default(value: Any) -> str:
     if isinstance(value, dict):
         return ""
     if isinstance(value, str):
-        fallback = re.fullmatch(r"\$\{oc\.select:[\w.]+,(.*)\}", value)
-        return fallback[1] if fallback else value
+        return re.sub(r"\A\$\{oc\.select:[\w.]+,(.*)\}\Z", r"\1", value)
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()

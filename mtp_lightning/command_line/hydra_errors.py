@@ -38,6 +38,9 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     if override := getattr(error, "override", None):
         key, equals, value = override.partition("=")
         if equals:
+            known = next(root for root in groups()[""] if root.name == app).content
+            if (name := key.lstrip("+")).partition(".")[0] not in {*known, *groups()}:
+                return unknown_key(name, known, app)
             quoted = f"""'{key}="{value}"'"""
             return f"{override} cannot be read: put the value in quotes of its own, {quoted}."
         if "/" in key or Path(key).exists():
@@ -54,14 +57,10 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     if match := re.match(r"Could not append to config\. An item is already at '([^']*)'", text):
         return f"{match[1]} is a key already: give it as {match[1]}=..., without a plus sign."
     if match := re.match(r"Multiple values for (\S+)\. To override .* '\S+ \S+: (.*)'", text):
-        return (
-            f"{match[1]} has an option already: give it as {match[1]}={match[2]}, without a plus."
-        )
+        return f"{match[1]} has an option: {match[1]}={match[2]} replaces it, without a plus."
     if match := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", text):
-        return (
-            f"{match[1]} is several values: add -m for a run with each, or give a list, "
-            f"'{match[2]}=[{match[3]}]'."
-        )
+        listed = f"'{match[2]}=[{match[3]}]'"
+        return f"{match[1]} is several values: add -m to run each, or give the list {listed}."
     if "unexpected keyword argument 'dry_run'" in text:
         launchers = ", ".join(option.name for option in groups()["hydra/launcher"])
         return f"--dry-run needs one of this project's launchers: hydra/launcher={launchers}."

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_modules.window_module import WindowDataModule
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
+from mtp_lightning.callbacks.progress import with_bar
 from mtp_lightning.command_line import check_config
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.measure import decoding_report, prompts_that_fit
@@ -43,13 +44,10 @@ _BARE = {
     "seed": 0,
     "paths": {"cache_dir": None},
 }
-# Keys of a data group that say how text is read, not which text.
-_HOW = {
-    *("seq_len", "batch_size", "eval_batch_size", "eval_bytes"),
-    *("document_mask", "val_fraction", "split_seed"),
-}
-# The same for a task, whose examples decide the length of its windows.
+# Keys of a data group that say how a task or a text is read, not which one. The examples of a task
+# decide the length of its windows.
 _HOW_TASK = {"batch_size", "eval_batch_size"}
+_HOW = _HOW_TASK | {"seq_len", "eval_bytes", "document_mask", "val_fraction", "split_seed"}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -83,7 +81,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
     with precision_of(run), as_decoded, torch.inference_mode():
-        for batch in data.val_dataloader():
+        for batch in with_bar(data.val_dataloader(), "evaluate"):
             batch = batch.to(weight.device)
             rates.update(run.model, batch, run.model(batch))
     metrics = {
@@ -119,7 +117,7 @@ def evaluate_long_range(
     two passes over the text, and by decoding ``decode.n_prompts`` texts of a window's length."""
     measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
     with precision_of(run):
-        for batch in data.val_dataloader():
+        for batch in with_bar(data.val_dataloader(), "long_range"):
             measure.update(batch.to(run.model.head.weight.device))
         metrics = {f"val/{name}": value for name, value in measure.compute().items()}
     texts = acceptance_on_long_texts(run.model, data, n_prompts=cfg.decode.n_prompts)

@@ -95,7 +95,7 @@ def rebuild(
     """
     node: Any = OmegaConf.to_container(config, resolve=True)
     for target in targets({key: node[key] for key in node if key not in arguments}):
-        require_target(target, allow, groups=groups, how="allow=[{}]")
+        require_target(target, allow, groups=groups, how="'allow=[{}]'")
     return instantiate(config, kind=kind, **arguments)
 
 

@@ -13,7 +13,8 @@ from tiny_run import TinyModule, fit
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.callbacks.checkpoints import Checkpoints
-from mtp_lightning.callbacks.progress import StepProgressBar
+from mtp_lightning.callbacks.progress import StepProgressBar, with_bar
+from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.objective.schedule import published
 
 
@@ -119,3 +120,14 @@ def test_the_bar_is_closed_on_an_error(capsys, monkeypatch) -> None:
         fit(TinyModule(fail), [bar])
     assert bar._bar is None
     assert "3/12" in capsys.readouterr().err
+
+
+def test_batches_are_counted_on_a_terminal_alone(capsys, monkeypatch) -> None:
+    assert list(with_bar(range(3), "evaluate")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(with_bar(range(3), "evaluate")) == [0, 1, 2]
+    assert re.search(r"evaluate: .*\| 0/3 ", capsys.readouterr().err)
+    monkeypatch.setenv(QUIET, "1")
+    assert list(with_bar(range(3), "evaluate")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

@@ -59,6 +59,8 @@ def test_every_option_has_a_description() -> None:
 
 def test_help_describes_groups_and_options() -> None:
     mtp = help_for("mtp")
+    assert mtp.startswith("mtp=NAME (default sequential), one of\n")
+    assert help_for("debug").startswith("debug=NAME, one of\n")
     assert "  sequential " in mtp and "DeepSeek-V3" in mtp and "depth =" not in mtp
     option = help_for("mtp=sequential")
     assert "  depth = 2\n      D, tokens predicted beyond the next one" in option

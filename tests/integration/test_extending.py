@@ -174,7 +174,7 @@ def test_apps_refuse_a_head_of_a_package_that_is_not_allowed(once, user_folder, 
     for app, command in commands.items():
         error = run(command, user_folder, code=1).stderr
         assert "mtp=gated is code of the package my_ideas" in error, app
-        assert "allow=[my_ideas]" in error, app
+        assert "'allow=[my_ideas]'" in error, app
     # In a folder without the package:
     missing = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
     assert "my_ideas" in missing.stderr

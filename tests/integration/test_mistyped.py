@@ -70,7 +70,7 @@ train.py callbacks.checkpoints.folder=/x => callbacks.checkpoints.folder is not 
 train.py modle=nano => modle is not a key: did you mean model?
 train.py lr=0.1 => lr is not a key: did you mean optimizer.lr?
 train.py data.tokenizer=bpe => data.tokenizer=bpe does not set the tokenizer
-train.py +logger=csv => logger has an option already: give it as logger=csv, without
+train.py +logger=csv => logger has an option: logger=csv replaces it, without
 train.py +foo=1 => foo is not a key | --cfg job
 train.py data.paths=x => data.paths is a key of data=text: add that
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
@@ -117,6 +117,7 @@ train.py mtp.depth=two  [*] => mtp.depth must be a whole number of at least 0, n
 train.py mtp.depth => mtp.depth has no value: give it as mtp.depth=...
 train.py mtp.depth:2  [*] => mtp.depth:2 has no value: give it as mtp.depth=...
 train.py run_dir=my folder  [*] => folder has no value | put 'run_dir=my folder' in quotes
+generate.py 'promt=def f(' => promt is not a key: did you mean prompt?
 train.py 'mtp.depth=[1' => mtp.depth=[1 cannot be read: put the value in quotes
 train.py mtp.depth=1,2 => mtp.depth=1,2 is several values: add -m
 train.py 'mtp.depth=${nope}' => 'nope' not found: check what is typed as ${...}
