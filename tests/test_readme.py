@@ -109,6 +109,7 @@ def prose(page: str) -> str:
 
 TRANSLATED = {
     "README.zh-CN.md": "README.md",
+    "docs/zh/index.md": "docs/index.md",
     **{
         f"docs/zh/{chapter}.md": f"docs/tutorial/{chapter}.md"
         for chapter in ("first_run", "depths", "drafting")

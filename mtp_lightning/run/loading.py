@@ -126,4 +126,4 @@ def describe_interrupt(folder: Path) -> str:
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."
     step = checkpoints.stored_step(last)
-    return f"interrupted; saved is step {step}: the same command with run_dir={folder} continues."
+    return f"interrupted; step {step} is saved: the same command with run_dir={folder} continues."

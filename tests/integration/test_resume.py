@@ -196,7 +196,7 @@ def test_a_signal_after_logging_stops_after_the_next_step(tmp_path, cache, short
         patch.setattr(MetricsCSV, "log_metrics", log_and_kill)
         train_here(tmp_path, cache, SHORT)
     step = checkpoint(tmp_path)["global_step"]
-    assert stopped.value.signum == signal.SIGINT and f"step {step}:" in str(stopped.value)
+    assert stopped.value.signum == signal.SIGINT and f"step {step} is saved:" in str(stopped.value)
     assert step == 13
     train_here(tmp_path, cache, SHORT)
     assert_same_run(tmp_path, short)
@@ -214,7 +214,7 @@ def test_sigterm_in_a_step_before_a_validation_keeps_the_validation(
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of(self, batch, batch_idx)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 17:"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 17 is saved:"):
         patch.setattr(MTPModule, "training_step", step_and_kill)
         train_here(tmp_path, cache, SHORT)
     train_here(tmp_path, cache, SHORT)
@@ -226,7 +226,7 @@ def test_an_interrupt_in_the_last_validation_keeps_the_checkpoint(tmp_path, cach
         raise KeyboardInterrupt
 
     short = {**SHORT, "trainer.max_steps": 4}
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 4:"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 4 is saved:"):
         patch.setattr(MTPModule, "validation_step", interrupted)
         train_here(tmp_path, cache, short)
     assert train_here(tmp_path, cache, short)["step"] == 4

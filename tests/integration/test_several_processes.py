@@ -129,7 +129,7 @@ def test_sigterm_to_one_process_stops_all_and_the_run_resumes_exactly(
         end_one(process, launcher, signal.SIGTERM, victim=victim, run=run, step=step)
         stopped = checkpoint(run)["global_step"]
         assert reached < stopped < 80
-        assert f"interrupted; saved is step {stopped}" in log.read_text()
+        assert f"interrupted; step {stopped} is saved" in log.read_text()
         assert int(rows(run)[-1]["step"]) == stopped, "the newest step is saved"
         reached = stopped
     for folder in (run, whole):

@@ -78,7 +78,7 @@ def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> N
     (step,) = {int(step) for step in re.findall(r"Continuing .* from step (\d+)", text)}
     assert 0 < step < 400
     if strategy == "auto":
-        assert f"interrupted; saved is step {step}" in text
+        assert f"interrupted; step {step} is saved" in text
 
 
 def _queue(number: str) -> str:
