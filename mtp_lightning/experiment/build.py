@@ -39,7 +39,7 @@ _LONG = ("tokenizer_json", "beside")
 def build_data(
     cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
 ) -> WindowDataModule:
-    """Build and prepare the data module, with the tokenizer that comes with ``init_from``, or else
+    """Build and prepare the data module, with the tokenizer that comes with the weights, or else
     the config's. One that came with an imported trunk (``brought``) may differ from the config's,
     unless the command line sets that.
 
@@ -63,19 +63,18 @@ def build_data(
 
 
 def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
-    """Refuse a config whose tokenizer settings differ from the tokenizer of ``init_from``."""
+    """Refuse a config whose tokenizer settings differ from the tokenizer of the weights."""
     configured = instantiate(cfg.tokenizer)
-    same = configured.kind == tokenizer.kind and all(
-        state.get(key) == cfg.tokenizer[key]
-        for key in ("vocab_size", "train_bytes", "eot_id")
-        if key in cfg.tokenizer
-    )
-    if not same or (configured.kind == "pretrained" and configured.spec() != tokenizer.spec()):
+    keys = {"vocab_size", "train_bytes", "eot_id"} & cfg.tokenizer.keys()
+    same = configured.kind == tokenizer.kind and all(state.get(k) == cfg.tokenizer[k] for k in keys)
+    if same and configured.kind == "pretrained":  # its file may lie anywhere
+        ours, theirs = configured.state(), tokenizer.state()
+        same = all(ours[k] == theirs[k] for k in ("eot_token", "tokenizer_json"))
+    if not same:
         stored = {k: v for k, v in state.items() if k not in _LONG}
         raise UserError(
-            f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
-            "run's tokenizer settings do not ask for: set tokenizer= to that one, since the "
-            "weights mean nothing with another."
+            f"the weights were trained with the tokenizer {stored}, which this run's tokenizer "
+            "settings do not ask for: set tokenizer= to that one, since they fit no other."
         )
 
 

@@ -43,7 +43,7 @@ class Origin:
     content: dict[str, Any] | None = None  # of that file; tensors are read when they are used
     branches: bool = False  # whether the checkpoint belongs to another run
     start: StoredModel | None = None  # the model of init_from; None once there is a checkpoint
-    tokenizer_state: dict[str, Any] | None = None  # of the tokenizer that comes with the model
+    tokenizer_state: dict[str, Any] | None = None  # of the tokenizer that comes with the weights
     trunk: TrunkConfig | None = None  # the imported one, which replaces the config's
 
 
@@ -71,7 +71,8 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     if content is not None and not {"model_config", "config"} <= content.keys():
         raise UserError(f"{checkpoint} is of another program: take another run_dir or branch_from.")
     origin = Origin(checkpoint=checkpoint, content=content, branches=branches)
-    if config.init_from is None:
+    # A pretrained tokenizer is that of the checkpoint, wherever its file lies now.
+    if config.init_from is None and (content is None or "path" not in config.tokenizer):
         return origin
     from mtp_lightning.experiment.init_from import brought_model
 

@@ -88,9 +88,9 @@ class RunWandb(ServiceLogger, WandbLogger):
 def _why_offline() -> str:
     """Why the server cannot be used; empty if it can. It is not checked if WANDB_MODE is set, nor
     by processes that do not log."""
-    other_rank = rank_zero_only.rank > 0  # type: ignore[attr-defined]
-    if other_rank or os.environ.get("WANDB_MODE"):
-        return ""
+    mode = os.environ.get("WANDB_MODE")
+    if mode or rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        return "WANDB_MODE=offline" if mode == "offline" else ""
     import wandb
 
     try:

@@ -173,14 +173,14 @@ def print_paths(folder: Path, *, writes: bool) -> None:
     """Print the paths of the files that the run wrote, and commands that use them; ``writes`` says
     whether the model writes text, rather than a task's symbols."""
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    has_checkpoint = (folder / CHECKPOINTS / LAST).is_file()
-    if has_checkpoint:
-        best = f"{BEST}, " if (folder / CHECKPOINTS / BEST).is_file() else ""
-        print(f"checkpoints   {shown / CHECKPOINTS}{os.sep}{best}{LAST}")
+    files = [name for name in (BEST, LAST) if (folder / CHECKPOINTS / name).is_file()]
+    if LAST in files:
+        print(f"checkpoints   {shown / CHECKPOINTS}{os.sep}{', '.join(files)}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     typed = shlex.quote(str(shown))
-    print(f"charts        tensorboard --logdir {typed}")
-    if has_checkpoint and writes:
+    if any(folder.glob("events.out.tfevents.*")):  # another logger writes none
+        print(f"charts        tensorboard --logdir {typed}")
+    if LAST in files and writes:
         print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tests.data_modules.test_tokenizers import library_file
 from tests.integration import helpers
 from tests.integration.helpers import assert_equal, checkpoint, fails, rows, train_here, weights
 
@@ -110,3 +112,18 @@ def test_resuming_with_other_data_is_refused(tmp_path, cache, copied, capfd):
     other = {"data.source.size": 30_000, "trainer.max_steps": 20}
     assert "was trained on other data" in fails(capfd, tmp_path, cache, other)
     assert checkpoint(tmp_path)["global_step"] == 10
+
+
+def test_a_run_continues_with_its_tokenizer_in_another_place(tmp_path, cache, capfd):
+    for name, special in (("here", "</s>"), ("there", "</s>"), ("other", "<eos>")):
+        (tmp_path / name).mkdir()
+        library_file(tmp_path / name / "tokenizer.json", [special])
+    settings = {"tokenizer": "pretrained", "trainer.max_steps": 1}
+    run, there = tmp_path / "run", {"tokenizer.path": tmp_path / "there"}
+    train_here(run, cache, settings | {"tokenizer.path": tmp_path / "here" / "tokenizer.json"})
+    shutil.rmtree(tmp_path / "here")
+    longer = settings | {"trainer.max_steps": 2}
+    error = fails(capfd, run, cache, longer | {"tokenizer.path": tmp_path / "other"})
+    assert "trained with the tokenizer" in error and "'</s>'" in error
+    assert train_here(run, cache, longer | there)["step"] == 2
+    assert train_here(tmp_path / "next", cache, settings | there | {"init_from": run})["step"] == 1

@@ -185,6 +185,9 @@ def test_wandb_reports_the_command_that_sends_an_offline_run(tmp_path, caplog, m
         assert RunWandb(tmp_path, "lab")._wandb_init["mode"] == "offline"
         monkeypatch.setattr(library, "login", lambda **_: True)
         assert "mode" not in RunWandb(tmp_path, "lab", group="g")._wandb_init
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        RunWandb(tmp_path, "lab")
+    assert "works offline (WANDB_MODE=offline)" in caplog.text
     assert "nobody is logged in" in caplog.text and "no answer" in caplog.text
     assert "wandb sync --id " in caplog.text and f"{tmp_path}/wandb/offline-run-*" in caplog.text
     assert "(logger.wandb.offline=true)" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_lightning.run.summary import print_answer, print_summary
+from mtp_lightning.run.summary import print_answer, print_paths, print_summary
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
@@ -79,3 +79,11 @@ def test_the_short_table_of_a_text_has_five_rows(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "right answers" not in output, "every answer is right"
     assert "0.0398" in output and "0.968" in output
+
+
+def test_tensorboard_is_named_only_where_it_has_events(tmp_path, capsys):
+    print_paths(tmp_path, writes=True)
+    assert "charts" not in capsys.readouterr().out
+    (tmp_path / "events.out.tfevents.1.host").touch()
+    print_paths(tmp_path, writes=True)
+    assert f"charts        tensorboard --logdir {tmp_path}" in capsys.readouterr().out
