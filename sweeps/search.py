@@ -256,7 +256,7 @@ def report(search: Search) -> int:
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     for trial in sorted(complete, key=lambda t: float(t.value or 0))[:5]:
         values = " ".join(f"{key}={value}" for key, value in trial.params.items())
-        print(f"{trial.value:.4f}  {values}")
+        print(f"{search.metric} {trial.value:.4f}  {values}")
     return 0 if complete else 1
 
 
@@ -320,7 +320,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     more = "a folder with more configs"
     parser.add_argument("--config-dir", type=typed_folder, metavar="FOLDER", help=more)
     parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
-    parser.add_argument("--metric", default=LOSS, help="to minimize")
+    parser.add_argument("--metric", default=LOSS, help=f"to minimize (default {LOSS})")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
     gpus = "auto, cpu or GPUs: 0,1"
     parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)

@@ -105,7 +105,8 @@ def test_trials_are_stored_and_the_best_has_the_better_depth(folder, capsys):
         assert status["state"] == "done"
         assert f"optimizer.lr={trial.params['optimizer.lr']!r}" in status["overrides"]
     printed = capsys.readouterr().out
-    assert "6 trials: 6 complete, 0 pruned, 0 failed" in printed and f"{best.value:.4f}" in printed
+    assert "6 trials: 6 complete, 0 pruned, 0 failed" in printed
+    assert f"\nval/loss_depth_0 {best.value:.4f}  " in printed
     stored = json.loads((folder / "sweep.json").read_text())
     assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 6
 
