@@ -5,8 +5,8 @@
 
 It prints parameters and, for each strategy, memory per device, tokens per second and days.
 Each number is an estimate from the code's own counts of parameters and FLOPs. The rates of the
-machines are assumed and shown. Every other KEY=VALUE is one of train.py's. A micro-batch of a
-device is ``data.batch_size`` windows of ``data.seq_len``.
+machines are assumed and shown. Every other KEY=VALUE is one of train.py's. A step of a device is
+``data.batch_size`` windows of ``data.seq_len``, whatever ``trainer.accumulate_grad_batches`` is.
 
 A weight takes 4 + 4 + 8 bytes for its fp32 value, gradient and AdamW's two moments, as train.py
 keeps them under bf16-mixed, and 2 bytes for its bf16 copy while that is used.
