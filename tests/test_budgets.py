@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/cpu": 1_640,
     "mtp_lightning/decoding": 4_666,
     "mtp_lightning/distributed": 1_205,
-    "mtp_lightning/experiment": 2_783,
+    "mtp_lightning/experiment": 2_781,
     "mtp_lightning/heads": 961,
     "mtp_lightning/interop": 5_414,
     "mtp_lightning/loggers": 613,
