@@ -49,13 +49,13 @@ def test_a_resumed_run_does_not_initialize_again(cache: Path, tmp_path: Path) ->
     settings = {**HEADS, "init_from": tmp_path / "trunk", "callbacks.checkpoints.every_n_steps": 2}
     helpers.train_here(tmp_path / "whole", cache, settings)
     helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 2})
-    with pytest.raises(ValueError, match=r"began with mtp.init=last_block, and a run that conti"):
+    with pytest.raises(ValueError, match=r"began with mtp.init=last_block, not random"):
         helpers.train_here(tmp_path / "halves", cache, {**settings, "mtp.init": "random"})
     helpers.train_here(tmp_path / "halves", cache, settings)
     helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
     plain = {**settings, "mtp.init": "random", "trainer.max_steps": 2}
     helpers.train_here(tmp_path / "random", cache, plain)
-    with pytest.raises(ValueError, match=r"cannot change it to mtp.init=last_block: set"):
+    with pytest.raises(ValueError, match=r"began with mtp.init=random, not last_block: set"):
         helpers.train_here(tmp_path / "random", cache, {**plain, "mtp.init": "last_block"})
 
 

@@ -147,7 +147,7 @@ def test_a_checkpoint_names_the_variants_of_layers_and_their_modules() -> None:
     }  # fmt: skip
     assert TrunkConfig.from_dict(stored) == trunk
     stored["attention"] = {"variant": "nowhere", "module": "my_ideas.window"}
-    with pytest.raises(ValueError, match=r"attention=nowhere .* say allow=\[my_ideas\]"):
+    with pytest.raises(ValueError, match=r"attention=nowhere .* say 'allow=\[my_ideas\]'"):
         TrunkConfig.from_dict(stored)
     for config in (deepseek.TRUNK, deepseek.trunk(latent={"q_rank": None})):
         stored = config.to_dict()
