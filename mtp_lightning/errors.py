@@ -14,8 +14,7 @@ class UserError(ValueError):
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether the machine or a GPU has too little memory. PyTorch raises a plain RuntimeError for
-    the machine's."""
+    """Whether memory was lacking; for that of a CPU, PyTorch raises a plain RuntimeError."""
     # Compared by name, since importing torch takes time.
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)

@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 8_541,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_095,
+    "mtp_lightning": 3_094,
     "mtp_lightning/apps": 374,
     "mtp_lightning/callbacks": 1_680,
     "mtp_lightning/certify": 1_107,
