@@ -188,7 +188,8 @@ evaluate.py checkpoint=FOLDER output=FOLDER/file/x.json => FOLDER/file is a file
 export.py checkpoint=FOLDER output=FOLDER => output=FOLDER is not empty: choose another
 export.py checkpoint=FOLDER output=FOLDER/file => output=FOLDER/file | take another
 evaluate.py checkpoint=FOLDER/file  [15 s] => FOLDER/file is not a checkpoint | a .ckpt file
-evaluate.py checkpoint=FOLDER  [15 s] => FOLDER holds no intact checkpoint: did you mean FOLDER/a.gguf?
+evaluate.py checkpoint=FOLDER  [15 s] =>
+    FOLDER holds no intact checkpoint: did you mean FOLDER/a.gguf?
 train.py data=text run_dir=run data.paths=FOLDER/empty  [15 s] =>
     FOLDER/empty | check data.paths
 train.py data=text run_dir=run data.paths=FOLDER/latin1 tokenizer=byte  [15 s] =>
