@@ -132,8 +132,8 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
         return
     names = {*keys.of_node(parent, app).keys, *(groups_of(app) if not parent else ())}
     used = re.compile(rf"\$\{{[^}}]*{re.escape(name)}\b")  # by an interpolation
-    is_used = any(isinstance(text, str) and used.search(text) for _, text in values(config))
-    if key not in names and not is_used:
+    texts = (text for _, text in values(config) if isinstance(text, str))
+    if key not in names and not any(map(used.search, texts)):
         raise _unknown(name, {name for name in names if "/" not in name}, app)
 
 

@@ -91,11 +91,11 @@ class CPUWeightPacker:
         if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
             return
         try:
-            build_once(self._folder, lambda folder: _write(folder, packed))
-            # Those of an older state of the same files, and of models that nobody opens any more.
+            # Before the new ones are written, since the disk may be too small for both.
             older = self._folder.parent.glob(self._folder.name.partition("-")[0] + "-*")
             for old in {*older, *_unused(self._folder.parent.parent)} - {self._folder}:
                 shutil.rmtree(old, ignore_errors=True)
+            build_once(self._folder, lambda folder: _write(folder, packed))
         except OSError as error:
             log.info("the packed weights are not kept for other processes: %s", error)
 

@@ -19,9 +19,10 @@ from statistics import median
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim, is_stale
-from sweeps.claims.decide import UNDECIDED, seeds_needed
+from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.jobs import ClaimJob, flops_of, jobs
 from sweeps.claims.observe import ArmRun, Arms, observe
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.result import Result, in_order, state, with_own_costs
 from sweeps.claims.reuse import shared_runs, with_stored

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def require_equal(claim: Claim, runs: Path) -> None:
     if claim.equal not in ("steps", "flops"):
         return
     first = {job.arm: job for job in jobs(claim, claim.scale.seeds[:1], runs)}
+    flops_by_arm = cache(lambda arm: flops_of(first[arm]))  # composing an arm takes time
     for arm, against in ((p.arm, p.against) for p in claim.predictions if p.against is not None):
         own, other = first[arm], first[against]
         about = f"The claim {claim.label} has equal: {claim.equal} and compares {own.arm}"
@@ -92,7 +94,7 @@ def require_equal(claim: Claim, runs: Path) -> None:
             )
         whole = own.max_steps is not None and own.parent is None is other.parent
         if claim.equal == "flops" and alike and whole:
-            flops, others = flops_of(own), flops_of(other)
+            flops, others = flops_by_arm(arm), flops_by_arm(against)
             gap = abs(flops / others - 1) if flops and others else 0.0
             if gap > MOST_APART["flops"]:
                 raise UserError(

@@ -18,8 +18,9 @@ from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.stored import read_json
 from sweeps.claims import words
 from sweeps.claims.claim import CPU, Claim, Stored, is_stale
-from sweeps.claims.decide import FAILS, HOLDS, seeds_needed
+from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report import environment, require_packages

@@ -14,7 +14,6 @@ from scipy import stats
 
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim
-from sweeps.claims.decide import seeds_needed
 from sweeps.claims.hours import (
     BY_FLOPS,
     EXPECTED,
@@ -28,6 +27,7 @@ from sweeps.claims.hours import (
 )
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.result import Result, make_result, write_result
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
