@@ -109,10 +109,9 @@ class Registered:
         """Find the class of a variant; see :meth:`from_dict` for arguments and errors."""
         if not isinstance(variant, str):
             raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
-        if variant not in cls._variants:
-            _import_siblings(cls.__module__, cls.modules.get(variant, variant))
-        if variant not in cls._variants:
-            _import_siblings(cls.__module__)
+        for module_name in (cls.modules.get(variant, variant), None):
+            if variant not in cls._variants:
+                _import_siblings(cls.__module__, module_name)
         if variant not in cls._variants and module is not None:
             package = str(module).partition(".")[0]
             if package not in allow:

@@ -222,9 +222,9 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
 
 
 def _require_exists(key: str, text: str) -> None:
-    # branch_from is RUN@STEP.
-    run = text.rpartition("@")[0] if key == "branch_from" else ""
-    path = Path(run or text).expanduser()
+    path = Path(text).expanduser()
+    if "@" in path.name and not path.exists():  # RUN@STEP
+        path = Path(str(path).rpartition("@")[0])
     if path.exists():
         if key == "prompts" and not path.is_fifo():  # a pipe can be read once
             require_prompts(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from mtp_lightning.command_line.conf_comments import PARTS, Option, groups, groups_of, included
@@ -21,14 +22,19 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     The errors are recognized by names, texts and attributes, since importing the libraries here
     would slow the tools down.
     """
-    if str(error).startswith(("Config group override must be", "argument of type ")):
-        return _not_a_name(overrides)
+    of_group = str(error).startswith(("Config group override must be", "argument of type "))
+    if of_group and (refusal := _not_a_name(overrides)):
+        return refusal
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "YAMLError" in kinds:
         return f"a config is not YAML: {' '.join(str(error).split())}."
-    if not kinds & {"HydraException", "OmegaConfBaseException"}:
-        return ""
     text, cause = str(error), error.__cause__
+    if not kinds & {"HydraException", "OmegaConfBaseException"}:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("hydra."):
+            return ""
+        typed = " ".join(word for word in overrides if word.startswith(("hydra", "-")))
+        return f"Hydra cannot use {typed}{text and f' ({text})'}: leave it out. (--hydra-help)"
     if file := getattr(error, "missing_cfg_file", None):
         group, _, name = file.rpartition("/")
         options = getattr(error, "options", None) or [o.name for o in groups().get(group, [])]

@@ -94,7 +94,6 @@ class Engine:
             from mtp_lightning.decoding.lookup import Lookups
 
             self._lookups = Lookups(model, most=options.lookup, slots=self.slots)
-
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:

@@ -64,11 +64,11 @@ def with_measured_depth(
     if not (depth_is_open and can_measure) or model.mtp.max_draft_depth == 0:
         return options
     probing = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
-    facts = {name: getattr(probing, name) for name in ("draft_vocab", "min_confidence", "cache")}
-    facts |= {"verify": probing.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
+    names = ("draft_vocab", "min_confidence", "cache", "verify")
+    facts = {name: getattr(probing, name) for name in names} | setting
+    facts |= {"rows": rows, "threads": torch.get_num_threads(), "drafts": probing.max_draft(model)}
     device = model.head.weight.device
     facts |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
-    facts |= {"drafts": probing.max_draft(model)}
     folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(facts))
     measured = _measured(folder, lambda: measure(model, probing, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)

@@ -7,7 +7,6 @@ as much as a separate run for each budget (Haegele et al. 2024, arXiv 2405.18392
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.run import checkpoints
 from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten
-from mtp_lightning.run.layout import CHECKPOINTS, kept_at
 
 # Keys that a branch may change: those of later steps, and of logging and callbacks.
 _FREE = (
@@ -30,36 +27,6 @@ _FREE = (
 _SCHEDULES = ("optimizer", "lambda_schedule")
 # The most steps at which the schedules are compared, spread evenly over the steps done.
 _COMPARED = 10_000
-
-
-def branch_checkpoint(branch_from: str) -> Path:
-    """Find the checkpoint that ``RUN@STEP`` names.
-
-    Raises:
-        UserError: it has another form, or the run has no intact checkpoint of that step.
-        FileNotFoundError: the run does not exist.
-    """
-    run, _, number = branch_from.rpartition("@")
-    if not run or not number.isascii() or not number.isdigit() or len(number) > 18:
-        raise UserError(
-            f"branch_from={branch_from} names no checkpoint: give a run's folder and an optimizer "
-            "step, as in branch_from=runs/long@600."
-        )
-    folder, step = Path(run) / CHECKPOINTS, int(number)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"branch_from={branch_from}: there is no run in {run}.")
-    kept = folder / kept_at(step)
-    if checkpoints.inspect(kept)[1] == step:
-        return kept
-    # This is slow: it reads all checkpoints whole, for their checksums.
-    by_step = {checkpoints.inspect(path)[1]: path for path in sorted(folder.glob("*.ckpt"))}
-    if step not in by_step:
-        steps = ", ".join(str(n) for n in sorted(by_step) if n >= 0) or "none"
-        raise UserError(
-            f"branch_from={branch_from}: that run has no intact checkpoint of step {step} "
-            f"(there are: {steps}); callbacks.checkpoints.keep_steps=[{step}] keeps one."
-        )
-    return by_step[step]
 
 
 def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:

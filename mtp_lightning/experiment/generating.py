@@ -225,11 +225,13 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None:
         texts = [str(prompt)]
     elif prompts is not None:
-        texts = [line for line in require_prompts(Path(prompts)).split("\n") if line]  # not at \f
         if prompts.endswith(".jsonl"):
             from data_modules.sources.text import TextSource
 
             texts = list(TextSource(prompts).documents())
+        else:
+            lines = require_prompts(Path(prompts)).split("\n")  # not at \f
+            texts = [line for line in lines if line]
     elif stdin.isatty():
         raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:

@@ -62,11 +62,11 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     checkpoint = None if name is None else folder / CHECKPOINTS / name
     branches = name is None and config.branch_from is not None
     if branches:
-        from mtp_lightning.experiment.branching import branch_checkpoint
+        from mtp_lightning.run.at_step import checkpoint_of_step
 
-        found = peers.broadcast("branch", lambda: str(branch_checkpoint(config.branch_from)))
+        found = peers.broadcast("branch", lambda: str(checkpoint_of_step(config.branch_from)))
         checkpoint = Path(found)
-    # mapped skips the checksums, which _newest or branch_checkpoint has just compared.
+    # mapped skips the checksums, which _newest or checkpoint_of_step has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
     if content is not None and not {"model_config", "config"} <= content.keys():
         raise UserError(f"{checkpoint} is of another program: take another run_dir or branch_from.")
@@ -136,7 +136,7 @@ def load_start(
     """
     if origin.content is not None:
         step = check_resumable(origin.content, module, source=origin.checkpoint)
-        changes = origin.content.get("changed", "")  # of this run before, or of its parent
+        changes = [*origin.content.get("changed", ())]  # of this run before, or of its parent
         if origin.branches:
             from mtp_lightning.experiment.branching import check_branch
 
@@ -151,7 +151,8 @@ def load_start(
                     f"({'; '.join(idle)}): start in another run_dir, or raise trainer.max_steps."
                 )
             log.warning("Continuing with changed settings: %s.", "; ".join(changed))
-            changes += f" At step {step}: {'; '.join(changed)}." if step < steps else ""
+            if step < steps:
+                changes.append(f"at step {step}: {'; '.join(changed)}")
         module.extra |= {"changed": changes} if changes else {}
         # Checkpoints from before this check do not say what they were trained on.
         if origin.content.get("data") not in (None, module.extra["data"]):

@@ -55,14 +55,18 @@ def brought_trunk(checkpoint: dict[str, Any]) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Find the checkpoint of a path: the file itself, or the best one of a run folder or a
-    checkpoints folder.
+    """Find the checkpoint of a path: the file itself, the best one of a run folder or a checkpoints
+    folder, or the one of an optimizer step (``RUN@STEP``).
 
     Raises:
         FileNotFoundError: the path does not exist, or has no intact checkpoint.
-        UserError: the path is a file of another kind.
+        UserError: the path is a file of another kind, or the run has no checkpoint of the step.
     """
     path = Path(path)
+    if "@" in path.name and not path.exists():
+        from mtp_lightning.run.at_step import checkpoint_of_step
+
+        return checkpoint_of_step(str(path))
     if path.is_file():
         if path.suffix != ".ckpt":
             raise UserError(f"{path} is not a checkpoint: give {_KINDS}.")

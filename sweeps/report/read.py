@@ -218,7 +218,7 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     else:
         run.state = "done"
         if changed := summary.get("changed"):
-            run.notes.append(f"it continued with other settings.{changed}".rstrip("."))
+            run.notes.append(f"it continued with other settings {'; '.join(changed)}")
         # A log tag has a number: null stands for one that is not finite.
         run.summary = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
     return run

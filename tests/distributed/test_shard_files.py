@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 
 from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.branching import branch_checkpoint
 from mtp_lightning.run import checkpoints as cio
+from mtp_lightning.run.at_step import checkpoint_of_step
 
 FOLDER = "00000003-0123abcd"
 
@@ -154,7 +154,7 @@ def test_a_damaged_part_is_found(tmp_path, damage, caplog):
     last = folder / "last.ckpt"
     place = write(last, content(), 2)
     cio.save(content(2), folder / "previous.ckpt")
-    assert branch_checkpoint(f"{tmp_path}@3") == last
+    assert checkpoint_of_step(f"{tmp_path}@3") == last
     damage(place / "weights-0-of-2.pt")
     reason, step = cio.inspect(last)
     assert reason is not None and "weights-0-of-2.pt" in reason and step == -1
@@ -163,7 +163,7 @@ def test_a_damaged_part_is_found(tmp_path, damage, caplog):
     assert cio.newest_intact(folder) == folder / "previous.ckpt"
     assert "last.ckpt is damaged and skipped: its part" in caplog.text
     with pytest.raises(UserError, match=r"no intact checkpoint of step 3 \(there are: 2\)"):
-        branch_checkpoint(f"{tmp_path}@3")
+        checkpoint_of_step(f"{tmp_path}@3")
 
 
 @pytest.mark.parametrize("forge", [other_shape, repeated, other_content])

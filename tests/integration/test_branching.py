@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.branching import check_branch
+from mtp_lightning.opening import open_model
 from mtp_lightning.run import checkpoints
 from tests.integration import helpers
 from tests.integration.conftest import Once
@@ -76,6 +77,12 @@ def test_keep_steps_keeps_checkpoints_of_these_steps(parent):
     files = {path.name: path for path in (parent / "checkpoints").glob("step_*.ckpt")}
     assert files.keys() == {"step_12.ckpt", f"step_{AT}.ckpt"}
     assert checkpoints.stored_step(files["step_12.ckpt"]) == 12
+
+
+def test_a_checkpoint_of_a_step_is_opened_like_a_run(parent):
+    opened = open_model(f"{parent}@12")
+    assert (opened.step, opened.path.name) == (12, "step_12.ckpt")
+    assert open_model(str(opened.path)).step == 12
 
 
 @pytest.mark.parametrize(

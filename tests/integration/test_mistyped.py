@@ -132,6 +132,9 @@ train.py data.seq_len=1000000000000  [*] =>
 train.py data.num_workers=65 => data.num_workers=65 is too large: give at most 64
 train.py trainer.devices=2 => trainer.devices=2 needs trainer.strategy=ddp
 train.py sweeps=depth => a prepared sweep is added, as +sweeps=depth
+train.py hydra=8 => Hydra cannot use hydra=8 (Config group override must be a string
+train.py debug=fast hydra.verbose=8 => Hydra cannot use hydra.verbose=8: leave it out
+train.py --resolve => Hydra cannot use --resolve (The --resolve flag | leave it out
 train.py hydra.launcher.n_job=2 => hydra.launcher.n_job is not a key of Hydra
 train.py +trainer.gradient_clip_algorithm=value =>
     trainer.gradient_clip_algorithm is not a key | gradient_clip_val

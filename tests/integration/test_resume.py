@@ -117,7 +117,7 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     assert "changed" not in again
     longer = train_here(tmp_path, cache, {"trainer.max_steps": 12})
     assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
-    assert longer["changed"] == " At step 10: trainer.max_steps: 10 -> 12."
+    assert longer["changed"] == ["at step 10: trainer.max_steps: 10 -> 12"]
     fewer = train_here(tmp_path, cache, {"trainer.max_steps": 5})
     assert fewer["step"] == 12 and read_yaml(tmp_path / "config.yaml")["trainer"]["max_steps"] == 12
     with pytest.raises(

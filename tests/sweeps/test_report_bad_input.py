@@ -92,8 +92,8 @@ def test_a_run_that_continued_with_other_settings_is_noted(tmp_path: Path) -> No
     """Its config says what it ended with, so that it counts as a run of that setting."""
     file = depth_sweep(tmp_path, {0: (2.0, 2.1)})[0, 1] / "summary.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"changed": " At step 50: mtp_lambda: 0.3 -> 1.0."}))
-    note = "it continued with other settings. At step 50: mtp_lambda: 0.3 -> 1.0."
+    file.write_text(json.dumps(content | {"changed": ["at step 50: mtp_lambda: 0.3 -> 1.0"]}))
+    note = "it continued with other settings at step 50: mtp_lambda: 0.3 -> 1.0."
     assert note in notes_of(tmp_path)
 
 
