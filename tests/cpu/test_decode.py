@@ -150,6 +150,9 @@ def fused(layer: torch.nn.Module) -> bool:
     return "forward" in vars(layer) and _FUSED[type(layer)](layer) is not None
 
 
+CAPACITY = 160  # tokens of a row
+
+
 def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:
     config = TrunkConfig(
         vocab_size=11, d_model=32, n_layers=layers, n_heads=heads, n_kv_heads=kv, d_ff=40,
@@ -163,7 +166,7 @@ def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:
 
 def run(trunk, x, starts, *, packed, before):
     """The output of a pass over a cache with the entries ``before``, and the entries after it."""
-    tables = PositionTables(trunk.config, 48, dtype=x.dtype)
+    tables = PositionTables(trunk.config, CAPACITY, dtype=x.dtype)
     cache = KVCache(trunk.config, tables, n_layers=len(trunk.blocks), batch_size=x.shape[0])
     for entries, old in zip(cache.entries_L_BSMH, before, strict=True):
         entries.copy_(old)
@@ -181,6 +184,10 @@ CASES = {
     "one key head": {"heads": 3, "kv": 1, "d_head": 10},
     "every head": {"kv": 4, "d_head": 16},
     "wide heads": {"heads": 2, "kv": 1, "d_head": 48},
+    # Sizes that the compiler knows.
+    "heads of 32": {"heads": 3, "kv": 1, "d_head": 32},
+    "heads of 64": {"d_head": 64},
+    "heads of 128": {"heads": 3, "kv": 1, "d_head": 128},
     "norms": {"qk_norm": True},
     "biases": {"qkv_bias": True},
     "half rotated": {"d_rope": 4},
@@ -193,6 +200,8 @@ CASES = {
     ("name", "starts", "width"),
     [
         *((name, (17, 3, 30), 3) for name in CASES),
+        # More positions than are mixed together.
+        *((name, (129, 63), 2) for name in ("grouped", "wide heads", "heads of 64")),
         *(("grouped", *at) for at in (((0,), 16), ((9,), 1), ((31,), 3), ((5, 5), 16))),
     ],
 )
@@ -200,7 +209,7 @@ def test_blocks_in_one_call_equal_the_layers_in_float64(name, starts, width):
     trunk = build(**CASES[name])
     x = torch.randn(len(starts), width, 32)
     shape = KVCache(
-        trunk.config, PositionTables(trunk.config, 48), n_layers=1, batch_size=len(starts)
+        trunk.config, PositionTables(trunk.config, CAPACITY), n_layers=1, batch_size=len(starts)
     ).entries_L_BSMH[0].shape  # fmt: skip
     before = [torch.randn(shape) for _ in trunk.blocks]
     inputs = x.clone()

@@ -80,74 +80,105 @@ static void find_paths(const Pass& pass, std::vector<int64_t>& paths) {
     }
 }
 
-// Attention of one query over all positions before `start` and over a path of new tokens. Keys and
-// values have the stride `step`. The path is summed as if it were stored from `start` on.
-static void attend(const float* query, const float* keys, const float* values, int64_t step,
-                   int64_t start, const int64_t* path, int64_t head, float* scores, float* out) {
+// Makes room for n numbers.
+static inline void grow(std::vector<float>& memory, int64_t n) {
+    if ((int64_t)memory.size() < n) memory.resize(n);
+}
+
+// The numerators of the softmax of scores[seen], in place, with zeros up to a whole vector. Returns 1 / their
+// sum.
+static float numerators(float* scores, int64_t seen) {
+    Vector top = all(-INFINITY), total = all(0.0f);
+    for (int64_t s = 0; s < seen; s += LANES) top = larger(load(scores + s), top);
+    Vector shift = all(largest_of(top));
+    for (int64_t s = 0; s < seen; s += LANES) {
+        Vector e = before(s, seen) ? exp_of(load(scores + s) - shift) : all(0.0f);
+        total += e;
+        store(scores + s, e);
+    }
+    return 1.0f / sum_of(total);
+}
+
+// Positions whose values are read together, to stay in the first cache for all queries.
+constexpr int64_t TOGETHER = 64;
+
+// Attention of the G adjacent queries that share a key head, over all positions before `start` and over a
+// path of new tokens. Keys and values have the stride `step`. The path is summed as if it were stored
+// from `start` on. HEAD is the head size H, known to the compiler; 0 for any other size.
+template <int HEAD>
+static void attend(const float* queries, int64_t group, const float* keys, const float* values,
+                   int64_t step, int64_t start, const int64_t* path, int64_t head,
+                   std::vector<float>& memory, float* out) {
     float scale = 1.0f / sqrtf((float)head);
-    int64_t seen = start + path[0];
+    int64_t seen = start + path[0], room = padded(seen), wide = padded(head);
+    grow(memory, group * (room + 4 * wide + 1));
+    float *scores = memory.data(), *sums = scores + group * room, *factors = sums + group * 4 * wide;
     auto stored = [&](int64_t s) { return s * step; };
     // Positions after the last one are clamped; they get the weight 0.
     auto place = [&](int64_t s) {
         s = s < seen ? s : seen - 1;
         return (s < start ? s : start + path[s - start + 1]) * step;
     };
-    auto score_all = [&](int64_t s, auto place) {
+    auto score_all = [&](const float* query, int64_t s, auto place) {
         Vector dots[LANES];
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < LANES; i++) {
+        times<LANES>(BODY(int i) {
             const float* key = keys + place(s + i);
             dots[i] = all(0.0f);
-            columns(head, [&](int64_t at, int64_t m) {
+            auto add = BODY(int64_t at, int64_t m) {
                 dots[i] = multiply_add(take(query + at, m), take(key + at, m), dots[i]);
-            });
-        }
+            };
+            if constexpr (HEAD)
+                times<HEAD / LANES>(BODY(int v) { add(v * LANES, LANES); });
+            else
+                columns(head, add);
+        });
         return sums_of(dots) * all(scale);
     };
-    Vector top = all(-INFINITY);
-    for (int64_t s = 0; s < seen; s += LANES) {
-        Vector score = s + LANES <= start ? score_all(s, stored) : score_all(s, place);
-        score = before(s, seen) ? score : all(-INFINITY);
-        store(scores + s, score);
-        top = larger(score, top);
-    }
-    Vector shift = all(largest_of(top)), total = all(0.0f);
-    for (int64_t s = 0; s < seen; s += LANES) {
-        Vector e = before(s, seen) ? exp_of(load(scores + s) - shift) : all(0.0f);
-        total += e;
-        store(scores + s, e);
-    }
-    float whole = 1.0f / sum_of(total);
-    for (int64_t at = 0; at < head;)
-        sized<1, REGISTERS / 8>(1, head - at < LANES ? LANES : head - at, [&](auto, auto v) {
-            constexpr int V = v.value;
-            int64_t m = V > 1 ? LANES : least(LANES, head - at);
-            // Four independent sums, so that none waits for the previous one.
-            Vector mixed[4][V];
-            each_vector<4, V>(BODY(int i, int u) { mixed[i][u] = all(0.0f); });
-            auto mix_four = [&](int64_t s, auto place) {
-                times<4>(BODY(int i) {
-                    const float* value = values + place(s + i) + at;
-                    Vector weight = all(scores[s + i]);
-                    times<V>(BODY(int u) {
-                        mixed[i][u] = multiply_add(weight, take(value + u * LANES, m), mixed[i][u]);
-                    });
+    for (int64_t s = 0; s < seen; s += LANES)
+        for (int64_t g = 0; g < group; g++) {
+            const float* query = queries + g * head;
+            Vector score =
+                s + LANES <= start ? score_all(query, s, stored) : score_all(query, s, place);
+            store(scores + g * room + s, before(s, seen) ? score : all(-INFINITY));
+        }
+    for (int64_t g = 0; g < group; g++) factors[g] = numerators(scores + g * room, seen);
+    // Four independent sums of every query, so that none waits for the previous one.
+    memset(sums, 0, group * 4 * wide * sizeof(float));
+    auto mix = [&](int64_t first, int64_t end, const float* weights, float* to, int64_t at, auto v) {
+        constexpr int V = v.value;
+        int64_t m = V > 1 ? LANES : least(LANES, head - at);
+        Vector mixed[4][V];
+        each_vector<4, V>(BODY(int i, int u) { mixed[i][u] = load(to + i * wide + u * LANES); });
+        auto mix_four = BODY(int64_t s, auto place) {
+            times<4>(BODY(int i) {
+                const float* value = values + place(s + i) + at;
+                Vector weight = all(weights[s + i]);
+                times<V>(BODY(int u) {
+                    mixed[i][u] = multiply_add(weight, take(value + u * LANES, m), mixed[i][u]);
                 });
-            };
-            int64_t s = 0;
-            for (; s + 4 <= start; s += 4) mix_four(s, stored);
-            for (; s < seen; s += 4) mix_four(s, place);
-            times<V>(BODY(int u) {
-                Vector sum = (mixed[0][u] + mixed[1][u]) + (mixed[2][u] + mixed[3][u]);
-                put(out + at + u * LANES, sum * all(whole), m);
             });
-            at += V * LANES;
+        };
+        int64_t s = first;
+        for (; s + 4 <= least(start, end); s += 4) mix_four(s, stored);
+        for (; s < end; s += 4) mix_four(s, place);
+        each_vector<4, V>(BODY(int i, int u) { store(to + i * wide + u * LANES, mixed[i][u]); });
+    };
+    for (int64_t s = 0; s < seen; s += TOGETHER)
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t at = 0; at < head;)
+                sized<1, REGISTERS / 8>(1, head - at < LANES ? LANES : head - at, [&](auto, auto v) {
+                    float* to = sums + g * 4 * wide + at;
+                    mix(s, least(seen, s + TOGETHER), scores + g * room, to, at, v);
+                    at += v.value * LANES;
+                });
+    for (int64_t g = 0; g < group; g++) {
+        const float* from = sums + g * 4 * wide;
+        columns(head, [&](int64_t at, int64_t m) {
+            auto part = BODY(int i) { return load(from + i * wide + at); };
+            Vector sum = (part(0) + part(1)) + (part(2) + part(3));
+            put(out + g * head + at, sum * all(factors[g]), m);
         });
-}
-
-// Makes room for n numbers.
-static inline void grow(std::vector<float>& memory, int64_t n) {
-    if ((int64_t)memory.size() < n) memory.resize(n);
+    }
 }
 
 struct Scratch {
@@ -192,14 +223,22 @@ static void attention(const Block& b, const Pass& pass, float* entries, Scratch&
     const float* qkv = s.qkv.data();
     float* mixed = s.mixed.data();
 #pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
-    for (int64_t i = 0; i < tokens * b.heads; i++) {
-        static thread_local std::vector<float> scores;
-        int64_t token = i / b.heads, h = i % b.heads, row = token / pass.length;
+    for (int64_t i = 0; i < tokens * b.kv_heads; i++) {
+        static thread_local std::vector<float> memory;
+        int64_t token = i / b.kv_heads, key_head = i % b.kv_heads, row = token / pass.length;
         const int64_t* path = paths + token % pass.length * (pass.length + 1);
-        grow(scores, pass.capacity + LANES);
-        const float* keys = entries + row * pass.capacity * size + h / group * b.head;
-        attend(qkv + token * per_token + h * b.head, keys, keys + b.kv_heads * b.head, size,
-               pass.starts[row], path, b.head, scores.data(), mixed + i * b.head);
+        const float* keys = entries + row * pass.capacity * size + key_head * b.head;
+        auto attend_as = [&](auto head) {
+            attend<head.value>(qkv + token * per_token + key_head * group * b.head, group, keys,
+                               keys + b.kv_heads * b.head, size, pass.starts[row], path, b.head,
+                               memory, mixed + i * group * b.head);
+        };
+        switch (b.head) {
+            case 32: attend_as(std::integral_constant<int, 32>{}); break;
+            case 64: attend_as(std::integral_constant<int, 64>{}); break;
+            case 128: attend_as(std::integral_constant<int, 128>{}); break;
+            default: attend_as(std::integral_constant<int, 0>{});
+        }
     }
 }
 
