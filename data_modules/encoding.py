@@ -53,14 +53,15 @@ def piece_digest(text: bytes) -> bytes:
 def encode_batch(
     batch: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
-    """Ids of pieces. Documents of a single piece are added to ``overlap``.
-
-    Raises:
-        UserError: if the tokenizer returns an id out of its range.
-    """
+    """Ids of pieces. If the tokenizer puts a space before every text, later pieces of a document
+    are without it. Documents of a single piece are added to ``overlap``."""
     batch, n_ids = list(batch), tokenizer.vocab_size
-    encoded_pieces = []
-    for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+    encoded_pieces, before = [], tokenizer.encode(tokenizer.before_piece)
+    texts = [piece.text if piece.first else tokenizer.before_piece + piece.text for piece in batch]
+    for piece, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+        if not piece.first:
+            joins = not np.array_equal(ids[: len(before)], before)
+            ids = tokenizer.encode(piece.text) if joins else ids[len(before) :]
         if piece.first and piece.last:
             overlap.add(piece.split, piece.text)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_ids:

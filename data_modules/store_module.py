@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from data_modules.window_dataset import WindowDataset
 from data_modules.window_module import WindowDataModule
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.settings import require_whole
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -110,10 +113,24 @@ class StoreDataModule(WindowDataModule):
         text."""
         if not self.store.meta.get("bytes_defined", True):
             return None
+        self._warn_of_unknown_text()
         sizes = [int(n) for n in self.evaluation.text.bytes]
         if not self.document_mask:
             return sizes
         return [n - len(piece) for n, piece in zip(sizes, self._first_pieces, strict=True)]
+
+    def _warn_of_unknown_text(self) -> None:
+        unknown, text = self.tokenizer.unknown_id, self.evaluation.text
+        tokens, spans = text.file.tokens(), zip(text.starts, text.ends, strict=True)
+        if unknown is not None and (
+            n := sum(int((tokens[a:b] == unknown).sum()) for a, b in spans)
+        ):
+            log.warning(
+                "%.3g %% of the evaluated tokens are %s, which stands for any text that the "
+                "tokenizer does not know: bits per byte are too low, and not comparable.",
+                100 * n / text.n_tokens,
+                self.tokenizer.decode([unknown]).strip(),
+            )
 
     @cached_property
     def _first_pieces(self) -> list[bytes]:

@@ -55,6 +55,17 @@ class Tokenizer(ABC):
         turn."""
         return (self.eot_id,)
 
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of all text that the tokenizer does not know, if there is such text."""
+        return None
+
+    @property
+    def before_piece(self) -> str:
+        """What is encoded before a later piece of a text and left out again: a line, if the
+        tokenizer puts a space before every text."""
+        return ""
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """``[n]`` int64 ids of one text, without the end-of-text token."""
@@ -69,9 +80,9 @@ class Tokenizer(ABC):
         """Everything that :func:`tokenizer_from_state` needs, as plain JSON containers."""
 
     @classmethod
-    @abstractmethod
     def from_state(cls, state: dict[str, Any]) -> Tokenizer:
-        """The tokenizer with this state."""
+        """The tokenizer with this state; by default made of its values."""
+        return cls(**{key: value for key, value in state.items() if key != "kind"})
 
     def spec(self) -> dict[str, Any]:
         """The values that determine the ids of a given corpus: before training the options, after
@@ -91,12 +102,8 @@ class Tokenizer(ABC):
 
     def facts(self) -> dict[str, Any]:
         """Plain facts, for a store's ``meta.json``."""
-        return {
-            "kind": self.kind,
-            "fingerprint": self.fingerprint(),
-            "vocab_size": self.vocab_size,
-            "eot_id": self.eot_id,
-        }
+        ids = {"vocab_size": self.vocab_size, "eot_id": self.eot_id}
+        return {"kind": self.kind, "fingerprint": self.fingerprint(), **ids}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text, in one call of the library where that is faster."""

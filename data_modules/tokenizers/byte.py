@@ -50,7 +50,3 @@ class ByteTokenizer(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> ByteTokenizer:
-        return cls()

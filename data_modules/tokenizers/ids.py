@@ -56,7 +56,3 @@ class IdTokenizer(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.vocab_size, "eot_id": self.eot_id}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> IdTokenizer:
-        return cls(state["vocab_size"], state["eot_id"])

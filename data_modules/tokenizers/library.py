@@ -148,20 +148,24 @@ def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
     ``tokenizer.json``; unused ids are empty."""
     library = library_tokenizer(library_json, source="the tokenizer")
     added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
+    content = json.loads(library_json)
     # Without a decoder, tokens are joined by spaces, as WordPiece's joins words.
-    decoder = json.loads(library_json).get("decoder") or {"type": "WordPiece"}
-    byte_level, space = "ByteLevel" in json.dumps(decoder), decoder.get("suffix") or "\u2581"
-    byte_of = {printable(byte): byte for byte in range(256)}
+    decoder = content.get("decoder") or {"type": "WordPiece"}
+    byte_level = "ByteLevel" in json.dumps(decoder)
+    # The decoder of CLIP's tokenizers does not name the end of a word.
+    space = decoder.get("suffix") or content["model"].get("end_of_word_suffix") or "\u2581"
+    byte_of = {printable(byte): byte for byte in range(256)} | {" ": 0x20}
     token_bytes = [b""] * vocab_size
     for piece, i in library.get_vocab(with_added_tokens=True).items():
+        text = piece.replace(space, " ")
         if i in added:
             token_bytes[i] = added[i].encode()
-        elif byte_level and all(letter in byte_of for letter in piece):
-            token_bytes[i] = bytes(byte_of[letter] for letter in piece)
+        elif byte_level and all(letter in byte_of for letter in text):
+            token_bytes[i] = bytes(byte_of[letter] for letter in text)
         elif single := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece's byte fallback
             token_bytes[i] = bytes([int(single[1], 16)])
         elif decoder["type"] == "WordPiece":  # the text after another token: " word" or "piece"
             token_bytes[i] = library.decode([i, i])[len(library.decode([i])) :].encode()
         else:
-            token_bytes[i] = piece.replace(space, " ").encode()
+            token_bytes[i] = text.encode()
     return token_bytes

@@ -117,6 +117,18 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int64)
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        model = json.loads(self.library_json())["model"]
+        name = model.get("unk_token")
+        number = model.get("unk_id") if name is None else self._library.token_to_id(name)
+        return None if number == self.eot_id else number  # CLIP's has no token of its own
+
+    @cached_property
+    def before_piece(self) -> str:
+        lines, line, rest = (self.encode(text).tolist() for text in ("a\na", "a\n", "a"))
+        return "" if lines == line + rest else "a\n"
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encoded]
@@ -209,6 +221,11 @@ def _read(location: str) -> tuple[Any, dict[str, str]]:
                 f"the folder {location} holds no tokenizer.json: point tokenizer.path to one "
                 f"(a slow-only tokenizer must be converted first)"
             )
+    if path.suffix in (".gguf", ".model"):
+        raise UserError(
+            f"{path} is not a tokenizer.json: export.py writes one from a GGUF file, and "
+            "save_pretrained of transformers' AutoTokenizer from a folder with a .model."
+        )
     if path.is_file():
         files = [file for name in BESIDE if (file := path.with_name(name)).is_file()]
         library = library_tokenizer(_text(path), source=path)

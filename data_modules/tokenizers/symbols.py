@@ -53,7 +53,3 @@ class SymbolTokenizer(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "symbols": list(self.symbols)}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> SymbolTokenizer:
-        return cls(state["symbols"])

@@ -175,6 +175,26 @@ def test_the_choice_of_documents_against_brute_force(tmp_path_factory, data):
     assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == expected
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"<unk>": 0, "</s>": 1, "known": 2}, unk_token="<unk>"),
+        models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "know")], unk_id=0),
+    ],
+)
+def test_text_that_the_tokenizer_does_not_know_is_said(tmp_path, caplog, model):
+    library = Tokens(model)
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = PretrainedTokenizer(str(tmp_path))
+    for words, unknown in (("known", False), ("known 5", True)):
+        (tmp_path / "text.txt").write_text(f"{words}\n" * 2000)
+        data = module(tmp_path, TextSource(tmp_path / "text.txt"), tokenizer)
+        assert data.evaluation_summary()["bytes"]
+        assert ("of the evaluated tokens are <unk>" in caplog.text) == unknown
+
+
 def test_a_space_that_the_tokenizer_adds_does_not_count_as_a_byte(tmp_path):
     """SentencePiece's tokenizers add one, and drop it in decoding."""
     words = Tokens(models.BPE(byte_fallback=True))

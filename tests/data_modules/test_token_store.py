@@ -15,16 +15,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Tokens
+from tokenizers import models, pre_tokenizers, trainers
 
 from data_modules import build_turn, cache
 from data_modules.cache import build_once, cache_folder
-from data_modules.encoding import pieces
+from data_modules.encoding import Piece, encode_batch, pieces
+from data_modules.overlap import LineOverlap
 from data_modules.prompts import take_prompts
 from data_modules.sources import TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store, prepare_tokenizer
 from data_modules.token_store import token_dtype
-from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedTokenizer
 from tests.data_modules.programs import start
 from tests.data_modules.stores import ListSource, store_of
 
@@ -97,6 +100,21 @@ def test_encoding_in_pieces_gives_the_ids_of_the_whole_document():
     cut = [piece for piece, _ in pieces(text, 1000)]
     assert len(cut) > 10 and "".join(cut) == text
     assert np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist() == whole
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_only_the_first_piece_begins_with_the_space_that_a_tokenizer_adds(tmp_path, scheme):
+    library = Tokens(models.BPE(byte_fallback=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    lines = [f"line {i} of {i % 7}{' or' * (i % 3)}\n" for i in range(900)]
+    trainer = trainers.BpeTrainer(vocab_size=99, special_tokens=["</s>"], show_progress=False)
+    library.train_from_iterator(lines[:5], trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, text = PretrainedTokenizer(str(tmp_path)), "".join(lines)
+    cut = [Piece("val", part, not i, last) for i, (part, last) in enumerate(pieces(text, 1000))]
+    encoded = encode_batch(cut, tokenizer, np.dtype("<u2"), LineOverlap())
+    assert len(cut) > 10
+    assert np.concatenate([piece.ids for piece in encoded]).tolist() == library.encode(text).ids
 
 
 @given(st.text("ab \n", max_size=60), st.integers(1, 9))
