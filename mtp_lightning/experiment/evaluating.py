@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
-from mtp_lightning.stored import NETWORK, is_cache, require_sizes, require_text
+from mtp_lightning.stored import NETWORK, is_cache, read_json, require_sizes, require_text
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,8 @@ _HOW = _HOW_TASK | {"seq_len", "eval_bytes", "document_mask", "val_fraction", "s
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Compute and print a trained model's metrics on its own evaluation text or on other data.
 
-    On the run's own text, machine and threads, they are the numbers that the run reported.
-
-    Raises:
-        UserError: the checkpoint is damaged or foreign, the data have no validation window, a
-            Hugging Face folder comes without data, or the precision is not available.
-        OSError: a file is missing.
+    On the run's own text, machine and threads, they are the numbers that the run reported. A text
+    that has changed since is said.
     """
     quiet_lightning()
     check_config.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
@@ -78,6 +74,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     data = validation_data(
         run, data=cfg.get("data"), eval_bytes=cfg.eval_bytes, cache_dir=cache_dir, allow=allow
     )
+    evaluation = data.evaluation_summary()
+    if cfg.get("data") is None and cfg.eval_bytes is None:
+        with suppress(OSError, UserError, LookupError, TypeError):  # a run may have no summary yet
+            summary = read_json(run.path.parents[1] / "summary.json")
+            if summary["evaluation"]["fingerprint"] != evaluation["fingerprint"]:
+                log.warning(
+                    "The run's evaluation text has changed since: these are not its own numbers."
+                )
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
     with precision_of(run), as_decoded, torch.inference_mode():
@@ -93,7 +97,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "parameters_trunk": run.model.config.num_trunk_params(),
         "step": run.step,
         "checkpoint": str(run.path),
-        "evaluation": data.evaluation_summary(),
+        "evaluation": evaluation,
         "data": data.summary(),
         **environment(weight.device),
     }
@@ -142,10 +146,6 @@ def validation_data(
         cache_dir: folder of the token stores. By default it is the run's, if that is a cache folder
             on this machine, else the default folder.
         allow: packages whose text sources may be built.
-
-    Raises:
-        UserError: a Hugging Face folder, which has no text, comes without other data; the stored
-            config is damaged; or a setting does not fit.
     """
     stored = run.config.get("data")
     if not isinstance(stored, dict):

@@ -114,6 +114,16 @@ def test_resuming_with_other_data_is_refused(tmp_path, cache, copied, capfd):
     assert checkpoint(tmp_path)["global_step"] == 10
 
 
+def test_an_evaluation_on_a_changed_text_says_so(tmp_path, cache, caplog):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    for lines in (900, 1000):
+        text.write_text("".join(f"line {i} of {i % 7}\n" for i in range(lines)))
+        if not run.exists():
+            train_here(run, cache, {"data": "text", "data.paths": text, "trainer.max_steps": 1})
+        helpers.evaluated(run, f"paths.cache_dir={cache}", "decode.n_prompts=0")
+        assert ("evaluation text has changed" in caplog.text) == (lines > 900)
+
+
 def test_a_run_continues_with_its_tokenizer_in_another_place(tmp_path, cache, capfd):
     for name, special in (("here", "</s>"), ("there", "</s>"), ("other", "<eos>")):
         (tmp_path / name).mkdir()
