@@ -54,7 +54,11 @@ def encode_batch(
     batch: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
     """Ids of pieces. If the tokenizer puts a space before every text, later pieces of a document
-    are without it. Documents of a single piece are added to ``overlap``."""
+    are without it. Documents of a single piece are added to ``overlap``.
+
+    Raises:
+        UserError: if the tokenizer returns an id out of its range.
+    """
     batch, n_ids = list(batch), tokenizer.vocab_size
     encoded_pieces, before = [], tokenizer.encode(tokenizer.before_piece)
     texts = [piece.text if piece.first else tokenizer.before_piece + piece.text for piece in batch]

@@ -93,8 +93,12 @@ class WindowLoader(_Loader):
 
     def state_dict(self) -> dict[str, int]:
         """Plain ints: seed, epoch, samples of that epoch that all ranks consumed, and windows."""
-        position = {"epoch": self.epoch, "consumed": self.consumed}
-        return {"seed": self.seed, **position, "windows": len(self.dataset)}
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "windows": len(self.dataset),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where :meth:`state_dict` was taken, with the same seed.

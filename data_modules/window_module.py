@@ -96,7 +96,13 @@ class WindowDataModule(LightningDataModule, ABC):
 
     def prepare(self, stage: str = "fit") -> None:
         """Builds or finds the data, and checks that there is enough of it for a validation, and for
-        ``fit`` also for a training step. Idempotent."""
+        ``fit`` also for a training step. Idempotent.
+
+        Raises:
+            UserError: about the text (empty, not UTF-8, shorter than a window ...) or a source's
+                package.
+            OSError: if a file cannot be read or written.
+        """
         if stage == "fit":
             self.train_dataloader().check()
         self.val_dataloader().check()

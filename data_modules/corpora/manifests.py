@@ -33,8 +33,12 @@ def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
     for data in files:
         content.update(data)
         sizes.append(len(data))
-    counts = {"files": len(sizes), "bytes": sum(sizes)}
-    return {"version": package.version, **counts, "sha256": content.hexdigest()}
+    return {
+        "version": package.version,
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "sha256": content.hexdigest(),
+    }
 
 
 def say_differences(source: str, packages: Sequence[Package]) -> None:

@@ -23,8 +23,14 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class TextSource(FileSource):
-    """Documents from files on disk (docs/data.md). Files are taken in the order of ``paths``,
-    sorted inside a folder or glob; a file named twice is read once.
+    """Documents from files on disk.
+
+    A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
+    ``field``, and a ``.parquet`` file one per row. Files that end in ``.gz`` or ``.zst`` are
+    decompressed as they are read. A folder stands for all files below it, except hidden ones, empty
+    ones and those that are not text; a glob stands for the files that match it, except empty ones,
+    and then the folders. A log line counts what is left out. Files are taken in the order of
+    ``paths``, sorted inside a folder or glob; a file named twice is read once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
@@ -32,8 +38,11 @@ class TextSource(FileSource):
         field: name of the text field in JSON lines and parquet.
 
     Raises:
-        FileNotFoundError: from ``documents`` and ``fingerprint``, if there is no such file.
-        UserError: from these too, for a file that cannot be read as text.
+        FileNotFoundError: from ``documents`` and ``fingerprint``, for a path that does not exist,
+            or a glob or folder without a file.
+        UserError: from these too, for an empty file, one that is not UTF-8 (with the byte offset),
+            a line that is not a JSON object with that field, a damaged compressed file, or parquet
+            or ``.zst`` without pyarrow.
     """
 
     name = "text"

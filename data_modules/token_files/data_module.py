@@ -34,7 +34,8 @@ class TokenFilesDataModule(StoreDataModule):
 
     Raises:
         UserError: for numbers out of range, or a tokenizer that needs training; at the first use
-            for files that cannot be read.
+            for a damaged or unknown file, a file in both texts, or an id beyond the tokenizer's.
+        FileNotFoundError: at the first use, if there is no such file.
     """
 
     def __init__(

@@ -102,8 +102,12 @@ class Tokenizer(ABC):
 
     def facts(self) -> dict[str, Any]:
         """Plain facts, for a store's ``meta.json``."""
-        ids = {"vocab_size": self.vocab_size, "eot_id": self.eot_id}
-        return {"kind": self.kind, "fingerprint": self.fingerprint(), **ids}
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+        }
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text, in one call of the library where that is faster."""

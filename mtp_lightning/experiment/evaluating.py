@@ -53,8 +53,13 @@ _HOW = _HOW_TASK | {"seq_len", "eval_bytes", "document_mask", "val_fraction", "s
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Compute and print a trained model's metrics on its own evaluation text or on other data.
 
-    On the run's own text, machine and threads, they are the numbers that the run reported. A text
-    that has changed since is said.
+    On the run's own text, machine and threads, they are the numbers that the run reported. A
+    warning says that the text has changed since.
+
+    Raises:
+        UserError: the checkpoint is damaged or foreign, the data have no validation window, a
+            Hugging Face folder comes without data, or the precision is not available.
+        OSError: a file is missing.
     """
     quiet_lightning()
     check_config.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
@@ -146,6 +151,10 @@ def validation_data(
         cache_dir: folder of the token stores. By default it is the run's, if that is a cache folder
             on this machine, else the default folder.
         allow: packages whose text sources may be built.
+
+    Raises:
+        UserError: a Hugging Face folder, which has no text, comes without other data; the stored
+            config is damaged; or a setting does not fit.
     """
     stored = run.config.get("data")
     if not isinstance(stored, dict):
