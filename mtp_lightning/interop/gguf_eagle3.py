@@ -18,10 +18,9 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, gguf_tokenizer, gguf_writing, llama_cpp
 from mtp_lightning.interop.gguf_fields import trunk_fields
-from mtp_lightning.interop.gguf_layout import GGUFEntry, in_pairs
+from mtp_lightning.interop.gguf_layout import LAYER, GGUFEntry, in_pairs
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.gguf_writing import Written
-from mtp_lightning.interop.verify import CheckFailed, check_names
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 
@@ -30,12 +29,8 @@ _NAMES = {
     "fc": "fc",
     "norm": "output_norm",
     "lm_head": "output",
-    "midlayer.input_layernorm": "blk.0.attn_norm",
     "midlayer.hidden_norm": "blk.0.attn_norm_2",
-    "midlayer.post_attention_layernorm": "blk.0.ffn_norm",
-    **{f"midlayer.self_attn.{x}_proj": f"blk.0.attn_{x}" for x in ("q", "k", "v")},
-    "midlayer.self_attn.o_proj": "blk.0.attn_output",
-    **{f"midlayer.mlp.{x}_proj": f"blk.0.ffn_{x}" for x in ("gate", "up", "down")},
+    **{f"midlayer.{name}": f"blk.0.{theirs}" for name, theirs in LAYER.items()},
 }
 
 
@@ -104,18 +99,8 @@ def _entries(model: MTPModel) -> Iterator[tuple[GGUFEntry, torch.Tensor]]:
 
 def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Iterator[str]:
     """Check a file; arguments, results and errors as of ``gguf_writing.check_file``."""
-    import gguf
-
-    entries = list(_entries(model))
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    check_names(stored, [entry.name for entry, _ in entries], file)
-    for entry, wanted in entries:
-        numbers, kind = stored[entry.name].data, stored[entry.name].tensor_type
-        if wanted.is_floating_point():
-            numbers = gguf.quants.dequantize(numbers, kind)
-        if not gguf_writing.equal(entry, wanted, torch.from_numpy(numbers.copy()), dtype):
-            raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
-    yield f"{len(entries)} tensors, read back, are the layer's"
+    count = gguf_writing.check_entries(file, _entries(model), dtype)
+    yield f"{count} tensors, read back, are the layer's"
     if not llama_cpp.is_there():
         yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
         return

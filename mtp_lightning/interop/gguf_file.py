@@ -18,12 +18,10 @@ from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
-from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.names import DEEPSEEK, weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.interop.transformers_model import briefly
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
@@ -95,8 +93,7 @@ def _describe(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
     if isinstance(trunk.attention, LatentAttentionConfig):  # one epsilon for all norms
         plain = replace(trunk.attention, norm_eps=None)
         trunk = replace(trunk, attention=plain)
-    mtp = SequentialConfig(depth=depth) if depth else NoMTPConfig()
-    config = ModelConfig(trunk=trunk, mtp=mtp)
+    config = ModelConfig(trunk=trunk, mtp=DEEPSEEK.of_depth(depth))
     return fields, Layout(arch=header.fields["general.architecture"], config=config)
 
 

@@ -50,7 +50,8 @@ _TOP = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_LAYER = {
+# The names of a layer's tensors, without the endings.
+LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in ("q", "k", "v", "q_a", "q_b")},
@@ -233,7 +234,7 @@ def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
         if layer >= trunk.n_layers and _DENSE.match(rest):
             rest = rest.replace("mlp.", "mlp.shared_experts.")
         after_attention = layout.arch == "glm4moe" and rest == "post_attention_layernorm"
-        theirs = "post_attention_norm" if after_attention else _LAYER[rest]
+        theirs = "post_attention_norm" if after_attention else LAYER[rest]
         entry = GGUFEntry(name=f"blk.{layer}.{theirs}.{kind}", shape=shape, parts=(name,))
         if layout.arch == "llama" and rest in rotary_heads:
             entry = in_pairs(entry, rotary_heads[rest])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mtp_lightning.errors import require_package
 from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_cpp
+from mtp_lightning.interop.config_json import trunk_type
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
-from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.names import plain, to_folder
 from mtp_lightning.interop.verify import CheckFailed, check_names, sample_of
 from mtp_lightning.interop.writing import DTYPES
@@ -70,18 +70,10 @@ def write_file(
         OSError: for a full disk, among others.
     """
     layout = layout_of(model.config)
-    tensors = _layout_tensors(layout, model)
     words, differences = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)
-    stored = (entry for entry in entries(layout) if not entry.copy)
-    count = write_entries(
-        file,
-        layout.arch,
-        fields,
-        {"general.name": name, **gguf_fields.own_fields(layout, draft_vocab), **words},
-        ((entry, entry.assemble(tensors)) for entry in stored),
-        dtype=dtype,
-    )
+    others = {"general.name": name, **gguf_fields.own_fields(layout, draft_vocab), **words}
+    count = write_entries(file, layout.arch, fields, others, _values(layout, model), dtype=dtype)
     notes = [*layout.sentences(), *differences]
     modules = layout.config.mtp.depth
     return Written(arch=layout.arch, modules=modules, parameters=count, notes=notes)
@@ -115,7 +107,11 @@ def write_entries(
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it logs every step
     writer = gguf.GGUFWriter(None, arch, use_temp_file=True)
-    _add(writer, {**{f"{arch}.{key}": value for key, value in fields.items()}, **others})
+    for key, value in {**{f"{arch}.{key}": x for key, x in fields.items()}, **others}.items():
+        value_type = gguf.GGUFValueType.get_type(value)
+        if value_type == gguf.GGUFValueType.INT32:  # llama.cpp reads unsigned counts
+            value_type = gguf.GGUFValueType.UINT32
+        writer.add_key_value(key, value, value_type)
     count = 0
     for entry, value in values:
         count += value.numel()
@@ -132,10 +128,13 @@ def write_entries(
     return count
 
 
-def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
-    """The written part of a model in Hugging Face's layout, float32."""
+def _values(layout: Layout, model: MTPModel) -> Iterator[tuple[GGUFEntry, Tensor]]:
+    """The entries of a model's file, with their tensors."""
     _, weights = plain(model)
-    return to_folder(layout.config, weights, torch.float32)
+    tensors = to_folder(layout.config, weights, torch.float32)
+    for entry in entries(layout):
+        if not entry.copy:
+            yield entry, entry.assemble(tensors)
 
 
 def _kind_of(entry: GGUFEntry, dtype: str) -> str:
@@ -146,20 +145,6 @@ def _kind_of(entry: GGUFEntry, dtype: str) -> str:
     if dtype == "q8_0" and entry.shape[-1] % _BLOCK:
         return "F16"
     return TYPES[dtype]
-
-
-def _add(writer: Any, fields: dict[str, Any]) -> None:
-    for key, value in fields.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
 
 
 def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Iterator[str]:
@@ -189,25 +174,37 @@ def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Itera
 
 
 def check_tensors(file: Path, model: MTPModel, dtype: str) -> str:
-    """Check that the tensors, read back, are the model's: rounded once, or of Q8_0 within a step.
+    """Check that the tensors of a file are a model's; errors as of :func:`check_entries`."""
+    layout = layout_of(model.config)
+    count = check_entries(file, _values(layout, model), dtype)
+    return f"{count} tensors, read back, are the model's ({trunk_type(layout.config.trunk)})"
+
+
+def check_entries(file: Path, values: Iterable[tuple[GGUFEntry, Tensor]], dtype: str) -> int:
+    """Check by the package gguf that a file has these tensors alone, rounded once, or of Q8_0
+    within a step; return their number. Arguments as of :func:`write_entries`.
 
     Raises:
-        CheckFailed: one is not.
+        CheckFailed: a tensor is missing, unknown or another one.
     """
-    layout = layout_of(model.config)
-    tensors = _layout_tensors(layout, model)
-    fields, _, parts = gguf_file.read(file, read_header(file))
-    stored = {name: part.read() for name, part in parts.items()}
-    stored_entries = [entry for entry in entries(layout) if entry.parts and not entry.copy]
-    check_names(stored, {name for entry in stored_entries for name in entry.parts}, file)
-    for entry in stored_entries:
-        wanted, read_back = entry.assemble(tensors), entry.assemble(stored)
-        if not equal(entry, wanted, read_back, dtype):
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    names = []
+    for entry, wanted in values:
+        names.append(entry.name)
+        if (tensor := stored.get(entry.name)) is None:
+            continue  # check_names refuses it
+        numbers = tensor.data
+        if wanted.is_floating_point():
+            numbers = gguf.quants.dequantize(numbers, tensor.tensor_type)
+        if not _equal(entry, wanted, torch.from_numpy(numbers.copy()), dtype):
             raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
-    return f"{len(stored_entries)} tensors, read back, are the model's ({fields['model_type']})"
+    check_names(stored, names, file)
+    return len(names)
 
 
-def equal(entry: GGUFEntry, wanted: Tensor, stored: Tensor, dtype: str) -> bool:
+def _equal(entry: GGUFEntry, wanted: Tensor, stored: Tensor, dtype: str) -> bool:
     """Whether a tensor of a file of ``dtype``, read back, is the one wanted."""
     if not wanted.is_floating_point():
         return torch.equal(stored, wanted)
