@@ -34,8 +34,8 @@ from mtp_lightning.interop.agreement import (
 )
 from mtp_lightning.interop.inventory import UNUSABLE, Module, take_inventory
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
-from mtp_lightning.interop.reading import CONFIG, contents, describe
-from mtp_lightning.interop.tensor_files import StoredTensor
+from mtp_lightning.interop.reading import contents, describe
+from mtp_lightning.interop.tensor_files import CONFIG, StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig

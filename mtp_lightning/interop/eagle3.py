@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
@@ -108,8 +107,8 @@ def read(
         OSError: a file is missing.
     """
     source = str(folder / FOLDER)
-    fields = stored.read_json(folder / FOLDER / CONFIG)
-    if not isinstance(fields, dict) or fields.get("architectures") != [ARCHITECTURE]:
+    fields = tensor_files.read_json(folder / FOLDER / CONFIG)
+    if fields.get("architectures") != [ARCHITECTURE]:
         raise UserError(f"{source} is not the folder of a {ARCHITECTURE}: take it away.")
     tensors, _ = tensor_files.parts(folder / FOLDER / SINGLE)
     mtp = _stack(fields, trunk, source, allow)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, tensor_files
-from mtp_lightning.interop.names import weights_of
+from mtp_lightning.interop.names import stored_dtype, weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -44,8 +44,8 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     stack = {}
     for name, tensor in weights_of(model).items():
         if name.startswith("mtp."):
-            kind = torch.float32 if name.endswith("expert_bias") else dtype
-            stack[name] = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
+            kind = stored_dtype(name, dtype) if tensor.is_floating_point() else tensor.dtype
+            stack[name] = tensor.to(kind).contiguous()
     return stack
 
 

@@ -242,8 +242,14 @@ def pieces(
         row_groups = rows.split([shape[0] for _, shape in place.parts])
         for (name, shape), piece in zip(place.parts, row_groups, strict=True):
             assert piece.shape == shape, name
-            tensors[name] = piece.to(torch.float32 if place.precise else dtype).contiguous()
+            tensors[name] = piece.to(stored_dtype(place.own, dtype)).contiguous()
     return tensors
+
+
+def stored_dtype(own: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a floating-point weight in a folder of ``dtype``, by its name here. The biases
+    of experts stay in float32, since they move by small steps."""
+    return torch.float32 if own.endswith("expert_bias") else dtype
 
 
 def from_folder(

@@ -13,19 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
-from mtp_lightning.interop.tensor_files import CONFIG, SINGLE, StoredTensor
+from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, SINGLE, StoredTensor
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.parts import is_gguf
 from mtp_lightning.weights import Stored, StoredModel, require_held
 
-GENERATION = "generation_config.json"
-INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,7 +94,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         UserError: a kind of model that is not known here, pickled or damaged weights, or a tensor
             in another quantization.
     """
-    source, fields = str(folder / CONFIG), read_json(folder / CONFIG)
+    source, fields = str(folder / CONFIG), tensor_files.read_json(folder / CONFIG)
     config_reading.require_known(fields, source=source)
     block = fp8.block_size(fields, source=source)
     tensors: dict[str, StoredTensor] = {}
@@ -119,19 +116,6 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     return fields, tensors
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: it holds something else.
-    """
-    content = stored.read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object.")
-    return content
-
-
 def files_of(folder: Path) -> dict[Path, set[str] | None]:
     """The files of weights, and the tensors that the index promises of each.
 
@@ -142,7 +126,7 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / SINGLE).is_file():  # as transformers: an index next to it is of an earlier model
         return {folder / SINGLE: None}
     if (folder / INDEX).is_file():
-        table = read_json(folder / INDEX).get("weight_map")
+        table = tensor_files.read_json(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             raise UserError(f"{folder / INDEX} has no weight_map of names to files.")
         files: dict[Path, set[str] | None] = {}

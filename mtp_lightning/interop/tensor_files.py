@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning import stored
 from mtp_lightning.errors import UserError, counted, require_package
 from mtp_lightning.interop.weight_map import MappedWeight
 from mtp_lightning.nn.weight_scales import WeightScales
@@ -25,7 +26,8 @@ from mtp_lightning.weights import Stored
 
 log = logging.getLogger(__name__)
 
-CONFIG, SINGLE = "config.json", "model.safetensors"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class StoredTensor(Stored):
@@ -157,6 +159,19 @@ def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor
     folder.mkdir()
     write_json(folder / CONFIG, fields)
     write(folder / SINGLE, tensors, {"format": "pt"})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: it holds something else.
+    """
+    content = stored.read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object.")
+    return content
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

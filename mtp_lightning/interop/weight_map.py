@@ -29,7 +29,6 @@ class MappedWeight:
         order: row i of the tensor is row ``order[i]`` of the concatenated parts; None keeps the
             order.
         copy: the folder may hold this tensor as a copy of ``own``, and must then agree with it.
-        precise: whether it stays in float32 in a folder of any dtype.
     """
 
     own: str
@@ -37,7 +36,6 @@ class MappedWeight:
     stacked: int | None = None
     order: tuple[int, ...] | None = None
     copy: bool = False
-    precise: bool = False
 
     def under(self, prefix: str, hf_prefix: str) -> MappedWeight:
         """The same with prefixes before the names."""
@@ -141,8 +139,7 @@ def _(config: ExpertsConfig, trunk: TrunkConfig, layer: int | None) -> Iterator[
         return
     yield renamed("router.weight", "gate.weight", (config.n_routed, d_model))
     if config.scoring == "sigmoid":
-        bias = ("gate.e_score_correction_bias", (config.n_routed,))
-        yield MappedWeight(own="router.expert_bias", parts=(bias,), precise=True)
+        yield renamed("router.expert_bias", "gate.e_score_correction_bias", (config.n_routed,))
     experts = [
         [place.under("", f"experts.{i}.") for place in swiglu_weights(d_model, config.d_expert)]
         for i in range(config.n_routed)

@@ -16,8 +16,7 @@ from torch import Tensor
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
-from mtp_lightning.interop.reading import CONFIG, GENERATION, INDEX
-from mtp_lightning.interop.tensor_files import write_json
+from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, write_json
 from mtp_lightning.model import MTPModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,8 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.exporting import export
-from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE, describe
+from mtp_lightning.interop.reading import describe
+from mtp_lightning.interop.tensor_files import CONFIG, INDEX, SINGLE
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig

@@ -17,7 +17,7 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, heads, tensor_files
-from mtp_lightning.interop.reading import SINGLE
+from mtp_lightning.interop.tensor_files import SINGLE
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model

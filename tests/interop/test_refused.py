@@ -15,7 +15,7 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads, tensor_files
-from mtp_lightning.interop.reading import INDEX
+from mtp_lightning.interop.tensor_files import INDEX
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.interop import folders
