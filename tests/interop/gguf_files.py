@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding.sequence import Generation
-from mtp_lightning.interop import llama_cpp
+from mtp_lightning.interop import gguf_writing, llama_cpp
+from mtp_lightning.model import MTPModel
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
 gguf: Any = importlib.import_module("gguf") if INSTALLED else None
@@ -106,6 +108,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write(
+    file: Path, model: MTPModel, tokenizer: Any = None, *, kind: Any = gguf_writing, **changes: Any
+) -> gguf_writing.Written:
+    """A model as a file, by the module ``kind``; without a tokenizer, it gets that of bytes."""
+    options = {"dtype": "float32", "max_positions": 64, **changes}
+    written: gguf_writing.Written = kind.write_file(
+        file, model, tokenizer or ByteTokenizer(), **options
+    )
+    return written
 
 
 def assert_equal_acceptance(

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from data_modules.corpora import smollm2
 from data_modules.tokenizers import (
     BPETokenizer,
-    ByteTokenizer,
     PretrainedTokenizer,
     tokenizer_from_state,
 )
@@ -31,13 +30,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_for_decoding
-from mtp_lightning.interop import (
-    gguf_blocks,
-    gguf_file,
-    gguf_reader,
-    gguf_tokenizer,
-    gguf_writing,
-)
+from mtp_lightning.interop import gguf_blocks, gguf_file, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -150,10 +143,7 @@ def test_k_quants_decode_like_the_dequantized_model(
 @pytest.mark.skipif(native.library is None, reason="no C++ for the layers on this machine")
 def test_matrices_of_f16_are_decoded_from_16_bits(tmp_path: Path) -> None:
     model = models.build(folders.dense(), SequentialConfig(depth=1))
-    tokenizer = ByteTokenizer()
-    gguf_writing.write_file(
-        tmp_path / "m.gguf", model, tokenizer, dtype="float16", max_positions=64
-    )
+    gguf_files.write(tmp_path / "m.gguf", model, dtype="float16")
     for name, weight in open_for_decoding(tmp_path / "m.gguf").model.named_parameters():
         packed: Any = packed_copy(weight)
         assert weight.ndim < 2 or packed.kind == Kind.FP16, name

@@ -13,14 +13,20 @@ import torch
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_eagle3, gguf_writing, llama_cpp
+from mtp_lightning.interop import gguf_eagle3, llama_cpp
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from tests import models
 from tests.interop import folders
-from tests.interop.gguf_files import MARKS, assert_equal_acceptance, gguf, needs_llama_cpp
+from tests.interop.gguf_files import (
+    MARKS,
+    assert_equal_acceptance,
+    gguf,
+    needs_llama_cpp,
+    write,
+)
 from tests.interop.language import LETTERS, learn
 
 pytestmark = MARKS
@@ -39,11 +45,6 @@ def trained_model(draft_vocab: int | None) -> MTPModel:
     return learn(model, "depths.0.fuse.weight", steps=120)
 
 
-def write(file: Path, model: MTPModel, dtype: str = "float32") -> gguf_writing.Written:
-    options: dict[str, Any] = {"dtype": dtype, "max_positions": 64}
-    return gguf_eagle3.write_file(file, model, ByteTokenizer(), **options)
-
-
 @needs_llama_cpp
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("draft_vocab", [None, 96])
@@ -52,8 +53,8 @@ def test_llama_cpp_accepts_the_same_share_of_drafts(
 ) -> None:
     """On 16 prompts, within one draft in a hundred; the texts are the same."""
     model, trunk, layer = trained_model(draft_vocab), tmp_path / "t.gguf", tmp_path / "d.gguf"
-    gguf_writing.write_file(trunk, model, ByteTokenizer(), dtype="float32", max_positions=64)
-    write(layer, model)
+    write(trunk, model)
+    write(layer, model, kind=gguf_eagle3)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(LETTERS, (16, 6), generator=generator).tolist()
     texts = generate(model, prompts, max_new_tokens=40, eot_id=None, draft_depth=drafts)
@@ -65,7 +66,7 @@ def test_llama_cpp_accepts_the_same_share_of_drafts(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
     file, model = tmp_path / "d.gguf", trained_model(96)
-    written = write(file, model, dtype)
+    written = write(file, model, kind=gguf_eagle3, dtype=dtype)
     lines = list(gguf_eagle3.check_file(file, model, ByteTokenizer(), dtype))
     assert lines[0] == "14 tensors, read back, are the layer's" and len(lines) > 1
     assert "draft-eagle3" in written.notes[0]
@@ -89,4 +90,4 @@ def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
 )
 def test_other_heads_are_refused(mtp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        write(tmp_path / "d.gguf", models.build(TRUNK, mtp))
+        write(tmp_path / "d.gguf", models.build(TRUNK, mtp), kind=gguf_eagle3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_tokenizer, gguf_writing, llama_cpp, reading
 from mtp_lightning.interop.gguf_layout import layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
-from mtp_lightning.interop.gguf_writing import Written, write_file
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -37,6 +37,7 @@ from tests.interop.gguf_files import (
     gguf,
     hf_model,
     needs_llama_cpp,
+    write,
 )
 from tests.interop.language import learn
 
@@ -53,10 +54,6 @@ ARCHS = {
 TRUNKS = {**folders.TRUNKS, "deepseek-dense": folders.dense(
     attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6,
 )}  # fmt: skip
-
-
-def write(file: Path, model: MTPModel, dtype: str = "float32") -> Written:
-    return write_file(file, model, ByteTokenizer(), dtype=dtype, max_positions=64)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +147,7 @@ def test_trunks_that_llama_cpp_does_not_compute_are_refused(trunk: str, message:
 def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     model = models.build(TRUNKS[name], SequentialConfig(depth=1))
-    write(file, model, dtype)
+    write(file, model, dtype=dtype)
     lines = gguf_writing.check_tensors(file, model, dtype)
     assert "tensors, read back, are the model's" in lines
     dtypes = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
@@ -180,7 +177,7 @@ def test_blocks_of_small_weights_are_written_in_8_bits(size: float, tmp_path: Pa
     model = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
     with torch.no_grad():
         model.trunk.embedding.weight[5] *= size
-    write(tmp_path / "m.gguf", model, "q8_0")
+    write(tmp_path / "m.gguf", model, dtype="q8_0")
     gguf_writing.check_tensors(tmp_path / "m.gguf", model, "q8_0")
 
 
@@ -238,7 +235,7 @@ def test_llama_cpp_accepts_the_same_share_of_drafts(
 def test_llama_cpp_computes_rounded_weights(dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     model = trained_model("llama")
-    write(file, model, dtype)
+    write(file, model, dtype=dtype)
     back = read_folder(file).build()
     lines = list(llama_cpp.check(file, back, ByteTokenizer(), dtype=dtype, context=64))
     assert len(lines) == 2
@@ -261,21 +258,32 @@ def test_the_check_fails_for_a_file_of_another_model(part: str, tmp_path: Path) 
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
 
 
+def stand_in(model: MTPModel, compared: list[list[int]], n_worse: int = 0) -> Callable[..., Any]:
+    """A :func:`llama_cpp.continue_prompts` by the model itself, which adds its texts to
+    ``compared``, and accepts no drafts in the first ``n_worse`` of them."""
+
+    def continue_prompts(
+        file: Path, prompts: Any, lengths: Any, *, drafts: int = 0, layer: Path | None = None
+    ) -> list[llama_cpp.Continuation]:
+        way: dict[str, Any] = {"draft_depth": drafts} if drafts else {"speculative": False}
+        continued = []
+        for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
+            (text,) = generate(model, [prompt], max_new_tokens=n, eot_id=None, **way)
+            accepted = sum(text.drafts_accepted) if i >= n_worse else 0
+            continued.append(llama_cpp.Continuation(text.token_ids, None, text.drafts, accepted))
+        compared.extend(text.ids for text in continued)
+        return continued
+
+    return continue_prompts
+
+
 @pytest.mark.parametrize("n_worse", [3, 9])
 def test_other_drafts_in_a_few_texts_are_llama_cpps_own(
     n_worse: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its module reads a position more; a wrong module drafts otherwise in most texts."""
     model = trained_model("llama")
-
-    def continue_prompts(file: Path, prompts: Any, lengths: Any, **settings: Any) -> Any:
-        way: dict[str, Any] = {"draft_depth": 1} if settings else {"speculative": False}
-        for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
-            (text,) = generate(model, [prompt], max_new_tokens=n, eot_id=None, **way)
-            accepted = sum(text.drafts_accepted) if i >= n_worse else 0
-            yield llama_cpp.Continuation(text.token_ids, None, text.drafts, accepted)
-
-    monkeypatch.setattr(llama_cpp, "continue_prompts", lambda *a, **s: [*continue_prompts(*a, **s)])
+    monkeypatch.setattr(llama_cpp, "continue_prompts", stand_in(model, [], n_worse))
     lines = llama_cpp.check(tmp_path, model, ByteTokenizer(), dtype="float32", context=64)
     with nullcontext() if n_worse == 3 else pytest.raises(CheckFailed, match="something else"):
         assert "with equal numbers in 13 of 16 texts" in list(lines)[1]
@@ -285,22 +293,9 @@ def test_texts_are_compared_up_to_their_first_end_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp never chooses an end token of the file, nor a token with the name of one."""
-    model, compared = trained_model("llama"), []
+    model, compared = trained_model("llama"), list[list[int]]()
     tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
-
-    def continue_prompts(
-        file: Path, prompts: Any, lengths: Any, *, drafts: int = 0, layer: Path | None = None
-    ) -> Any:
-        way = {"draft_depth": drafts} if drafts else {"speculative": False}
-        continued = []
-        for prompt, n in zip(prompts, lengths, strict=True):
-            (text,) = generate(model, [prompt], max_new_tokens=n, eot_id=None, **way)
-            accepted = sum(text.drafts_accepted)
-            continued.append(llama_cpp.Continuation(text.token_ids, None, text.drafts, accepted))
-        compared.extend(text.ids for text in continued)
-        return continued
-
-    monkeypatch.setattr(llama_cpp, "continue_prompts", continue_prompts)
+    monkeypatch.setattr(llama_cpp, "continue_prompts", stand_in(model, compared))
     assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
     assert min(map(len, compared)) < 32 and not any(23 in ids for ids in compared)
 
@@ -317,7 +312,7 @@ def test_texts_are_compared_up_to_their_first_end_token(
     monkeypatch.setattr(llama_cpp, "check", lambda f, m, t, **_: end_ids.append(t.end_ids) or [])
     file = tmp_path / "m.gguf"
     model = models.build(folders.dense(vocab_size=258), SequentialConfig(depth=0))
-    write_file(file, model, Named(), dtype="float32", max_positions=64)
+    write(file, model, Named())
     list(gguf_writing.check_file(file, model, Named(), "float32"))
     assert end_ids == [(256, 257)]
 
@@ -387,7 +382,7 @@ def test_tokenizers_are_written_by_the_name_of_their_rule(tmp_path: Path) -> Non
     assert fields["tokenizer.ggml.token_type"][0] == 3
     assert fields["tokenizer.ggml.token_type"][409] == 5
     model = models.build(folders.dense(vocab_size=410), SequentialConfig(depth=0))
-    write_file(tmp_path / "m.gguf", model, bpe, dtype="float32", max_positions=64)
+    write(tmp_path / "m.gguf", model, bpe)
     back = open_model(tmp_path / "m.gguf")
     assert back.tokenizer.encode(texts[0]).tolist() == bpe.encode(texts[0]).tolist()
     assert back.tokenizer.eot_id == 0 and back.seq_len == 64
@@ -404,8 +399,7 @@ def test_ends_beyond_llama_cpps_keys_are_kept_and_reported(tmp_path: Path) -> No
 
     model = models.build(folders.dense(), SequentialConfig(depth=0))
     file = tmp_path / "m.gguf"
-    notes = write_file(file, model, Ends(), dtype="float32", max_positions=64).notes
-    assert notes == [
+    assert write(file, model, Ends()).notes == [
         "llama.cpp ends no text with F, B, since a file names three such tokens there; this "
         "project does."
     ]
@@ -422,8 +416,7 @@ def test_a_file_names_the_tokens_that_its_module_drafts(
     depth: int, expected: Any, tmp_path: Path
 ) -> None:
     model = models.build(folders.dense(), SequentialConfig(depth=depth))
-    options: dict[str, Any] = {"dtype": "float32", "max_positions": 64, "draft_vocab": 20}
-    write_file(tmp_path / "m.gguf", model, ByteTokenizer(), **options)
+    write(tmp_path / "m.gguf", model, draft_vocab=20)
     assert open_model(tmp_path / "m.gguf").config.get("objective") == expected
 
 
