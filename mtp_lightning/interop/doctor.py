@@ -51,7 +51,7 @@ class Diagnosis:
 
     Attributes:
         folder: the folder.
-        layout: the layout of its MTP tensors' names; None without any.
+        layout: the layout of its MTP tensors' names, in words.
         modules: the tensors of every depth; empty for heads in a file of this project.
         meant: the layout's convention; None for heads that have none.
         best: the convention that the weights match: the layout's, unless another is clearly better.
@@ -64,7 +64,7 @@ class Diagnosis:
     """
 
     folder: Path
-    layout: str | None
+    layout: str = "no MTP tensors"
     verdict: str = ""
     sound: bool = False
     modules: list[Module] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """All findings, for a terminal."""
-        report = [f"layout      {self.layout or 'no MTP tensors'}"]
+        report = [f"layout      {self.layout}"]
         for module in self.modules:
             report.append(f"depth {module.depth}     {module}")
             for state, names in module.lost.items():
@@ -125,7 +125,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
             else "holds no MTP tensors and declares no MTP layers: there is nothing to draft "
             f"with; mtp-lightning heads {path} trains a head."
         )
-        return Diagnosis(folder=path, layout=None, verdict=f"{path} {reason}")
+        return Diagnosis(folder=path, verdict=f"{path} {reason}")
     config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
     modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _check(cfg: Any) -> None:
     check_config.check(dict(cfg), "serve")
-    listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
-    are_names = listed and all(isinstance(name, str) for name in cfg.hosts)
+    are_names = all(isinstance(name, str) for name in cfg.hosts)
     require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
     require(cfg.name is None or bool(str(cfg.name).strip()), "name", cfg.name, "a name or null")
     DecodingOptions.from_config(cfg)

@@ -126,6 +126,16 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
 
 
+def change_json(file: Path, **changes: Any) -> None:
+    """Set fields of a file; None is null."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    """The file of every tensor in a folder of shards."""
+    return json.loads((folder / INDEX).read_text())["weight_map"]  # type: ignore[no-any-return]
+
+
 def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     return {name: part.read() for name, part in tensor_files.parts(file)[0].items()}
 

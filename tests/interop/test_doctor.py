@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -70,8 +69,7 @@ def test_a_folder_of_trained_modules_is_sound(runs: Path, tmp_path: Path, name: 
     assert best > max(max(diagnosis.agreement.values()) - 0.03, diagnosis.constant + 0.05)
     assert diagnosis.acceptance is not None and diagnosis.acceptance > 0.15
     assert [len(m.lost) for m in diagnosis.modules] == [0, 0]
-    fields = json.loads((tmp_path / "x" / "config.json").read_text())
-    (tmp_path / "x" / "config.json").write_text(json.dumps({**fields, "mtp_draft_vocab": 1}))
+    folders.change_config(tmp_path / "x", mtp_draft_vocab=1)
     only_one = doctor.examine(tmp_path / "x")  # token 0 is the only draft
     assert only_one.acceptance is not None and only_one.acceptance < diagnosis.acceptance / 2
 

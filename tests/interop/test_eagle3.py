@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,7 @@ def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
     }.items():
         folders.write(tmp_path / name, model)
         rewrite(tmp_path / name, **changes)
-        file = tmp_path / name / eagle3.FOLDER / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "head_dim": None}))
+        folders.change_json(tmp_path / name / eagle3.FOLDER / "config.json", head_dim=None)
         back = read_folder(tmp_path / name)
         assert isinstance(back.config.mtp, EagleConfig)
         assert back.config.mtp.draft_vocab == 50 and back.config.mtp.depth == 7

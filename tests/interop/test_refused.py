@@ -90,9 +90,7 @@ def test_rounding_of_float64_is_reported(llama: Path, caplog: pytest.LogCaptureF
 
 
 def test_null_fields_have_their_defaults(llama: Path) -> None:
-    fields = json.loads((llama / "config.json").read_text())
-    nothing = dict.fromkeys(("rms_norm_eps", "initializer_range"))
-    (llama / "config.json").write_text(json.dumps(fields | nothing))
+    folders.change_json(llama / "config.json", rms_norm_eps=None, initializer_range=None)
     trunk = read_folder(llama).config.trunk
     assert (trunk.norm_eps, trunk.init_std) == (1e-6, 0.02)
 

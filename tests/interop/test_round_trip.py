@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,10 +111,8 @@ def test_heads_without_a_layout_are_in_a_separate_file(
     model = models.build(folders.DENSE, variant, depth=2, **mtp).eval()
     contents, folder = round_trip(model, tmp_path)
     assert contents.heads and contents.layer_depths == 0
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert config["num_nextn_predict_layers"] == 0
-    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()).isdisjoint({"mtp_heads.safetensors"})
+    assert folder.fields["num_nextn_predict_layers"] == 0
+    assert "mtp_heads.safetensors" not in folders.index_of(tmp_path / "one").values()
     assert folder.config == model.config
 
 
@@ -126,10 +123,9 @@ def test_pre_norm_modules_on_qwen2_are_in_mimos_layout(concat: str, tmp_path: Pa
     model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
     contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
     assert contents.layer_depths == 2 and not contents.heads
-    fields = json.loads((tmp_path / "one" / "config.json").read_text())
+    fields, index = folder.fields, folders.index_of(tmp_path / "one")
     assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
-    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    names = {n.removeprefix("model.mtp_layers.1.") for n in index["weight_map"] if "_layers.1" in n}
+    names = {n.removeprefix("model.mtp_layers.1.") for n in index if "_layers.1" in n}
     assert {n for n in names if not n.startswith("model.")} == {
         "token_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight",
         "input_layernorm.weight", "post_attention_layernorm.weight", "final_layernorm.weight",
@@ -159,13 +155,12 @@ def test_depth_k_is_the_layer_k_after_the_trunk(tmp_path: Path) -> None:
     """docs/semantics.md: depth k is layer L + k - 1, with copies of embedding and head."""
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2)
     folders.write(tmp_path / "one", model)
-    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    names = index["weight_map"]
+    names = folders.index_of(tmp_path / "one")
     for layer in (3, 4):
         for part in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head",
                      "embed_tokens", "mlp.experts.7.down_proj", "mlp.gate"):  # fmt: skip
             assert f"model.layers.{layer}.{part}.weight" in names
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    config = read_folder(tmp_path / "one").fields
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (3, 2)
 
 

@@ -229,6 +229,5 @@ def test_prompts_begin_with_the_bos_token_of_the_folder(
 def test_eos_ids_of_config_json_end_a_text(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "llama", tmp_path / "older")
     (tmp_path / "older" / "generation_config.json").unlink()
-    file = tmp_path / "older" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [256, 65]}))
+    folders.change_config(tmp_path / "older", eos_token_id=[256, 65])
     assert open_model(tmp_path / "older").tokenizer.end_ids == (256, 65)

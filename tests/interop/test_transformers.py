@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +239,7 @@ def test_check_refuses_values_that_transformers_cannot_read(
     file: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     folders.write(tmp_path, deepseek.build(folders.dense(), depth=1))
-    fields = json.loads((tmp_path / file).read_text())
-    (tmp_path / file).write_text(json.dumps(fields | changes))
+    folders.change_json(tmp_path / file, **changes)
     with pytest.raises(UserError, match="transformers cannot load") as error:
         check.check(tmp_path)
     assert "\n" not in str(error.value)
@@ -267,14 +265,14 @@ def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
 def test_code_of_a_tokenizer_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that transformers cannot read is refused."""
     write_tokenizer(tmp_path, ByteTokenizer(), max_positions=64)
-    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = tmp_path / "tokenizer_config.json"
     custom_code = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
     (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, **custom_code}))
+    folders.change_json(config, **custom_code)
     assert "but not in AutoTokenizer" in check_tokenizer(tmp_path, ByteTokenizer())
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, "model_max_length": "x"}))
+    folders.change_json(config, model_max_length="x", tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(CheckFailed, match="cannot be read: .*not supported"):
         check_tokenizer(tmp_path, ByteTokenizer())
 
