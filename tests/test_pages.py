@@ -90,7 +90,7 @@ def of_a_card(folder: Path, sweep: Path) -> Path:
     text = card.render(
         MARKS[0],
         small_model(1, 2, vocab=64).config,
-        Contents(layer_depths=0, heads=heads.FILE, parameters=9, shards=1),
+        Contents(modules=0, heads=heads.FILE, parameters=9, shards=1),
         model_type="llama",
         dtype="float32",
         step=6,

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
     with readable_errors():
         require_number("--hours", args.hours, above=0)
         require_inputs(args, args.model)
-        folder = output_of(args, args.model, "heads")
+        folder = output_of(args, "heads", args.model)
         if args.dry_run:
             make_plan(args.model, folder, args, [args.model], keep=False)
             return

@@ -71,7 +71,7 @@ def main(argv: list[str], *, program: str) -> None:
             raise UserError(f"--hours=0 trains nothing: leave out {unused}, or give hours.")
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
-        output = output_of(args, args.tuned, "graft")
+        output = output_of(args, "graft", args.tuned, args.base)
         if (output / EXPORT).exists():
             raise UserError(f"{output / EXPORT} exists: choose another --output or remove it.")
         with claimed(output, option="--output", seconds=0):

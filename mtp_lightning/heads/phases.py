@@ -62,16 +62,17 @@ def require_inputs(args: Any, *models: Path) -> None:
     compose_config("config", ["experiment=posthoc_heads", data, *args.overrides])
 
 
-def output_of(args: Any, model: Path, ending: str) -> Path:
-    """The folder that is asked for, or the one that is named after the model.
+def output_of(args: Any, ending: str, *models: Path) -> Path:
+    """The folder that is asked for, or the one that is named after the first model.
 
     Raises:
-        UserError: it lies inside the model's folder, whose files must not change.
+        UserError: it lies inside the folder of a model, whose files must not change.
     """
-    name = model.resolve().name.removesuffix(".gguf")
+    name = models[0].resolve().name.removesuffix(".gguf")
     output: Path = (args.output or Path(f"{name}_{ending}")).resolve()
-    if model.is_dir() and output.is_relative_to(model.resolve()):
-        raise UserError(f"--output={output} lies inside {model}: give a folder outside of it.")
+    for model in models:
+        if model.is_dir() and output.is_relative_to(model.resolve()):
+            raise UserError(f"--output={output} lies inside {model}: give a folder outside of it.")
     return output
 
 

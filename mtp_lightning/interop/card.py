@@ -51,7 +51,7 @@ def render(
 ) -> str:
     """The card of a folder, in Markdown. The ``facts`` are the tensors' ``dtype``, the checkpoint's
     ``step``, the ``run_config`` that the run was started with, and its ``summary`` or None."""
-    depth = contents.layer_depths
+    depth = contents.modules
     extra = heads.FILE if contents.heads == heads.FILE else ""
     return _filled(
         config,
@@ -59,7 +59,6 @@ def render(
         file=False,
         n_trunk=config.num_trunk_params(),
         n_whole=config.num_params(),
-        modules=depth,
         model_type=model_type,
         one_line=one_line(model_type, config.trunk.n_layers, depth),
         others=list(readers_of(config, model_type, depth, extra=extra)),

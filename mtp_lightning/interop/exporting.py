@@ -168,7 +168,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
             f"knows: the trunk is exported plainly, the heads in {extra} next to it."
         )
-    for sentence in card.readers_of(model.config, kind, contents.layer_depths, extra=extra):
+    for sentence in card.readers_of(model.config, kind, contents.modules, extra=extra):
         print(sentence)
     _verify(folder, cfg, _check_seed(run, drafting), _check_folder(partial, run, model, cfg.dtype))
 

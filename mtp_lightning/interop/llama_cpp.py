@@ -95,7 +95,8 @@ def _ask(server: Any, ids: Sequence[int], length: int) -> Continuation:
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request) as answer:
+    no_proxy = urllib.request.ProxyHandler({})  # the environment may name one
+    with urllib.request.build_opener(no_proxy).open(request) as answer:
         completion = json.load(answer)
     tokens = [int(token) for token in completion["tokens"]]
     reported = completion.get("completion_probabilities") or ()

@@ -27,14 +27,14 @@ class Contents:
     """The contents of a folder.
 
     Attributes:
-        layer_depths: MTP depths among the layers, which transformers and servers read.
+        modules: number of MTP modules among the layers, which transformers and servers read.
         heads: the file or folder next to them that holds the stack instead (``heads.py``,
             ``speculators.py``); empty if there is none.
         parameters: number of values in the folder's tensors, including copies.
         shards: number of weight files.
     """
 
-    layer_depths: int
+    modules: int
     heads: str
     parameters: int
     shards: int
@@ -86,7 +86,7 @@ def write_folder(
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
     write_json(folder / GENERATION, tokenizer.generation_config())
     return Contents(
-        layer_depths=depth,
+        modules=depth,
         heads=heads.where(config) if extra else "",
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         shards=n_shards,

@@ -161,6 +161,7 @@ def test_models_and_arguments_that_do_not_fit_are_refused(
     folder = tuned(base, tmp_path / "tuned", by=0.0)
     assert "has no MTP layers to graft" in refused(command, folder, folder)
     assert "gone does not exist" in refused(command, "gone", folder)
+    assert "lies inside" in refused(command, base, folder, "--output", base / "graft")
     assert "--new-tokens=2 is too few" in refused(command, base, folder, "--new-tokens", "2")
     for unused in (["seed=1"], ["--text", folder / "config.json"]):
         error = refused(command, base, folder, *unused, "--hours", "0")

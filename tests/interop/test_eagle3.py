@@ -118,7 +118,7 @@ def test_drafts_are_those_of_the_published_forward_pass(
 def test_the_folder_has_the_two_tables_of_the_draft_vocabulary(tmp_path: Path) -> None:
     model = build()
     contents = folders.write(tmp_path / "out", model)
-    assert contents.heads and contents.layer_depths == 0
+    assert contents.heads and contents.modules == 0
     assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
     _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
     tokens = model.mtp.layer.head.tokens

@@ -122,7 +122,7 @@ def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) 
     text = card.render(
         "x",
         deepseek.build(folders.DENSE, depth=1).config,
-        writing.Contents(layer_depths=1, heads="", parameters=9, shards=1),
+        writing.Contents(modules=1, heads="", parameters=9, shards=1),
         model_type="llama",
         dtype="float32",
         step=6,
@@ -263,16 +263,15 @@ def test_confidence_estimates_are_left_out_and_reported(
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_heads_without_a_layout_are_exported_and_reported(
-    base: Path, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"mtp": variant, "trainer.max_steps": 3, "trainer.val_check_interval": 3}
+    settings = {"mtp": "parallel", "trainer.max_steps": 3, "trainer.val_check_interval": 3}
     helpers.train_here(tmp_path / "run", base / "cache", settings)
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     folders.export_run(tmp_path / "run", tmp_path / "out")
     output = capsys.readouterr().out
-    assert f"mtp={variant}" in output and "mtp_heads.safetensors, read back" in output
+    assert "mtp=parallel" in output and "mtp_heads.safetensors, read back" in output
     assert "mtp_heads.safetensors" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -280,9 +279,6 @@ def test_heads_without_a_layout_are_exported_and_reported(
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype=int8 is unknown"),
-        ({"dtype": None}, "dtype=None is unknown"),
-        ({"shard_gb": 0}, "shard_gb must be a number above 0"),
-        ({"max_positions": -1}, "max_positions must be"),
         ({"depth": 1}, "depth=1"),
     ],
 )

@@ -242,6 +242,17 @@ def test_llama_cpp_computes_rounded_weights(dtype: str, tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
+def test_llama_cpp_is_not_asked_through_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # it has read the environment before
+    write(tmp_path / "m.gguf", trained_model("llama"))
+    (text,) = llama_cpp.continue_prompts(tmp_path / "m.gguf", [[1, 2]], [3])
+    assert len(text.ids) == 3
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("part", ["trunk", "module"])
 def test_the_check_fails_for_a_file_of_another_model(part: str, tmp_path: Path) -> None:
     """The wrong rotary base, or the halves of the projection in the wrong order."""

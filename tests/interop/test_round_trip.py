@@ -52,7 +52,7 @@ def round_trip(
 def test_every_layout_is_read_back_and_written_again(name: str, depth: int, tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
     contents, folder = round_trip(model, tmp_path)
-    assert contents.layer_depths == depth and not contents.heads and contents.shards > 1
+    assert contents.modules == depth and not contents.heads and contents.shards > 1
     assert folder.config.mtp.depth == depth
 
 
@@ -89,7 +89,7 @@ def test_shared_and_hidden_first_modules_are_converted(
 ) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=2, **switch).eval()
     contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
-    assert contents.layer_depths == 2
+    assert contents.modules == 2
     assert folder.config.to_dict()["mtp"] | switch != folder.config.to_dict()["mtp"]
 
 
@@ -110,7 +110,7 @@ def test_heads_without_a_layout_are_in_a_separate_file(
 ) -> None:
     model = models.build(folders.DENSE, variant, depth=2, **mtp).eval()
     contents, folder = round_trip(model, tmp_path)
-    assert contents.heads and contents.layer_depths == 0
+    assert contents.heads and contents.modules == 0
     assert folder.fields["num_nextn_predict_layers"] == 0
     assert "mtp_heads.safetensors" not in folders.index_of(tmp_path / "one").values()
     assert folder.config == model.config
@@ -122,7 +122,7 @@ def test_pre_norm_modules_on_qwen2_are_in_mimos_layout(concat: str, tmp_path: Pa
     trunk = folders.dense(tie_embeddings=False, attention=GroupedQueryConfig(qkv_bias=True))
     model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
     contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
-    assert contents.layer_depths == 2 and not contents.heads
+    assert contents.modules == 2 and not contents.heads
     fields, index = folder.fields, folders.index_of(tmp_path / "one")
     assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
     names = {n.removeprefix("model.mtp_layers.1.") for n in index if "_layers.1" in n}
@@ -147,7 +147,7 @@ def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> Non
 def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
     model = models.build(folders.DENSE, "parameter_free", depth=2)
     contents = folders.write(tmp_path / "one", model)
-    assert contents.layer_depths == 0 and not contents.heads
+    assert contents.modules == 0 and not contents.heads
     assert read_folder(tmp_path / "one").config.mtp.variant == "none"
 
 
