@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import threading
 from typing import Any
@@ -80,23 +79,18 @@ class BodyParser:
             logprobs = body.top_logprobs if body.logprobs else None
         else:
             prompt, logprobs = self._prompt(body.prompt), body.logprobs
-        try:
-            request = Request(
-                prompt=prompt,
-                max_new_tokens=self._new_tokens(body, len(prompt)),
-                temperature=body.temperature,
-                top_k=body.top_k,
-                top_p=body.top_p,
-                # Without a seed, every request gets a random one.
-                seed=secrets.randbits(31) if body.seed is None else body.seed,
-                stop=tuple(body.stop),
-                logprobs=logprobs,
-                draft_depth=body.draft_depth,
-            )
-        except ValueError as error:  # "NAME must .." or "NAME=VALUE .."
-            name = re.split("[ =]", str(error), maxsplit=1)[0]
-            param = name if name in type(body).model_fields else None
-            raise Refusal(str(error), param=param) from error
+        request = Request(
+            prompt=prompt,
+            max_new_tokens=self._new_tokens(body, len(prompt)),
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            # Without a seed, every request gets a random one.
+            seed=secrets.randbits(31) if body.seed is None else body.seed,
+            stop=tuple(body.stop),
+            logprobs=logprobs,
+            draft_depth=body.draft_depth,
+        )
         if body.stream_options.model_fields_set and not body.stream:
             message = "stream_options is for stream=true: leave it out."
             raise Refusal(message, param="stream_options")

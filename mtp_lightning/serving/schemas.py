@@ -140,7 +140,7 @@ class Body(_Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=1 - 2**63, le=2**63 - 1)] | None = None
     draft_depth: int | None = None
     stop: Stops = []
     stream: bool = False

@@ -57,12 +57,8 @@ class Worker(threading.Thread):
         """Put a text at the end of the queue.
 
         Raises:
-            Refusal: the engine cannot do it, the queue is full, or the server is ending.
+            Refusal: the queue is full, or the server is ending.
         """
-        try:
-            self._engine.check(served.request)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
         with self._changed:
             if not self.alive:
                 raise _ending()
@@ -148,7 +144,7 @@ class Worker(threading.Thread):
         """Add texts to the engine; returns the refusal of texts that the memory does not hold."""
         try:
             sequences = self._engine.add([served.request for served in texts])
-        except UserError as error:  # `submit` has checked the requests
+        except UserError as error:  # `BodyParser` has checked the requests
             return Refusal(str(error), status=503)
         with self._changed:
             self._running.update(zip(sequences, texts, strict=True))
