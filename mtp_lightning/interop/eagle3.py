@@ -113,7 +113,6 @@ def read(
     tensors, _ = tensor_files.parts(folder / FOLDER / SINGLE)
     mtp = _stack(fields, trunk, source, allow)
     config = ModelConfig(trunk=trunk, mtp=mtp)
-    mtp.check_trunk(trunk)
     mtp.check_vocabulary(trunk)
     rows = mtp.draft_vocab or trunk.vocab_size
     wanted = _fields(config, torch.float32, max_positions=0)

@@ -102,7 +102,7 @@ def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Itera
     count = gguf_writing.check_entries(file, _entries(model), dtype)
     yield f"{count} tensors, read back, are the layer's"
     if not llama_cpp.is_there():
-        yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
+        yield llama_cpp.ABSENT
         return
     with tempfile.TemporaryDirectory() as folder:
         trunk = Path(folder) / "trunk.gguf"

@@ -158,7 +158,9 @@ def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Itera
             else.
     """
     gguf_file.keep_quiet(file)
-    yield check_tensors(file, model, dtype)
+    layout = layout_of(model.config)
+    count = check_entries(file, _values(layout, model), dtype)
+    yield f"{count} tensors, read back, are the model's ({trunk_type(layout.config.trunk)})"
     reread = open_model(file)
     text, wanted_ids = sample_of(tokenizer)
     ids = reread.tokenizer.encode(text).tolist()
@@ -170,14 +172,7 @@ def check_file(file: Path, model: MTPModel, tokenizer: Any, dtype: str) -> Itera
             file, reread.model, reread.tokenizer, dtype=dtype, context=reread.seq_len
         )
     else:
-        yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
-
-
-def check_tensors(file: Path, model: MTPModel, dtype: str) -> str:
-    """Check that the tensors of a file are a model's; errors as of :func:`check_entries`."""
-    layout = layout_of(model.config)
-    count = check_entries(file, _values(layout, model), dtype)
-    return f"{count} tensors, read back, are the model's ({trunk_type(layout.config.trunk)})"
+        yield llama_cpp.ABSENT
 
 
 def check_entries(file: Path, values: Iterable[tuple[GGUFEntry, Tensor]], dtype: str) -> int:

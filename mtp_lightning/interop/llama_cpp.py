@@ -25,6 +25,8 @@ from mtp_lightning.interop.agreement import own_texts
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 
+# The result of a check without the package.
+ABSENT = "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
 PROMPTS, _PROMPT, _NEW = 16, 8, 32
 # Allowed mean difference of log-probabilities, relative to the standard deviation of the logits.
 # llama.cpp rounds activations to the weights' type, and a rounding may change a token's experts.
