@@ -1,4 +1,4 @@
-"""How a number of hours is spent on a model: texts to generate, steps to train, disk and memory."""
+"""Divides a number of hours for a model: texts to generate, steps to train, disk and memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _CHATS, _TEMPERATURE = 0.6, 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsPlan:
-    """What will be done.
+    """The use of a number of hours.
 
     Attributes:
         model: path of the model, absolute.

@@ -1,4 +1,4 @@
-"""How fast this machine is with a model, measured in some seconds."""
+"""Measures in some seconds how fast this machine is with a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a module and the trunk make the same choice, on texts that the trunk writes."""
+"""Compares the choices of modules with the trunk's, on texts that the trunk writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Agreement(Generic[Key]):
-    """How often modules agree with the trunk.
+    """The agreement of modules with the trunk.
 
     Attributes:
         rights: for each module, whether its choice is the trunk's at each position, bool [N].

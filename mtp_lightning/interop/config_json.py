@@ -211,7 +211,7 @@ def _mixture_fields(trunk: TrunkConfig) -> dict[str, Any]:
 
 
 def rope_type(trunk: TrunkConfig) -> dict[str, Any]:
-    """How the trunk stretches its rotary frequencies, in transformers' words."""
+    """The scaling of the trunk's rotary frequencies, in transformers' words."""
     scaling = trunk.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}

@@ -105,7 +105,7 @@ class GGUFEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model is written.
+    """The layout in which a model is written.
 
     Attributes:
         arch: llama.cpp's architecture.
@@ -130,7 +130,7 @@ class Layout:
         )
 
     def sentences(self) -> Iterator[str]:
-        """What llama.cpp does with the file."""
+        """The use of the file in llama.cpp, in sentences."""
         if self.dropped:
             yield self.dropped
         mtp = self.config.mtp

@@ -30,8 +30,8 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Where a tensor is: its shape, outermost axis first, gguf's type ``kind`` of its numbers, the
-    bytes of a row, which is the last axis, and its first byte in the file."""
+    """The place of a tensor: its shape, outermost axis first, gguf's type ``kind`` of its numbers,
+    the bytes of a row, which is the last axis, and its first byte in the file."""
 
     name: str
     shape: tuple[int, ...]

@@ -184,7 +184,7 @@ def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
 
 
 def _equal(text: str, other: str) -> int:
-    """How many sample texts have the same ids with two tokenizers."""
+    """The number of sample texts that have the same ids with two tokenizers."""
     pairs = zip(_ids(text, _LINES), _ids(other, _LINES), strict=True)
     return sum(a == b for a, b in pairs)
 

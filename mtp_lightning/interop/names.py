@@ -41,7 +41,7 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """How a folder holds MTP modules.
+    """The layout of MTP modules in a folder.
 
     Attributes:
         title: the model whose layout it is.
@@ -61,7 +61,7 @@ class ModuleLayout:
         return f"model.mtp_layers.{index}." if self.apart else f"model.layers.{n_layers + index}."
 
     def of_depth(self, depth: int) -> MTPConfig:
-        """What a folder's modules compute."""
+        """The config of a folder's modules."""
         return replace(self.stack, depth=depth) if depth else NoMTPConfig()
 
 

@@ -96,7 +96,7 @@ class Completion:
         return objects
 
     def _drafts(self, news: News) -> dict[str, Any]:
-        """Which tokens of a chunk were drafted: an extension of OpenAI's object."""
+        """The tokens of a chunk with their drafts: an extension of OpenAI's object."""
         fresh, tokens = news.fresh, []
         annotated = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
         for text, depth, looked_up, rejected in annotated:

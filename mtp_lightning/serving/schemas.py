@@ -125,7 +125,7 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream contains besides the text."""
+    """The contents of a stream besides the text."""
 
     include_usage: bool = False
     include_drafts: bool = False
