@@ -28,12 +28,12 @@ aria-label="{left}: {right}">
 @dataclass
 class Row:
     """A cell in one precision of the weights: the comparison of its greedy texts, and the test of
-    its sampled ones, None if none were drawn."""
+    its sampled ones, which may be none."""
 
     precision: str
     cell: Cell
-    greedy: Greedy
-    sampled: Sampled | None = None
+    greedy: Greedy = field(default_factory=Greedy)
+    sampled: Sampled = field(default_factory=Sampled)
 
 
 @dataclass
@@ -60,17 +60,12 @@ class Certificate:
 
     def tried(self) -> Certificate:
         """The certificate of the cells in which texts were decoded."""
-        rows = [
-            replace(row, sampled=row.sampled if row.sampled and row.sampled.tokens else None)
-            for row in self.rows
-            if row.greedy.texts
-        ]
-        return replace(self, rows=rows)
+        return replace(self, rows=[row for row in self.rows if row.greedy.texts])
 
     @property
     def least_p(self) -> float:
         """The smallest p-value that a cell's samples may have (Bonferroni)."""
-        return _FALSE_ALARM / max(sum(row.sampled is not None for row in self.rows), 1)
+        return _FALSE_ALARM / max(sum(row.sampled.tokens > 0 for row in self.rows), 1)
 
     def promises_bits(self, cell: Cell) -> bool:
         """Whether equal logits are promised in a cell, and not only equal texts."""
@@ -93,7 +88,7 @@ class Certificate:
                     f"{where}: the logits of {greedy.tokens - greedy.logits_equal:,} of "
                     f"{greedy.tokens:,} tokens differ, by up to {greedy.largest_difference:.1e}"
                 )
-            if row.sampled is not None and row.sampled.p < self.least_p:
+            if row.sampled.tokens and row.sampled.p < self.least_p:
                 sentences.append(
                     f"{where}: {row.sampled.tokens:,} sampled tokens do not follow the trunk's "
                     f"distribution (p = {row.sampled.p:.0e})"
@@ -177,7 +172,7 @@ def _total(rows: Sequence[Row]) -> tuple[Greedy, list[float]]:
         logits_equal=sum(count.logits_equal for count in counts),
         largest_difference=max((count.largest_difference for count in counts), default=0.0),
     )
-    return total, [row.sampled.p for row in rows if row.sampled is not None]
+    return total, [row.sampled.p for row in rows if row.sampled.tokens]
 
 
 def _where(row: Row) -> str:
@@ -198,7 +193,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "prefix": cell.reads,
         **asdict(row.greedy),
     }
-    if sampled is None:
+    if not sampled.tokens:
         return fields
     numbers = {"sampled_tokens": sampled.tokens, "chi_square": sampled.chi_square, "p": sampled.p}
     return fields | numbers

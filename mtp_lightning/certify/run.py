@@ -12,9 +12,7 @@ import torch
 
 from mtp_lightning.certify.cells import BATCH, PLAIN, Cell, cells
 from mtp_lightning.certify.certificate import Certificate, Row
-from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.others import compare_others, require_programs
-from mtp_lightning.certify.sampled import Sampled
 from mtp_lightning.certify.texts import decode, prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.decoding.precision import (
@@ -92,10 +90,7 @@ def certify(
                 beginnings = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
             settings = {"new_tokens": length, "seed": seed}
             result = result or _empty_certificate(path, run.model, settings)
-            rows = [
-                Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell) else None)
-                for cell in cells(run.model, threads, few=few)
-            ]
+            rows = [Row(precision, cell) for cell in cells(run.model, threads, few=few)]
             result.rows += rows
             _run_cells(run.model, rows, beginnings, length, seed=seed, seconds=seconds, say=say)
         assert result is not None
@@ -160,7 +155,7 @@ def _run_cells(
         wanted = decode(model, PLAIN, part, [length] * len(part))
         for row in rows:
             row.greedy.try_on(model, row.cell, part, wanted, first=first)
-            if row.sampled is not None:
+            if _is_sampled(row.cell):
                 row.sampled.draw(model, row.cell, part, length, first=first, seed=seed)
         done = first + len(part)
         late = time.monotonic() > end
