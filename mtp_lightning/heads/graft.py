@@ -81,8 +81,8 @@ def main(argv: list[str], *, program: str) -> None:
 def _run(args: Any, output: Path) -> None:
     base, tuned = read_model(args.base), open_model(args.tuned)
     model = grafted(base, tuned)
-    _, modules = _split(base.weights)
-    say("layers", f"{len(modules)} tensors of {args.base}, of the names and shapes needed")
+    n_tensors = len(_modules(base.weights))
+    say("layers", f"{n_tensors} tensors of {args.base}, of the names and shapes needed")
     for line in differences(base.config, model.config):
         say("differs", line)
     prompts = prompts_of(model, tuned.tokenizer)
@@ -151,15 +151,14 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     model = config.on_meta()
     if reason := model.mtp.draft_obstacle():
         raise UserError(f"The layers of {base.path} cannot draft: {reason}")
-    _, needed = _split(model.state_dict())
-    _, modules = _split(base.weights)
+    needed, modules = _modules(model.state_dict()), _modules(base.weights)
     wanted, shapes = ({n: x.shape for n, x in group.items()} for group in (needed, modules))
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
     require_fitting(wanted, shapes, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
-    trunk, _ = _split(tuned.model.state_dict())
+    trunk = {n: x for n, x in tuned.model.state_dict().items() if not n.startswith("mtp.")}
     return replace(base, config=config, weights={**trunk, **modules}).build()
 
 
@@ -167,10 +166,9 @@ def _shares(agreement: Agreement[int]) -> str:
     return ", ".join(f"{share:.1%} at depth {k}" for k, share in agreement.shares.items())
 
 
-def _split(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two dicts: the weights of trunk and head, and those of the modules."""
-    modules = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
-    return {name: weights[name] for name in weights if name not in modules}, modules
+def _modules(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of the modules."""
+    return {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
 
 
 def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:
