@@ -45,15 +45,18 @@ class Registered:
     # The module of a variant, in the family's folder, where it has another name than the variant.
     modules: ClassVar[dict[str, str]] = {}
     _variants: ClassVar[dict[str, type[Any]]]
+    _home: ClassVar[str]  # the module of the family's base
 
     def __init_subclass__(
         cls, *, family: str | None = None, variant: str | None = None, **kwargs: Any
     ) -> None:
         super().__init_subclass__(**kwargs)
         if family is not None:
-            cls.family, cls._variants = family, {}
+            cls.family, cls._variants, cls._home = family, {}, cls.__module__
         if variant is None:
             return
+        if not is_own(cls):  # this project's variant of the name may not have been imported yet
+            _import_siblings(cls._home, cls.modules.get(variant, variant))
         registered = cls._variants.get(variant)
         # A reloaded module may define the same class again.
         if registered is not None and _place(registered) != _place(cls):
@@ -109,15 +112,15 @@ class Registered:
         """Find the class of a variant; see :meth:`from_dict` for arguments and errors."""
         if not isinstance(variant, str):
             raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
-        for module_name in (cls.modules.get(variant, variant), None):
+        for only in (cls.modules.get(variant, variant), None):
             if variant not in cls._variants:
-                _import_siblings(cls.__module__, module_name)
+                _import_siblings(cls.__module__, only)
         if variant not in cls._variants and module is not None:
             package = str(module).partition(".")[0]
             if package not in allow:
                 raise NotAllowed(
-                    f"{cls.family}={variant} is code of the package {package}, which is not "
-                    f"imported without your permission: say 'allow=[{package}]' if you trust it."
+                    f"{cls.family}={variant} is code of the package {package}: if you trust it, "
+                    f"say 'allow=[{package}]' (mtp-lightning certify: --allow {package})."
                 )
             try:
                 importlib.import_module(str(module))

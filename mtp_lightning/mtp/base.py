@@ -163,12 +163,14 @@ class MTPStack(nn.Module, ABC):
             del hidden
 
     def _checked(self, k: int, hidden: Tensor, inputs: StackInputs) -> Tensor:
-        """The head's input of depth ``k``, refused if it has other positions than the targets."""
-        windows, positions, _ = inputs.hidden.shape
-        if hidden.shape[:-1] != (windows, positions):
+        """The head's input of depth ``k``, refused if it is not a state of every target."""
+        shape = list(getattr(hidden, "shape", ()))
+        shared = [self.state_width(inputs.embedded.shape[-1])]
+        needed = [*inputs.hidden.shape[:-1], *(shared if self.own_head is None else shape[-1:])]
+        if shape != needed:
             raise UserError(
-                f"depth {k} of mtp={self.config.variant} has the shape {list(hidden.shape)}, and "
-                f"[B, T, C] = [{windows}, {positions}, ..] is needed."
+                f"depth {k} of mtp={self.config.variant} gives {shape or type(hidden).__name__}, "
+                f"and a tensor of the shape [B, T, C] = {needed} is needed."
             )
         return hidden
 

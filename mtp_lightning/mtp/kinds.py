@@ -192,10 +192,8 @@ class HeadByHead(Feed):
             leaves: dict[str, Any] = {
                 name: tensor.detach().requires_grad_(needed) for (name, tensor), needed in needs
             }
-            stack_inputs = replace(
-                self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=auxiliary)
-            )
-            ((_, hidden),) = self.stack.states(stack_inputs, [k])
+            own_inputs = replace(self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=auxiliary))
+            ((_, hidden),) = self.stack.states(own_inputs, [k])
         prediction = Prediction(
             hidden,
             request.targets[k],

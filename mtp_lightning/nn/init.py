@@ -41,7 +41,7 @@ def initialize(model: nn.Module, *, std: float, seed: int) -> None:
             reset()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if "bias" in name.rpartition(".")[2] else 1.0)
             continue
         values = torch.empty(parameter.shape, dtype=torch.float32)
         values.normal_(0.0, std, generator=generator(seed, name))

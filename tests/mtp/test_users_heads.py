@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -125,14 +127,45 @@ class Users(Chain):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (lambda h, out: out[:, :-1], r"shape \[2, 7, 32\], and .* \[2, 8, ..\] is needed"),
-        (lambda h, out: out.flatten(0, 1), r"depth 1 of mtp=users has the shape \[16, 32\]"),
+        (lambda h, out: out[:, :-1], r"gives \[2, 7, 32\], and .* = \[2, 8, 32\] is needed"),
+        (lambda h, out: out[..., :16], r"gives \[2, 8, 16\], and .* = \[2, 8, 32\] is needed"),
+        (lambda h, out: None, "depth 1 of mtp=users gives NoneType, and a tensor"),
+        (lambda h, out: (out, h), "depth 1 of mtp=users gives tuple, and a tensor"),
+        (lambda h, out: out.flatten(0, 1), r"depth 1 of mtp=users gives \[16, 32\]"),
         (lambda h, out: h.add_(out), "changes the state that it reads in place"),
     ],
 )
 def test_a_wrong_state_is_refused(tiny_trunk: TrunkConfig, step, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(tiny_trunk, lambda config, trunk: Users(config, trunk, step))
+
+
+def test_biases_of_pytorchs_modules_start_at_zero(tiny_trunk: TrunkConfig) -> None:
+    def cells(config: MTPConfig, trunk: TrunkConfig) -> Shares:
+        stack = Shares(config, trunk)
+        stack.cell = nn.GRUCell(trunk.d_model, trunk.d_model)
+        return stack
+
+    model = build(tiny_trunk, config_of(cells))
+    model.initialize(0)
+    values = dict(model.mtp.named_parameters())
+    assert not values["cell.bias_ih"].any() and not values["cell.bias_hh"].any()
+    assert values["cell.weight_ih"].any() and (values["scale"] == 1).all()
+
+
+TAKEN = """
+from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.base import MTPConfig
+try:
+    class Mine(MTPConfig, variant="linear"): pass
+except UserError as error:
+    print(error)
+"""
+
+
+def test_the_name_of_a_built_in_head_is_taken_before_it_is_imported() -> None:
+    message = subprocess.check_output([sys.executable, "-c", TAKEN], text=True)
+    assert "LinearConfig already: give __main__.Mine another variant name" in message
 
 
 def test_a_head_needs_a_variant_name_of_its_own() -> None:
