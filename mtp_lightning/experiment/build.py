@@ -130,10 +130,10 @@ def build_objective(cfg: DictConfig) -> Objective:
     share (conf/objective/base.yaml)."""
     node = cfg.objective
     options = {key: node[key] for key in Objective.options() if key in node}
-    term = instantiate(
-        OmegaConf.masked_copy(node, [k for k in node if k not in options]), kind=Term
-    )
-    return Objective(term=term, **options)
+    own = OmegaConf.masked_copy(node, [k for k in node if k not in options])
+    own._set_parent(cfg)  # for ${mtp.depth} and the like
+    own._set_key("objective")
+    return Objective(term=instantiate(own, kind=Term), **options)
 
 
 def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig) -> MTPModule:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from data_modules.sources import SyntheticSource
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.build import build_objective
 from mtp_lightning.experiment.instantiate import instantiate, rebuild, trusted_packages
 from mtp_lightning.optim.lr_schedule import LRSchedule
 
@@ -75,6 +76,15 @@ def test_a_target_that_cannot_be_built_is_one_sentence(keys, kind, message):
     with pytest.raises(ValueError, match=message) as raised:
         instantiate(node(**keys), kind=kind)
     assert "\n" not in str(raised.value)
+
+
+def test_a_term_reads_other_groups_and_is_named_by_its_own() -> None:
+    term = {"_target_": "mtp_lightning.objective.terms.kl.KL", "temperature": "${mtp.depth}"}
+    cfg = node(mtp={"depth": 3}, objective={**term, "weights": "none"})
+    assert build_objective(cfg).term.temperature == 3
+    cfg.objective.speed = 1
+    with pytest.raises(UserError, match="^objective: .*KL refuses its settings: .*speed"):
+        build_objective(cfg)
 
 
 def test_a_value_must_fit_its_annotation(package: str) -> None:
