@@ -165,6 +165,9 @@ class MTPModel(nn.Module):
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
             ``i + k + 1`` of the window.
+
+        Raises:
+            UserError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else active
         final_BTC, inputs = self.run_trunk(batch, active)

@@ -47,8 +47,8 @@ class Option:
 
     @property
     def brief(self) -> str:
-        """The first sentence of the comment, with its mark if it is a question."""
-        text = " ".join(self.comment.split())
+        """The comment's first sentence, a question with its mark; without a comment, the class."""
+        text = " ".join(self.comment.split()) or str(self.content.get("_target_", "no comment"))
         match = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
         return (match.group() if match else text).rstrip(".:; ")
 

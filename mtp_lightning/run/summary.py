@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +105,7 @@ def print_summary(summary: dict[str, Any], *, depth: int, own_text: bool = True)
             f"xz -9 {text['xz_bits_per_byte']:.3f}"
         )
     if own_text and (share := data.get("lines_in_training")) is not None:
-        print(
-            f"              {share:.1%} of the validation split's long lines also occur in training"
-        )
+        print(f"              {share:.1%} of the validation split's long lines occur in training")
 
 
 def _rates(summary: dict[str, Any], depth: int) -> Any:
@@ -169,9 +168,9 @@ def print_answer(summary: dict[str, Any]) -> None:
     print(f"all numbers   --verbose shows them, and {SUMMARY_FILE} has them")
 
 
-def print_paths(folder: Path, *, writes: bool) -> None:
+def print_paths(folder: Path, *, writes: bool, allow: Collection[str] = ()) -> None:
     """Print the paths of the files that the run wrote, and commands that use them; ``writes`` says
-    whether the model writes text, rather than a task's symbols."""
+    whether the model writes text, not a task's symbols, and ``allow`` whose classes it may use."""
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     files = [name for name in (BEST, LAST) if (folder / CHECKPOINTS / name).is_file()]
     if LAST in files:
@@ -181,7 +180,8 @@ def print_paths(folder: Path, *, writes: bool) -> None:
     if any(folder.glob("events.out.tfevents.*")):  # another logger writes none
         print(f"charts        tensorboard --logdir {typed}")
     if LAST in files and writes:
-        print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
+        allowed = f" 'allow=[{','.join(allow)}]'" if allow else ""
+        print(f"text          {program('generate')} checkpoint={typed}{allowed} prompt='...'")
 
 
 def _number(value: float | None, form: str) -> str:

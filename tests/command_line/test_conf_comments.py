@@ -45,6 +45,8 @@ def test_comments_of_a_file_describe_the_option_and_its_keys(tmp_path: Path) -> 
 )
 def test_the_brief_of_an_option_is_its_first_sentence(comment: str, brief: str) -> None:
     assert Option("group", "name", comment, (), {}).brief == brief
+    # A user's file without a comment is in the list, too.
+    assert Option("mtp", "mine", "", (), {"_target_": "my_ideas.Mine"}).brief == "my_ideas.Mine"
 
 
 def test_every_option_has_a_description() -> None:

@@ -87,3 +87,12 @@ def test_tensorboard_is_named_only_where_it_has_events(tmp_path, capsys):
     (tmp_path / "events.out.tfevents.1.host").touch()
     print_paths(tmp_path, writes=True)
     assert f"charts        tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+
+
+def test_the_command_for_text_allows_the_packages_that_the_model_needs(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    print_paths(tmp_path, writes=True)
+    assert f"checkpoint={tmp_path} prompt='...'" in capsys.readouterr().out
+    print_paths(tmp_path, writes=True, allow=["mine", "yours"])
+    assert f"checkpoint={tmp_path} 'allow=[mine,yours]' prompt=" in capsys.readouterr().out
