@@ -124,7 +124,7 @@ def unknown_key(name: str, siblings: Collection[str], app: str) -> str:
         if len(options) == 1:
             remedy = f"add that, or ~{name} where an experiment sets it. (--help {choice})"
         else:
-            remedy = f"choose one, or leave it out. (--help {group})"
+            remedy = f"choose one, add it to your own YAML, or leave it out. (--help {group})"
         return f"{name} is a key of {choice}: {remedy}"
     choices = [f"{parent}{dot}{sibling}" for sibling in siblings]
     near = nearest(key, siblings)

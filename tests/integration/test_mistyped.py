@@ -73,6 +73,7 @@ train.py data.tokenizer=bpe => data.tokenizer=bpe does not set the tokenizer
 train.py +logger=csv => logger has an option: logger=csv replaces it, without
 train.py +foo=1 => foo is not a key | --cfg job
 train.py data.paths=x => data.paths is a key of data=text: add that
+train.py mtp=parameter_free mtp.freeze_trunk=true => is a key of mtp=bag | add it to your own YAML
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
 train.py ~callbacks.progres => ~callbacks.progres deletes nothing | --cfg job
 evaluate.py checkpoit=x  [*] => did you mean checkpoint?
