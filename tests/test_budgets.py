@@ -16,19 +16,19 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 8_541,
+    "data_modules": 8_583,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_093,
+    "mtp_lightning": 3_096,
     "mtp_lightning/apps": 374,
     "mtp_lightning/callbacks": 1_680,
-    "mtp_lightning/certify": 1_107,
+    "mtp_lightning/certify": 1_097,
     "mtp_lightning/command_line": 1_221,
     "mtp_lightning/cpu": 1_640,
     "mtp_lightning/decoding": 4_665,
     "mtp_lightning/distributed": 1_205,
-    "mtp_lightning/experiment": 2_751,
-    "mtp_lightning/heads": 961,
-    "mtp_lightning/interop": 5_414,
+    "mtp_lightning/experiment": 2_760,
+    "mtp_lightning/heads": 960,
+    "mtp_lightning/interop": 5_390,
     "mtp_lightning/loggers": 613,
     "mtp_lightning/metrics": 986,
     "mtp_lightning/mtp": 3_773,
@@ -37,11 +37,11 @@ LINES = {
     "mtp_lightning/objective": 3_992,
     "mtp_lightning/optim": 407,
     "mtp_lightning/run": 1_385,
-    "mtp_lightning/serving": 1_533,
+    "mtp_lightning/serving": 1_521,
     "sweeps": 9_806,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
-IMPORTS = {"train": (158, 20_090), "generate": (85, 11_794)}
+IMPORTS = {"train": (158, 20_127), "generate": (85, 11_812)}
 COUNT = """
 import atexit, json, runpy, sys
 
