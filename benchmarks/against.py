@@ -58,6 +58,8 @@ def workloads() -> dict[str, tuple[str, Row]]:
     for precision in ("fp32", "bf16", "int8"):
         task = {**_SMOLLM2, "overrides": overrides, "drafts": False, "precision": precision}
         found[f"SmolLM2's shape, {precision}"] = "benchmarks.workloads:decoding", task
+    longer = {**task, "new_tokens": 480}  # attention reads more with every token
+    found["SmolLM2's shape, int8, 512 tokens"] = "benchmarks.workloads:decoding", longer
     return found
 
 

@@ -28,7 +28,7 @@ def test_ratios_are_medians_over_turns() -> None:
 
 def test_workloads_have_different_names() -> None:
     tasks = against.workloads()
-    assert len(tasks) == 6 + 4 + 3
+    assert len(tasks) == 6 + 4 + 4
     assert {task["precision"] for name, (_, task) in tasks.items() if "SmolLM2" in name} == {
         *("fp32", "bf16", "int8")
     }
