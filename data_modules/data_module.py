@@ -47,7 +47,8 @@ class TokenDataModule(StoreDataModule):
         if build_workers is not None:
             require_whole("data.build_workers (null: one per core)", build_workers, least=0)
         self.source = source
-        source.digests = self.cache_dir / "digests"
+        for corpus in filter(None, (source, source.held_out)):
+            corpus.digests = self.cache_dir / "digests"
         self.build_workers = build_workers
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer
@@ -59,13 +60,14 @@ class TokenDataModule(StoreDataModule):
         tokenizer: Tokenizer,
         *,
         field: str = "text",
+        val_paths: str | Sequence[str] | None = None,
         **options: Any,
     ) -> TokenDataModule:
-        """A data module on the user's own files; ``paths`` and ``field`` are those of
-        :class:`TextSource`, the other arguments those of the class."""
+        """A data module on the user's own files; ``paths``, ``field`` and ``val_paths`` are those
+        of :class:`TextSource`, the other arguments those of the class."""
         from data_modules.sources.text import TextSource
 
-        return cls(TextSource(paths, field=field), tokenizer, **options)
+        return cls(TextSource(paths, field=field, val_paths=val_paths), tokenizer, **options)
 
     @cached_property
     def opened(self) -> tuple[TokenStore, Tokenizer]:

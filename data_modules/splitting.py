@@ -33,6 +33,8 @@ class DocumentSplit:
     part, up to the last line end before ``1 - val_fraction`` of the characters, is the training
     document, and the rest is the validation document.
 
+    A corpus whose validation documents are given (:attr:`Source.held_out`) is not split.
+
     Attributes:
         source: the corpus. Empty documents are dropped before counting.
         val_fraction: expected share of validation groups; ``UserError`` unless between 0 and 1.
@@ -46,12 +48,25 @@ class DocumentSplit:
 
     def __post_init__(self) -> None:
         require_number("data.val_fraction", self.val_fraction, above=0, below=1)
+        chosen = {"val_fraction": self.val_fraction, "split_seed": self.seed}
+        defaults = {"val_fraction": DocumentSplit.val_fraction, "split_seed": DocumentSplit.seed}
+        if self.source.held_out is not None and (unused := chosen.items() - defaults.items()):
+            key, value = min(unused)
+            raise UserError(
+                f"data.{key}={value} chooses validation documents, and data.val_paths names them: "
+                "leave one of the two out."
+            )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order; refuses a source without text and a
         document that cannot be written as UTF-8."""
+        if self.source.held_out is not None:
+            for name, source in zip(SPLITS, (self.source, self.source.held_out), strict=True):
+                for _, document in _documents(source):
+                    yield name, document
+            return
         bound = self._val_bound
-        for group, document in self._documents():
+        for group, document in _documents(self.source):
             if bound is None:
                 cut = cut_point(document, 1 - self.val_fraction)
                 yield "train", document[:cut]
@@ -71,23 +86,14 @@ class DocumentSplit:
         """The documents of one split."""
         return (document for name, document in self if name == split)
 
-    def _documents(self) -> Iterator[tuple[str, str]]:
-        """(group, document) of the documents that hold text; datasets have empty rows."""
-        for number, (group, document) in enumerate(self.source.grouped()):
-            if document:
-                require_unicode(document, f"document {number} of {self.source.name}")
-                yield group, document
-
     @cached_property
     def _val_bound(self) -> float | None:
         """Groups with a hash below this are for validation; ``None`` if there is only one group."""
         hashes: set[float] = set()
-        for group, _ in self._documents():
+        for group, _ in _documents(self.source):
             hashes.add(self.hash(group))
             if len(hashes) > SMALL:
                 return self.val_fraction
-        if not hashes:
-            raise UserError(f"the corpus {self.source.name!r} has no text: every document is empty")
         if len(hashes) == 1:
             log.info(
                 "the documents of %r are one group: the last %.3g %% of each are for validation",
@@ -98,6 +104,19 @@ class DocumentSplit:
         order = sorted(hashes)
         # Above the smallest hash and at most the largest, so that neither split is empty.
         return min(max(self.val_fraction, order[1]), order[-1])
+
+
+def _documents(source: Source) -> Iterator[tuple[str, str]]:
+    """(group, document) of the documents that hold text; datasets have empty rows. A corpus without
+    text is refused."""
+    has_text = False
+    for number, (group, document) in enumerate(source.grouped()):
+        if document:
+            has_text = True
+            require_unicode(document, f"document {number} of {source.name}")
+            yield group, document
+    if not has_text:
+        raise UserError(f"the corpus {source.name!r} has no text: every document is empty")
 
 
 def cut_point(document: str, fraction: float) -> int:

@@ -22,6 +22,8 @@ class Source(ABC):
 
     name: str
     """Short name for tables and log lines."""
+    held_out: Source | None = None
+    """The documents for validation, if they are a corpus of their own."""
     digests: Path | None = None
     """Folder that remembers the digests of large files; the owner of a cache sets it."""
 

@@ -36,6 +36,8 @@ class TextSource(FileSource):
         paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
             start at the current folder.
         field: name of the text field in JSON lines and parquet.
+        val_paths: the same for the documents for validation; None if some of the others are.
+        key: the config key of ``paths``, for messages.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``, for a path that does not exist,
@@ -47,22 +49,36 @@ class TextSource(FileSource):
 
     name = "text"
 
-    def __init__(self, paths: Paths, *, field: str = "text") -> None:
-        self.paths = path_list(paths, "data.paths")
-        self.field = field
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        field: str = "text",
+        val_paths: Paths | None = None,
+        key: str = "data.paths",
+    ) -> None:
+        self.paths, self.field, self.key = path_list(paths, key), field, key
+        if val_paths is not None:
+            self.held_out = TextSource(val_paths, field=field, key="data.val_paths")
 
     @property
     def rules(self) -> tuple[object, ...]:
-        return ("text", self.field)
+        held_out = () if self.held_out is None else (self.held_out.fingerprint(),)
+        return ("text", self.field, *held_out)
+
+    def require_unchanged(self) -> None:
+        super().require_unchanged()
+        if self.held_out is not None:
+            self.held_out.require_unchanged()
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
         # Read by the given path: the target of a link may have another suffix.
         unique: dict[Path, tuple[str, Path]] = {}
         for pattern in self.paths:
-            for name, path in expand(pattern):
+            for name, path in expand(pattern, self.key):
                 if path.stat().st_size == 0:
-                    raise UserError(f"{path} is empty: give text, or leave it out of data.paths")
+                    raise UserError(f"{path} is empty: give text, or leave it out of {self.key}")
                 unique.setdefault(path.resolve(), (name, path))
         return list(unique.values())
 
@@ -102,10 +118,12 @@ class TextSource(FileSource):
 
     def total_bytes(self) -> int | None:
         packed = any(path.suffix.lower() in PACKED for _, path in self.files)
-        return None if packed else super().total_bytes()
+        others = 0 if self.held_out is None else self.held_out.total_bytes()
+        return None if packed or others is None else (super().total_bytes() or 0) + others
 
     def summary(self) -> dict[str, Any]:
-        return super().summary() | {"files": len(self.files), "paths": self.paths}
+        facts = super().summary() | {"files": len(self.files), "paths": self.paths}
+        return facts if self.held_out is None else facts | {"held_out": self.held_out.summary()}
 
 
 def path_list(paths: Paths, key: str) -> list[str]:

@@ -135,6 +135,25 @@ def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
     assert TextSource(tmp_path / "y").fingerprint() != first
 
 
+def test_text_to_validate_on_is_part_of_the_corpus(tmp_path):
+    train, val = tmp_path / "train.txt", tmp_path / "val.txt"
+    train.write_text("abc")
+    val.write_text("defg")
+    source = TextSource(train, val_paths=val)
+    assert [*source.documents(), *source.held_out.documents()] == ["abc", "defg"]
+    assert source.total_bytes() == 7 and source.summary()["held_out"]["paths"] == [str(val)]
+    prints = {TextSource(train).fingerprint(), TextSource([train, val]).fingerprint()}
+    assert source.fingerprint() not in prints
+    source.require_unchanged()
+    val.write_text("other")
+    with pytest.raises(UserError, match="changed while it was read"):
+        source.require_unchanged()
+    assert TextSource(train, val_paths=val).fingerprint() != source.fingerprint()
+    val.write_text("")
+    with pytest.raises(UserError, match=r"empty: .* data\.val_paths"):
+        TextSource(train, val_paths=val).fingerprint()
+
+
 def test_synthetic_text_is_seeded_and_has_its_size():
     source = SyntheticSource(size=300_000, documents=7, seed=1)
     documents = list(source.documents())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_modules.sources import StdlibSource
 from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit, cut_point
+from mtp_lightning.errors import UserError
 from tests.data_modules.stores import ListSource
 
 
@@ -62,6 +63,22 @@ def test_no_text_and_fractions_outside_0_to_1_are_refused():
     for fraction in (0, 1, -0.5):
         with pytest.raises(ValueError, match=rf"val_fraction .* in \(0, 1\), not {fraction}"):
             DocumentSplit(ListSource([]), val_fraction=fraction)
+
+
+def test_validation_documents_of_their_own_are_all_held_out():
+    source = ListSource(["a", "", "b"])
+    source.held_out = ListSource(["c", "a"])
+    pairs = [("train", "a"), ("train", "b"), ("val", "c"), ("val", "a")]
+    assert list(DocumentSplit(source)) == pairs
+    for options, key in (
+        ({"val_fraction": 0.1}, "val_fraction=0.1"),
+        ({"seed": 1}, "split_seed=1"),
+    ):
+        with pytest.raises(UserError, match=rf"data\.{key} chooses .* data\.val_paths names them"):
+            DocumentSplit(source, **options)
+    source.held_out = ListSource([""])
+    with pytest.raises(UserError, match="no text"):
+        list(DocumentSplit(source))
 
 
 @pytest.mark.parametrize("groups", [2, 3, 20, 64])

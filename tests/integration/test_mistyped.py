@@ -175,6 +175,7 @@ train.py logger=mlflow  [without mlflow] => logger=mlflow | '.[mlflow]'
 train.py data=text data.paths=FOLDER/nowhere => NOWHERE
 train.py init_from=FOLDER/nowhere => NOWHERE
 train.py branch_from=FOLDER/nowhere@5 => NOWHERE
+train.py data=text data.paths=FOLDER/file data.val_paths=FOLDER/nowhere => NOWHERE
 train.py branch_from=FOLDER/run@5 run_dir=run  [15 s] =>
     no intact checkpoint of step 5 | callbacks.checkpoints.keep_steps=[5]
 generate.py checkpoint=FOLDER/nowhere prompt=a  [*] => NOWHERE
