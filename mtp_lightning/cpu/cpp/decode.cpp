@@ -5,6 +5,8 @@
 //
 // Shapes: M tokens (B rows of T), C width, N heads, P key heads, H head size, F inner width, S
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
+#include <omp.h>
+
 #include <vector>
 
 #include "skinny.h"
@@ -222,16 +224,21 @@ static void attention(const Block& b, const Pass& pass, float* entries, Scratch&
     }
     const float* qkv = s.qkv.data();
     float* mixed = s.mixed.data();
+    // A key head's queries are one job, or several where threads would otherwise have less than two each.
+    int64_t threads = omp_get_max_threads(), whole = tokens * b.kv_heads;
+    int64_t parts = threads > 1 ? least(group, (2 * threads + whole - 1) / whole) : 1;
 #pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
-    for (int64_t i = 0; i < tokens * b.kv_heads; i++) {
+    for (int64_t i = 0; i < whole * parts; i++) {
         static thread_local std::vector<float> memory;
-        int64_t token = i / b.kv_heads, key_head = i % b.kv_heads, row = token / pass.length;
+        int64_t token = i / parts / b.kv_heads, key_head = i / parts % b.kv_heads;
+        int64_t row = token / pass.length, part = i % parts, head = key_head * group;
+        int64_t first = head + part * group / parts, end = head + (part + 1) * group / parts;
         const int64_t* path = paths + token % pass.length * (pass.length + 1);
         const float* keys = entries + row * pass.capacity * size + key_head * b.head;
-        auto attend_as = [&](auto head) {
-            attend<head.value>(qkv + token * per_token + key_head * group * b.head, group, keys,
-                               keys + b.kv_heads * b.head, size, pass.starts[row], path, b.head,
-                               memory, mixed + i * group * b.head);
+        auto attend_as = [&](auto size_known) {
+            attend<size_known.value>(qkv + token * per_token + first * b.head, end - first, keys,
+                                     keys + b.kv_heads * b.head, size, pass.starts[row], path,
+                                     b.head, memory, mixed + (token * b.heads + first) * b.head);
         };
         switch (b.head) {
             case 32: attend_as(std::integral_constant<int, 32>{}); break;
