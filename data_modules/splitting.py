@@ -48,14 +48,15 @@ class DocumentSplit:
 
     def __post_init__(self) -> None:
         require_number("data.val_fraction", self.val_fraction, above=0, below=1)
-        chosen = {"val_fraction": self.val_fraction, "split_seed": self.seed}
-        defaults = {"val_fraction": DocumentSplit.val_fraction, "split_seed": DocumentSplit.seed}
-        if self.source.held_out is not None and (unused := chosen.items() - defaults.items()):
-            key, value = min(unused)
-            raise UserError(
-                f"data.{key}={value} chooses validation documents, and data.val_paths names them: "
-                "leave one of the two out."
-            )
+        if self.source.held_out is None:
+            return
+        fraction = ("val_fraction", self.val_fraction, DocumentSplit.val_fraction)
+        for key, value, default in (fraction, ("split_seed", self.seed, DocumentSplit.seed)):
+            if value != default:
+                raise UserError(
+                    f"data.{key}={value} chooses validation documents, and data.val_paths names "
+                    "them: leave one of the two out."
+                )
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order; refuses a source without text and a

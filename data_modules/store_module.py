@@ -120,11 +120,11 @@ class StoreDataModule(WindowDataModule):
         return [n - len(piece) for n, piece in zip(sizes, self._first_pieces, strict=True)]
 
     def _warn_of_unknown_text(self) -> None:
-        unknown, text = self.tokenizer.unknown_id, self.evaluation.text
+        if (unknown := self.tokenizer.unknown_id) is None:
+            return
+        text = self.evaluation.text
         tokens, spans = text.file.tokens(), zip(text.starts, text.ends, strict=True)
-        if unknown is not None and (
-            n := sum(int((tokens[a:b] == unknown).sum()) for a, b in spans)
-        ):
+        if n := sum(int((tokens[a:b] == unknown).sum()) for a, b in spans):
             log.warning(
                 "%.3g %% of the evaluated tokens are %s, which stands for any text that the "
                 "tokenizer does not know: bits per byte are too low, and not comparable.",

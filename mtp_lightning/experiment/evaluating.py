@@ -30,6 +30,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of
+from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 from mtp_lightning.stored import NETWORK, is_cache, read_json, require_sizes, require_text
@@ -82,7 +83,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     evaluation = data.evaluation_summary()
     if cfg.get("data") is None and cfg.eval_bytes is None:
         with suppress(OSError, UserError, LookupError, TypeError):  # a run may have no summary yet
-            summary = read_json(run.path.parents[1] / "summary.json")
+            summary = read_json(run.path.parents[1] / SUMMARY_FILE)
             if summary["evaluation"]["fingerprint"] != evaluation["fingerprint"]:
                 log.warning(
                     "The run's evaluation text has changed since: these are not its own numbers."

@@ -31,6 +31,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
 from mtp_lightning.run.folder import claimed
+from mtp_lightning.run.layout import SUMMARY_FILE
 
 
 def export(cfg: Any) -> Path:
@@ -230,6 +231,6 @@ def trunk_alone(model: MTPModel) -> MTPModel:
 
 def _training(run: OpenedModel) -> dict[str, Any]:
     """The card's facts about the training; the summary.json is that of the checkpoint's run."""
-    files = [folder / "summary.json" for folder in (run.path.parent, run.path.parent.parent)]
+    files = [folder / SUMMARY_FILE for folder in (run.path.parent, run.path.parent.parent)]
     summary = next((read_json(file) for file in files if file.is_file()), None)
     return {"step": run.step, "run_config": run.config, "summary": summary}
