@@ -52,11 +52,11 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
         "| 0.750 × [0.700, 0.800] |\n|  | effect of a step | 0.900 × [0.800, 1.100] (0 of 5 seeds) "
         in text
     )
-    assert "over seeds; 0.2 M is predicted and not measured yet):" in text
+    assert "over seeds. 0.2 M is predicted and not measured yet." in text
     assert f"](results/{GAIN}.svg)" in text and "plan?" not in text
     chinese = part(pairs, "README.zh-CN.md", tmp_path)
     assert "| 0.6 M | 增益 | 超出范围 | 0.812 ×" in chinese
-    assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
+    assert f"](results/{GAIN}.svg)" in chinese and "0.2 M 已写下预测" in chinese
     for verdict, answer in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**prediction, "verdict": verdict} for prediction in predictions]
         assert f"?** {answer}" in answers([(claim, result(claim, alike))], tmp_path)
@@ -71,7 +71,7 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     grown = entry("sequential_600k", 1.5, low=1.2, high=1.8, n=5, verdict="holds")
     grown = [grown, {**grown, "arm": "parallel_600k", "verdict": "undecided"}]
     both = [(claim, result(claim, predictions)), (growth, result(growth, grown))]
-    assert "the gain of sequential modules is 1.500 × [1.200, 1.800] that at 0.2 M. The gain" in (
+    assert "the gain of sequential modules is 1.500 × [1.200, 1.800] that at 0.2 M.\n" in (
         answers(both, tmp_path)
     )
     assert "串行模块的增益是 0.2 M 时的 1.500 × [1.200, 1.800]。" in (
