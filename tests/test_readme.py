@@ -84,6 +84,18 @@ def test_the_pages_python_code_runs_on_a_run(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out
 
 
+def test_the_training_loops_of_the_recipes_lower_the_loss_of_every_depth(capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/recipes.md"], re.DOTALL)
+    loops = [block for block in blocks if "for done in range(steps)" in block]
+    assert len(loops) == 2
+    for block in loops:
+        exec(block.replace(", 300\n", ", 20\n"), {})
+        lines = [line for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
+        first, last = ([*map(float, re.findall(r"\d\.\d+", line))] for line in lines[0::19][:2])
+        assert len(lines) == 20 and len(first) == 3
+        assert all(after < before - 1 for before, after in zip(first, last, strict=True))
+
+
 @pytest.mark.parametrize(
     ("app", "overrides"),
     [(app, overrides) for app, commands in APPS.items() for overrides in commands],
