@@ -111,7 +111,12 @@ class MTPModel(nn.Module):
         embedding: nn.Parameter = self.trunk.embedding.weight  # type: ignore[assignment]
         tied = embedding if config.trunk.tie_embeddings else None
         self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
-        self.mtp: MTPStack = config.mtp.build(config.trunk)
+        self.mtp = config.mtp.build(config.trunk)
+        if not isinstance(self.mtp, MTPStack):
+            raise UserError(
+                f"{type(config.mtp).__name__}.build gives {type(self.mtp).__name__}: return the "
+                "MTPStack that it builds."
+            )
         self.trunk.keep_after = self.mtp.blocks_kept
         if config.mtp.confidence and config.mtp.depth:
             self.mtp.confidence = Confidence(config.mtp.depth, config.trunk.d_model)

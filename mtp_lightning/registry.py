@@ -120,7 +120,7 @@ class Registered:
             if package not in allow:
                 raise NotAllowed(
                     f"{cls.family}={variant} is code of the package {package}: if you trust it, "
-                    f"say 'allow=[{package}]' (mtp-lightning certify: --allow {package})."
+                    f"say 'allow=[{package}]' (certify and doctor: --allow {package})."
                 )
             try:
                 importlib.import_module(str(module))

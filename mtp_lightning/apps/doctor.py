@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mtp_lightning import parts
-from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, listed, readable_errors
 from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.errors import UserError
 
@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="tokens of each of four test texts (64)"
     )
+    parser.add_argument(
+        "--allow", type=listed, default=(), help="packages that its heads may use, as generate.py's"
+    )
     args = parser.parse_args(words)
     with readable_errors():
         if args.new_tokens < 8:
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
         _require_layout(args.folder)
         # Imported here, so that --help does not wait for torch.
         interop = parts.need("interop", program)
-        diagnosis = interop.examine(args.folder, new_tokens=args.new_tokens)
+        diagnosis = interop.examine(args.folder, new_tokens=args.new_tokens, allow=args.allow)
         print("\n".join(diagnosis.lines()))
     sys.exit(0 if diagnosis.sound else 2)
 

@@ -13,7 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors, sigterm_interrupts
+from mtp_lightning.command_line.shell import (
+    Parser,
+    Stopped,
+    listed,
+    readable_errors,
+    sigterm_interrupts,
+)
 from mtp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ def main(
     parser.add_argument("--new-tokens", type=int, default=16, help="new tokens per prompt (16)")
     parser.add_argument(
         "--weights",
+        type=listed,
         help="fp32,bf16,int8,int4: precisions of the weights (default: those that this machine "
         "has); int4/int8 adds activations=int8",
     )
@@ -49,20 +56,21 @@ def main(
     parser.add_argument("--text", type=Path, help="the prompts' text (Python's standard library)")
     parser.add_argument(
         "--against",
-        default="",
+        type=listed,
+        default=(),
         help="transformers,llama.cpp: also count their texts that differ from their plain decoding",
     )
     parser.add_argument("--output", type=Path, help="folder for certificate.json and badge.svg")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and samples (0)")
     parser.add_argument(
-        "--allow", default="", help="packages that the model may use, as generate.py's allow"
+        "--allow", type=listed, default=(), help="packages that it may use, as generate.py's allow"
     )
     args = parser.parse_args(argv)
     with readable_errors(), sigterm_interrupts():
         for option, number in (("--prompts", args.prompts), ("--new-tokens", args.new_tokens)):
             if number < 2:
                 raise UserError(f"{option}={number} shows nothing: give 2 or more.")
-        if args.weights is not None and not _names(args.weights):
+        if args.weights is not None and not args.weights:
             raise UserError("--weights names no precision: give some, or leave it out for all.")
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
@@ -70,10 +78,6 @@ def main(
         with _folder(args.output):
             certificate = _certificate(args, minutes)
     sys.exit(2 if certificate.broken() else 0)
-
-
-def _names(listed: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, listed.split(","))))
 
 
 @contextmanager
@@ -110,13 +114,13 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         args.model,
         count=args.prompts,
         length=args.new_tokens,
-        precisions=None if args.weights is None else _names(args.weights),
+        precisions=args.weights,
         few=args.quick,
         minutes=minutes,
         file=args.text,
         seed=args.seed,
-        against=_names(args.against),
-        allow=_names(args.allow),
+        against=args.against,
+        allow=args.allow,
         say=lambda line: print(line, file=sys.stderr, flush=True),
         interrupted=keep,
     )

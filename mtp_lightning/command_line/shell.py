@@ -65,6 +65,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(1, f"error: {printable(message)}. ({self.prog} --help)\n")
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated option, as the ``type`` of an argument."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 class _ShowVersion(argparse.Action):
     """Looks the version up only when it is asked for, which takes milliseconds."""
 

@@ -92,12 +92,13 @@ class Diagnosis:
         return [*report, "", self.verdict]
 
 
-def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
+def examine(path: str | Path, *, new_tokens: int = 64, allow: Collection[str] = ()) -> Diagnosis:
     """Examines a folder in Hugging Face's layout.
 
     Args:
         path: the folder.
         new_tokens: tokens that the trunk generates after each of four beginnings, to measure on.
+        allow: packages whose variants the folder's file of heads may ask for.
 
     Raises:
         FileNotFoundError: if there is no config.json, or no weights.
@@ -105,7 +106,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     """
     path = Path(path)
     if heads.is_there(path):
-        return _examine_heads(path, new_tokens)
+        return _examine_heads(path, new_tokens, allow)
     fields, parts = contents(path)
     declared = config_reading.declared_depth(fields)
     trunk = config_reading.from_json(fields, depth=declared or 1, source=str(path / CONFIG))
@@ -236,9 +237,9 @@ def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
     )
 
 
-def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
+def _examine_heads(path: Path, new_tokens: int, allow: Collection[str]) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    fields, config, weights = describe(path)
+    fields, config, weights = describe(path, allow=allow)
     model = build_model(config, weights, source=str(path))
     drafts = draft_vocab_of(config_reading.run_config(fields))
     texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens, draft_vocab=drafts)

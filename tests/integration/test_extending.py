@@ -175,6 +175,12 @@ def test_apps_refuse_a_head_of_a_package_that_is_not_allowed(once, user_folder, 
         error = run(command, user_folder, code=1).stderr
         assert "mtp=gated is code of the package my_ideas" in error, app
         assert "'allow=[my_ideas]'" in error, app
+    run([*commands["export"], "allow=[my_ideas]", "verify=false"], user_folder)
+    doctor = [sys.executable, str(ROOT / "doctor.py"), f"{folder}/out", "--new-tokens=8"]
+    assert "doctor: --allow my_ideas" in run(doctor, user_folder, code=1).stderr
+    assert (
+        "(mtp=gated)" in execute([*doctor, "--allow=my_ideas"], PYTHONPATH=str(user_folder)).stdout
+    )
     # In a folder without the package:
     missing = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
     assert "my_ideas" in missing.stderr

@@ -112,6 +112,11 @@ def test_layers_in_a_python_container_are_refused(kind, tiny_trunk: TrunkConfig)
         build(tiny_trunk, config_of(Hidden))
 
 
+def test_a_config_that_builds_no_stack_is_refused(tiny_trunk: TrunkConfig) -> None:
+    with pytest.raises(UserError, match=r"Config\.build gives NoneType: return the MTPStack"):
+        build(tiny_trunk, config_of(lambda config, trunk: None))
+
+
 class Users(Chain):
     """A chain whose step is the test's."""
 
