@@ -48,7 +48,7 @@ class TokenDataModule(StoreDataModule):
             require_whole("data.build_workers (null: one per core)", build_workers, least=0)
         self.source = source
         for corpus in filter(None, (source, source.held_out)):
-            corpus.digests = self.cache_dir / "digests"
+            corpus.digest_cache = self.cache_dir / "digests"
         self.build_workers = build_workers
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer

@@ -24,18 +24,18 @@ def digest(*parts: object) -> str:
     return h.hexdigest()
 
 
-def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
+def content_digest(path: Path, digest_cache: Path | None = None) -> tuple[int, str]:
     """Size and hex digest of a file's content.
 
     Args:
-        remember: a folder with a record of the :func:`stamp` and digest of each large file. A file
-            that changed a moment ago gets no record, and records that cannot be read or written
-            are skipped.
+        digest_cache: a folder with a record of the :func:`stamp` and digest of each large file. A
+            file that changed a moment ago gets no record, and records that cannot be read or
+            written are skipped.
     """
     before = stamp(path.stat())
     record = None
-    if remember is not None and before[0] >= LARGE:
-        record = remember / f"{digest(path.resolve())}.json"
+    if digest_cache is not None and before[0] >= LARGE:
+        record = digest_cache / f"{digest(path.resolve())}.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(record.read_text(encoding="utf-8"))
             if stored["stamp"] == before and len(bytes.fromhex(stored["digest"])) == 16:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     last: bool
 
 
-def encoded(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
+def encoded_piece(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
     """A piece with the digest of its text, by which the evaluation text is chosen."""
     # Only the validation text is chosen from, and training may have billions of pieces.
     return Encoded(split, ids, len(text), piece_digest(text) if split == "val" else b"", last)
@@ -51,7 +51,7 @@ def piece_digest(text: bytes) -> bytes:
 
 
 def encode_batch(
-    batch: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
+    batch: Sequence[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
     """Ids of pieces. If the tokenizer puts a space before every text, later pieces of a document
     are without it. Documents of a single piece are added to ``overlap``.
@@ -59,8 +59,8 @@ def encode_batch(
     Raises:
         UserError: if the tokenizer returns an id out of its range.
     """
-    batch, n_ids = list(batch), tokenizer.vocab_size
-    encoded_pieces, before = [], tokenizer.encode(tokenizer.before_piece)
+    n_ids = tokenizer.vocab_size
+    result, before = [], tokenizer.encode(tokenizer.before_piece)
     texts = [piece.text if piece.first else tokenizer.before_piece + piece.text for piece in batch]
     for piece, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
         if not piece.first:
@@ -74,8 +74,8 @@ def encode_batch(
                 f"reports {n_ids} ids: its vocab_size must be above its largest id"
             )
         data = piece.text.encode("utf-8")
-        encoded_pieces.append(encoded(piece.split, ids.astype(dtype, copy=False), data, piece.last))
-    return encoded_pieces
+        result.append(encoded_piece(piece.split, ids.astype(dtype, copy=False), data, piece.last))
+    return result
 
 
 def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]:

@@ -35,9 +35,9 @@ def seal(folder: Path) -> None:
     note(folder, {name: digests.get(name) or content_digest(folder / name)[1] for name in names})
 
 
-def require_sealed(folder: Path, memory: Path) -> None:
+def require_sealed(folder: Path, digest_cache: Path) -> None:
     """Checks that a folder's files are as they were sealed. A folder from before there were digests
-    gets them now, with one line in the log. ``memory`` is as in :func:`content_digest`.
+    gets them now, with one line in the log. ``digest_cache`` is as in :func:`content_digest`.
 
     Raises:
         UserError: if a file has other contents or is missing.
@@ -45,7 +45,9 @@ def require_sealed(folder: Path, memory: Path) -> None:
     try:
         digests = json.loads((folder / FILE).read_text("utf-8"))
         stored = digests.items()
-        changed = next((n for n, d in stored if content_digest(folder / n, memory)[1] != d), None)
+        changed = next(
+            (n for n, d in stored if content_digest(folder / n, digest_cache)[1] != d), None
+        )
     except FileNotFoundError as error:
         if error.filename != str(folder / FILE):
             raise damaged(folder, f"{Path(error.filename).name} is missing") from error

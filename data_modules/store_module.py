@@ -93,7 +93,7 @@ class StoreDataModule(WindowDataModule):
     def training(self) -> WindowDataset:
         return WindowDataset(
             self.training_text,
-            **self.cut,
+            **self.sizes,
             document_mask=self.document_mask,
             states=self.states,
             limit=None if self.train_windows == "all" else self.train_windows,
@@ -103,7 +103,7 @@ class StoreDataModule(WindowDataModule):
     def evaluation(self) -> EvaluationWindows:
         text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
         return EvaluationWindows(
-            text, **self.cut, eot_id=self.tokenizer.eot_id, document_mask=self.document_mask
+            text, **self.sizes, eot_id=self.tokenizer.eot_id, document_mask=self.document_mask
         )
 
     @cached_property
@@ -186,8 +186,7 @@ class StoreDataModule(WindowDataModule):
                 "documents": file.n_documents,
                 "bytes_per_token": None if n_bytes is None else n_bytes / max(file.n_tokens, 1),
             }
-        n_windows = len(WindowDataset(self.training_text, **self.cut))
-        facts["train"]["windows"] = n_windows if self.train_windows == "all" else self.train_windows
+        facts["train"]["windows"] = len(self.training)
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 

@@ -85,8 +85,8 @@ class WindowDataModule(LightningDataModule, ABC):
             self.stride = 1
 
     @property
-    def cut(self) -> dict[str, Any]:
-        """T, D, s and E of the windows, as :class:`Windows` takes them."""
+    def sizes(self) -> dict[str, Any]:
+        """T, D, s and E of the windows, as the arguments of :class:`Windows`."""
         extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
         return {"seq_len": self.seq_len, "depth": self.depth, "stride": self.stride, "extra": extra}
 

@@ -143,7 +143,7 @@ class JobProcess:
     def stop(self, reason: str) -> None:
         """Asks all of its processes to save and end, with a reason for its status; :meth:`ended`
         kills those that are too slow."""
-        self.stopping = reason
+        self.stopping = self.stopping or reason
         self._kill_at = time.monotonic() + self._grace
         self._signal(signal.SIGTERM)
 

@@ -89,7 +89,10 @@ class Search:
 
         for interrupted in self.study.get_trials(states=(TrialState.RUNNING,)):
             trial = Trial(self.study, interrupted._trial_id)
-            if trial.params.keys() == self.space.keys():
+            status = read_status(self.folder / trial.user_attrs.get("folder", "")) or {}
+            if str(status.get("reason")).startswith(PRUNED):  # Ctrl-C came before it had ended
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif trial.params.keys() == self.space.keys():
                 yield from self._job_of(trial)
             else:  # while its values were drawn
                 self.study.tell(trial, state=TrialState.FAIL)

@@ -160,7 +160,8 @@ def run(
             "cpus_per_task": cpus_per_process * n,
             "gpus_per_node": None if on_cpu else gpus_per_process * n or None,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
-            "array_parallelism": max(1, n_jobs * len(array) // len(jobs)),  # per array
+            # Of this array: one job, and a part of the rest.
+            "array_parallelism": 1 + (n_jobs - len(arrays)) * len(array) // len(jobs),
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
             "additional_parameters": dict(additional or {}),

@@ -87,9 +87,8 @@ class SweepWorker:
             while time.monotonic() < next_look:
                 yield None
 
-    @property
-    def has_jobs(self) -> bool:
-        """Whether a job that this worker could run has not ended, whoever runs it."""
+    def drop_ended(self) -> bool:
+        """Forgets the jobs that have ended, whoever ran them; returns whether any is left."""
         self._unfinished = [name for name in self._unfinished if must_run(self._folder / name)]
         return bool(self._unfinished)
 
@@ -122,7 +121,7 @@ def work(worker: SweepWorker, pool: Pool, *, wait: bool = True) -> None:
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        while worker.has_jobs:
+        while worker.drop_ended():
             pool.run(worker, watch=worker.watch, ended=worker.ended)
             if not wait:
                 return

@@ -24,7 +24,7 @@ class Source(ABC):
     """Short name for tables and log lines."""
     held_out: Source | None = None
     """The documents for validation, if they are a corpus of their own."""
-    digests: Path | None = None
+    digest_cache: Path | None = None
     """Folder that remembers the digests of large files; the owner of a cache sets it."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class FileSource(Source):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return digest_files(self.files, *self.rules, remember=self.digests)
+        return digest_files(self.files, *self.rules, digest_cache=self.digest_cache)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -87,18 +87,18 @@ class FileSource(Source):
 
 
 def digest_files(
-    files: Iterable[tuple[str, Path]], *options: object, remember: Path | None = None
+    files: Iterable[tuple[str, Path]], *options: object, digest_cache: Path | None = None
 ) -> str:
     """Hex digest of options and of every file's name, size and content.
 
     Args:
         files: (name that enters the digest, path) in a fixed order.
         options: everything else that decides the documents.
-        remember: see :func:`~data_modules.digests.content_digest`.
+        digest_cache: see :func:`~data_modules.digests.content_digest`.
     """
     parts: list[object] = list(options)
     for name, path in files:
-        parts += [name, *content_digest(path, remember)]
+        parts += [name, *content_digest(path, digest_cache)]
     return digest(*parts)
 
 

@@ -22,8 +22,8 @@ from mtp_lightning.settings import require_whole
 END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, ends an answer."""
 
-TRAINING = 48
-"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below 1 << 48."""
+STREAM = 1 << 48
+"""Examples of a stream. Validation reads stream 0, and training with seed s stream s + 1."""
 
 ONCE = 1 << 127
 """First index of the draws that a task makes once, above the indices of all examples."""

@@ -101,7 +101,7 @@ class TaskDataModule(WindowDataModule):
     def training(self) -> TaskWindows:
         return TaskWindows(
             self.task,
-            **self.cut,
+            **self.sizes,
             # A fixed set is the same for every seed, as a corpus is.
             first=first_training_index(self.seed if self.examples is None else 0),
             examples=self.examples,
@@ -110,7 +110,7 @@ class TaskDataModule(WindowDataModule):
 
     @cached_property
     def evaluation(self) -> TaskWindows:
-        return TaskWindows(self.task, **self.cut, first=0, examples=self.eval_examples)
+        return TaskWindows(self.task, **self.sizes, first=0, examples=self.eval_examples)
 
     @cached_property
     def answer_sets(self) -> dict[str, AnswerSet]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import TRAINING, Draws, Example, Task, option
+from data_modules.tasks.base import STREAM, Draws, Example, Task, option
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require
 
@@ -67,7 +67,7 @@ class HeldOutTask(Task):
         Raises:
             UserError: if there is none, because the questions are too few to divide.
         """
-        draws, sizes, for_validation = self.draws(index), self.all_sizes, index < 1 << TRAINING
+        draws, sizes, for_validation = self.draws(index), self.all_sizes, index < STREAM
         for _ in range(_TRIES * (self.held_out or 1)):
             example = self.of_size(sizes[draws.below(len(sizes))], draws)
             if self.held_out is None or self.is_held_out(example.prompt) == for_validation:

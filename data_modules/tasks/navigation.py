@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task, option
+from data_modules.tasks.base import END, ONCE, STREAM, Draws, Example, Task, option
 from data_modules.tasks.measures import Excess, TaskMeasure, Training
 from data_modules.tasks.navigation_graph import FIRST, Graph, street
 from data_modules.tasks.navigation_measures import BeliefCosine, Shortcuts, Walks
@@ -93,7 +93,7 @@ class Navigation(Task):
     def example(self, index: int) -> Example:
         draws = self.draws(index)
         training_pairs, validation_pairs = self._pairs
-        if index < 1 << TRAINING:
+        if index < STREAM:
             start, goal = validation_pairs[index % len(validation_pairs)]
             return self._written(goal, self.world.path(start, goal, draws))
         start, goal = training_pairs[draws.below(len(training_pairs))]

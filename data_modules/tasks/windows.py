@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data_modules.order import FeistelOrder
-from data_modules.tasks.base import END, TRAINING, Example, Task
+from data_modules.tasks.base import END, STREAM, Example, Task
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
@@ -26,7 +26,7 @@ EPOCH = 1 << 20
 
 def first_training_index(seed: int) -> int:
     """Index of the first example that a run of this seed reads."""
-    return (seed + 1) << TRAINING
+    return (seed + 1) * STREAM
 
 
 @dataclass(eq=False)

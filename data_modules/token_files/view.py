@@ -88,7 +88,7 @@ def _content(files: Sequence[TokenSource], cache: Path) -> str:
         f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
         for file in files
     )
-    return digest_files(numbered, *types, remember=cache / "digests")
+    return digest_files(numbered, *types, digest_cache=cache / "digests")
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Toke
 
 def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes document starts, validation pieces and tokenizer; returns their ``meta.json``."""
-    names = tokenizer.text_bytes()
-    lengths = np.fromiter(map(len, names), np.int64, len(names))
+    token_bytes = tokenizer.text_bytes()
+    lengths = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
     silent = (texts["val"].counts > 0) & (lengths == 0)
     silent[tokenizer.eot_id] = False
     has_text = not silent.any()
@@ -205,7 +205,7 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
             "bytes": int(text.counts @ lengths) if has_text else None,
             "documents": len(text.starts),
         }
-    rows = _pieces(texts["val"], names if has_text else None, lengths, tokenizer.eot_id)
+    rows = _pieces(texts["val"], token_bytes if has_text else None, lengths, tokenizer.eot_id)
     save_array(folder / "val.pieces.npy", np.array(list(rows), PIECES))
     tokenizer.save(folder)
     return {
@@ -218,11 +218,11 @@ def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) ->
 
 
 def _pieces(
-    text: ScannedText, names: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
+    text: ScannedText, token_bytes: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
 ) -> Iterator[tuple[int, int, int, bytes]]:
     """Rows of :data:`PIECES` for documents of the validation text that have text. If the bytes of
-    the ids (``names`` and their ``lengths``, ``[V]``) are unknown, pieces have a fixed number of
-    tokens, and their digest is a digest of the ids."""
+    the ids (``token_bytes``, with their ``lengths``, ``[V]``) are unknown, pieces have a fixed
+    number of tokens, and their digest is a digest of the ids."""
     tokens = ShardedTokens(text.shards)
     edges = pairwise([*text.starts, len(tokens)])
     for number, (start, end) in enumerate(edges):
@@ -231,19 +231,22 @@ def _pieces(
         if not len(text_positions):
             continue
         ids, start = ids[text_positions[0] : text_positions[-1] + 1], int(start + text_positions[0])
-        for first, last in _cuts(ids, names, lengths):
+        for first, last in _cuts(ids, token_bytes, lengths):
             part = ids[first:last]
-            data = part.tobytes() if names is None else b"".join(names[i] for i in part.tolist())
-            size = UNKNOWN_BYTES * len(part) if names is None else len(data)
+            if token_bytes is None:
+                data, size = part.tobytes(), UNKNOWN_BYTES * len(part)
+            else:
+                data = b"".join(token_bytes[i] for i in part.tolist())
+                size = len(data)
             yield number, start + first, size, piece_digest(data)
 
 
 def _cuts(
-    ids: np.ndarray, names: Sequence[bytes] | None, lengths: np.ndarray
+    ids: np.ndarray, token_bytes: Sequence[bytes] | None, lengths: np.ndarray
 ) -> Iterator[tuple[int, int]]:
     """(first token, index after the last token) of the pieces of a document. A piece ends with the
     token at which the document's text would be cut."""
-    if names is None:
+    if token_bytes is None:
         step = PIECE // UNKNOWN_BYTES
         yield from ((i, min(i + step, len(ids))) for i in range(0, len(ids), step))
         return
@@ -252,7 +255,7 @@ def _cuts(
         yield 0, len(ids)
         return
     blocks = (ids[i : i + _BLOCK].tolist() for i in range(0, len(ids), _BLOCK))
-    data = b"".join(names[i] for block in blocks for i in block)
+    data = b"".join(token_bytes[i] for block in blocks for i in block)
     first = n_bytes = 0
     # Bytes that are not UTF-8 count as characters, so that every byte is in a character.
     for piece, final in pieces(data.decode("utf-8", "surrogateescape")):

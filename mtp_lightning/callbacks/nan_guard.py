@@ -90,12 +90,15 @@ class NanGuard(RunCallback):
             if bad or not math.isfinite(total):
                 terms = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({total})"
                 self._fail(
-                    trainer, f"The training loss is not finite at optimizer step {step}: {terms}"
+                    trainer,
+                    f"The training loss is not finite at optimizer step {step}: {terms}",
+                    untrained=step == 1,
                 )
 
-    def _fail(self, trainer: pl.Trainer, problem: str) -> None:
+    def _fail(self, trainer: pl.Trainer, problem: str, *, untrained: bool = False) -> None:
+        """End the run; ``untrained``: the values were computed with the first weights."""
         remedy = "Lower the learning rate or clip gradients."
-        if trainer.global_step == 1:  # this step was computed with the first weights
+        if untrained:
             remedy = "No weight has changed yet, so look at the modules, the terms and the data."
         self._failure = f"{problem}; {self._last_good(trainer)} {remedy}"
         raise UserError(self._failure)

@@ -115,8 +115,8 @@ class MetricsFile:
         line = _line(row.get(tag, "") for tag in self._columns)
         with open(self.path, "r+b") as file:
             if replace:
-                # The new line, which is longer, overwrites the old one in place, so that a reader
-                # never misses the row.
+                # In place, so that a reader never misses the row. The rest of a longer old line is
+                # cut off; a reader that comes before sees a row with too many cells, and skips it.
                 file.seek(self._row_start)
                 file.write(line)
                 file.truncate()

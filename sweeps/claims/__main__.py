@@ -177,7 +177,7 @@ def _verdict(args: argparse.Namespace) -> int:
     claims = _claims(args, args.names or names(args.claims))
     if args.all and not args.gpu:
         claims = [scaled for claim in claims for scaled in claim.scales]
-    code = max(_judge(args, claim) for claim in claims)
+    code = max((_judge(args, claim) for claim in claims), default=0)
     if args.all and args.has_pages:
         for page in write_pages(args.root, args.claims, **args.read_options):
             print(f"wrote {page}")

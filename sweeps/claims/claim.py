@@ -86,7 +86,7 @@ class Scale:
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...]  # in the order in which they run
     minimum: int  # nothing is decided with fewer seeds per arm, or pairs of seeds
-    minutes: float  # expected for all runs, on two CPU cores or one GPU
+    minutes: float  # expected for all runs, one after the other, on one CPU core or one GPU
 
 
 @dataclass(frozen=True, kw_only=True)

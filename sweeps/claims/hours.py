@@ -85,11 +85,11 @@ def pending_of(
     observed = [_runs(claim, runs, results) for claim in claims]
     done = [[r for seeds in arms.values() for r in seeds.values() if r.done] for arms in observed]
     pace = _Pace.of([run for claim_runs in done for run in claim_runs])
-    counted: set[str] = set()
+    planned_before: set[str] = set()
     pending = []
     for claim, arms, finished in zip(claims, observed, done, strict=True):
         shared = shared_runs(claim, results.values()).keys()
-        costs = _costs(claim, arms, pace, runs, shared, counted, count_flops=count_flops)
+        costs = _costs(claim, arms, pace, runs, shared, planned_before, count_flops=count_flops)
         pending.append(Pending(claim, len(finished), tuple(costs)))
     return pending
 
@@ -103,7 +103,7 @@ class _Pace:
 
     @classmethod
     def of(cls, finished: Sequence[ArmRun]) -> _Pace:
-        local = cls(this_machine(), None).counted(finished)
+        local = cls(this_machine(), None).of_machine(finished)
         rates = [
             run.costs["flops"] / (run.minutes * 60)
             for run in local or finished
@@ -111,7 +111,7 @@ class _Pace:
         ]
         return cls(this_machine() if local else "", median(rates) if rates else None)
 
-    def counted(self, runs: Iterable[ArmRun]) -> list[ArmRun]:
+    def of_machine(self, runs: Iterable[ArmRun]) -> list[ArmRun]:
         """The finished runs on the machine, or on its GPU, whose name follows."""
         return [run for run in runs if run.done and (run.machine or "").startswith(self.machine)]
 
@@ -120,7 +120,7 @@ class _Pace:
     ) -> tuple[float, str]:
         """The hours of a run and their source, by its arm's runs, the FLOPs of its job, or the
         minutes that its claim expects."""
-        if minutes := [run.minutes for run in self.counted(runs)]:
+        if minutes := [run.minutes for run in self.of_machine(runs)]:
             return median(minutes) / 60, MEASURED if self.machine else ELSEWHERE
         if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:
             return flops / self.rate / 3600, BY_FLOPS
@@ -133,17 +133,17 @@ def _costs(
     pace: _Pace,
     runs: Path,
     shared: Collection[str],
-    counted: set[str],
+    planned_before: set[str],
     *,
     count_flops: bool,
 ) -> list[Cost]:
     """The costs of a claim's pending runs. Runs that another claim has finished (``shared``) or
-    that an earlier claim runs (``counted``) are left out; the others are added to ``counted``."""
+    that an earlier claim runs (``planned_before``) are left out; the others are added to it."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
-    unmeasured = any(not pace.counted(arms[arm].values()) for arm, _ in pending)
+    unmeasured = any(not pace.of_machine(arms[arm].values()) for arm, _ in pending)
     composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and (shared or counted or unmeasured):
+    if count_flops and (shared or planned_before or unmeasured):
         seeds_left = list(dict.fromkeys(seed for _, seed in pending))
         composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
@@ -152,9 +152,9 @@ def _costs(
     for arm, seed in pending:
         job = composed.get((arm, seed))
         if job is not None:
-            if job.name in shared or job.name in counted:
+            if job.name in shared or job.name in planned_before:
                 continue
-            counted.add(job.name)
+            planned_before.add(job.name)
         if arm not in arm_costs:
             arm_costs[arm] = pace.hours(arms[arm].values(), job, expected)
         estimates.append(Cost(arm, seed, *arm_costs[arm]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TAG = "train/loss_depth_0"  # the loss of the curves
 # Points of a curve: each is the mean of the steps logged in one of as many equal parts of a run.
 POINTS = 20
-COSTS = ("step", "flops", "parameters", "seconds", "tokens")
+COSTS = ("step", "flops", "parameters", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class ArmRun:
     values: dict[str, float] = field(default_factory=dict)  # finite values, by the measure's `key`
     # Optimizer steps until it solved the task, by the measure's `key`; none without a validation.
     waits: dict[str, Wait] = field(default_factory=dict)
-    # Planned steps (`steps`), done steps, FLOPs, parameters, seconds, tokens.
+    # Planned steps (`steps`), done steps, FLOPs, parameters, seconds.
     costs: dict[str, float] = field(default_factory=dict)
     # (FLOPs, training loss of the next token) from `curve_of`, where the claim's arms have the same
     # FLOPs.

@@ -8,13 +8,13 @@ from pathlib import Path
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.run.solved import SOLVED
 from sweeps.report import require_packages
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.equivalent import families
 from sweeps.report.findings import answer
 from sweeps.report.read import SweepRecord, read_sweep
-from sweeps.report.settings import SOLVED
 from sweeps.report.watch import SECONDS, watch
 
 
@@ -61,11 +61,19 @@ def report(
     if len(sweeps) == 1:
         page.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings).encode(errors="backslashreplace"), target / "runs.csv")
-    facts = (settings, comparisons, priced, drawings, svgs)
-    reload_seconds = SECONDS if watched and settings.running else None
-    html = page.render(*facts, folder=target, reload_seconds=reload_seconds)
+    sentences = answer(settings, comparisons, priced)
+    html = page.render(
+        settings,
+        comparisons,
+        priced,
+        drawings,
+        svgs,
+        sentences=sentences,
+        folder=target,
+        reload_seconds=SECONDS if watched and settings.running else None,
+    )
     write_bytes(html.encode(errors="backslashreplace"), target / "report.html")
-    return target / "report.html", answer(settings, comparisons, priced), settings.running
+    return target / "report.html", sentences, settings.running
 
 
 def _read(folders: Sequence[str | Path]) -> list[SweepRecord]:

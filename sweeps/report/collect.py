@@ -9,8 +9,9 @@ from typing import Any
 
 from mtp_lightning.run.config import affects_training, is_plain, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE
+from mtp_lightning.run.solved import SOLVED
 from sweeps.report.read import RunRecord, SweepRecord
-from sweeps.report.settings import OF_DEPTHS, SOLVED, Setting, Settings, order, show
+from sweeps.report.settings import OF_DEPTHS, Setting, Settings, lacks, order, show
 
 # Keys that describe a setting best, if the command lines do not name the varied ones.
 _TELLING = (
@@ -194,12 +195,14 @@ def _class_name(target: Any) -> Any:
 
 def _count_planned(settings: list[Setting], unconfigured: list[RunRecord]) -> None:
     for setting in settings:
-        setting.planned = len(setting.runs)
-        shown_values = {key: show(value) for key, value in setting.values.items()}
-        for run in unconfigured:
-            overrides = {**run.overrides, FOLDER: run.sweep}
-            if all(_same(overrides.get(key), value) for key, value in shown_values.items()):
-                setting.planned += 1
+        shown = {k: show(v) for k, v in setting.values.items() if not lacks(k, v)}
+        waiting = [
+            run
+            for run in unconfigured
+            if all(_same({**run.overrides, FOLDER: run.sweep}.get(k), v) for k, v in shown.items())
+        ]
+        # Jobs of plain training that differ only in keys of MTP are one run of a seed.
+        setting.planned = len({run.seed for run in (*setting.runs, *waiting)})
 
 
 def _same(text: str | None, value: str) -> bool:

@@ -1,7 +1,7 @@
 """Decides which settings may be compared, and explains which may not.
 
-Settings compare if they were evaluated on the same data, with contexts of about equal bytes, and if
-their depths solve the same task.
+Settings compare if they were evaluated on the same text (:func:`may_compare`). Windows of unequal
+bytes, and depths that solve different tasks, add sentences to the page.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from functools import partial
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import lies_in
-from mtp_lightning.run.solved import first_above, is_above
+from mtp_lightning.run.solved import EXACT, first_above, is_above
 from sweeps.report import statistics
 from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
-from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings, show
 from sweeps.report.statistics import LEVEL, Paired, Share, Survival, Unpaired, Wait

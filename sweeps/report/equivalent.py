@@ -25,7 +25,7 @@ from typing import Any
 
 from mtp_lightning.run.config import lies_in
 from sweeps import grouped
-from sweeps.report.comparable import may_compare
+from sweeps.report.comparable import by_text
 from sweeps.report.metrics import FLOPS
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings
 from sweeps.report.statistics import Interval, ratio_interval
@@ -71,7 +71,10 @@ class PlainCurve:
     def __init__(self, runs: Sequence[Spent]) -> None:
         from scipy.interpolate import PchipInterpolator
 
-        self.runs = sorted(runs)
+        best: dict[float, Spent] = {}
+        for run in sorted(runs):  # the lower loss of two runs of equal FLOPs
+            best.setdefault(run.flops, run)
+        self.runs = list(best.values())
         losses = [run.loss for run in self.runs]
         if len(self.runs) < 2:
             raise ValueError("a plain curve needs runs of at least two lengths")
@@ -136,17 +139,16 @@ def families(settings: Settings) -> list[Family]:
     arm; the loss is the headline metric."""
     tag = settings.headline.tag
     complete = []
-    for group in grouped((_rest(s), s) for s in settings.all if s.done).values():
-        plain = [s for s in group if s.is_plain]
-        arms = [s for s in group if s not in plain]
+    alike = grouped((_rest(s), s) for s in settings.all if s.done).values()
+    for group in (of_one_text for members in alike for of_one_text in by_text(members)):
+        arms = [s for s in group if not s.is_plain]
         # The rate of a run that stopped early has not decayed.
-        plain = [s for s in plain if not any(run.fact("stopped_early") for run in s.done)]
-        plain = [s for s in plain if may_compare(s, plain[0])]
+        whole = [s for s in group if not any(run.fact("stopped_early") for run in s.done)]
+        plain = [s for s in whole if s.is_plain]
         flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
         if len(set(flops.values())) > 1 and arms:
-            valued = [_valued(arm, plain, tag) for arm in arms if may_compare(arm, plain[0])]
-            complete.append(Family(plain, valued))
+            complete.append(Family(plain, [_valued(arm, plain, tag) for arm in arms]))
     return complete
 
 

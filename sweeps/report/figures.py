@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from mtp_lightning.run.solved import EXACT
 from sweeps import grouped
 from sweeps.report import lines
 from sweeps.report.chart import (
@@ -25,7 +26,7 @@ from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.drawing import Drawing, drawing_of, text_error
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
+from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
@@ -53,7 +54,7 @@ def draw(
         else [differences(comparisons, settings)]
     )
     drawings += [
-        *(gains(settings, family, i) for i, family in enumerate(families or [None])),
+        *([] if settings.is_task else _all_gains(settings, families)),
         *(lines.curve(settings, axis) for axis in CURVE_AXES),
         *lines.of_depths(settings),
         *lines.long_range(settings),
@@ -72,6 +73,10 @@ def _of_several_texts(drawing: Drawing) -> Drawing:
         return drawing.lacking("it would compare settings with different evaluation data")
     warning = " The settings have different evaluation data: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
+
+
+def _all_gains(settings: Settings, families: Sequence[Family]) -> list[Drawing]:
+    return [gains(settings, family, i) for i, family in enumerate(families or [None])]
 
 
 def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:

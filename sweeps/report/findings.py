@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 from mtp_lightning.errors import counted
+from mtp_lightning.run.solved import EXACT
 from sweeps import grouped
 from sweeps.report import environment, metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP
+from sweeps.report.metrics import BITS, FLOPS, SPEEDUP
 from sweeps.report.read import STATES, RunRecord
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL
@@ -129,7 +130,7 @@ def caveats(settings: Settings) -> list[str]:
             gaps.setdefault((gap, tuple(tags)), []).append(setting.name)
         if (n := len(setting.done)) < setting.planned:
             fewer.setdefault((n, setting.planned), []).append(setting.name)
-    counted = [(s, run) for s in settings.all for run in s.done if settings.is_task and s.answers]
+    answering = [run for s in settings.all for run in s.done if settings.is_task and s.answers]
     others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
         "caveats.jinja",
@@ -146,11 +147,12 @@ def caveats(settings: Settings) -> list[str]:
         kinds=partial(_kinds, done),
         packages=sorted({name for v in versions for name in v}),
         task_others=others,
-        silent=[run.name for _, run in counted if wait_of(run, settings.level) is None],
+        silent=[run.name for run in answering if wait_of(run, settings.level) is None],
         settings=settings.all,
         gaps=gaps,
         partial=fewer,
-        pairs=[setting.name for setting in settings.all if len(setting.done) == 2],
+        # The intervals of shares are not Student's.
+        pairs=[s.name for s in settings.all if len(s.done) == 2 and not settings.is_task],
         absent=[run.name for run in done if not any("progress/tokens" in row for row in run.rows)],
     )
 
@@ -161,5 +163,5 @@ def _kinds(
     """The values of a fact with their numbers of runs; empty if all runs have the same value."""
     values = (run.fact(*keys) for run in runs)
     kinds = Counter("unknown" if v is None else json.dumps(v).strip('"') for v in values)
-    counted = between.join(f"{kind[:cut]} ({n})" for kind, n in kinds.most_common(4))
-    return counted if len(kinds) > 1 else ""
+    text = between.join(f"{kind[:cut]} ({n})" for kind, n in kinds.most_common(4))
+    return text if len(kinds) > 1 else ""

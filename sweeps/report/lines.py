@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mtp_lightning.run.solved import EXACT
 from sweeps.report.chart import MANY, QUIET, Chart, key_to, looks
 from sweeps.report.comparable import predicts_tokens
 from sweeps.report.compare import time_to_solve
 from sweeps.report.drawing import Drawing, drawing_of
-from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT, LOSS, PER_STEP, SPEEDUP
+from sweeps.report.metrics import CHANCE, CURVE_AXES, LOSS, PER_STEP, SPEEDUP
 from sweeps.report.names import sentence, texts
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval

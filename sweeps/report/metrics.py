@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtp_lightning.run.solved import EXACT as EXACT
+from mtp_lightning.run.solved import EXACT
 from sweeps.report.statistics import Interval
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"

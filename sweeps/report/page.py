@@ -25,7 +25,7 @@ from sweeps.report.comparable import contexts, note_on_depths, refusal, text_err
 from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
-from sweeps.report.findings import answer, caveats
+from sweeps.report.findings import caveats
 from sweeps.report.metrics import TABLE
 from sweeps.report.names import joined, question
 from sweeps.report.read import RunRecord, read_sweep
@@ -44,6 +44,7 @@ def render(
     drawings: Sequence[Drawing],
     svgs: dict[str, bytes],
     *,
+    sentences: Sequence[str],
     folder: Path,
     reload_seconds: float | None = None,
 ) -> str:
@@ -87,7 +88,7 @@ def render(
         commits=sorted({str(commit)[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         running=settings.running,
-        answer=answer(settings, comparisons, families),
+        answer=sentences,
         caveats=caveats(settings),
         tables=[
             tables.of_settings(settings, remarks),
@@ -192,7 +193,7 @@ def runs_csv(settings: Settings) -> str:
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]
     rows: list[dict[str, Any]] = []
     for run in settings.runs:
-        by_key = values.get(run.folder, {**run.overrides, "folder": run.sweep})
+        by_key = values.get(run.folder, {**run.overrides, FOLDER: run.sweep})
         wait = wait_of(run, settings.level) if solving else None
         row: dict[str, Any] = {key: show(by_key[key]) for key in settings.varied if key in by_key}
         row |= {"run": run.name, "state": run.state, "reason": run.reason, "seed": run.seed}

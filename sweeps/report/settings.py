@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from mtp_lightning.run.config import is_plain, lies_in
-from mtp_lightning.run.solved import SOLVED as SOLVED
+from mtp_lightning.run.solved import EXACT, SOLVED
 from sweeps.report import metrics
 from sweeps.report.names import name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
@@ -67,7 +67,7 @@ class Setting:
     @property
     def answers(self) -> bool:
         """Whether its runs answer a task's questions."""
-        return any(metrics.EXACT in row for run in self.runs for row in (run.summary, *run.rows))
+        return any(EXACT in row for run in self.runs for row in (run.summary, *run.rows))
 
     @property
     def is_plain(self) -> bool:
@@ -146,7 +146,7 @@ class Settings:
     @property
     def compared_tag(self) -> str:
         """The tag by which settings are compared: of the headline metric, or of solving a task."""
-        return metrics.EXACT if self.is_task else self.headline.tag
+        return EXACT if self.is_task else self.headline.tag
 
     @property
     def columns(self) -> list[metrics.Metric]:

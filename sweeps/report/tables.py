@@ -12,10 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 from mtp_lightning.run.layout import LOG_FILE
+from mtp_lightning.run.solved import EXACT
 from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, STEPS, Metric, number, p_value, spread
+from sweeps.report.metrics import BITS, STEPS, Metric, number, p_value, spread
 from sweeps.report.names import texts
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings, lacks, show

@@ -77,6 +77,13 @@ def test_rare_checks_name_the_first_bad_step(tmp_path, every, saved, seen_at):
     assert (tmp_path / "last.ckpt").exists() == (saved == 4)
 
 
+def test_the_first_step_has_its_own_remedy_however_late_it_is_checked(tmp_path: Path) -> None:
+    module = BadLoss()
+    module.bad_step = 1
+    with pytest.raises(ValueError, match="step 1: depth 1.*No weight has changed yet"):
+        fit(module, [OnDevice(every_n_steps=10)], max_steps=30, val_every=100)
+
+
 def test_an_inactive_depth_may_be_nan(tmp_path: Path) -> None:
     module = BadLoss()
     module.active = False
@@ -90,9 +97,8 @@ def test_an_infinite_weight_is_found_before_a_loss_shows_it(tmp_path: Path) -> N
             with torch.no_grad():
                 module.layer.weight[0, 0] = float("inf")
 
-    with pytest.raises(
-        ValueError, match=r"layer.weight is not finite after optimizer step 6.*\(step 3\)"
-    ):
+    message = r"layer.weight is not finite after optimizer step 6.*\(step 3\). Lower the learning"
+    with pytest.raises(ValueError, match=message):
         fit(TinyModule(spoil), [NanGuard(), Checkpoints(tmp_path, every_n_steps=3, monitor=None)])
     assert files.load(tmp_path / "last.ckpt")["global_step"] == 3
 

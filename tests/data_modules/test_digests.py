@@ -20,9 +20,9 @@ def test_a_large_file_is_read_once(tmp_path, files_read, files_look_old):
     files = [("a", large), ("b", small)]
     expected = digest_files(files)
     files_read.clear()
-    assert digest_files(files, remember=memory) == expected and files_read == ["large", "small"]
+    assert digest_files(files, digest_cache=memory) == expected and files_read == ["large", "small"]
     files_read.clear()
-    assert digest_files(files, remember=memory) == expected and files_read == ["small"]
+    assert digest_files(files, digest_cache=memory) == expected and files_read == ["small"]
     assert len(list(memory.iterdir())) == 1
 
 

@@ -78,6 +78,12 @@ def test_a_curve_that_does_not_fall_is_refused():
         PlainCurve(runs[:1])
 
 
+def test_of_plain_runs_of_equal_flops_the_lower_loss_counts():
+    runs = plain_runs(lambda flops: 2 + FULL / flops)
+    worse = [Spent(run.flops, run.loss + 0.01, run.steps) for run in runs]
+    assert PlainCurve([*worse, *runs, runs[-1]]).runs == runs
+
+
 # In a report.
 
 PRICE, EFFECTS = 0.8, {"sequential": 0.9, "parallel": 1.1, "beyond": 2.0}
@@ -151,6 +157,17 @@ def test_the_order_of_config_keys_does_not_change_families(tmp_path: Path) -> No
         setting.config = {**setting.config, "optimizer.lr": 0.1}
     (family,) = families(settings)
     assert len(family.plain) == 5 and len(family.arms) == 3
+
+
+def test_every_text_has_a_family_of_its_own(tmp_path: Path) -> None:
+    priced_sweep(tmp_path, seeds=1)
+    settings = settings_of(tmp_path)
+    first = next(s for s in settings.all if s.is_plain)
+    first.done[0].summary |= on_text("b" * 32)
+    (family,) = families(settings_of(tmp_path))
+    assert len(family.plain) == 5
+    (family,) = families(settings)
+    assert first not in family.plain and len(family.plain) == 4 and len(family.arms) == 3
 
 
 def test_an_arm_matched_to_fewer_layers_leaves_the_family(tmp_path: Path) -> None:

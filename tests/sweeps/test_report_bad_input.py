@@ -160,6 +160,25 @@ def test_planned_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -
     assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
 
 
+def test_planned_jobs_count_for_plain_training_once_per_seed(tmp_path: Path) -> None:
+    """Plain training has no lambda, so jobs at two of them are one run of a seed."""
+    cells = [(d, x, s) for d in (0, 1) for x in (0.1, 0.3) for s in (0, 1)]
+    names = {cell: "depth-{}_lambda-{}_seed-{}".format(*cell) for cell in cells}
+    jobs = {names[d, x, s]: [f"mtp.depth={d}", f"mtp_lambda={x}", f"seed={s}"] for d, x, s in cells}
+    write_plan(tmp_path, jobs)
+    for d, x, s in cells:
+        if (d, s) != (0, 1):
+            config = {"mtp.depth": d, "mtp_lambda": x, "seed": s}
+            write_run(tmp_path / names[d, x, s], config, loss=2.0)
+    found = run_counts(settings_of(tmp_path))
+    assert [counts for _, *counts in found] == [[1, 2], [2, 2], [2, 2]]
+
+
+def test_a_diverged_seed_is_why_no_difference_is_tested(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, math.nan, 2.2), 1: (1.9, 2.0, 2.1)})
+    assert "No difference can be tested: a mean is missing" in answer_of(tmp_path)
+
+
 def test_booleans_of_the_plan_and_of_configs_are_one_setting(tmp_path: Path) -> None:
     jobs = {}
     for shared in ("true", "false"):

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtp_lightning.run.solved import EXACT
 from sweeps.report.__main__ import main, report
+from sweeps.report.chart import styled
 from sweeps.report.compare import (
     OTHER_DATA,
     compare,
@@ -20,7 +22,7 @@ from sweeps.report.compare import (
     time_to_solve,
     wait_of,
 )
-from sweeps.report.metrics import EXACT
+from sweeps.report.figures import draw
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.statistics import Wait, holm, share_interval
 from tests.sweeps.fixture_runs import depth_sweep, on_questions, task_run, write_run
@@ -166,6 +168,8 @@ def test_the_answer_has_shares_times_and_fishers_test(tmp_path: Path, case: str)
     settings = settings_of(sweep(tmp_path, curves))
     for part in parts.split("|"):
         assert (part.removeprefix("not ") in answer_of(settings)) != part.startswith("not ")
+    with styled():
+        assert "gains" not in {drawing.name for drawing in draw(settings, compare(settings))}
     late = any(cell.beside == "not by step 30" for cell in cells(tmp_path))
     assert late == any(NEVER in of_depth for of_depth in curves.values())
     if case == "one seed":

@@ -15,7 +15,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mtp_lightning.run.metrics import MetricsFile, read_metrics
-from mtp_lightning.run.status import read_status
+from mtp_lightning.run.status import read_status, write_status
 from sweeps import plan as plan_module
 from sweeps import search as search_module
 from sweeps.search_space import parse, shown
@@ -198,6 +198,16 @@ def test_a_trial_interrupted_before_it_had_values_fails(folder):
     study(folder).ask()
     assert run(folder, "--trials", "3") == 0
     assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_a_pruned_trial_that_ended_after_an_interruption_stays_pruned(folder):
+    assert run(folder, "--trials", "1") == 0
+    (done,) = study(folder).trials
+    trial = study(folder).ask(done.distributions)
+    trial.set_user_attr("folder", "pruned-one")
+    write_status(folder / "pruned-one", [], "interrupted", reason="pruned: above the median")
+    assert run(folder, "--trials", "2") == 0
+    assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "PRUNED"]
 
 
 def test_equal_values_are_run_once(folder):

@@ -151,6 +151,19 @@ def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, executor
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
 
 
+def test_arrays_of_unequal_sizes_run_no_more_jobs_at_once_than_asked(
+    tmp_path, executor, monkeypatch
+):
+    monkeypatch.setattr(slurm_cluster, "follow", lambda jobs, **values: None)
+    jobs = jobs_of(tmp_path, 98)
+    jobs += [*jobs_of(tmp_path / "b", 1, processes=2), *jobs_of(tmp_path / "c", 1, processes=4)]
+    slurm_cluster.run(jobs, **{**SETTINGS, "n_jobs": 10})
+    assert [s["array_parallelism"] for s, _ in executor.submitted] == [7, 1, 1]
+    executor.submitted.clear()
+    slurm_cluster.run(jobs[:98], **{**SETTINGS, "n_jobs": 10})
+    assert [s["array_parallelism"] for s, _ in executor.submitted] == [10]
+
+
 def test_queued_arrays_are_canceled_when_a_later_one_is_refused(
     tmp_path, slurm, executor, monkeypatch
 ):

@@ -167,9 +167,9 @@ def test_a_worker_stops_a_job_that_another_has_taken_over(tmp_path: Path) -> Non
     assert (status["state"], status["device"]) == ("running", "other")
     assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
     assert not leases.free(leases.look()["seed-0"]), "the other worker has the lease"
-    assert worker.has_jobs
+    assert worker.drop_ended()
     write_status(tmp_path / "seed-0", ["seed=0"], "failed")
-    assert not worker.has_jobs
+    assert not worker.drop_ended()
 
 
 def test_a_worker_takes_only_jobs_that_fit_its_devices(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_modules.tasks.answers import AnswerSet
-from data_modules.tasks.base import END, TRAINING
+from data_modules.tasks.base import END, STREAM
 from data_modules.tasks.navigation import Navigation
 from data_modules.tasks.navigation_graph import FIRST, delaunay
 
@@ -54,7 +54,7 @@ def test_validation_asks_for_shortest_paths_between_untrained_pairs(task: Naviga
         assert path[-1] == goal and len(path) - 1 == table[start][goal]
         assert all(b in out[a] for a, b in itertools.pairwise(path))
     for i in range(4000):
-        example = task.example((1 << TRAINING) + i)
+        example = task.example(STREAM + i)
         start, goal, path = read(task, example.prompt, example.answer)
         trained.add((start, goal))
         assert all(b in out[a] for a, b in itertools.pairwise(path)) and path[-1] == goal
@@ -69,7 +69,7 @@ def test_detours_avoid_a_node_and_recoveries_begin_anywhere() -> None:
     longer = wrong = 0
     for i in range(300):
         for task in (detours, recoveries):
-            example = task.example((1 << TRAINING) + i)
+            example = task.example(STREAM + i)
             start, goal, path = read(task, example.prompt, example.answer)
             if task is detours:
                 assert len(set(path)) == len(path)

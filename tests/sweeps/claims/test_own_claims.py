@@ -98,6 +98,7 @@ def test_results_of_a_users_claims_are_stored_next_to_them(tmp_path, capsys, mon
     assert plan["command"] == ["python -m sweeps.claims", "run", "mine", *options]
     assert (tmp_path / "results" / "mine.svg").exists()
     assert exit_code("verdict", "--all", *options) == 0, "it also works without pages"
+    assert exit_code("verdict", "--all", "--gpu", *options) == 0, "no claim has a size for GPUs"
     assert {f: f.stat().st_mtime_ns for f in (ROOT / "results").iterdir()} == before
     # The result keeps the commit of its prediction if the repository is gone.
     shutil.rmtree(tmp_path / ".git")
