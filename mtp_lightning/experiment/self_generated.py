@@ -18,8 +18,7 @@ import torch
 
 from data_modules import TokenDataModule
 from data_modules.digests import digest
-from data_modules.encoding import Encoded
-from data_modules.encoding import encoded_piece
+from data_modules.encoding import Encoded, encoded_piece
 from data_modules.overlap import LineOverlap
 from data_modules.prompts import take_prompts
 from data_modules.sources.base import Source
