@@ -242,7 +242,7 @@ def objective_pass(
     stack = LinearConfig(depth=batch.depth).build(trunk)
     factors = [1.0, *[0.1] * batch.depth]
     plan = StepPlan(
-        base=factors,
+        lambdas=factors,
         factors=factors,
         counts=step_counts(stack, batch),
         windows=len(batch),

@@ -97,7 +97,7 @@ def build_step(task: Row) -> Training:
 
     def forward() -> tuple[int, torch.Tensor]:
         plan = one_step.plan(batch, progress)
-        loss, _, _ = one_step.loss(plan, plan.micro_batches[0])
+        loss, _, _ = one_step.forward_micro_batch(plan, plan.micro_batches[0])
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(plan.counts.valid) * d_model * element, loss
 

@@ -86,8 +86,8 @@ class WindowLoader(_Loader):
         self.dataset.require(self.batch_size, _world()[1])
 
     def __iter__(self) -> Iterator[WindowBatch]:
-        # A generator: Lightning makes iterators that it may never use, and those must not advance
-        # the state.
+        # Checked at once. The rest is a generator, which changes the state only when it is
+        # advanced: Lightning makes iterators that it may never use.
         self.check()
         return self._epoch()
 

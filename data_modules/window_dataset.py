@@ -25,17 +25,17 @@ STATES = "states.npy"
 _LIMITED = 2**31 - 1
 
 
-def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
-    """Number of windows of T + D + 1 tokens that start T tokens apart.
+def window_count(n_tokens: int, seq_len: int, beyond: int) -> int:
+    """Number of windows of T + 1 + ``beyond`` tokens that start T tokens apart.
 
-    It depends on D only in a text with room for one window at most: models of different D see the
-    same windows in the same order, and every token after the first is a depth-0 target at most
-    once.
+    It depends on ``beyond`` only in a text with room for one window at most: models of different D
+    see the same windows in the same order, and every token after the first is a depth-0 target at
+    most once.
     """
     n = (n_tokens - 1 - seq_len) // seq_len
     if n > 0:
         return n
-    return 1 if n_tokens >= seq_len + depth + 1 else 0
+    return 1 if n_tokens >= seq_len + beyond + 1 else 0
 
 
 @dataclass(eq=False, kw_only=True)

@@ -78,7 +78,7 @@ class WindowBatch:
     key: RandomKey | None = None
 
     def __post_init__(self) -> None:
-        assert min(self.depth, self.extra) >= 0 < self.stride
+        assert self.depth >= 0 and self.extra >= 0 and self.stride >= 1
         assert self.tokens.ndim == 2 and self.seq_len >= 1, tuple(self.tokens.shape)
         for field in (self.documents, self.scored, self.texts):
             assert field is None or field.shape == self.tokens.shape, tuple(field.shape)
@@ -142,8 +142,9 @@ class WindowBatch:
         return torch.stack([mask.sum() for mask in masks if mask is not None])
 
     def shifted(self, field: Tensor, k: int) -> Tensor:
-        """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k, 0 .. D + E."""
-        assert 0 <= k <= self.depth + self.extra
+        """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k; s k is at most
+        s D + E."""
+        assert 0 <= self.stride * k <= self.stride * self.depth + self.extra
         start = self.stride * k + 1
         return field[:, start : start + self.seq_len]
 
@@ -172,7 +173,7 @@ class WindowBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device; Lightning's transfer hook calls this."""
         moved = self._map_rows(lambda field: field.to(device, non_blocking=non_blocking))
-        copied = self.device.type == "cpu" != moved.device.type
+        copied = self.device.type == "cpu" and moved.device.type != "cpu"
         return replace(moved, host=self) if copied else moved
 
     def pin_memory(self) -> WindowBatch:

@@ -182,12 +182,12 @@ def total_flops(
         step = (2 * sample + 1) * steps // (2 * samples) if samples < steps else sample
         tokens = step * length.tokens_per_step
         progress = Progress(step=step, max_steps=steps, tokens=tokens)
-        base = [1.0, *schedule.lambdas(progress)]
+        lambdas = [1.0, *schedule.lambdas(progress)]
         rests = balance.rests_at(progress)
-        kind = tuple(depths_of(base)), rests
+        kind = tuple(depths_of(lambdas)), rests
         if kind not in costs:
             costs[kind] = 0.0
-            for chance, active in balance.active_sets(base):
+            for chance, active in balance.active_sets(lambdas):
                 flops: float = per_token(active)
                 if balance.scope is not None and not rests:
                     measured = per_token(active, scope=balance.scope)

@@ -19,9 +19,8 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.metrics.rates import rates_of
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.init import sets_everything
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
@@ -29,28 +28,11 @@ from mtp_lightning.optim.base import LearningRates, OptimizerConfig
 log = logging.getLogger(__name__)
 
 
-def new_model(
-    config: ModelConfig, seed: int, *, deferred: bool, half: bool
-) -> tuple[MTPModel, bool]:
-    """A model with fresh weights, and whether they are still to be drawn. If ``deferred``, they are
-    drawn after sharding, where the model allows it, so that each rank stores only its shard. If
-    ``half``, the matrices of the frozen trunk are held in bf16."""
-    with torch.device("meta") if deferred else nullcontext():
-        model = MTPModel(config)
-    if deferred and not sets_everything(model):
-        model, deferred = MTPModel(config), False
-    if half:
-        model.trunk.hold_in_bf16()
-    if not deferred:
-        model.initialize(seed)
-    return model, deferred
-
-
 class MTPModule(pl.LightningModule):
     """Trains the model of an :class:`OptimizerStep`.
 
     Args:
-        deferred: whether the weights are drawn after sharding (:func:`new_model`).
+        deferred: whether the weights are still to be drawn, after sharding.
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
         extra: plain containers stored in every checkpoint (tokenizer, fingerprint of the data,
             composed config).
@@ -70,7 +52,7 @@ class MTPModule(pl.LightningModule):
         self.step, self.model = step, step.model
         self.schedule, self.balance = step.schedule, step.balance
         self.optimizer_config, self.deferred, self.extra = optimizer, deferred, extra
-        self.rates = rates_of(self.model, text_bytes)
+        self.val_metrics = rates_of(self.model, text_bytes)
         # Progress for schedules and the summary, restored from checkpoints.
         self.tokens, self.flops, self.seconds = 0, 0, 0.0
         # Values of the last step by log tag, and the last step that was logged.
@@ -109,14 +91,14 @@ class MTPModule(pl.LightningModule):
 
         Returns:
             ``loss`` (L) and ``losses`` [D + 1] (L_k, 0 where not computed), over all ranks;
-            ``lambdas`` [D], the factors of L_1 .. L_D; ``active``, whether each depth was computed;
+            ``factors`` [D], those of L_1 .. L_D; ``active``, whether each depth was computed;
             ``tokens`` and ``flops`` of the step.
         """
         start = time.perf_counter()
         step = self.trainer.global_step
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
-        rates = self._learning_rates.set(optimizer, step, self.trainer.max_steps)  # type: ignore[arg-type]
+        learning_rates = self._learning_rates.set(optimizer, step, self.trainer.max_steps)  # type: ignore[arg-type]
         result = self.step(
             batch,
             self.progress(step),
@@ -128,8 +110,8 @@ class MTPModule(pl.LightningModule):
         self.tokens += result.tokens
         self.flops += result.flops
         self.seconds += time.perf_counter() - start
-        # The rates in the precision that Lightning's log() gives a number.
-        logged_rates = {tag: torch.tensor(rate) for tag, rate in rates.items()}
+        # In the precision that Lightning's log() gives a number.
+        logged_rates = {tag: torch.tensor(rate) for tag, rate in learning_rates.items()}
         self._values = {**result.values, **logged_rates}
         # For callbacks that monitor a value, such as Lightning's EarlyStopping. Lightning's log()
         # does this too, but takes a quarter of a millisecond per value.
@@ -141,7 +123,7 @@ class MTPModule(pl.LightningModule):
         return {
             "loss": result.loss,
             "losses": result.losses,
-            "lambdas": result.plan.factors[1:],
+            "factors": result.plan.factors[1:],
             "active": [k in result.plan.tasks for k in range(self.model.depth + 1)],
             "tokens": result.tokens,
             "flops": result.flops,
@@ -160,8 +142,8 @@ class MTPModule(pl.LightningModule):
         self._row_step = step
         self.log_here(self._values, step)
         if self._stops_between_rows():
-            rates = {tag: v for tag, v in self._values.items() if tag.startswith("train/lr")}
-            self.log_here(rates, step, always=True)
+            learning_rates = {t: v for t, v in self._values.items() if t.startswith("train/lr")}
+            self.log_here(learning_rates, step, always=True)
 
     def _stops_between_rows(self) -> bool:
         """Whether a callback stops at a step that is not due; Lightning logs that step too."""
@@ -173,18 +155,18 @@ class MTPModule(pl.LightningModule):
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         model = self.model
-        self(lambda: self.rates.update(model, batch, model(batch)))
+        self(lambda: self.val_metrics.update(model, batch, model(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        rates = {f"val/{name}": value for name, value in self.rates.compute().items()}
-        self.rates.reset()
-        self.validated_step, self.validation = self.trainer.global_step, rates
+        metrics = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
+        self.val_metrics.reset()
+        self.validated_step, self.validation = self.trainer.global_step, metrics
         # The cost of training so far: the x axes of a fair comparison.
         costs = ("tokens", "flops", "seconds")
         cost = {f"progress/{name}": float(getattr(self, name)) for name in costs}
         # Lightning takes the x axis from "step": optimizer steps done, as in training.
         step = float(self.trainer.global_step)
-        self.log_dict({**rates, **cost, "step": step}, rank_zero_only=True)
+        self.log_dict({**metrics, **cost, "step": step}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Log before the checkpoint is written: a run killed between the two would resume after this

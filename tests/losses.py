@@ -59,13 +59,15 @@ def reported_loss(
     factors = [main, *weights]
     seen = step_counts(model.mtp, replace(batch, key=key or RandomKey(0, 0))).taught
     plan = StepPlan(
-        base=factors,
+        lambdas=factors,
         factors=factors,
         counts=PositionCounts(list(counts), list(taught or seen)),
         windows=len(batch) if windows is None else windows,
         micro_batches=[batch],
     )
-    total, sums_KP, auxiliary = step_of(model, term).loss(plan, replace(batch, key=key))
+    total, sums_KP, auxiliary = step_of(model, term).forward_micro_batch(
+        plan, replace(batch, key=key)
+    )
     return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 

@@ -60,6 +60,6 @@ class GradientConflict(RunCallback):
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
-            by_group = task_gradients(model, objective, plan, depths_of(plan.base), groups)
+            by_group = task_gradients(model, objective, plan, depths_of(plan.lambdas), groups)
         for group, gradients in by_group.items():
             pl_module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -160,7 +160,7 @@ class StepProgressBar(RunCallback, ProgressBar):
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
         losses = zip(outputs["losses"].tolist(), outputs["active"], strict=True)
         parts = [f"L{k} {loss:.2f}" if on else f"L{k} -" for k, (loss, on) in enumerate(losses)]
-        lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
+        lambdas = ",".join(f"{float(value):.3g}" for value in outputs["factors"])
         if lambdas:
             # A bar is cut off at the terminal's edge.
             fits = self._bar is None or shutil.get_terminal_size().columns >= _WIDE

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
@@ -14,10 +16,11 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.device import holds_in_bf16
 from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
-from mtp_lightning.model import ModelConfig
-from mtp_lightning.module import MTPModule, new_model
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.module import MTPModule
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.init import sets_everything
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
@@ -148,7 +151,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
         processes.require_whole_gradients(cfg.trainer, f"balance={balance.name}")
     if model_config.mtp.depth == 0 and any(term.needs_teacher for _, term in objective.terms):
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
-    model, deferred = new_model(
+    model, deferred = _new_model(
         model_config,
         cfg.seed,
         deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
@@ -183,6 +186,23 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
     if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module
+
+
+def _new_model(
+    config: ModelConfig, seed: int, *, deferred: bool, half: bool
+) -> tuple[MTPModel, bool]:
+    """A model with fresh weights, and whether they are still to be drawn. If ``deferred``, they are
+    drawn after sharding, where the model allows it, so that each rank stores only its shard. If
+    ``half``, the matrices of the frozen trunk are held in bf16."""
+    with torch.device("meta") if deferred else nullcontext():
+        model = MTPModel(config)
+    if deferred and not sets_everything(model):
+        model, deferred = MTPModel(config), False
+    if half:
+        model.trunk.hold_in_bf16()
+    if not deferred:
+        model.initialize(seed)
+    return model, deferred
 
 
 def _refuse_unfit(

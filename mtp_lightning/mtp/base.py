@@ -106,17 +106,19 @@ class MTPStack(nn.Module, ABC):
 
     def targets(self, k: int, batch: WindowBatch) -> Tensor:
         """The targets of depth ``k``, [B, T], as rows of its head: token ids for the shared one;
-        -100 where none counts. Depth 0 is the main prediction."""
+        -100 where none counts. Depth 0 is the main prediction. In a batch without a mask every
+        position has a target; a stack without one there overrides :meth:`valid` too."""
         tokens_BT = batch.targets(k)
         return tokens_BT if not k or self.own_head is None else self.own_head.rows_of(tokens_BT)
 
     def valid(self, k: int, batch: WindowBatch) -> Tensor | None:
         """Which positions count for depth ``k``, bool [B, T]; None for all."""
+        if k and (loss := self.own_loss(k, batch)) is not None:
+            return loss.valid_BT
         every_token = not k or self.own_head is None or self.own_head.is_whole
         if batch.every_target_counts and every_token:  # known without reading tensors
             return None
-        loss = self.own_loss(k, batch) if k else None
-        return self.targets(k, batch) != IGNORE_INDEX if loss is None else loss.valid_BT
+        return self.targets(k, batch) != IGNORE_INDEX
 
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
         """The loss of depth ``k`` over some windows, used instead of the objective's; None for

@@ -168,25 +168,21 @@ class DraftAttention(Attention):
         return self.out(mixed.flatten(2)), (key, value)
 
 
-def attend_steps(query_BTNH: Tensor, steps: Sequence[Entry], mask: Tensor | None) -> Tensor:
+def attend_steps(query_BTNH: Tensor, steps: Sequence[Entry], mask: Tensor) -> Tensor:
     """Attention of the newest step's queries: to the first step's entries as ``mask`` says, and of
     every later step to the one at the query's own place. [B, T, N, H].
 
     The latter are products of single vectors: written as masked matrix products, they would cost as
     much as the former (section 3.2 of the paper).
 
-    ``mask`` is bool [B, 1, T, T], True where a query attends to a key; None is causal.
+    ``mask`` is bool [1 | B, 1, T, T], True where a query attends to a key.
     """
     (first_key, first_value), *later = steps
     seq_len, n_heads, size = query_BTNH.shape[1:]
     shared = n_heads // first_key.shape[2]
     query = query_BTNH.unflatten(2, (-1, shared)) / math.sqrt(size)
     scores = torch.einsum("btmgh,bsmh->bmgts", query, first_key)
-    if mask is None:
-        sees = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril()
-    else:
-        sees = mask.unsqueeze(1)
-    scores = scores.masked_fill(~sees, -math.inf)
+    scores = scores.masked_fill(~mask.unsqueeze(1), -math.inf)
     # [B, M, G, T, K - 1]: one score for every later step.
     later_scores = torch.stack([(query * key.unsqueeze(3)).sum(-1) for key, _ in later], -1)
     later_scores = later_scores.permute(0, 2, 3, 1, 4)
@@ -309,7 +305,7 @@ class EagleMTP(Chain):
         hidden, entries = inputs.hidden, list[Entry]()
         for k in self.with_prerequisites(active):
             ctx = self._moved(inputs.ctx, k)
-            hidden, entry = self.layer.step(hidden, self.tokens_of(k, inputs), ctx, entries)
+            hidden, entry = self.layer.step(hidden, self.token_input(k, inputs), ctx, entries)
             entries.append(entry)
             if k in active:
                 yield k, self.head_input(hidden)

@@ -170,7 +170,8 @@ class Feed(ABC):
         yield from ()
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
-        """The prediction of depth ``k``; by default it does not train its head."""
+        """The prediction of depth ``k`` for a prepass, or for the gradient of a depth alone, which
+        train no head."""
         return Prediction(hidden, targets, train_head=False)
 
     @abstractmethod
@@ -220,12 +221,17 @@ class Together(Feed):
         states = [(0, self.main), *self.depths]
         for weight, needs_gradient in zip(self.weights, request.needs[len(states) :], strict=True):
             weight.needs_gradient = needs_gradient
-        predictions = []
-        for (k, hidden), needs_gradient in zip(states, request.needs, strict=False):
-            prediction = self.prediction(k, hidden, request.targets[k])
-            prediction.train_head = k == 0 or k in self.heads or request.train_head
-            prediction.needs_gradient = needs_gradient
-            predictions.append(prediction)
+        predictions = [
+            Prediction(
+                hidden,
+                request.targets[k],
+                train_head=k == 0 or k in self.heads or request.train_head,
+                needs_gradient=needs_gradient,
+                head=self.heads.get(k),
+                loss=self.losses.get(k),
+            )
+            for (k, hidden), needs_gradient in zip(states, request.needs, strict=False)
+        ]
         through_head(predictions)
         return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
 
@@ -303,9 +309,12 @@ class OwnLoss(Loss):
 
 
 def added(gradients: Iterable[Tensor | None]) -> Tensor | None:
-    """The sum of the gradients that are not None, added in place to the first; None without any."""
+    """The sum of the gradients that are not None, added in place to the first unless autograd has
+    expanded that (of a sum); None without any."""
     total: Tensor | None = None
     for gradient in gradients:
-        if gradient is not None:
-            total = gradient if total is None else total.add_(gradient)
+        if total is None or gradient is None:
+            total = gradient if total is None else total
+        else:
+            total = total + gradient if 0 in total.stride() else total.add_(gradient)
     return total

@@ -60,14 +60,14 @@ class Chain(MTPStack):
         """Hidden state [B, T, C] of depth ``k``, from that of depth ``k - 1`` (for depth 1, the
         branch) and from its token input."""
 
-    def tokens_of(self, k: int, inputs: StackInputs) -> Tensor:
+    def token_input(self, k: int, inputs: StackInputs) -> Tensor:
         """The token input [B, T, C] of depth ``k``: by default the embeddings of the true tokens
         ``k`` positions ahead."""
         embedded_BTC = inputs.embedded_at(k)
         return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        return self.step(k, previous_BTC, self.tokens_of(k, inputs), inputs.ctx)
+        return self.step(k, previous_BTC, self.token_input(k, inputs), inputs.ctx)
 
 
 class SideBySide(MTPStack):
@@ -103,14 +103,14 @@ class SideBySide(MTPStack):
         return range(1, k + 1) if self.corrections else super().reads(k)
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
-        """The parameters that train with depth ``k``: its own, and those that the depths share."""
+        """The parameters that learn with depth ``k``: its own, and those that the depths share."""
         lists = (self.depths, self.corrections) if self.corrections else (self.depths,)
         own = [p for by_depth in lists for p in by_depth[k - 1].parameters()]
         apart = {self.depths, self.corrections, self.rescorer, self.confidence}
         shared = [
             p for module in self.children() if module not in apart for p in module.parameters()
         ]
-        return [*own, *shared, *self.parameters(recurse=False)]
+        return [p for p in (*own, *shared, *self.parameters(recurse=False)) if p.requires_grad]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)

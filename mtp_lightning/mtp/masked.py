@@ -120,12 +120,11 @@ class MaskCache:
 
     Args:
         masks: D.
-        sees: bool [B, 1, T, T], True where a token attends to another; None is causal.
+        sees: bool [1 | B, 1, T, T], True where a token attends to another.
     """
 
-    def __init__(self, masks: int, sees: Tensor | None) -> None:
-        self.masks = masks
-        self.sees = None if sees is None else sees[:, :, None, None]
+    def __init__(self, masks: int, sees: Tensor) -> None:
+        self.masks, self.sees = masks, sees[:, :, None, None]
         self._tokens: dict[int, Tensor] = {}
         self._own_entry: Tensor | None = None
 
@@ -146,11 +145,9 @@ class MaskCache:
         query = query_BPNH.unflatten(1, (-1, self.masks)).unflatten(3, (key.shape[2], -1))
         query = query / math.sqrt(query.shape[-1])
         seq_len, device = key.shape[1], key.device
-        sees = self.sees
-        if sees is None:
-            sees = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
         sees_own = torch.ones(self.masks, self.masks, dtype=torch.bool, device=device).tril()
-        scores = torch.einsum("btdmgh,bsmh->bmgdts", query, key).masked_fill(~sees, -math.inf)
+        scores = torch.einsum("btdmgh,bsmh->bmgdts", query, key)
+        scores = scores.masked_fill(~self.sees, -math.inf)
         own_scores = torch.einsum("btdmgh,btemh->bmgdte", query, own_key)
         own_scores = own_scores.masked_fill(~sees_own.unsqueeze(1), -math.inf)
         dtype = torch.promote_types(scores.dtype, torch.float32)
@@ -245,7 +242,7 @@ def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.rpartition(".")[2], layers[name]
 
 
-def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tensor:
+def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor) -> Tensor:
     """The consistency loss between the masks' and the tokens' states, summed over the windows; for
     each window, the mean over k of the mean over the k-th masks whose target position lies in the
     window and in the same document (0 if none does). ``sees`` as in :class:`MaskCache`."""
@@ -253,9 +250,7 @@ def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tens
     total = z_BTDC.new_zeros((), dtype=torch.promote_types(z_BTDC.dtype, torch.float32))
     for k in range(1, min(depth, seq_len - 1) + 1):
         apart_BT = (z_BTDC[:, :-k, k - 1] - target_BTC[:, k:]).to(total.dtype).square().mean(-1)
-        counts_BT = torch.ones_like(apart_BT)
         # Where the token k positions later attends to the one before the masks.
-        if sees is not None:
-            counts_BT = sees[:, 0].diagonal(-k, 1, 2).to(total.dtype)
+        counts_BT = sees[:, 0].diagonal(-k, 1, 2).to(total.dtype)
         total = total + ((apart_BT * counts_BT).sum(1) / counts_BT.sum(1).clamp(min=1)).sum()
     return total / depth

@@ -104,8 +104,6 @@ class Registers(TrainingOnly):
         places = torch.cat((places_T, places_T + d - 1))
         cos, sin = rope_table(places, **config.rotary, dtype=tokens.cos.dtype)
         sees = tokens.dense_mask()
-        if sees is None:
-            sees = (places_T <= places_T.unsqueeze(1))[None, None]
         itself = torch.eye(seq_len, dtype=torch.bool, device=device).expand_as(sees)
         by_token = torch.cat((sees, torch.zeros_like(sees)), dim=-1)
         mask = torch.cat((by_token, torch.cat((sees, itself), dim=-1)), dim=-2)

@@ -162,7 +162,7 @@ class SequentialMTP(Chain):
         hidden = text.inputs.hidden
         for k in range(1, len(self.depths) + 1):  # a shared module is fitted as depth 1
             module = self.module(k)
-            tokens = self.tokens_of(k, text.inputs)
+            tokens = self.token_input(k, text.inputs)
             if k - 1 in fresh:
                 copy_last_blocks(module.blocks, trunk)
                 x, y = text.projection_pairs(k, module.joined(hidden, tokens))
@@ -173,8 +173,8 @@ class SequentialMTP(Chain):
     def reads_tokens(self) -> bool:
         return super().reads_tokens and self.config.reads_tokens
 
-    def tokens_of(self, k: int, inputs: StackInputs) -> Tensor:
-        embedded_BTC = super().tokens_of(k, inputs)
+    def token_input(self, k: int, inputs: StackInputs) -> Tensor:
+        embedded_BTC = super().token_input(k, inputs)
         p = self.config.token_dropout
         if p == 0 or (p < 1 and inputs.key is None):
             return embedded_BTC

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -101,7 +102,11 @@ class LookAhead:
         if documents_BW is not None:
             ends_BW = _last_of_document(documents_BW)
             self.stop_BT = torch.minimum(self.stop_BT, ends_BW[:, :seq_len])
-        self.before_BW = _before(tokens_BW, batch.scored)
+
+    @cached_property
+    def before_BW(self) -> Tensor:
+        """:func:`_before` of the windows, which counting positions does not need."""
+        return _before(self.tokens_BW, self.scored_BW)
 
     def valid(self) -> Tensor:
         """Which positions have a token ahead that counts: bool [B, T]."""

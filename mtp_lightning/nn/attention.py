@@ -93,8 +93,12 @@ class ForwardContext:
         cache.open_tree(starts, branches)
         return _OpenPass(cache)
 
-    def dense_mask(self) -> Tensor | None:
-        """``mask`` as a tensor, also if it is a block mask."""
+    def dense_mask(self) -> Tensor:
+        """The mask as bool [1 | B, 1, T, T], True where a query attends to a key."""
+        if self.mask is None:
+            size = len(self.cos)
+            causal = torch.ones(size, size, dtype=torch.bool, device=self.cos.device).tril()
+            return causal[None, None]
         return to_dense(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
     def repeated(self) -> ForwardContext:

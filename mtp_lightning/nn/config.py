@@ -83,7 +83,7 @@ class TrunkConfig:
             std = _DEEPSEEK_STD * (_DEEPSEEK_WIDTH / self.d_model) ** 0.5
             object.__setattr__(self, "init_std", std)
         require_number("model.init_std", self.init_std, least=0)
-        if isinstance(self.rope_scaling, dict):
+        if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
         if self.n_heads % self.n_kv_heads:
             raise UserError(

@@ -56,10 +56,10 @@ class Op(Generic[P, Result]):
 @Op
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x`` of [..., K]: [..., N]."""
-    if weight_NK.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(
-        x.device.type
-    ):
-        weight_NK = weight_NK.to(x.dtype)  # bf16 only to save memory (Trunk.hold_in_bf16)
+    # Held in bf16 only to save memory (Trunk.hold_in_bf16); autocast casts by itself.
+    held = weight_NK.dtype == torch.bfloat16 and x.dtype != torch.bfloat16
+    if held and not torch.is_autocast_enabled(x.device.type):
+        weight_NK = weight_NK.to(x.dtype)
     return F.linear(x, weight_NK)
 
 

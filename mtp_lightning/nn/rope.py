@@ -17,7 +17,7 @@ from mtp_lightning.settings import require_bool, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class Llama3Scaling:
     """Llama 3.1's: slow frequencies are divided by ``factor``, fast ones kept, others interpolated.
 
     A frequency is measured by its full turns in ``original_positions``: with fewer than
@@ -131,12 +131,12 @@ class YarnScaling:
         return frequency * (1 - divided + divided / self.factor)
 
 
-Scaling = RopeScaling | YarnScaling
+Scaling = Llama3Scaling | YarnScaling
 
 
 def rope_scaling(fields: Mapping[str, Any]) -> Scaling:
     """The scaling described by plain data; its fields tell which kind it is."""
-    kind = RopeScaling if "low_freq_factor" in fields else YarnScaling
+    kind = Llama3Scaling if "low_freq_factor" in fields else YarnScaling
     return kind(**fields)
 
 

@@ -21,14 +21,14 @@ class TrunkOutput:
 
     Attributes:
         final: after all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
-        last_block: after all blocks, before the final norm.
+        pre_norm: after all blocks, before the final norm.
         before_last: after all blocks except the last, before any norm.
         after: number of blocks -> the state after them, for the numbers in ``Trunk.keep_after``; 0
             is the embedding.
     """
 
     final: Tensor
-    last_block: Tensor
+    pre_norm: Tensor
     before_last: Tensor
     after: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class TrunkOutput:
             return h_BTC[:, positions]
 
         after = {n: cut(h_BTC) for n, h_BTC in self.after.items()}
-        return TrunkOutput(cut(self.final), cut(self.last_block), cut(self.before_last), after)
+        return TrunkOutput(cut(self.final), cut(self.pre_norm), cut(self.before_last), after)
 
 
 class Trunk(nn.Module):
@@ -73,7 +73,7 @@ class Trunk(nn.Module):
         (``before_last``), after the final norm (``post``) or before it (``pre``)."""
         normed = input_norm == "post"
         if branch == "final":
-            return output.final if normed else output.last_block
+            return output.final if normed else output.pre_norm
         return self.norm(output.before_last) if normed else output.before_last
 
     def hold_in_bf16(self) -> None:

@@ -175,7 +175,7 @@ class StepCost:
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
         counts = PositionCounts([1] * len(factors), [1] * len(factors), 1)
         plan = StepPlan(
-            base=factors, factors=factors, counts=counts, windows=1, micro_batches=[batch]
+            lambdas=factors, factors=factors, counts=counts, windows=1, micro_batches=[batch]
         )
         loss, _ = micro_batch_loss(model, objective, plan, batch)
         if loss.requires_grad:

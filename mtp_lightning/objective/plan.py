@@ -65,14 +65,14 @@ class StepPlan:
     """The plan; the same on every rank, except for the micro-batches.
 
     Attributes:
-        base: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
+        lambdas: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
         factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
         counts: positions that count in the whole step.
         windows: number of windows in the whole step.
         micro_batches: this rank's, each with the key of its random choices.
     """
 
-    base: Sequence[float]
+    lambdas: Sequence[float]
     factors: Sequence[float]
     counts: PositionCounts
     windows: int

@@ -119,20 +119,21 @@ class OptimizerStep:
         batch = replace(batch, key=key)
         counts = step_counts(self.model.mtp, batch)
         if counts.valid[0] == 0:
-            raise UserError(
-                "The batch holds no valid target: every position crosses a document border. "
-                "Use longer documents, or data.document_mask=false."
-            )
+            reason, remedy = "no token may be a target (`scored`)", "Give windows with an answer."
+            if batch.documents is not None:
+                reason = "every position crosses a document border or has no target"
+                remedy = "Use longer documents, or data.document_mask=false."
+            raise UserError(f"The batch holds no valid target: {reason}. {remedy}")
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
-        lambdas = self.schedule.lambdas(progress)
-        base = [1.0, *_zero_without_targets(lambdas, usable, by=self.schedule)]
-        main, *factors = self.balance.factors(base, progress)
+        scheduled = self.schedule.lambdas(progress)
+        lambdas = [1.0, *_zero_without_targets(scheduled, usable, by=self.schedule)]
+        main, *factors = self.balance.factors(lambdas, progress)
         factors = _zero_without_targets(factors, usable, by=self.balance)
         return StepPlan(
-            base=base,
+            lambdas=lambdas,
             factors=[main if self._computes_main else 0.0, *factors],
             counts=counts,
             windows=len(batch) * world_size(),
@@ -168,13 +169,13 @@ class OptimizerStep:
         losses = self.objective.mixed(losses_KP)
         gradients = self._measure(plan, progress)
         if gradients is not None:
-            self.balance.gate(plan.base, gradients)
+            self.balance.gate(plan.lambdas, gradients)
         values = self._clip(optimizer)
         if self.balance.observes:
             values |= self.balance.update(
                 Observed(
                     progress=progress,
-                    base=plan.base,
+                    lambdas=plan.lambdas,
                     factors=plan.factors,
                     losses=losses.cpu(),
                     gradients=gradients,
@@ -195,6 +196,7 @@ class OptimizerStep:
         loss = plan.factors[0] * losses[0] + sum(plan.factors[k] * losses[k] for k in plan.active)
         values["train/loss"] = loss.to(dtype)
         values |= {f"train/loss_depth_{k}": losses[k].to(dtype) for k in plan.tasks}
+        # The tag is older than balance rules: these are the factors.
         values |= {f"train/lambda_depth_{k}": f for k, f in enumerate(plan.factors) if k}
         flops = self._flops(plan, measured=gradients is not None)
         return StepResult(plan=plan, loss=loss, losses=losses, flops=flops, values=values)
@@ -213,7 +215,7 @@ class OptimizerStep:
         for index, micro in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
-                loss, micro_sums, micro_auxiliary = run(self.loss, plan, micro)
+                loss, micro_sums, micro_auxiliary = run(self.forward_micro_batch, plan, micro)
                 # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; here they must add up.
@@ -242,7 +244,9 @@ class OptimizerStep:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         return {"train/grad_norm": processes.tensors().whole(norm)}
 
-    def loss(self, plan: StepPlan, micro: WindowBatch) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
+    def forward_micro_batch(
+        self, plan: StepPlan, micro: WindowBatch
+    ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
         """One micro-batch through :func:`micro_batch_loss`, and the layers' auxiliary outputs."""
         auxiliary = AuxiliaryOutputs()
         total, sums_KP = micro_batch_loss(self.model, self.objective, plan, micro, auxiliary)

@@ -83,9 +83,10 @@ def micro_batch_loss(
         auxiliary_factor=1 / plan.windows,
         compiled=model.has_compiled_kernels,
     )
-    for loss in () if auxiliary is None else auxiliary.losses:
-        if loss.requires_grad:  # the losses of heads side by side are already backpropagated
-            total = total + 1 / plan.windows * loss
+    if auxiliary is not None:
+        for loss in auxiliary.losses:
+            if loss.requires_grad:  # the losses of heads side by side are already backpropagated
+                total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
     for target, target_sum in zip(targets, sums, strict=True):
         sums_KP[target.depth, target.index] = target_sum
@@ -129,10 +130,9 @@ def prepass(
         prediction.needs_gradient = False
         return prediction
 
-    due = [(0, feed.main)] if main_measures else []
-    for group in itertools.chain(feed.states() if depth_measures else (), [()]):
-        predictions = [measure_prediction(k, hidden) for k, hidden in (*due, *group)]
-        due = []
+    main = [[(0, feed.main)]] if main_measures else []
+    for group in itertools.chain(main, feed.states() if depth_measures else ()):
+        predictions = [measure_prediction(k, hidden) for k, hidden in group]
         if predictions:
             through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)
     return values
@@ -164,8 +164,9 @@ def stream_loss(
     """
     parameters = list(dict.fromkeys(p for target in targets for p in target.term.parameters))
     inputs = [weight_VC, *feed.inputs, *parameters]
-    needs_weight, *needs = (torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    head = HeadWeight(weight_VC, needs_gradient=needs_weight)
+    learns = torch.is_grad_enabled()
+    head = HeadWeight(weight_VC, needs_gradient=learns and weight_VC.requires_grad)
+    needs = [learns and x.requires_grad for x in feed.inputs]
     sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
     targets = [replace(t, total=total) for t, total in zip(targets, sums, strict=True)]
     term_gradients: TermGradients = {}
@@ -174,7 +175,6 @@ def stream_loss(
         main = feed.main if any(p.needs_teacher for p in predictions) else None
         through_head(head, predictions, term_gradients, main_hidden=main, compiled=compiled)
 
-    needs = needs[: len(feed.inputs)]
     request = LossRequest(by_depth(targets), needs, train_head, auxiliary_factor)
     with torch.no_grad():
         gradients = feed.input_gradients(request, send)
@@ -199,7 +199,9 @@ class _WithGradients(torch.autograd.Function):
         gradients = ctx.gradients
         # Not kept for a second backward pass through the same graph.
         del ctx.gradients
-        for gradient in gradients:
+        for i, gradient in enumerate(gradients):
             if gradient is not None:
-                gradient.mul_(grads[0])
+                # In place for memory, except where autograd has expanded it (of a sum).
+                expanded = 0 in gradient.stride()
+                gradients[i] = gradient * grads[0] if expanded else gradient.mul_(grads[0])
         return None, *gradients

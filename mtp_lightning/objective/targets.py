@@ -113,8 +113,8 @@ def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
 
 
 def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth; -100 at positions that count for none of its terms, apart
-    from padding."""
+    """The target tokens of every depth: those of a term without a teacher if there is one, since a
+    teacher is missing at the window's last positions. Terms that count padding are skipped."""
     tokens: dict[int, Tensor] = {}
     for target in (target for target in targets if not target.term.counts_padding):
         if target.depth not in tokens or not target.term.needs_teacher:

@@ -239,6 +239,7 @@ class _HeadPass:
                 right = torch.arange(rows.start + shift, rows.stop + shift, device=main_MC.device)
                 main_RC = main_MC[right % main_MC.shape[0]]
                 log_p_RV = log_probs(main_RC, self.weight)
+                # A mixture (mtp/rank.py) is wider than C: its first state stands for it.
                 teachers[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
             target.teacher = teachers[k]
 

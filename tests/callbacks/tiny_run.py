@@ -77,7 +77,7 @@ class TinyModule(pl.LightningModule):
             "loss": loss,
             "losses": losses.detach(),
             "active": [True, True],
-            "lambdas": [0.3],
+            "factors": [0.3],
             "tokens": 100,
             "flops": 1e6,
         }

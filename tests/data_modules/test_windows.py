@@ -28,6 +28,13 @@ def test_targets_of_a_small_batch_by_hand():
     assert batch.counts().tolist() == [3, 2, 1]
 
 
+def test_no_view_begins_where_the_window_has_too_few_tokens():
+    batch = WindowBatch(torch.arange(8).unsqueeze(0), depth=1, stride=2, extra=1)
+    assert batch.seq_len == 4 and batch.shifted(batch.tokens, 1).tolist() == [[3, 4, 5, 6]]
+    with pytest.raises(AssertionError):
+        batch.shifted(batch.tokens, 2)
+
+
 def test_targets_without_a_mask_are_views_of_one_tensor():
     batch = batch_of([list(range(8)), list(range(10, 18))], 3)
     storage = batch.tokens.untyped_storage().data_ptr()

@@ -23,7 +23,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.rope import RopeScaling, YarnScaling
+from mtp_lightning.nn.rope import Llama3Scaling, YarnScaling
 from mtp_lightning.weights import Stored, build_model
 from tests import deepseek, models
 from tests.integration.helpers import CONF
@@ -40,7 +40,7 @@ def dense(**changes: Any) -> TrunkConfig:
     return replace(DENSE, **{"d_head": None, **changes})
 
 
-STRETCHED = RopeScaling(
+STRETCHED = Llama3Scaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=32
 )
 TRUNKS = {

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.feed import OwnLoss
 from mtp_lightning.mtp.kinds import Chain, SideBySide
+from mtp_lightning.mtp.summary import Summary, SummaryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.objective.balance.base import NoBalance
@@ -95,6 +98,56 @@ def test_what_heads_side_by_side_share_is_trained(tiny_trunk: TrunkConfig) -> No
     assert expected["shared.weight"].any() and expected["scale"].any()
     for name, change in expected.items():
         torch.testing.assert_close(changes[name], change, msg=name)
+
+
+class SharesByFrozenSum(Shares):
+    """The shared vector is frozen, and a matrix is read by its sum, whose gradient is one row that
+    is shown as many."""
+
+    def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config, trunk)
+        self.scale = nn.Parameter(torch.ones(trunk.d_model), requires_grad=False)
+        self.table = nn.Parameter(torch.zeros(3, trunk.d_model))
+
+    def step(self, k, branch_BTC, ctx):
+        return super().step(k, branch_BTC, ctx) + self.table.sum(0)
+
+
+def test_a_head_may_have_frozen_weights_and_read_sums(tiny_trunk: TrunkConfig) -> None:
+    changes = train(tiny_trunk, SharesByFrozenSum)
+    assert not changes["scale"].any() and changes["shared.weight"].any()
+    first, *others = changes["table"]
+    assert first.any() and all(torch.allclose(row, first, atol=1e-6) for row in others)
+
+
+class OneAtEvenPositions(OwnLoss):
+    def __init__(self, weight: torch.Tensor, batch: WindowBatch) -> None:
+        even_T = torch.arange(batch.seq_len, device=batch.device) % 2 == 0
+        super().__init__(weight, even_T.expand(len(batch), -1))
+
+    def value(self, rows, logits_RV):
+        return 1 + 0 * logits_RV.sum(-1)
+
+
+class OwnLossStack(Summary):
+    def own_loss(self, k, batch):
+        return OneAtEvenPositions(self.head.weight, batch)
+
+
+def test_an_own_loss_is_a_mean_over_the_positions_that_it_counts(tiny_trunk: TrunkConfig) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class OwnLossConfig(SummaryConfig, variant="own_loss"):
+        lookahead: int = 4
+
+        def build(self, trunk: TrunkConfig):
+            return OwnLossStack(self, trunk)
+
+    config = OwnLossConfig()
+    model, extra = build(tiny_trunk, config).train(), config.extra_places
+    step = OptimizerStep(model, schedule=Piecewise(1, 0.3), balance=NoBalance(1))
+    batch = WindowBatch(windows(2, 9, 1 + extra).tokens, 1, extra=extra)
+    result = step(batch, Progress(0, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert result.losses[1] == 1 and list(result.plan.counts.valid) == [18, 10]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, "dict", "parameters"])

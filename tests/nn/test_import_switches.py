@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope import RopeScaling, over_whole_heads, rope_table
+from mtp_lightning.nn.rope import Llama3Scaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
 HALF_ROTATED = GroupedQueryConfig(d_rope=4)
 NORMED = GroupedQueryConfig(qk_norm=True)
-SCALING = RopeScaling(
+SCALING = Llama3Scaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
 )
 
@@ -122,6 +123,11 @@ def test_scaled_frequencies_follow_llama_3s_rule() -> None:
     assert cases == {"unchanged", "interpolated", "divided"}
     whole, _ = over_whole_heads(*rope_table(torch.tensor([position]), d_head, theta, SCALING))
     assert torch.equal(whole[0, : d_head // 2], cos[0])
+
+
+def test_a_scaling_may_be_any_mapping() -> None:
+    trunk = replace(deepseek.TRUNK, rope_scaling=MappingProxyType(asdict(SCALING)))
+    assert trunk.rope_scaling == SCALING
 
 
 @pytest.mark.parametrize("change", [{"factor": 0}, {"low_freq_factor": 5.0}])

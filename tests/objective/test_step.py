@@ -142,7 +142,10 @@ def test_flops_of_depths_with_a_target_are_those_of_pytorchs_operators(
         assert result.flops == counted.total > 0
 
 
-@pytest.mark.parametrize(("variant", "rule"), [("sequential", "none"), ("parallel", "dwa")])
+@pytest.mark.parametrize(
+    ("variant", "rule"),
+    [("sequential", "none"), ("parallel", "dwa"), ("sequential", "sampled_depths")],
+)
 def test_a_frozen_trunk_has_a_main_prediction_only_for_rules_that_need_it(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
@@ -229,19 +232,20 @@ def test_a_closed_cosine_gate_changes_only_the_gradients_of_the_trunk(
 
 
 @pytest.mark.parametrize(
-    ("depth", "documents", "message"),
+    ("depth", "masks", "message"),
     [
-        (DEPTH, torch.arange(6).unsqueeze(0), "no valid target"),
-        (DEPTH - 1, None, "built for mtp.depth=1 but the model's is 2"),
-        (DEPTH + 1, None, "built for mtp.depth=3 but the model's is 2"),
+        (DEPTH, [torch.arange(6).unsqueeze(0)], "no valid target: every position crosses a doc"),
+        (DEPTH, [None, torch.zeros(1, 6).bool()], "no valid target: no token may be a target"),
+        (DEPTH - 1, [], "built for mtp.depth=1 but the model's is 2"),
+        (DEPTH + 1, [], "built for mtp.depth=3 but the model's is 2"),
     ],
 )
 def test_a_batch_that_cannot_be_trained_on_is_refused(
-    tiny_trunk: TrunkConfig, depth: int, documents: torch.Tensor | None, message: str
+    tiny_trunk: TrunkConfig, depth: int, masks: list[torch.Tensor | None], message: str
 ) -> None:
     training = Training(tiny_trunk, "sequential", NoBalance(DEPTH))
     with pytest.raises(ValueError, match=message):
-        training(WindowBatch(torch.zeros(1, 6).long(), depth, documents))
+        training(WindowBatch(torch.zeros(1, 6).long(), depth, *masks))
 
 
 @pytest.mark.parametrize("factors", [[0.3], [0.3, 0.3, 0.3]])
@@ -251,7 +255,7 @@ def test_a_users_factors_for_other_depths_are_refused(
     class Uneven(Balance):
         name = "users"
 
-        def factors(self, base, progress):
+        def factors(self, lambdas, progress):
             return [1.0, *factors]
 
     with pytest.raises(ValueError, match=f"Uneven gives factors for {len(factors)} depths"):

@@ -32,14 +32,14 @@ class Observed:
 
     Attributes:
         progress: progress before the step.
-        base: [D + 1], 1 and the schedule's lambda_k.
+        lambdas: [D + 1], 1 and the schedule's lambda_k.
         factors: [D + 1], the factors of the losses.
         losses: [D + 1], L_k, fp64 on the CPU; 0 where not computed.
         gradients: the gradients measured in this step; None if none were.
     """
 
     progress: Progress
-    base: Sequence[float]
+    lambdas: Sequence[float]
     factors: Sequence[float]
     losses: Tensor
     gradients: TaskGradients | None = None
@@ -84,10 +84,10 @@ class Balance:
     def __post_init__(self) -> None:
         check_settings(self, "balance")
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
         """The factors [D + 1] of the losses in the next step, by default ``base``: 1 and the
         schedule's lambda_k. It does not change the rule's state."""
-        return list(base)
+        return list(lambdas)
 
     def needs_main(self, mtp: MTPConfig) -> bool:
         """Whether steps compute the main prediction. With a frozen trunk nothing learns from it,
@@ -103,7 +103,7 @@ class Balance:
         due = (progress.step + 1) % self.every_n_steps == 0
         return self.scope is not None and due and not self.rests_at(progress)
 
-    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:
+    def gate(self, lambdas: Sequence[float], gradients: TaskGradients) -> None:
         """Change the accumulated gradients before they are clipped."""
 
     def update(self, step: Observed) -> dict[str, float]:
@@ -111,9 +111,9 @@ class Balance:
         log."""
         return {}
 
-    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
+    def active_sets(self, lambdas: Sequence[float]) -> list[tuple[float, list[int]]]:
         """The sets of MTP depths that a step may compute, each with its probability."""
-        return [(1.0, depths_of(base))]
+        return [(1.0, depths_of(lambdas))]
 
     @property
     def skips(self) -> bool:
@@ -121,8 +121,9 @@ class Balance:
         return False
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer learns for the rule, without weight decay. The rule sets
-        their gradients itself, the same on every rank; they are in no autograd graph."""
+        """Parameters that the optimizer learns for the rule; ``optimizer=adamw`` does not decay
+        them, groups treat them like their own. The rule sets their gradients itself, the same on
+        every rank; they are in no autograd graph."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,9 +143,9 @@ class NoBalance(Balance):
     observes = False
 
 
-def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:
+def multiplied(lambdas: Sequence[float], weights: Tensor) -> list[float]:
     """``w_k lambda_k``, with 0 where lambda_k is 0."""
-    return [b * w if b else 0.0 for b, w in zip(base, weights.tolist(), strict=True)]
+    return [x * w if x else 0.0 for x, w in zip(lambdas, weights.tolist(), strict=True)]
 
 
 def softmax_weights(scores: Tensor, tasks: Sequence[int]) -> Tensor:

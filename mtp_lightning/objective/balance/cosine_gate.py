@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtp_lightning.objective.balance.base import Balance, Observed
+from mtp_lightning.objective.plan import depths_of
 
 if TYPE_CHECKING:
     from mtp_lightning.objective.balance.gradients import TaskGradients
@@ -40,12 +41,12 @@ class CosineGate(Balance):
         super().__post_init__()
         self._cosines: dict[int, float] = {}
 
-    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:
+    def gate(self, lambdas: Sequence[float], gradients: TaskGradients) -> None:
         for k, cosine in gradients.cosines.items():
             before = self._cosines.get(k, cosine)
             self._cosines[k] = self.ema * before + (1 - self.ema) * cosine
             if not self.is_open(k):
-                gradients.subtract(k, base[k])
+                gradients.subtract(k, lambdas[k])
 
     def is_open(self, k: int) -> bool:
         """Whether the gradient of depth ``k`` reaches the trunk."""
@@ -53,7 +54,7 @@ class CosineGate(Balance):
 
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
-        for k in step.computed[1:]:
+        for k in depths_of(step.factors):
             values[f"balance/cosine_depth_{k}"] = self._cosines[k]
             values[f"balance/gate_depth_{k}"] = float(self.is_open(k))
         return values

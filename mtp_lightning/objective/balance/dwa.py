@@ -52,8 +52,10 @@ class DWA(Balance):
         ratio = self._means[1] / self._means[0]
         return torch.where(ratio.isfinite(), ratio, 1.0)
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return multiplied(base, softmax_weights(self.ratios() / self.temperature, tasks_of(base)))
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
+        return multiplied(
+            lambdas, softmax_weights(self.ratios() / self.temperature, tasks_of(lambdas))
+        )
 
     def update(self, step: Observed) -> dict[str, float]:
         ratios = self.ratios().tolist()

@@ -51,8 +51,8 @@ class GradNorm(Balance):
         # L_k(0); NaN before it is known.
         self._first = torch.full((self.depth + 1,), torch.nan, dtype=torch.float64)
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return multiplied(base, self._weights)
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
+        return multiplied(lambdas, self._weights)
 
     def update(self, step: Observed) -> dict[str, float]:
         tasks = step.computed

@@ -30,7 +30,7 @@ class RandomWeights(Balance):
 
     seed: int
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
         rng = generator(self.seed, f"balance:{self.name}:{progress.step}")
         scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=rng)
-        return multiplied(base, softmax_weights(scores, tasks_of(base)))
+        return multiplied(lambdas, softmax_weights(scores, tasks_of(lambdas)))

@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.nn.init import generator
 from mtp_lightning.objective.balance.base import Balance, Observed
-from mtp_lightning.objective.plan import depths_of, tasks_of
+from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import is_number, require
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.base import MTPConfig
 
 _DECAY = 0.9
 
@@ -63,7 +67,7 @@ class SampledDepths(Balance):
         self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
         self._mean = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
 
-    def chances(self, base: Sequence[float]) -> Tensor:
+    def chances(self, lambdas: Sequence[float]) -> Tensor:
         """p_k [D + 1], fp64; 0 for the main prediction, and where lambda_k is 0."""
         if self.probabilities == "loss_ratio":
             shares = (self._mean / self._first).nan_to_num(nan=1.0, posinf=1.0)
@@ -71,32 +75,35 @@ class SampledDepths(Balance):
             shares = torch.ones(self.depth + 1, dtype=torch.float64)
         else:
             shares = torch.tensor([0.0, *self.probabilities], dtype=torch.float64)
-        drawable = torch.tensor([k > 0 and b != 0 for k, b in enumerate(base)])
+        drawable = torch.tensor([k > 0 and x != 0 for k, x in enumerate(lambdas)])
         shares = torch.where(drawable, shares, 0.0)
         return shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        factors = [base[0], *[0.0] * self.depth]
-        if len(tasks_of(base)) > 1:
-            chances = self.chances(base)
+    def needs_main(self, mtp: MTPConfig) -> bool:
+        return mtp.trains_trunk  # the rule reads the losses of the depths alone
+
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
+        factors = [lambdas[0], *[0.0] * self.depth]
+        if depths_of(lambdas):
+            chances = self.chances(lambdas)
             rng = generator(self.seed, f"balance:{self.name}:{progress.step}")
             k = int(torch.multinomial(chances, 1, generator=rng))
-            factors[k] = base[k] / float(chances[k])
+            factors[k] = lambdas[k] / float(chances[k])
         return factors
 
     def update(self, step: Observed) -> dict[str, float]:
-        chances = self.chances(step.base).tolist()
-        for k in step.computed[1:]:
+        chances = self.chances(step.lambdas).tolist()
+        for k in depths_of(step.factors):
             if self._first[k].isnan():
                 self._first[k] = self._mean[k] = step.losses[k]
             else:
                 self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * step.losses[k]
-        return {f"balance/probability_depth_{k}": chances[k] for k in depths_of(step.base)}
+        return {f"balance/probability_depth_{k}": chances[k] for k in depths_of(step.lambdas)}
 
-    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
-        depths = depths_of(base)
-        chances = self.chances(base).tolist()
-        return [(chances[k], [k]) for k in depths] or super().active_sets(base)
+    def active_sets(self, lambdas: Sequence[float]) -> list[tuple[float, list[int]]]:
+        depths = depths_of(lambdas)
+        chances = self.chances(lambdas).tolist()
+        return [(chances[k], [k]) for k in depths] or super().active_sets(lambdas)
 
     @property
     def skips(self) -> bool:

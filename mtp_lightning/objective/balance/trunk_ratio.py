@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.objective.balance.base import Balance, Observed
+from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import Progress
 
 _SMALLEST, _LARGEST = 0.01, 1.0
@@ -52,9 +53,9 @@ class TrunkRatio(Balance):
         self._lambdas: dict[int, float] = {}
         self._ratios: dict[int, float] = {}
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        lambdas = [self._lambdas.get(k, _clipped(b)) if b else 0.0 for k, b in enumerate(base)]
-        return [base[0], *lambdas[1:]]
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
+        own = [self._lambdas.get(k, _clipped(x)) if x else 0.0 for k, x in enumerate(lambdas)]
+        return [lambdas[0], *own[1:]]
 
     def rests_at(self, progress: Progress) -> bool:
         return round(progress.fraction + self.frozen, 9) >= 1  # 1 - 0.18 is above 82 / 100
@@ -62,7 +63,7 @@ class TrunkRatio(Balance):
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
         norms = None if step.gradients is None else step.gradients.norms
-        for k in step.computed[1:]:
+        for k in depths_of(step.factors):
             weight = self._lambdas.setdefault(k, step.factors[k])
             if norms is not None and norms[0]:
                 share = weight * norms[k] / norms[0]

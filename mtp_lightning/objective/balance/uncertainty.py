@@ -7,10 +7,10 @@ published objective. Here lambda_k multiplies the whole term: the optimum is ``e
 (2 L_k)`` for any lambda_k, so the factor of ``L_k``, ``lambda_k e^{-s_k}``, stays proportional to
 lambda_k.
 
-The ``s_k`` are parameters of the run's optimizer, at its learning rate, without weight decay or
-gradient clipping. Their gradients are computed in closed form, ``lambda_k (1/2 - L_k e^{-s_k})``,
-from the step's losses over all ranks. The logged ``train/loss`` is the weighted sum of the losses,
-without the ``s_k / 2``.
+The ``s_k`` are parameters of the run's optimizer, at its learning rate and without gradient
+clipping (weight decay: :meth:`Balance.parameters`). Their gradients are computed in closed form,
+``lambda_k (1/2 - L_k e^{-s_k})``, from the step's losses over all ranks. The logged ``train/loss``
+is the weighted sum of the losses, without the ``s_k / 2``.
 
 Cost: only reading the losses.
 """
@@ -42,14 +42,14 @@ class Uncertainty(Balance):
             nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(self.depth + 1)
         ]
 
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return [b * math.exp(-s.item()) for b, s in zip(base, self._log_variances, strict=True)]
+    def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
+        return [x * math.exp(-s.item()) for x, s in zip(lambdas, self._log_variances, strict=True)]
 
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
         for k in step.computed:
             s = self._log_variances[k]
-            gradient = step.base[k] / 2 - step.factors[k] * float(step.losses[k])
+            gradient = step.lambdas[k] / 2 - step.factors[k] * float(step.losses[k])
             s.grad = torch.full_like(s, gradient)
             values[f"balance/log_variance_depth_{k}"] = s.item()
         return values

@@ -38,39 +38,6 @@ class Coupled(Term):
     def value(self, chunk: Chunk) -> Tensor:
         return 1 - self.accepted(chunk)
 
-    def together(
-        self, accepted: ByDepth, valid: ByDepth, coefficients: ByDepth
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The loss of every depth, and the factor of the gradient of ``1 - s_i``.
-
-        A depth that does not count at a position has no draft there that could be rejected: its
-        ``s`` is taken as 1.
-
-        Args:
-            accepted: ``s``, in the order of depths.
-            valid: bool, where a depth counts.
-            coefficients: the weight of a depth's loss at a position.
-
-        Returns:
-            depth j -> ``1 - prod_{i<=j} s_i`` [B, T]; depth i -> ``sum_{j>=i} coefficient_j
-            prod_{l<=j, l!=i} s_l`` [B, T], over the depths j that count.
-        """
-        depths = list(accepted)
-        chances = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
-        losses, scales = {}, {}
-        product = torch.ones_like(accepted[depths[0]])
-        for k in depths:
-            product = product * chances[k]
-            losses[k] = 1 - product
-        for i in depths:
-            # Without a division: an s may be 0.
-            others_product, scales[i] = torch.ones_like(product), torch.zeros_like(product)
-            for j in depths:
-                others_product = others_product if j == i else others_product * chances[j]
-                if j >= i:
-                    scales[i] = scales[i] + coefficients[j] * valid[j] * others_product
-        return losses, scales
-
 
 class Accepted(PositionMeasure):
     """How likely a depth's draft is accepted, as its term says."""
@@ -106,9 +73,43 @@ class Coupling(Rule):
             for k, t in coupled.items()
         }
         coefficients = {k: t.coefficient * weights[k] for k, t in coupled.items()}
-        losses, scales = self.term.together(accepted, valid, coefficients)
+        losses, scales = _together(accepted, valid, coefficients)
         replacements = {
             k: replace(t, weights=scales[k] / t.coefficient, values=losses[k] * weights[k])
             for k, t in coupled.items()
         }
         return [replacements[t.depth] if t.term is self.term else t for t in targets]
+
+
+def _together(
+    accepted: ByDepth, valid: ByDepth, coefficients: ByDepth
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The loss of every depth, and the factor of the gradient of ``1 - s_i``.
+
+    A depth that does not count at a position has no draft there that could be rejected: its
+    ``s`` is taken as 1.
+
+    Args:
+        accepted: ``s``, in the order of depths.
+        valid: bool, where a depth counts.
+        coefficients: the weight of a depth's loss at a position.
+
+    Returns:
+        depth j -> ``1 - prod_{i<=j} s_i`` [B, T]; depth i -> ``sum_{j>=i} coefficient_j
+        prod_{l<=j, l!=i} s_l`` [B, T], over the depths j that count.
+    """
+    depths = list(accepted)
+    chances = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
+    losses, scales = {}, {}
+    product = torch.ones_like(accepted[depths[0]])
+    for k in depths:
+        product = product * chances[k]
+        losses[k] = 1 - product
+    for i in depths:
+        # Without a division: an s may be 0.
+        others_product, scales[i] = torch.ones_like(product), torch.zeros_like(product)
+        for j in depths:
+            others_product = others_product if j == i else others_product * chances[j]
+            if j >= i:
+                scales[i] = scales[i] + coefficients[j] * valid[j] * others_product
+    return losses, scales

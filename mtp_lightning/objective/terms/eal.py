@@ -27,10 +27,10 @@ class EAL(Coupled):
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         # -q_a ([j = a] - q_j), in the place of the log-probabilities.
-        best_R1, accepted_R = _greedy(chunk), self.accepted(chunk)
-        accepted_R1 = accepted_R.unsqueeze(-1)
+        best_R1 = _greedy(chunk)
+        accepted_R1 = chunk.log_probs_RV.gather(1, best_R1).exp()
         d_logits_RV = exp_(chunk.log_probs_RV).mul_(accepted_R1)
-        return 1 - accepted_R, d_logits_RV.scatter_add_(1, best_R1, -accepted_R1)
+        return 1 - accepted_R1.squeeze(-1), d_logits_RV.scatter_add_(1, best_R1, -accepted_R1)
 
 
 def _greedy(chunk: Chunk) -> Tensor:

@@ -34,8 +34,11 @@ class LK(Term):
         return w_R * divergence(chunk) + (1 - w_R) * (1 - alpha_R)
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        value_R = self.value(chunk)
+        kl_R = divergence(chunk)
         p_RV, q_RV = chunk.teacher.probs_RV, chunk.log_probs_RV.exp_()
-        w_R1 = (-self.rate * acceptance(p_RV, q_RV)).exp().unsqueeze(-1)
+        alpha_R = acceptance(p_RV, q_RV)
+        w_R = (-self.rate * alpha_R).exp()
+        w_R1 = w_R.unsqueeze(-1)
         d_logits_RV = (q_RV - p_RV).mul_(w_R1)  # of the divergence
-        return value_R, d_logits_RV.add_(tv_gradient(p_RV, q_RV).mul_(1 - w_R1))
+        d_logits_RV.add_(tv_gradient(p_RV, q_RV).mul_(1 - w_R1))
+        return w_R * kl_R + (1 - w_R) * (1 - alpha_R), d_logits_RV

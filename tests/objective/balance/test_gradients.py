@@ -198,7 +198,7 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     groups = {"trunk": parameters}
     (measured,) = task_gradients(model, step.objective, plan, [1], groups).values()
     for micro in plan.micro_batches:
-        loss, _, _ = step.loss(plan, micro)
+        loss, _, _ = step.forward_micro_batch(plan, micro)
         loss.backward()
     accumulated = torch.cat([p.grad.flatten() for p in parameters])
     torch.testing.assert_close(accumulated, measured.vectors[0] + 0.3 * measured.vectors[1])

@@ -34,16 +34,20 @@ def feed(
     step: int,
     losses: list[float],
     *,
-    base: list[float] = BASE,
+    lambdas: list[float] = BASE,
     gradients: TaskGradients | None = None,
 ) -> dict[str, float]:
-    factors = rule.factors(base, at(step))
+    factors = rule.factors(lambdas, at(step))
     if gradients is not None:
-        rule.gate(base, gradients)
+        rule.gate(lambdas, gradients)
     computed = real([x if f else 0.0 for x, f in zip(losses, factors, strict=True)])
     return rule.update(
         Observed(
-            progress=at(step), base=base, factors=factors, losses=computed, gradients=gradients
+            progress=at(step),
+            lambdas=lambdas,
+            factors=factors,
+            losses=computed,
+            gradients=gradients,
         )
     )
 
@@ -93,7 +97,7 @@ def test_dwa_equals_its_formula() -> None:
 def test_dwa_takes_the_mean_of_the_steps_in_which_a_depth_was_computed() -> None:
     rule, seldom = DWA(2, window_steps=2), [1.0, 0.3, 0.0]
     for step in range(4):
-        feed(rule, step, LOSSES[step], base=seldom if step == 2 else BASE)
+        feed(rule, step, LOSSES[step], lambdas=seldom if step == 2 else BASE)
     first, second = [(a + b) / 2 for a, b in zip(LOSSES[0], LOSSES[1], strict=True)], LOSSES[3]
     ratios = [(LOSSES[2][k] + second[k]) / 2 / first[k] for k in (0, 1)] + [second[2] / first[2]]
     assert rule.ratios().tolist() == pytest.approx(ratios)
@@ -103,7 +107,7 @@ def test_dwa_ignores_a_depth_of_weight_0_and_starts_a_new_one_with_ratio_1() -> 
     rule = DWA(2, window_steps=1)
     off = [1.0, 0.3, 0.0]
     for step in range(3):
-        feed(rule, step, LOSSES[step], base=off)
+        feed(rule, step, LOSSES[step], lambdas=off)
     ratios = [LOSSES[2][k] / LOSSES[1][k] for k in (0, 1)]
     two = [2 * s for s in softmax([r / 2 for r in ratios])]
     assert rule.factors(off, at(3)) == pytest.approx([two[0], 0.3 * two[1], 0.0])
@@ -129,7 +133,7 @@ def test_uncertainty_has_the_gradient_of_the_published_objective() -> None:
     gradient = torch.stack([p.grad for p in rule.parameters()])  # type: ignore[misc]
     torch.testing.assert_close(gradient, s.grad, rtol=1e-12, atol=0)
     off = Uncertainty(2)
-    feed(off, 0, LOSSES[0], base=[1.0, 0.3, 0.0])
+    feed(off, 0, LOSSES[0], lambdas=[1.0, 0.3, 0.0])
     assert [p.grad is None for p in off.parameters()] == [False, False, True]
 
 
@@ -167,14 +171,14 @@ def test_gradnorm_raises_the_rates_of_training_to_the_power_alpha() -> None:
 def test_gradnorm_keeps_weights_positive_and_measures_every_n_steps() -> None:
     rule = GradNorm(1, lr=10.0, every_n_steps=3)
     assert [rule.measures_at(at(s)) for s in range(6)] == [False, False, True] * 2
-    feed(rule, 0, [5.0, 5.0], base=[1.0, 1.0])
+    feed(rule, 0, [5.0, 5.0], lambdas=[1.0, 1.0])
     assert rule.factors([1.0, 1.0], at(1)) == [1.0, 1.0]
-    feed(rule, 2, [5.0, 5.0], base=[1.0, 1.0], gradients=vectors([9.0], [0.1]))
+    feed(rule, 2, [5.0, 5.0], lambdas=[1.0, 1.0], gradients=vectors([9.0], [0.1]))
     weights = rule.factors([1.0, 1.0], at(3))
     assert min(weights) > 0 and sum(weights) == pytest.approx(2)
     # A depth of weight 0 keeps its weight, and the other two sum to 2.
     wide = GradNorm(2)
-    feed(wide, 0, LOSSES[0], base=[1.0, 0.3, 0.0], gradients=vectors([2.0], [0.5]))
+    feed(wide, 0, LOSSES[0], lambdas=[1.0, 0.3, 0.0], gradients=vectors([2.0], [0.5]))
     main, first, off = wide.factors([1.0, 1.0, 1.0], at(1))
     assert off == 1.0 and main + first == pytest.approx(2) and main < 1 < first
 
@@ -204,7 +208,7 @@ def test_cosine_gate_decides_by_a_moving_average_of_cosines() -> None:
         parameter.grad = main + 0.3 * other
         expected = main + 0.3 * other * (average >= 0)
         gradients = TaskGradients({0: main, 1: other}, [parameter])
-        values = feed(rule, step, [5.0, 5.0], base=[1.0, 0.3], gradients=gradients)
+        values = feed(rule, step, [5.0, 5.0], lambdas=[1.0, 0.3], gradients=gradients)
         assert values["balance/cosine_depth_1"] == pytest.approx(average)
         torch.testing.assert_close(parameter.grad, expected)
     assert average < 0
@@ -259,10 +263,10 @@ def test_trunk_ratio_is_frozen_in_the_last_twentieth_of_a_run() -> None:
     assert [later.rests_at(at(step, 100)) for step in (81, 82)] == [False, True]
     slow = TrunkRatio(1, every_n_steps=10)
     assert [s for s in range(200) if slow.measures_at(at(s, 200))] == list(range(9, 190, 10))
-    feed(rule, 0, [5.0, 5.0], base=[1.0, 0.3], gradients=vectors([1.0], [0.1]))
+    feed(rule, 0, [5.0, 5.0], lambdas=[1.0, 0.3], gradients=vectors([1.0], [0.1]))
     moved = rule.factors([1.0, 0.3], at(1))
     assert moved[1] > 0.3
-    feed(rule, 195, [5.0, 5.0], base=[1.0, 0.3])
+    feed(rule, 195, [5.0, 5.0], lambdas=[1.0, 0.3])
     assert rule.factors([1.0, 0.3], at(196)) == moved
 
 
