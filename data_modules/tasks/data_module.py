@@ -29,8 +29,8 @@ class TaskDataModule(WindowDataModule):
         task: the task.
         tokenizer: the stored tokenizer of the run that is evaluated; it must have the task's
             symbols.
-        seq_len: T; None for the length of the longest example. A longer window holds several
-            examples, none of which sees the others.
+        seq_len: T; None for the tokens of the longest example but its last, which is only a
+            target. A longer window holds several examples, none of which sees the others.
         examples: size of the training set; None for fresh examples without end.
         eval_examples: size of the validation set, and of each out-of-distribution set.
         train_prompt: whether prompts are trained too.

@@ -180,8 +180,8 @@ def description(measured: Measured) -> str:
     greedy, samples = _fastest(measured.greedy), _fastest(measured.sampled)
     return (
         f"Measured once, for this machine: {greedy} for greedy text, {samples} for samples; "
-        f"drafts that gain less than {MIN_GAIN_MEASURED - 1:.0%} are not used at first (greedy "
-        "text tries them again later). draft_depth=N sets another number."
+        f"drafts that gain less than {MIN_GAIN_MEASURED - 1:.0%} are not used at first. "
+        "draft_depth=N sets another number."
     )
 
 

@@ -313,7 +313,7 @@ def test_the_description_names_the_numbers_of_drafts_and_their_speed() -> None:
     assert description(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
         "Measured once, for this machine: 2 drafts per pass (2.71 x plain) for greedy text, "
         "no draft (one makes 0.75 x plain) for samples; drafts that gain less than 10% are not "
-        "used at first (greedy text tries them again later). draft_depth=N sets another number."
+        "used at first. draft_depth=N sets another number."
     )
     assert not Measured(greedy=slow, sampled=slow).pays
     assert Measured(greedy=Payoff((1.0, 1.4), (0.41,)), sampled=slow).pays

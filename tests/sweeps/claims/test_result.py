@@ -171,7 +171,7 @@ def test_the_pages_have_verdicts_numbers_and_commands(tmp_path, capsys):
         "GPU): not run.",
         "### other: not run",
         "Nobody knows.",
-        f"`python -m sweeps.claims run other --claims {claims}`, about 7 minutes on two cores.",
+        f"`python -m sweeps.claims run other --claims {claims}`, about 7 minutes on one core.",
     ):
         assert text in page, text
     readme = (tmp_path / "README.md").read_text()
