@@ -24,6 +24,7 @@ from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.stored import read_json
 
 # The most points of a run at which the cost of a step is computed; it is constant between them.
@@ -121,7 +122,7 @@ def run_reference(folder: str | Path) -> Reference:
         FileNotFoundError: there is no summary: the folder is not a run's, or the run is unfinished.
         UserError: the summary lacks parameters or FLOPs, or they are not above 0.
     """
-    file = Path(folder) / "summary.json"
+    file = Path(folder) / SUMMARY_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"compare.reference={folder} holds no summary.json: give the folder of a finished run."

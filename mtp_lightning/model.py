@@ -104,7 +104,7 @@ class MTPModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        parts.load()
+        parts.load_cpu()
         self.config = config
         self.compiled = False
         self.trunk = Trunk(config.trunk)

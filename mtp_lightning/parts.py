@@ -87,7 +87,7 @@ PARTS = {
 
 
 @cache
-def load() -> None:
+def load_cpu() -> None:
     """Import the part ``cpu``, which registers its layers with the core, if it is installed."""
     if is_there("cpu"):
         importlib.import_module(PARTS["cpu"].module)

@@ -58,18 +58,18 @@ def end_with(parent: int) -> bool:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_look_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     return os.getppid() == parent
 
 
 def end_with_starter() -> bool:
     """Call :func:`end_with` for the process that the environment variable :data:`STARTER` names;
     return True if it is not set."""
-    starter = os.environ.get(STARTER)
+    starter = os.environ.pop(STARTER, None)  # not for the processes that this one starts
     return starter is None or end_with(int(starter))
 
 
-def _look_after(parent: int) -> None:
+def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,7 @@ from mtp_lightning.nn.weight_scales import WeightScales
 ROOT = Path(__file__).parents[1]
 HAS_CPU = importlib.util.find_spec("mtp_lightning.cpu") is not None
 
-parts.load()
+parts.load_cpu()
 
 
 def native() -> Any:

@@ -166,7 +166,7 @@ def _explain(arguments: list[str]) -> None:
     """Answer ``--version``, or ``--help WORD`` [``--config-dir FOLDER``], and exit."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", dest="word", nargs="?")
-    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-dir", "-cd", type=Path, nargs="?")
     parser.add_argument("--version", action="store_true")
     args, _ = parser.parse_known_args(arguments)
     if args.word or args.version:

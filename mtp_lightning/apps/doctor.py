@@ -57,7 +57,7 @@ def _require_layout(folder: Path) -> None:
         return
     if not folder.exists():
         raise UserError(f"{folder} does not exist (looked from {Path.cwd()}): check the path.")
-    if folder.suffix == ".gguf":
+    if parts.is_gguf(folder):
         raise UserError(
             f"{folder} is a file: it is examined by mtp-lightning certify {folder}, and by "
             f"{typed('evaluate')} checkpoint={folder}."

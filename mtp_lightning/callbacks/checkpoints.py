@@ -71,7 +71,7 @@ class Checkpoints(RunCallback, Checkpoint):
     """
 
     folder: Path = Path(CHECKPOINTS)  # a relative path begins at the run's folder
-    every_n_steps: int = 100
+    every_n_steps: int = 200
     monitor: str | None = "val/loss_depth_0"
     mode: str = "min"
     keep: str = "all"
@@ -140,7 +140,7 @@ class Checkpoints(RunCallback, Checkpoint):
                 "done %d of its %d steps.",
                 *(", ".join(missed), step, trainer.max_steps),
             )
-        if BEST not in self._names and not self.best_path.exists():
+        if BEST not in self._names and not trainer.strategy.broadcast(self.best_path.exists()):
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
@@ -254,7 +254,10 @@ class Checkpoints(RunCallback, Checkpoint):
         """Handles the validation after training, if the last step had none of its own: `last.ckpt`,
         which is the validated model, may be the best."""
         step = trainer.global_step
-        may_be_best = self.best_step != step and stored_step(self.last_path) == step
+        # A value of training is not one of this validation.
+        validates = self.monitor is not None and not self.monitor.startswith("train/")
+        is_new = self.best_step != step
+        may_be_best = validates and is_new and stored_step(self.last_path) == step
         # All processes do the same, also where one sees an older file.
         if not trainer.strategy.broadcast(may_be_best) or not self._update_best(trainer):
             return

@@ -41,7 +41,7 @@ class StepProgressBar(RunCallback, ProgressBar):
     lines. A resumed run starts at the step it resumes from. The losses are read from the device
     only when something is shown.
 
-    It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
+    It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `factors` (D
     numbers), the module's `schedule`, if it has one, and the other callbacks' `RunCallback.shown`.
     The remaining time is estimated from the 10th step on: the first ones are slower.
     """

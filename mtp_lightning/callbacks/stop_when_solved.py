@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from mtp_lightning.callbacks.base import RunCallback, run_callbacks
 from mtp_lightning.callbacks.exact_match import ExactMatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.solved import EXACT
+from mtp_lightning.run.solved import EXACT, is_above
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,10 @@ class StopWhenSolved(RunCallback):
         step = trainer.global_step
         if self._solved_at is not None or step == self._counted_step:
             return
-        # Rank 0 decides for all processes. The logged value is in float32, which rounds 0.98
-        # up to 0.98000002.
+        # Rank 0 decides for all processes.
         exact_match = trainer.strategy.broadcast(self._judge.newest[EXACT])
         self._counted_step = step
-        self._in_a_row = self._in_a_row + 1 if exact_match > self.level else 0
+        self._in_a_row = self._in_a_row + 1 if is_above(exact_match, self.level) else 0
         if self._in_a_row < self.validations:
             return
         cost = {name: getattr(pl_module, name) for name in ("tokens", "flops", "seconds")}

@@ -1,7 +1,10 @@
-"""Ends all processes of a run before the same step when one of them gets SIGTERM."""
+"""Ends all processes of a run before the same step when one of them gets SIGTERM, or Slurm's
+warning."""
 
 from __future__ import annotations
 
+import os
+import signal
 from types import FrameType
 from typing import Any
 
@@ -27,6 +30,13 @@ class Termination(_SignalConnector):
         # Whether a callback checks after every step, saves, and ends the run.
         self.saves = False
         self._group: Any = None
+
+    def register_signal_handlers(self) -> None:
+        super().register_signal_handlers()
+        # Slurm's warning before its time limit (#SBATCH --signal=USR1@120) ends a run as SIGTERM
+        # does.
+        if "SLURM_JOB_ID" in os.environ and not self._has_already_handler(signal.SIGUSR1):
+            self._register_signal(signal.SIGUSR1, self._sigterm_notifier_fn)
 
     def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
         launcher = self.trainer.strategy.launcher

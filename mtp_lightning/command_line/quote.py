@@ -85,7 +85,7 @@ def _literal(argument: str, *, multirun: bool) -> str:
         return argument
     if value in ("", '""', "''"):  # often an unset variable of the shell
         raise UserError(f"{key} has no value: give it as {key}=...")
-    if value.startswith("~/") and not os.path.lexists(value):  # most shells do not expand it here
+    if value.startswith("~") and not os.path.lexists(value):  # most shells do not expand it here
         value = os.path.expanduser(value)
     if multirun and key in INPUTS and "," in value and not os.path.exists(value):
         kind = _kind(value)

@@ -93,7 +93,7 @@ def register(device: str, code: DecodingCode) -> None:
 
 
 def _code(device: str) -> DecodingCode | None:
-    parts.load()
+    parts.load_cpu()
     return _CODE.get(device)
 
 

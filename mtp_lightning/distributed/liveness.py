@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def gone_peer(evidence: str, folder: Path | None = None) -> UserError:
     """The error for a process that has ended early, with the evidence for it."""
     remedy = "Start all of them again."
     if folder is not None:
-        remedy = f"With run_dir={folder} the same command continues from the last checkpoint."
+        again = shlex.quote(f"run_dir={folder}")
+        remedy = f"With {again} the same command continues from the last checkpoint."
     return UserError(
         f"another process of this run has ended ({evidence}), so this one ends too: the last lines "
         f"of its output say why. {remedy}"
@@ -140,7 +142,7 @@ def looking_after_children(folder: Path) -> Iterator[None]:
     observer, which kills all of them without a message."""
 
     def observe(children: Sequence[subprocess.Popen[bytes]]) -> None:
-        threading.Thread(target=_look_after, args=(list(children), folder), daemon=True).start()
+        threading.Thread(target=_end_with_any, args=(list(children), folder), daemon=True).start()
 
     lightnings_own = subprocess_script._launch_process_observer
     subprocess_script._launch_process_observer = observe  # type: ignore[assignment]
@@ -150,7 +152,7 @@ def looking_after_children(folder: Path) -> Iterator[None]:
         subprocess_script._launch_process_observer = lightnings_own
 
 
-def _look_after(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
+def _end_with_any(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
     while True:
         codes = [child.poll() for child in children]
         met = dist.is_initialized()

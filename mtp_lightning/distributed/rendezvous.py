@@ -294,7 +294,7 @@ def _launched_ranks() -> tuple[int, int, int, int] | None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
     if not all(name in env for name in names[:2]):
         return None
-    rank, size, local_rank, node = (int(env.get(name, 0)) for name in names)
+    rank, size, local_rank, node = (_number_in(name) if name in env else 0 for name in names)
     return rank, size, local_rank, node
 
 

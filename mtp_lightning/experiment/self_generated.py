@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class SelfGenerated(TokenDataModule):
             key,
             lambda folder: self._write(folder, writer or self._read(), KeptTexts(texts)),
         )
-        texts.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or the cache is read-only
+            texts.unlink()
         return store, self._tokenizer
 
     def _settings(self) -> dict[str, Any]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -41,12 +48,7 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
                 built[str(key)] = instantiate(node, kind=Logger)
         except ValueError:
             raise
-        except Exception as error:
-            if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-                raise UserError(
-                    f"logger.{key} needs a package that cannot be imported: {error}"
-                ) from error
-            # A server that does not answer, for example, must not stop the run.
+        except Exception as error:  # such as a server that does not answer, which must not stop it
             warn_of_failure(str(key), "construction", error)
     folder = Path(cfg.paths.output_dir)
     if not any(isinstance(logger, MetricsCSV) for logger in built.values()):
@@ -107,6 +109,20 @@ def _checks_of_users_code(cfg: DictConfig) -> list[pl.Callback]:
     return [HiddenFuture(), FirstStep()]
 
 
+def _slurm_environment() -> list[ClusterEnvironment]:
+    """How the processes of a run inside a Slurm job are counted, as ``distributed/rendezvous.py``
+    counts them; none elsewhere. Lightning would take the SLURM_NTASKS of a batch script for the
+    number of this run's processes, also without srun."""
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
+        return []
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return [LightningEnvironment()]
+    try:
+        return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as error:
+        raise UserError(f"Lightning cannot use this srun step: {error}") from error
+
+
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
     """Build Lightning's Trainer with callbacks and loggers from a config without ``auto``.
 
@@ -122,7 +138,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         settings.pop(key)
     require_annotated(pl.Trainer, settings, "trainer")
     settings["strategy"] = processes.strategy(cfg.trainer, may_skip=may_skip)
-    plugins: list[Any] = [AtomicCheckpointIO()]
+    plugins: list[Any] = [AtomicCheckpointIO(), *_slurm_environment()]
     if settings["precision"] in MIXED:
         settings["precision"] = MIXED[0]
     if settings["precision"] == "64-true":

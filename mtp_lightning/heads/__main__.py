@@ -20,6 +20,7 @@ from mtp_lightning.heads.phases import (
     say,
 )
 from mtp_lightning.run.folder import claimed
+from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.settings import require_number
 from mtp_lightning.stored import read_json
 
@@ -73,7 +74,7 @@ def certify_command(run: Path, activations: str, output: Path) -> list[str]:
 
 
 def _say_result(folder: Path, plan: Any) -> None:
-    summary = read_json(folder / RUN / "summary.json")
+    summary = read_json(folder / RUN / SUMMARY_FILE)
     for name, tag, form in (
         ("agreement", "val/agreement_depth_1", "{:.1%} of tokens are the trunk's own"),
         ("tokens", "decode/tokens_per_step", "{:.2f} per pass"),

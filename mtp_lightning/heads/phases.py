@@ -19,7 +19,10 @@ from typing import Any
 
 from mtp_lightning.command_line.shell import Parser, Stopped
 from mtp_lightning.errors import UserError
+from mtp_lightning.parts import is_gguf
+from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.stored import read_json
+from mtp_lightning.system import STARTER
 
 PLAN, RUN, EXPORT = "plan.json", "run", "model"
 # Settings of training that follow from the command's own options.
@@ -68,7 +71,8 @@ def output_of(args: Any, ending: str, *models: Path) -> Path:
     Raises:
         UserError: it lies inside the folder of a model, whose files must not change.
     """
-    name = models[0].resolve().name.removesuffix(".gguf")
+    path = models[0].resolve()
+    name = path.stem if is_gguf(path) else path.name
     output: Path = (args.output or Path(f"{name}_{ending}")).resolve()
     for model in models:
         if model.is_dir() and output.is_relative_to(model.resolve()):
@@ -138,7 +142,7 @@ def run_training(plan: Any, folder: Path) -> Path:
     """Train as planned; return the run's folder."""
     run = folder / RUN
     command = ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"]
-    run_phase("training", run / "summary.json", command)
+    run_phase("training", run / SUMMARY_FILE, command)
     return run
 
 
@@ -163,7 +167,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     say(name, shlex.join(["python", "-m", *command]))
     began = time.monotonic()
     # Modules are found where this one was, not in the folder in which it was typed.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", STARTER: str(os.getpid())}
     with subprocess.Popen([sys.executable, "-m", *command], env=environment) as phase:
         # SIGTERM is forwarded to the phase; Ctrl-C reaches both processes.
         forwarded: list[int] = []

@@ -94,7 +94,8 @@ def check_names(names: Iterable[str], wanted: Collection[str], path: Path) -> No
     Raises:
         CheckFailed: a name is missing or unknown.
     """
-    for name in sorted({*names} ^ {*wanted}):
+    if different := sorted({*names} ^ {*wanted}):
+        name = different[0]
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {path}.")
 
 

@@ -39,20 +39,24 @@ class ServiceLogger(RunLogger):
         return self._recall()
 
     def resume_from(self, step: int) -> None:
-        """Finds out what was sent after ``step``: the values in ``metrics.csv``, if the service
-        knows the run. Called before that file is cut."""
+        """Finds out what was sent after ``step``, if the service knows the run: what earlier starts
+        noted, and the values in ``metrics.csv``. Called before that file is cut."""
         file = self._run_folder / METRICS_FILE
+        sent = self._noted() if self._recall() else {}
         rows = read_metrics(file) if self._recall() and file.is_file() else []
-        self._sent = {int(row[STEP]): frozenset(row) for row in rows if row[STEP] > step}
+        for row in rows:
+            sent[int(row[STEP])] = sent.get(int(row[STEP]), frozenset()) | frozenset(row)
+        self._sent = {done: tags for done, tags in sent.items() if done > step}
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
         """Begins the run with its settings, or finds it again."""
         self._run_folder.mkdir(parents=True, exist_ok=True)
         run = self._begin(params)
-        if self._recall() != run:
-            trackers = {**self._read_trackers(), self._service: run}
-            write_json(trackers, self._run_folder / TRACKERS_FILE)
+        # What is cut from metrics.csv now may be all that is known of these steps.
+        noted = {str(step): sorted(tags) for step, tags in self._sent.items()}
+        trackers = {**self._read_trackers(), self._service: run, f"{self._service}_sent": noted}
+        write_json(trackers, self._run_folder / TRACKERS_FILE)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -73,7 +77,12 @@ class ServiceLogger(RunLogger):
         name = self._read_trackers().get(self._service)
         return name if isinstance(name, str) else None
 
-    def _read_trackers(self) -> dict[str, str]:
+    def _noted(self) -> dict[int, frozenset[str]]:
+        """The tags that the service had after the last start, by step."""
+        noted = self._read_trackers().get(f"{self._service}_sent")
+        return {int(s): frozenset(t) for s, t in noted.items()} if isinstance(noted, dict) else {}
+
+    def _read_trackers(self) -> dict[str, Any]:
         try:
             content = json.loads((self._run_folder / TRACKERS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -212,5 +212,5 @@ def register_code(describe: Callable[[], tuple[str, str]]) -> None:
 def code() -> tuple[str, str]:
     """Name (stored in checkpoints) and description of the code that computes the ops on a CPU.
     Other code may give other last bits of a run."""
-    parts.load()
+    parts.load_cpu()
     return _describe() if _describe else ("pytorch", "PyTorch's operators")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
 
-# Start of a run's progress lines: each line replaces the one before.
-_PROGRESS = "step "
+from mtp_lightning.system import STARTER
+
+# A run's progress line, which replaces the one before.
+_PROGRESS = re.compile(r"step \d+/")
 # Lines that are kept for an error that is not the user's.
 _LAST_LINES = 30
 
@@ -29,6 +33,7 @@ def start(command: Sequence[str], *, quiet: bool = False) -> None:
         text=True,
         encoding="utf-8",
         errors="replace",
+        env={**os.environ, STARTER: str(os.getpid())},  # it ends with the notebook's kernel
         start_new_session=True,  # so that an interrupt reaches it only from here, and once
     ) as process:
         last_lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -54,7 +59,7 @@ def _show(process: subprocess.Popen[str], last_lines: deque[str], *, quiet: bool
         last_lines.append(line)
         if quiet:
             continue
-        progress = line.startswith(_PROGRESS)
+        progress = _PROGRESS.match(line) is not None
         if on_progress and not progress:
             print()
         # Padded, so that nothing of a longer line remains.

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
@@ -42,7 +43,7 @@ class _Folder:
     """The files of the folder of a run or sweep, read again at every use."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a notebook may change its folder
 
     def _read(self, name: str, missing: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
@@ -103,8 +104,8 @@ class Run(_Folder):
     def generate(self, prompt: str, **options: Any) -> Text:
         """The prompt's continuation by the run's best checkpoint; ``options`` are keys of
         ``generate.py``: ``max_new_tokens``, ``temperature``, ..."""
-        overrides = (f"{key}={_typed(value)}" for key, value in options.items())
-        return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *overrides)
+        options = {"checkpoint": str(self.folder), "prompt": prompt, **options}
+        return generate(*(f"{key}={_typed(value)}" for key, value in options.items()))
 
     def evaluate(self, *overrides: str) -> dict[str, Any]:
         """Metrics of the run's best checkpoint, on its own evaluation text or, by overrides of
@@ -260,11 +261,14 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
         return None
     if "${" in path:
         raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
-    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-    return os.path.expanduser(path[1:-1] if quoted else path)
+    in_quotes = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    return os.path.expanduser(path[1:-1] if in_quotes else path)
 
 
 def _typed(value: Any) -> str:
     """A value in the command line's syntax."""
-    text = "null" if value is None else str(value)
-    return text.lower() if isinstance(value, bool) else text
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_typed, value))}]"
+    return quoted(value) if isinstance(value, str) else str(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +17,11 @@ _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
-# Of these, the entries that a user or another program wrote if they are there before the run.
+# Of these, the entries that no start makes before it holds the lock: if one is there, the folder
+# was used before.
 _OTHERS = _BEGUN - {_LOCK_FILE, ".hydra", "train.log"}
 # The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
@@ -42,15 +41,9 @@ def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS)
     folder.mkdir(parents=True, exist_ok=True)
     had_files = _has_files(folder)
     lock = Lock(folder / _LOCK_FILE)
-    try:
-        # Another start that failed may have removed the folder.
-        make = partial(folder.mkdir, parents=True, exist_ok=True)
-        acquired = lock.wait(seconds=seconds, before=make)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        acquired = True  # the file system has no locks
-    if not acquired:
+    # Another start that failed may have removed the folder.
+    make = partial(folder.mkdir, parents=True, exist_ok=True)
+    if not lock.wait(seconds=seconds, before=make):
         raise BlockingIOError(
             f"Another process works in {folder}: wait for its end, or take another {option}."
         )

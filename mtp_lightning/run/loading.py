@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -130,4 +131,5 @@ def describe_interrupt(folder: Path) -> str:
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."
     step = checkpoints.stored_step(last)
-    return f"interrupted; step {step} is saved: the same command with run_dir={folder} continues."
+    again = shlex.quote(f"run_dir={folder}")
+    return f"interrupted; step {step} is saved: the same command with {again} continues."

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# flock's errors on file systems without locks, where two processes are not told apart.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Lock:
@@ -27,10 +31,14 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(file)
+                if isinstance(error, BlockingIOError):
+                    return False
+                raise
+        if not os.fstat(file).st_nlink:  # its holder has removed the file meanwhile
             os.close(file)
-            if isinstance(error, BlockingIOError):
-                return False
-            raise
+            return False
         self._file = file
         return True
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -192,8 +193,11 @@ def test_the_newest_of_equal_scores_is_best(tmp_path: Path) -> None:
     assert checkpoints.best_step == step_of(tmp_path / "best.ckpt") == 12
 
 
-@pytest.mark.parametrize(("signum", "when"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
-def test_a_signal_saves_the_step_in_which_it_arrives(tmp_path: Path, signum, when: int) -> None:
+@pytest.mark.parametrize(
+    ("signum", "when"), [(signal.SIGINT, 6), (signal.SIGTERM, 4), (signal.SIGUSR1, 5)]
+)
+def test_a_signal_saves_the_step_in_which_it_arrives(tmp_path, monkeypatch, signum, when):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # Slurm sends SIGUSR1 before its time limit
     whole = TinyModule()
     fit(whole, [Checkpoints(tmp_path / "whole", every_n_steps=100)])
 
@@ -215,6 +219,15 @@ def test_a_signal_saves_the_step_in_which_it_arrives(tmp_path: Path, signum, whe
     module = TinyModule()
     fit(module, [Checkpoints(tmp_path / "c")], ckpt_path=checkpoints.last_path)
     assert module.losses == {s: v for s, v in whole.losses.items() if s > when}
+
+
+def test_a_value_of_training_is_not_asked_of_a_validation_after_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, monitor="train/loss")
+    fit(TinyModule(), [Checkpoints(tmp_path, monitor=None)], max_steps=5)
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer = SimpleNamespace(global_step=5, strategy=strategy, callback_metrics={})
+    checkpoints._mark_last_as_best(trainer)
+    assert checkpoints.best_step is None
 
 
 def test_an_error_in_a_step_saves_nothing_and_keeps_the_last(tmp_path: Path) -> None:

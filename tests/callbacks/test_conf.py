@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
@@ -14,7 +16,8 @@ from mtp_lightning.callbacks.nan_guard import NanGuard
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.callbacks.throughput import Throughput
-from mtp_lightning.experiment.trainer import build_trainer
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.trainer import _slurm_environment, build_trainer
 from tests.integration.helpers import composed
 
 DEFAULT = {
@@ -49,6 +52,32 @@ def test_a_callback_or_logger_set_to_null_is_left_out(tmp_path: Path) -> None:
     trainer = build_trainer(cfg, resume_step=None, may_skip=False)
     assert not any(isinstance(callback, SpeculativeEval) for callback in trainer.callbacks)
     assert len(trainer.loggers) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "LightningEnvironment"),
+        ({"SLURM_NTASKS": "4"}, "LightningEnvironment"),  # a batch script without srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, "LightningEnvironment"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2"},
+         "SLURMEnvironment"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+          "SLURM_JOB_NAME": "interactive"}, "SLURMEnvironment"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}, "Use `--ntasks-per-node=2` instead"),
+    ],
+)  # fmt: skip
+def test_slurms_tasks_are_a_runs_processes_under_srun_alone(
+    environment, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", **environment})
+    if not expected.endswith("Environment"):
+        with pytest.raises(UserError, match=expected):
+            _slurm_environment()
+        return
+    (found,) = _slurm_environment() or [LightningEnvironment()]
+    assert type(found).__name__ == expected
+    assert not getattr(found, "auto_requeue", False), "Lightning's would save within a step"
 
 
 def test_loggers_are_added_to_the_default_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.chdir(tmp_path)
     assert literal(["run_dir=~/x y"]) == ["run_dir='/home/me/x y'"]
+    home = pwd.getpwuid(0)
+    assert literal([f"run_dir=~{home.pw_name}/x y"]) == [f"run_dir='{home.pw_dir}/x y'"]
     (tmp_path / "~").mkdir()
     (tmp_path / "~" / "x").touch()
     assert literal(["run_dir=~/x"]) == ["run_dir='~/x'"]  # there is such a path

@@ -79,6 +79,10 @@ def test_a_run_evaluates_and_generates(run: Run) -> None:
     again = generate(f"checkpoint={run.folder}", "prompt=a [b] = 'c'", "max_new_tokens=12")
     assert str(again) == str(text)
     assert "".join(piece for piece, _ in text.pieces()) == text.generation.text
+    stop = text.generation.text[4:6]
+    stopped = run.generate("a [b] = 'c'", max_new_tokens=12, stop=["\n\n", stop])
+    assert stopped.generation.text == text.generation.text.partition(stop)[0]
+    assert str(run.generate('"a"', max_new_tokens=1)).startswith('"a"')
     with pytest.raises(ValueError, match="There is no prompt"):
         generate(f"checkpoint={run.folder}")
     assert "bits per byte" in run._repr_html_() and "a (b), c" in run._repr_html_()
@@ -142,10 +146,11 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 
 def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = "print('begun'); print('step 1/2'); print('step 2/2'); print('done')"
+    lines = "print('begun'); print('step 1/2'); print('step 2/2'); "
+    lines += "print('step 2  validation'); print('done')"
     process.start(["-c", lines])
     shown = capsys.readouterr().out
-    assert shown == f"begun\n\r{'step 1/2':<100}\r{'step 2/2':<100}\ndone\n"
+    assert shown == f"begun\n\r{'step 1/2':<100}\r{'step 2/2':<100}\nstep 2  validation\ndone\n"
 
 
 @pytest.mark.long

@@ -107,11 +107,35 @@ def test_a_lock_blocks_others_until_it_is_released(tmp_path: Path) -> None:
 
 def test_a_failed_lock_leaves_no_file_open(tmp_path, monkeypatch):
     def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EIO, "No answer")
 
     closed, close = [], os.close
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(os, "close", lambda file: closed.append(file) or close(file))
-    with pytest.raises(OSError, match="No locks"):
+    with pytest.raises(OSError, match="No answer"):
         Lock(tmp_path / ".lock").acquire()
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_on_a_file_system_without_locks_every_lock_is_free(tmp_path, monkeypatch, code):
+    def flock(*_: object) -> None:
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Lock(tmp_path / ".lock").held(seconds=0), Lock(tmp_path / ".lock").held(seconds=0):
+        assert not Lock(tmp_path / ".lock").is_free()
+
+
+def test_the_lock_on_a_removed_file_is_not_held(tmp_path, monkeypatch):
+    """Its holder removes the file between another one's opening and locking."""
+    file, flock = tmp_path / ".lock", fcntl.flock
+
+    def after_removal(*arguments: object) -> None:
+        file.unlink(missing_ok=True)
+        flock(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", after_removal)
+        assert not Lock(file).acquire()
+    assert Lock(file).acquire()
