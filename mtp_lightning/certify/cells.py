@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.options import MOST_DRAFTS, DecodingOptions
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
@@ -42,13 +42,13 @@ PLAIN = Cell(drafts="none", options=DecodingOptions(speculative=False))
 
 def ways(model: MTPModel) -> dict[str, DecodingOptions]:
     """The ways of drafting that a model is capable of, by name; the first is plain decoding."""
-    depth, vocab = model.depth, model.config.trunk.vocab_size
+    depth, vocab = min(model.depth, MOST_DRAFTS), model.config.trunk.vocab_size
     levels = model.mtp.max_draft_depth  # None for any number
     candidates = {
         PLAIN.drafts: PLAIN.options,
         **{f"depth {k}": DecodingOptions(draft_depth=k) for k in sorted({1, 2, 4, depth} - {0})},
-        "deeper": DecodingOptions(draft_depth=depth + 2),
-        "one cache": DecodingOptions(draft_depth=depth + 1, cache="single"),
+        "deeper": DecodingOptions(draft_depth=min(depth + 2, MOST_DRAFTS)),
+        "one cache": DecodingOptions(draft_depth=min(depth + 1, MOST_DRAFTS), cache="single"),
         "auto": DecodingOptions(draft_depth="auto"),
         "tree": DecodingOptions(tree=Tree((3, 2)[: 2 if levels is None else max(levels, 1)])),
         "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),

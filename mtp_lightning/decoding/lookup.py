@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from mtp_lightning.decoding.options import MOST_LOOKUPS, Prompt
+from mtp_lightning.decoding.options import MOST_DRAFTS, Prompt
 from mtp_lightning.decoding.sequence import Generation, TextSequence
 from mtp_lightning.model import MTPModel
 
@@ -63,7 +63,7 @@ class Lookup:
         self._n = end
         self._length, start = longest_match(self._ids[:end])
         # A proposal that reaches the text's end continues with its own beginning.
-        self._proposed = np.resize(self._ids[start:end], MOST_LOOKUPS if self._length else 0)
+        self._proposed = np.resize(self._ids[start:end], MOST_DRAFTS if self._length else 0)
 
     def drafts(self, most: int) -> list[int]:
         """The tokens that are proposed to follow, up to ``most``."""

@@ -274,8 +274,8 @@ def decoding_report(
     Returns:
         The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
         over plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
-        :func:`pass_costs`). Expected values are left out if an option of drafting is set, as
-        teacher forcing then does not predict the drafts.
+        :func:`pass_costs`). Expected values are left out if an option of drafting is set or the
+        model is deeper than a round, as teacher forcing then does not predict the drafts.
 
     Raises:
         RuntimeError: drafts changed a text.
@@ -288,7 +288,7 @@ def decoding_report(
     run = race(model, timed, ways, tokenizer=tokenizer, repeats=repeats)
     require_same_greedy(model, timed, run.outputs["plain"], run.outputs["drafted"])
     values["speedup"] = run.speedup("drafted")
-    if not options.drafts_as_trained:
+    if not options.drafts_as_trained or options.max_draft(model) < model.depth:
         return values
     values |= teacher_forced_rates(model, prompts, plain)
     if "expected_tokens_per_step" in values:

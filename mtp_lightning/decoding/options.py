@@ -39,9 +39,8 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 _TOGETHER = 8
 # Options of how drafts are made and judged.
 _DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify", "lookup")
-MOST_LOOKUPS = MAX_VERIFY_WIDTH - 1
-"""Most drafts that are looked up: a pass over them and the pending token has the bits of single
-passes."""
+MOST_DRAFTS = MAX_VERIFY_WIDTH - 1
+"""Most drafts of a round: a pass over them and the pending token has the bits of single passes."""
 # An option, and the options that may not be set together with it.
 _NOT_TOGETHER = {
     "draft_depth": ("speculative",),
@@ -139,8 +138,9 @@ class DecodingOptions(TextOptions):
         long: what happens to longer texts: ``"refuse"`` raises; ``"slide"`` reads the last half of
             the context again and continues from there.
         speculative: draft with the MTP modules; False is plain decoding.
-        draft_depth: tokens to draft per round; None is the model's depth. A model with a single
-            module can draft more. ``"auto"`` measures the number that pays, down to plain decoding.
+        draft_depth: tokens to draft per round, up to 15; None is the model's depth. A model with a
+            single module can draft more. ``"auto"`` measures the number that pays, down to plain
+            decoding.
         measured: what ``"auto"`` knows of this machine. Samples then keep one number of drafts;
             without it they depend on timing, though their distribution does not.
         draft_vocab: choose drafts among the first ``draft_vocab`` token ids, and read only their
@@ -188,15 +188,15 @@ class DecodingOptions(TextOptions):
         require_choice("long", self.long, ("refuse", "slide"))
         require_bool("speculative", self.speculative)
         depth = self.draft_depth
-        if not (depth is None or depth == "auto" or (is_whole(depth) and depth >= 1)):
+        if not (depth in (None, "auto") or (is_whole(depth) and 1 <= depth <= MOST_DRAFTS)):
             raise UserError(
-                f"draft_depth={depth} must be a whole number of at least 1, or 'auto'; "
+                f"draft_depth={depth} must be a whole number from 1 to {MOST_DRAFTS}, or 'auto'; "
                 "speculative=false is plain decoding."
             )
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
-        require_whole("lookup", self.lookup, least=0, most=MOST_LOOKUPS)
+        require_whole("lookup", self.lookup, least=0, most=MOST_DRAFTS)
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._set("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)
@@ -296,10 +296,10 @@ class DecodingOptions(TextOptions):
         if not self.speculative:
             return 0
         if depth is None or depth == "auto":
-            if most is not None:
-                return most
-            # A recursive module drafts any number; "auto" tries up to twice the trained depth.
-            return model.depth if depth is None else 2 * model.depth
+            if most is None:
+                # A recursive module drafts any number; "auto" tries up to twice the trained depth.
+                most = model.depth if depth is None else 2 * model.depth
+            return min(most, MOST_DRAFTS)
         model.mtp.require_drafts()
         if most is not None and depth > most:
             raise UserError(

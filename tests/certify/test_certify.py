@@ -93,6 +93,8 @@ def test_cells_are_those_that_a_model_supports() -> None:
     tree = ways(small_model(0, 1))["tree"].tree
     assert tree is not None and tree.widths == (3, 2)
     assert "deeper" not in ways(small_model(0, 3)) and "depth 3" in ways(small_model(0, 3))
+    deep = small_model(0, 17, share_layers=True)
+    assert max(options.max_draft(deep) for options in ways(deep).values()) == 15
     few, all_ = (list(cells(small_model(0, 1), (1, 2), few=few)) for few in (True, False))
     assert len(all_) == 12 * 8 - 1 and len(few) == 12 * 4 - 1
     assert len(set(map(repr, all_))) == len(all_)

@@ -93,7 +93,8 @@ REFUSED = [
     ({"lookup": 16}, "lookup must be a whole number in [0, 15], not 16"),
     ({"speculative": "no"}, "speculative must be true or false, not 'no'"),
     ({"min_confidence": 2}, "min_confidence must be a number in [0, 1], not 2"),
-    ({"draft_depth": 0}, "draft_depth=0 must be"),
+    ({"draft_depth": 0}, "draft_depth=0 must be a whole number from 1 to 15"),
+    ({"draft_depth": 16}, "draft_depth=16 must be a whole number from 1 to 15"),
     ({"draft_depth": "deep"}, "draft_depth=deep must be"),
     ({"draft_vocab": 0}, "draft_vocab must be a whole number of at least 1, not 0"),
     ({"tree": [3], "draft_vocab": 2}, "draft_vocab must be a whole number of at least 3"),
@@ -124,6 +125,19 @@ REFUSED_OF_A_MODEL = [
     (PARAMETER_FREE, {"tree": [2]}, "no module to draft with"),
     *((model, {"cache": "single"}, "cache=single is for a single module") for model in SEVERAL),
 ]
+
+
+@pytest.mark.parametrize(
+    ("depth", "share_layers", "default", "auto"),
+    [(3, False, 3, 3), (3, True, 3, 6), (9, True, 9, 15), (17, False, 15, 15), (17, True, 15, 15)],
+)
+def test_a_round_drafts_no_more_tokens_than_one_pass_verifies_exactly(
+    depth: int, share_layers: bool, default: int, auto: int
+) -> None:
+    """Passes of up to 16 tokens have the bits of single passes."""
+    model = small_model(0, depth, share_layers=share_layers)
+    assert DecodingOptions().max_draft(model) == default
+    assert DecodingOptions(draft_depth="auto").max_draft(model) == auto
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
