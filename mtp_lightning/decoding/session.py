@@ -224,12 +224,13 @@ class Session:
         The shallower depths must be up to date, and their drafts in the token buffer."""
         newest_B1C, logits_BV = self._newest(k)
         self.newest_B1C, self._n_drafted = newest_B1C, k
-        stack, state_BC = self._stack, self._stack.head_input(newest_B1C)[:, 0]
-        confidence_B = None
+        stack, confidence_B = self._stack, None
+        state_B1C = stack.head_input(newest_B1C)
+        state_BC = state_B1C[:, 0]
         if stack.confidence is not None:
             confidence_B = stack.confidence(k, state_BC).sigmoid()
         if logits_BV is None:
-            logits_BV = self._draft_head(state_BC)
+            logits_BV = self._draft_head(state_B1C)[:, 0]
         if stack.rescorer is not None:
             before_B1 = Spans(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])

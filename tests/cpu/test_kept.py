@@ -136,6 +136,15 @@ def test_a_long_prompt_gives_the_same_text_with_packed_weights():
     assert_same_texts(model, packed_only(model), (700,), max_new_tokens=6)
 
 
+@pytest.mark.parametrize("stack", STACKS)
+def test_drafts_of_many_rows_are_multiplied_by_the_packed_weights(stack, monkeypatch):
+    """To unpack a head for each draft would take longer than the draft."""
+    light = packed_only(small_model(3, 2, vocab=300, **STACKS[stack]))
+    monkeypatch.delattr(packed.PackedWeight, "unpacked")
+    texts = generate(light, [[token] for token in range(17)], batch_size=17, max_new_tokens=5)
+    assert all(text.drafts_reached[0] for text in texts)
+
+
 def test_weights_that_other_code_reads_are_not_packed():
     model = small_model(1, 1, deepseek=True)
     light = opened_as_generate(model)
