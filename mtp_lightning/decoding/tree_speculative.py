@@ -38,13 +38,14 @@ class TreeDecoder(Decoder):
     def round(
         self, n_drafts: int, caps: Sequence[int], looked_up: Sequence[Sequence[int]] = ()
     ) -> Round:
-        """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
+        """Draft, verify, accept. The whole tree is drafted unless no row may accept a draft;
+        ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]
         depth = self.session.tree.depth
         limits = [0 if s else min(cap, depth) for s, cap in zip(short, caps, strict=True)]
-        if self._sampling.greedy:
-            return self._greedy_tree(limits)
-        return self._sample_tree(limits)
+        if not any(limits):
+            return super().round(0, limits)
+        return self._greedy_tree(limits) if self._sampling.greedy else self._sample_tree(limits)
 
     def _greedy_tree(self, limits: list[int]) -> Round:
         session, tree = self.session, self.session.tree
@@ -78,7 +79,8 @@ class TreeDecoder(Decoder):
     def _sample_tree(self, limits: list[int]) -> Round:
         session, tree = self.session, self.session.tree
         noise_BR = self._noise.next()
-        drafts, proposals = [], []
+        drafts: list[Tensor] = []
+        proposals = []
         for k in range(1, tree.depth + 1):
             level = tree.level(k)
             noise_BN = noise_BR[:, level.start - 1 : level.stop - 1]
@@ -86,9 +88,11 @@ class TreeDecoder(Decoder):
             draft_BPW, q_BPWV = draw_without_replacement(
                 q_BPV, noise_BN.unflatten(1, (q_BPV.shape[1], tree.widths[k - 1]))
             )
+            if drafts:  # nothing follows a candidate that does not exist
+                draft_BPW = draft_BPW.masked_fill(drafts[-1].unsqueeze(-1) < 0, -1)
             drafts.append(draft_BPW.flatten(1))
             proposals.append(q_BPWV)
-            session.put(drafts[-1], level.start)
+            session.put(drafts[-1].clamp(min=0), level.start)
         logits_BTV = session.verify_tree()
         draft_BN, n_tokens = torch.cat(drafts, dim=1), logits_BTV.shape[-1]
         tokens_BE, path_BE, accepted_B = accept_path_or_resample(
@@ -115,10 +119,10 @@ def _result(
     tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int
 ) -> RowResult:
     """The result of a round for one row. ``path`` is node 0 and the accepted nodes, ``draft`` the
-    token of every node (that of node 0 is ignored), and ``limit`` the deepest level that could be
-    accepted."""
+    token of every node (-1 for node 0 and for candidates that do not exist), and ``limit`` the
+    deepest level that could be accepted."""
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
-    depths = {node: depth for depth, node in levels if node not in path}
+    depths = {node: depth for depth, node in levels if draft[node] >= 0 and node not in path}
     index, parents = {node: i for i, node in enumerate(depths)}, tree.parents()
     rejected = [(depth, draft[node], index.get(parents[node])) for node, depth in depths.items()]
     return RowResult(tokens, len(path) - 1, min(len(path), limit), rejected)
@@ -128,8 +132,8 @@ def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, 
     """Draw W candidates of every node without replacement, by uniform numbers of [0, 1).
 
     Returns:
-        The candidates [B, P, W] in the order of drawing, and the distribution that each was drawn
-        from, [B, P, W, V]: all zeros if no token was left.
+        The candidates [B, P, W] in the order of drawing, -1 if no token was left, and the
+        distribution that each was drawn from, [B, P, W, V], then all zeros.
     """
     rest_BPV = q_BPV
     drafts, proposals = [], []
@@ -137,7 +141,7 @@ def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, 
         total_BP1 = rest_BPV.sum(dim=-1, keepdim=True)
         rest_BPV = rest_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
         draft_BP = draw(rest_BPV, noise_BPW[..., j])
-        drafts.append(draft_BP)
+        drafts.append(draft_BP.masked_fill(total_BP1.squeeze(-1) == 0, -1))
         proposals.append(rest_BPV)
         rest_BPV = rest_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
     return torch.stack(drafts, dim=-1), torch.stack(proposals, dim=-2)
@@ -158,7 +162,7 @@ def accept_path_or_resample(
         tree: the shape.
         p_BTV: the trunk's distribution after every node, node 0 included.
         proposals: for every depth, the distributions of its candidates, [B, P, W, V].
-        draft_BN: the candidates of nodes 1 to N.
+        draft_BN: the candidates of nodes 1 to N; -1 for those that do not exist.
         accept_noise_BN, final_noise_B: uniform numbers of [0, 1).
         limit_B: the deepest level of candidates that are considered.
 
@@ -178,8 +182,7 @@ def accept_path_or_resample(
             token_B = draft_BN[rows, child_B - 1]
             q_BV = q_BPWV[rows, place_B, j]
             q_B, p_B = q_BV[rows, token_B], p_BV[rows, token_B]
-            # Probability 0: no token was left to draw, so there is no candidate.
-            judged_B = open_B & (q_B > 0)
+            judged_B = open_B & (token_B >= 0)
             ok_B = judged_B & (accept_noise_BN[rows, child_B - 1] * q_B < p_B)
             node_B = torch.where(ok_B, child_B, node_B)
             advanced_B |= ok_B

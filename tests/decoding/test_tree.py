@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import (
@@ -16,7 +18,13 @@ from mtp_lightning.decoding.tree_speculative import (
     draw_without_replacement,
 )
 from tests.decoding.distributions import chi_square
-from tests.decoding.models import ids_of, random_prompts, small_model, teacher_forced
+from tests.decoding.models import (
+    ids_of,
+    random_prompts,
+    run_to_end,
+    small_model,
+    teacher_forced,
+)
 
 VOCAB = 5  # random heads are right now and then
 VARIANTS = [
@@ -130,6 +138,34 @@ def test_a_tree_of_one_candidate_per_depth_decodes_as_a_chain():
         assert ids_of(tree) == ids_of(chain)
         assert [g.drafts_accepted for g in tree] == [g.drafts_accepted for g in chain]
         assert [g.drafts_reached for g in tree] == [g.drafts_reached for g in chain]
+
+
+def test_candidates_that_top_k_leaves_out_are_no_drafts():
+    """Its one token has probability 1, so that the other candidates do not exist."""
+    model = small_model(4, 3, vocab=VOCAB)
+    prompts = random_prompts(4, (12, 20), VOCAB)
+    options = {"max_new_tokens": 30, "temperature": 1.0, "top_k": 1}
+    chain, wide = (generate(model, prompts, tree=tree, **options) for tree in ([1, 1], [3, 2]))
+    assert ids_of(wide) == ids_of(chain)
+    assert [(g.drafts, g.rejected) for g in wide] == [(g.drafts, g.rejected) for g in chain]
+    assert all(g.rejected for g in wide)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_round_in_which_no_row_may_accept_a_draft_makes_none(temperature, monkeypatch):
+    """Its tokens are those that it has among rows that draft."""
+    model, (first, second) = small_model(4, 2, vocab=VOCAB), random_prompts(4, (12, 20), VOCAB)
+    options = {"max_new_tokens": 20, "temperature": temperature}
+    plain = Request(prompt=first, draft_depth=0, **options)
+    drafted = Request(prompt=second, index=1, **options)
+
+    def text_of_the_first(*requests):
+        with Engine(model, DecodingOptions(tree=[3, 2], batch_size=2)) as engine:
+            return run_to_end(engine, requests)[0].token_ids
+
+    together = text_of_the_first(plain, drafted)
+    monkeypatch.delattr(TreeSession, "draft_tree")
+    assert text_of_the_first(plain) == together
 
 
 def test_texts_with_a_tree_end_at_the_limit_and_slide_as_plain_ones():
