@@ -210,20 +210,23 @@ def record(function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None]
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
+    _passes: dict[tuple[str, int], Callable[..., Sequence[Tensor]]]
+    _built_for: PositionTables | None = None
+
     def _run(
         self, key: tuple[str, int], build: Callable[[], _Pass], cache: KVCache, *arguments: Tensor
     ) -> Sequence[Tensor]:
         """Run the pass of a key; the first call compiles the result of ``build``."""
+        tables = self._tables
+        if self._built_for is not tables:  # every pass is built for one storage
+            self._passes, self._built_for = {}, tables
         if key not in self._passes:
-            tables = self._tables
             buffers = (tables.cos_S1H, tables.sin_S1H, *cache.entries_L_BSMH)
             self._passes[key] = _compiled(build(), arguments, buffers)
         return self._passes[key](*arguments)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
-        # Every pass is built for one capacity and its storage.
-        self._passes: dict[tuple[str, int], Callable[..., Sequence[Tensor]]] = {}
         return super()._tables_for(capacity)
 
     def verify(self, n_drafts: int) -> Tensor:

@@ -164,7 +164,7 @@ def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
             payoffs = json.loads((folder / _FILE).read_text("utf-8")).items()
             stored = {k: Payoff(tuple(p["costs"]), tuple(p["accepted"])) for k, p in payoffs}
             return Measured(**stored)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         if errors:  # not the folder's error
             raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)

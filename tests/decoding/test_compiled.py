@@ -9,6 +9,7 @@ import torch
 
 from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.decoding.compiled import CompiledSession
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.nn.experts import Experts, gathered
@@ -130,6 +131,23 @@ def test_compiled_passes_slide_and_sample_as_eager_ones(mode, passes):
             for c in (False, True)
         ]
         assert texts[0] == texts[1], options
+
+
+def test_a_growth_that_the_memory_does_not_hold_leaves_the_passes(monkeypatch):
+    built = []
+    monkeypatch.setattr(compiled, "program", lambda function, _: built.append(1) or function)
+    with decoding_passes(model := small_model(4, 0)):
+        session = CompiledSession(model, slots=1, capacity=9, max_draft=0)
+        session.join([[1, 2]])
+        session.verify(0)
+        with monkeypatch.context() as patch, pytest.raises(AttributeError):
+            patch.delattr(torch.nn.functional, "pad")
+            session.reserve(1000)
+        session.verify(0)
+        assert len(built) == 1
+        session.reserve(1000)
+        session.verify(0)
+        assert len(built) == 2
 
 
 @pytest.mark.slow

@@ -150,6 +150,20 @@ def test_a_damaged_measurement_is_made_again(
     assert len(measured_models) == 2
 
 
+@pytest.mark.parametrize("content", ['{"greedy": []}', '{"greedy": {"costs": [1]}}', "{}"])
+def test_a_measurement_of_another_version_is_made_again(
+    content: str, measured_models: list[Any], tmp_path: Path
+) -> None:
+    opened, options = opened_at(tmp_path), DecodingOptions()
+    with_measured_depth(options, opened, rows=1)
+    (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
+    file.write_text(content)
+    (file.parent / "digests.json").unlink()
+    for _ in range(2):
+        assert with_measured_depth(options, opened, rows=1).measured is not None
+    assert len(measured_models) == 3
+
+
 def test_an_error_during_the_measurement_is_raised_and_not_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
