@@ -199,9 +199,9 @@ class Engine:
         """Run one round for every sequence: draft, verify, accept.
 
         Returns:
-            The sequences that took part, each with at least one new token
-            (:meth:`TextSequence.fresh`). Those with a ``finish_reason`` are done, and their slots
-            are free.
+            The sequences that took part. Each has grown by at least one token, which
+            :meth:`TextSequence.fresh` may still hold back. Those with a ``finish_reason`` are done,
+            and their slots are free.
         """
         sequences = list(self._sequences)
         if not sequences:

@@ -87,7 +87,7 @@ def race(
 ) -> Race:
     """Decode ``prompts`` in several ways, ``repeats`` times each.
 
-    Every way first decodes one prompt untimed: the first passes of a size load kernels and allocate
+    Every way first decodes one batch untimed: the first passes of a size load kernels and allocate
     memory, which alone made plain decoding differ from itself by a factor of up to 1.4. Then the
     ways take turns, in alternating order; with ``batch_size=1`` they take turns at every prompt.
     The clock returns seconds; use ``time.process_time`` on a busy machine.
@@ -95,7 +95,7 @@ def race(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, list[Generation]] = {}
     for options in ways.values():
-        generate(model, prompts[:1], options, tokenizer=tokenizer)
+        generate(model, prompts[: options.slots], options, tokenizer=tokenizer)
     alone = all(options.slots == 1 for options in ways.values())
     groups = [[prompt] for prompt in prompts] if alone else [prompts]
     order = list(ways)
