@@ -210,7 +210,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> Row:
     with decoding_passes(model):
         parameters = nn.ModuleList([model.trunk, model.head]).parameters()  # shared ones once
         copies = [packed_of(weight) for weight in parameters]
-        weights = [_as_fp32(copy.numbers) for copy in copies if copy is not None]
+        weights = [_as_fp32(copy.data) for copy in copies if copy is not None]
         if not weights:
             return {}
         session = Session(model, slots=1, capacity=len(prompt) + 8, max_draft=0)

@@ -224,7 +224,7 @@ def memory_limit(model: MTPModel) -> float:
     """Tokens per second of a processor that does nothing but read every weight once a token, as
     fast as one thread here reads as many bytes."""
     packed = (packed_of(weight) for weight in model.parameters())
-    n_bytes = sum(x.numbers.numel() for x in packed if x is not None)
+    n_bytes = sum(x.data.numel() for x in packed if x is not None)
     numbers = torch.ones((n_bytes or sum(w.nbytes for w in model.parameters())) // 4)
     return 1 / min(harness.seconds_of(lambda: torch.dot(numbers, numbers)) for _ in range(20))
 

@@ -51,7 +51,7 @@ RANK = {
 # Modules that keep files in the cache folder.
 CACHED = tuple(
     f"mtp_lightning/{name}.py"
-    for name in ("decoding/programs", "decoding/paying", "cpu/kept", "heads/phases")
+    for name in ("decoding/programs", "decoding/paying", "cpu/packed_cache", "heads/phases")
 )
 
 # The modules of mtp_lightning that sweeps and hydra_plugins may import; none of them imports torch.

@@ -6,7 +6,7 @@ names it.
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear, sampling
-from mtp_lightning.cpu.kept import CPUWeightPacker
+from mtp_lightning.cpu.packed_cache import CPUWeightPacker
 from mtp_lightning.cpu.prepared import CPUPasses, multiply_integers
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops

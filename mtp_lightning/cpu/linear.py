@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu.library import ONEDNN
-from mtp_lightning.cpu.packed import numbers_of, packed_copy
+from mtp_lightning.cpu.packed import packed_copy, unpacked_weight
 from mtp_lightning.nn import ops
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, is_batch_invariant
 
@@ -101,7 +101,7 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
         few = x.dim() < 2 or x.shape[-2] <= MAX_VERIFY_WIDTH
         if packed.integers or few or is_batch_invariant():
             return packed.linear(x)
-        weight_NK = numbers_of(weight_NK)
+        weight_NK = unpacked_weight(weight_NK)
     x_MK = x.reshape(-1, x.shape[-1])
     if _in_half(x):
         return _HalfLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)

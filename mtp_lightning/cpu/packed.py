@@ -17,8 +17,8 @@ numbers exactly:
 takes about half of an unpacked product's time.
 
 A weight holds its packed copy as an attribute from :func:`pack` to :func:`unpack`. After
-:func:`keep_packed` the packed copy is its only storage: :func:`numbers_of` unpacks it, to the last
-bit.
+:func:`replace_by_packed` the copy is its only storage, which :func:`unpacked_weight` unpacks, to
+the last bit.
 
 Shapes: K inputs, N outputs.
 """
@@ -66,15 +66,15 @@ _SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.BF16, Kind.FP16,
 class PackedStruct(ctypes.Structure):
     """``Packed`` of formats.h."""
 
-    _fields_ = (("numbers", c_void_p), ("kind", c_int64))
+    _fields_ = (("data", c_void_p), ("kind", c_int64))
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A packed weight [outputs, inputs] of a kind; ``numbers`` are the bytes of its panels, uint8,
-    and ``integers`` is whether products are sums of integers, only in blocks."""
+    """A packed weight [outputs, inputs] of a kind; ``data`` has the bytes of its panels, uint8, and
+    ``integers`` is whether products are sums of integers, only in blocks."""
 
-    numbers: Tensor
+    data: Tensor
     outputs: int
     inputs: int
     kind: Kind
@@ -82,8 +82,8 @@ class PackedWeight:
 
     @property
     def struct(self) -> PackedStruct:
-        """``Packed``; it points to the numbers and does not keep them alive."""
-        return PackedStruct(self.numbers.data_ptr(), self._code)
+        """``Packed``; it points to the data and does not keep it alive."""
+        return PackedStruct(self.data.data_ptr(), self._code)
 
     @property
     def _code(self) -> int:
@@ -93,12 +93,12 @@ class PackedWeight:
         """The weight of the first outputs, whole panels of them, in the same memory."""
         assert outputs % PANEL == 0 and outputs <= self.outputs
         size = native.lib().packed_size(outputs, self.inputs, self.kind)
-        return replace(self, numbers=self.numbers[:size], outputs=outputs)
+        return replace(self, data=self.data[:size], outputs=outputs)
 
     def unpacked(self) -> Tensor:
         """The weight, [N, K]."""
         weight = torch.empty(self.outputs, self.inputs)
-        native.call("unpack_weight", self.numbers, weight, self.outputs, self.inputs, self.kind)
+        native.call("unpack_weight", self.data, weight, self.outputs, self.inputs, self.kind)
         return weight
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class PackedWeight:
         ids = ids.long().contiguous()
         rows = torch.empty(*ids.shape, self.inputs)
         sizes = ids.numel(), self.outputs, self.inputs
-        native.call("unpack_rows", self.numbers, ids, rows, *sizes, self.kind)
+        native.call("unpack_rows", self.data, ids, rows, *sizes, self.kind)
         return rows
 
     def linear(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class PackedWeight:
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.outputs)
         rows = x.numel() // self.inputs
-        pointers = x.data_ptr(), self.numbers.data_ptr(), out.data_ptr()
+        pointers = x.data_ptr(), self.data.data_ptr(), out.data_ptr()
         native.lib().decode_linear(*pointers, rows, self.outputs, self.inputs, self._code)
         return out
 
@@ -139,7 +139,7 @@ def packed_of(weight: Tensor) -> PackedWeight | None:
 def pack(weight_NK: Tensor) -> None:
     """Give an fp32 or bf16 weight a packed copy, if there is a kernel that reads one."""
     fits = weight_NK.is_cpu and weight_NK.dtype in (torch.float32, torch.bfloat16)
-    if not fits or is_kept(weight_NK):
+    if not fits or only_copy(weight_NK) is not None:
         return
     weight = weight_NK.detach().float()
     packed: Packed | None = packed_weight(weight)
@@ -173,42 +173,39 @@ def use_integers(weights: Iterable[Tensor]) -> bool:
 
 def unpack(weight: Tensor) -> None:
     """Drop a weight's packed copy, unless it is the weight's only storage."""
-    if not is_kept(weight):
+    if only_copy(weight) is None:
         vars(weight).pop("packed", None)
 
 
-def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
+def replace_by_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
     """Replace an fp32 weight's own numbers by its packed copy, if it can have one; ``scales`` are
     those of its blocks, if its file holds them."""
-    if not is_kept(weight_NK) and (packed := packed_weight(weight_NK, scales)) is not None:
-        keep_as(weight_NK, packed)
+    if only_copy(weight_NK) is None and (packed := packed_weight(weight_NK, scales)) is not None:
+        replace_by(weight_NK, packed)
 
 
-def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
+def replace_by(weight_NK: Tensor, packed: PackedWeight) -> None:
     """Replace a weight's own numbers by a packed copy of them."""
     _hold(weight_NK, packed)
     weight_NK.data.untyped_storage().resize_(0)
 
 
-def is_kept(weight: Tensor) -> bool:
-    """Whether the packed copy is the weight's only storage."""
-    return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+def only_copy(weight: Tensor) -> PackedWeight | None:
+    """A weight's packed copy, if that is its only storage."""
+    return packed_of(weight) if weight.untyped_storage().nbytes() == 0 else None
 
 
-def numbers_of(weight: Tensor) -> Tensor:
-    """A weight with its numbers: itself, or an unpacked copy of one that is kept packed."""
-    if not is_kept(weight):
-        return weight
-    packed = packed_of(weight)
-    assert packed is not None
-    return packed.unpacked()
+def unpacked_weight(weight: Tensor) -> Tensor:
+    """A weight with its numbers: itself, or an unpacked copy if it is only packed."""
+    packed = only_copy(weight)
+    return weight if packed is None else packed.unpacked()
 
 
 def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
     """The first rows of a packed weight, as a weight with a packed copy."""
     packed = packed_of(weight_NK)
     if packed is None or rows % PANEL:
-        first = numbers_of(weight_NK).detach()[:rows]
+        first = unpacked_weight(weight_NK).detach()[:rows]
         vars(first)["integers"] = vars(weight_NK).get("integers", False)
         pack(first)
     else:
@@ -220,7 +217,7 @@ def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
 
 def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> PackedWeight | None:
     """A copy in the layout of formats.h, or None if the library does not support the weight; scales
-    as of :func:`keep_packed`."""
+    as of :func:`replace_by_packed`."""
     weight_NK = weight_NK.detach()
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
@@ -229,9 +226,9 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
 
     def attempt(kind: Kind, pack: str, *blocks: Tensor) -> PackedWeight | None:
         """The packed weight; None if a number does not fit."""
-        numbers = torch.empty(lib.packed_size(outputs, inputs, kind), dtype=torch.uint8)
-        fits = native.call(pack, weight_NK, *blocks, numbers, outputs, inputs, kind)
-        return PackedWeight(numbers, outputs, inputs, kind) if fits else None
+        data = torch.empty(lib.packed_size(outputs, inputs, kind), dtype=torch.uint8)
+        fits = native.call(pack, weight_NK, *blocks, data, outputs, inputs, kind)
+        return PackedWeight(data, outputs, inputs, kind) if fits else None
 
     def detect(kinds: Iterable[Kind]) -> PackedWeight | None:
         # Without memory for the result, the library tries the first numbers alone.

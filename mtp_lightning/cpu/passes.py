@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
-from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
+from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, only_copy, packed_of
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import ForwardContext
@@ -44,8 +44,8 @@ class _EmbeddingStruct(ctypes.Structure):
 
 def _embedding(weight_VC: Tensor) -> _EmbeddingStruct:
     """It points to the weight, or to its packed copy, and does not keep them alive."""
-    packed = packed_of(weight_VC)
-    if packed is None or not is_kept(weight_VC):
+    packed = only_copy(weight_VC)
+    if packed is None:
         return _EmbeddingStruct(weight_VC.data_ptr())
     return _EmbeddingStruct(None, packed.struct, packed.outputs)
 
@@ -71,7 +71,7 @@ class _DraftStruct(_DecoderStruct):
 class _TrunkStruct(_DecoderStruct):
     """``Trunk`` of decode.cpp."""
 
-    _fields_ = (("kept", c_int64),)
+    _fields_ = (("branch", c_int64),)
 
 
 def _decoder(blocks: FusedBlocks, head: PackedWeight, embedding: Tensor) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ class FusedTrunk:
         self, blocks: FusedBlocks, head: PackedWeight, embedding: Tensor, config: MTPConfig
     ) -> None:
         self._alive = blocks, head, embedding
-        # ``Kept`` of decode.cpp: the state that the stack reads.
+        # ``Branch`` of decode.cpp: the state that the stack reads.
         state = 2 * (config.branch == "final") + (config.input_norm == "post")
         self._trunk = _TrunkStruct(*_decoder(blocks, head, embedding), state)
         self._address = ctypes.addressof(self._trunk)

@@ -44,7 +44,7 @@ class Prepared:
             vars(layer)["forward"] = _forward(layer)
 
     def close(self) -> None:
-        """Restore the module, except for weights that are kept packed."""
+        """Restore the module, except for weights that are only packed."""
         for layer in self._replaced:
             del vars(layer)["forward"]
         for weight in self._weights:

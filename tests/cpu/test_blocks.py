@@ -32,7 +32,7 @@ def test_products_of_4_bit_blocks_have_the_bits_of_fp32(shape, symmetric, monkey
     assert packed.kind == Kind.BLOCKS4
     lanes = native.lib().packed_size(1, 1, Kind.FULL) // 4
     outputs = -(-shape[0] // lanes) * lanes
-    assert packed.numbers.nbytes == outputs * shape[1] * 5 // 8
+    assert packed.data.nbytes == outputs * shape[1] * 5 // 8
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         x = torch.randn(rows, shape[1])
         product = packed.linear(x)

@@ -71,7 +71,7 @@ def test_products_of_weights_of_16_bits_have_the_bits_of_fp32(dtype, kind):
     assert half.unpacked()[7, 0].signbit()
     ids = torch.tensor([7, 3, 128])
     assert torch.equal(half.rows(ids), weight[ids])
-    assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
+    assert half.data.nbytes * 2 <= full.data.nbytes * 1.25
     x = torch.randn(3, 40)
     x[:, 5] = x[:, 5].abs()
     assert torch.equal(half.linear(x)[:, :129], full.linear(x)[:, :129])
@@ -101,7 +101,7 @@ def test_int8_rounds_to_the_nearest_of_255_levels_per_row():
     assert torch.equal(int8[5], torch.zeros(40, dtype=torch.float64))
     product = packed_weight(int8.float())
     assert product.kind == Kind.BYTE
-    assert product.numbers.nbytes <= 80 * 40 + 4 * 80
+    assert product.data.nbytes <= 80 * 40 + 4 * 80
     # The product with the identity is the weight: nothing is lost.
     assert torch.equal(product.linear(torch.eye(40)).t(), int8.float())
 

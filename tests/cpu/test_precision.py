@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from mtp_lightning.cpu.packed import Kind, is_kept, numbers_of, packed_copy
+from mtp_lightning.cpu.packed import Kind, only_copy, packed_copy, unpacked_weight
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import round_weights, roundings_of, use_precision
@@ -131,9 +131,11 @@ def test_weights_that_are_rounded_while_they_are_read_have_the_same_numbers(
     as_settled = {"auto": "int8" if precision in ("fp32", "bf16") else None}
     use_precision(expected, precision, as_settled.get(heads, heads))
     packed = opened(precision=precision, head_precision=heads)
-    assert sum(is_kept(p) for p in packed.mtp.parameters()) >= 5  # of the block, and eh_proj
+    assert (
+        sum(only_copy(p) is not None for p in packed.mtp.parameters()) >= 5
+    )  # of the block, and eh_proj
     for name, parameter in packed.named_parameters():
-        assert torch.equal(numbers_of(parameter), expected.get_parameter(name)), name
+        assert torch.equal(unpacked_weight(parameter), expected.get_parameter(name)), name
 
 
 def test_automatic_head_precision_changes_nothing_where_it_gains_nothing(opened, monkeypatch):
@@ -163,7 +165,7 @@ def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
 
 
 def test_generate_opens_models_with_a_precision_or_refuses_it(opened, monkeypatch):
-    weight = numbers_of(opened(precision="bf16").head.weight)
+    weight = unpacked_weight(opened(precision="bf16").head.weight)
     assert torch.equal(weight, weight.bfloat16().float())
     monkeypatch.setattr(generating, "open_model", None)  # refused before a model is read
     with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):

@@ -49,7 +49,7 @@ static inline void turn(const float* from, float* to, const float* cos, const fl
                         int64_t t, int64_t head, float scale, bool back) {
     int64_t at = t * head / 2;
     if (cos) return rotate<Eight>(from, to, cos + at, sin + at, head, scale, back);
-    for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * all(scale));
+    for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * broadcast(scale));
 }
 
 // All positions of one head, [P, head], with zeros after the last.
@@ -63,20 +63,20 @@ static void gather(const float* from, int64_t step, float* to, const float* cos,
 // Softmax of the first `seen` scores of a row; the others up to `width` become 0.
 static inline void softmax(float* row, int64_t seen, int64_t width) {
     int64_t last = (seen - 1) / LANES * LANES;
-    Whole counts = before(last, seen);
-    Vector tail = counts ? load(row + last) : all(-INFINITY), top = tail;
+    Whole counts = lanes_before(last, seen);
+    Vector tail = counts ? load(row + last) : broadcast(-INFINITY), top = tail;
     for (int64_t j = 0; j < last; j += LANES) top = larger(load(row + j), top);
-    Vector shift = all(largest_of(top)), total = all(0.0f);
+    Vector shift = broadcast(max_lane(top)), total = broadcast(0.0f);
     for (int64_t j = 0; j < last; j += LANES) {
         Vector e = exp_of(load(row + j) - shift);
         total += e;
         store(row + j, e);
     }
-    tail = counts ? exp_of(tail - shift) : all(0.0f);
-    Vector scale = all(1.0f / sum_of(total + tail));
+    tail = counts ? exp_of(tail - shift) : broadcast(0.0f);
+    Vector scale = broadcast(1.0f / sum_lanes(total + tail));
     for (int64_t j = 0; j < last; j += LANES) store(row + j, load(row + j) * scale);
     store(row + last, tail * scale);
-    for (int64_t j = last + LANES; j < width; j += LANES) store(row + j, all(0.0f));
+    for (int64_t j = last + LANES; j < width; j += LANES) store(row + j, broadcast(0.0f));
 }
 
 extern "C" void attention_forward(const float* query, const float* key, const float* value,
@@ -165,10 +165,10 @@ extern "C" void attention_backward(const float* query, const float* key, const f
                     for (int64_t i = 0; i < ROWS; i++) {
                         const float* p = probs + (t - first + i) * ld;
                         float* d = rows + i * ld;
-                        Vector total = all(0.0f);
+                        Vector total = broadcast(0.0f);
                         for (int64_t j = 0; j < width; j += LANES)
                             total += load(p + j) * load(d + j);
-                        Vector mean = all(sum_of(total));
+                        Vector mean = broadcast(sum_lanes(total));
                         for (int64_t j = 0; j < width; j += LANES)
                             store(d + j, load(p + j) * (load(d + j) - mean));
                     }

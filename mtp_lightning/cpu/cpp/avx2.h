@@ -29,13 +29,13 @@ static inline Vector rounded(Vector x) { return (Vector)_mm256_round_ps((__m256)
 
 // Loads the first n numbers; the others become `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    __m256i mask = (__m256i)before(0, n);
-    return (Vector)_mm256_blendv_ps((__m256)all(other), _mm256_maskload_ps(from, mask),
+    __m256i mask = (__m256i)lanes_before(0, n);
+    return (Vector)_mm256_blendv_ps((__m256)broadcast(other), _mm256_maskload_ps(from, mask),
                                     (__m256)mask);
 }
 
 static inline void store_some(float* to, Vector x, int64_t n) {
-    _mm256_maskstore_ps(to, (__m256i)before(0, n), (__m256)x);
+    _mm256_maskstore_ps(to, (__m256i)lanes_before(0, n), (__m256)x);
 }
 
 static inline bool any(Whole lanes) { return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes); }

@@ -28,7 +28,7 @@ static inline Vector rounded(Vector x) { return (Vector)_mm512_roundscale_ps((__
 
 // Loads the first n numbers; the others become `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    return (Vector)_mm512_mask_loadu_ps((__m512)all(other), (1 << n) - 1, from);
+    return (Vector)_mm512_mask_loadu_ps((__m512)broadcast(other), (1 << n) - 1, from);
 }
 
 static inline void store_some(float* to, Vector x, int64_t n) {

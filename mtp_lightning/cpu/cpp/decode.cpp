@@ -37,12 +37,12 @@ struct Pass {
 };
 
 static inline void norm(const float* x, const float* gain, float* out, int64_t width, double eps) {
-    Vector squares = all(0.0f);
+    Vector squares = broadcast(0.0f);
     columns(width, [&](int64_t at, int64_t n) {
         Vector v = take(x + at, n);
         squares = multiply_add(v, v, squares);
     });
-    Vector scale = all((float)(1.0 / sqrt((double)sum_of(squares) / width + eps)));
+    Vector scale = broadcast((float)(1.0 / sqrt((double)sum_lanes(squares) / width + eps)));
     columns(width, [&](int64_t at, int64_t n) {
         put(out + at, take(x + at, n) * scale * take(gain + at, n), n);
     });
@@ -90,15 +90,15 @@ static inline void grow(std::vector<float>& memory, int64_t n) {
 // The numerators of the softmax of scores[seen], in place, with zeros up to a whole vector. Returns 1 / their
 // sum.
 static float numerators(float* scores, int64_t seen) {
-    Vector top = all(-INFINITY), total = all(0.0f);
+    Vector top = broadcast(-INFINITY), total = broadcast(0.0f);
     for (int64_t s = 0; s < seen; s += LANES) top = larger(load(scores + s), top);
-    Vector shift = all(largest_of(top));
+    Vector shift = broadcast(max_lane(top));
     for (int64_t s = 0; s < seen; s += LANES) {
-        Vector e = before(s, seen) ? exp_of(load(scores + s) - shift) : all(0.0f);
+        Vector e = lanes_before(s, seen) ? exp_of(load(scores + s) - shift) : broadcast(0.0f);
         total += e;
         store(scores + s, e);
     }
-    return 1.0f / sum_of(total);
+    return 1.0f / sum_lanes(total);
 }
 
 // Positions whose values are read together, to stay in the first cache for all queries.
@@ -125,7 +125,7 @@ static void attend(const float* queries, int64_t group, const float* keys, const
         Vector dots[LANES];
         times<LANES>(BODY(int i) {
             const float* key = keys + place(s + i);
-            dots[i] = all(0.0f);
+            dots[i] = broadcast(0.0f);
             auto add = BODY(int64_t at, int64_t m) {
                 dots[i] = multiply_add(take(query + at, m), take(key + at, m), dots[i]);
             };
@@ -134,14 +134,14 @@ static void attend(const float* queries, int64_t group, const float* keys, const
             else
                 columns(head, add);
         });
-        return sums_of(dots) * all(scale);
+        return sums_of(dots) * broadcast(scale);
     };
     for (int64_t s = 0; s < seen; s += LANES)
         for (int64_t g = 0; g < group; g++) {
             const float* query = queries + g * head;
             Vector score =
                 s + LANES <= start ? score_all(query, s, stored) : score_all(query, s, place);
-            store(scores + g * room + s, before(s, seen) ? score : all(-INFINITY));
+            store(scores + g * room + s, lanes_before(s, seen) ? score : broadcast(-INFINITY));
         }
     for (int64_t g = 0; g < group; g++) factors[g] = numerators(scores + g * room, seen);
     // Four independent sums of every query, so that none waits for the previous one.
@@ -154,7 +154,7 @@ static void attend(const float* queries, int64_t group, const float* keys, const
         auto mix_four = BODY(int64_t s, auto place) {
             times<4>(BODY(int i) {
                 const float* value = values + place(s + i) + at;
-                Vector weight = all(weights[s + i]);
+                Vector weight = broadcast(weights[s + i]);
                 times<V>(BODY(int u) {
                     mixed[i][u] = multiply_add(weight, take(value + u * LANES, m), mixed[i][u]);
                 });
@@ -178,7 +178,7 @@ static void attend(const float* queries, int64_t group, const float* keys, const
         columns(head, [&](int64_t at, int64_t m) {
             auto part = BODY(int i) { return load(from + i * wide + at); };
             Vector sum = (part(0) + part(1)) + (part(2) + part(3));
-            put(out + g * head + at, sum * all(factors[g]), m);
+            put(out + g * head + at, sum * broadcast(factors[g]), m);
         });
     }
 }
@@ -249,7 +249,7 @@ static void attention(const Block& b, const Pass& pass, float* entries, Scratch&
     }
 }
 
-static inline Vector silu(Vector x) { return x / (all(1.0f) + exp_of(-x)); }
+static inline Vector silu(Vector x) { return x / (broadcast(1.0f) + exp_of(-x)); }
 
 static void block(const Block& b, const Pass& pass, float* entries, float* x, Scratch& s) {
     int64_t tokens = pass.rows * pass.length, c = b.width, f = b.inner, mixed = b.heads * b.head;
@@ -371,10 +371,10 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
 }
 
 // The trunk's state that the modules branch from.
-enum Kept { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
+enum Branch { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
 
 struct Trunk : Decoder {
-    int64_t kept;
+    int64_t branch;
 };
 
 // A pass of a trunk from token ids to logits[M, V]; one of its states is stored for the modules.
@@ -384,23 +384,23 @@ extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t
     static thread_local std::vector<float> x, normed;
     int64_t c = trunk->block->width, tokens = pass->rows * pass->length;
     grow(x, tokens * c), grow(normed, tokens * c);
-    auto keep_if = [&](Kept kept, const std::vector<float>& from) {
-        if (states && trunk->kept == kept) keep(*pass, from.data(), states, c);
+    auto store_if = [&](Branch branch, const std::vector<float>& from) {
+        if (states && trunk->branch == branch) keep(*pass, from.data(), states, c);
     };
     for (int64_t i = 0; i < tokens; i++)
         look_up(trunk->embedding, ids[place_of(*pass, i)], x.data() + i * c, c);
     int64_t last = trunk->blocks - 1;
     decode_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
-    keep_if(BEFORE_LAST, x);
-    if (states && trunk->kept == NORMED_BEFORE_LAST) {
+    store_if(BEFORE_LAST, x);
+    if (states && trunk->branch == NORMED_BEFORE_LAST) {
         decode_norm(x.data(), trunk->gain, normed.data(), tokens, c, trunk->eps);
-        keep_if(NORMED_BEFORE_LAST, normed);
+        store_if(NORMED_BEFORE_LAST, normed);
     }
     Pass own = *pass;
     own.entries += last;
     decode_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
-    keep_if(LAST_BLOCK, x);
-    keep_if(FINAL, normed);
+    store_if(LAST_BLOCK, x);
+    store_if(FINAL, normed);
     skinny(normed.data(), trunk->head, logits, tokens, trunk->outputs, c, false);
 }
 

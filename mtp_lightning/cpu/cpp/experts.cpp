@@ -116,7 +116,7 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
             product_of_rows(x.row, weights, gate_up.row, b.count, 2 * f, c);
             for (int64_t r = 0; r < b.count; r++) {
                 const float *gate = gate_up.row[r], *up = gate + f;
-                Vector share = all(given.gates[order[r]]);
+                Vector share = broadcast(given.gates[order[r]]);
                 for (int64_t at = 0; at < f; at += LANES) {
                     Vector g = load(gate + at);
                     store(inner + r * f + at, g * sigmoid(g) * load(up + at) * share);
@@ -157,7 +157,7 @@ static void rows_backward(const Given& given, const Shape& s, const std::vector<
                 int64_t row = b.first + r;
                 const float *gate = projected + row * 2 * f, *up = gate + f;
                 float* d_gate = d_gate_up.row[r];
-                Vector share = all(given.gates[order[r]]), total = all(0.0f);
+                Vector share = broadcast(given.gates[order[r]]), total = broadcast(0.0f);
                 for (int64_t at = 0; at < f; at += LANES) {
                     Vector g = load(gate + at), u = load(up + at), s = sigmoid(g), silu = g * s;
                     Vector d = load(d_inner + r * f + at);
@@ -167,7 +167,7 @@ static void rows_backward(const Given& given, const Shape& s, const std::vector<
                     store(d_gate + f + at, d * silu);
                     store(d_gate + at, gate_gradient(d, g, u, s));
                 }
-                d_gates[order[r]] = sum_of(total);
+                d_gates[order[r]] = sum_lanes(total);
             }
             product_of_rows(d_gate_up.row, weights, d_x.row, b.count, c, 2 * f);
         }

@@ -175,7 +175,7 @@ struct Blocks {
             times<V>(BODY(int v) {
                 const char* from = panel + v * Scales::SIZE * sizeof(Vector);
                 times<Scales::SIZE>(BODY(int i) { prefetch(from + i * sizeof(Vector)); });
-                step[v] = Scales::step(from) * all(LEVELS);
+                step[v] = Scales::step(from) * broadcast(LEVELS);
                 offset[v] = Scales::offset(from) - step[v];
             });
             panel += V * Scales::SIZE * sizeof(Vector);
@@ -224,7 +224,7 @@ static inline int64_t panel_width(int64_t outputs) {
 
 // A packed weight.
 struct Packed {
-    const void* numbers;
+    const void* data;
     int64_t kind;
 };
 

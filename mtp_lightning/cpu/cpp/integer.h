@@ -37,18 +37,18 @@ static inline __m128i in_order(__m128i bytes) {
 // Rounds a group's numbers to bytes; returns the scale.
 template <typename Format>
 static float round_group(const float* x, int8_t* bytes, float* total) {
-    Vector top = all(0.0f), wrong = all(0.0f);
+    Vector top = broadcast(0.0f), wrong = broadcast(0.0f);
     for (int64_t k = 0; k < Format::GROUP; k += LANES) {
         Vector v = load(x + k);
-        top = larger(top, size_of(v));
-        wrong += v * all(0.0f);  // NaN, if a number is none or infinite
+        top = larger(top, absolute(v));
+        wrong += v * broadcast(0.0f);  // NaN, if a number is none or infinite
     }
-    float size = largest_of(top), inverse = size > 0 ? 127.0f / size : 0.0f;
-    float scale = size / 127.0f + sum_of(wrong);
+    float size = max_lane(top), inverse = size > 0 ? 127.0f / size : 0.0f;
+    float scale = size / 127.0f + sum_lanes(wrong);
     Whole sum = {};
     for (int64_t k = 0; k < Format::GROUP; k += 16, bytes += 16) {
         for (int64_t j = 0; j < 16; j += LANES) {
-            Whole i = integers(load(x + k + j) * all(inverse));
+            Whole i = integers(load(x + k + j) * broadcast(inverse));
             sum += i;
             store_bytes(bytes + j, i);
         }
@@ -56,7 +56,7 @@ static float round_group(const float* x, int8_t* bytes, float* total) {
         _mm_storeu_si128((__m128i*)bytes, in_order<Format>(i));
     }
     // Exact, as sums of a few thousand are.
-    *total = scale * sum_of(numbers(sum));
+    *total = scale * sum_lanes(numbers(sum));
     return scale;
 }
 
@@ -79,13 +79,13 @@ static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to
 // out[R][V] of a tile of R rows, whose groups begin at `at`, and of V vectors of outputs from vector
 // `first` on, of a panel of W.
 template <typename Format, int R, int W, int V>
-MULTIPLIES_BYTES static void tile(const char* panel, int64_t first, const Rounded& x, int64_t at,
-                                  int64_t groups, float* out) {
+MULTIPLIES_BYTES static void integer_tile(const char* panel, int64_t first, const Rounded& x,
+                                          int64_t at, int64_t groups, float* out) {
     constexpr int64_t WORDS = Format::GROUP / 4;
     constexpr int SIZE = Format::SCALES::SIZE;
     using Sum = Dot<Format::BITS>;
     Vector sum[R][V];
-    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
+    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = broadcast(0.0f); });
     const int32_t* words = x.words.data() + at * WORDS;
     const float *scale = x.scale.data() + at, *total = x.total.data() + at;
     const char *scales = panel + first * SIZE * sizeof(Vector),
@@ -116,9 +116,9 @@ MULTIPLIES_BYTES static void tile(const char* panel, int64_t first, const Rounde
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
                 const char* of = scales + v * SIZE * sizeof(Vector);
-                Vector scaled = all(scale[r]) * dot[r][v].total();
+                Vector scaled = broadcast(scale[r]) * dot[r][v].total();
                 sum[r][v] = multiply_add(Format::SCALES::step(of), scaled, sum[r][v]);
-                sum[r][v] = multiply_add(Format::SCALES::offset(of), all(total[r]), sum[r][v]);
+                sum[r][v] = multiply_add(Format::SCALES::offset(of), broadcast(total[r]), sum[r][v]);
             }
         constexpr int64_t BLOCK = W * (SIZE + Format::VECTORS) * sizeof(Vector);
         scales += BLOCK, numbers += BLOCK;
@@ -144,8 +144,8 @@ static void integer_product(const float* x, const char* weight, float* out, int6
                 auto columns = [&](auto v, int64_t first) {
                     constexpr int V = v.value;
                     float found[R * V * LANES];
-                    tile<Format, R, W, V>(weight + p * size, first, rounded, i * groups, groups,
-                                          found);
+                    integer_tile<Format, R, W, V>(weight + p * size, first, rounded, i * groups,
+                                                  groups, found);
                     for (int j = 0; j < R; j++)
                         for (int u = 0; u < V; u++) {
                             int64_t o = at + (first + u) * LANES;

@@ -38,14 +38,14 @@ extern "C" void norm_forward(const float* x, const float* gain, float* out, floa
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         const float* row = x + i * width;
-        Vector squares = all(0.0f);
+        Vector squares = broadcast(0.0f);
         columns(width, [&](int64_t at, int64_t n) {
             Vector v = take(row + at, n);
             squares += v * v;
         });
-        scale[i] = (float)(1.0 / sqrt((double)sum_of(squares) / width + eps));
+        scale[i] = (float)(1.0 / sqrt((double)sum_lanes(squares) / width + eps));
         columns(width, [&](int64_t at, int64_t n) {
-            put(out + i * width + at, take(row + at, n) * all(scale[i]) * take(gain + at, n), n);
+            put(out + i * width + at, take(row + at, n) * broadcast(scale[i]) * take(gain + at, n), n);
         });
     }
 }
@@ -62,13 +62,13 @@ extern "C" void norm_backward(const float* x, const float* gain, const float* sc
         memset(d_gain, 0, width * sizeof(float));
         for (int64_t i = part * PART; i < rows && i < (part + 1) * PART; i++) {
             const float *row = x + i * width, *g = grad + i * width;
-            Vector factor = all(scale[i]), total = all(0.0f);
+            Vector factor = broadcast(scale[i]), total = broadcast(0.0f);
             columns(width, [&](int64_t at, int64_t n) {
                 Vector along = take(g + at, n) * take(row + at, n) * factor;
                 put(d_gain + at, take(d_gain + at, n) + along, n);
                 total += along * take(gain + at, n);
             });
-            Vector mean = all(sum_of(total) / width);
+            Vector mean = broadcast(sum_lanes(total) / width);
             columns(width, [&](int64_t at, int64_t n) {
                 Vector unit = take(row + at, n) * factor;
                 Vector d = take(g + at, n) * take(gain + at, n) - unit * mean;
@@ -83,22 +83,22 @@ extern "C" void log_softmax(float* x, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         float* row = x + i * width;
-        Vector top = all(-INFINITY);
+        Vector top = broadcast(-INFINITY);
         columns(width, [&](int64_t at, int64_t n) {
             Vector v = n == LANES ? load(row + at) : load_some(row + at, n, -INFINITY);
             top = larger(v, top);
         });
-        Vector shift = all(largest_of(top));
+        Vector shift = broadcast(max_lane(top));
         double total = 0.0;
-        Vector sum = all(0.0f);
+        Vector sum = broadcast(0.0f);
         columns(width, [&](int64_t at, int64_t n) {
             if (n == LANES)
                 sum += exp_of(load(row + at) - shift);
             else
                 for (int64_t j = 0; j < n; j++) total += expf(row[at + j] - shift[0]);
         });
-        total += sum_of(sum);
-        shift += all((float)log(total));
+        total += sum_lanes(sum);
+        shift += broadcast((float)log(total));
         columns(width, [&](int64_t at, int64_t n) {
             put(row + at, take(row + at, n) - shift, n);
         });

@@ -106,14 +106,14 @@ static bool pack(Fp16, const float* weight, char* packed, int64_t outputs, int64
 // The step of which all numbers of an output are integer multiples, the largest 127 times; 0 if they
 // are all 0, and -1 if there is no such step, as for NaN and infinity.
 static float step_of(const float* numbers, int64_t n) {
-    Vector largest = all(0.0f);
-    columns(n, [&](int64_t at, int64_t m) { largest = larger(size_of(take(numbers + at, m)), largest); });
-    float step = largest_of(largest) / 127.0f;
+    Vector largest = broadcast(0.0f);
+    columns(n, [&](int64_t at, int64_t m) { largest = larger(absolute(take(numbers + at, m)), largest); });
+    float step = max_lane(largest) / 127.0f;
     Whole lost = {};
     columns(n, [&](int64_t at, int64_t m) {
         Vector number = take(numbers + at, m);
-        Vector whole = step > 0.0f ? rounded(number / all(step)) : all(0.0f);
-        lost |= multiply_add(whole, all(step), -number) != all(0.0f);  // also true for NaN
+        Vector whole = step > 0.0f ? rounded(number / broadcast(step)) : broadcast(0.0f);
+        lost |= multiply_add(whole, broadcast(step), -number) != broadcast(0.0f);  // also true for NaN
     });
     return any(lost) ? -1.0f : step;
 }
@@ -134,7 +134,7 @@ static bool pack(Byte, const float* weight, char* packed, int64_t outputs, int64
                 tile_of(weight, outputs, inputs, at + j, k, rows);
                 for (int64_t i = 0; i < LANES && k + i < inputs; i++)
                     store_bytes(to + (k + i) * width + j,
-                                integers(step > all(0.0f) ? rows[i] / step : step));
+                                integers(step > broadcast(0.0f) ? rows[i] / step : step));
             }
         }
     });
@@ -153,13 +153,15 @@ struct Fitted {
     // Takes a step and an offset, if they give all numbers exactly.
     bool fits(const float* numbers, float given_step, float given_offset) {
         step = given_step, offset = given_offset;
-        Vector a = all(step) * all(Format::LEVELS), b = all(offset) - a;
+        Vector a = broadcast(step) * broadcast(Format::LEVELS), b = broadcast(offset) - a;
         Whole lost = {};
         for (int64_t i = 0; i < Format::GROUP; i += LANES) {
             Vector number = load(numbers + i);
-            Vector level = step == 0.0f ? all(0.0f) : rounded((number - all(offset)) / all(step));
-            lost |= ~(level >= all(0.0f)) | (level >= all(Format::LEVELS));
-            Vector fraction = multiply_add(level, all(1 / Format::LEVELS), all(1.0f));
+            Vector level = step == 0.0f
+                               ? broadcast(0.0f)
+                               : rounded((number - broadcast(offset)) / broadcast(step));
+            lost |= ~(level >= broadcast(0.0f)) | (level >= broadcast(Format::LEVELS));
+            Vector fraction = multiply_add(level, broadcast(1 / Format::LEVELS), broadcast(1.0f));
             lost |= multiply_add(a, fraction, b) != number;  // also true for NaN
             store((float*)q + i, (Vector)integers(level));
         }
@@ -174,7 +176,7 @@ struct Fitted {
             top = larger(top, load(numbers + i));
             bottom = larger(bottom, -load(numbers + i));
         }
-        float high = largest_of(top), low = -largest_of(bottom);
+        float high = max_lane(top), low = -max_lane(bottom);
         float size = -low > high ? -low : high;
         auto fits = [&](float given_step, float given_offset) {
             return this->fits(numbers, as_fp16(given_step), as_fp16(given_offset));

@@ -18,7 +18,7 @@ static void rows_of_panels(const float* x, int64_t inputs, const char* panel, fl
                            int64_t outputs, int64_t left, bool add) {
     int64_t size = Format::bytes(PANEL, inputs);
     Vector sum[R][V];
-    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
+    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = broadcast(0.0f); });
     auto product = BODY(int64_t k, auto& weight) {
         add_products<R, V>(BODY(int r) { return x[r * inputs + k]; }, weight, sum);
     };
@@ -115,10 +115,10 @@ static void skinny(const float* x, const Packed& weight, float* out, int64_t row
                    int64_t inputs, bool add) {
     as_format(weight.kind, [&](auto format) {
         using Format = decltype(format);
-        const char* numbers = (const char*)weight.numbers;
+        const char* data = (const char*)weight.data;
         if constexpr (Format::IN_BLOCKS)
             if (weight.kind & INTEGER)
-                return integer_product<Format>(x, numbers, out, rows, outputs, inputs, add);
-        skinny<Format>(x, numbers, out, rows, outputs, inputs, add);
+                return integer_product<Format>(x, data, out, rows, outputs, inputs, add);
+        skinny<Format>(x, data, out, rows, outputs, inputs, add);
     });
 }

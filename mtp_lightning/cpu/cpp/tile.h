@@ -52,7 +52,7 @@ INLINE void each_vector(Body body) {
 template <int R, int V, typename Left>
 INLINE void add_products(Left left, const Vector (&right)[V], Vector (&sum)[R][V]) {
     each_vector<R, V>(BODY(int r, int v) {
-        sum[r][v] = multiply_add(all(left(r)), right[v], sum[r][v]);
+        sum[r][v] = multiply_add(broadcast(left(r)), right[v], sum[r][v]);
     });
 }
 
@@ -61,7 +61,7 @@ template <int R, int V, typename Left, typename Right, typename Out>
 INLINE void tile(int64_t n, Left left, Right right, Out out, bool add) {
     Vector sum[R][V];
     each_vector<R, V>(BODY(int r, int v) {
-        sum[r][v] = add ? load(out(r) + v * LANES) : all(0.0f);
+        sum[r][v] = add ? load(out(r) + v * LANES) : broadcast(0.0f);
     });
     for (int64_t k = 0; k < n; k++) {
         const float* from = right(k);

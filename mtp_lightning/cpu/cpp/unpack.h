@@ -34,7 +34,7 @@ static inline void unpack_row(const Packed& weight, int64_t output, float* out, 
     as_format(weight.kind, [&](auto format) {
         using Format = decltype(format);
         int64_t p = output / PANEL;
-        unpack_panel<Format>((const char*)weight.numbers + p * Format::bytes(PANEL, inputs),
+        unpack_panel<Format>((const char*)weight.data + p * Format::bytes(PANEL, inputs),
                              outputs - p * PANEL, inputs,
                              [&](int64_t o, int64_t k, Vector numbers, int64_t n) {
                                  if (p * PANEL + o == output) put(out + k, numbers, n);

@@ -31,10 +31,10 @@ static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES
 
 static inline Vector load(const float* from) { return *(const Loose*)from; }
 static inline void store(float* to, Vector x) { *(Loose*)to = x; }
-static inline Vector all(float x) { return x - (Vector){}; }
+static inline Vector broadcast(float x) { return x - (Vector){}; }
 
 // A mask of the lanes from `at` on: all ones for those before `end`.
-static inline Whole before(int64_t at, int64_t end) {
+static inline Whole lanes_before(int64_t at, int64_t end) {
     Whole lanes;
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) lanes[i] = i;
@@ -93,7 +93,7 @@ static inline void transpose(Vector* rows) {
 }
 
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-static inline Vector size_of(Vector x) { return x < all(0.0f) ? -x : x; }
+static inline Vector absolute(Vector x) { return x < broadcast(0.0f) ? -x : x; }
 
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
@@ -109,12 +109,12 @@ static inline Four folded_to_four(Vector x, Combine combine) {
     return combine(fours[0], fours[1]);
 }
 
-static inline float sum_of(Vector x) {
+static inline float sum_lanes(Vector x) {
     Four four = folded_to_four(x, [](auto a, auto b) { return a + b; });
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-static inline float largest_of(Vector x) {
+static inline float max_lane(Vector x) {
     Four four = folded_to_four(x, [](auto a, auto b) { return a > b ? a : b; });
     float a = four[0] > four[2] ? four[0] : four[2], b = four[1] > four[3] ? four[1] : four[3];
     return a > b ? a : b;
@@ -123,32 +123,32 @@ static inline float largest_of(Vector x) {
 // exp to about one unit in the last place; below -87 it returns about 1e-38, and infinity on overflow.
 // NaN stays NaN.
 static inline Vector exp_of(Vector given) {
-    const Vector most = all(88.72283f);  // the largest x without overflow
-    Vector x = given < all(-87.0f) ? all(-87.0f) : given;
+    const Vector most = broadcast(88.72283f);  // the largest x without overflow
+    Vector x = given < broadcast(-87.0f) ? broadcast(-87.0f) : given;
     x = x > most ? most : x;
-    const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    Vector shifted = x * all(1.44269504088896341f) + magic;
+    const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Vector shifted = x * broadcast(1.44269504088896341f) + magic;
     Vector n = shifted - magic;
-    Vector r = x - n * all(0.693359375f);
-    r = r - n * all(-2.12194440e-4f);
+    Vector r = x - n * broadcast(0.693359375f);
+    r = r - n * broadcast(-2.12194440e-4f);
     // Polynomial for |r| <= ln(2) / 2 (Cephes' expf).
-    Vector p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * r * r + r + all(1.0f);
+    Vector p = broadcast(1.9875691500e-4f);
+    p = p * r + broadcast(1.3981999507e-3f);
+    p = p * r + broadcast(8.3334519073e-3f);
+    p = p * r + broadcast(4.1665795894e-2f);
+    p = p * r + broadcast(1.6666665459e-1f);
+    p = p * r + broadcast(5.0000001201e-1f);
+    p = p * r * r + r + broadcast(1.0f);
     Whole exponent = ((Whole)shifted) << 23;  // the integer is in the lowest bits
     // NaN is returned separately: shifting its bits would give a finite number.
-    return given <= most ? (Vector)((Whole)p + exponent) : given + all(INFINITY);
+    return given <= most ? (Vector)((Whole)p + exponent) : given + broadcast(INFINITY);
 }
 
-static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
+static inline Vector sigmoid(Vector x) { return broadcast(1.0f) / (broadcast(1.0f) + exp_of(-x)); }
 
 // The gradient of silu(g) u with respect to g, where d is that of the product and s = sigmoid(g).
 static inline Vector gate_gradient(Vector d, Vector g, Vector u, Vector s) {
-    return d * u * s * (all(1.0f) + g * (all(1.0f) - s));
+    return d * u * s * (broadcast(1.0f) + g * (broadcast(1.0f) - s));
 }
 
 // Rotates one head by the angles whose cosines and sines [H / 2] are given (back: inversely), and

@@ -23,7 +23,7 @@ from torch import Tensor
 from data_modules.cache import build_once, cache_folder, cache_key
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import dense_matrices
-from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed, packed_of
+from mtp_lightning.cpu.packed import Kind, PackedWeight, only_copy, replace_by, replace_by_packed
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialModule
@@ -39,7 +39,7 @@ UNUSED_DAYS = 30
 """Days after which packed weights that no process has opened are removed."""
 # The alignment of a weight in the file, in bytes.
 _ALIGNED = 4096
-_INDEX, _NUMBERS = "index.json", "packed.bin"
+_INDEX, _DATA = "index.json", "packed.bin"
 
 
 class CPUWeightPacker:
@@ -65,7 +65,7 @@ class CPUWeightPacker:
 
     def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is w for w in self._weights.values()):
-            keep_packed(weight, scales)
+            replace_by_packed(weight, scales)
             if weight is self._embedding.weight:
                 self._look_up()
 
@@ -79,16 +79,16 @@ class CPUWeightPacker:
             shutil.rmtree(self._folder, ignore_errors=True)
             return frozenset()
         for name, packed in packed_weights.items():
-            keep_as(self._weights[name], packed)
+            replace_by(self._weights[name], packed)
         self._look_up()
         with suppress(OSError):  # a read-only cache
             os.utime(self._folder)
         return frozenset(packed_weights)
 
     def remember(self) -> None:
-        kept = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
-        packed = {name: weight for name, weight in kept.items() if weight is not None}
-        if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
+        copies = {name: only_copy(weight) for name, weight in self._weights.items()}
+        packed = {name: copy for name, copy in copies.items() if copy is not None}
+        if self._folder is None or sum(x.data.numel() for x in packed.values()) < LEAST:
             return
         try:
             # Before the new ones are written, since the disk may be too small for both.
@@ -101,9 +101,7 @@ class CPUWeightPacker:
 
     def _look_up(self) -> None:
         """Let the embedding read its rows from the packed weight."""
-        weight = self._embedding.weight
-        packed = packed_of(weight) if is_kept(weight) else None
-        if packed is not None:
+        if (packed := only_copy(self._embedding.weight)) is not None:
             vars(self._embedding)["forward"] = packed.rows
 
 
@@ -126,13 +124,13 @@ def _nothing(folder: Path) -> None:
 
 def _write(folder: Path, packed: dict[str, PackedWeight]) -> None:
     index, offset = {}, 0
-    with (folder / _NUMBERS).open("wb") as file:
+    with (folder / _DATA).open("wb") as file:
         for name, weight in packed.items():
             file.write(bytes(-offset % _ALIGNED))
             offset += -offset % _ALIGNED
             index[name] = (offset, weight.outputs, weight.inputs, int(weight.kind))
-            file.write(weight.numbers.numpy().data)
-            offset += weight.numbers.numel()
+            file.write(weight.data.numpy().data)
+            offset += weight.data.numel()
     (folder / _INDEX).write_text(json.dumps(index), "utf-8")
 
 
@@ -144,14 +142,14 @@ def _mapped(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, PackedWeig
     """
     index: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
     # Private and writable, as PyTorch asks for: nobody writes, and all read the same pages.
-    file_bytes = torch.from_numpy(np.memmap(folder / _NUMBERS, np.uint8, "c"))
+    file_bytes = torch.from_numpy(np.memmap(folder / _DATA, np.uint8, "c"))
     packed = {}
     for name, (offset, outputs, inputs, kind) in index.items():
         if list(weights[name].shape) != [outputs, inputs]:
             raise ValueError(f"{name} has another shape")
         size = native.lib().packed_size(outputs, inputs, Kind(kind))
-        numbers = file_bytes[offset : offset + size]
-        if offset < 0 or numbers.numel() != size:
+        data = file_bytes[offset : offset + size]
+        if offset < 0 or data.numel() != size:
             raise ValueError(f"{name} ends after the file")
-        packed[name] = PackedWeight(numbers, outputs, inputs, Kind(kind))
+        packed[name] = PackedWeight(data, outputs, inputs, Kind(kind))
     return packed

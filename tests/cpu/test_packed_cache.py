@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.cpu import kept as kept_weights
-from mtp_lightning.cpu import packed
-from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
+from mtp_lightning.cpu import packed, packed_cache
+from mtp_lightning.cpu.packed import Kind, only_copy, packed_weight, replace_by_packed
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.precision import (
@@ -49,8 +48,8 @@ def test_a_packed_weight_unpacks_to_the_same_bits(shape, precision):
     assert torch.equal(packed_copy.rows(ids.int()), weight[ids])  # nn.Embedding takes them, too
     with pytest.raises(IndexError, match="outside of 0"):
         packed_copy.rows(torch.tensor([shape[0]]))
-    keep_packed(layer.weight)
-    assert is_kept(layer.weight)
+    replace_by_packed(layer.weight)
+    assert only_copy(layer.weight) is not None
     assert layer.weight.untyped_storage().nbytes() == 0
 
 
@@ -83,7 +82,7 @@ def opened_as_generate(model: MTPModel) -> MTPModel:
 def packed_only(model: MTPModel) -> MTPModel:
     """The model as generate.py opens it, with most of its numbers in packed form alone."""
     light = opened_as_generate(model)
-    sizes = [(weight.numel(), is_kept(weight)) for weight in light.parameters()]
+    sizes = [(weight.numel(), only_copy(weight) is not None) for weight in light.parameters()]
     assert sum(n for n, is_packed in sizes if is_packed) > sum(n for n, _ in sizes) / 2
     return light
 
@@ -149,7 +148,7 @@ def test_weights_that_other_code_reads_are_not_packed():
     model = small_model(1, 1, deepseek=True)
     light = opened_as_generate(model)
     for block in light.trunk.blocks:
-        assert not any(is_kept(weight) for weight in block.parameters())
+        assert all(only_copy(weight) is None for weight in block.parameters())
     assert_same_texts(model, light)
 
 
@@ -161,7 +160,7 @@ def test_without_the_library_no_weight_is_packed(monkeypatch):
 def test_weights_in_float64_are_not_packed():
     model = small_model(1, 1).double()
     light = opened_as_generate(model)
-    assert not any(is_kept(weight) for weight in light.parameters())
+    assert all(only_copy(weight) is None for weight in light.parameters())
     assert torch.equal(light.head.weight, model.head.weight)
 
 
@@ -170,7 +169,7 @@ def cached(tmp_path, monkeypatch):
     """A model, its file, and a function that opens it and shares its packed weights in the
     cache."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept_weights, "LEAST", 0)
+    monkeypatch.setattr(packed_cache, "LEAST", 0)
     model, path = small_model(3, 1, vocab=300), tmp_path / "model.ckpt"
     path.write_bytes(b"numbers")
 
@@ -197,7 +196,7 @@ def test_a_second_process_maps_the_packed_weights_of_the_first(cached, monkeypat
     for (name, weight), (_, mapped) in zip(
         first.named_parameters(), second.named_parameters(), strict=True
     ):
-        assert is_kept(weight) == is_kept(mapped), name
+        assert (only_copy(weight) is None) == (only_copy(mapped) is None), name
     os.utime(path, ns=(1, 1))
     opened()
     (new_folder,) = (tmp_path / "cache").glob("packed*/*")
@@ -222,7 +221,7 @@ def test_each_rounding_has_packed_weights_of_its_own(cached, tmp_path):
     for rounding in [("fp32", None), ("fp32", "int8"), ("bf16", None)] * 2:
         at_path = functools.partial(packer_after_rounding(*rounding), path=path)
         light = build_model(model.config, model.state_dict(), source="x", packer_for=at_path)
-        read = [packed.numbers_of(weight) for weight in light.parameters()]
+        read = [packed.unpacked_weight(weight) for weight in light.parameters()]
         assert all(map(torch.equal, read, numbers.setdefault(rounding, read)))
         assert len(list((tmp_path / "cache").glob("packed*/*"))) == len(numbers)
     assert not all(map(torch.equal, *list(numbers.values())[:2]))
@@ -245,7 +244,7 @@ def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
         index.write_text(json.dumps(entries))
         (folder / "digests.json").unlink()
     for name, weight in opened().named_parameters():
-        assert torch.equal(packed.numbers_of(weight), model.get_parameter(name)), name
+        assert torch.equal(packed.unpacked_weight(weight), model.get_parameter(name)), name
     assert len(list((tmp_path / "cache").glob("packed*/*"))) == 1
 
 
