@@ -72,10 +72,8 @@ class Tree:
         return parents
 
 
-def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:
-    """The node ``up`` levels above ``node``; None if that is above node 0."""
+def ancestor(parents: Sequence[int], node: int, up: int) -> int:
+    """The node ``up`` levels above ``node``; -1, -2, .. are the tokens before node 0."""
     for _ in range(up):
-        node = parents[node]
-        if node < 0:
-            return None
+        node = parents[node] if node > 0 else node - 1
     return node

@@ -61,7 +61,7 @@ class TreeSession(Session):
             return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
         if not self._stack.reads(k):  # reads no drafts, so all nodes have the same state
-            return self._rescored(k, nodes).expand(-1, len(nodes), -1)
+            return self._draft_from_one_state(k, nodes).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
         long = [row for row in range(len(self.n)) if not self.is_short(row)]
@@ -75,21 +75,22 @@ class TreeSession(Session):
         ctx = ForwardContext.of_tree(cache, starts, self._branches(k - 1, caught_up))
         n_B1 = torch.tensor(self.n, device=self.tokens_BS.device).unsqueeze(1)
 
-        def take(buffer: Tensor, kind: str, j: int = 0) -> Tensor:
-            column_BT = (n_B1 + self._columns(kind, k, caught_up, j)).clamp_(min=0)
-            return along(buffer, column_BT)
+        def take(buffer: Tensor, ahead: int | None) -> Tensor:
+            return along(buffer, (n_B1 + self._columns(k, caught_up, ahead)).clamp_(min=0))
 
         first = self._stack.reads(k).start
-        tokens = torch.cat([take(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
-        branch = take(self.states[0], "positions")
-        previous = branch if k == 1 else take(self.states[k - 1], "before")
+        tokens = torch.cat([take(self.tokens_BS, j) for j in range(first, k + 1)], dim=1)
+        branch = take(self.states[0], 0)
+        previous = branch if k == 1 else take(self.states[k - 1], None)
         width = caught_up + nodes.stop - 1
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx, tokens_apart=width)
         if k < len(self.states):
             cache.spans.write(self.states[k], hidden)
+        if self._one_cache:
+            self._outputs = hidden[:, -1:]  # of node 0
         return self._drafted(k, hidden)
 
-    def _rescored(self, k: int, nodes: range) -> Tensor:
+    def _draft_from_one_state(self, k: int, nodes: range) -> Tensor:
         """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
         state_B1C = self._stack.head_input(self._newest(k)[0])
         before_BP = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
@@ -99,9 +100,6 @@ class TreeSession(Session):
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:
         """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of
         ``hidden``."""
-        if self._one_cache:  # the output at every node so far: node 0's, then the last pass's
-            outputs = hidden[:, -1:] if k == 1 else torch.cat((self._outputs[:, :1], hidden), 1)
-            self._outputs = outputs
         newest = hidden[:, -len(self.tree.level(k - 1)) :]
         return self._draft_head(self._stack.head_input(newest))
 
@@ -123,6 +121,7 @@ class TreeSession(Session):
         before = self._outputs[:, parents]
         tokens = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
         hidden = self.model.depth_state(1, before, before, tokens, ctx)
+        self._outputs = torch.cat((self._outputs[:, :1], hidden), 1)  # of all nodes so far
         return self._drafted(k, hidden)
 
     def verify_tree(self) -> Tensor:
@@ -154,19 +153,11 @@ class TreeSession(Session):
         parents += [caught_up - 1 + parent for parent in self.tree.parents(depth)[1:]]
         return Branches(parents, self.tokens_BS.device)
 
-    def _columns_of(self, kind: str, k: int, caught_up: int, j: int) -> Tensor:
-        """Columns [T], relative to position n, that the tokens of depth ``k``'s pass read.
-
-        ``kind`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
-        ``tokens`` (the token ``j`` positions ahead; ``j`` is 0 for states).
-        """
-        parents = self.tree.parents(k - 1)
-        columns = [place - k + j for place in range(1 - caught_up, 1)]
-        for depth in range(1, k):
-            for node in self.tree.level(depth):
-                token = ancestor(parents, node, k - j) if kind == "tokens" else None
-                if kind == "before":
-                    columns.append(parents[node] - (k - 1))
-                else:
-                    columns.append(depth - k + j if token is None else token)
+    def _columns_of(self, k: int, caught_up: int, ahead: int | None) -> Tensor:
+        """Columns [T], relative to position n, that the tokens of depth ``k``'s pass read: those of
+        the tokens that many positions ``ahead`` (0 for the branch states), or for None those of the
+        states of depth ``k - 1``, which are stored from position n - (k - 1) on."""
+        up, before = (1, k - 1) if ahead is None else (k - ahead, 0)
+        parents, nodes = self.tree.parents(k - 1), range(1 - caught_up, self.tree.level(k - 1).stop)
+        columns = [ancestor(parents, node, up) - before for node in nodes]
         return torch.tensor(columns, device=self.tokens_BS.device)

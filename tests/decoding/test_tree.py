@@ -56,7 +56,7 @@ def test_the_nodes_of_a_tree_are_numbered_by_depth():
     for depth in range(3):
         for node in tree.level(depth):
             assert all(tree.parents()[child] == node for child in tree.children(node, depth))
-    assert [ancestor(tree.parents(), 15, up) for up in range(5)] == [15, 9, 3, 0, None]
+    assert [ancestor(tree.parents(), 15, up) for up in range(6)] == [15, 9, 3, 0, -1, -2]
 
 
 @pytest.mark.parametrize(
