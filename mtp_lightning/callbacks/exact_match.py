@@ -56,7 +56,7 @@ def answer_all(
         batch_size: examples decoded together.
         rank: rank of this process among ``world``; it answers every ``world``-th example.
     """
-    from mtp_lightning.decoding.answers import Outputs
+    from mtp_lightning.decoding.answers import ModelOutputs
     from mtp_lightning.metrics.answers import AnswerRates
 
     device = model.head.weight.device
@@ -69,7 +69,7 @@ def answer_all(
             numbers = indices[start : start + batch_size]
             batch = examples.batch(numbers).to(device)
             width = batch.tokens.shape[1]
-            outputs = Outputs(model, batch, partial(examples.uniforms, numbers, width))
+            outputs = ModelOutputs(model, batch, partial(examples.uniforms, numbers, width))
             right_B = examples.right(numbers, outputs.greedy_BW).to(device)
             positions = (p.to(device) for p in examples.answer_positions(numbers, width))
             rates.update(right_B, outputs.greedy_BW, outputs.forced_BW, batch.tokens, *positions)

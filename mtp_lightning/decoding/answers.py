@@ -1,6 +1,6 @@
 """A model's answers to the questions of a whole batch, greedy or sampled.
 
-Shapes: B rows, W tokens of a window, P its positions, N scored tokens of the batch, C d_model,
+Shapes: B rows, W tokens of a window, P its positions, K scored tokens of the batch, C d_model,
 V vocabulary.
 """
 
@@ -20,11 +20,11 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 
 
-class Outputs:
+class ModelOutputs:
     """A model's outputs for a batch of questions; each is computed when first asked for.
 
-    The model is in evaluation mode; ``uniforms`` returns the random numbers [B, W] of :func:`say`,
-    on any device.
+    The model is in evaluation mode; ``uniforms`` returns the random numbers [B, W] of
+    :func:`generate_scored`, on any device.
     """
 
     def __init__(self, model: MTPModel, batch: WindowBatch, uniforms: Callable[[], Tensor]) -> None:
@@ -35,12 +35,12 @@ class Outputs:
     @cached_property
     def greedy_BW(self) -> Tensor:
         """The tokens, with the model's greedy answers at the scored positions."""
-        return say(self._model, self.batch)
+        return generate_scored(self._model, self.batch)
 
     @cached_property
     def sampled_BW(self) -> Tensor:
         """The tokens, with answers sampled at temperature 1 at the scored positions."""
-        return say(self._model, self.batch, self._uniforms().to(self.batch.device))
+        return generate_scored(self._model, self.batch, self._uniforms().to(self.batch.device))
 
     @cached_property
     def states_BPC(self) -> Tensor:
@@ -51,30 +51,32 @@ class Outputs:
     @cached_property
     def forced_BW(self) -> Tensor:
         """The tokens, with the model's teacher-forced greedy choices at the scored positions."""
-        return _in_place(self.batch, self._logits_NV.argmax(-1), self.batch.tokens)
+        return _in_place(self.batch, self._logits_KV.argmax(-1), self.batch.tokens)
 
     @cached_property
     def nats_BW(self) -> Tensor:
         """float64 ``-log p`` of each scored token, teacher-forced; 0 elsewhere."""
-        target_N = _scored(self.batch, self.batch.tokens)
-        nats_N = F.cross_entropy(self._logits_NV.double(), target_N, reduction="none")
-        return _in_place(self.batch, nats_N, torch.zeros_like(self.batch.tokens).double())
+        target_K = _scored(self.batch, self.batch.tokens)
+        nats_K = F.cross_entropy(self._logits_KV.double(), target_K, reduction="none")
+        return _in_place(self.batch, nats_K, torch.zeros_like(self.batch.tokens).double())
 
     @cached_property
     def log_probs_KV(self) -> Tensor:
         """``log p`` of every id at the scored tokens, row by row, teacher-forced."""
-        return torch.log_softmax(self._logits_NV.float(), dim=-1)
+        return torch.log_softmax(self._logits_KV.float(), dim=-1)
 
     @cached_property
     def _main_BPX(self) -> Tensor:
         return _teacher_forced(self._model, self.batch)
 
     @cached_property
-    def _logits_NV(self) -> Tensor:
+    def _logits_KV(self) -> Tensor:
         return _logits(self._model, self.batch, self._main_BPX)
 
 
-def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
+def generate_scored(
+    model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None
+) -> Tensor:
     """Generate the scored tokens of a batch without drafts; other tokens are teacher-forced.
 
     If the scored tokens of a row are contiguous, the greedy result is that of :func:`generate`.
@@ -90,7 +92,8 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
     """
     assert batch.scored is not None and not bool(batch.scored[:, 0].any())
     if model.config.mtp.answers_at_once:
-        return choose(model, batch, uniforms_BW)  # such a model never reads the scored tokens
+        # Such a model never reads the scored tokens.
+        return teacher_forced_choices(model, batch, uniforms_BW)
     places = torch.arange(batch.tokens.shape[1], device=batch.device)
     first_B = batch.scored.int().argmax(1)
     last_B = torch.where(batch.scored, places, first_B.unsqueeze(1)).amax(1)
@@ -119,18 +122,21 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
     return said_BW[:, : batch.tokens.shape[1]]
 
 
-def choose(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
+def teacher_forced_choices(
+    model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None
+) -> Tensor:
     """``[B, W]`` the tokens, with the model's teacher-forced choices at the scored positions: every
-    choice follows the true tokens. The choice is made as in :func:`say`."""
-    logits_NV = _logits(model, batch, _teacher_forced(model, batch))
-    uniform_N = None if uniforms_BW is None else _scored(batch, uniforms_BW)
-    return _in_place(batch, _choose_token(logits_NV, uniform_N), batch.tokens)
+    choice follows the true tokens. The choice is made as in :func:`generate_scored`."""
+    logits_KV = _logits(model, batch, _teacher_forced(model, batch))
+    uniform_K = None if uniforms_BW is None else _scored(batch, uniforms_BW)
+    return _in_place(batch, _choose_token(logits_KV, uniform_K), batch.tokens)
 
 
-def _choose_token(logits_NV: Tensor, uniform_N: Tensor | None) -> Tensor:
-    if uniform_N is None:
-        return logits_NV.argmax(-1)
-    return draw(Sampling(temperature=1.0).probabilities(logits_NV), uniform_N)
+def _choose_token(logits: Tensor, uniform: Tensor | None) -> Tensor:
+    """Tokens [...] by logits [..., V] and numbers of [0, 1), None for the most probable ones."""
+    if uniform is None:
+        return logits.argmax(-1)
+    return draw(Sampling(temperature=1.0).probabilities(logits), uniform)
 
 
 @torch.no_grad()
@@ -142,19 +148,19 @@ def _teacher_forced(model: MTPModel, batch: WindowBatch) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: MTPModel, batch: WindowBatch, states_BPX: Tensor) -> Tensor:
-    """The logits [N, V] of the scored tokens."""
+    """The logits [K, V] of the scored tokens."""
     with torch.autocast(batch.device.type, enabled=False):
         return model.head(states_BPX[batch.valid(0)])
 
 
 def _scored(batch: WindowBatch, field_BW: Tensor) -> Tensor:
-    """A field's values [N] at the scored positions."""
+    """A field's values [K] at the scored positions."""
     return batch.shifted(field_BW, 0)[batch.valid(0)]
 
 
-def _in_place(batch: WindowBatch, values_N: Tensor, elsewhere_BW: Tensor) -> Tensor:
-    """``elsewhere_BW`` with other values [N] at the scored positions."""
+def _in_place(batch: WindowBatch, values_K: Tensor, elsewhere_BW: Tensor) -> Tensor:
+    """``elsewhere_BW`` with other values [K] at the scored positions."""
     field_BW = elsewhere_BW.clone()
     # `shifted` returns a view, so this writes into the field.
-    batch.shifted(field_BW, 0)[batch.valid(0)] = values_N
+    batch.shifted(field_BW, 0)[batch.valid(0)] = values_K
     return field_BW

@@ -15,7 +15,7 @@ from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, Example, Task
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
-from mtp_lightning.decoding.answers import Outputs, choose, say
+from mtp_lightning.decoding.answers import ModelOutputs, generate_scored, teacher_forced_choices
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.metrics.answers import AnswerRates
 from mtp_lightning.model import MTPModel
@@ -83,7 +83,7 @@ def test_batched_answers_equal_a_naive_decode(task: Task) -> None:
     model = model_for(task)
     questions = AnswerSet(task, 30, depth=D)
     numbers = np.arange(30)
-    answers_BW = say(model, questions.batch(numbers))
+    answers_BW = generate_scored(model, questions.batch(numbers))
     right = questions.right(numbers, answers_BW)
     for i, example in enumerate(questions.examples):
         answer = decode_one_by_one(model, task, example)
@@ -92,7 +92,7 @@ def test_batched_answers_equal_a_naive_decode(task: Task) -> None:
     # A row's answer does not depend on the other rows.
     two = np.array([4, 17])
     batch = questions.batch(two)
-    assert torch.equal(say(model, batch), answers_BW[two][:, : batch.tokens.shape[1]])
+    assert torch.equal(generate_scored(model, batch), answers_BW[two][:, : batch.tokens.shape[1]])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_batched_answers_equal_a_naive_decode(task: Task) -> None:
 def test_drafts_give_the_same_answers(task: Task, stack: str) -> None:
     model = model_for(task, stack=stack)
     questions = AnswerSet(task, 20, depth=D)
-    answers_BW = say(model, questions.batch(np.arange(20)))
+    answers_BW = generate_scored(model, questions.batch(np.arange(20)))
     drafted = 0
     for i, example in enumerate(questions.examples):
         limit = task.longest_answer if task.ends else len(example.answer)
@@ -128,8 +128,10 @@ def test_answers_do_not_depend_on_the_scored_tokens(task: Task) -> None:
     changed.tokens[changed.scored] = noise[changed.scored]
     uniforms = questions.uniforms(numbers, batch.tokens.shape[1])
     assert not torch.equal(batch.tokens, changed.tokens)
-    assert torch.equal(say(model, batch), say(model, changed))
-    assert torch.equal(say(model, batch, uniforms), say(model, changed, uniforms))
+    assert torch.equal(generate_scored(model, batch), generate_scored(model, changed))
+    assert torch.equal(
+        generate_scored(model, batch, uniforms), generate_scored(model, changed, uniforms)
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,8 @@ def test_sampled_answers_equal_those_of_a_loop(task: Task, blind: bool) -> None:
     batch = questions.batch(numbers)
     assert batch.scored is not None
     uniforms = questions.uniforms(numbers, batch.tokens.shape[1])
-    sampled = say(model, batch, uniforms)
-    assert not torch.equal(sampled, say(model, batch))
+    sampled = generate_scored(model, batch, uniforms)
+    assert not torch.equal(sampled, generate_scored(model, batch))
     for row, scored in enumerate(batch.scored.tolist()):
         text = batch.tokens[row].tolist()
         for i in range(max(j for j, s in enumerate(scored) if s) + 1):
@@ -158,7 +160,9 @@ def test_sampled_answers_equal_those_of_a_loop(task: Task, blind: bool) -> None:
     two = np.array([7, 2])  # a row's sample does not depend on the other rows
     part = questions.batch(two)
     width = part.tokens.shape[1]
-    assert torch.equal(say(model, part, questions.uniforms(two, width)), sampled[two][:, :width])
+    assert torch.equal(
+        generate_scored(model, part, questions.uniforms(two, width)), sampled[two][:, :width]
+    )
 
 
 def test_samples_have_the_models_distribution() -> None:
@@ -167,7 +171,7 @@ def test_samples_have_the_models_distribution() -> None:
     batch = questions.batch(np.zeros(n, dtype=np.int64))
     uniforms = torch.rand(batch.tokens.shape, generator=seeded(1), dtype=torch.float64)
     start = len(questions.examples[0].prompt)
-    first = say(model, batch, uniforms)[:, start]
+    first = generate_scored(model, batch, uniforms)[:, start]
     p = logits_after(model, questions.examples[0].prompt).double().softmax(-1)
     shares = torch.bincount(first, minlength=len(p)) / n
     assert float(p.max()) < 0.9
@@ -178,9 +182,9 @@ def test_samples_have_the_models_distribution() -> None:
 def test_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
     model, questions = model_for(task), AnswerSet(task, 5, depth=D)
     batch = questions.batch(np.arange(5))
-    outputs = Outputs(model, batch, lambda: torch.empty(0))
+    outputs = ModelOutputs(model, batch, lambda: torch.empty(0))
     assert batch.scored is not None
-    assert torch.equal(outputs.forced_BW, choose(model, batch))
+    assert torch.equal(outputs.forced_BW, teacher_forced_choices(model, batch))
     for row, scored in enumerate(batch.scored.tolist()):
         text = batch.tokens[row].tolist()
         for i, is_scored in enumerate(scored):

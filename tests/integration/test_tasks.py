@@ -190,7 +190,7 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path, copying: 
 @pytest.mark.long
 def test_copying_is_learned(tmp_path: Path, cache: Path) -> None:
     """In about a minute of one thread; answers shuffled among questions are right by chance."""
-    from mtp_lightning.decoding.answers import say
+    from mtp_lightning.decoding.answers import generate_scored
     from mtp_lightning.experiment.training import train
 
     overrides = (
@@ -203,7 +203,7 @@ def test_copying_is_learned(tmp_path: Path, cache: Path) -> None:
     run = open_model(tmp_path)
     questions = validation_data(run).answer_sets[""]
     numbers = np.arange(len(questions))
-    answers_BW = say(run.model, questions.batch(numbers))
+    answers_BW = generate_scored(run.model, questions.batch(numbers))
     assert float(questions.right(numbers, answers_BW).float().mean()) > 0.95
     # Answers of the same length, shuffled among their questions.
     lengths = np.array([len(example.answer) for example in questions.examples])
