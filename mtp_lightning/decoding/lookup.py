@@ -47,6 +47,10 @@ class Lookup:
         self._length, self._proposed = 0, self._ids[:0]
         self.add(prompt)
 
+    def __len__(self) -> int:
+        """Number of its tokens."""
+        return self._n
+
     def add(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text, and compare the last proposal with them."""
         judged = zip(count(self._length), self._proposed, tokens, strict=False)
@@ -113,7 +117,7 @@ class Lookups:
         self._model = model
         self._most = most
         self._slots = slots
-        self._texts = WeakKeyDictionary[TextSequence, tuple[Lookup, int]]()
+        self._texts = WeakKeyDictionary[TextSequence, Lookup]()
 
     def drafts(self, sequences: Sequence[TextSequence], rooms: Sequence[int]) -> list[list[int]]:
         """The drafts of the next round from every sequence's own text, at most as many as the room
@@ -123,7 +127,7 @@ class Lookups:
         token. A sample then has none in an engine of several slots at all, since its text depends
         on its drafts.
         """
-        many = pays_for_many(self._model.head.weight.device)
+        many = extra_tokens_are_cheap(self._model.head.weight.device)
         if len(sequences) > 1 and not many:
             return [[] for _ in sequences]
         return [
@@ -136,17 +140,15 @@ class Lookups:
 
     def _lookup_of(self, sequence: TextSequence) -> Lookup:
         """The lookup of a sequence, with all its tokens so far."""
-        request, ids = sequence.request, sequence.token_ids
-        text, n_known = self._texts.get(sequence) or (
-            Lookup(list(request.prompt), sampled=not request.greedy),
-            0,
-        )
-        text.add(ids[n_known:])
-        self._texts[sequence] = text, len(ids)
+        request, text = sequence.request, self._texts.get(sequence)
+        if text is None:
+            text = Lookup(list(request.prompt), sampled=not request.greedy)
+            self._texts[sequence] = text
+        text.add(sequence.token_ids[len(text) - len(request.prompt) :])
         return text
 
 
-def pays_for_many(device: torch.device) -> bool:
-    """Whether drafts that only some rows have pay in a pass over several: a pass on a CPU takes
-    time for every token, one on a GPU hardly more for several."""
+def extra_tokens_are_cheap(device: torch.device) -> bool:
+    """Whether a pass takes hardly more time for more tokens, so that drafts pay that only some of
+    its rows have: on a CPU every token takes time."""
     return device.type != "cpu"

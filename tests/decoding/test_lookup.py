@@ -36,7 +36,7 @@ LENGTHS = (5, 1, 13)
 @pytest.fixture(params=[1, 3])
 def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The number of texts that are decoded together; all have lookups, as on a GPU."""
-    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "extra_tokens_are_cheap", lambda device: True)
     return int(request.param)
 
 
@@ -144,7 +144,7 @@ def test_samples_with_lookups_have_the_models_distribution(
     depth: int, verify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.02)  # draft every match
-    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "extra_tokens_are_cheap", lambda device: True)
     model = small_model(11, depth, vocab=SAMPLED_VOCAB)
     options: dict[str, Any] = {"temperature": 1.0, "lookup": 4, "verify": verify}
     assert_samples_follow_the_model(model, options, prompt_length=30)
@@ -168,7 +168,7 @@ def test_several_lookups_in_a_row_keep_the_models_distribution(
 ) -> None:
     """Texts of four tokens share a batch with greedy ones and some of another temperature."""
     monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.005)
-    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "extra_tokens_are_cheap", lambda device: True)
     vocab, length, n = 4, 4, 1500
     model = small_model(11, 2, vocab=vocab)
     prompt, other = random_prompts(11, (30, 23), vocab)
