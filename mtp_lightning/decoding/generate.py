@@ -1,8 +1,12 @@
 """Text from a model: ``generate(model, prompts, ...)``, speculative or plain.
 
-model, tokenizer = ...
-prompt = tokenizer.encode_prompt("def main():")
-print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text)
+    from mtp_lightning.opening import open_model
+
+    run = open_model("runs/mine")
+    prompt = run.tokenizer.encode_prompt("def main():")
+    print(generate(run.model, [prompt], max_new_tokens=100, tokenizer=run.tokenizer)[0].text)
+
+It is a loop over an :class:`~mtp_lightning.decoding.engine.Engine`.
 """
 
 from __future__ import annotations

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 
-from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning import opening
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.options import Request
-from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts
+from tests.decoding.models import (
+    Letters,
+    opened_model,
+    random_prompts,
+    small_model,
+    steer_drafts,
+)
 
 
 @pytest.fixture
@@ -115,15 +122,11 @@ def test_numbers_of_numpy_and_torch_are_taken_as_whole_numbers():
             generate(model, [wrong], max_new_tokens=2)
 
 
-def test_the_example_of_the_module_docstring_runs(capsys):
-    snippet = (
-        sys.modules[generate.__module__]
-        .__doc__.partition("\n\n")[2]
-        .replace("model, tokenizer = ...\n", "")
-    )
-    tokenizer = ByteTokenizer()
-    model = small_model(0, 2, vocab=tokenizer.vocab_size)
-    exec(snippet, {"generate": generate, "model": model, "tokenizer": tokenizer})
+def test_the_example_of_the_module_docstring_runs(capsys, monkeypatch):
+    monkeypatch.setattr(opening, "open_model", lambda _: opened_model(0, seq_len=64))
+    lines = sys.modules[generate.__module__].__doc__.splitlines(keepends=True)
+    snippet = textwrap.dedent("".join(line for line in lines if line.startswith("    ")))
+    exec(snippet, {"generate": generate})
     assert capsys.readouterr().out
 
 
