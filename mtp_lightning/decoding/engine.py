@@ -187,12 +187,11 @@ class Engine:
             self._decoder = self._new_decoder(room)
         self._decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
-        streams = [(r.seed, r.index, self._most_drafts(r)) for r in requests]
+        streams = [(r.seed, r.index, self._drafts_of(r)) for r in requests]
         tokens, logits_BV = self._decoder.join(windows, [r.sampling for r in requests], streams)
-        logits_BTV = logits_BV.unsqueeze(1)
-        for i, sequence in enumerate(sequences):
-            n_kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
-            self._report_logits(sequence, n_kept, logits_BTV, i)
+        rows = zip(sequences, tokens, logits_BV.unsqueeze(1), strict=True)
+        for sequence, token, logits_1V in rows:
+            self._report_logits(sequence, sequence.extend([token], 0, logits_1V), logits_1V)
         return sequences
 
     def step(self) -> list[TextSequence]:
@@ -209,9 +208,9 @@ class Engine:
         assert self._decoder is not None
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
-        for i, sequence in enumerate(sequences):
-            n_kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
-            self._report_logits(sequence, n_kept, outcome.logits_BTV, i)
+        rows = zip(sequences, outcome.rows, outcome.logits_BTV.unbind(), strict=True)
+        for sequence, result, logits_TV in rows:
+            self._report_logits(sequence, sequence.take(result, logits_TV), logits_TV)
         self._free_finished()
         return sequences
 
@@ -238,9 +237,9 @@ class Engine:
             raise UserError(f"the sequence of prompt {index} is not in this engine.")
         self._drop(self._sequences.index(sequence))
 
-    def _report_logits(self, text: TextSequence, n_kept: int, logits_BTV: Tensor, row: int) -> None:
+    def _report_logits(self, text: TextSequence, n_kept: int, logits_TV: Tensor) -> None:
         if self._on_logits is not None:
-            self._on_logits(text.request.index, logits_BTV[row, :n_kept])
+            self._on_logits(text.request.index, logits_TV[:n_kept])
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
@@ -250,14 +249,16 @@ class Engine:
             from mtp_lightning.decoding.tree_session import TreeSession
             from mtp_lightning.decoding.tree_speculative import TreeDecoder
 
-            return TreeDecoder(TreeSession(self._model, tree=options.tree, **room))
-        kind = Session
+            tree = TreeSession(self._model, tree=options.tree, **room)
+            return TreeDecoder(tree, most_drafts=len(options.tree))
+        kind, most = Session, max(self.max_draft, options.lookup)
         if options.compile:
             from mtp_lightning.decoding.compiled import CompiledSession
 
             kind = CompiledSession
         return Decoder(
-            kind(self._model, max_draft=self.max_draft, most_drafts=options.lookup, **room),
+            kind(self._model, max_draft=self.max_draft, most_accepted=most, **room),
+            most_drafts=most,
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],
         )
@@ -320,7 +321,7 @@ class Engine:
             return min(request.draft_depth, self.max_draft)
         return measured.sampled.best if measured is not None and request.temperature else None
 
-    def _most_drafts(self, request: Request) -> int:
+    def _drafts_of(self, request: Request) -> int:
         """The most drafts of a request's rounds."""
         if self.options.tree is not None:
             return len(self.options.tree)

@@ -205,12 +205,11 @@ class TextSequence:
         """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def take(self, result: RowResult, logits_BTV: Tensor, row: int) -> int:
+    def take(self, result: RowResult, logits_TV: Tensor) -> int:
         """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
-        many tokens the text has kept. ``logits_BTV`` are the trunk's, of at least as many tokens;
-        ``row`` is this text's."""
+        many tokens the text has kept. ``logits_TV`` are the trunk's, of at least as many tokens."""
         before, looked_up = len(self.token_ids), result.looked_up
-        n_kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
+        n_kept = self.extend(result.tokens, result.accepted, logits_TV, looked_up=looked_up)
         self._passes += 1
         n_drafts = result.accepted + len(result.rejected)
         self._drafted += n_drafts
@@ -225,13 +224,7 @@ class TextSequence:
         return n_kept
 
     def extend(
-        self,
-        tokens: list[int],
-        accepted: int,
-        logits_BTV: Tensor,
-        row: int,
-        *,
-        looked_up: bool = False,
+        self, tokens: list[int], accepted: int, logits_TV: Tensor, *, looked_up: bool = False
     ) -> int:
         """Append a round's tokens, the first ``accepted`` being drafts; otherwise as `take`."""
         tokens = tokens[: self.remaining]
@@ -249,7 +242,7 @@ class TextSequence:
             self.finish_reason = "length"
         if self.request.logprobs is not None:
             new = self.token_ids[before:]
-            self.logprobs += _logprobs(logits_BTV[row], new, self.request.logprobs)
+            self.logprobs += _logprobs(logits_TV, new, self.request.logprobs)
         if self.finish_reason is not None:
             self._seconds = time.perf_counter() - self._began
         return len(self.token_ids) - before

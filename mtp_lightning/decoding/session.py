@@ -26,7 +26,7 @@ from torch import Tensor
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import ForwardContext
-from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, passes_over
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Spans
@@ -58,7 +58,7 @@ class Session:
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: force one cache for all drafts, even if the stack supports one per depth.
-        most_drafts: most drafts of a round, if more than ``max_draft``.
+        most_accepted: most drafts that a round accepts, if more than ``max_draft``.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
@@ -77,14 +77,14 @@ class Session:
         max_draft: int,
         draft_vocab: int | None = None,
         one_cache: bool = False,
-        most_drafts: int = 0,
+        most_accepted: int = 0,
     ) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
         self._stack = stack = model.mtp
         self.max_draft = max_draft
-        self.most_drafts = max(max_draft, most_drafts)
+        self.most_accepted = max(max_draft, most_accepted)
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
@@ -115,11 +115,11 @@ class Session:
             first = whole.detach()[:n] if passes is None else passes.first_rows(whole, n)
             self._draft_head = Head(n, trunk.d_model, tied=first)
         self._fused_trunk: TrunkPass | None = None
-        self._fused_drafts: list[DraftPass | None] = [None] * max_draft
+        self._fused_drafts: list[DraftPass | None] = [None] * n_caches
         if passes is not None:
-            weight = self._draft_head.weight
+            head = self._draft_head.weight
             self._fused_trunk = passes.trunk
-            self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
+            self._fused_drafts = [passes.draft(k, head) for k in range(1, n_caches + 1)]
         self._n_drafted = 0  # depths that have drafted since the last `accept`
         self.newest_B1C: Tensor | None = None
         self.resize(0)
@@ -138,7 +138,7 @@ class Session:
     @property
     def _widest(self) -> int:
         """Number of tokens in a round's widest pass."""
-        return self.most_drafts + 1
+        return self.most_accepted + 1
 
     @property
     def capacity(self) -> int:
@@ -180,7 +180,7 @@ class Session:
             self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
             self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         newest = []
-        for part in read_together(lengths, self.tokens_BS.device):
+        for part in passes_over(lengths, self.tokens_BS.device):
             slots = slice(rows.start + part.start, rows.start + part.stop)
             hidden = self._read_anew(slots, lengths[part])
             newest.append(_at(hidden, [length - 1 for length in lengths[part]]))
@@ -291,7 +291,8 @@ class Session:
         open are read by the next :meth:`draft`.
         """
         filled, cache = self.filled[k], self.depth_caches[k - 1]
-        allowance = k + self.most_drafts + 1  # most open positions of a row that drafted last round
+        # The most open positions of a row that drafted last round.
+        allowance = k + self.most_accepted + 1
         if max(map(sub, self.n, filled)) <= allowance:
             return
         late = [n - n_filled > allowance for n, n_filled in zip(self.n, filled, strict=True)]
@@ -301,7 +302,7 @@ class Session:
                 continue
             group = list(places)
             lengths = [ends[row] - filled[row] for row in group]
-            for part in read_together(lengths, self.tokens_BS.device):
+            for part in passes_over(lengths, self.tokens_BS.device):
                 rows = slice(group[0] + part.start, group[0] + part.stop)
                 width = max(lengths[part])
                 # Rows with less to read start earlier, so that none reads beyond its tokens.

@@ -83,6 +83,7 @@ class Decoder:
 
     Args:
         session: the decoding state, still without rows.
+        most_drafts: the most drafts of a round.
         min_confidence: a round stops drafting once the product of confidences is below this in
             every row; a sampled row accepts no draft from its own such depth on. The confidence is
             the session's estimate, or without one the probability of the likeliest draft (EAGLE-2,
@@ -95,6 +96,7 @@ class Decoder:
         self,
         session: Session,
         *,
+        most_drafts: int,
         min_confidence: float = 0.0,
         verify: Verification = accept_or_resample,
     ) -> None:
@@ -102,16 +104,12 @@ class Decoder:
         self.min_confidence = min_confidence
         self._verify = verify
         self._vocab = session.model.config.trunk.vocab_size
-        self._most = self._most_drafts()
+        self._most = most_drafts
         # Every round consumes the same number of random numbers, so a row's stream depends only on
         # its round count.
-        self._noise = Noise(self._most, session.tokens_BS.device)
+        self._noise = Noise(most_drafts, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None
-
-    def _most_drafts(self) -> int:
-        """The most drafts of a round."""
-        return self.session.most_drafts
 
     def join(
         self,
@@ -190,7 +188,7 @@ class Decoder:
             confident_B = None
             if self.min_confidence:
                 if confidence_B is None:
-                    confidence_B = likeliest(logits_BV)
+                    confidence_B = top_probability(logits_BV)
                 product_B = confidence_B if product_B is None else product_B * confidence_B
                 confident_B = product_B >= self.min_confidence
                 if not bool(confident_B.any()):
@@ -286,7 +284,7 @@ class Decoder:
         return Round(rows, logits_BTV)
 
 
-def likeliest(logits_BV: Tensor) -> Tensor:
+def top_probability(logits_BV: Tensor) -> Tensor:
     """The probability [B] of the likeliest token of each row."""
     logits_BV = logits_BV.float()
     return (logits_BV.amax(dim=-1) - logits_BV.logsumexp(dim=-1)).exp()

@@ -32,9 +32,6 @@ class TreeDecoder(Decoder):
 
     session: TreeSession
 
-    def _most_drafts(self) -> int:
-        return len(self.session.tree)
-
     def round(
         self, n_drafts: int, caps: Sequence[int], looked_up: Sequence[Sequence[int]] = ()
     ) -> Round:

@@ -36,10 +36,10 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
         _invariant.reset(token)
 
 
-def read_together(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
-    """Divide rows, which have these numbers of tokens to read, into passes. On a CPU a pass has at
-    most :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that the bits of a row depend on
-    its own length only."""
+def passes_over(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """The rows of each pass, as slices, that reads so many tokens of every row. On a CPU a pass has
+    at most :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that a row's bits depend on its
+    own length only."""
     most = MAX_INVARIANT_POSITIONS if device.type == "cpu" else math.inf
     start = widest = 0
     for row, length in enumerate(lengths):

@@ -41,12 +41,10 @@ class Branches:
         self.offsets_T = torch.tensor([len(path) - 1 for path in paths], device=device)
         # Columns: the entries stored before the pass, its tokens, the positions after it.
         sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)
-        sees_TW[:, 0] = True
         for token, path in enumerate(paths):
-            sees_TW[token, [ancestor + 1 for ancestor in path]] = True
+            sees_TW[token, [0, *(ancestor + 1 for ancestor in path)]] = True
         self.sees_TW = sees_TW.to(device)
-        inner = set(parents)
-        leaves = sorted(path for path in paths if path[-1] not in inner)
+        leaves = sorted(path for path in paths if path[-1] not in parents)
         self.tails: list[tuple[int, Tensor]] = []
         before: list[int] = []
         for path in leaves:
@@ -74,6 +72,7 @@ class TreeCache(KVCache):
         super().open(starts, branches.width)
         self._branches = branches
         self._new_entries: dict[int, Tensor] = {}
+        self._tails: list[tuple[Spans, Tensor]] = []
 
     def _starts_B1(self) -> Tensor:
         return torch.tensor(self.spans.starts, device=self.tables.device).unsqueeze(1)
@@ -89,10 +88,6 @@ class TreeCache(KVCache):
         if branches is None:
             return super().mask()
         if is_batch_invariant():
-            self._tails = [
-                (Spans(tables, [start + first for start in self.spans.starts], len(index)), index)
-                for first, index in branches.tails
-            ]
             return tables.mask_of(self.positions, self._width)
         places = tables.columns_S[: self._width] - self._starts_B1() + 1
         sees_BTP = branches.sees_TW[:, places.clamp_(0, branches.width + 1)].transpose(0, 1)
@@ -112,6 +107,11 @@ class TreeCache(KVCache):
         assert mask is not None
         entries, new_entries = self.entries_L_BSMH[layer], self._new_entries[layer]
         mask = mask.expand(query_BTNH.shape[0], -1, -1)
+        starts = self.spans.starts
+        self._tails = self._tails or [  # by the first layer
+            (Spans(self.tables, [start + first for start in starts], len(index)), index)
+            for first, index in self._branches.tails
+        ]
         mixed = query_BTNH.new_empty(*query_BTNH.shape[:3], self.entry.width)
         for spans, index in self._tails:
             spans.write(entries, new_entries.index_select(1, index))

@@ -10,7 +10,7 @@ import torch
 
 from mtp_lightning.decoding import compiled, generate, speculative
 from mtp_lightning.decoding.adaptive import AutoDepth, _Rounds
-from mtp_lightning.decoding.speculative import likeliest
+from mtp_lightning.decoding.speculative import top_probability
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.models import ids_of
@@ -52,11 +52,11 @@ def test_without_a_confidence_layer_the_drafts_probability_counts(
     confidences: list[float] = []
 
     def recorded(logits_BV: torch.Tensor) -> torch.Tensor:
-        probability = likeliest(logits_BV)
+        probability = top_probability(logits_BV)
         confidences.append(probability.item())
         return probability
 
-    monkeypatch.setattr(speculative, "likeliest", recorded)
+    monkeypatch.setattr(speculative, "top_probability", recorded)
     options: dict[str, Any] = {"max_new_tokens": 40, "draft_depth": 1, "eot_id": -1}
     generate(model, PROMPTS[:1], min_confidence=1e-9, **options)
     median = sorted(confidences)[len(confidences) // 2]
@@ -73,7 +73,7 @@ def test_the_probability_of_the_likeliest_token_equals_the_softmax() -> None:
     logits[3, 1:] = -torch.inf
     for x in (logits, logits.bfloat16()):
         expected = x.double().softmax(dim=-1).amax(dim=-1)
-        torch.testing.assert_close(likeliest(x).double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(top_probability(x).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

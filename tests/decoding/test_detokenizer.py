@@ -85,7 +85,7 @@ def sequence(tokenizer: Any, prompt: list[int], ids: list[int], *stop: str) -> T
     text = TextSequence(request, 0, tokenizer)
     for token in ids:
         if text.finish_reason is None:
-            text.extend([token], 0, torch.zeros(1, 1, tokenizer.vocab_size), 0)
+            text.extend([token], 0, torch.zeros(1, tokenizer.vocab_size))
     return text
 
 

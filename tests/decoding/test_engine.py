@@ -136,7 +136,7 @@ def test_no_part_of_a_stop_string_is_shown(text: str, stop: str) -> None:
     request = Request(prompt=[1], max_new_tokens=99, stop=(stop,))
     row, shown = TextSequence(request, 0, ByteTokenizer()), b""
     for byte in (text + stop).encode():
-        row.extend([byte], 0, torch.zeros(1, 1, 257), 0)
+        row.extend([byte], 0, torch.zeros(1, 257))
         shown += bytes(row.fresh().token_ids)
         if row.finish_reason is not None:
             break
