@@ -131,7 +131,7 @@ def _flops(name: str, shapes: list[list[int]]) -> int:
 def _step_spans(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let the layers of a model and the parts of its optimizer step open spans."""
     parts = [
-        (OptimizerStep, "loss", LOSS),
+        (OptimizerStep, "forward_micro_batch", LOSS),
         (torch.Tensor, "backward", STEP),
         (nn.utils, "clip_grad_norm_", "clipping"),
         (optimizer, "step", "optimizer"),

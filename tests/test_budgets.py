@@ -16,32 +16,32 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 8_625,
+    "data_modules": 8_630,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_096,
-    "mtp_lightning/apps": 374,
-    "mtp_lightning/callbacks": 1_680,
-    "mtp_lightning/certify": 1_097,
-    "mtp_lightning/command_line": 1_223,
-    "mtp_lightning/cpu": 1_640,
-    "mtp_lightning/decoding": 4_665,
-    "mtp_lightning/distributed": 1_205,
-    "mtp_lightning/experiment": 2_761,
-    "mtp_lightning/heads": 960,
-    "mtp_lightning/interop": 5_391,
-    "mtp_lightning/loggers": 613,
+    "mtp_lightning": 3_084,
+    "mtp_lightning/apps": 377,
+    "mtp_lightning/callbacks": 1_695,
+    "mtp_lightning/certify": 1_101,
+    "mtp_lightning/command_line": 1_228,
+    "mtp_lightning/cpu": 1_635,
+    "mtp_lightning/decoding": 4_663,
+    "mtp_lightning/distributed": 1_207,
+    "mtp_lightning/experiment": 2_798,
+    "mtp_lightning/heads": 965,
+    "mtp_lightning/interop": 5_393,
+    "mtp_lightning/loggers": 622,
     "mtp_lightning/metrics": 986,
-    "mtp_lightning/mtp": 3_773,
-    "mtp_lightning/nn": 2_563,
-    "mtp_lightning/notebook": 499,
-    "mtp_lightning/objective": 3_992,
+    "mtp_lightning/mtp": 3_778,
+    "mtp_lightning/nn": 2_567,
+    "mtp_lightning/notebook": 508,
+    "mtp_lightning/objective": 4_014,
     "mtp_lightning/optim": 407,
-    "mtp_lightning/run": 1_385,
+    "mtp_lightning/run": 1_388,
     "mtp_lightning/serving": 1_521,
-    "sweeps": 9_806,
+    "sweeps": 9_831,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
-IMPORTS = {"train": (158, 20_153), "generate": (85, 11_814)}
+IMPORTS = {"train": (158, 20_220), "generate": (85, 11_840)}
 COUNT = """
 import atexit, json, runpy, sys
 

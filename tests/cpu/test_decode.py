@@ -225,7 +225,7 @@ def test_blocks_in_one_call_equal_the_layers_in_float64(name, starts, width):
             assert torch.equal(alone.before_last[0, 0], out.before_last[row, j])
     exact = [layer.double() for layer in before]
     expected, expected_entries = run(trunk.double(), x.double(), starts, packed=False, before=exact)
-    for value in ("final", "last_block", "before_last"):
+    for value in ("final", "pre_norm", "before_last"):
         torch.testing.assert_close(
             getattr(out, value).double(), getattr(expected, value), rtol=1e-4, atol=1e-4
         )

@@ -121,17 +121,9 @@ def test_an_unreachable_server_at_the_start_costs_one_warning(tmp_path, cache, m
     assert (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ValueError("logger.x.flush must be above 0, not -1."), "above 0, not -1"),
-        (ModuleNotFoundError("No module named 'comet_ml'"), "logger.far needs .*comet_ml"),
-    ],
-)
-def test_a_wrong_logger_setting_or_a_missing_package_ends_the_run(
-    tmp_path, cache, monkeypatch, error, words
-):
-    with pytest.raises(ValueError, match=words):
+def test_a_wrong_logger_setting_ends_the_run(tmp_path, cache, monkeypatch):
+    error = ValueError("logger.x.flush must be above 0, not -1.")
+    with pytest.raises(ValueError, match="above 0, not -1"):
         train_with_loggers(tmp_path, cache, monkeypatch, {"far": error})
 
 
