@@ -73,7 +73,7 @@ def time_loader(
     for _ in range(repeats + 1):
         begun, tokens = time.perf_counter(), 0
         for batch in loader:
-            tokens += batch.batch_size * batch.seq_len
+            tokens += len(batch) * batch.seq_len
         rates.append(tokens / (time.perf_counter() - begun))
     return {
         "what": "loader",

@@ -84,10 +84,6 @@ class WindowBatch:
             assert field is None or field.shape == self.tokens.shape, tuple(field.shape)
 
     def __len__(self) -> int:
-        return self.batch_size
-
-    @property
-    def batch_size(self) -> int:
         """B, the number of windows."""
         return int(self.tokens.shape[0])
 
@@ -133,14 +129,6 @@ class WindowBatch:
         prediction of the same token, at i + sk. For the last sk it lies beyond the window."""
         return max(self.seq_len - self.stride * k, 0)
 
-    def counts(self) -> Tensor:
-        """``[D+1]`` int64 number of valid targets of every depth, on the batch's device."""
-        if self.every_target_counts:
-            total = self.batch_size * self.seq_len
-            return torch.full((self.depth + 1,), total, dtype=torch.int64, device=self.device)
-        masks = [self.valid(k) for k in range(self.depth + 1)]
-        return torch.stack([mask.sum() for mask in masks if mask is not None])
-
     def shifted(self, field: Tensor, k: int) -> Tensor:
         """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k; s k is at most
         s D + E."""
@@ -158,7 +146,7 @@ class WindowBatch:
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible; n is at most B."""
-        assert 1 <= n <= self.batch_size
+        assert 1 <= n <= len(self)
 
         def part(i: int) -> WindowBatch:
             return self._map_rows(lambda field: field.tensor_split(n)[i])

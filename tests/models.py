@@ -58,6 +58,11 @@ def windows(rows: int, seq_len: int, depth: int, *, borders: float = 0.0) -> Win
     return WindowBatch(tokens, depth, starts.long().cumsum(1) if borders else None)
 
 
+def target_counts(batch: WindowBatch) -> torch.Tensor:
+    """``[D + 1]`` int64 number of valid targets of every depth."""
+    return torch.stack([(batch.targets(k) >= 0).sum() for k in range(batch.depth + 1)])
+
+
 def checkpoint_of(model: MTPModel) -> dict[str, Any]:
     """The keys of a run's checkpoint that are read, for a model."""
     return {

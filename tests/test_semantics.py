@@ -18,6 +18,7 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from tests.models import target_counts
 
 PAGE = Path(__file__).parents[1] / "docs" / "semantics.md"
 T, D = 6, 2
@@ -57,7 +58,7 @@ def test_targets_equal_those_of_the_page(name: str, depths: int) -> None:
         pairs = [reads_and_targets(cell) for cell in row]
         targets = [IGNORE_INDEX if pair is None else pair[1] for pair in pairs]
         assert targets == batch.targets(k)[0].tolist(), k
-        assert sum(pair is not None for pair in pairs) == batch.counts()[k]
+        assert sum(pair is not None for pair in pairs) == target_counts(batch)[k]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def generate_scored(
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
     with decoding_passes(model):
-        session = Session(model, slots=batch.batch_size, capacity=max(first) + rounds, max_draft=0)
+        session = Session(model, slots=len(batch), capacity=max(first) + rounds, max_draft=0)
         rows = zip(batch.tokens.tolist(), first, strict=True)
         logits_BV = session.join([row[:n] for row, n in rows])
         for i in range(rounds):
@@ -118,7 +118,7 @@ def generate_scored(
                 break
             session.put(token_B1, 0)
             logits_BV = session.verify(0)[:, 0]
-            session.accept([0] * batch.batch_size)
+            session.accept([0] * len(batch))
     return said_BW[:, : batch.tokens.shape[1]]
 
 

@@ -93,7 +93,7 @@ class DepthRates(Sums):
         weight_VC = model.head.weight
         width = chunk_rows(weight_VC.shape[0], weight_VC.device)
         with torch.autocast(weight_VC.device.type, enabled=False):
-            for row in range(batch.batch_size):
+            for row in range(len(batch)):
                 texts_T = None
                 if self.text_bytes is not None and batch.texts is not None:
                     texts_T = batch.shifted(batch.texts, 0)[row]

@@ -21,6 +21,7 @@ from data_modules.evaluation_text import EvaluationText, EvaluationWindows, choo
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedTokenizer, Tokenizer
 from tests.data_modules.loaders import token_file
+from tests.models import target_counts
 
 
 def module(folder: Path, source=None, tokenizer: Tokenizer | None = None, **options):
@@ -71,7 +72,7 @@ def test_tokenizers_windows_batches_and_depths_share_one_text(tmp_path, document
         reader |= {"eval_bytes": 5000, "document_mask": document_mask}
         data = module(tmp_path, tokenizer=tokenizer, **reader)
         summary = data.evaluation_summary()
-        assert summary["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
+        assert summary["tokens"] == sum(int(target_counts(b)[0]) for b in data.val_dataloader())
         n_bytes = sum(data.evaluation.text.bytes)
         texts.append((summary["fingerprint"], summary["documents"], n_bytes))
         if document_mask:  # without the first token of every document
@@ -126,7 +127,7 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
     stream = [9999, *(i for a, b in zip(text.starts, text.ends, strict=True) for i in range(a, b))]
     owner = [-1, *(n for n, i in enumerate(order) for _ in range(lengths[i]))]
     batch = windows[np.arange(len(windows) + 1)]  # one after the last: padding
-    assert windows.n_targets == int(batch.counts()[0])
+    assert windows.n_targets == int(target_counts(batch)[0])
     for k in range(depth + 1):
         expected = [
             (stream[i], owner[i])

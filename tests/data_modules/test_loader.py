@@ -21,6 +21,7 @@ from data_modules.token_store import TokenFile
 from data_modules.window_dataset import WindowDataset, window_count
 from tests.data_modules.loaders import T, loader_of, numbers, stream, token_file
 from tests.data_modules.programs import start
+from tests.models import target_counts
 
 # torch warns on a machine with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -157,7 +158,7 @@ def test_ranks_together_evaluate_the_batches_of_one_rank(tmp_path_factory, n, ba
     for left, right in zip(together, one, strict=False):
         assert torch.equal(left.tokens, right.tokens) and torch.equal(left.scored, right.scored)
     for padding in together[len(one) :]:
-        assert len(padding) == 1 and padding.counts().tolist() == [0] * 3
+        assert len(padding) == 1 and target_counts(padding).tolist() == [0] * 3
 
 
 def test_too_little_text_is_refused_with_the_minimum(tmp_path):

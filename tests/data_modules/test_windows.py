@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
+from tests.models import target_counts
 
 
 def batch_of(tokens: list[list[int]], depth: int, documents=None, scored=None) -> WindowBatch:
@@ -20,12 +21,12 @@ def batch_of(tokens: list[list[int]], depth: int, documents=None, scored=None) -
 def test_targets_of_a_small_batch_by_hand():
     # T = 4, D = 2: a window of 7 tokens. Documents: [10 11 12] [13 14 15 16].
     batch = batch_of([[10, 11, 12, 13, 14, 15, 16]], 2, [[5, 5, 5, 6, 6, 6, 6]])
-    assert batch.seq_len == 4 and batch.batch_size == len(batch) == 1
+    assert batch.seq_len == 4 and len(batch) == 1
     assert batch.targets(0).tolist() == [[11, 12, -100, 14]]
     assert batch.targets(1).tolist() == [[12, -100, -100, 15]]
     # Position 1 asks for tokens 11..14 and position 3 for 13..16: only the latter is one document.
     assert batch.targets(2).tolist() == [[-100, -100, -100, 16]]
-    assert batch.counts().tolist() == [3, 2, 1]
+    assert target_counts(batch).tolist() == [3, 2, 1]
 
 
 def test_no_view_begins_where_the_window_has_too_few_tokens():
@@ -45,7 +46,7 @@ def test_targets_without_a_mask_are_views_of_one_tensor():
         assert view.data_ptr() == batch.tokens[:, k + 1 :].data_ptr()
         assert view.tolist() == [[k + 1 + i for i in range(4)], [k + 11 + i for i in range(4)]]
         assert batch.valid(k) is None
-    assert batch.counts().tolist() == [8, 8, 8, 8] and batch.every_target_counts
+    assert target_counts(batch).tolist() == [8, 8, 8, 8] and batch.every_target_counts
 
 
 @settings(deadline=None, max_examples=80)
@@ -74,7 +75,7 @@ def test_mask_against_brute_force_over_random_packings(data):
             if one_document and (scored is None or scored[r][i + k + 1]):
                 expected[r][i] = tokens[r][i + k + 1]
         assert batch.targets(k).tolist() == expected and not batch.every_target_counts
-        assert batch.counts()[k] == sum(t != IGNORE_INDEX for row in expected for t in row)
+        assert target_counts(batch)[k] == sum(t != IGNORE_INDEX for row in expected for t in row)
         assert torch.equal(batch.valid(k), batch.targets(k) != IGNORE_INDEX)
     # Masking copies: the tokens themselves stay.
     assert batch.tokens.tolist() == tokens
@@ -87,7 +88,7 @@ def test_micro_batches_are_views_that_cover_the_batch():
     assert [len(part) for part in parts] == [3, 2]
     assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
     assert parts[1].tokens.data_ptr() == batch.tokens[3:].data_ptr()
-    assert torch.equal(sum(part.counts() for part in parts), batch.counts())
+    assert torch.equal(sum(target_counts(part) for part in parts), target_counts(batch))
 
 
 def test_moving_a_batch_to_a_device_moves_every_field():

@@ -56,7 +56,7 @@ def brute_force(
         probs[k] = torch.zeros_like(probs[0])
         probs[k][..., own_head.tokens] = rows
     values: dict[str, list[float]] = {}
-    for row in range(batch.batch_size):
+    for row in range(len(batch)):
         for i in range(batch.seq_len):
             for k in range(batch.depth + 1):
                 docs, ahead = batch.documents, batch.stride * k

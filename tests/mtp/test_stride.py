@@ -8,7 +8,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.nn.config import TrunkConfig
-from tests.models import build
+from tests.models import build, target_counts
 
 
 def strided_windows(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
@@ -33,7 +33,7 @@ def test_targets_are_those_of_deeper_windows(stride: int, depth: int, seq_len: i
                 target = int(batch.targets(k)[row, i])
                 if target >= 0:
                     assert target == batch.tokens[row, i + 1 + stride * k]
-    assert batch.counts().tolist() == deep.counts().tolist()[::stride]
+    assert target_counts(batch).tolist() == target_counts(deep).tolist()[::stride]
     for part in batch.micro_batches(2):
         assert part.stride == stride and part.seq_len == seq_len
 

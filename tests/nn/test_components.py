@@ -22,7 +22,7 @@ from tests import deepseek
 from tests.decoding.models import ids_of, random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
 from tests.losses import mtp_loss
-from tests.models import windows
+from tests.models import target_counts, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     """With a cache, drafts and several rows, texts are those of teacher forcing; one prompt is
     longer than the window."""
     model, batch = deepseek.build(users_trunk(init_std=0.3), depth=2), windows(4, 20, 2)
-    mtp_loss(model, batch, [0.1, 0.1], batch.counts().tolist())[0].backward()
+    mtp_loss(model, batch, [0.1, 0.1], target_counts(batch).tolist())[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     model.eval()
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())

@@ -25,7 +25,7 @@ from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepResult
-from tests.models import windows
+from tests.models import target_counts, windows
 
 DEPTH = 2
 RULES: dict[str, Callable[[int], Balance]] = {
@@ -104,7 +104,7 @@ def test_a_depth_without_a_target_is_not_computed(
     training = Training(tiny_trunk, variant, RULES[rule](DEPTH))
     for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
         batch = documents_of(length)
-        assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
+        assert {k for k in (1, 2) if target_counts(batch)[k]} == with_targets
         result = training(batch)
         assert set(result.plan.active) <= with_targets
         if rule != "sampled_depths":  # which computes one of them
@@ -175,7 +175,7 @@ def test_accumulated_micro_batches_train_as_one_batch(
 ) -> None:
     whole, parts = (Training(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 2))
     batch = windows(4, 12, DEPTH, borders=0.15)  # documents of uneven lengths
-    assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(2)}) > 1
+    assert len({tuple(target_counts(m).tolist()) for m in batch.micro_batches(2)}) > 1
     for _ in range(2):
         expected, accumulated = (
             {tag: float(value) for tag, value in training(batch).values.items()}

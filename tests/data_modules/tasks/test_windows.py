@@ -14,6 +14,7 @@ from data_modules.tasks.base import END
 from data_modules.tasks.data_module import TaskDataModule
 from data_modules.windows import WindowBatch
 from tests.data_modules.loaders import stream
+from tests.models import target_counts
 
 # torch warns on a machine with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -60,7 +61,7 @@ def test_targets_against_a_loop(task, per_window, depth, train_prompt):
                 # In a shared window, an example predicts only its own tokens.
                 counts = scored and (per_window == 1 or layout[i][1] == owner)
                 assert int(batch.targets(k)[row, i]) == (token if counts else -100)
-    assert not train_prompt or int(batch.counts()[0]) > 0
+    assert not train_prompt or int(target_counts(batch)[0]) > 0
 
 
 def test_packed_examples_do_not_attend_to_each_other() -> None:
@@ -154,7 +155,7 @@ def test_a_fixed_set_is_read_whole_and_the_same_for_every_seed() -> None:
 
 def test_a_padding_window_has_no_target() -> None:
     windows = module(Copy(), eval_examples=6).evaluation
-    assert int(windows[np.array([6])].counts().sum()) == 0
+    assert int(target_counts(windows[np.array([6])]).sum()) == 0
 
 
 @pytest.mark.parametrize(

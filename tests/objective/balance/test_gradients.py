@@ -30,7 +30,7 @@ from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import mtp_loss, reported_loss, step_of
-from tests.models import build, windows
+from tests.models import build, target_counts, windows
 from tests.mtp.summaries import ahead_windows
 
 EXPERTS = ExpertsConfig(n_routed=4, n_shared=1, top_k=2, d_expert=16, sequence_loss=0.5)
@@ -92,7 +92,7 @@ def test_measuring_gradients_changes_nothing_for_training(
     tiny_trunk: TrunkConfig, name: str
 ) -> None:
     model, batch = make(tiny_trunk, name)
-    loss, _, reported = reported_loss(model, batch, [0.3] * 3, batch.counts().tolist())
+    loss, _, reported = reported_loss(model, batch, [0.3] * 3, target_counts(batch).tolist())
     loss.backward()
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     loads = [load.clone() for load in reported.loads.values()]
@@ -114,7 +114,7 @@ def test_gradients_include_those_of_the_confidence_loss(
     model = build(tiny_trunk, variant, depth=3, confidence=True).double()
     batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
     objective = Objective(term=CrossEntropy(), confidence=True).for_model(model)
-    mtp_loss(model, batch, weights, batch.counts().tolist(), term=objective)[0].backward()
+    mtp_loss(model, batch, weights, target_counts(batch).tolist(), term=objective)[0].backward()
     group = {"": shared_parameters(model, "trunk")}
     plan = plan_of(model, batch, objective)
     measured = task_gradients(model, objective, plan, [1, 2, 3], group)[""]
