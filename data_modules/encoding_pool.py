@@ -25,6 +25,7 @@ from data_modules.overlap import LineOverlap
 from data_modules.splitting import DocumentSplit
 from data_modules.token_store import token_dtype
 from data_modules.tokenizers.base import Tokenizer, class_of, tokenizer_from_state
+from mtp_lightning.errors import UserError
 from mtp_lightning.system import cores
 
 LARGE = 1 << 26
@@ -107,6 +108,7 @@ class EncodingPool:
 
         Raises:
             RuntimeError: if a worker was killed or failed.
+            UserError: see :func:`encode_batch`, and for a text that the tokenizer refuses.
         """
         ahead: deque[Future[list[Encoded]]] = deque()
         for batch in batches:
@@ -127,9 +129,12 @@ class EncodingPool:
     def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
         try:
             _send(process.stdin, question)
-            return pickle.load(process.stdout)  # type: ignore[arg-type]  # our own worker's
+            answer = pickle.load(process.stdout)  # type: ignore[arg-type]  # our own worker's
         except (OSError, EOFError, pickle.UnpicklingError):
             raise _ended(process) from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     def overlaps(self) -> list[LineOverlap]:
         """The workers' line counts; call this after :meth:`map`."""
@@ -165,7 +170,10 @@ def _work() -> None:
             return
         answer: Any = overlap
         if batch is not None:
-            answer = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
+            try:
+                answer = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
+            except UserError as error:
+                answer = error
         _send(answers, answer)
 
 

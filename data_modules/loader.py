@@ -92,12 +92,14 @@ class WindowLoader(_Loader):
         return self._epoch()
 
     def state_dict(self) -> dict[str, int]:
-        """Plain ints: seed, epoch, samples of that epoch that all ranks consumed, and windows."""
+        """Plain ints: seed, epoch, samples of that epoch that all ranks consumed, windows, and
+        their length."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
             "consumed": self.consumed,
             "windows": len(self.dataset),
+            "seq_len": self.dataset.seq_len,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +113,12 @@ class WindowLoader(_Loader):
                 f"the checkpoint was saved on {state['windows']} training windows but this data "
                 f"has {len(self.dataset)}: resume with the same data, tokenizer, "
                 "data.seq_len and data.train_windows"
+            )
+        own_length = self.dataset.seq_len
+        if (length := state.get("seq_len", own_length)) != own_length:  # older states have none
+            raise UserError(
+                f"the checkpoint was saved with data.seq_len={length} and this data has "
+                f"{own_length}: its windows are others, so resume with the same one"
             )
         self.seed = int(state["seed"])
         self.epoch = int(state["epoch"])

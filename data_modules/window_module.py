@@ -87,7 +87,8 @@ class WindowDataModule(LightningDataModule, ABC):
     @property
     def sizes(self) -> dict[str, Any]:
         """T, D, s and E of the windows, as the arguments of :class:`Windows`."""
-        extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
+        reach = min(self.lookahead, self.seq_len + 1)
+        extra = max(reach - self.stride * self.depth - 1, 0)
         return {"seq_len": self.seq_len, "depth": self.depth, "stride": self.stride, "extra": extra}
 
     def resolved_settings(self) -> dict[str, Any]:

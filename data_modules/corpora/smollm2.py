@@ -42,7 +42,9 @@ def fetch(folder: Path = FOLDER) -> Path:
 
         pairs = zip(StdlibSource().documents(), topics.values(), strict=False)
         lines = [json.dumps({"text": text}) + "\n" for pair in pairs for text in pair]
-        (folder / PROMPTS).write_text("".join(lines), encoding="utf-8")
+        temporary = folder / f".{PROMPTS}"
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(folder / PROMPTS)
     return folder / MODEL
 
 

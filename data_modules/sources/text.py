@@ -80,6 +80,13 @@ class TextSource(FileSource):
                 if path.stat().st_size == 0:
                     raise UserError(f"{path} is empty: give text, or leave it out of {self.key}")
                 unique.setdefault(path.resolve(), (name, path))
+        if self.held_out is not None:
+            validated = (path for _, path in self.held_out.files)
+            if shared := unique.keys() & {path.resolve() for path in validated}:
+                raise UserError(
+                    f"{min(shared)} is in {self.key} and in {self.held_out.key}: validation must "
+                    "not see what was trained on"
+                )
         return list(unique.values())
 
     def documents(self) -> Iterator[str]:
@@ -160,7 +167,7 @@ def expand(
     Raises:
         FileNotFoundError: if there is no file.
     """
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))  # unlike Path.expanduser, leaves an unknown ~name
     found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     empty = {p for p in found if text_only and p != path and p.is_file() and not p.stat().st_size}
     if empty:
@@ -212,7 +219,7 @@ def _one_document(path: Path) -> str:
     """A file's text, compressed or not."""
     try:
         with open_plain(path) as file:
-            return decode_utf8(file.read(), str(path))
+            return decode_utf8(file.read(), str(path)).removeprefix("\ufeff")  # of Windows
     except MemoryError:
         raise UserError(
             f"{path} is one document and larger than the memory: split it, for example into lines "

@@ -87,18 +87,21 @@ class Induction(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Exact match of repeating a random earlier name, over 256 stories."""
+        """Exact match of repeating the ending of a random earlier name, over 1,024 stories."""
         total = 0.0
-        for i in range(256):
+        for i in range(1024):
             example = self.example(i)
             p = 1.0
-            mentioned: set[int] = set()
-            for token, is_asked in zip(example.answer[:-1], example.asked[1:], strict=True):
+            ending_of: dict[int, int] = {}
+            pairs = zip(pairwise(example.answer), example.asked[1:], strict=True)
+            for (token, following), is_asked in pairs:
+                if is_asked:  # names may end alike
+                    endings = [*ending_of.values()]
+                    p *= endings.count(following) / len(endings)
                 if self._begins(token):
-                    p /= len(mentioned) if is_asked else 1
-                    mentioned.add(token)
+                    ending_of[token] = following
             total += p
-        return total / 256
+        return total / 1024
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)

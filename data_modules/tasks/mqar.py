@@ -13,6 +13,7 @@ lies between queries.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,10 +66,15 @@ class MQAR(Task):
     def longest_answer(self) -> int:
         return 2 * self.slots
 
-    @property
+    @cached_property
     def chance(self) -> float:
-        """Exact match of a random visible value for each query."""
-        return float(self.pairs**-self.pairs)
+        """Exact match of a random value of the prompt for each query, over 256 prompts, whose
+        values may repeat."""
+        total = 0.0
+        for i in range(256):
+            shares = Counter(self.example(i).prompt[1:-1:2]).values()
+            total += sum((count / self.pairs) ** 2 for count in shares) ** self.pairs
+        return total / 256
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)

@@ -65,7 +65,7 @@ class Walks(Means):
             inside = (path >= 0) & (path < graph.nodes)
             pairs = zip(path[:-1], path[1:], inside[:-1] & inside[1:], strict=True)
             legal += sum(bool(ok and graph.edges[a, b]) for a, b, ok in pairs)
-            guessed += float(graph.edges[path[:-1][inside[:-1]]].sum()) / (2 * graph.nodes - 1)
+            guessed += float(graph.edges[path[:-1][inside[:-1]]].sum()) / (2 * graph.nodes - 2)
             steps += length
         differences = tokens[:, 1] - tokens[:, 0] + graph.nodes - 1
         by_chance = float(self._arrival_chance[differences].sum())

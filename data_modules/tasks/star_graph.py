@@ -10,7 +10,7 @@ and guesses that step: 1 / degree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -100,6 +100,11 @@ class StarGraph(Task):
         path = list(reversed(answer)) if self.reverse else list(answer)
         connects = len(path) > 1 and (path[0], path[-1]) == (start, goal)
         return connects and all(step in edges for step in pairwise(path))
+
+    def content(self, example: Example) -> Hashable:
+        """The graph, whatever the order of its edges, with start and goal."""
+        *graph, start, goal, _ = example.prompt
+        return frozenset(zip(graph[0::3], graph[1::3], strict=True)), start, goal
 
     def variants(self) -> dict[str, Task]:
         """One more node per arm, and one more arm, if there are enough names."""

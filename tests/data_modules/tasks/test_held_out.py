@@ -76,6 +76,9 @@ def baselines_of(task: Task, examples: list[Example], training: list[Example]) -
     def content(example: Example) -> Any:
         if isinstance(task, Sibling):
             return sorted(example.answer)
+        if isinstance(task, StarGraph):
+            graph, _, ends = task.show(example.prompt).partition(" / ")
+            return sorted(graph.split(" | ")), ends
         return example.answer if isinstance(task, HMM) else question(example)
 
     seen, right = 0, [0, 0, 0]

@@ -93,15 +93,17 @@ def test_stories_without_a_token_a_sentence_or_an_end_are_wrong() -> None:
         assert not task.check(example.prompt, example.answer[period:])
 
 
-def test_chance_is_that_of_a_guess_among_earlier_names() -> None:
-    task = Induction()
+@pytest.mark.parametrize("endings", [32, 2, 1])
+def test_chance_is_that_of_the_ending_of_an_earlier_name(endings: int) -> None:
+    task = Induction(endings=endings)
     total = 0.0
-    for i in range(256):
-        seen: list[str] = []
+    for i in range(1024):
+        mentions = NAME.findall(task.show(task.example(i).answer))
         p = 1.0
-        for a, _ in NAME.findall(task.show(task.example(i).answer)):
-            if a in seen:
-                p /= len(set(seen))
-            seen.append(a)
+        for j, (name, ending) in enumerate(mentions):
+            earlier = sorted(set(mentions[:j]))
+            if name in dict(earlier):
+                p *= sum(other == ending for _, other in earlier) / len(earlier)
         total += p
-    assert task.chance == pytest.approx(total / 256)
+    assert task.chance == pytest.approx(total / 1024)
+    assert (task.chance == 1) == (endings == 1)

@@ -182,7 +182,12 @@ def test_copies_against_brute_force() -> None:
 
 def test_chance_is_what_guessing_reaches() -> None:
     random = np.random.default_rng(0)
-    for task in (StarGraph(degree=3, length=3), Copy(letters=3, periods=3), MQAR(pairs=2)):
+    for task in (
+        StarGraph(degree=3, length=3),
+        Copy(letters=3, periods=3),
+        MQAR(pairs=2),
+        MQAR(pairs=2, slots=2, keys=2, values=2),
+    ):
         right, n = 0, 2000
         for i in range(n):
             example = task.example(i)
@@ -198,7 +203,7 @@ def test_chance_is_what_guessing_reaches() -> None:
                 for j, asked in enumerate(example.asked):
                     guess[j] = int(random.choice(example.prompt[1:-1:2])) if asked else guess[j]
             right += task.check(example.prompt, guess)
-        assert abs(right / n - task.chance) < 0.03, task
+        assert abs(right / n - task.chance) < 4 * (task.chance * (1 - task.chance) / n) ** 0.5, task
 
 
 @pytest.mark.parametrize(
