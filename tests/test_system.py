@@ -77,5 +77,6 @@ def test_a_child_ends_with_its_parent(system: str) -> None:
     # A child that starts after its parent's end learns of it.
     late = [sys.executable, "-c", CHILD.replace("60", "0"), str(parent.pid), system]
     done = subprocess.run(late, capture_output=True, text=True, env=environment)
-    assert "True" not in done.stdout
+    killed = system == "darwin" and done.returncode == -signal.SIGKILL  # before it could print
+    assert killed or done.stdout == "False\n"
     parent.stdout.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.certify.certificate import Certificate
-from mtp_lightning.certify.others import PROGRAMS, Count, OtherProgram, Way, compare_others
+from mtp_lightning.certify.others import PROGRAMS, OtherProgram, Way, compare_others
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -103,4 +103,6 @@ def test_llama_cpp_decodes_a_gguf_file(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "small.gguf")
     counts = compare_others(["llama.cpp"], file, PROMPTS, 8)
     assert [count.way for count in counts] == ["drafts by n-grams", "batch of 8"]
-    assert all(isinstance(count, Count) and count.texts == 3 for count in counts)
+    assert all(count.texts == 3 for count in counts)
+    (plain, *_), _ = PROGRAMS["llama.cpp"].ways(file)
+    assert [len(ids) for ids in plain.decode(PROMPTS, 5)] == [5, 5, 5]

@@ -19,6 +19,8 @@ from data_modules.sources import SyntheticSource, TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from data_modules.tokenizers.ids import IdTokenizer
+from mtp_lightning.errors import UserError
 from tests.data_modules.stores import contents
 
 
@@ -65,6 +67,19 @@ def test_results_keep_the_order_of_the_batches():
     for result, pieces in zip(results, todo, strict=True):
         (expected,) = encode_batch(pieces, tokenizer, dtype, LineOverlap())
         assert result[0].ids.tolist() == expected.ids.tolist() and result[0][2:] == expected[2:]
+
+
+def test_a_text_that_the_tokenizer_refuses_is_refused_by_its_sentence():
+    pool = EncodingPool(IdTokenizer(50, 0), np.dtype(np.uint16), 2)
+    try:
+        with pytest.raises(UserError, match="'word' is not an id: tokenizer=ids knows no text"):
+            list(
+                pool.map(
+                    [[Piece("train", "1 2", True, True)], [Piece("train", "word", True, True)]]
+                )
+            )
+    finally:
+        pool.close()
 
 
 def test_a_worker_that_cannot_start_is_reported_and_all_are_ended(monkeypatch):

@@ -117,7 +117,10 @@ def test_a_state_brings_its_seed_and_is_refused_for_other_data(tmp_path):
     state = loader_of(tmp_path, seed=3).state_dict()
     with pytest.raises(ValueError, match="saved on 25 training windows but this data has 26"):
         loader_of(tmp_path, windows=26).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"saved with data\.seq_len=3 and this data has"):
+        loader_of(tmp_path, seed=3).load_state_dict({**state, "seq_len": 3})
     other = loader_of(tmp_path, seed=4)
+    other.load_state_dict({k: v for k, v in state.items() if k != "seq_len"})  # an older one
     other.load_state_dict(state)
     assert numbers(other) == numbers(loader_of(tmp_path, seed=3))
 

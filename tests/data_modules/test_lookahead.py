@@ -49,6 +49,15 @@ def test_text_windows_look_ahead(tmp_path: Path, lookahead: int, ahead: int) -> 
     assert evaluated.scored is not None and not evaluated.scored[1, -1]  # padding
 
 
+def test_the_stride_reaches_tokens_that_a_head_looks_at_anyway(tmp_path: Path) -> None:
+    source = SyntheticSource(size=6000, documents=40)
+    data = TokenDataModule(source, ByteTokenizer(), seq_len=8, depth=2, stride=2, lookahead=9,
+                           cache_dir=tmp_path, eval_bytes=200)  # fmt: skip
+    data.prepare()
+    batch = data.train_dataloader().dataset[np.array([0])]
+    assert batch.tokens.shape == (1, 8 + 9) and batch.extra == 4
+
+
 def test_task_windows_look_ahead() -> None:
     task = Copy(letters=3, shortest=2, periods=2)
     data, plain = (TaskDataModule(task, depth=1, lookahead=n, seq_len=14) for n in (40, 0))

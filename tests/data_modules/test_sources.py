@@ -135,6 +135,21 @@ def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
     assert TextSource(tmp_path / "y").fingerprint() != first
 
 
+def test_text_is_not_trained_and_validated_on(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    for val in ("a.txt", "link.txt"):
+        with pytest.raises(UserError, match=r"a\.txt is in data\.paths and in data\.val_paths"):
+            TextSource(tmp_path, val_paths=tmp_path / val).fingerprint()
+
+
+def test_a_byte_order_mark_is_no_text_and_an_unknown_home_no_defect(tmp_path):
+    (tmp_path / "a.txt").write_text("abc", encoding="utf-8-sig")
+    assert [*TextSource(tmp_path / "a.txt").documents()] == ["abc"]
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name.txt does not exist"):
+        TextSource("~nobody-of-this-name.txt").fingerprint()
+
+
 def test_text_to_validate_on_is_part_of_the_corpus(tmp_path):
     train, val = tmp_path / "train.txt", tmp_path / "val.txt"
     train.write_text("abc")

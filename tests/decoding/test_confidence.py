@@ -10,6 +10,7 @@ import torch
 
 from mtp_lightning.decoding import compiled, generate, speculative
 from mtp_lightning.decoding.adaptive import AutoDepth, _Rounds
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import top_probability
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.config import TrunkConfig
@@ -30,14 +31,19 @@ def model_of(trunk: TrunkConfig, variant: str, confidence: float) -> MTPModel:
 
 @pytest.mark.parametrize(("variant", "temperature"), [("sequential", 0.0), ("parallel", 1.0)])
 def test_drafting_stops_when_the_product_of_confidences_is_too_low(
-    tiny_trunk: TrunkConfig, variant: str, temperature: float
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch, variant: str, temperature: float
 ) -> None:
     """The products are 0.8, 0.64 and 0.512; deeper drafts are never judged."""
     model = model_of(tiny_trunk, variant, 0.8)
+    drafted, draft = set[int](), Session.draft
+    monkeypatch.setattr(Session, "draft", lambda self, k: drafted.add(k) or draft(self, k))
     for least, drafts in ((0.0, 3), (0.5, 3), (0.6, 2), (0.7, 1), (0.9, 0)):
         texts = generate(
             model, PROMPTS, max_new_tokens=24, temperature=temperature, min_confidence=least
         )
+        # The confidence of a draft is known once it is made, and the next one is then left out.
+        assert max(drafted) == min(drafts + 1, 3)
+        drafted.clear()
         reached = [sum(text.drafts_reached[j] for text in texts) for j in range(3)]
         assert [count > 0 for count in reached[:1]] == [drafts > 0]
         assert not any(reached[drafts:])

@@ -67,6 +67,12 @@ SWITCHES: list[dict[str, Any]] = [
     {"detach": "all", "branch": "before_last"},
     {"freeze_trunk": True, "branch": "final"},
 ]
+# The number of configs that are not refused.
+ACCEPTED = {
+    "none": 1, "sequential": 12, "parallel": 20, "linear": 17, "joint": 4, "nextlat": 4,
+    "parameter_free": 1, "teacherless": 1, "top": 2, "bag": 2, "registers": 1, "eagle": 4,
+    "masked": 2,
+}  # fmt: skip
 T = 12
 PLAIN = ["dense", "untied experts"]
 
@@ -93,7 +99,8 @@ def configs(head: str, *, all_switches: bool = True) -> list[MTPConfig]:
 
 
 def test_every_head_is_tested() -> None:
-    assert all(configs(head) for head in HEADS)  # configs() imports them
+    # configs() imports the heads.
+    assert {head: len(configs(head)) for head in HEADS} == ACCEPTED
     kinds = MTPConfig._variants.items()
     assert {k for k, v in kinds if v.__module__.startswith("mtp_lightning.")} == HEADS.keys()
 

@@ -256,9 +256,11 @@ def test_steps_in_bf16_have_about_the_gradients_of_fp32(name: str) -> None:
         else:
             (loss, gradient), (low_loss, low_gradient) = steps
             assert low_loss == pytest.approx(loss, rel=0.02, abs=0.01), case
-            similarities.append(float(torch.cosine_similarity(gradient, low_gradient, dim=0)))
-    # Some models have gradients of 0, or nearly.
-    assert similarities and sorted(similarities)[len(similarities) // 4] > 0.99
+            assert low_gradient.isfinite().all(), case
+            if gradient.norm() > 1e-3:  # some models have gradients of 0, or nearly
+                similarity = torch.cosine_similarity(gradient, low_gradient, dim=0)
+                similarities.append((float(similarity), case))
+    assert similarities and min(similarities)[0] > 0.97, min(similarities)
 
 
 @pytest.mark.long
