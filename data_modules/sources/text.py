@@ -80,7 +80,7 @@ class TextSource(FileSource):
                 if path.stat().st_size == 0:
                     raise UserError(f"{path} is empty: give text, or leave it out of {self.key}")
                 unique.setdefault(path.resolve(), (name, path))
-        if self.held_out is not None:
+        if isinstance(self.held_out, TextSource):
             validated = (path for _, path in self.held_out.files)
             if shared := unique.keys() & {path.resolve() for path in validated}:
                 raise UserError(

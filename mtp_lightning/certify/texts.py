@@ -140,7 +140,7 @@ class _EachInTurn(AutoDepth):
 
     _n_rounds = 0
 
-    def depth(self, rows: int) -> int:
+    def depth(self, rows: int, room: int | None = None) -> int:
         self._n_rounds += 1
         return self._n_rounds % (self.max_draft + 1)
 

@@ -98,7 +98,7 @@ class _NativeExperts(torch.autograd.Function):
         x_MC, gates_MK, gate_up, down = inputs[:4]
         rows = projected.shape[0]
         d_x, d_gates = torch.empty_like(x_MC), torch.empty_like(gates_MK)
-        trained = ctx.needs_input_grad[2]
+        trained = any(ctx.needs_input_grad[2:4])
         d_weights = [torch.empty_like(x) if trained else None for x in (gate_up, down)]
         inner = x_MC.new_empty(rows, down.shape[2])
         scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))

@@ -23,6 +23,7 @@ from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
@@ -30,13 +31,16 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
+# Layers whose weight is multiplied as a matrix.
+_MATRICES = (Linear, Head, OwnHead)
+
 
 class Prepared:
     """A module with packed weights and fused blocks, until :meth:`close`."""
 
     def __init__(self, module: nn.Module) -> None:
         layers = list(module.modules())
-        self._weights = [m.weight for m in layers if isinstance(m, Linear | Head)]
+        self._weights = [m.weight for m in layers if isinstance(m, _MATRICES)]
         for weight in self._weights:
             pack(weight)
         self._replaced = [layer for layer in layers if type(layer) in _FUSED]
@@ -57,7 +61,7 @@ def multiply_integers(model: MTPModel) -> str | None:
         return native.NEEDED
     if not native.lib().multiplies_bytes():
         return native.NEEDED_FOR_INTEGERS
-    if not use_integers(m.weight for m in model.modules() if isinstance(m, Linear | Head)):
+    if not use_integers(m.weight for m in model.modules() if isinstance(m, _MATRICES)):
         return (
             "weights in blocks of 4 or 8 bits: a GGUF file of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 (of "
             "K-quants in generate.py, serve.py and certify alone), or precision=int4"

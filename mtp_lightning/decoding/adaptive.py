@@ -97,8 +97,9 @@ class AutoDepth:
         self._rounds: _Rounds | None = None
         self._n_rows = 0
 
-    def depth(self, rows: int) -> int:
-        """The number of drafts of the next round of a batch of ``rows`` rows."""
+    def depth(self, rows: int, room: int | None = None) -> int:
+        """The number of drafts of the next round of a batch of ``rows`` rows, of which the longest
+        has room for ``room`` (None: for any). A probe waits for a round that it fits into."""
         if rows != self._n_rows:
             self._n_rows, size = rows, round(math.log2(rows))
             if size not in self._by_size:
@@ -106,7 +107,8 @@ class AutoDepth:
                 self._by_size[size] = _Rounds(self.max_draft, self._rounds, first)
             self._rounds = self._by_size[size]
         assert self._rounds is not None
-        return self._rounds.plan[0] if self._rounds.plan else self._rounds.best
+        plan = self._rounds.plan
+        return plan[0] if plan and (room is None or plan[0] <= room) else self._rounds.best
 
     @property
     def best(self) -> int:
@@ -168,6 +170,8 @@ class _Rounds:
         """Count a round of ``m`` drafts; returns whether it is time to decide again."""
         self._seconds[m].append(seconds)
         if self.plan:
+            if m != self.plan[0]:  # it did not fit
+                return False
             self.plan.pop(0)
             if not self.plan:
                 self._compare()

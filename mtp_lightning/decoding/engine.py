@@ -305,7 +305,7 @@ class Engine:
         fixed_depths = [self._fixed_depth(sequence.request) for sequence in self._sequences]
         free = all(depth is None for depth in fixed_depths)
         if auto is not None:
-            default = auto.depth(len(fixed_depths)) if free else auto.best
+            default = auto.depth(len(fixed_depths), max(rooms)) if free else auto.best
         depths = [default if depth is None else depth for depth in fixed_depths]
         most = default if auto is None else max(depths)
         caps = [min(room, depth) for room, depth in zip(rooms, depths, strict=True)]

@@ -150,10 +150,11 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
         yield
     finally:
         with _LOCK:
-            holders, passes = _OPEN.pop(model)
+            holders, passes = _OPEN[model]
             if holders > 1:
-                _OPEN[model] = holders - 1, passes
+                _OPEN[model] = holders - 1, passes  # never missing: fused() reads without the lock
             else:
+                del _OPEN[model]
                 passes.close()
 
 

@@ -121,7 +121,7 @@ class _Turns(AutoDepth):
         self._times: list[list[float]] = [[] for _ in range(max_draft + 1)]
         self._counts = [[0, 0] for _ in range(max_draft)]  # accepted, reached
 
-    def depth(self, rows: int) -> int:
+    def depth(self, rows: int, room: int | None = None) -> int:
         return self._rounds_done // self._EACH % (self.max_draft + 1)
 
     def record(

@@ -17,7 +17,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +48,31 @@ class LoadedProgram:
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
         self._names = self._loader.get_constant_fqns()
         self._bound: list[Tensor] = []
+        self._function: nn.Module | None = None
 
     def bind(self, function: nn.Module) -> None:
         """Use the weights of ``function``: the compiled module, or one of the same structure."""
-        tensors = dict(_weights(function))
+        if function is self._function:
+            return
+        self._function, tensors = function, dict(_weights(function))
         weights = [tensors[name] for name in self._names]
         if [x.data_ptr() for x in weights] != [x.data_ptr() for x in self._bound]:
             constants = dict(zip(self._names, weights, strict=True))
             self._loader.load_constants(constants, False, True, True)
         self._bound = weights  # keeps the tensors alive while the program uses their memory
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    def __call__(self, function: nn.Module, *inputs: Tensor) -> list[Tensor]:
+        """The program's outputs with the weights of ``function``: another model of the same
+        structure may have used it before."""
+        self.bind(function)
         return self._loader.boxed_run(list(inputs))
 
 
 _loaded: dict[str, LoadedProgram] = {}
 
 
-def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
-    """The program of ``function(*inputs)``, bound to its weights; built if it is not in the cache.
+def program(function: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The program of ``function(*inputs)``, with its weights; built if it is not in the cache.
 
     Args:
         function: returns a tuple of tensors. Its ``extra_repr`` must show anything that its result
@@ -89,7 +95,7 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
             shutil.rmtree(folder)
             _loaded[key] = LoadedProgram(_built(folder, function, inputs))
     _loaded[key].bind(function)
-    return _loaded[key]
+    return functools.partial(_loaded[key], function)
 
 
 def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:

@@ -184,7 +184,7 @@ class Session:
             slots = slice(rows.start + part.start, rows.start + part.stop)
             hidden = self._read_anew(slots, lengths[part])
             newest.append(_at(hidden, [length - 1 for length in lengths[part]]))
-        return self.model.head(torch.cat(newest))[:, 0]
+        return self._logits(torch.cat(newest))[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
@@ -204,7 +204,12 @@ class Session:
             cache.open(self.n, width)
             branch_states = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, branch_states)
-        return self.model.head(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
+        return self._logits(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
+
+    def _logits(self, main_BTC: Tensor) -> Tensor:
+        """The main prediction's logits [B, T, V] of states [B, T, C]."""
+        with batch_invariant_pass(main_BTC.shape[1], self.tokens_BS.device):
+            return self.model.head(main_BTC)
 
     def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch

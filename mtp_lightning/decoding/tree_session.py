@@ -127,7 +127,7 @@ class TreeSession(Session):
     def verify_tree(self) -> Tensor:
         """Read every row's pending token and its tree. Returns logits [B, 1 + nodes, V]."""
         cache, branches = self.trunk_cache, self._branches(self.tree.depth, 1)
-        return self.model.head(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
+        return self._logits(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
         """Keep the pending token and a path of the tree in every row. ``path_BE`` holds the path's

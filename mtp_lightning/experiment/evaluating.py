@@ -90,15 +90,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 )
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
     rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
-    with precision_of(run), as_decoded, torch.inference_mode():
-        for batch in with_bar(data.val_dataloader(), "evaluate"):
-            batch = batch.to(weight.device)
-            rates.update(run.model, batch, run.model(batch))
+    with as_decoded:
+        with precision_of(run), torch.inference_mode():
+            for batch in with_bar(data.val_dataloader(), "evaluate"):
+                batch = batch.to(weight.device)
+                rates.update(run.model, batch, run.model(batch))
+        measured = {
+            **{f"val/{name}": value for name, value in rates.compute().items()},
+            **answer_all(run.model, data.answer_sets),
+            **evaluate_decoding(run.model, data, cfg.decode),
+            **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
+        }
     metrics = {
-        **{f"val/{name}": value for name, value in rates.compute().items()},
-        **answer_all(run.model, data.answer_sets),
-        **evaluate_decoding(run.model, data, cfg.decode),
-        **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
+        **measured,
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.num_trunk_params(),
         "step": run.step,

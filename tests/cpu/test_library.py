@@ -10,6 +10,7 @@ from torch import Tensor
 from mtp_lightning.cpu import experts
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.layers import gated
+from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.experts import routed_experts
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.ops import attention, exp_, log_softmax_, rms_norm, rotary_attention
@@ -134,6 +135,14 @@ def test_norm_and_gate_equal_float64(rows: int, width: int) -> None:
     compare(out, F.silu(gate) * up, [gate_up], [both])
 
 
+def test_the_gates_of_a_verify_pass_have_the_bits_of_single_tokens() -> None:
+    """PyTorch divides so many numbers among four threads within a vector of a row."""
+    gate_up = torch.randn(15, 2 * 10_944)
+    with threads(4), torch.no_grad(), batch_invariant_pass(15, gate_up.device):
+        together = gated(gate_up)
+        assert all(torch.equal(gated(gate_up[i : i + 1])[0], together[i]) for i in range(15))
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 16), (3, 61), (2, 5000), (0, 7)])
 def test_softmax_equals_float64(rows: int, width: int) -> None:
     logits = torch.randn(rows, width) * 10
@@ -223,6 +232,10 @@ def test_frozen_experts_give_the_same_gradients_of_their_inputs() -> None:
         torch.autograd.grad(routed_experts(x, chosen, gates, *matrices).sum(), [x, gates])
         for matrices in (weights, [weight.detach() for weight in weights])
     )
+    first_frozen = routed_experts(x, chosen, gates, weights[0].detach(), weights[1])
+    expected = routed_experts(x, chosen, gates, *weights)
+    d_down, whole = (torch.autograd.grad(y.sum(), weights[1])[0] for y in (first_frozen, expected))
+    assert torch.equal(d_down, whole)
     assert all(torch.equal(a, b) for a, b in zip(frozen, trained, strict=True))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.precision import round_weights, roundings_of
 from mtp_lightning.decoding.session import Session
@@ -26,6 +27,14 @@ MODELS = {
     "before the last block": {"branch": "before_last"},
     "dropped tokens": {"token_dropout": 0.5},
 }
+
+
+def test_a_head_of_the_stacks_own_is_packed() -> None:
+    model = small_model(3, 2, stack="eagle")
+    with decoding_passes(model):
+        assert model.mtp.own_head is not None
+        assert packed_of(model.mtp.own_head.weight) is not None
+    assert packed_of(model.mtp.own_head.weight) is None
 
 
 def sessions(model: MTPModel, slots: int, drafts: int) -> tuple[Session, Session]:

@@ -87,13 +87,15 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
             assert any(any(g.accepted_mask) for g in together)
 
 
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+@pytest.mark.parametrize(
+    "variant", [{}, {"deepseek": True}, {"stack": "linear", "rank": 2}], ids=str
+)
 @pytest.mark.parametrize(("n_threads", "rows"), [(1, 1), (2, 1), (1, 24)])
-def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek):
+def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, variant):
     """So that near-ties are decided as in plain decoding."""
     if not BATCH_INVARIANT:
         pytest.skip("needs oneDNN's AVX-512 kernels")
-    model = small_model(3, 2, deepseek=deepseek)
+    model = small_model(3, 2, **variant)
     assert_wide_passes_have_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import generate, measure
+from mtp_lightning.decoding import fused, generate, measure
 from mtp_lightning.decoding.acceptance import acceptance_by, first_drafts
 from mtp_lightning.decoding.lookup import lookups_alone
 from mtp_lightning.decoding.measure import (
@@ -150,6 +151,21 @@ def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
     assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
 
 
+def test_a_race_prepares_the_model_once(monkeypatch) -> None:
+    """Packing the weights is no part of decoding's time."""
+    entered = []
+    code = fused._code("cpu")
+    if code is None:
+        pytest.skip("no code prepares models here")
+    passes = code.passes
+    counted = replace(code, passes=lambda model: entered.append(model) or passes(model))
+    monkeypatch.setattr(fused, "_code", lambda device: counted)
+    options = DecodingOptions(max_new_tokens=3, batch_size=1)
+    model, ways = small_model(1, 1), {"plain": options.plain(), "drafted": options}
+    measure.race(model, random_prompts(1, (4, 5)), ways, repeats=2)
+    assert len(entered) == 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_race_warms_up_and_alternates_the_order(monkeypatch, batch_size: int) -> None:
     """The first call of each way with so many prompts takes ten times as long, and each call is
@@ -168,6 +184,7 @@ def test_a_race_warms_up_and_alternates_the_order(monkeypatch, batch_size: int) 
         return [f"{name} {p}" for p in prompts]
 
     monkeypatch.setattr(measure, "generate", decode)
+    monkeypatch.setattr(measure, "fused_passes", nullcontext)
     options = DecodingOptions(batch_size=batch_size)
     ways = {"plain": options.plain(), "drafted": options}
     run = measure.race(None, ["a", "b"], ways, repeats=2, clock=lambda: now)

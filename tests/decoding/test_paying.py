@@ -73,6 +73,17 @@ def test_waiting_counts_for_several_threads_alone(threads: int, monkeypatch) -> 
     assert seconds and all((took > 0.2) == (threads > 1) for took in seconds)
 
 
+def test_a_probe_waits_for_a_round_that_it_fits_into() -> None:
+    auto = AutoDepth(8)
+    for _ in range(256):
+        assert auto.depth(1, 4) == 0
+        auto.record(0, 1.0, [0], [0])
+    for _ in range(3):  # the probe of eight drafts does not fit
+        assert auto.depth(1, 4) == 0
+        auto.record(0, 1.0, [0], [0])
+    assert auto.depth(1, 8) == auto.depth(1) == 8
+
+
 def test_auto_depth_begins_with_the_measured_number() -> None:
     auto = AutoDepth(2, measured=Payoff((1.0, 1.1, 1.5), (0.6, 0.2)))
     assert auto.depth(1) == 1
