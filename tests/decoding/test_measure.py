@@ -152,7 +152,7 @@ def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
 
 
 def test_a_race_prepares_the_model_once(monkeypatch) -> None:
-    """Packing the weights is no part of decoding's time."""
+    """Packing the weights is not a part of decoding's time."""
     entered = []
     code = fused._code("cpu")
     if code is None:
