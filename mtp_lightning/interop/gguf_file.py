@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,18 +134,26 @@ def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         if not gguf_tokenizer.unpack(header.fields.get, Path(folder)):
-            _tokenizer_of_transformers(path, folder)
+            _tokenizer_of_transformers(path, header.fields.get, folder)
         try:
             return pretrained_state(folder) | {"path": str(path)}
         except (UserError, OSError) as error:  # which names the folder
             raise UserError(str(error).replace(folder, str(path))) from error
 
 
-def _tokenizer_of_transformers(path: Path, folder: str) -> None:
+def _tokenizer_of_transformers(path: Path, get: Callable[[str], Any], folder: str) -> None:
     """Write the tokenizer into a folder as transformers reads it."""
     require_package("transformers", what=str(path), extra="hf")
     import transformers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+    rule = get("tokenizer.ggml.pre")
+    if get("tokenizer.ggml.model") == "gpt2" and rule not in list(GGUF_PRE_TOKENIZER_SPLITS):
+        # transformers would split text by GPT-2's rule.
+        raise UserError(
+            f"{path} has tokenizer.ggml.pre={str(rule)[:40]}, which names no rule for splitting "
+            "text that is known here: import the model's own folder, whose tokenizer.json has it."
+        )
     try:
         # By default, transformers asks whether to run code that files next to this one name.
         tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -54,6 +54,12 @@ _RULES = {
 _LLAMA3 = ("llama3", "llama-v3", "falcon3", "pixtral")
 _MERGED = ("glm4", "chatglm-bpe")
 _ALIASES = {
+    **dict.fromkeys(
+        ("phi-2", "jina-es", "jais", "mpt", "olmo", "trillion", "granite-docling"), "gpt-2"
+    ),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "exaone", "codeshell", "minerva-7b"), "smollm"
+    ),
     **dict.fromkeys((*_LLAMA3, *_MERGED), "llama-bpe"),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
 }

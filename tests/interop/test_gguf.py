@@ -187,7 +187,7 @@ def test_tokenizers_split_by_the_rule_that_the_file_names(
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert [tokenizer.decode(ids) for ids in expected] == texts
     assert tokenizer.eot_id == bpe.eot_id
-    aliases = {"llama-bpe": "glm4", "qwen2": "deepseek-r1-qwen"}
+    aliases = {"llama-bpe": "glm4", "qwen2": "megrez", "gpt-2": "olmo", "smollm": "refact"}
     if rule in aliases:
         other = unpacked(fields | {"tokenizer.ggml.pre": aliases[rule]}, tmp_path)
         assert [other.encode(text).tolist() for text in texts] == expected
@@ -304,7 +304,7 @@ def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     """transformers reads a tokenizer whose rule is unknown here. By default it would ask whether to
     run code that the files next to it name, and run it after "y"."""
     file = write_gguf(tmp_path / "tiny.gguf")
-    file.write_bytes(file.read_bytes().replace(b"smollm", b"newest"))
+    file.write_bytes(file.read_bytes().replace(b"smollm", b"llama4"))
     tokenizer = open_model(file).tokenizer
     assert tokenizer.vocab_size == len(SPECIALS) + len(WORDS)
     assert tokenizer.end_ids == (2, 0)  # as of a rule that is known
@@ -325,6 +325,9 @@ def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
         ({}, "the tokenizer m.gguf has no end-of-text token"),
         ({gguf_tokenizer.WHOLE: "{}"}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
         ({"tokenizer.ggml.merges": [1]}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
+        ({"tokenizer.ggml.pre": "new"}, "m.gguf has tokenizer.ggml.pre=new, which names no rule"),
+        ({"tokenizer.ggml.pre": None}, "m.gguf has tokenizer.ggml.pre=None, which names no rule"),
+        ({"tokenizer.ggml.pre": ["a"]}, "m.gguf has tokenizer.ggml.pre=.*, which names no rule"),
     ],
 )
 def test_errors_of_a_tokenizer_name_its_file(changes: dict[str, Any], message: str) -> None:
