@@ -132,7 +132,7 @@ def to_json(
         DRAFT_VOCAB: get(DRAFTED),
     }
     if isinstance(spread := get(SPREAD), float):
-        fields["initializer_range"] = _decimal(spread)
+        fields["initializer_range"] = decimal(spread)
     if kind == "deepseek_v3":
         fields |= _latent_json(need)
     else:
@@ -172,13 +172,13 @@ def _count(get: Callable[[str], Any], arch: str, source: str, key: str, default:
         raise UserError(f"{source} has no {arch}.{key}: the trunk's shape is unknown.")
     value = default if value is None else value
     if isinstance(value, float) and key in _DECIMAL:
-        return _decimal(value)
+        return decimal(value)
     if not isinstance(value, int) or value < 0:
         raise UserError(f"{source} has {arch}.{key}={str(value)[:40]}, which is not a count.")
     return value
 
 
-def _decimal(stored: float) -> float:
+def decimal(stored: float) -> float:
     """A number stored in 4 bytes: the shortest decimal that gives these bytes was meant."""
     return float(str(np.float32(stored)))
 

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
-from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries
+from mtp_lightning.interop.gguf_layout import FREQUENCIES, LLAMA3, GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
 from mtp_lightning.interop.names import DEEPSEEK, weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
@@ -30,8 +32,6 @@ from mtp_lightning.weights import require_fitting
 
 log = logging.getLogger(__name__)
 
-# A tensor without weights: rotary frequencies that replace those that the config gives.
-_FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
 # Files, with their times of modification, whose dequantization this process does not log (again).
@@ -77,6 +77,12 @@ def _describe(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} is damaged or no language model: it has no token_embd.weight.")
     fields, dense = gguf_fields.to_json(get, tensors, source=str(path))
+    arch = header.fields["general.architecture"]
+    if arch == "llama" and FREQUENCIES in tensors:
+        divisors = numbers(path, tensors[FREQUENCIES]).flatten().tolist()
+        factor = gguf_fields.decimal(max(divisors, default=0.0))
+        fields["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **LLAMA3}
+        fields["original_max_position_embeddings"] = LLAMA3["original_positions"]
     fields["vocab_size"] = tensors["token_embd.weight"].shape[0]
     # Layers and experts become objects, and the dimensions of a head a list.
     longest = max(max(tensor.shape) for tensor in tensors.values())
@@ -95,15 +101,15 @@ def _describe(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
         plain = replace(trunk.attention, norm_eps=None)
         trunk = replace(trunk, attention=plain)
     config = ModelConfig(trunk=trunk, mtp=DEEPSEEK.of_depth(depth))
-    return fields, Layout(arch=header.fields["general.architecture"], config=config)
+    return fields, Layout(arch=arch, config=config)
 
 
 def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[str, StoredTensor]:
     """The tensors in Hugging Face's layout.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape, or not zero where the layout
-            needs zeros.
+        UserError: a tensor is missing, unknown, of another shape, or not of the numbers that the
+            layout needs.
     """
     needed = list(entries(layout))
     mismatch = f"The tensors in {path} do not match its description"
@@ -117,8 +123,10 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
     for entry in needed:
         if (tensor := tensors.get(entry.name)) is None:
             continue
-        if not entry.parts and numbers(path, tensor).any():
-            raise UserError(f"{mismatch}: {entry.name} is not zero.")
+        fixed = None if entry.parts else entry.assemble({})
+        if fixed is not None and not torch.allclose(numbers(path, tensor), fixed, 1e-5, 0):
+            wanted = "zero" if entry.fixed is None else "Llama 3's: import the model's own folder"
+            raise UserError(f"{mismatch}: {entry.name} is not {wanted}.")
         for i, name in enumerate(entry.parts):
             stored.setdefault(name, []).append((tensor, entry, i if len(entry.parts) > 1 else None))
     mapped = weight_map(layout.config)
@@ -167,16 +175,15 @@ def _tokenizer_of_transformers(path: Path, get: Callable[[str], Any], folder: st
 
 
 def _refuse_stretched(path: Path, header: Header) -> None:
-    """Refuse stretched rotary positions, which are not read from GGUF."""
+    """Refuse rotary positions that are stretched by a key, which are not read from GGUF."""
     fields = header.fields.items()
-    found = [f"rotary frequencies ({_FREQUENCIES})"] if _FREQUENCIES in header.tensors else []
     types = {name: value for name, value in fields if name.endswith(".rope.scaling.type")}
-    found += [f"{name}={value}" for name, value in types.items() if value != "none"]
+    found = [f"{name}={value}" for name, value in types.items() if value != "none"]
     if not types:  # older files have only factors
         ends = (".rope.scaling.factor", ".rope.scale_linear")
         found += [f"{name}={x}" for name, x in fields if name.endswith(ends) and x not in (0, 1)]
     if found:
         raise UserError(
-            f"{path} has {found[0]}, and stretched rotary positions are not read from GGUF: import "
-            "the model's own folder of safetensors."
+            f"{path} has {found[0]}, and positions stretched so are not read from GGUF: import the "
+            "model's own folder of safetensors."
         )

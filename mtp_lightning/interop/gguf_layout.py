@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ LAYER = {
     "shared_head.head": "nextn.shared_head_head",
 }
 _DENSE = re.compile(r"mlp\.(gate|up|down)_proj$")
+# The divisors of Llama's rotary frequencies, and the numbers besides the factor that llama.cpp's
+# converter computes them from.
+FREQUENCIES = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_positions": 8192}
 # Width of the routed expert of zeros: one block of Q8_0, where it divides the dense layer's width.
 _NARROW = 32
 
@@ -81,8 +85,9 @@ class GGUFEntry:
         name: its name in the file.
         shape: its shape, outermost axis first.
         parts: the tensors in Hugging Face's layout that it holds: one, several of one shape, which
-            are stacked, or none for a tensor of zeros. If several entries hold pieces of one
-            tensor, the pieces are concatenated along the second axis.
+            are stacked, or none for a tensor of fixed numbers. If several entries hold pieces of
+            one tensor, the pieces are concatenated along the second axis.
+        fixed: these numbers; None for zeros.
         pack: turns a part into the stored tensor.
         unpack: the inverse of ``pack``.
         copy: whether it is a copy of the trunk's tensor, which a file may leave out.
@@ -91,6 +96,7 @@ class GGUFEntry:
     name: str
     shape: Shape
     parts: tuple[str, ...] = ()
+    fixed: Tensor | None = None
     pack: Callable[[Tensor], Tensor] = lambda part: part
     unpack: Callable[[Tensor], Tensor] = lambda stored: stored
     copy: bool = False
@@ -98,7 +104,7 @@ class GGUFEntry:
     def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, from those in Hugging Face's layout."""
         if not self.parts:
-            return torch.zeros(self.shape)
+            return torch.zeros(self.shape) if self.fixed is None else self.fixed
         packed = [self.pack(tensors[name]) for name in self.parts]
         return packed[0] if len(packed) == 1 else torch.stack(packed)
 
@@ -156,7 +162,7 @@ def layout_of(config: ModelConfig) -> Layout:
     """
     trunk, mtp = config.trunk, config.mtp
     kind = trunk_type(trunk)
-    _require_plain(trunk)
+    _require_plain(trunk, kind)
     unread = _unread(config)
     if mtp.depth and not unread:
         assert isinstance(mtp, SequentialConfig)
@@ -178,7 +184,9 @@ def _unread(config: ModelConfig) -> str:
     mtp = config.mtp
     if not mtp.depth:
         return ""
-    if isinstance(mtp, EagleConfig):
+    if config.trunk.rope_scaling is not None:
+        setting = "model.rope_scaling"
+    elif isinstance(mtp, EagleConfig):
         if not (setting := eagle3.obstacle(config)):
             return (
                 "The MTP heads are left out: llama.cpp reads EAGLE's layer from a file of its own, "
@@ -196,11 +204,13 @@ def _unread(config: ModelConfig) -> str:
     )
 
 
-def _require_plain(trunk: TrunkConfig) -> None:
+def _require_plain(trunk: TrunkConfig, kind: str) -> None:
     """Refuse a trunk that the architectures do not compute."""
-    if trunk.rope_scaling is not None:
+    scaling = {} if trunk.rope_scaling is None else asdict(trunk.rope_scaling)
+    if scaling and (kind != "llama" or scaling != {**scaling, **LLAMA3}):
         raise UserError(
-            "a trunk with model.rope_scaling cannot be written as GGUF here: export it as a folder."
+            "model.rope_scaling cannot be written as GGUF here, except Llama 3's in a trunk like "
+            "Llama's: export the model as a folder."
         )
     latent = trunk.attention
     if isinstance(latent, LatentAttentionConfig) and latent.norm_eps not in (None, trunk.norm_eps):
@@ -211,13 +221,19 @@ def _require_plain(trunk: TrunkConfig) -> None:
 
 
 def entries(layout: Layout) -> Iterator[GGUFEntry]:
-    """All tensors of a file: the model's, and zeros that the architecture needs besides."""
+    """All tensors of a file: the model's, and those that the architecture needs besides."""
     names = set()
     for place in weight_map(layout.config):
         for entry in _entries(layout, place) if place.stacked is None else _experts(place):
             names.add(entry.name)
             yield replace(entry, copy=place.copy)
     yield from (entry for entry in _mixtures(layout) if entry.name not in names)
+    trunk = layout.config.trunk
+    if trunk.rope_scaling is not None:
+        half, theta = trunk.attention.rotary_dim(trunk) // 2, trunk.rope_theta
+        frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+        divisors = (frequency / trunk.rope_scaling.stretched(frequency, theta)).float()
+        yield GGUFEntry(name=FREQUENCIES, shape=(half,), fixed=divisors)
 
 
 def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:

@@ -35,6 +35,7 @@ from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.rope import Llama3Scaling
 from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
 from tests import models
@@ -387,8 +388,34 @@ def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
         read_folder(file)
 
 
-def frequencies(writer: Any) -> None:
-    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
+    """Computed as llama.cpp's converter does, from wavelengths."""
+    config = transformers.LlamaConfig(
+        head_dim=16, max_position_embeddings=128,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0,
+                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    )  # fmt: skip
+    rotary = importlib.import_module("transformers.models.llama.modeling_llama")
+    stretched = rotary.LlamaRotaryEmbedding(config).inv_freq.numpy()
+    divisors = (50_000.0 ** -(np.arange(8) / 8) / stretched).astype(np.float32)
+    assert divisors[0] == 1 and 1 < divisors[5] < 8 and divisors[7] == pytest.approx(8)
+
+    def opened(numbers: Any) -> Any:
+        def frequencies(writer: Any) -> None:
+            writer.add_tensor("rope_freqs.weight", numbers)
+
+        return read_folder(write_gguf(tmp_path / "tiny.gguf", extra=frequencies)).config.trunk
+
+    divisors[-1] = 8.0
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert opened(divisors).rope_scaling == Llama3Scaling(**scaling, original_positions=8192)
+    for others in (np.full(8, 2.0, np.float32), divisors * np.float32(1.001)):
+        with pytest.raises(UserError, match=r"rope_freqs.weight is not Llama 3's: import the mod"):
+            opened(others)
+    for damaged in (np.full(8, np.nan, np.float32), divisors[:4], np.zeros(8, np.float32)):
+        with pytest.raises(UserError, match=r"tiny\.gguf"):
+            opened(damaged)
 
 
 def stretched(writer: Any) -> None:
@@ -399,9 +426,9 @@ def scaled(writer: Any) -> None:
     writer.add_float32("llama.rope.scale_linear", 4.0)  # older files name no type
 
 
-@pytest.mark.parametrize("extra", [frequencies, stretched, scaled])
+@pytest.mark.parametrize("extra", [stretched, scaled])
 def test_rope_scaling_that_transformers_ignores_is_refused(extra: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="positions are not read from GGUF"):
+    with pytest.raises(ValueError, match="stretched so are not read from GGUF"):
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
 
 

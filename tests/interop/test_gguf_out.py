@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,9 +51,15 @@ ARCHS = {
         ("deepseek-shared", "deepseek-no-mixture-in-trunk", "deepseek-dense"), "deepseek2"
     ),
 }
-TRUNKS = {**folders.TRUNKS, "deepseek-dense": folders.dense(
-    attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6,
-)}  # fmt: skip
+LLAMA3 = replace(folders.STRETCHED, original_positions=8192)
+TRUNKS = {
+    **folders.TRUNKS,
+    "deepseek-dense": folders.dense(
+        attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6
+    ),
+    "llama-stretched": folders.dense(rope_scaling=LLAMA3),
+    "qwen2-stretched": replace(folders.TRUNKS["qwen2"], rope_scaling=LLAMA3),
+}
 
 
 @pytest.mark.parametrize(
@@ -125,12 +132,27 @@ def test_heads_that_llama_cpp_does_not_read_are_named(
     ("trunk", "message"),
     [
         ("llama3", "model.rope_scaling cannot be written as GGUF"),
+        ("yarn", "model.rope_scaling cannot be written as GGUF"),
+        ("qwen2-stretched", "except Llama 3's in a trunk like Llama's: export the model"),
         ("deepseek", "one epsilon for all"),
     ],
 )
 def test_trunks_that_llama_cpp_does_not_compute_are_refused(trunk: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
+
+
+def test_llama_3s_scaling_is_written_without_modules(tmp_path: Path) -> None:
+    model = models.build(TRUNKS["llama-stretched"], SequentialConfig(depth=1))
+    written, file = write(tmp_path / "m.gguf", model), tmp_path / "m.gguf"
+    assert written.arch == "llama" and "drafts with model.rope_scaling" in written.notes[0]
+    divisors = next(t for t in gguf.GGUFReader(file).tensors if t.name == "rope_freqs.weight").data
+    assert divisors.dtype == np.float32 and list(divisors[[0, -1]]) == [1, 8]
+    assert "tensors, read back, are the model's" in checked_tensors(file, model, "float32")
+    back = read_folder(file).build()
+    assert back.config.trunk.rope_scaling == model.config.trunk.rope_scaling
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def checked_tensors(file: Path, model: MTPModel, dtype: str) -> str:
