@@ -119,9 +119,11 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
         optional={entry.name for entry in needed if entry.copy},
         message=mismatch,
     )
+    rounded = any(tensor.kind.name not in _EXACT for tensor in tensors.values())
     stored: dict[str, list[tuple[FileTensor, GGUFEntry, int | None]]] = {}
     for entry in needed:
-        if (tensor := tensors.get(entry.name)) is None:
+        tensor = tensors.get(entry.name)
+        if tensor is None or (entry.copy and rounded):  # to another type than its original
             continue
         fixed = None if entry.parts else entry.assemble({})
         if fixed is not None and not torch.allclose(numbers(path, tensor), fixed, 1e-5, 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_tokenizer, gguf_writing, llama_cpp, reading
-from mtp_lightning.interop.gguf_layout import layout_of
+from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
@@ -51,6 +51,7 @@ ARCHS = {
         ("deepseek-shared", "deepseek-no-mixture-in-trunk", "deepseek-dense"), "deepseek2"
     ),
 }
+COPIES = ("embed_tokens", "shared_head_head")
 LLAMA3 = replace(folders.STRETCHED, original_positions=8192)
 TRUNKS = {
     **folders.TRUNKS,
@@ -353,15 +354,44 @@ def test_texts_are_compared_up_to_their_first_end_token(
     assert end_ids == [(256, 257)]
 
 
-def test_a_module_with_a_routed_expert_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "m.gguf"
-    write(file, models.build(TRUNKS["llama"], SequentialConfig(depth=1)))
-    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.2.ffn_up_exps.weight")
+def overwrite_first_number(file: Path, name: str) -> None:
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == name)
     with file.open("r+b") as content:
         content.seek(tensor.data_offset)
         content.write(np.float32(1.0).tobytes())
+
+
+def test_a_module_with_a_routed_expert_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    write(file, models.build(TRUNKS["llama"], SequentialConfig(depth=1)))
+    overwrite_first_number(file, "blk.2.ffn_up_exps.weight")
     with pytest.raises(UserError, match="blk.2.ffn_up_exps.weight is not zero"):
         read_folder(file)
+
+
+def test_copies_of_embedding_and_head_are_compared_unless_a_quantizer_rounded_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_copies(layout: Layout) -> Iterator[GGUFEntry]:
+        return (replace(entry, copy=False) for entry in entries(layout))
+
+    def kind_of(entry: GGUFEntry, dtype: str) -> str:
+        return "Q4_0" if entry.name in copies and dtype == "q8_0" else chosen(entry, dtype)
+
+    copies, chosen = [f"blk.2.nextn.{n}.weight" for n in COPIES], gguf_writing._kind_of
+    monkeypatch.setattr(gguf_writing, "entries", with_copies)
+    monkeypatch.setattr(gguf_writing, "_kind_of", kind_of)
+    model = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
+    file = tmp_path / "m.gguf"
+    write(file, model, dtype="q8_0")
+    back = read_folder(file).build()
+    torch.testing.assert_close(back.head.weight, model.head.weight, rtol=0, atol=3e-3)
+    for name in copies:
+        write(file, model)
+        assert read_folder(file).config.mtp.depth == 1
+        overwrite_first_number(file, name)
+        with pytest.raises(UserError, match="differs from the trunk's embedding or head"):
+            read_folder(file)
 
 
 @pytest.mark.parametrize(
