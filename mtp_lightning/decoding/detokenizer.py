@@ -49,6 +49,9 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window)
         whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
         new = text[self._out : whole]
+        if not text:
+            self._begin(self._window)  # the decoder may drop a space of the first token alone
+            return ""
         if not new and whole == len(text):
             self._window.pop()  # a token without text
             return ""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, example, given, settings, strategies
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.tokenizers.pretrained import PretrainedTokenizer
-from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.detokenizer import Detokenizer, text_after
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import TextSequence
 
@@ -89,6 +89,7 @@ def sequence(tokenizer: Any, prompt: list[int], ids: list[int], *stop: str) -> T
     return text
 
 
+TOKENS = [0, 1, 2, 3 + ord("x"), *range(259, 268)]
 PIECES = ["a", " is", " Paris", "\n", "\u4f60", "\U0001f600"]
 
 
@@ -113,6 +114,18 @@ def test_a_continuation_keeps_its_first_space_and_ends_before_a_stop_string(
     expected, stopped, _ = text.partition(stop)
     assert done.generation().text == "".join(done.fresh().pieces) == expected
     assert done.finish_reason == ("stop" if stopped else "length")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(groups=strategies.lists(strategies.sampled_from([*((i,) for i in TOKENS), (198, 172)])))
+@example(groups=[(259,), (261,), (262,)])
+def test_a_text_after_an_end_token_keeps_its_spaces(
+    llama: PretrainedTokenizer, groups: list[tuple[int, ...]]
+) -> None:
+    """The first token may be a space that the decoder drops."""
+    detokenizer, ids = Detokenizer(llama, [2], [2]), [i for group in groups for i in group]
+    streamed = "".join(detokenizer.add(token) for token in ids)
+    assert streamed == text_after(llama, [2], ids, [2])
 
 
 def test_a_token_that_begins_before_the_stop_string_is_cut_there() -> None:
