@@ -53,7 +53,14 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
         _refuse_other_maths(fields, kind, source)
         _rope(fields, source)
         declared_depth(fields)
-        max_positions(fields)
+        context = max_positions(fields)
+        if context < max_positions({**fields, "sliding_window": None}):
+            log.warning(
+                "%s has a sliding window, and attention is full here: both are the same in texts "
+                "up to the window's %s tokens, which become the context.",
+                source,
+                f"{context:,}",
+            )
 
 
 @contextmanager
@@ -128,8 +135,12 @@ def declared_depth(fields: Mapping[str, Any]) -> int:
 
 
 def max_positions(fields: Mapping[str, Any]) -> int:
-    """The context in tokens that a ``config.json`` promises."""
-    return int(fields.get("max_position_embeddings") or 2048)
+    """The context in tokens that a ``config.json`` promises, of Mistral at most its window."""
+    positions = int(fields.get("max_position_embeddings") or 2048)
+    window = fields.get("sliding_window", 4096) if fields["model_type"] == "mistral" else None
+    if window is None:
+        return positions
+    return min(positions, require_whole("sliding_window", window, least=1))
 
 
 def run_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,11 +234,9 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
                 f"{source} has {name}={fields[name]}, which this project does not compute: "
                 f"it can import only {name}={allowed[0]}."
             )
-    windowed = kind == "mistral" and fields.get("sliding_window", 4096) is not None
-    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if windowed or kinds:
-        setting = f"layer_types {', '.join(sorted(kinds))}" if kinds else "a sliding_window"
-        raise UserError(f"{source} has {setting}: only full attention can be imported.")
+    if kinds := set(fields.get("layer_types") or ()) - {"full_attention"}:
+        names = ", ".join(sorted(kinds))
+        raise UserError(f"{source} has layer_types {names}: only full attention can be imported.")
 
 
 def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -240,6 +249,11 @@ def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling of the rotary frequencies."""
     name, rope = _rotary(fields)
+    if parts := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise UserError(
+            f"{source} has {name} by kinds of layers ({', '.join(parts)}): only those of all "
+            "layers together can be imported."
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3", "yarn"):
         raise UserError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import check
@@ -49,6 +50,26 @@ def test_models_of_transformers_give_equal_logits_here(name: str, tmp_path: Path
     model = folder.build()
     assert model.depth == 0
     folders.assert_equal_logits(model, theirs, rows=folders.ROWS)
+
+
+def test_mistrals_window_is_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind, fields = THEIRS["mistral"]
+    monkeypatch.setitem(THEIRS, "windowed", (kind, {**fields, "sliding_window": 8}))
+    theirs = save(tmp_path, "windowed")
+    write_tokenizer(tmp_path, ByteTokenizer(), max_positions=8)
+    run = open_model(tmp_path)
+    assert run.seq_len == 8
+    assert caplog.text.count("up to the window's 8 tokens, which become the context") == 1
+    tokens = torch.randint(folders.ROWS, (2, 10))
+    with torch.no_grad():
+        expected = theirs(tokens[:, :9]).logits
+        logits = run.model.head(run.model(WindowBatch(tokens, 0))[0])
+    torch.testing.assert_close(logits[:, :8], expected[:, :8], rtol=0, atol=1e-4)
+    assert not torch.allclose(logits[:, 8], expected[:, 8], rtol=0, atol=1e-4)
+    folders.change_json(tmp_path / "config.json", sliding_window=None)
+    assert open_model(tmp_path).seq_len > 8
 
 
 @pytest.mark.parametrize("name", THEIRS)
