@@ -34,18 +34,26 @@ _IGNORED = {
 # Unsupported fields, each accepted only with the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1,
+    "add_generation_prompt": True,
     "best_of": 1,
+    "continue_final_message": False,
     "echo": False,
     "frequency_penalty": 0,
     "function_call": "none",
     "functions": [],
+    "ignore_eos": False,
+    "length_penalty": 1,
     "logit_bias": {},
+    "min_p": 0,
+    "min_tokens": 0,
     "modalities": ["text"],
     "presence_penalty": 0,
+    "repetition_penalty": 1,
     "response_format": {"type": "text"},
     "suffix": "",
     "tool_choice": "none",
     "tools": [],
+    "use_beam_search": False,
 }
 _SHOWN = 60  # characters of a client's value in a message
 _MOST_STOPS, _LONGEST_STOP = 16, 256
@@ -138,7 +146,10 @@ class Body(_Strict):
     model: Any = None
     max_tokens: int | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    top_k: Annotated[
+        Annotated[int, Field(ge=1, le=2**31)] | None,
+        BeforeValidator(lambda k: None if is_whole(k) and k in (-1, 0) else k),  # vLLM's words
+    ] = None
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=1 - 2**63, le=2**63 - 1)] | None = None
     draft_depth: int | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.opening import OpenedModel
+from mtp_lightning.serving.schemas import Body, ChatBody, CompletionBody, parse
 from tests.serving.conftest import NAME, SEQ_LEN, Serving, assert_refused, serving
 
 pytestmark = pytest.mark.extras
@@ -78,7 +79,8 @@ def test_malformed_bodies_are_refused(served: Serving, name: str) -> None:
         ({"draft_depth": -1}, "draft_depth must be"),
         ({"draft_depth": True}, "draft_depth must be"),
         ({"top_p": -0.1}, "top_p must be a number from 0 to 1, not -0.1"),
-        ({"top_k": 0}, "top_k must be a whole number from 1"),
+        ({"top_k": -2}, "top_k must be a whole number from 1 to 2147483648, not -2"),
+        ({"top_k": False}, "top_k must be a whole number from 1"),
         ({"seed": 1.5}, "seed must be"),
         ({"seed": -(2**63)}, "seed must be a whole number from"),  # the engine's are one fewer
         ({"stop": 5}, "stop must be a string or a list, not 5"),
@@ -100,7 +102,9 @@ def test_malformed_bodies_are_refused(served: Serving, name: str) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
         ({"messages": []}, 'field "messages" is not known'),
         ({"max_completion_tokens": 5}, "not known here: give max_tokens."),
-        ({"min_p": 0.1}, 'field "min_p" is not known here'),
+        ({"min_p": 0.1}, "min_p=0.1 is not supported, only 0"),
+        ({"ignore_eos": True}, "ignore_eos=true is not supported, only false"),
+        ({"typical_p": 0.1}, 'field "typical_p" is not known here'),
     ],
     ids=str,
 )
@@ -120,6 +124,19 @@ def test_neutral_and_ignored_fields_are_accepted(served: Serving) -> None:
     ignored = {"user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None, "seed": None}
     fields = {"prompt": "a", "max_tokens": 3, **neutral, **ignored}
     assert served.post(fields).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_neutral_values_of_other_servers_clients_change_nothing(kind: type[Body]) -> None:
+    fields = {"messages": [{"role": "user", "content": "a"}]} if kind is ChatBody else {}
+    neutral = {
+        "min_p": 0, "repetition_penalty": 1.0, "length_penalty": 1.0, "ignore_eos": False,
+        "min_tokens": 0, "use_beam_search": False, "add_generation_prompt": True,
+        "continue_final_message": False,
+    }  # fmt: skip
+    bare = parse(json.dumps(fields).encode(), kind)
+    for top_k in (-1, 0):
+        assert parse(json.dumps({**fields, **neutral, "top_k": top_k}).encode(), kind) == bare
 
 
 def test_extreme_settings_give_a_text(served: Serving) -> None:
