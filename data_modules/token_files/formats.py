@@ -8,6 +8,7 @@ GPT-NeoX              1), code of the type (uint8), numbers of sequences and of 
 llm.c,                ``.bin``: 256 int32 with magic, version and number of ids, then the ids:
 modded-nanogpt        uint16 after magic 20240520, uint32 after 20240801 (Llama 3)
 nanoGPT               ``.bin``: only the ids, uint16
+Dolma, OLMo           ``.npy`` without numpy's header: only the ids
 litdata               ``.bin`` that an ``index.json`` names: see ``litdata_chunks.py``
 numpy                 ``.npy`` of one dimension
 ====================  ============================================================================
@@ -28,14 +29,14 @@ from data_modules.shards import Shard, stamp_of
 from data_modules.token_files.litdata_chunks import INDEX, item_offsets, read_chunk
 from mtp_lightning.errors import UserError
 
-MEGATRON = b"MMIDIDX\x00\x00"
+MEGATRON, NUMPY = b"MMIDIDX\x00\x00", b"\x93NUMPY"
 _MEGATRON_HEADER = struct.Struct("<QBQQ")
 _MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _LLM_C_HEADER = 256 * 4
 _LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 """By magic number: version and type."""
 _FOREIGN = {
-    b"\x93NUMPY": "a .npy file: name it so",
+    NUMPY: "a .npy file: name it so",
     b"PK\x03\x04": "a zip or .npz archive: unpack it",
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
@@ -85,7 +86,7 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
     with path.open("rb") as file:
         head = file.read(_LLM_C_HEADER)
     if path.suffix == ".npy":
-        source = _numpy(path)
+        source = _numpy(path) if head.startswith(NUMPY) else _raw(path, head, dtype)
     elif path.with_suffix(".idx").is_file():
         source = _megatron(path)
     elif (chunk := read_chunk(path)) is not None:

@@ -25,6 +25,7 @@ WRITERS = {
     "raw": lambda path, documents: nanogpt(path.with_suffix(".bin"), documents),
     "llm.c": lambda path, documents: llm_c(path.with_suffix(".bin"), documents),
     "llama": lambda path, documents: llm_c(path.with_suffix(".bin"), documents, llama=True),
+    "raw npy": lambda path, documents: nanogpt(path.with_suffix(".npy"), documents),
     "npy": lambda path, documents: numpy_file(path.with_suffix(".npy"), documents),
     "megatron": lambda path, documents: megatron(path.with_suffix(".bin"), documents, sentences=3),
     "int32": lambda path, documents: megatron(path.with_suffix(".bin"), documents, code=4),
@@ -451,8 +452,12 @@ def test_files_of_other_formats_are_named_and_nothing_is_executed(tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.array([Bomb()], object), allow_pickle=True)
     assert_header_refused(r"x\.npy is not a \.npy file of ids", path)
-    path.write_bytes(pickle.dumps(Bomb()))
+    path.write_bytes(b"\x93NUMPY" + pickle.dumps(Bomb()))
     assert_header_refused(r"x\.npy is not a \.npy file of ids", path)
+    path.write_bytes(b"PK\x03\x04" + b"0" * 60)
+    assert_header_refused(r"x\.npy holds no token ids but is a zip or \.npz archive", path)
+    path.write_bytes(b"123")
+    assert_header_refused(r"x\.npy is truncated, or its ids are not uint16", path)
     for array in (np.zeros(3), np.zeros((2, 3), int)):
         np.save(path, array)
         assert_header_refused("not a one-dimensional array of integers", path)
