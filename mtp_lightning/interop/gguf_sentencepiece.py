@@ -45,7 +45,9 @@ def to_fields(
     return fields
 
 
-def parts(get: Callable[[str], Any], tokens: list[str], types: list[int]) -> dict[str, Any] | None:
+def bpe_parts(
+    get: Callable[[str], Any], tokens: list[str], types: list[int]
+) -> dict[str, Any] | None:
     """The normalizer, decoder and model of a tokenizer.json, from the pieces and their types by id;
     None without a score of every piece."""
     scores = get("tokenizer.ggml.scores")

@@ -39,20 +39,23 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", **parts}
 
 
+_LLAMA3 = _sequence(_split(rf"{_CASES}\p{{N}}{{1,3}}{_REST}"), _BYTES)
 # llama.cpp's rules by their names, as the tokenizers library writes them.
 _RULES = {
     "gpt-2": _GPT2,
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _GPT2),
-    "llama-bpe": _sequence(_split(rf"{_CASES}\p{{N}}{{1,3}}{_REST}"), _BYTES),
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
     "qwen2": _sequence(_split(rf"{_CASES}\p{{N}}{_REST}"), _BYTES),
     "deepseek-v3": _sequence(
         _split(r"\p{N}{1,3}"), _split("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
         _split(_SIGNS), _BYTES,
     ),
 }  # fmt: skip
-# Other names of these rules; those of _MERGED merge a word even if it is a token.
-_LLAMA3 = ("llama3", "llama-v3", "falcon3", "pixtral")
-_MERGED = ("glm4", "chatglm-bpe")
+# The rule with which a word that is a token is not merged.
+_UNMERGED = "llama-bpe"
+# Other names of these rules.
+_BEGUN = ("llama3", "llama-v3", "falcon3", "pixtral")
 _ALIASES = {
     **dict.fromkeys(
         ("phi-2", "jina-es", "jais", "mpt", "olmo", "trillion", "granite-docling"), "gpt-2"
@@ -60,22 +63,24 @@ _ALIASES = {
     **dict.fromkeys(
         ("starcoder", "refact", "command-r", "exaone", "codeshell", "minerva-7b"), "smollm"
     ),
-    **dict.fromkeys((*_LLAMA3, *_MERGED), "llama-bpe"),
+    **dict.fromkeys((*_BEGUN, "glm4"), "llama-bpe"),
+    **dict.fromkeys(("chatglm-bpe", "dbrx"), "smaug-bpe"),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
 }
 # Rules with which llama.cpp begins a text with the beginning-of-text token, unless the file says
 # otherwise.
-_BEGINNING = ("llama-bpe", *_LLAMA3, "tekken")
+_BEGINNING = ("llama-bpe", *_BEGUN, "tekken")
 # The ids that end a text, where there are more than llama.cpp has keys or names for.
 _ENDS = "mtp_lightning.end_token_ids"
 # Tokens that end a text in llama.cpp, whatever the file's keys say (special_eog_ids in its
-# src/llama-vocab.cpp), and by role those that do so where no key names one.
+# src/llama-vocab.cpp).
 _END_NAMES = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>",
     "<|end_of_text|>", "<end_of_utterance>", "[EOT]", "[EOS]", "<eos>", "<turn|>",
     "<|tool_response>", "[e~[", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 }  # fmt: skip
+# llama.cpp also ends a text at these roles; where no key names a token, its name decides.
 _FILLING = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -148,7 +153,7 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], list[str
     else:
         spaced = tokens[_ids(text, ["a"])[0][0]].startswith("\u2581")
         fields |= gguf_sentencepiece.to_fields(model, tokens, types, spaced=spaced)
-        rule, equal = "SentencePiece", _equal(text, _tokenizer_json(fields.get, tokens) or text)
+        rule, equal = "SentencePiece", _n_equal(text, _tokenizer_json(fields.get, tokens) or text)
     for name, i in zip(_MORE_ENDS, tokenizer.end_ids[1:], strict=False):
         fields[f"tokenizer.ggml.{name}_token_id"] = i
     specials = tokenizer.special_ids()
@@ -182,14 +187,17 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], list[str
 
 def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
     """The rule that splits most like a tokenizer, and how many sample texts get the same ids."""
-    equal = {
-        name: _equal(text, json.dumps({**content, "pre_tokenizer": rule, "normalizer": None}))
-        for name, rule in _RULES.items()
-    }
-    return max(equal.items(), key=lambda item: item[1])
+    model, equal = content["model"], {}
+    for name, rule in _RULES.items():
+        theirs = {"pre_tokenizer": rule, "normalizer": None}
+        theirs["model"] = {**model, "ignore_merges": name == _UNMERGED}
+        equal[name] = _n_equal(text, json.dumps({**content, **theirs}))
+    unmerged = bool(model.get("ignore_merges"))
+    name = max(equal, key=lambda name: (equal[name], (name == _UNMERGED) == unmerged))
+    return name, equal[name]
 
 
-def _equal(text: str, other: str) -> int:
+def _n_equal(text: str, other: str) -> int:
     """The number of sample texts that have the same ids with two tokenizers."""
     pairs = zip(_ids(text, _LINES), _ids(other, _LINES), strict=True)
     return sum(a == b for a, b in pairs)
@@ -257,7 +265,7 @@ def _tokenizer_json(get: Callable[[str], Any], tokens: list[str]) -> str | None:
     types, model = get("tokenizer.ggml.token_type"), get("tokenizer.ggml.model")
     if not isinstance(types, list) or len(types) != len(tokens):
         types = [_NORMAL] * len(tokens)
-    parts = (gguf_sentencepiece.parts if model == "llama" else _byte_level)(get, tokens, types)
+    parts = (gguf_sentencepiece.bpe_parts if model == "llama" else _byte_level)(get, tokens, types)
     if parts is None:
         return None
     begin, begins = get("tokenizer.ggml.bos_token_id"), get("tokenizer.ggml.add_bos_token")
@@ -298,7 +306,7 @@ def _byte_level(
             "type": "BPE",
             "vocab": {token: i for i, (token, kind) in typed_tokens if kind != _UNUSED},
             "merges": merges,
-            "ignore_merges": name == "llama-bpe" and get("tokenizer.ggml.pre") not in _MERGED,
+            "ignore_merges": name == _UNMERGED,
         },
     }
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,6 @@ def test_tokenizers_split_by_the_rule_that_the_file_names(
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert [tokenizer.decode(ids) for ids in expected] == texts
     assert tokenizer.eot_id == bpe.eot_id
-    aliases = {"llama-bpe": "glm4", "qwen2": "megrez", "gpt-2": "olmo", "smollm": "refact"}
-    if rule in aliases:
-        other = unpacked(fields | {"tokenizer.ggml.pre": aliases[rule]}, tmp_path)
-        assert [other.encode(text).tolist() for text in texts] == expected
     # Without the key, llama.cpp begins texts of Llama 3's kind alone.
     without_key = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": None}
     prompt = unpacked(fields | without_key, tmp_path).encode_prompt("a").tolist()
@@ -202,6 +199,55 @@ def test_tokenizers_split_by_the_rule_that_the_file_names(
     assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
     for unknown in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
         assert not gguf_tokenizer.unpack((fields | unknown).get, tmp_path)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", [*gguf_tokenizer._RULES, *gguf_tokenizer._ALIASES])
+def test_rules_split_and_merge_as_those_of_llama_cpp(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bpe: Any = BPETokenizer(500).train([gguf_tokenizer._SAMPLE * 4])
+    content = json.loads(bpe.library_json())
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = merges[:-20]  # some words are tokens that nothing makes
+    monkeypatch.setattr(bpe, "library_json", lambda: json.dumps(content))
+    monkeypatch.setattr(gguf_tokenizer, "_nearest", lambda *_: (name, 0))
+    model = models.build(folders.dense(vocab_size=500), NoMTPConfig())
+    gguf_files.write(tmp_path / "m.gguf", model, bpe)
+    fields = read_header(tmp_path / "m.gguf").fields | {gguf_tokenizer.WHOLE: None}
+    texts = [*gguf_tokenizer._LINES, "1234567"]
+    ours = unpacked(fields, tmp_path)
+    theirs = tokenized(tmp_path / "m.gguf", texts)
+    assert [ours.encode(text).tolist() for text in texts] == theirs
+
+
+def tokenized(file: Path, texts: list[str]) -> list[list[int]]:
+    """The ids of texts in llama.cpp."""
+    parameters = llama_server.parameters(file, batch=1, tokens=32, threads=1)
+    server = importlib.import_module("xllamacpp").Server(parameters)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    answers = []
+    for text in texts:
+        body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+        with opener.open(f"{server.listening_address}/tokenize", body) as answer:
+            answers.append(json.load(answer)["tokens"])
+    return answers
+
+
+@pytest.mark.parametrize("unmerged", [True, False])
+def test_a_tokenizer_of_llama_3s_rule_is_written_by_whether_it_merges_whole_tokens(
+    unmerged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bpe: Any = BPETokenizer(500).train([gguf_tokenizer._SAMPLE * 4])
+    content = json.loads(bpe.library_json())
+    content |= {"pre_tokenizer": gguf_tokenizer._RULES["llama-bpe"], "normalizer": None}
+    content["model"]["ignore_merges"] = unmerged
+    for n_merges in (len(content["model"]["merges"]), 150):
+        content["model"]["merges"] = content["model"]["merges"][:n_merges]
+        monkeypatch.setattr(bpe, "library_json", lambda: json.dumps(content))
+        fields, notes = gguf_tokenizer.to_fields(bpe, 500)
+        assert fields["tokenizer.ggml.pre"] == ("llama-bpe" if unmerged else "smaug-bpe")
+        assert not notes
 
 
 def merge_by_scores(text: str, scores: dict[str, float]) -> list[str]:
