@@ -110,7 +110,7 @@ def read(
     fields = tensor_files.read_json(folder / FOLDER / CONFIG)
     if fields.get("architectures") != [ARCHITECTURE]:
         raise UserError(f"{source} is not the folder of a {ARCHITECTURE}: take it away.")
-    tensors, _ = tensor_files.parts(folder / FOLDER / SINGLE)
+    tensors, _ = tensor_files.open_file(folder / FOLDER / SINGLE)
     mtp = _stack(fields, trunk, source, allow)
     config = ModelConfig(trunk=trunk, mtp=mtp)
     mtp.check_vocabulary(trunk)

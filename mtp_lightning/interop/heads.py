@@ -75,7 +75,7 @@ def read(
     """
     if eagle3.is_there(folder):
         return eagle3.read(folder, trunk, embedding, allow=allow)
-    weights, metadata = tensor_files.parts(folder / FILE)
+    weights, metadata = tensor_files.open_file(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(metadata.get(_KEY, "")), allow=allow)
         if trunks := [name for name in weights if not name.startswith("mtp.")]:

@@ -99,7 +99,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     block = fp8.block_size(fields, source=source)
     tensors: dict[str, StoredTensor] = {}
     for file, promised in files_of(folder).items():
-        in_file, _ = tensor_files.parts(file)
+        in_file, _ = tensor_files.open_file(file)
         if promised is not None and promised != in_file.keys():
             name = min(promised ^ in_file.keys())
             where = "the index" if name in promised else "the file"

@@ -115,7 +115,7 @@ def write(
 def check(folder: Path, model: MTPModel, dtype: torch.dtype) -> str:
     """Checks that the tensors of the folder inside ``folder`` are a model's, each rounded once; see
     :func:`check_tensors`."""
-    unread, _ = tensor_files.parts(folder / FOLDER / SINGLE)
+    unread, _ = tensor_files.open_file(folder / FOLDER / SINGLE)
     stored = {name: part.read() for name, part in unread.items()}
     check_tensors(stored, tensors(model, dtype), folder / FOLDER)
     return f"{FOLDER}, read back, holds the heads; speculators was not started"

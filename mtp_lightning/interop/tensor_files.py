@@ -106,7 +106,7 @@ class SafeTensor(StoredTensor):
             return tensor
 
 
-def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def open_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of one file, unread, and its metadata.
 
     Raises:

@@ -137,7 +137,7 @@ def index_of(folder: Path) -> dict[str, str]:
 
 
 def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    return {name: part.read() for name, part in tensor_files.parts(file)[0].items()}
+    return {name: part.read() for name, part in tensor_files.open_file(file)[0].items()}
 
 
 def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
