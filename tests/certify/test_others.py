@@ -104,5 +104,5 @@ def test_llama_cpp_decodes_a_gguf_file(tmp_path: Path) -> None:
     counts = compare_others(["llama.cpp"], file, PROMPTS, 8)
     assert [count.way for count in counts] == ["drafts by n-grams", "batch of 8"]
     assert all(count.texts == 3 for count in counts)
-    (plain, *_), _ = PROGRAMS["llama.cpp"].ways(file)
+    ((plain, *_),) = PROGRAMS["llama.cpp"].ways(file)
     assert [len(ids) for ids in plain.decode(PROMPTS, 5)] == [5, 5, 5]

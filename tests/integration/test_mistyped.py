@@ -150,7 +150,7 @@ train.py -m seed=0,1 hydra/launcher=basic --dry-run =>
 evaluate.py -m checkpoint=FOLDER,FOLDER => -m is an option of | start | once for each value
 evaluate.py checkpoint=FOLDER decode.new_tokens=1 => decode.new_tokens must be | not 1
 generate.py checkpoint=FOLDER prompt=a draft_depth=0  [15 s] =>
-    draft_depth=0 must be | at least 1 | speculative=false is plain decoding
+    draft_depth=0 must be | from 1 to 15 | speculative=false is plain decoding
 serve.py checkpoint=FOLDER draft_depth=0  [15 s] => speculative=false is plain decoding
 generate.py checkpoint=FOLDER prompt=a top_k=5  [15 s] =>
     top_k=5 chooses among samples | set temperature=1
