@@ -76,11 +76,12 @@ def test_intervals_of_equal_prompts_are_points_and_one_prompt_has_none() -> None
     assert "acceptance_position_2_low" not in intervals([replace(text, drafts_reached=[4, 0])] * 2)
 
 
-def test_acceptance_does_not_depend_on_the_batch() -> None:
-    model = small_model(3, 2, vocab=3)
+@pytest.mark.parametrize("lookup", [0, 5])
+def test_acceptance_does_not_depend_on_the_batch(lookup: int) -> None:
+    model, options = small_model(3, 2, vocab=3), DecodingOptions(max_new_tokens=20, lookup=lookup)
     prompts = random_prompts(3, (4, 1, 9, 6), vocab=3)
-    report, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
-    alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    report, plain = acceptance(model, prompts, options)
+    alone = [generate(model, [prompt], options)[0] for prompt in prompts]
     setting = {"n_prompts": 4.0, "new_tokens": 20.0}
     assert report == rates(alone) | intervals(alone) | lookups_alone(prompts, alone) | setting
     assert ids_of(plain) == ids_of(alone)

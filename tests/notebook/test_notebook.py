@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.notebook import process
 from mtp_lightning.notebook.curves import draw_overview
 from mtp_lightning.paths import app
+from mtp_lightning.system import STARTER
 from tests.integration.helpers import QUICK, overrides, train_here, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -143,6 +145,11 @@ def test_errors_are_one_sentence(quick: list[str], tmp_path: Path) -> None:
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError"):
         process.start(["-c", "1 / 0"], quiet=True)
+
+
+def test_a_program_knows_the_notebook_that_it_ends_with(capsys) -> None:
+    process.start(["-c", f"import os; print(os.environ['{STARTER}'])"])
+    assert capsys.readouterr().out == f"{os.getpid()}\n"
 
 
 def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
