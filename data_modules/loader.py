@@ -106,19 +106,15 @@ class WindowLoader(_Loader):
         """Continues where :meth:`state_dict` was taken, with the same seed.
 
         Raises:
-            UserError: if this data has another number of windows and so another order.
+            UserError: if this data has other windows, by their number or length.
         """
-        if state["windows"] != len(self.dataset):
+        n, length = len(self.dataset), self.dataset.seq_len
+        saved_n, saved_length = state["windows"], state.get("seq_len", length)  # older: no length
+        if (saved_n, saved_length) != (n, length):
             raise UserError(
-                f"the checkpoint was saved on {state['windows']} training windows but this data "
-                f"has {len(self.dataset)}: resume with the same data, tokenizer, "
+                f"the checkpoint was saved on {saved_n} training windows of {saved_length} tokens "
+                f"but this data has {n} of {length}: resume with the same data, tokenizer, "
                 "data.seq_len and data.train_windows"
-            )
-        own_length = self.dataset.seq_len
-        if (length := state.get("seq_len", own_length)) != own_length:  # older states have none
-            raise UserError(
-                f"the checkpoint was saved with data.seq_len={length} and this data has "
-                f"{own_length}: its windows are others, so resume with the same one"
             )
         self.seed = int(state["seed"])
         self.epoch = int(state["epoch"])
