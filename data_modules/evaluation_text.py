@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -40,6 +41,11 @@ class EvaluationText:
     @property
     def n_tokens(self) -> int:
         return int((self.ends - self.starts).sum())
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yields the ids of each document."""
+        tokens = self.file.tokens()
+        return (tokens[a:b] for a, b in zip(self.starts, self.ends, strict=True))
 
 
 COMPRESSED = 4 << 20
@@ -132,9 +138,7 @@ class EvaluationWindows(Windows):
     @cached_property
     def _stream(self) -> tuple[np.ndarray, np.ndarray]:
         """The stream, which is small, and the index in it of every document's last token."""
-        file = self.text.file
-        tokens, eot = file.tokens(), np.array([self.eot_id], np.int64)
-        spans = zip(self.text.starts, self.text.ends, strict=True)
+        eot = np.array([self.eot_id], np.int64)
         # One more token at the end is read for every position after it.
-        stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
+        stream = np.concatenate([eot, *self.text.documents(), eot])
         return stream, (self.text.ends - self.text.starts).cumsum()

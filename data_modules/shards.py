@@ -63,8 +63,7 @@ def cut(shards: Sequence[Shard], n_tokens: int) -> tuple[tuple[Shard, ...], tupl
 
 
 class ShardedTokens:
-    """Memory maps of shards, none of them empty, read as one array: by slices, by indices, and by
-    windows.
+    """Memory maps of shards, none of them empty, read as one array by slices and by windows.
 
     If another program writes to a mapped file, its ids change while they are read, and if the file
     is truncated, the system kills the process. So every read first checks that the file is
@@ -82,13 +81,11 @@ class ShardedTokens:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, indices: slice | np.ndarray) -> np.ndarray:
-        """Ids of a slice without a step (a view if one shard holds it), or of indices (a copy)."""
-        if isinstance(indices, slice):
-            first, last, step = indices.indices(len(self))
-            assert step == 1
-            return self._span(first, last)
-        return self.windows(indices, 1)[:, 0]
+    def __getitem__(self, indices: slice) -> np.ndarray:
+        """Ids of a slice without a step; a view if one shard holds it."""
+        first, last, step = indices.indices(len(self))
+        assert step == 1
+        return self._span(first, last)
 
     def windows(self, first: np.ndarray, length: int) -> np.ndarray:
         """``[B, length]`` ids from each of the indices ``first`` [B] on."""

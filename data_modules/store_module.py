@@ -123,8 +123,7 @@ class StoreDataModule(WindowDataModule):
         if (unknown := self.tokenizer.unknown_id) is None:
             return
         text = self.evaluation.text
-        tokens, spans = text.file.tokens(), zip(text.starts, text.ends, strict=True)
-        if n := sum(int((tokens[a:b] == unknown).sum()) for a, b in spans):
+        if n := sum(int((ids == unknown).sum()) for ids in text.documents()):
             log.warning(
                 "%.3g %% of the evaluated tokens are %s, which stands for any text that the "
                 "tokenizer does not know: bits per byte are too low, and not comparable.",
@@ -136,8 +135,8 @@ class StoreDataModule(WindowDataModule):
     def _first_pieces(self) -> list[bytes]:
         """The bytes of the token that begins each document of the evaluation text, without the
         space that SentencePiece's tokenizers add to a text and drop in decoding."""
-        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
-        first = text.file.tokens()[text.starts].tolist()
+        pieces = self.tokenizer.text_bytes()
+        first = [int(ids[0]) for ids in self.evaluation.text.documents()]
         adds_space = {
             i: pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
             for i in set(first)
@@ -159,10 +158,10 @@ class StoreDataModule(WindowDataModule):
 
     def _evaluated_text(self) -> bytes:
         """The evaluation text's documents in order, up to the bytes that are compressed."""
-        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
-        tokens, data = text.file.tokens(), bytearray()
-        for first, start, end in zip(self._first_pieces, text.starts, text.ends, strict=True):
-            data += first + b"".join(pieces[i] for i in tokens[start + 1 : end].tolist())
+        data, pieces = bytearray(), self.tokenizer.text_bytes()
+        documents = self.evaluation.text.documents()
+        for first, ids in zip(self._first_pieces, documents, strict=True):
+            data += first + b"".join(pieces[i] for i in ids[1:].tolist())
             if len(data) >= COMPRESSED:
                 break
         return bytes(data)

@@ -173,7 +173,7 @@ def _require_known(
 def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Tokenizer) -> None:
     """Warns of documents without end-of-text token, which Megatron and litdata write on request."""
     ends = starts[1:1001] - 1
-    if len(ends) and (without := int((tokens[ends] != tokenizer.eot_id).sum())):
+    if len(ends) and (without := int((tokens.windows(ends, 1) != tokenizer.eot_id).sum())):
         log.warning(
             "of the first %d documents %d do not end in the end-of-text token %d: windows run from "
             "one into the next without a mark (data.document_mask=true separates them).",
