@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, log_bucket, option
 from data_modules.tasks.held_out import HeldOutTask
@@ -25,7 +24,7 @@ class Copy(HeldOutTask):
         periods: largest length of a string.
     """
 
-    name: ClassVar[str] = "copy"
+    name = "copy"
     sizes = ("shortest", "periods")
 
     letters: int = option(16, least=1)

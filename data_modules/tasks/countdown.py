@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from data_modules.tasks.base import ONCE, Draws, Example, Task, option
 
@@ -35,7 +35,7 @@ class Countdown(Task):
             expression, >= 2; the intermediate results of an answer may be larger.
     """
 
-    name: ClassVar[str] = "countdown"
+    name = "countdown"
 
     numbers: int = option(4, least=2)
     largest: int = option(100, least=2)

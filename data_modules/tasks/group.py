@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
-from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, log_bucket, option
 from data_modules.tasks.held_out import HeldOutTask
@@ -55,7 +54,7 @@ class Group(HeldOutTask):
         running: whether the products up to every position are asked for, or only the last one.
     """
 
-    name: ClassVar[str] = "group"
+    name = "group"
     symbols = (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
     sizes = ("shortest", "length")
 

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class HMM(Task):
         a: for mess3, the probability that the next state emits its own symbol, in (0, 1).
     """
 
-    name: ClassVar[str] = "hmm"
+    name = "hmm"
     longest_prompt = 1
 
     process: str = option("mess3", require_choice, choices=["mess3", "rrxor"])

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
 
 from data_modules.tasks.base import Example, Task, log_bucket, option
 from mtp_lightning.errors import UserError
@@ -58,7 +57,7 @@ class Induction(Task):
         endings: number of different second tokens of names, >= 1.
     """
 
-    name: ClassVar[str] = "induction"
+    name = "induction"
     longest_prompt = 1
 
     sentences: int = option(8, least=1)

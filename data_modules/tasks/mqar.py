@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
-from typing import ClassVar
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class MQAR(Task):
         power: a of the power law of the gaps, in (0, 1]; 1 is uniform.
     """
 
-    name: ClassVar[str] = "mqar"
+    name = "mqar"
 
     pairs: int = option(8, least=1)
     slots: int = option(16, least=1)

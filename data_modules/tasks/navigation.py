@@ -17,7 +17,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 
@@ -48,8 +47,8 @@ class Navigation(Task):
         recoveries: share of training examples whose first step is a random one.
     """
 
-    name: ClassVar[str] = "navigation"
-    ends: ClassVar[bool] = True
+    name = "navigation"
+    ends = True
     longest_prompt = 3
 
     graph: str = option("street", require_choice, choices=["street", "random"])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, option
 from data_modules.tasks.held_out import HeldOutTask
@@ -34,7 +33,7 @@ class Polynomial(HeldOutTask):
         operations: largest number of operations of an expression.
     """
 
-    name: ClassVar[str] = "polynomial"
+    name = "polynomial"
     symbols = (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
     longest_answer = N
     chance = float(Q**-N)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
-from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task, option
 
@@ -37,7 +36,7 @@ class Sat(Task):
         solutions: most solutions of a formula, >= 1; the least is one.
     """
 
-    name: ClassVar[str] = "sat"
+    name = "sat"
 
     variables: int = option(8, least=3, most=MOST)
     names: int = option(12, least=1)

@@ -18,7 +18,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_lowercase
-from typing import ClassVar
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class Sibling(Task):
             decoding can give only one answer.
     """
 
-    name: ClassVar[str] = "sibling"
+    name = "sibling"
     longest_answer = 3
 
     parents: int = option(5, least=1)

@@ -14,7 +14,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
 
 from data_modules.tasks.base import ONCE, Example, Task, option
 from mtp_lightning.errors import UserError
@@ -37,7 +36,7 @@ class StarGraph(Task):
             edges. None for a new graph every time.
     """
 
-    name: ClassVar[str] = "star_graph"
+    name = "star_graph"
 
     degree: int = option(2, least=1)
     length: int = option(4, least=2)

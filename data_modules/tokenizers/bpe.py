@@ -7,7 +7,7 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class BPETokenizer(Tokenizer):
             one cut.
     """
 
-    kind: ClassVar[str] = "bpe"
+    kind = "bpe"
     eot_id = 0
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from data_modules.tokenizers.library import printable
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, and 256 is end of text. Lossless, and needs only numpy."""
 
-    kind: ClassVar[str] = "byte"
+    kind = "byte"
     vocab_size = 257
     eot_id = 256
 

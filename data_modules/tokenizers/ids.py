@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class IdTokenizer(Tokenizer):
         UserError: a number out of range; in ``encode`` also a word that is not an id.
     """
 
-    kind: ClassVar[str] = "ids"
+    kind = "ids"
     vocab_size = eot_id = 0  # replaces abstract properties; each tokenizer sets its own
     reads_text = False
 

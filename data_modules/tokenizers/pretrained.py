@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class PretrainedTokenizer(Tokenizer):
         UserError: at the first use, if it is not a tokenizer or has no such end-of-text token.
     """
 
-    kind: ClassVar[str] = "pretrained"
+    kind = "pretrained"
 
     def __init__(self, path: str, *, eot_token: str | None = None) -> None:
         self.path = str(path)

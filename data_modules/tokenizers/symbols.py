@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class SymbolTokenizer(Tokenizer):
     anything else; ``decode`` writes a space before each symbol, so that texts can be
     concatenated."""
 
-    kind: ClassVar[str] = "symbols"
+    kind = "symbols"
     eot_id = 0
     vocab_size = 0  # replaces the abstract property; each tokenizer sets its own
     reads_text = False
