@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -56,14 +56,11 @@ def encode_documents(
         for batch in todo:
             yield from encode_batch(batch, tokenizer, dtype, overlap)
         return
-    pool = EncodingPool(tokenizer, dtype, workers)
-    try:
+    with closing(EncodingPool(tokenizer, dtype, workers)) as pool:
         for pieces in pool.map(todo):
             yield from pieces
         for other in pool.overlaps():
             overlap.merge(other)
-    finally:
-        pool.close()
 
 
 def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
