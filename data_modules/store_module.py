@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
@@ -40,6 +40,9 @@ class StoreDataModule(WindowDataModule):
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
             all epochs and runs; the owner of the model sets :attr:`states`.
         cache_dir: the cache folder; None for that of :func:`~data_modules.cache.cache_folder`.
+
+    Attributes:
+        states: the folder of these states; None if they are not kept.
     """
 
     eval_bytes: int | Literal["all"] = 300_000
@@ -47,6 +50,7 @@ class StoreDataModule(WindowDataModule):
     document_mask: bool = False
     cache_states: bool = False
     cache_dir: Path = None  # type: ignore[assignment]  # may be a string; None is replaced
+    states: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

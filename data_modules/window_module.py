@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +57,7 @@ class WindowDataModule(LightningDataModule, ABC):
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
     allow: Collection[str] = field(default=(), init=False)
-    # Whether a frozen trunk's states of the training windows are kept, and their folder, which the
-    # owner of the model sets (None: not kept).
-    cache_states: bool = field(default=False, init=False)
-    states: Path | None = field(default=None, init=False)
+    cache_states: bool = field(default=False, init=False)  # only the data of a store can
 
     def __post_init__(self) -> None:
         super().__init__()
