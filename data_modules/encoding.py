@@ -106,12 +106,11 @@ def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
     """
     start = 0
     while len(document) - start > limit:
-        end = start + limit
-        cut = end
+        cut = start + limit
         while (cut := document.rfind("\n", start, cut)) > start:
             if not document[cut - 1].isspace() and not document[cut + 1].isspace():
                 break
-        end = cut + 1 if cut > start else end
+        end = cut + 1 if cut > start else start + limit
         yield document[start:end], False
         start = end
     yield document[start:], True

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ from data_modules.sources.installed import Package
 log = logging.getLogger(__name__)
 
 FILE = Path(__file__).with_name("manifests.json")
-
-
-@cache
-def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads(FILE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
 def say_differences(source: str, packages: Sequence[Package]) -> None:
     """Logs one line if packages of ``data=source`` have other versions than the manifest, which
     need not list all of them."""
-    recorded = _manifests()[source]
+    recorded = json.loads(FILE.read_text(encoding="utf-8"))[source]
     differing = [
         f"{package.name} {package.version} (results: {recorded[package.name]['version']})"
         for package in packages

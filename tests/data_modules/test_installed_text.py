@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,10 +122,11 @@ def test_packages_that_are_missing_or_have_no_files_are_refused(site):
         list(PackagesSource(["editable"]).documents())
 
 
-def test_a_version_other_than_that_of_the_results_is_reported(site, monkeypatch, caplog):
+def test_a_version_other_than_that_of_the_results_is_reported(site, monkeypatch, caplog, tmp_path):
     site("alpha", "1.1", {"alpha/a.py": code("alpha", 3)})
-    results = {"packages": {"alpha": {"version": "1.0"}}}
-    monkeypatch.setattr(manifests, "_manifests", lambda: results)
+    results = tmp_path / "results.json"
+    results.write_text('{"packages": {"alpha": {"version": "1.0"}}}')
+    monkeypatch.setattr(manifests, "FILE", results)
     with caplog.at_level(logging.WARNING):
         PackagesSource(["alpha"]).fingerprint()
     assert "alpha 1.1 (results: 1.0)" in caplog.text
@@ -133,7 +135,7 @@ def test_a_version_other_than_that_of_the_results_is_reported(site, monkeypatch,
 def test_the_default_packages_are_installed_with_this_project():
     source = PackagesSource()
     assert len(source.packages) == 31 and source.total_bytes() > 100_000_000
-    assert source.names == sorted(manifests._manifests()["packages"])
+    assert source.names == sorted(json.loads(manifests.FILE.read_text())["packages"])
 
 
 BIBLE = '''from pythonbible.bible.bible import Bible
