@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,10 +19,10 @@ log = logging.getLogger(__name__)
 FILE = "digests.json"
 
 
-def note(folder: Path, digests: Mapping[str, str]) -> None:
+def note(folder: Path, digests: dict[str, str]) -> None:
     """Stores digests (16-byte blake2b in hex, by file name) that were computed while the files were
     written, so :func:`seal` need not read these files again."""
-    write_record(folder / FILE, dict(digests))
+    write_record(folder / FILE, digests)
 
 
 def seal(folder: Path) -> None:

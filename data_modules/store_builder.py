@@ -231,7 +231,6 @@ def progress(description: str, total: int | None, unit: str = "B") -> tqdm:
         unit_scale=True,
         mininterval=seconds,
         miniters=1,
-        file=sys.stderr,
     )
 
 

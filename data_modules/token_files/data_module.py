@@ -25,8 +25,7 @@ class TokenFilesDataModule(StoreDataModule):
     Args:
         tokenizer: the one that made the ids, or an :class:`IdTokenizer`.
         path: files of the training text: ``.bin`` or ``.npy`` (Megatron's also without the suffix,
-            litdata's also by their ``index.json``), folders, globs, or a list of
-            these, read as one text.
+            litdata's also by their ``index.json``), folders, globs, or a list, read as one text.
         val_path: the same for the validation text; None holds out the end of ``path``.
         held_out: share of the tokens to hold out, in whole documents; 0.05 if None.
         dtype: type of the ids in files without header; uint16 if None.

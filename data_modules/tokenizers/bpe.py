@@ -74,7 +74,7 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
         )
         library.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
-        trained = self._with(library.to_str())
+        trained = self.from_state({**self._options(), "tokenizer_json": library.to_str()})
         if trained.vocab_size < self.requested_vocab_size:
             log.warning(
                 "The training text has pairs for %d ids only, not for tokenizer.vocab_size=%d.",
@@ -82,11 +82,6 @@ class BPETokenizer(Tokenizer):
                 self.requested_vocab_size,
             )
         return trained
-
-    def _with(self, json_text: str) -> BPETokenizer:
-        copy = BPETokenizer(self.requested_vocab_size, train_bytes=self.train_bytes)
-        copy._json = json_text
-        return copy
 
     @cached_property
     def _library(self) -> Any:
@@ -135,8 +130,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> BPETokenizer:
-        untrained = cls(state["vocab_size"], train_bytes=state["train_bytes"])
-        return untrained._with(state["tokenizer_json"])
+        tokenizer = cls(state["vocab_size"], train_bytes=state["train_bytes"])
+        tokenizer._json = state["tokenizer_json"]
+        return tokenizer
 
     def _forget(self) -> None:
         """Empties the word cache: word -> number, the ids of all words, concatenated, and where
