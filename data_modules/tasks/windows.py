@@ -101,9 +101,8 @@ def lay_out(
         for i, example in enumerate(row):
             start, answer, end = end, end + len(example.prompt), end + len(example)
             tokens[number, start:end] = example.prompt + example.answer
-            is_target = True if train_prompt or example.given is None else example.asked
-            scored[number, answer:end] = is_target
             scored[number, start:answer] = train_prompt
+            scored[number, answer:end] = train_prompt or example.asked
             documents[number, start:end] = i
         documents[number, end:] = len(row)
     return tokens, scored, documents

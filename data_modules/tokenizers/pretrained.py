@@ -134,12 +134,11 @@ class PretrainedTokenizer(Tokenizer):
         return [np.asarray(encoding.ids, np.int64) for encoding in encoded]
 
     def encode_specials(self, text: str) -> np.ndarray:
-        library = self._library
-        library.encode_special_tokens = False
+        self._library.encode_special_tokens = False
         try:
-            return np.asarray(library.encode(text, add_special_tokens=False).ids, np.int64)
+            return self.encode(text)
         finally:
-            library.encode_special_tokens = True
+            self._library.encode_special_tokens = True
 
     def encode_prompt(self, text: str) -> np.ndarray:
         ids, begin = self.encode_specials(text), self._beginning
