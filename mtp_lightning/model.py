@@ -223,6 +223,12 @@ class MTPModel(nn.Module):
             final = output.final
         else:
             final = branch = self.trunk(embedded[:, :seq_len], ctx).final
+        # Once, before the depths: detached at every depth, the earlier modules would learn only
+        # from their own loss.
+        if self.config.mtp.detach != "none":
+            branch = branch.detach()
+        if self.config.mtp.detach == "all":
+            embedded = embedded.detach()
         inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)
         return final, inputs
 

@@ -63,8 +63,7 @@ class Chain(MTPStack):
     def token_input(self, k: int, inputs: StackInputs) -> Tensor:
         """The token input [B, T, C] of depth ``k``: by default the embeddings of the true tokens
         ``k`` positions ahead."""
-        embedded_BTC = inputs.embedded_at(k)
-        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
+        return inputs.embedded_at(k)
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         return self.step(k, previous_BTC, self.token_input(k, inputs), inputs.ctx)
@@ -114,11 +113,7 @@ class SideBySide(MTPStack):
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)
-        if not self.corrections:
-            return hidden
-        if self.config.detach == "all":
-            inputs = replace(inputs, embedded=inputs.embedded.detach())
-        return hidden + self.corrections[k - 1](k, inputs)
+        return hidden + self.corrections[k - 1](k, inputs) if self.corrections else hidden
 
     def feed(
         self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
