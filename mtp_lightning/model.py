@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk
-
-if TYPE_CHECKING:
-    from mtp_lightning.mtp.own_head import OwnHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +132,7 @@ class MTPModel(nn.Module):
         """Number of depths that predict one token each: D, or 0 for other kinds of stacks."""
         return self.depth if self.config.mtp.predicts_tokens else 0
 
-    def head_of(self, k: int) -> Head | OwnHead:
+    def head_of(self, k: int) -> Head:
         """The head that projects the hidden states of depth ``k``."""
         head = self.mtp.own_head if k else None
         return self.head if head is None else head

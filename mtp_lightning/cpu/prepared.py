@@ -23,7 +23,6 @@ from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
@@ -32,7 +31,7 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 # Layers whose weight is multiplied as a matrix.
-_MATRICES = (Linear, Head, OwnHead)
+_MATRICES = (Linear, Head)
 
 
 class Prepared:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from mtp_lightning.decoding.fused import multiply_integers, packer_for, rounded_weights_need
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.settings import require_choice
@@ -192,8 +191,7 @@ def roundings_of(model: nn.Module, precision: str) -> Roundings:
         return {}
     roundings = {id(matrix): _ROUNDED[precision] for matrix in _matrices(model)}
     if precision == "int4":
-        kinds = Head | OwnHead | nn.Embedding
-        heads = [m.weight for m in model.modules() if isinstance(m, kinds)]
+        heads = [m.weight for m in model.modules() if isinstance(m, Head | nn.Embedding)]
         roundings |= {id(weight): _ROUNDED["int8"] for weight in heads}
     return roundings
 

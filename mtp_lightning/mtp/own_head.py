@@ -11,14 +11,14 @@ Shapes: V vocabulary, N rows of the head, C d_model, R positions.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.ops import linear
+from mtp_lightning.nn.head import Head
 
 
-class OwnHead(nn.Module):
+class OwnHead(Head):
     """``logits = hidden @ weight.T`` over some tokens of the vocabulary.
 
     ``rows`` is N; None is V.
@@ -31,11 +31,9 @@ class OwnHead(nn.Module):
     tokens: Tensor
 
     def __init__(self, vocab_size: int, d_model: int, rows: int | None = None) -> None:
-        super().__init__()
-        rows = vocab_size if rows is None else rows
+        super().__init__(vocab_size if rows is None else rows, d_model)
         self.vocab_size = vocab_size
-        self.weight = nn.Parameter(torch.empty(rows, d_model))
-        self.register_buffer("tokens", torch.arange(rows))
+        self.register_buffer("tokens", torch.arange(len(self.weight)))
         self._tokens_copy: tuple[int, Tensor] | None = None
 
     @property
@@ -75,15 +73,12 @@ class OwnHead(nn.Module):
             self._tokens_copy = version, self.tokens.to(device)
         return self._tokens_copy[1]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, h_BTC: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C]; -inf for tokens without a row."""
-        return self.over_all(linear(hidden, self.weight))
+        return self.over_all(super().forward(h_BTC))
 
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of all tokens [..., V] of states [..., C], in at least fp32."""
-        logits = linear(hidden.to(self.weight.dtype), self.weight)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return self.over_all(logits.to(dtype).log_softmax(-1))
+    def log_probs(self, h_RC: Tensor) -> Tensor:
+        return self.over_all(self.differentiable_log_probs(h_RC))
 
     def over_all(self, values: Tensor) -> Tensor:
         """Values of the rows [..., N] -> of all tokens [..., V]; -inf for tokens without a row."""
