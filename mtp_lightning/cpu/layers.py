@@ -18,7 +18,7 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.linear import linear
 from mtp_lightning.cpu.packed import packed_copy
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.batch_invariant import by_token, is_batch_invariant
+from mtp_lightning.nn.batch_invariant import by_row, is_batch_invariant
 
 # Up to this many numbers, without a gradient, a single call is fastest.
 _SMALL = 2**15
@@ -126,11 +126,8 @@ def gated(gate_up: Tensor) -> Tensor:
     """``ops.gated``."""
     if torch.is_grad_enabled() and native.fits(gate_up) and gate_up.is_contiguous():
         return _SwiGLUNative.apply(gate_up)
-    if not is_batch_invariant():
-        return ops.gated(gate_up)
     # PyTorch divides a large product among threads at places that depend on the number of rows.
-    rows = by_token(ops.gated, gate_up.reshape(-1, gate_up.shape[-1]))
-    return rows.view(*gate_up.shape[:-1], -1)
+    return by_row(ops.gated, gate_up)
 
 
 class _SwiGLUNative(torch.autograd.Function):

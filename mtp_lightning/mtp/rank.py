@@ -40,7 +40,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.nn.batch_invariant import by_token
+from mtp_lightning.nn.batch_invariant import by_row
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
@@ -108,12 +108,7 @@ class JointLinearMTP(MTPStack):
         """The hidden states [B, T, A, C] of depth ``k``, 0 for the next token."""
         matrices = self.next if k == 0 else self.depths[k - 1]
         assert isinstance(matrices, nn.ModuleList)
-
-        def activated(matrix: nn.Module) -> Tensor:
-            x_BTC = matrix(hidden_BTC)
-            return by_token(F.silu, x_BTC.reshape(-1, x_BTC.shape[-1])).view_as(x_BTC)
-
-        states = [hidden_BTC + activated(matrix) for matrix in matrices]
+        states = [hidden_BTC + by_row(F.silu, matrix(hidden_BTC)) for matrix in matrices]
         return torch.stack(states if k else [hidden_BTC, *states], dim=-2)
 
     def log_weights(self, hidden_BTC: Tensor) -> Tensor:

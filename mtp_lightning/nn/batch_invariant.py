@@ -60,3 +60,9 @@ def by_token(function: Callable[[Tensor], Tensor], x: Tensor, dim: int = 0) -> T
     if not is_batch_invariant():
         return function(x)
     return torch.cat([function(token) for token in x.split(1, dim)], dim)
+
+
+def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """:func:`by_token` along all axes of ``x`` but the last."""
+    rows = by_token(function, x.reshape(-1, x.shape[-1]))
+    return rows.view(*x.shape[:-1], rows.shape[-1])

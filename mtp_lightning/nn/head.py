@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.batch_invariant import by_token
+from mtp_lightning.nn.batch_invariant import by_row
 from mtp_lightning.nn.mixture_of_softmaxes import mixed_log_probs
 from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
 
@@ -26,9 +26,7 @@ class Head(nn.Module):
         d_model = self.weight.shape[1]
         if h_BTC.shape[-1] == d_model:
             return linear(h_BTC, self.weight)
-        rows = h_BTC.reshape(-1, h_BTC.shape[-1])
-        mixed = by_token(lambda h: mixed_log_probs(h, d_model, self.differentiable_log_probs), rows)
-        return mixed.view(*h_BTC.shape[:-1], -1)
+        return by_row(lambda h: mixed_log_probs(h, d_model, self.differentiable_log_probs), h_BTC)
 
     def log_probs(self, h_RC: Tensor) -> Tensor:
         """Log-probabilities of all tokens [R, V] of one chunk, as :func:`log_probs`."""

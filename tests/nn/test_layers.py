@@ -27,6 +27,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> N
     torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
+@torch.no_grad()
+def test_a_layer_without_tokens_keeps_its_axes() -> None:
+    out = swiglu(torch.empty(2, 0, 24), torch.ones(112, 24), torch.ones(24, 56))
+    assert out.shape == (2, 0, 24)
+
+
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 24, 56), (31, 56, 24), (32, 1, 3), (100, 24, 56)])
 def test_linear_equals_float64(rows: int, k: int, n: int) -> None:
     x = torch.randn(2, rows, k, dtype=torch.float64, requires_grad=True)
