@@ -44,6 +44,8 @@ class Registered:
     variant: ClassVar[str]
     # The module of a variant, in the family's folder, where it has another name than the variant.
     modules: ClassVar[dict[str, str]] = {}
+    # Fields that are stored unless they have this value, as in checkpoints older than the field.
+    newer: ClassVar[dict[str, Any]] = {}
     _variants: ClassVar[dict[str, type[Any]]]
     _home: ClassVar[str]  # the module of the family's base
 
@@ -80,7 +82,9 @@ class Registered:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain containers for a checkpoint. A foreign variant's module is included."""
         origin = {} if is_own(type(self)) else {"module": type(self).__module__}
-        return {"variant": self.variant, **origin, **asdict(self)}  # type: ignore[call-overload]
+        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        stored = {k: v for k, v in fields.items() if k not in self.newer or v != self.newer[k]}
+        return {"variant": self.variant, **origin, **stored}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, allow: Collection[str] = ()) -> Self:

@@ -41,6 +41,8 @@ class MTPConfig(Registered, ABC, family="mtp"):
             unknown value, or no effect.
     """
 
+    newer: ClassVar[dict[str, Any]] = {"confidence": False}
+
     depth: int
     confidence: bool = False
 
@@ -82,11 +84,6 @@ class MTPConfig(Registered, ABC, family="mtp"):
                 "mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train: "
                 "set mtp.depth to 1 or more, or mtp.freeze_trunk=false."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        # Left out if false, as in checkpoints older than the setting.
-        return data if self.confidence else {k: v for k, v in data.items() if k != "confidence"}
 
     @property
     def trains_trunk(self) -> bool:

@@ -59,6 +59,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
     """
 
     training_keys: ClassVar[tuple[str, ...]] = ("bias_rate", "bias_frozen", "sequence_loss")
+    newer: ClassVar[dict[str, Any]] = {"scoring": "sigmoid"}
 
     n_routed: int
     n_shared: int
@@ -109,11 +110,6 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 f"{group}.scoring=softmax has no bias that {group}.bias_rate={self.bias_rate} "
                 "could move: set it to 0."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        # Left out for sigmoid, as in checkpoints older than the setting.
-        return data if self.scoring != "sigmoid" else {k: data[k] for k in data if k != "scoring"}
 
     def is_dense(self, layer: int | None) -> bool:
         """Whether a layer is dense. The block of a prediction module (None) never is."""
