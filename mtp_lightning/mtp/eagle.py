@@ -96,8 +96,7 @@ class EagleConfig(ModulesConfig, variant="eagle"):
                 "mtp.draft_vocab=null, or leave it out."
             )
 
-    def check_trunk(self, trunk: TrunkConfig) -> None:
-        """Raise a ``UserError`` for a trunk that such a layer does not fit."""
+    def build(self, trunk: TrunkConfig) -> EagleMTP:
         whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
         entry = trunk.attention.cache_entry(trunk)
         rope_head_dim = trunk.attention.rope_head_dim(trunk)
@@ -112,6 +111,7 @@ class EagleConfig(ModulesConfig, variant="eagle"):
                 f"mtp.layers={list(self.layers)} reads states after {max(self.layers)} blocks, and "
                 f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
             )
+        return EagleMTP(self, trunk)
 
     def check_vocabulary(self, trunk: TrunkConfig) -> None:
         """Raise a ``UserError`` for more rows than there are tokens."""
@@ -131,9 +131,6 @@ class EagleConfig(ModulesConfig, variant="eagle"):
 
     def shared_blocks(self, n_layers: int) -> int:
         return max(self.layers_of(n_layers))
-
-    def build(self, trunk: TrunkConfig) -> EagleMTP:
-        return EagleMTP(self, trunk)
 
 
 def default_layers(n_layers: int) -> tuple[int, int, int]:
@@ -256,7 +253,6 @@ class EagleMTP(Chain):
     def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.trunk_config = trunk
-        config.check_trunk(trunk)
         self.depths = nn.ModuleList(DraftLayer(config, trunk) for _ in range(min(config.depth, 1)))
 
     @property

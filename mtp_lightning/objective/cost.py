@@ -115,7 +115,11 @@ class StepCost:
         self.objective = objective
         self._flops: dict[tuple[Any, ...], int] = {}
 
-    def per_token(
+    def per_token(self, seq_len: int, active: Sequence[int] | None = None, **kind: Any) -> int:
+        """FLOPs per position of one window; arguments as in :meth:`__call__`."""
+        return self(seq_len, active, **kind) // seq_len
+
+    def __call__(
         self,
         seq_len: int,
         active: Sequence[int] | None = None,
@@ -124,28 +128,12 @@ class StepCost:
         stored: bool = False,
         scope: Scope | None = None,
     ) -> int:
-        """FLOPs per position of training on windows of T = ``seq_len`` positions; by default all
-        depths are ``active``, and the main prediction is computed if the trunk learns. Arguments as
-        in :meth:`__call__`."""
-        depths = range(1, self.config.mtp.depth + 1) if active is None else active
-        main = self.config.mtp.trains_trunk if main is None else main
-        return self(seq_len, depths, main=main, stored=stored, scope=scope) // seq_len
-
-    def __call__(
-        self,
-        seq_len: int,
-        active: Sequence[int],
-        *,
-        main: bool = True,
-        stored: bool = False,
-        scope: Scope | None = None,
-    ) -> int:
         """FLOPs of one window.
 
         Args:
             seq_len: T.
-            active: the MTP depths that are computed.
-            main: whether the main prediction is computed.
+            active: the MTP depths that are computed; None for all.
+            main: whether the main prediction is computed; None if the trunk learns.
             stored: whether the trunk's states are read instead of computed.
             scope: the parameters for which every depth's gradient is measured too; None for no
                 measurement.
@@ -153,6 +141,9 @@ class StepCost:
         Raises:
             UserError: a layer cannot run on the ``meta`` device.
         """
+        mtp = self.config.mtp
+        active = range(1, mtp.depth + 1) if active is None else active
+        main = mtp.trains_trunk if main is None else main
         kind = seq_len, tuple(active), main, stored, scope
         if kind not in self._flops:
             # A profiler or counter around the step would see the operators of this one too.
