@@ -20,9 +20,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from mtp_lightning.callbacks.base import RunCallback, WritesBeside, monitored, run_callbacks
 from mtp_lightning.callbacks.termination import termination_of
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
+from mtp_lightning.run.checkpoints import intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, PREVIOUS, kept_at
-from mtp_lightning.settings import require_choice, require_whole
+from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,6 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("callbacks.checkpoints.mode", self.mode, ("min", "max"))
-        require_choice("callbacks.checkpoints.keep", self.keep, KEEP)
         key, steps = "callbacks.checkpoints.keep_steps", self.keep_steps
         self.keep_steps = frozenset(require_whole(key, step, least=1) for step in steps)
         self.best_score: float | None = None

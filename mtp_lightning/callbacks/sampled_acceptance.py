@@ -13,10 +13,8 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.measure import TOGETHER, intervals
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import require_choice
 
 
 @dataclass(eq=False)
@@ -40,7 +38,6 @@ class SampledAcceptance(SpeculativeEval):
                 f"callbacks.sampled_acceptance.temperature={self.temperature:g} samples nothing: "
                 "give a number above 0, or measure greedy text by callbacks.speculative_eval."
             )
-        require_choice("callbacks.sampled_acceptance.verify", self.verify, tuple(RULES))
         super().__post_init__()
 
     def measure(

@@ -14,27 +14,15 @@ from dataclasses import KW_ONLY, dataclass
 
 from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_choice
-
-KINDS = ("cosine", "wsd", "constant")
 
 
 @dataclass
 class LRSchedule:
-    """Multiplier of the base learning rate, in [0, 1].
+    """Multiplier of the base learning rate, in [0, 1]. The comments of conf/optimizer/schedule
+    explain and limit the settings; a wrong one raises a :class:`UserError`.
 
     Steps s count from 0. The warm-up rises linearly, (s + 1) / warm-up, so that the first step
     already learns; the decay would reach `min_ratio` at s = max_steps, one step after the last one.
-
-    Args:
-        warmup_steps: optimizer steps of the warm-up. At most one of the two warm-ups is given.
-        warmup_fraction: the warm-up as a fraction of the run, in [0, 1].
-        decay_fraction: the last fraction of the run, in which `wsd` decays, in [0, 1]. Only for
-            `wsd`.
-        min_ratio: the multiplier at the end of the decay, in [0, 1]. Not for `constant`.
-
-    Raises:
-        UserError: for an unknown kind or a value out of range.
     """
 
     kind: str = "cosine"
@@ -45,7 +33,6 @@ class LRSchedule:
     min_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        require_choice("optimizer.schedule.kind", self.kind, KINDS)
         check_settings(self, "optimizer.schedule")
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise UserError(

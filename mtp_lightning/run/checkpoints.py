@@ -189,9 +189,6 @@ def newest_intact(folder: Path) -> Path | None:
     return max(candidates)[2] if candidates else None
 
 
-KEEP = ("all", "weights", "none")
-
-
 def keep(folder: Path, choice: str) -> None:
     """Remove those checkpoints of a finished run that are not wanted.
 
