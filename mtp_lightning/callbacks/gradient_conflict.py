@@ -38,11 +38,7 @@ class GradientConflict(RunCallback):
     every_n_steps: int = 50
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Refuses a model with nothing to measure.
-
-        Raises:
-            UserError: no depth reaches the trunk, or a depth's loss depends on other depths.
-        """
+        """Refuses a model with nothing to measure."""
         model, objective = pl_module.model, pl_module.step.objective
         if model.depth:
             require_measurable(model.config, objective, setting=self.takes_gradients)

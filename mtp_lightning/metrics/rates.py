@@ -152,10 +152,8 @@ class DepthRates(Sums):
         return nll_of_main
 
     def compute(self) -> dict[str, float]:
-        """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and
-        ``overlap_depth_k`` for k = 1 .. D, and of a stack that rescores
-        ``candidate_recall_depth_k``; NaN without any count. With the bytes also
-        ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
+        """The rates as ``NAME_depth_k``, NaN without any count; ``bits_per_byte`` and, for two
+        documents or more, ``bits_per_byte_se``."""
         parts = [("loss", self.scored, 0), ("accuracy", self.count, 0)]
         parts += [("agreement", self.pairs, 1), ("overlap", self.pairs, 1)]
         if self.rescores:

@@ -14,17 +14,8 @@ from mtp_lightning.settings import is_number, require
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """``optimizer=adamw``.
-
-    Attributes:
-        lr: peak learning rate.
-        betas: decay rates of the first and second moments.
-        eps: added to the denominator.
-        weight_decay: decay of matrices; norm gains and other vectors are never decayed.
-
-    Raises:
-        UserError: for a setting out of range.
-    """
+    """``optimizer=adamw``. The comments of its file in conf/optimizer explain and limit the
+    settings; a wrong one raises a :class:`UserError`."""
 
     lr: float
     betas: Sequence[float]

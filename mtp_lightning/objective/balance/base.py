@@ -54,7 +54,8 @@ class Observed:
 class Balance:
     """A balance rule. It gives the factors before a step and observes the step afterwards.
 
-    A rule is a dataclass of its settings, which the comments of its file in conf/balance limit.
+    A rule is a dataclass of its settings, which the comments of its file in conf/balance explain
+    and limit.
 
     Args:
         depth: D.

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, kw_only=True)
 class CosineGate(Balance):
-    """``balance=cosine_gate``; ``ema`` is the decay of the cosines' moving averages, and 0 gates by
-    the step's own cosine."""
+    """``balance=cosine_gate``."""
 
     name = "cosine_gate"
     scope = "trunk"

@@ -25,12 +25,7 @@ from mtp_lightning.objective.schedule.base import Progress
 
 @dataclass(eq=False, kw_only=True)
 class DWA(Balance):
-    """``balance=dwa``.
-
-    Args:
-        temperature: T; larger values give more equal weights.
-        window_steps: optimizer steps of a window.
-    """
+    """``balance=dwa``."""
 
     name = "dwa"
     weighs_main = True

@@ -28,13 +28,7 @@ _SMALLEST = 0.01
 
 @dataclass(eq=False, kw_only=True)
 class GradNorm(Balance):
-    """``balance=gradnorm``.
-
-    Args:
-        alpha: how strongly unequal training rates are equalized.
-        lr: learning rate of the weights.
-        every_n_steps: optimizer steps between two measurements.
-    """
+    """``balance=gradnorm``."""
 
     name = "gradnorm"
     scope = "last_block"

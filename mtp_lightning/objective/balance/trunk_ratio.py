@@ -27,15 +27,7 @@ _SMALLEST, _LARGEST = 0.01, 1.0
 
 @dataclass(eq=False, kw_only=True)
 class TrunkRatio(Balance):
-    """``balance=trunk_ratio``.
-
-    Args:
-        rate: u, the step of log lambda_k.
-        ratio: r, the wanted ``lambda_k |g_k| / |g_0|`` of every depth.
-        ema: decay of the ratios' moving averages.
-        every_n_steps: optimizer steps between two measurements, each of which changes lambda once.
-        frozen: last fraction of the run, in which lambda is fixed.
-    """
+    """``balance=trunk_ratio``."""
 
     name = "trunk_ratio"
     scope = "trunk"
