@@ -189,9 +189,6 @@ class MTPModel(nn.Module):
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and the inputs of the stack.
-
-        Raises:
-            UserError: the batch was built for another depth.
         """
         batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len
@@ -209,23 +206,19 @@ class MTPModel(nn.Module):
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
         tokens = tokens[:, : seq_len + self.mtp.ahead(max(active, default=0))]
         embedded = self.trunk.embedding(tokens)
+        read_BTC = embedded[:, :seq_len]
         if batch.states is not None:
             final, *states = (state.contiguous() for state in batch.states.unbind(1))
-            states = states or [final]
-            branch = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+            branch = torch.cat(states or [final], dim=-1)
         elif active:
-            output, branch = self.mtp.through_trunk(
-                self.trunk, embedded[:, :seq_len], ctx, batch.key
-            )
+            output, branch = self.mtp.through_trunk(self.trunk, read_BTC, ctx, batch.key)
             final = output.final
         else:
-            final = branch = self.trunk(embedded[:, :seq_len], ctx).final
-        # Once, before the depths: detached at every depth, the earlier modules would learn only
-        # from their own loss.
-        if self.config.mtp.detach != "none":
-            branch = branch.detach()
-        if self.config.mtp.detach == "all":
-            embedded = embedded.detach()
+            final = branch = self.trunk(read_BTC, ctx).final
+        # Here once: if every depth detached, earlier ones would learn from their own loss alone.
+        detach = self.config.mtp.detach
+        branch = branch if detach == "none" else branch.detach()
+        embedded = embedded.detach() if detach == "all" else embedded
         inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)
         return final, inputs
 
