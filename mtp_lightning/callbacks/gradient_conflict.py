@@ -28,10 +28,9 @@ class GradientConflict(RunCallback):
     before clipping. Depths with a schedule weight of 0 are left out.
 
     Training is unchanged, and no state is kept. A measurement costs about as much as the step
-    itself: a forward pass of trunk and depths, a backward pass per task through its modules and the
-    whole trunk, two products with the head; and memory for D + 1 vectors of the size of the block
-    and the embedding. At the default of one step in 50 that is a few percent of a run. All
-    measurements are logged.
+    itself (:func:`task_gradients`), and memory for D + 1 vectors of the size of the block and the
+    embedding. At the default of one step in 50 that is a few percent of a run. All measurements are
+    logged.
     """
 
     takes_gradients = "callbacks=gradient_conflict"

@@ -25,9 +25,8 @@ class LongRange(RunCallback):
     model with drafts, acceptance by position and entropy (``decode/*``): docs/long_range.md.
 
     Training is unchanged: it makes its own pass over the validation batches, and draws from its own
-    generators. It costs about two validations: one pass over the whole windows and less than one
-    over shortened ones; then 32 windows of random tokens, and the decoding of ``n_prompts`` texts
-    of a window's length.
+    generators. It costs about two validations (``metrics/long_range.py``), and the decoding of
+    ``n_prompts`` texts of a window's length.
     """
 
     n_prompts: int = 4

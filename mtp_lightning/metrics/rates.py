@@ -184,7 +184,6 @@ class OwnLossRates(DepthRates):
 
     @torch.no_grad()
     def update(self, model: MTPModel, batch: WindowBatch, hidden: dict[int, Tensor]) -> None:
-        """As :meth:`DepthRates.update`."""
         super().update(model, batch, hidden)
         for k in range(1, len(self.own_loss) + 1):
             value_BT, valid_BT = own_values(model.mtp, k, batch, hidden[k])
@@ -192,7 +191,6 @@ class OwnLossRates(DepthRates):
             self.own_loss[k - 1] += exact(value_BT).where(valid_BT, 0).sum()
 
     def compute(self) -> dict[str, float]:
-        """As :meth:`DepthRates.compute`, with ``loss_depth_k``."""
         means = (self.own_loss / self.own_count).tolist()
         losses = {f"loss_depth_{k}": loss for k, loss in enumerate(means, start=1)}
         return {**super().compute(), **losses}
