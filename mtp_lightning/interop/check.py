@@ -17,19 +17,19 @@ def check(path: Path) -> None:
     from mtp_lightning.interop import heads
     from mtp_lightning.interop.config_json import STANDS_FOR
     from mtp_lightning.interop.reading import describe
+    from mtp_lightning.interop.tensor_files import CONFIG, read_json
     from mtp_lightning.interop.transformers_model import one_line
     from mtp_lightning.interop.verify import check_with_transformers
     from mtp_lightning.parts import is_gguf
-    from mtp_lightning.weights import build_model
 
     if is_gguf(path):
         raise UserError(f"{path} is a GGUF file: it is examined by mtp-lightning certify {path}.")
-    fields, config, weights = describe(path)
-    depth = 0 if heads.is_there(path) else config.mtp.depth
-    if depth and fields["model_type"] not in STANDS_FOR:
-        line = one_line(fields["model_type"], config.trunk.n_layers, depth)
+    stored, kind = describe(path), read_json(path / CONFIG)["model_type"]
+    depth = 0 if heads.is_there(path) else stored.config.mtp.depth
+    if depth and kind not in STANDS_FOR:
+        line = one_line(kind, stored.config.trunk.n_layers, depth)
         print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")
-    for result in check_with_transformers(path, build_model(config, weights, source=str(path))):
+    for result in check_with_transformers(path, stored.build()):
         print(f"  {result}")
     print("all equal")
 

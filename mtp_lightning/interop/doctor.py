@@ -239,9 +239,8 @@ def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
 
 def _examine_heads(path: Path, new_tokens: int, allow: Collection[str]) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    fields, config, weights = describe(path, allow=allow)
-    model = build_model(config, weights, source=str(path))
-    drafts = draft_vocab_of(config_reading.run_config(fields))
+    stored = describe(path, allow=allow)
+    model, drafts = stored.build(), draft_vocab_of(stored.run_config)
     texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens, draft_vocab=drafts)
     acceptance = rates(texts).get(_FIRST)
     constant = most_common_share(torch.tensor([i for text in texts for i in text.token_ids]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def describe(
     path: Path, *, allow: Collection[str] = (), header: Header | None = None
-) -> tuple[dict[str, Any], ModelConfig, dict[str, Stored | Tensor]]:
-    """Read the description of a model from elsewhere.
+) -> StoredModel:
+    """A model from elsewhere without its tokenizer.
 
     Args:
         path: the folder, or a GGUF file, which is dequantized.
         header: of a GGUF file, if it was read.
         allow: packages whose variants its file of heads may ask for.
-
-    Returns:
-        The content of its config.json, the matching model, and its weights by this project's names,
-        unread.
 
     Raises:
         FileNotFoundError: config.json or a file of weights is missing.
@@ -59,30 +56,30 @@ def describe(
         config = ModelConfig(trunk=config.trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))
-    return fields, config, weights
+    return StoredModel(
+        path=path,
+        config=config,
+        weights=weights,
+        tokenizer_state=None,
+        brings_trunk=True,
+        run_config=config_reading.run_config(fields),
+    )
 
 
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     """The reader of folders and GGUF files, see :func:`~mtp_lightning.opening.open_model`;
     arguments and errors as :func:`describe`."""
     header = read_header(path) if is_gguf(path) else None
-    fields, config, weights = describe(path, allow=allow, header=header)
-    state = None
+    stored = describe(path, allow=allow, header=header)
     if header is not None:
-        state = gguf_file.tokenizer_state(path, header)
-    elif (path / "tokenizer.json").is_file():
-        state = pretrained_state(path)
-        if "eos_token_id" in fields:  # older folders name their ends here alone
-            ends = json.dumps({"eos_token_id": fields["eos_token_id"]})
-            state.setdefault("beside", {}).setdefault(GENERATION, ends)
-    return StoredModel(
-        path=path,
-        config=config,
-        weights=weights,
-        tokenizer_state=state,
-        brings_trunk=True,
-        run_config=config_reading.run_config(fields),
-    )
+        return replace(stored, tokenizer_state=gguf_file.tokenizer_state(path, header))
+    if not (path / "tokenizer.json").is_file():
+        return stored
+    state, fields = pretrained_state(path), tensor_files.read_json(path / CONFIG)
+    if "eos_token_id" in fields:  # older folders name their ends here alone
+        ends = json.dumps({"eos_token_id": fields["eos_token_id"]})
+        state.setdefault("beside", {}).setdefault(GENERATION, ends)
+    return replace(stored, tokenizer_state=state)
 
 
 def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

@@ -21,10 +21,11 @@ from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import contents, describe
+from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
-from mtp_lightning.weights import Stored, build_model
+from mtp_lightning.weights import Stored
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
@@ -155,10 +156,11 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
             or tokens.
         UserError: if transformers is missing.
     """
-    fields, config, weights = describe(folder)
-    kind, trunk, extra = fields["model_type"], config.trunk, heads.is_there(folder)
-    foreign = kind in STANDS_FOR and config.mtp.depth > 0
-    depth = 0 if extra or foreign else config.mtp.depth
+    stored, extra = describe(folder), heads.is_there(folder)
+    trunk, mtp = stored.config.trunk, stored.config.mtp
+    kind = read_json(folder / CONFIG)["model_type"]
+    foreign = kind in STANDS_FOR and mtp.depth > 0
+    depth = 0 if extra or foreign else mtp.depth
     theirs = Loaded(folder, model_type=kind, n_layers=trunk.n_layers, depth=depth)
     for problem, names in (("is missing", theirs.missing), ("is not expected", theirs.unexpected)):
         if names:
@@ -183,8 +185,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
         where = heads.where(model.config)
-        reread = build_model(config, weights, source=str(folder))
-        for k, logits in enumerate(_logits(reread, tokens)):
+        for k, logits in enumerate(_logits(stored.build(), tokens)):
             if not torch.equal(logits, own_logits[k]):
                 raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
         yield f"{where}, read back, gives the same logits at every depth"

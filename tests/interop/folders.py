@@ -24,7 +24,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope import Llama3Scaling, YarnScaling
-from mtp_lightning.weights import Stored, build_model
+from mtp_lightning.weights import Stored, StoredModel
 from tests import deepseek, models
 from tests.integration.helpers import CONF
 
@@ -86,23 +86,25 @@ def write(folder: Path, model: MTPModel, tokenizer: Any = None, **changes: Any) 
 
 @dataclass(frozen=True)
 class Folder:
-    """The fields and the model of a folder or a GGUF file."""
+    """The model of a folder or a GGUF file."""
 
-    fields: dict[str, Any]
-    config: ModelConfig
-    stored: dict[str, Stored | torch.Tensor]
+    stored: StoredModel
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.stored.config
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        stored = self.stored.items()
+        stored = self.stored.weights.items()
         return {name: w.tensor() if isinstance(w, Stored) else w for name, w in stored}
 
     def build(self) -> MTPModel:
-        return build_model(self.config, self.stored, source="the folder")
+        return self.stored.build()
 
 
 def read_folder(path: str | Path) -> Folder:
-    return Folder(*describe(Path(path)))
+    return Folder(describe(Path(path)))
 
 
 def random_model(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:

@@ -14,6 +14,7 @@ from data_modules.tokenizers import ByteTokenizer, PretrainedTokenizer
 from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
+from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -111,7 +112,7 @@ def test_heads_without_a_layout_are_in_a_separate_file(
     model = models.build(folders.DENSE, variant, depth=2, **mtp).eval()
     contents, folder = round_trip(model, tmp_path)
     assert contents.heads and contents.modules == 0
-    assert folder.fields["num_nextn_predict_layers"] == 0
+    assert read_json(tmp_path / "one" / CONFIG)["num_nextn_predict_layers"] == 0
     assert "mtp_heads.safetensors" not in folders.index_of(tmp_path / "one").values()
     assert folder.config == model.config
 
@@ -123,7 +124,7 @@ def test_pre_norm_modules_on_qwen2_are_in_mimos_layout(concat: str, tmp_path: Pa
     model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
     contents, folder = round_trip(model, tmp_path, tolerance=1e-5)
     assert contents.modules == 2 and not contents.heads
-    fields, index = folder.fields, folders.index_of(tmp_path / "one")
+    fields, index = read_json(tmp_path / "one" / CONFIG), folders.index_of(tmp_path / "one")
     assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
     names = {n.removeprefix("model.mtp_layers.1.") for n in index if "_layers.1" in n}
     assert {n for n in names if not n.startswith("model.")} == {
@@ -160,7 +161,7 @@ def test_depth_k_is_the_layer_k_after_the_trunk(tmp_path: Path) -> None:
         for part in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head",
                      "embed_tokens", "mlp.experts.7.down_proj", "mlp.gate"):  # fmt: skip
             assert f"model.layers.{layer}.{part}.weight" in names
-    config = read_folder(tmp_path / "one").fields
+    config = read_json(tmp_path / "one" / CONFIG)
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (3, 2)
 
 

@@ -16,6 +16,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import check
 from mtp_lightning.interop.config_reading import from_json, require_known
 from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
     TEXT,
@@ -213,7 +214,7 @@ def test_transformers_drafts_after_the_one_line_of_the_card(
 ) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=2).eval()
     folders.write(tmp_path / "one", model)
-    fields = read_folder(tmp_path / "one").fields
+    fields = read_json(tmp_path / "one" / CONFIG)
     line = one_line(fields["model_type"], model.config.trunk.n_layers, 2)
     kind = getattr(transformers, fields["architectures"][0])
     before = kind._keys_to_ignore_on_load_unexpected
