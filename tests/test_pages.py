@@ -22,7 +22,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
 from mtp_lightning.decoding import Generation
-from mtp_lightning.interop import card, heads
+from mtp_lightning.interop import card, stack_file
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.notebook import Run, Sweep
 from mtp_lightning.notebook.text import Text
@@ -90,7 +90,7 @@ def of_a_card(folder: Path, sweep: Path) -> Path:
     text = card.render(
         MARKS[0],
         small_model(1, 2, vocab=64).config,
-        Contents(modules=0, heads=heads.FILE, parameters=9, shards=1),
+        Contents(modules=0, heads=stack_file.FILE, parameters=9, shards=1),
         model_type="llama",
         dtype="float32",
         step=6,

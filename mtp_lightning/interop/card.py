@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import eagle3, gguf_layout, heads, speculators
+from mtp_lightning.interop import eagle3, gguf_layout, speculators, stack_file
 from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
@@ -52,7 +52,7 @@ def render(
     """The card of a folder, in Markdown. The ``facts`` are the tensors' ``dtype``, the checkpoint's
     ``step``, the ``run_config`` that the run was started with, and its ``summary`` or None."""
     depth = contents.modules
-    extra = heads.FILE if contents.heads == heads.FILE else ""
+    extra = stack_file.FILE if contents.heads == stack_file.FILE else ""
     return _filled(
         config,
         name=name,
@@ -96,7 +96,7 @@ def _filled(
         by_depth=_BY_DEPTH,
         accepted=any(key.startswith("decode/acceptance") for key in numbers or ()),
         eagle3=eagle3,
-        own_heads=heads,
+        stack_file=stack_file,
         speculators=speculators,
         **facts,
     )

@@ -14,7 +14,7 @@ def check(path: Path) -> None:
     """Loads a folder with both, compares them, and prints the results. Raises ``UserError`` if
     something differs or cannot be read, and ``OSError`` if a file is missing."""
     from mtp_lightning.errors import UserError
-    from mtp_lightning.interop import heads
+    from mtp_lightning.interop import stack_file
     from mtp_lightning.interop.config_json import STANDS_FOR
     from mtp_lightning.interop.reading import describe
     from mtp_lightning.interop.tensor_files import CONFIG, read_json
@@ -25,7 +25,7 @@ def check(path: Path) -> None:
     if is_gguf(path):
         raise UserError(f"{path} is a GGUF file: it is examined by mtp-lightning certify {path}.")
     stored, kind = describe(path), read_json(path / CONFIG)["model_type"]
-    depth = 0 if heads.is_there(path) else stored.config.mtp.depth
+    depth = 0 if stack_file.is_there(path) else stored.config.mtp.depth
     if depth and kind not in STANDS_FOR:
         line = one_line(kind, stored.config.trunk.n_layers, depth)
         print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")

@@ -21,7 +21,7 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import config_reading, heads
+from mtp_lightning.interop import config_reading, stack_file
 from mtp_lightning.interop.agreement import (
     ABOVE,
     Convention,
@@ -105,7 +105,7 @@ def examine(path: str | Path, *, new_tokens: int = 64, allow: Collection[str] = 
         UserError: for a trunk that cannot be read.
     """
     path = Path(path)
-    if heads.is_there(path):
+    if stack_file.is_there(path):
         return _examine_heads(path, new_tokens, allow)
     fields, parts = contents(path)
     declared = config_reading.declared_depth(fields)
@@ -244,7 +244,7 @@ def _examine_heads(path: Path, new_tokens: int, allow: Collection[str]) -> Diagn
     texts = generate(model, _prompts(path, model), max_new_tokens=new_tokens, draft_vocab=drafts)
     acceptance = rates(texts).get(_FIRST)
     constant = most_common_share(torch.tensor([i for text in texts for i in text.token_ids]))
-    layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
+    layout = f"mtp-lightning's {stack_file.where(model.config)} (mtp={model.config.mtp.variant})"
     diagnosis = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     sound = acceptance is not None and acceptance > constant
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"

@@ -81,7 +81,7 @@ def is_there(folder: Path) -> bool:
 
 
 def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
-    """Write the folder inside the trunk's; arguments as of ``heads.write``, for a model whose
+    """Write the folder inside the trunk's; arguments as of ``stack_file.write``, for a model whose
     config :func:`fits`."""
     fields = _fields(model.config, dtype, max_positions=max_positions)
     tensor_files.write_folder(folder / FOLDER, fields, layer_tensors(model, dtype))
@@ -100,7 +100,7 @@ def layer_tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
 def read(
     folder: Path, trunk: TrunkConfig, embedding: StoredTensor | None, *, allow: Collection[str] = ()
 ) -> tuple[MTPConfig, dict[str, Stored | Tensor]]:
-    """The stack and its weights, by the model's own names; arguments as of ``heads.read``.
+    """The stack and its weights, by the model's own names; arguments as of ``stack_file.read``.
 
     Raises:
         UserError: the layer does not fit the trunk, or computes something else.

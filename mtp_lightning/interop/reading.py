@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
+from mtp_lightning.interop import config_reading, fp8, gguf_file, stack_file, tensor_files
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, SINGLE, StoredTensor
@@ -50,9 +50,9 @@ def describe(
         config = ModelConfig(trunk=trunk, mtp=module_layout(fields["model_type"]).of_depth(depth))
     require_held(config, tensors, source=str(path))
     weights = dict[str, Stored | Tensor](from_folder(weight_map(config), tensors, source=str(path)))
-    if heads.is_there(path):
+    if stack_file.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
-        mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
+        mtp, extra = stack_file.read(path, config.trunk, embedding, allow=allow)
         config = ModelConfig(trunk=config.trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))

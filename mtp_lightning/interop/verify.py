@@ -17,7 +17,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import heads
+from mtp_lightning.interop import stack_file
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import contents, describe
@@ -70,8 +70,8 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     _, unread = contents(folder)
     tensors = {name: part.read() for name, part in unread.items()}
     if has_extra_file(model.config):
-        wanted |= heads.tensors(model, DTYPES[dtype])
-        _, stack = heads.read(folder, model.config.trunk)
+        wanted |= stack_file.tensors(model, DTYPES[dtype])
+        _, stack = stack_file.read(folder, model.config.trunk)
         tensors |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stack.items()}
     return f"{check_tensors(tensors, wanted, folder)} tensors are the model's"
 
@@ -156,7 +156,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
             or tokens.
         UserError: if transformers is missing.
     """
-    stored, extra = describe(folder), heads.is_there(folder)
+    stored, extra = describe(folder), stack_file.is_there(folder)
     trunk, mtp = stored.config.trunk, stored.config.mtp
     kind = read_json(folder / CONFIG)["model_type"]
     foreign = kind in STANDS_FOR and mtp.depth > 0
@@ -184,7 +184,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
-        where = heads.where(model.config)
+        where = stack_file.where(model.config)
         for k, logits in enumerate(_logits(stored.build(), tokens)):
             if not torch.equal(logits, own_logits[k]):
                 raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")

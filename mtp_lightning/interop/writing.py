@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop import config_json, heads, tensor_files
+from mtp_lightning.interop import config_json, stack_file, tensor_files
 from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, write_json
@@ -28,7 +28,7 @@ class Contents:
 
     Attributes:
         modules: number of MTP modules among the layers, which transformers and servers read.
-        heads: the file or folder next to them that holds the stack instead (``heads.py``,
+        heads: the file or folder next to them that holds the stack instead (``stack_file.py``,
             ``speculators.py``); empty if there is none.
         parameters: number of values in the folder's tensors, including copies.
         shards: number of weight files.
@@ -81,13 +81,13 @@ def write_folder(
     write_json(folder / CONFIG, fields)
     n_shards = _write_shards(folder, tensors, shard_bytes)
     if extra:
-        heads.write(folder, model, DTYPES[dtype], max_positions=max_positions)
-        tensors |= heads.tensors(model, DTYPES[dtype])
+        stack_file.write(folder, model, DTYPES[dtype], max_positions=max_positions)
+        tensors |= stack_file.tensors(model, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
     write_json(folder / GENERATION, tokenizer.generation_config())
     return Contents(
         modules=depth,
-        heads=heads.where(config) if extra else "",
+        heads=stack_file.where(config) if extra else "",
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         shards=n_shards,
     )

@@ -15,7 +15,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import eagle3, heads, tensor_files
+from mtp_lightning.interop import eagle3, stack_file, tensor_files
 from mtp_lightning.interop.tensor_files import SINGLE
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -119,7 +119,8 @@ def test_the_folder_has_the_two_tables_of_the_draft_vocabulary(tmp_path: Path) -
     model = build()
     contents = folders.write(tmp_path / "out", model)
     assert contents.heads and contents.modules == 0
-    assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
+    assert stack_file.is_there(tmp_path / "out")
+    assert not (tmp_path / "out" / stack_file.FILE).exists()
     _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
     tokens = model.mtp.layer.head.tokens
     assert torch.equal(tensors["d2t"], tokens - torch.arange(50))
@@ -205,6 +206,7 @@ def test_layers_that_servers_cannot_read_are_in_a_separate_file(
     """They read states in ascending order, each once, and none after the last block."""
     model = build(layers=layers)
     folders.write(tmp_path / "out", model)
-    assert (tmp_path / "out" / heads.FILE).is_file() and not (tmp_path / "out" / "draft").exists()
+    assert (tmp_path / "out" / stack_file.FILE).is_file()
+    assert not (tmp_path / "out" / "draft").exists()
     back = open_model(tmp_path / "out").model
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())

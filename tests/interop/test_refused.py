@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import heads, tensor_files
+from mtp_lightning.interop import stack_file, tensor_files
 from mtp_lightning.interop.tensor_files import INDEX
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -278,13 +278,13 @@ def test_damaged_files_are_named(llama: Path) -> None:
      {"mtp_lightning": "[1]"}],
 )  # fmt: skip
 def test_heads_of_an_unknown_kind_are_refused(llama: Path, metadata: dict[str, str]) -> None:
-    tensor_files.write(llama / heads.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
+    tensor_files.write(llama / stack_file.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
     with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not describe"):
         read_folder(llama)
 
 
 def test_heads_that_would_replace_a_tensor_of_the_trunk_are_refused(llama: Path) -> None:
     metadata = {"mtp_lightning": '{"variant": "none"}'}
-    tensor_files.write(llama / heads.FILE, {"trunk.norm.weight": torch.ones(32)}, metadata)
+    tensor_files.write(llama / stack_file.FILE, {"trunk.norm.weight": torch.ones(32)}, metadata)
     with pytest.raises(UserError, match="its tensors: trunk.norm.weight belongs to the trunk"):
         read_folder(llama)
