@@ -7,7 +7,7 @@ refused by its name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,11 +65,15 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Names the file if a value in it is of another type than its field."""
+    """Names the file if a field is missing in it, or a value is of another type than its field."""
     try:
         yield
     except UserError:
         raise
+    except KeyError as error:
+        raise UserError(
+            f"{source} has no {error.args[0]}: the trunk's shape is unknown without it."
+        ) from error
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source} has a value that its field cannot have: {error}") from error
 
@@ -96,17 +100,11 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
     fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
     fields["rope_theta"], scaling = _rope(fields, source)
-
-    def need(name: str) -> Any:
-        if name not in fields:
-            raise UserError(f"{source} has no {name}: the trunk's shape is unknown without it.")
-        return fields[name]
-
-    shape = {own: need(theirs) for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
+    shape = {own: fields[theirs] for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
     casts = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}
     shape |= {name: cast(shape[name]) for name, cast in casts.items()}
     if kind == "deepseek_v3":
-        shape |= _deepseek_shape(fields, need, depth=depth)
+        shape |= _deepseek_shape(fields, depth=depth)
     else:
         shape["attention"] = {
             "variant": "grouped_query",
@@ -114,9 +112,9 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
             "qkv_bias": kind in ("qwen2", "mimo"),
         }
         if kind == "qwen3_moe":
-            shape["feed_forward"] = _mixture(fields, need, source)
+            shape["feed_forward"] = _mixture(fields, source)
         if kind == "glm4_moe":
-            shape["feed_forward"] = _deepseek_experts(fields, need)
+            shape["feed_forward"] = _deepseek_experts(fields)
             d_head = _value_or(fields, "head_dim", shape["d_model"] // shape["n_heads"])
             name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
             share = _value_or(_rotary(fields)[1], name, fields[name])
@@ -159,43 +157,42 @@ def _value_or(fields: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if fields.get(name) is None else fields[name]
 
 
-def _deepseek_shape(
-    fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
-) -> dict[str, Any]:
+def _deepseek_shape(fields: Mapping[str, Any], *, depth: int) -> dict[str, Any]:
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "d_head": None,
         "attention": {
             "variant": "latent",
-            **{own: need(theirs) for own, theirs in LATENT.items()},
+            **{own: fields[theirs] for own, theirs in LATENT.items()},
             "norm_eps": None if fields["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
         },
     }
     if fields["first_k_dense_replace"] < fields["num_hidden_layers"] or depth:
-        shape["feed_forward"] = _deepseek_experts(fields, need)
+        shape["feed_forward"] = _deepseek_experts(fields)
     return shape
 
 
-def _deepseek_experts(fields: Mapping[str, Any], need: Callable[[str], Any]) -> dict[str, Any]:
-    shape = {own: need(theirs) for own, theirs in EXPERTS.items()}
+def _deepseek_experts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    shape = {own: fields[theirs] for own, theirs in EXPERTS.items()}
     shape["first_k_dense"] = min(shape["first_k_dense"], fields["num_hidden_layers"])
     return {"variant": "experts", **shape, "scaling": float(shape["scaling"])}
 
 
-def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
+def _mixture(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The config of Qwen3's experts."""
     dense = list(fields.get("mlp_only_layers") or ())
     if dense != list(range(len(dense))):
         raise UserError(
             f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
         )
-    need("norm_topk_prob")  # missing, it is False in transformers; False was refused before
+    if "norm_topk_prob" not in fields:  # then it is False in transformers, which is refused
+        raise KeyError("norm_topk_prob")
     return {
         "variant": "experts",
-        "n_routed": fields.get("num_local_experts") or need("num_experts"),
+        "n_routed": fields.get("num_local_experts") or fields["num_experts"],
         "n_shared": 0,
-        "top_k": need("num_experts_per_tok"),
-        "d_expert": need("moe_intermediate_size"),
+        "top_k": fields["num_experts_per_tok"],
+        "d_expert": fields["moe_intermediate_size"],
         "first_k_dense": len(dense),
         "scoring": "softmax",
         "bias_rate": 0.0,

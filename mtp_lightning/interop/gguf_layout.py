@@ -222,13 +222,14 @@ def _require_plain(trunk: TrunkConfig, kind: str) -> None:
 
 def entries(layout: Layout) -> Iterator[GGUFEntry]:
     """All tensors of a file: the model's, and those that the architecture needs besides."""
-    names = set()
-    for place in weight_map(layout.config):
-        for entry in _entries(layout, place) if place.stacked is None else _experts(place):
-            names.add(entry.name)
-            yield replace(entry, copy=place.copy)
-    yield from (entry for entry in _mixtures(layout) if entry.name not in names)
+    own = {entry.name: entry for entry in _entries(layout, layout.config)}
+    yield from own.values()
     trunk = layout.config.trunk
+    if layout.arch in DRAFTING.values():  # what its mixtures have and the model lacks is zero
+        mixture = replace(layout.experts, scoring="sigmoid")
+        whole = replace(layout.config, trunk=replace(trunk, feed_forward=mixture))
+        lacking = (entry for entry in _entries(layout, whole) if entry.name not in own)
+        yield from (GGUFEntry(name=entry.name, shape=entry.shape) for entry in lacking)
     if trunk.rope_scaling is not None:
         half, theta = trunk.attention.rotary_dim(trunk) // 2, trunk.rope_theta
         frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
@@ -236,7 +237,15 @@ def entries(layout: Layout) -> Iterator[GGUFEntry]:
         yield GGUFEntry(name=FREQUENCIES, shape=(half,), fixed=divisors)
 
 
-def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
+def _entries(layout: Layout, config: ModelConfig) -> Iterator[GGUFEntry]:
+    """The tensors of a model in the layout."""
+    for place in weight_map(config):
+        for entry in _single(layout, place) if place.stacked is None else _experts(place):
+            yield replace(entry, copy=place.copy)
+
+
+def _single(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
+    """The tensors that a weight is made of."""
     trunk = layout.config.trunk
     rotary_heads = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
     for name, shape in place.parts:
@@ -306,21 +315,3 @@ def _experts(place: MappedWeight) -> Iterator[GGUFEntry]:
             shape=(len(names), *shapes[names[0]]),
             parts=tuple(names),
         )
-
-
-def _mixtures(layout: Layout) -> Iterator[GGUFEntry]:
-    """All tensors of the mixtures of an architecture that drafts, as zeros."""
-    if layout.arch not in DRAFTING.values():
-        return
-    trunk, e = layout.config.trunk, layout.experts
-    for layer in range(e.first_k_dense, trunk.n_layers + layout.config.mtp.depth):
-        block = f"blk.{layer}."
-        yield GGUFEntry(name=f"{block}ffn_gate_inp.weight", shape=(e.n_routed, trunk.d_model))
-        yield GGUFEntry(name=f"{block}exp_probs_b.bias", shape=(e.n_routed,))
-        widths: dict[str, tuple[Shape, int]] = {"exps": ((e.n_routed,), e.d_expert)}
-        if e.n_shared:
-            widths["shexp"] = ((), e.n_shared * e.d_expert)
-        for kind, (stacked, inner) in widths.items():
-            up, down = (*stacked, inner, trunk.d_model), (*stacked, trunk.d_model, inner)
-            for matrix, shape in (("gate", up), ("up", up), ("down", down)):
-                yield GGUFEntry(name=f"{block}ffn_{matrix}_{kind}.weight", shape=shape)
