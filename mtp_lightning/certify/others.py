@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,27 @@ _DRAFTS = 4
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way in which another program decodes.
+class Decoder:
+    """Another program with a model.
 
     Attributes:
         program, weights: the program with its version, and its words for the weights' precision.
-        name: ``plain``, which is the reference, or what is done differently.
-        decode: prompts and a length -> a text per prompt, as tokens or as a string.
+        decode: prompts and a length -> a text per prompt, as tokens or as a string. It also takes
+            ``batch``, the number of texts decoded together (1), and the settings ``drafts``.
+        drafts_by, drafts: how it looks drafts up, in words and as settings.
     """
 
     program: str
     weights: str
-    name: str
-    decode: Callable[[Prompts, int], Sequence[Any]]
+    decode: Callable[..., Sequence[Any]]
+    drafts_by: str
+    drafts: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Count:
-    """The number of texts of a :class:`Way`, and of those that equal the program's plain ones."""
+    """The number of texts that a :class:`Decoder` decoded in another way than its plain one, and of
+    those that equal the plain ones."""
 
     program: str
     weights: str
@@ -71,13 +73,15 @@ def compare_others(
     counts: list[Count] = []
     for name in names:
         try:
-            for plain, *others in PROGRAMS[name].ways(path):
-                wanted = plain.decode(prompts, length)
-                for way in others:
-                    texts = way.decode(prompts, length)
+            for other in PROGRAMS[name].decoders(path):
+                wanted = other.decode(prompts, length)
+                ways = {f"drafts by {other.drafts_by}": other.drafts}
+                ways[f"batch of {BATCH}"] = {"batch": BATCH}
+                for way, settings in ways.items():
+                    texts = other.decode(prompts, length, **settings)
                     equal = sum(a == b for a, b in zip(wanted, texts, strict=True))
-                    counts.append(Count(way.program, way.weights, way.name, len(texts), equal))
-                say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
+                    counts.append(Count(other.program, other.weights, way, len(texts), equal))
+                say(f"{other.program}, {other.weights}: {len(prompts):,} prompts")
         except Exception as error:  # another program may raise anything
             reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
             say(f"{name} cannot decode {path} and is left out from here on: {reason}.")
@@ -98,23 +102,14 @@ def require_programs(names: Sequence[str], path: Path) -> None:
             raise UserError(f"{name} does not read {path}: give {program.wanted}.")
 
 
-def _ways(
-    program: str, weights: str, decode: Callable[..., Any], *, by: str, **drafted: Any
-) -> list[Way]:
-    """Plain decoding, with drafts and in a batch, by a function that takes ``batch`` and the
-    settings ``drafted``."""
-    settings = {"plain": {}, f"drafts by {by}": drafted, f"batch of {BATCH}": {"batch": BATCH}}
-    return [Way(program, weights, name, partial(decode, **kws)) for name, kws in settings.items()]
-
-
-def _transformers(path: Path) -> Iterator[list[Way]]:
+def _transformers(path: Path) -> Iterator[Decoder]:
     """transformers' own generate(), in fp32 and bf16."""
     for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        yield _ways_of(_opened(path, dtype), weights)
+        yield _decoder(_opened(path, dtype), weights)
 
 
-def _ways_of(model: Any, weights: str) -> list[Way]:
-    """The ways of decoding of transformers' model."""
+def _decoder(model: Any, weights: str) -> Decoder:
+    """The decoding of transformers' model."""
     import transformers
 
     # generate() would read missing settings from here, such as an end of text.
@@ -136,7 +131,8 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
         return [row for part in parts for row in generate(part, length, **kwargs)]
 
     program = f"transformers {transformers.__version__}"
-    return _ways(program, weights, decode, by="prompt lookup", prompt_lookup_num_tokens=_DRAFTS)
+    drafts = {"prompt_lookup_num_tokens": _DRAFTS}
+    return Decoder(program, weights, decode, "prompt lookup", drafts)
 
 
 def _opened(path: Path, dtype: torch.dtype) -> Any:
@@ -155,7 +151,7 @@ def _opened(path: Path, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def _llama_cpp(path: Path) -> Iterator[list[Way]]:
+def _llama_cpp(path: Path) -> Iterator[Decoder]:
     """llama.cpp's server, in the precision of the file."""
     import xllamacpp
 
@@ -169,8 +165,8 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
         return llama_server.decode(xllamacpp.Server(params), prompts, length, batch=batch)
 
     program = f"llama.cpp (xllamacpp {version('xllamacpp')})"
-    drafts = xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
-    yield _ways(program, "the file's", decode, by="n-grams", drafts=drafts)
+    kind = xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
+    yield Decoder(program, "the file's", decode, "n-grams", {"drafts": kind})
 
 
 @dataclass(frozen=True)
@@ -181,14 +177,14 @@ class OtherProgram:
         package, extra: the Python package that brings it, and this project's extra that has it.
         reads: whether it reads a path.
         wanted: the paths that it reads, in words.
-        ways: a path -> the ways of decoding, the plain one first, for each precision.
+        decoders: a path -> its decoding in each precision.
     """
 
     package: str
     extra: str
     reads: Callable[[Path], bool]
     wanted: str
-    ways: Callable[[Path], Iterator[list[Way]]]
+    decoders: Callable[[Path], Iterator[Decoder]]
 
 
 PROGRAMS = {
