@@ -47,34 +47,17 @@ _BY_DEPTH = (
 
 
 def render(
-    name: str, config: ModelConfig, contents: Contents, *, model_type: str, **facts: Any
+    name: str,
+    config: ModelConfig,
+    contents: Contents | Written,
+    *,
+    run_config: dict[str, Any],
+    summary: dict[str, Any] | None,
+    **facts: Any,
 ) -> str:
-    """The card of a folder, in Markdown. The ``facts`` are the tensors' ``dtype``, the checkpoint's
-    ``step``, the ``run_config`` that the run was started with, and its ``summary`` or None."""
-    depth = contents.modules
-    extra = stack_file.FILE if contents.heads == stack_file.FILE else ""
-    return _filled(
-        config,
-        name=name,
-        file=False,
-        n_trunk=config.num_trunk_params(),
-        n_whole=config.num_params(),
-        model_type=model_type,
-        one_line=one_line(model_type, config.trunk.n_layers, depth),
-        others=list(readers_of(config, model_type, depth, extra=extra)),
-        **vars(contents),
-        **facts,
-    )
-
-
-def render_file(name: str, config: ModelConfig, written: Written, **facts: Any) -> str:
-    """The card of a GGUF file; arguments as of :func:`render`."""
-    return _filled(config, name=name, file=True, **vars(written), **facts)
-
-
-def _filled(
-    config: ModelConfig, *, run_config: dict[str, Any], summary: dict[str, Any] | None, **facts: Any
-) -> str:
+    """The card of a folder or a GGUF file, in Markdown. ``run_config`` is that with which the run
+    was started; the ``facts`` are the tensors' ``dtype``, the checkpoint's ``step``, and the
+    ``model_type`` of a folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("mtp_lightning.interop", ".")
@@ -83,9 +66,16 @@ def _filled(
         keep_trailing_newline=True,
     )  # fmt: skip
     jinja.filters |= {"plain": plain, "count": "{:,}".format}
+    if isinstance(contents, Contents):
+        kind, depth = facts["model_type"], contents.modules
+        extra = stack_file.FILE if contents.heads == stack_file.FILE else ""
+        facts["one_line"] = one_line(kind, config.trunk.n_layers, depth)
+        facts["others"] = list(readers_of(config, kind, depth, extra=extra))
     # Only numbers, since anybody may have written the file.
     numbers = None if summary is None else {k: v for k, v in summary.items() if is_number(v)}
     return jinja.get_template("card.md.jinja").render(
+        name=name,
+        file=isinstance(contents, Written),
         config=config,
         trunk=config.trunk,
         mtp=config.mtp,
@@ -98,6 +88,7 @@ def _filled(
         eagle3=eagle3,
         stack_file=stack_file,
         speculators=speculators,
+        **vars(contents),
         **facts,
     )
 

@@ -186,7 +186,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
         print(sentence)
     checks = kind.check_file(partial, model, run.tokenizer, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
-    text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
+    text = card.render(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     _card_of(partial).write_text(text, encoding="utf-8")
 
 
