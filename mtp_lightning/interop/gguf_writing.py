@@ -16,7 +16,7 @@ from mtp_lightning.errors import require_package
 from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_cpp
 from mtp_lightning.interop.config_json import trunk_type
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
-from mtp_lightning.interop.names import plain, to_folder
+from mtp_lightning.interop.names import to_folder
 from mtp_lightning.interop.verify import CheckFailed, check_names, sample_of
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
@@ -130,8 +130,7 @@ def write_entries(
 
 def _values(layout: Layout, model: MTPModel) -> Iterator[tuple[GGUFEntry, Tensor]]:
     """The entries of a model's file, with their tensors."""
-    _, weights = plain(model)
-    tensors = to_folder(layout.config, weights, torch.float32)
+    tensors = to_folder(model, layout.config, torch.float32)
     for entry in entries(layout):
         if not entry.copy:
             yield entry, entry.assemble(tensors)

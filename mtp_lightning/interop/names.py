@@ -146,33 +146,31 @@ def weights_of(model: MTPModel) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def plain(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and weights of the same model with its modules in their layout's form: one per
-    depth, with the embedding first, or for MiMo the state first."""
-    config, weights = model.config, weights_of(model)
-    mtp = config.mtp
+def in_layers(config: ModelConfig) -> ModelConfig:
+    """The part of a model that a folder's layers hold, in the form of :func:`plain`: only the trunk
+    if the stack has no layout."""
+    layout = MIMO if is_mimo(config) else DEEPSEEK
+    mtp = layout.of_depth(config.mtp.depth) if has_layout(config) else NoMTPConfig()
+    return ModelConfig(trunk=config.trunk, mtp=mtp)
+
+
+def plain(model: MTPModel) -> dict[str, Tensor]:
+    """The weights of the same model with its modules in their layout's form: one per depth, with
+    the embedding first, or for MiMo the state first."""
+    weights, mtp = weights_of(model), model.config.mtp
     if not isinstance(mtp, SequentialConfig):
-        return config, weights
+        return weights
     weights.pop("mtp.blank", None)  # only for training
     if mtp.share_layers:
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):
             weights.update({n.replace(".0.", f".{k}.", 1): t for n, t in first.items()})
-    stack = replace((MIMO if is_mimo(config) else DEEPSEEK).stack, depth=mtp.depth)
-    if mtp.concat != stack.concat:
+    layout = MIMO if is_mimo(model.config) else DEEPSEEK
+    if mtp.concat != layout.stack.concat:
         for k in range(mtp.depth):
             name = f"mtp.depths.{k}.eh_proj.weight"
             weights[name] = torch.cat(weights[name].chunk(2, dim=1)[::-1], dim=1)
-    return ModelConfig(trunk=config.trunk, mtp=stack), weights
-
-
-def in_layers(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The part of a model that a folder's layers hold, in the form of :func:`plain`: only the trunk
-    if the stack has no layout."""
-    laid_out, weights = plain(model)
-    if has_layout(model.config):
-        return laid_out, weights
-    return ModelConfig(trunk=laid_out.trunk, mtp=NoMTPConfig()), weights
+    return weights
 
 
 def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
@@ -219,14 +217,12 @@ def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iter
             yield place.under(f"{own}{component.family}.", f"{theirs}{name}.")
 
 
-def to_folder(
-    config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`in_layers`."""
+def to_folder(model: MTPModel, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a folder, in order; it holds the part ``config`` of a model."""
     # A tied head is left out: the folder's config says that it is tied.
     places = weight_map(config)
     stored = (p for p in places if not (p.copy and p.parts[0][0] == "lm_head.weight"))
-    return pieces(stored, weights, dtype)
+    return pieces(stored, plain(model), dtype)
 
 
 def pieces(

@@ -84,9 +84,8 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     floating-point ones in ``dtype``."""
     config = model.config
     if not isinstance(config.mtp, EagleConfig):
-        _, weights = plain(model)
         places = module_weights(config.trunk, "mtp.depths.0.", "mtp_layers.0.", MIMO)
-        return pieces(places, weights, dtype)
+        return pieces(places, plain(model), dtype)
     draft = eagle3.layer_tensors(model, dtype)
     if config.mtp.draft_vocab in (None, config.trunk.vocab_size):  # then it has no such tables
         draft = {name: tensor for name, tensor in draft.items() if name not in ("d2t", "t2d")}

@@ -66,7 +66,7 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
 def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     """Checks that the folder's tensors are the model's, each rounded once; see
     :func:`check_tensors`."""
-    wanted = to_folder(*in_layers(model), DTYPES[dtype])
+    wanted = to_folder(model, in_layers(model.config), DTYPES[dtype])
     _, unread = contents(folder)
     tensors = {name: part.read() for name, part in unread.items()}
     if has_extra_file(model.config):

@@ -66,8 +66,7 @@ def write_folder(
         OSError: for a full disk, among others.
     """
     config = model.config
-    extra = has_extra_file(config)
-    laid_out, weights = in_layers(model)
+    laid_out, extra = in_layers(config), has_extra_file(config)
     depth = laid_out.mtp.depth
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
@@ -75,7 +74,7 @@ def write_folder(
     fields |= tokenizer.special_ids()
     if draft_vocab is not None and model.depth:
         fields[DRAFT_VOCAB] = draft_vocab
-    tensors = to_folder(laid_out, weights, DTYPES[dtype])
+    tensors = to_folder(model, laid_out, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, fields)
