@@ -113,7 +113,7 @@ def require_held(
         "layers": config.trunk.n_layers,
         "MTP depths": config.mtp.depth,
         "components": config.mtp.rank,
-        "blocks of a module": getattr(config.mtp, "blocks", 1),
+        "blocks of a module": config.mtp.blocks,
     }
     for name, number in numbers.items():
         # Each has a tensor of its own, except for depths that share one or have none.
@@ -131,27 +131,26 @@ def require_held(
 
 
 def require_fitting(
-    expected: Mapping[str, Sequence[int]],
-    actual: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Any],
     *,
     optional: Collection[str] = (),
     message: str,
 ) -> None:
-    """Compare the shapes of the tensors that were found (``actual``) with those that are needed
-    (``expected``), by name. Refuse unknown tensors, tensors of another shape, and missing ones that
-    are not ``optional``.
+    """Refuse tensors, by name, that do not have the needed ``shapes``: unknown ones, those of
+    another shape, and missing ones that are not ``optional``.
 
     Raises:
         UserError: it names the tensors, after ``message``, which names the file.
     """
-    known = {*actual, *optional}
-    problems = [f"{name} is missing" for name in expected if name not in known]
+    known = {*tensors, *optional}
+    problems = [f"{name} is missing" for name in shapes if name not in known]
     problems += [
-        f"{name} has the shape {list(actual[name])} where {list(shape)} is needed"
-        for name, shape in expected.items()
-        if name in actual and actual[name] != shape
+        f"{name} has the shape {list(tensors[name].shape)} where {list(shape)} is needed"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
     ]
-    problems += [f"{name} is unknown" for name in actual if name not in expected]
+    problems += [f"{name} is unknown" for name in tensors if name not in shapes]
     if problems:
         listed = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"{message}: {listed}.")
@@ -167,7 +166,6 @@ def build_model(
     """Build a model in evaluation mode on the CPU, and load its weights one at a time.
 
     Args:
-        config: the model's config.
         weights: the weights by the model's names. With float64 tensors the model is in float64.
         source: the weights' origin, for messages.
         packer_for: ``packer_for`` of ``decoding/fused.py``, called with the model alone.
@@ -220,8 +218,8 @@ def load_weights(
         UserError: names or shapes differ, or values are not finite; the message names them.
     """
     state, parameters = model.state_dict(), dict(model.named_parameters())
-    expected, actual = ({n: t.shape for n, t in group.items()} for group in (state, weights))
-    require_fitting(expected, actual, message=f"The weights in {source} do not fit the model")
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    require_fitting(shapes, weights, message=f"The weights in {source} do not fit the model")
     loaded = {"head.weight"} if model.config.trunk.tie_embeddings else set()
     loaded |= frozenset() if packer is None else packer.restore()
     n_rounded, broken = 0, []

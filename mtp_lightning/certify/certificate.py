@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mtp_lightning.certify.cells import WHOLE, Cell
@@ -57,10 +57,6 @@ class Certificate:
     rows: list[Row] = field(default_factory=list)
     others: list[Count] = field(default_factory=list)
     prompts_alike: bool = True
-
-    def tried(self) -> Certificate:
-        """The certificate of the cells in which texts were decoded."""
-        return replace(self, rows=[row for row in self.rows if row.greedy.texts])
 
     @property
     def least_p(self) -> float:

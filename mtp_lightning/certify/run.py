@@ -98,8 +98,10 @@ def certify(
             compared = beginnings[: max(row.greedy.texts for row in result.rows)]
             result.others = compare_others(against, path, compared, length, say)
     except KeyboardInterrupt:
-        if result is not None and (tried := result.tried()).rows:
-            interrupted(tried)
+        if result is not None:
+            result.rows = [row for row in result.rows if row.greedy.texts]
+            if result.rows:
+                interrupted(result)
         raise
     return result
 

@@ -151,10 +151,10 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     model = config.on_meta()
     if reason := model.mtp.draft_obstacle():
         raise UserError(f"The layers of {base.path} cannot draft: {reason}")
-    needed, modules = _modules(model.state_dict()), _modules(base.weights)
-    wanted, shapes = ({n: x.shape for n, x in group.items()} for group in (needed, modules))
+    shapes = {name: x.shape for name, x in _modules(model.state_dict()).items()}
+    modules = _modules(base.weights)
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
-    require_fitting(wanted, shapes, message=message)
+    require_fitting(shapes, modules, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")

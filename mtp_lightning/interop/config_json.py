@@ -235,11 +235,9 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
     }
     if not isinstance(e, ExpertsConfig) or (e.first_k_dense == trunk.n_layers and depth == 0):
         # No layer has experts, but transformers requires the fields.
-        return fields | {
-            "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1,
-            "moe_intermediate_size": trunk.d_ff, "first_k_dense_replace": trunk.n_layers,
-            "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
-        }  # fmt: skip
+        e = ExpertsConfig(
+            n_routed=2, n_shared=1, top_k=1, d_expert=trunk.d_ff, first_k_dense=trunk.n_layers
+        )
     return fields | {theirs: getattr(e, own) for own, theirs in EXPERTS.items()}
 
 

@@ -115,7 +115,7 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
     mismatch = f"The tensors in {path} do not match its description"
     require_fitting(
         {entry.name: entry.shape for entry in needed},
-        {name: tensor.shape for name, tensor in tensors.items()},
+        tensors,
         optional={entry.name for entry in needed if entry.copy},
         message=mismatch,
     )

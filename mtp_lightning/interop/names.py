@@ -259,7 +259,7 @@ def from_folder(
     needed = list(places)
     require_fitting(
         {name: shape for place in needed for name, shape in place.parts},
-        {name: part.shape for name, part in tensors.items() if not _DERIVED.search(name)},
+        {name: part for name, part in tensors.items() if not _DERIVED.search(name)},
         optional={name for place in needed if place.copy for name, _ in place.parts},
         message=f"The tensors in {source} do not match its config.json",
     )
