@@ -52,8 +52,7 @@ def certify(
 
     Args:
         path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
-        count: number of prompts.
-        length: new tokens per prompt.
+        count, length: number of prompts, and of new tokens of each.
         precisions: precisions of the weights; None for those that this machine decodes in.
             ``int4/int8`` are weights in int4 with ``activations=int8``.
         few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.

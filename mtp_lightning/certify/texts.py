@@ -47,13 +47,10 @@ class DecodedText:
 def prompts(
     tokenizer: Any, count: int, *, longest: int, seed: int, file: Path | None
 ) -> list[list[int]]:
-    """Cut short prompts from random places of a text.
+    """Cut ``count`` short prompts from random places of a text.
 
     Args:
-        tokenizer: the model's tokenizer.
-        count: number of prompts.
         longest: most tokens of a prompt.
-        seed: the seed of the random choices.
         file: the text; None for the modules of Python's standard library, or for random tokens of
             a model that reads no text, such as a task's.
 
@@ -98,12 +95,9 @@ def decode(
     first: int = 0,
     **sampling: Any,
 ) -> list[DecodedText]:
-    """Decode texts as a cell does.
+    """Decode texts from their ``beginnings`` as a cell does.
 
     Args:
-        model: the model, on its device.
-        cell: the way of decoding.
-        beginnings: the prompts.
         lengths: new tokens of each text; no token ends a text earlier.
         first: the number of the first text, on which its random numbers depend.
         sampling: ``temperature`` and ``seed``, for texts that are not greedy.

@@ -94,8 +94,6 @@ def make_plan(
 
     Args:
         model, sources: the model that gets heads, and the files and folders that it is made of.
-        folder: the folder of all results.
-        args: the command's options.
         keep: whether a new plan is stored.
         further: train the model's own modules further.
 

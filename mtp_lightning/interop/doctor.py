@@ -50,7 +50,6 @@ class Diagnosis:
     """The findings in a folder.
 
     Attributes:
-        folder: the folder.
         layout: the layout of its MTP tensors' names, in words.
         modules: the tensors of every depth; empty for heads in a file of this project.
         meant: the layout's convention; None for heads that have none.
@@ -96,7 +95,6 @@ def examine(path: str | Path, *, new_tokens: int = 64, allow: Collection[str] = 
     """Examines a folder in Hugging Face's layout.
 
     Args:
-        path: the folder.
         new_tokens: tokens that the trunk generates after each of four beginnings, to measure on.
         allow: packages whose variants the folder's file of heads may ask for.
 

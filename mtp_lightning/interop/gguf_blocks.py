@@ -53,7 +53,6 @@ class Blocks(StoredTensor):
     """A tensor in Hugging Face's layout, dequantized when it is read.
 
     Attributes:
-        file: the file.
         pieces: a tensor of the file, its entry in the layout, and the index of the matrix if it
             stacks several, else None. kv_b_proj has two pieces, for keys and for values.
         size: its shape.

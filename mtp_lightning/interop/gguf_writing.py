@@ -55,14 +55,11 @@ def write_file(
     draft_vocab: int | None = None,
     name: str = "model",
 ) -> Written:
-    """Write a model and its tokenizer.
+    """Write a model and its tokenizer; other arguments as of ``writing.write_folder``.
 
     Args:
-        file: the path of the new file.
         model: any variant; heads that llama.cpp does not read are left out.
-        tokenizer: as for a folder (``writing.py``).
         dtype: a name of :data:`TYPES`.
-        max_positions, draft_vocab: as for a folder.
         name: the model's name in the file.
 
     Raises:
@@ -91,7 +88,6 @@ def write_entries(
     """Write a file, and return the number of values in its tensors.
 
     Args:
-        file: the path of the new file.
         arch: llama.cpp's architecture.
         fields: values of ``ARCH.KEY`` by ``KEY``.
         others: values of other keys.

@@ -60,12 +60,9 @@ def continue_prompts(
     drafts: int = 0,
     layer: Path | None = None,
 ) -> list[Continuation]:
-    """Continue prompts greedily, one at a time; no token ends a text.
+    """Continue prompts greedily by ``lengths`` tokens, one at a time; no token ends a text.
 
     Args:
-        file: a GGUF file.
-        prompts: token ids.
-        lengths: new tokens of each.
         drafts: drafts per round, by the file's MTP module; 0 for none.
         layer: the file of EAGLE-3's layer, which drafts instead.
     """
@@ -124,7 +121,6 @@ def check(
     """Check that llama.cpp computes the same from a file as a model, and accepts as many drafts.
 
     Args:
-        file: a GGUF file.
         model: the file's model, with its rounded values, on the CPU.
         tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.

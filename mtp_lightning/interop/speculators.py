@@ -98,10 +98,10 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
 def write(
     folder: Path, model: MTPModel, *, verifier: Path, dtype: torch.dtype, **stated: Any
 ) -> int:
-    """Write the folder inside ``folder``; returns the number of values in its tensors.
+    """Write the folder inside ``folder`` for a model that has a :func:`kind`. Return the number of
+    values in its tensors.
 
     Args:
-        model: a model that has a :func:`kind`.
         verifier: the path by which the trunk's folder will be found.
         stated: ``max_positions`` and ``eot_id`` of :func:`config_json.to_json`.
     """

@@ -50,12 +50,10 @@ def write_folder(
     shard_bytes: int,
     draft_vocab: int | None = None,
 ) -> Contents:
-    """Writes config.json, the weights with their index, generation_config.json and the tokenizer.
+    """Writes config.json, the weights with their index, generation_config.json and the tokenizer
+    into a folder, which is created if needed.
 
     Args:
-        folder: the folder, created if needed.
-        model: any variant.
-        tokenizer: the model's.
         dtype: a name of :data:`DTYPES`.
         max_positions: the context length that the folder states.
         shard_bytes: most bytes of a weight file, which holds at least one tensor.
