@@ -18,21 +18,14 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One way of decoding.
+    """One way of decoding."""
 
-    Attributes:
-        drafts: the name of ``options`` in the table.
-        options: how tokens are drafted.
-        batch: texts decoded together; in a batch, texts join others and end before them.
-        threads: number of PyTorch threads.
-        reads: ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text
-            after reading both again.
-    """
-
-    drafts: str
-    options: DecodingOptions
-    batch: int = 1
-    threads: int = 1
+    drafts: str  # the name of ``options`` in the table
+    options: DecodingOptions  # how tokens are drafted
+    batch: int = 1  # texts decoded together; in a batch, texts join others and end before them
+    threads: int = 1  # of PyTorch
+    # ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text after
+    # reading both again.
     reads: str = WHOLE
 
 

@@ -38,24 +38,17 @@ class Row:
 
 @dataclass
 class Certificate:
-    """The results of a model.
+    """The results of a model."""
 
-    Attributes:
-        model: its path.
-        facts: machine, versions and settings.
-        same_bits: whether logits are promised to be equal to the last bit on this machine.
-        rows: the cells with their results.
-        others: counts for other programs, if they were asked for; these programs promise nothing.
-        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. With
-            latent attention or experts they do not, with or without drafts, since PyTorch's
-            products round differently for other numbers of rows.
-    """
-
-    model: str
-    facts: dict[str, Any]
-    same_bits: bool
-    rows: list[Row] = field(default_factory=list)
+    model: str  # its path
+    facts: dict[str, Any]  # machine, versions and settings
+    same_bits: bool  # whether logits are promised to be equal to the last bit on this machine
+    rows: list[Row] = field(default_factory=list)  # the cells with their results
+    # Counts for other programs, if they were asked for; these programs promise nothing.
     others: list[Count] = field(default_factory=list)
+    # Whether prompts give the same bits alone, in a batch and split in two. With latent attention
+    # or experts they do not, with or without drafts, since PyTorch's products round differently for
+    # other numbers of rows.
     prompts_alike: bool = True
 
     @property

@@ -17,23 +17,14 @@ from mtp_lightning.model import MTPModel
 
 @dataclass
 class Greedy:
-    """The comparison of a cell's greedy texts with plain decoding.
+    """The comparison of a cell's greedy texts with plain decoding."""
 
-    Attributes:
-        texts: number of compared texts.
-        texts_equal: number of texts with the same tokens.
-        first_difference: (text, token) of the first difference; None without one.
-        tokens: number of compared tokens, including the first different one of a text.
-        logits_equal: number of tokens whose logits are all equal to the last bit.
-        largest_difference: the largest difference between two logits of one token.
-    """
-
-    texts: int = 0
-    texts_equal: int = 0
-    first_difference: tuple[int, int] | None = None
-    tokens: int = 0
-    logits_equal: int = 0
-    largest_difference: float = 0.0
+    texts: int = 0  # compared texts
+    texts_equal: int = 0  # texts with the same tokens
+    first_difference: tuple[int, int] | None = None  # text and token; None without one
+    tokens: int = 0  # compared tokens, including the first different one of a text
+    logits_equal: int = 0  # tokens whose logits are all equal to the last bit
+    largest_difference: float = 0.0  # between two logits of one token
 
     def compare(self, number: int, wanted: DecodedText, decoded: DecodedText, start: int) -> None:
         """Count a cell's text, which begins at token ``start`` of plain decoding's."""

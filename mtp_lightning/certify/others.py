@@ -26,20 +26,15 @@ _DRAFTS = 4
 
 @dataclass(frozen=True)
 class Decoder:
-    """Another program with a model.
+    """Another program with a model."""
 
-    Attributes:
-        program, weights: the program with its version, and its words for the weights' precision.
-        decode: prompts and a length -> a text per prompt, as tokens or as a string. It also takes
-            ``batch``, the number of texts decoded together (1), and the settings ``drafts``.
-        drafts_by, drafts: how it looks drafts up, in words and as settings.
-    """
-
-    program: str
-    weights: str
+    program: str  # with its version
+    weights: str  # the program's words for the weights' precision
+    # Prompts and a length -> a text per prompt, as tokens or as a string. It also takes ``batch``,
+    # the number of texts decoded together (1), and the settings ``drafts``.
     decode: Callable[..., Sequence[Any]]
-    drafts_by: str
-    drafts: dict[str, Any]
+    drafts_by: str  # how it looks drafts up, in words
+    drafts: dict[str, Any]  # the settings that make it do so
 
 
 @dataclass(frozen=True)
@@ -171,20 +166,13 @@ def _llama_cpp(path: Path) -> Iterator[Decoder]:
 
 @dataclass(frozen=True)
 class OtherProgram:
-    """Another program.
+    """Another program."""
 
-    Attributes:
-        package, extra: the Python package that brings it, and this project's extra that has it.
-        reads: whether it reads a path.
-        wanted: the paths that it reads, in words.
-        decoders: a path -> its decoding in each precision.
-    """
-
-    package: str
-    extra: str
-    reads: Callable[[Path], bool]
-    wanted: str
-    decoders: Callable[[Path], Iterator[Decoder]]
+    package: str  # the Python package that brings it
+    extra: str  # this project's extra that has the package
+    reads: Callable[[Path], bool]  # whether it reads a path
+    wanted: str  # the paths that it reads, in words
+    decoders: Callable[[Path], Iterator[Decoder]]  # a path -> its decoding in each precision
 
 
 PROGRAMS = {

@@ -51,67 +51,39 @@ _CHATS, _TEMPERATURE = 0.6, 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsPlan:
-    """The use of a number of hours.
+    """The use of a number of hours."""
 
-    Attributes:
-        model: path of the model, absolute.
-        hours: hours of this machine, for everything.
-        window: tokens of a training window, which a generated text fills.
-        batch: windows of a step.
-        texts: number of texts to generate; 0 if files of text are given.
-        files: the user's text files, instead of generated texts.
-        steps: optimizer steps.
-        tokens_per_second: measured generation speed; 0 with files.
-        flops_per_second: measured FLOP/s of the forward pass in ``precision``.
-        weights, head_weights: numbers of the model's weights, and of the modules'.
-        head: the kind of the modules, as in ``mtp=``.
-        overrides: further settings of training, as typed.
-        depth: number of modules that are trained.
-        switches: the settings of modules that the model has; empty for new ones.
-        rate: peak learning rate.
-        precision: of training, as in ``trainer.precision``.
-        activations: precision of the activations while the model writes texts.
-        draft_vocab: number of first token ids that the modules are trained on; None for all.
-        cache_states, state_bytes: whether the trunk's states of all texts are kept on disk, and
-            their size.
-        chat: the chat format's texts before a question, and between it and the answer; empty for a
-            model without one.
-        chat_share: share of the texts that are chats.
-        context: the most positions of the model, which the export states.
-        sources: the cache keys of the files that the model is made of.
-        writing, training, others: hours for the texts and the trunk's states of them, for the
-            steps, and for the phases after training.
-    """
-
-    model: str
-    hours: float
-    window: int
-    files: list[str]
-    weights: int
-    overrides: list[str]
-    context: int
-    depth: int
-    switches: list[str]
-    rate: float
-    draft_vocab: int | None
+    model: str  # path of the model, absolute
+    hours: float  # hours of this machine, for everything
+    window: int  # tokens of a training window, which a generated text fills
+    files: list[str]  # the user's text files, instead of generated texts
+    weights: int  # number of the model's weights
+    overrides: list[str]  # further settings of training, as typed
+    context: int  # the most positions of the model, which the export states
+    depth: int  # number of modules that are trained
+    switches: list[str]  # the settings of modules that the model has; empty for new ones
+    rate: float  # peak learning rate
+    draft_vocab: int | None  # number of first token ids that modules are trained on; None for all
+    # The chat format's texts before a question, and between it and the answer; empty for a model
+    # without one.
     chat: list[str]
-    chat_share: float
+    chat_share: float  # share of the texts that are chats
     # Numbers that are always valid, until the hours are divided.
-    batch: int = _BATCH
-    texts: int = 1000
-    steps: int = 1000
-    tokens_per_second: float = 0.0
-    flops_per_second: float = 0.0
-    head: str = "sequential"
-    head_weights: int = 0
-    sources: list[str] = field(default_factory=list)
-    precision: str = "32-true"
-    activations: str = "fp32"
-    cache_states: bool = True
-    state_bytes: int = 0
-    writing: float = 0.0
-    training: float = 0.0
-    others: float = 0.0
+    batch: int = _BATCH  # windows of a step
+    texts: int = 1000  # number of texts to generate; 0 if files of text are given
+    steps: int = 1000  # optimizer steps
+    tokens_per_second: float = 0.0  # measured generation speed; 0 with files
+    flops_per_second: float = 0.0  # measured FLOP/s of the forward pass in ``precision``
+    head: str = "sequential"  # the kind of the modules, as in ``mtp=``
+    head_weights: int = 0  # number of the modules' weights
+    sources: list[str] = field(default_factory=list)  # the cache keys of the model's files
+    precision: str = "32-true"  # of training, as in ``trainer.precision``
+    activations: str = "fp32"  # precision of the activations while the model writes texts
+    cache_states: bool = True  # whether the trunk's states of all texts are kept on disk
+    state_bytes: int = 0  # their size
+    writing: float = 0.0  # hours for the texts and the trunk's states of them
+    training: float = 0.0  # hours for the steps
+    others: float = 0.0  # hours for the phases after training
 
     def lines(self) -> Iterator[str]:
         """The plan in sentences, printed before training."""

@@ -47,30 +47,22 @@ _FIRST = "acceptance_position_1"  # the rate of first drafts that the trunk acce
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The findings in a folder.
-
-    Attributes:
-        layout: the layout of its MTP tensors' names, in words.
-        modules: the tensors of every depth; empty for heads in a file of this project.
-        meant: the layout's convention; None for heads that have none.
-        best: the convention that the weights match: the layout's, unless another is clearly better.
-        agreement: by convention, the share of positions at which depth 1's choice is the trunk's.
-        constant: as a baseline, the share that always choosing the most common token would get.
-        acceptance: share of first drafts accepted in the real loop, greedy, under the layout's
-            convention; None if nothing was decoded.
-        verdict: one sentence.
-        sound: whether the verdict is that all is well.
-    """
+    """The findings in a folder."""
 
     folder: Path
-    layout: str = "no MTP tensors"
-    verdict: str = ""
-    sound: bool = False
+    layout: str = "no MTP tensors"  # the layout of its MTP tensors' names, in words
+    verdict: str = ""  # one sentence
+    sound: bool = False  # whether the verdict is that all is well
+    # The tensors of every depth; empty for heads in a file of this project.
     modules: list[Module] = field(default_factory=list)
-    meant: Convention | None = None
+    meant: Convention | None = None  # the layout's convention; None for heads that have none
+    # The convention that the weights match: the layout's, unless another is clearly better.
     best: Convention | None = None
+    # By convention, the share of positions at which depth 1's choice is the trunk's.
     agreement: dict[Convention, float] = field(default_factory=dict)
-    constant: float = 0.0
+    constant: float = 0.0  # the share that always choosing the most common token would get
+    # Share of first drafts accepted in the real loop, greedy, under the layout's convention; None
+    # if nothing was decoded.
     acceptance: float | None = None
 
     def lines(self) -> list[str]:

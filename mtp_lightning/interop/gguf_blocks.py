@@ -24,20 +24,13 @@ _SLAB = 1 << 20
 
 @dataclass(frozen=True)
 class KQuant:
-    """Byte ranges of the fields of a K-quant super-block of 256 weights.
+    """Byte ranges of the fields of a K-quant super-block of 256 weights."""
 
-    Attributes:
-        bits, group: the bits of q, and the number of weights that share a step and an offset.
-        quants: all bits of q.
-        lowest: the lowest four bits of two q a byte.
-        minimum: the factor of the offsets; empty if the offset is a multiple of the step.
-    """
-
-    bits: int
-    group: int
-    quants: slice
-    lowest: slice
-    minimum: slice
+    bits: int  # of q
+    group: int  # number of weights that share a step and an offset
+    quants: slice  # all bits of q
+    lowest: slice  # the lowest four bits of two q a byte
+    minimum: slice  # the factor of the offsets; empty if the offset is a multiple of the step
 
 
 # ggml-common.h of llama.cpp, block_q4_K and the following.

@@ -111,17 +111,11 @@ class GGUFEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The layout in which a model is written.
+    """The layout in which a model is written."""
 
-    Attributes:
-        arch: llama.cpp's architecture.
-        config: the written part of the model, its modules in the layout's form.
-        dropped: what is left out, and why, in a sentence; empty if nothing is.
-    """
-
-    arch: str
-    config: ModelConfig
-    dropped: str = ""
+    arch: str  # llama.cpp's architecture
+    config: ModelConfig  # the written part of the model, its modules in the layout's form
+    dropped: str = ""  # what is left out, and why, in a sentence; empty if nothing is
 
     @property
     def experts(self) -> ExpertsConfig:

@@ -30,19 +30,12 @@ _BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """The contents of a written file.
+    """The contents of a written file."""
 
-    Attributes:
-        arch: llama.cpp's architecture.
-        modules: number of MTP modules after the trunk; 0 for EAGLE-3's layer alone.
-        parameters: number of values in the tensors.
-        notes: sentences about what is left out, how llama.cpp drafts, and what differs there.
-    """
-
-    arch: str
-    modules: int
-    parameters: int
-    notes: list[str]
+    arch: str  # llama.cpp's architecture
+    modules: int  # number of MTP modules after the trunk; 0 for EAGLE-3's layer alone
+    parameters: int  # number of values in the tensors
+    notes: list[str]  # what is left out, how llama.cpp drafts, and what differs there
 
 
 def write_file(

@@ -41,19 +41,14 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """The layout of MTP modules in a folder.
+    """The layout of MTP modules in a folder."""
 
-    Attributes:
-        title: the model whose layout it is.
-        names: the layout's names for a module's two input norms, its projection and output norm.
-        stack: the modules that it holds, one of them.
-        apart: whether they have numbers of their own instead of those after the trunk's layers, and
-            no copies of embedding and head.
-    """
-
-    title: str
+    title: str  # the model whose layout it is
+    # The layout's names for a module's two input norms, its projection and output norm.
     names: Mapping[str, str]
-    stack: SequentialConfig
+    stack: SequentialConfig  # the modules that it holds, one of them
+    # Whether they have numbers of their own instead of those after the trunk's layers, and no
+    # copies of embedding and head.
     apart: bool = False
 
     def prefix(self, n_layers: int, index: int) -> str:

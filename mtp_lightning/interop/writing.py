@@ -24,20 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """The contents of a folder.
+    """The contents of a folder."""
 
-    Attributes:
-        modules: number of MTP modules among the layers, which transformers and servers read.
-        heads: the file or folder next to them that holds the stack instead (``stack_file.py``,
-            ``speculators.py``); empty if there is none.
-        parameters: number of values in the folder's tensors, including copies.
-        shards: number of weight files.
-    """
-
-    modules: int
+    modules: int  # number of MTP modules among the layers, which transformers and servers read
+    # The file or folder next to them that holds the stack instead (``stack_file.py``,
+    # ``speculators.py``); empty if there is none.
     heads: str
-    parameters: int
-    shards: int
+    parameters: int  # number of values in the folder's tensors, including copies
+    shards: int  # number of weight files
 
 
 def write_folder(
