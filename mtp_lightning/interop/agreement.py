@@ -43,16 +43,10 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Agreement(Generic[Key]):
-    """The agreement of modules with the trunk.
+    """The agreement of modules with the trunk."""
 
-    Attributes:
-        rights: for each module, whether its choice is the trunk's at each position, bool [N].
-        constant: the share that the trunk's most common choice would get if it were made
-            everywhere.
-    """
-
-    rights: dict[Key, Tensor]
-    constant: float
+    rights: dict[Key, Tensor]  # by module, whether its choice is the trunk's, bool [N]
+    constant: float  # the share that the trunk's most common choice would get everywhere
 
     @property
     def shares(self) -> dict[Key, float]:

@@ -43,17 +43,13 @@ KQUANTS = {
 
 @dataclass(frozen=True)
 class Blocks(StoredTensor):
-    """A tensor in Hugging Face's layout, dequantized when it is read.
-
-    Attributes:
-        pieces: a tensor of the file, its entry in the layout, and the index of the matrix if it
-            stacks several, else None. kv_b_proj has two pieces, for keys and for values.
-        size: its shape.
-    """
+    """A tensor in Hugging Face's layout, dequantized when it is read."""
 
     file: Path
+    # A tensor of the file, its entry in the layout, and the index of the matrix if it stacks
+    # several, else None. kv_b_proj has two pieces, for keys and for values.
     pieces: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
-    size: tuple[int, ...]
+    size: tuple[int, ...]  # its shape
     dtype = torch.float32
 
     @property

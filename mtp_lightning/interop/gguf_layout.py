@@ -79,27 +79,18 @@ _NARROW = 32
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFEntry:
-    """A tensor of a GGUF file.
+    """A tensor of a GGUF file."""
 
-    Attributes:
-        name: its name in the file.
-        shape: its shape, outermost axis first.
-        parts: the tensors in Hugging Face's layout that it holds: one, several of one shape, which
-            are stacked, or none for a tensor of fixed numbers. If several entries hold pieces of
-            one tensor, the pieces are concatenated along the second axis.
-        fixed: these numbers; None for zeros.
-        pack: turns a part into the stored tensor.
-        unpack: the inverse of ``pack``.
-        copy: whether it is a copy of the trunk's tensor, which a file may leave out.
-    """
-
-    name: str
-    shape: Shape
+    name: str  # in the file
+    shape: Shape  # outermost axis first
+    # The tensors in Hugging Face's layout that it holds: one, several of one shape, which are
+    # stacked, or none for a tensor of fixed numbers. If several entries hold pieces of one tensor,
+    # the pieces are concatenated along the second axis.
     parts: tuple[str, ...] = ()
-    fixed: Tensor | None = None
-    pack: Callable[[Tensor], Tensor] = lambda part: part
-    unpack: Callable[[Tensor], Tensor] = lambda stored: stored
-    copy: bool = False
+    fixed: Tensor | None = None  # these numbers; None for zeros
+    pack: Callable[[Tensor], Tensor] = lambda part: part  # turns a part into the stored tensor
+    unpack: Callable[[Tensor], Tensor] = lambda stored: stored  # the inverse of ``pack``
+    copy: bool = False  # whether it is a copy of the trunk's tensor, which a file may leave out
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, from those in Hugging Face's layout."""

@@ -31,13 +31,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class StoredTensor(Stored):
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        dtype: the stored dtype.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # the stored one
 
     @abstractmethod
     def read(self) -> Tensor:
