@@ -191,23 +191,17 @@ def to_json(
     else:
         fields |= {"use_sliding_window": False, "sliding_window": None}
         fields["layer_types"] = ["full_attention"] * trunk.n_layers
-        fields |= _mixture_fields(trunk)
+        if isinstance(e := trunk.feed_forward, ExpertsConfig):
+            fields |= {
+                "num_experts": e.n_routed,
+                "num_experts_per_tok": e.top_k,
+                "moe_intermediate_size": e.d_expert,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": list(range(e.first_k_dense)),
+            }
         fields["mtp_layer_types"] = ["full_attention"] * depth
     return fields
-
-
-def _mixture_fields(trunk: TrunkConfig) -> dict[str, Any]:
-    e = trunk.feed_forward
-    if not isinstance(e, ExpertsConfig):
-        return {}
-    return {
-        "num_experts": e.n_routed,
-        "num_experts_per_tok": e.top_k,
-        "moe_intermediate_size": e.d_expert,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(e.first_k_dense)),
-    }
 
 
 def rope_type(trunk: TrunkConfig) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
     if "auto_map" in fields:
         log.warning("%s names its own code (auto_map), which is not executed.", source)
     with _explained(source):
-        _refuse_other_maths(fields, kind, source)
+        _refuse_other_maths(fields, source)
         _rope(fields, source)
         declared_depth(fields)
         context = max_positions(fields)
@@ -223,8 +223,8 @@ _SWITCHES = {
 }
 
 
-def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
-    switches = _SWITCHES.get(kind, ())
+def _refuse_other_maths(fields: Mapping[str, Any], source: str) -> None:
+    switches = _SWITCHES.get(fields["model_type"], ())
     for name, allowed in _ONLY.items():
         if name in fields and name not in switches and fields[name] not in allowed:
             raise UserError(
