@@ -33,16 +33,8 @@ def one_line(model_type: str, n_layers: int, depth: int) -> str:
 
 
 class Loaded:
-    """A folder loaded by transformers, in float32.
-
-    Args:
-        folder: the folder, whose config.json names ``model_type`` and ``n_layers``.
-        depth: MTP depths among its layers that transformers has.
-
-    Attributes:
-        model: the trunk with its head.
-        missing: tensors that the trunk needs and the folder lacks.
-        unexpected: tensors of the folder that are not read.
+    """A folder loaded by transformers, in float32: the trunk with its head, and the ``depth`` MTP
+    layers that transformers has. ``model_type`` and ``n_layers`` are those of its config.json.
 
     Raises:
         UserError: if transformers is missing, or refuses the folder.
@@ -65,6 +57,7 @@ class Loaded:
                 )
             except Exception as error:  # the folder's files may have any values
                 raise UserError(f"transformers cannot load {folder}: {briefly(error)}.") from error
+            # Tensors that the trunk needs and the folder lacks, and those that are not read.
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
             self.mtp = self._load_mtp() if depth else None
