@@ -19,22 +19,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MappedWeight:
-    """A tensor of this project, and the tensors of a folder that it is made of.
+    """A tensor of this project, and the tensors of a folder that it is made of."""
 
-    Attributes:
-        own: its name in this project.
-        parts: names and shapes of the tensors in the folder, in the order of their rows.
-        stacked: the tensor is a stack of this many matrices, whose rows are concatenated in the
-            folder; None if it has the same number of axes as its parts.
-        order: row i of the tensor is row ``order[i]`` of the concatenated parts; None keeps the
-            order.
-        copy: the folder may hold this tensor as a copy of ``own``, and must then agree with it.
-    """
-
-    own: str
-    parts: tuple[tuple[str, Shape], ...]
+    own: str  # its name in this project
+    parts: tuple[tuple[str, Shape], ...]  # names and shapes in the folder, in the order of the rows
+    # The tensor is a stack of this many matrices, whose rows are concatenated in the folder; None
+    # if it has the same number of axes as its parts.
     stacked: int | None = None
+    # Row i of the tensor is row ``order[i]`` of the concatenated parts; None keeps the order.
     order: tuple[int, ...] | None = None
+    # The folder may hold this tensor as a copy of ``own``, and must then agree with it.
     copy: bool = False
 
     def under(self, prefix: str, hf_prefix: str) -> MappedWeight:
