@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
+from itertools import compress, groupby
 from operator import sub
 from typing import NamedTuple
 
@@ -301,6 +301,11 @@ class Session:
         if max(map(sub, self.n, filled)) <= allowance:
             return
         late = [n - n_filled > allowance for n, n_filled in zip(self.n, filled, strict=True)]
+        if not self._stack.cached_blocks:
+            # No position reads another: skip to the first that a draft of this round depends on.
+            for row in compress(range(len(late)), late):
+                filled[row] = cache.lengths[row] = self.n[row] - self.max_draft
+            return
         ends = [n - k for n in self.n]
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:

@@ -95,6 +95,25 @@ def test_texts_and_drafts_do_not_change_if_every_depth_has_a_cache(
     assert ids_of(uncached) == ids_of(plain)
 
 
+@pytest.mark.parametrize("head", HEADS_WITHOUT_ATTENTION)
+def test_depths_without_attention_read_only_the_end_of_a_prompt(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(1, DEPTH, **HEADS_WITHOUT_ATTENTION[head])
+    widths: list[int] = []
+    depth_state = MTPModel.depth_state
+
+    def counted(self: MTPModel, k: int, branch: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        widths.append(branch.shape[1])
+        return depth_state(self, k, branch, *rest, **options)
+
+    monkeypatch.setattr(MTPModel, "depth_state", counted)
+    for tree in (None, [1, 1, 1]):
+        prompts = random_prompts(1, (9, 40))
+        assert generate(model, prompts, max_new_tokens=NEW, tree=tree)
+    assert 0 < max(widths) <= 2 * (DEPTH + 1)
+
+
 VOCAB = 4  # random heads are right now and then
 SINGLE: dict[str, Any] = {"cache": "single"}
 MODELS: dict[str, dict[str, Any]] = {
