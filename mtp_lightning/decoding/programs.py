@@ -46,25 +46,18 @@ class LoadedProgram:
     def __init__(self, file: Path) -> None:
         # One runner is enough: decoding calls programs one at a time.
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
-        self._names = self._loader.get_constant_fqns()
-        self._bound: list[Tensor] = []
         self._function: nn.Module | None = None
-
-    def bind(self, function: nn.Module) -> None:
-        """Use the weights of ``function``: the compiled module, or one of the same structure."""
-        if function is self._function:
-            return
-        self._function, tensors = function, dict(_weights(function))
-        weights = [tensors[name] for name in self._names]
-        if [x.data_ptr() for x in weights] != [x.data_ptr() for x in self._bound]:
-            constants = dict(zip(self._names, weights, strict=True))
-            self._loader.load_constants(constants, False, True, True)
-        self._bound = weights  # keeps the tensors alive while the program uses their memory
+        self._weights: dict[str, Tensor] = {}
 
     def __call__(self, function: nn.Module, *inputs: Tensor) -> list[Tensor]:
-        """The program's outputs with the weights of ``function``: another model of the same
-        structure may have used it before."""
-        self.bind(function)
+        """The program's outputs with the weights of ``function``: the compiled module, or one of
+        the same structure."""
+        if function is not self._function:
+            tensors = dict(_weights(function))
+            # Kept alive while the program uses their memory.
+            self._weights = {name: tensors[name] for name in self._loader.get_constant_fqns()}
+            self._loader.load_constants(self._weights, False, True, True)
+            self._function = function
         return self._loader.boxed_run(list(inputs))
 
 
@@ -94,7 +87,6 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., list
             log.info("%s is damaged; building it again: %s", folder, str(error).partition("\n")[0])
             shutil.rmtree(folder)
             _loaded[key] = LoadedProgram(_built(folder, function, inputs))
-    _loaded[key].bind(function)
     return functools.partial(_loaded[key], function)
 
 
