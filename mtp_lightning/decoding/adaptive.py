@@ -10,6 +10,8 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+import numpy as np
+
 # The smallest gain over plain decoding at which drafts are used: while decoding, since timings
 # scatter, and after a short measurement, since other texts also differ in acceptance.
 MIN_GAIN, MIN_GAIN_MEASURED = 1.03, 1.1
@@ -88,34 +90,28 @@ class AutoDepth:
         # Without a measurement a weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
-        self._measured: Payoff | None = None
+        self._rounds = _Rounds(max_draft)
+        self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
         if measured is not None and measured.best:  # a small gain is left to probes
-            self._measured = measured
             self._accepted = [self._KNOWN * share for share in measured.accepted]
             self._reached = [self._KNOWN] * max_draft
-        self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
-        self._rounds: _Rounds | None = None
-        self._n_rows = 0
+            self._rounds = _Rounds(max_draft, measured.best, measured.costs)
 
     def depth(self, rows: int, room: int | None = None) -> int:
         """The number of drafts of the next round of a batch of ``rows`` rows, of which the longest
         has room for ``room`` (None: for any). A probe waits for a round that it fits into."""
-        if rows != self._n_rows:
-            self._n_rows, size = rows, round(math.log2(rows))
-            if size not in self._by_size:
-                first = self._measured if self._rounds is None else None
-                self._by_size[size] = _Rounds(self.max_draft, self._rounds, first)
-            self._rounds = self._by_size[size]
-        assert self._rounds is not None
+        size = round(math.log2(rows))
+        if size not in self._by_size:
+            new = _Rounds(self.max_draft, self.best) if self._by_size else self._rounds
+            self._by_size[size] = new
+        self._rounds = self._by_size[size]
         plan = self._rounds.plan
-        return plan[0] if plan and (room is None or plan[0] <= room) else self._rounds.best
+        return plan[0] if plan and (room is None or plan[0] <= room) else self.best
 
     @property
     def best(self) -> int:
         """The number of drafts that was fastest so far, apart from probes."""
-        if self._rounds is not None:
-            return self._rounds.best
-        return 0 if self._measured is None else self._measured.best
+        return self._rounds.best
 
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
@@ -123,7 +119,6 @@ class AutoDepth:
         """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about. For each
         row, ``accepted`` is its number of accepted drafts, and ``reached`` that of the verified
         ones, the first rejected one included."""
-        assert self._rounds is not None
         for j in range(m):
             n_reached = sum(r > j for r in reached)
             if n_reached:
@@ -151,16 +146,13 @@ class _Rounds:
     _FIRST, _MOST = 256, 1024  # rounds until the first probe of plain decoding, and at most
     _HOPELESS = 4096  # the same if drafts would not pay even if all were accepted
 
-    def __init__(self, max_draft: int, last: _Rounds | None, measured: Payoff | None) -> None:
+    def __init__(self, max_draft: int, best: int = 0, costs: Sequence[float] = (1.0,)) -> None:
+        self.best = best
         # For every number of drafts: the last rounds' times, and their ratios to plain rounds.
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._ratios: list[deque[float]] = [deque(maxlen=3) for _ in range(max_draft + 1)]
-        self._ratios[0].append(1.0)
-        self.best: int = 0 if last is None else last.best
-        if measured is not None:
-            self.best = measured.best
-            for ratios, cost in zip(self._ratios[1:], measured.costs[1:], strict=True):
-                ratios.append(cost)
+        for ratios, cost in zip(self._ratios, costs, strict=False):
+            ratios.append(cost)
         self.plan: list[int] = []
         self._since_probe = 0
         self._wait = self._FIRST
@@ -207,7 +199,8 @@ class _Rounds:
         """Choose the number of drafts with the most tokens per second, by the ``expected`` tokens
         per row of a round with 0, 1, .. drafts."""
         timed = [m for m, ratios in enumerate(self._ratios) if ratios]
-        costs = [self._cost(m, timed) for m in range(timed[-1] + 1)]
+        medians = [median(self._ratios[m]) for m in timed]
+        costs = np.interp(range(timed[-1] + 1), timed, medians).tolist()
         if len(costs) == 1:
             return
         gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
@@ -216,9 +209,3 @@ class _Rounds:
             self._wait = self._FIRST
         if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MIN_GAIN:
             self._wait = self._HOPELESS
-
-    def _cost(self, m: int, timed: list[int]) -> float:
-        """Time of a round with ``m`` drafts in plain rounds, interpolated between measured ones."""
-        low, high = max(i for i in timed if i <= m), min(i for i in timed if i >= m)
-        at_low, at_high = median(self._ratios[low]), median(self._ratios[high])
-        return at_low + (at_high - at_low) * (m - low) / max(high - low, 1)
