@@ -12,29 +12,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.measure import read_text
 from mtp_lightning.decoding.options import Prompt
 from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
-from mtp_lightning.runtime import eval_mode
 
 # Edges of the entropy bins, in nats.
 _ENTROPIES = (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)
-
-
-@torch.inference_mode()
-def read_text(
-    model: MTPModel, text: Sequence[int], active: Sequence[int] | None = ()
-) -> dict[int, Tensor]:
-    """The hidden states of depth 0 and of the ``active`` depths (by default none; None for all),
-    [P, C] for the P tokens of a text, in one pass as in training. The padding after the text only
-    fills the window."""
-    ids = [*text, *[0] * (model.depth + 1)]
-    tokens = torch.tensor([ids], device=model.head.weight.device)
-    with eval_mode(model):
-        hidden = model(WindowBatch(tokens, model.depth), active)
-    return {k: h_BPC[0] for k, h_BPC in hidden.items()}
 
 
 def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int, bool]]:

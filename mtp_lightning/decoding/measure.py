@@ -1,7 +1,7 @@
 """Acceptance and speedup of drafts: measured in the real decoding loop, and expected from teacher
 forcing and the times of single passes.
 
-Shapes: B rows, T positions, V vocabulary.
+Shapes: P positions of one text, C d_model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.acceptance import read_text
+from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.fused import decoding_passes, fused_passes
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.lookup import extra_tokens_are_cheap, lookups_alone
@@ -26,6 +26,7 @@ from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import eval_mode
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
@@ -155,6 +156,20 @@ def acceptance(
     sizes = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
     lookup_values = lookups_alone(prompts, plain)
     return {**rates(drafted), **intervals(drafted), **lookup_values, **sizes}, plain
+
+
+@torch.inference_mode()
+def read_text(
+    model: MTPModel, text: Sequence[int], active: Sequence[int] | None = ()
+) -> dict[int, Tensor]:
+    """The hidden states of depth 0 and of the ``active`` depths (by default none; None for all),
+    [P, C] for the P tokens of a text, in one pass as in training. The padding after the text only
+    fills the window."""
+    ids = [*text, *[0] * (model.depth + 1)]
+    tokens = torch.tensor([ids], device=model.head.weight.device)
+    with eval_mode(model):
+        hidden = model(WindowBatch(tokens, model.depth), active)
+    return {k: h_BPC[0] for k, h_BPC in hidden.items()}
 
 
 @torch.inference_mode()
