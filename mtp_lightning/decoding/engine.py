@@ -14,6 +14,7 @@ with ``lookup`` on whether the engine has one slot, but its distribution remains
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,8 +76,9 @@ class Engine:
         self.slots = options.slots
         self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
+        self._limit = options.max_context or sys.maxsize
         # Tokens that sliding keeps of a full context.
-        self._kept = max((options.max_context or 0) // 2, 1)
+        self._kept = max(self._limit // 2, 1)
         self._on_logits = on_logits
         self._model = model
         self._sequences: list[TextSequence] = []
@@ -136,11 +138,10 @@ class Engine:
             raise UserError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
         # The last new token is never read.
         total = len(ids) + request.max_new_tokens - 1
-        limit = self.options.max_context
-        if limit is not None and self.options.long == "refuse" and total > limit:
+        if self.options.long == "refuse" and total > self._limit:
             raise UserError(
                 f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
-                f"asked for: {total} to read, but the model was trained on {limit}. "
+                f"asked for: {total} to read, but the model was trained on {self._limit}. "
                 "Shorten the prompt, lower max_new_tokens, or set long=slide."
             )
 
@@ -176,13 +177,11 @@ class Engine:
         return sequences
 
     def _join(self, requests: Sequence[Request]) -> list[TextSequence]:
-        limit = self.options.max_context
-        windows = [list(request.prompt) for request in requests]
-        if limit is not None:
-            # `check` lets a longer prompt pass only with long="slide".
-            windows = [w if len(w) <= limit else w[-self._kept :] for w in windows]
+        prompts = [list(request.prompt) for request in requests]
+        # `check` lets a longer prompt pass only with long="slide".
+        windows = [ids if len(ids) <= self._limit else ids[-self._kept :] for ids in prompts]
         lengths = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
-        room = max(lengths) if limit is None else min(max(lengths), limit)
+        room = min(max(lengths), self._limit)
         if self._decoder is None:
             self._decoder = self._new_decoder(room)
         self._decoder.session.reserve(room)
@@ -206,7 +205,9 @@ class Engine:
         if not sequences:
             return []
         assert self._decoder is not None
-        self._slide(self._decoder.session)
+        for row, n in enumerate(self._decoder.session.n):
+            if n >= self._limit:
+                self._decoder.session.slide(row, self._kept)
         outcome = self._round(self._decoder)
         rows = zip(sequences, outcome.rows, outcome.logits_BTV.unbind(), strict=True)
         for sequence, result, logits_TV in rows:
@@ -263,21 +264,12 @@ class Engine:
             verify=RULES[options.verify],
         )
 
-    def _slide(self, session: Session) -> None:
-        limit = self.options.max_context
-        if limit is None:
-            return
-        for i, n in enumerate(session.n):
-            if n >= limit:
-                session.slide(i, self._kept)
-
     def _round(self, decoder: Decoder) -> Round:
         # After the accepted drafts comes a token of the trunk's own.
-        rooms = [sequence.remaining - 1 for sequence in self._sequences]
-        limit = self.options.max_context
-        if limit is not None:
-            lengths = decoder.session.n
-            rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
+        rooms = [
+            min(sequence.remaining, self._limit - n) - 1
+            for sequence, n in zip(self._sequences, decoder.session.n, strict=True)
+        ]
         n_drafts, caps, recorder = self._plan(rooms)
         looked_up = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
         if any(looked_up):

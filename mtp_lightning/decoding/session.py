@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
+from mtp_lightning.decoding.fused import fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, passes_over
@@ -114,12 +114,11 @@ class Session:
             whole, n = model.head.weight, draft_vocab
             first = whole.detach()[:n] if passes is None else passes.first_rows(whole, n)
             self._draft_head = Head(n, trunk.d_model, tied=first)
-        self._fused_trunk: TrunkPass | None = None
-        self._fused_drafts: list[DraftPass | None] = [None] * n_caches
-        if passes is not None:
-            head = self._draft_head.weight
-            self._fused_trunk = passes.trunk
-            self._fused_drafts = [passes.draft(k, head) for k in range(1, n_caches + 1)]
+        self._fused_trunk = None if passes is None else passes.trunk
+        self._fused_drafts = [
+            None if passes is None else passes.draft(k, self._draft_head.weight)
+            for k in range(1, n_caches + 1)
+        ]
         self._n_drafted = 0  # depths that have drafted since the last `accept`
         self.newest_B1C: Tensor | None = None
         self.resize(0)
