@@ -130,10 +130,8 @@ class FusedBlocks:
         cache = ctx.cache
         assert isinstance(cache, KVCache)
         normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
-        native.lib().decode_blocks(
-            self.array, self.n, open_pass(cache, layer, self.n), h_BTC.data_ptr(), self.gain,
-            normed.data_ptr(), self.eps,
-        )  # fmt: skip
+        opened = open_pass(cache, layer, self.n)
+        native.call("decode_blocks", self.array, self.n, opened, h_BTC, self.gain, normed, self.eps)
         return normed
 
 

@@ -110,10 +110,8 @@ class FusedModule:
         """Hidden states and embeddings [B, T, C] -> [B, T, C]."""
         hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
         h_BTC = torch.empty_like(hidden)
-        native.lib().decode_join(
-            ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
-            hidden.shape[0] * hidden.shape[1],
-        )  # fmt: skip
+        rows = hidden.shape[0] * hidden.shape[1]
+        native.call("decode_join", ctypes.byref(self.join), embedded, hidden, h_BTC, rows)
         return self.blocks.in_place(h_BTC, ctx, 0)
 
 
@@ -133,13 +131,8 @@ class FusedTrunk:
     def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
         sizes = ids_BS.shape[0], cache.spans.width, self._trunk.outputs
         logits_BTV = self._alive[-1].new_empty(sizes)
-        native.lib().decode_trunk(
-            self._address,
-            open_pass(cache, 0, self._trunk.blocks),
-            ids_BS.data_ptr(),
-            None if states_BSC is None else states_BSC.data_ptr(),
-            logits_BTV.data_ptr(),
-        )
+        opened = open_pass(cache, 0, self._trunk.blocks)
+        native.call("decode_trunk", self._address, opened, ids_BS, states_BSC, logits_BTV)
         return logits_BTV
 
 
@@ -167,14 +160,7 @@ class FusedDraft:
         indices = (c_int64 * batch)(*newest)
         state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
         logits_BV = before_BSC.new_empty(batch, self._draft.outputs)
-        native.lib().decode_draft(
-            self._address,
-            open_pass(cache, 0, self._draft.blocks),
-            ids_BS.data_ptr(),
-            before_BSC.data_ptr(),
-            None if after_BSC is None else after_BSC.data_ptr(),
-            ctypes.addressof(indices),
-            state_B1C.data_ptr(),
-            logits_BV.data_ptr(),
-        )
+        opened = open_pass(cache, 0, self._draft.blocks)
+        states = before_BSC, after_BSC, indices, state_B1C
+        native.call("decode_draft", self._address, opened, ids_BS, *states, logits_BV)
         return state_B1C, logits_BV
