@@ -37,12 +37,10 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 
 # Texts decoded together if batch_size is None.
 _TOGETHER = 8
-# Options of how drafts are made and judged.
-_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify", "lookup")
 MOST_DRAFTS = MAX_VERIFY_WIDTH - 1
 """Most drafts of a round: a pass over them and the pending token has the bits of single passes."""
-# An option, and the options that may not be set together with it.
-_NOT_TOGETHER = {
+# Every option of how drafts are made and judged, and the options that it excludes.
+_DRAFTING = {
     "draft_depth": ("speculative",),
     "draft_vocab": ("speculative", "compile"),
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
@@ -206,10 +204,10 @@ class DecodingOptions(TextOptions):
             raise UserError(
                 f"compile=true decodes one prompt at a time: set batch_size=1, not {self.slots}."
             )
-        for option, others in _NOT_TOGETHER.items():
-            setting = self._setting(option)
-            for other in filter(None, map(self._setting, others)) if setting else ():
-                raise not_together(str(setting), other)
+        for option, others in _DRAFTING.items():
+            for other in others:
+                if (setting := self._setting(option)) and (excluded := self._setting(other)):
+                    raise not_together(setting, excluded)
         if (verify := self._setting("verify")) and not (self.speculative or self.lookup):
             raise not_together(verify, "speculative=false")
 
