@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import draw, over_all
+from mtp_lightning.decoding.sampling import draw
 from mtp_lightning.decoding.speculative import Decoder, Round, RowResult
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.decoding.verification import less
 from mtp_lightning.nn.tree_cache import along
 
 
@@ -91,11 +92,11 @@ class TreeDecoder(Decoder):
             proposals.append(q_BPWV)
             session.put(drafts[-1].clamp(min=0), level.start)
         logits_BTV = session.verify_tree()
-        draft_BN, n_tokens = torch.cat(drafts, dim=1), logits_BTV.shape[-1]
+        draft_BN = torch.cat(drafts, dim=1)
         tokens_BE, path_BE, accepted_B = accept_path_or_resample(
             tree,
             self._sampling.probabilities(logits_BTV),
-            [over_all(q_BPWV, n_tokens) for q_BPWV in proposals],
+            proposals,
             draft_BN,
             noise_BR[:, len(tree) : 2 * len(tree)],
             noise_BR[:, -1],
@@ -158,7 +159,8 @@ def accept_path_or_resample(
     Args:
         tree: the shape.
         p_BTV: the trunk's distribution after every node, node 0 included.
-        proposals: for every depth, the distributions of its candidates, [B, P, W, V].
+        proposals: for every depth, the distributions of its candidates, [B, P, W, V], perhaps over
+            the first tokens of the vocabulary alone.
         draft_BN: the candidates of nodes 1 to N; -1 for those that do not exist.
         accept_noise_BN, final_noise_B: uniform numbers of [0, 1).
         limit_B: the deepest level of candidates that are considered.
@@ -184,7 +186,7 @@ def accept_path_or_resample(
             node_B = torch.where(ok_B, child_B, node_B)
             advanced_B |= ok_B
             open_B = open_B & ~ok_B
-            rest_BV = (p_BV - q_BV).clamp(min=0)
+            rest_BV = less(p_BV, q_BV)
             total_B1 = rest_BV.sum(dim=-1, keepdim=True)
             # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
