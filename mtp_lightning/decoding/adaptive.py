@@ -126,7 +126,7 @@ class AutoDepth:
                 self._reached[j] = self._reached[j] * self._MEMORY + n_reached
         if self._rounds.count(m, seconds):
             pairs = zip(self._accepted, self._reached, strict=True)
-            self._rounds.decide(expected_tokens([a / n for a, n in pairs]))
+            self._rounds.decide(tuple(a / n for a, n in pairs))
 
 
 class _Rounds:
@@ -195,16 +195,15 @@ class _Rounds:
                 # A round with drafts includes all the work of a plain one.
                 ratios.append(max(seconds / plain, 1.0))
 
-    def decide(self, expected: Sequence[float]) -> None:
-        """Choose the number of drafts with the most tokens per second, by the ``expected`` tokens
-        per row of a round with 0, 1, .. drafts."""
+    def decide(self, accepted: tuple[float, ...]) -> None:
+        """Choose the number of drafts with the most tokens per second; ``accepted`` as in
+        :class:`Payoff`."""
         timed = [m for m, ratios in enumerate(self._ratios) if ratios]
         medians = [median(self._ratios[m]) for m in timed]
-        costs = np.interp(range(timed[-1] + 1), timed, medians).tolist()
+        costs = tuple(np.interp(range(timed[-1] + 1), timed, medians).tolist())
         if len(costs) == 1:
             return
-        gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
-        before, self.best = self.best, fastest(gains, MIN_GAIN)
+        before, self.best = self.best, fastest(Payoff(costs, accepted).gains(), MIN_GAIN)
         if before and not self.best:
             self._wait = self._FIRST
         if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MIN_GAIN:
