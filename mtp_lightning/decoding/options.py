@@ -219,7 +219,7 @@ class DecodingOptions(TextOptions):
         Raises:
             UserError: see the class.
         """
-        values = {name: cfg[name] for name in (field.name for field in fields(cls)) if name in cfg}
+        values = {field.name: cfg[field.name] for field in fields(cls) if field.name in cfg}
         if not isinstance(stop := values.get("stop", ()), str) and isinstance(stop, Iterable):
             values["stop"] = tuple(map(str, stop))  # YAML reads digits as a number
         return cls(**values | overrides)

@@ -56,7 +56,6 @@ class Endpoint:
         self.parser = BodyParser(cfg, run, name=name, max_draft=engine.max_draft)
         self.worker = worker
         self.meters = meters
-        self.tokenizer = run.tokenizer
         self.token_texts = TokenTexts(run.tokenizer)
         self.max_body = cfg.max_body
         self.hosts = [str(host).lower() for host in (cfg.host, *cfg.hosts)]
