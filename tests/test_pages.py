@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -34,8 +34,10 @@ from sweeps.report.watch import Pages
 from tests import hostile
 from tests.decoding.models import small_model
 from tests.hostile import MARKS, NAMES, Page
-from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.browser import Browser, browser
 from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
+
+__all__ = ["browser"]
 
 
 @pytest.fixture(scope="module")
@@ -199,17 +201,6 @@ def test_markup_in_a_figure_is_text(make_page: MakePage) -> None:
 
 # In a browser.
 
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        browser.show(width=1280)
-        yield browser
-
-
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs chromium: apt-get install chromium"
-)
 # Everything that a reader can press, move over or choose.
 _PRESS_ALL = """(() => {
     for (const one of document.querySelectorAll("[role=button], button, summary, path, use")) {
@@ -244,7 +235,6 @@ def use_page(browser: Browser, page: Path | str) -> str:
 
 
 @pytest.mark.browser
-@needs_browser
 @pytest.mark.parametrize("page", PAGES)
 def test_markup_in_data_does_not_run_in_a_browser(browser, make_page, page):
     text = use_page(browser, make_page(page))
@@ -252,14 +242,12 @@ def test_markup_in_data_does_not_run_in_a_browser(browser, make_page, page):
 
 
 @pytest.mark.browser
-@needs_browser
 def test_markup_in_a_figure_does_not_run_in_a_browser(browser, make_page):
     for file in make_page(of_losses).parent.glob("figures/*.svg"):
         use_page(browser, file)
 
 
 @pytest.mark.browser
-@needs_browser
 def test_the_policy_stops_inserted_markup(browser: Browser, make_page: MakePage) -> None:
     browser.open(make_page(of_losses))
     browser.events.clear()
@@ -285,7 +273,6 @@ def test_the_policy_stops_inserted_markup(browser: Browser, make_page: MakePage)
 
 
 @pytest.mark.browser
-@needs_browser
 def test_markup_on_the_watched_page_does_not_run(browser: Browser, make_page: MakePage) -> None:
     page = make_page(of_losses)
     handler = partial(Pages, directory=str(page.parent))

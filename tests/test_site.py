@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import pytest
 
 from mtp_lightning.command_line.conf_comments import groups
 from tests.integration.helpers import ROOT, environment
-from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.browser import Browser, browser
+
+__all__ = ["browser"]
 
 pytestmark = pytest.mark.extras
 NOTEBOOK = ROOT / "docs" / "tutorial" / "notebook.ipynb"
@@ -157,19 +158,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "val/bits_per_byte" in table and len(table.splitlines()) == 3, table
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs chromium: apt-get install chromium"
-)
-
-
 @pytest.mark.browser
-@needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("page", BROWSED)
@@ -199,7 +188,6 @@ def test_pages_fit_and_are_accessible_in_a_browser(browser, site, page, width, d
 
 
 @pytest.mark.browser
-@needs_browser
 def test_the_search_works_without_a_server(browser: Browser, site: Path) -> None:
     browser.show(width=1280)
     browser.open(site / "index.html")

@@ -22,7 +22,9 @@ from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import ROOT
 from tests.hostile import MARKS, Page
 from tests.serving.conftest import Serving, generation, serving
-from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.browser import Browser, browser
+
+__all__ = ["browser"]
 
 HTML = (ROOT / "mtp_lightning" / "serving" / "page.html").read_text(encoding="utf-8")
 SAMPLING: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "stop": ["e", "\n"]}]
@@ -160,14 +162,6 @@ def test_the_content_security_policy_allows_code_by_hash_alone(served: Serving) 
 
 
 in_a_browser = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 def open_page(browser: Browser, served: Serving, *, width: int = 1280, dark: bool = False) -> None:

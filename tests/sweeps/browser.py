@@ -9,8 +9,11 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -148,3 +151,13 @@ class Browser:
             self._buffer += chunk
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for the tests of a file, which it skips where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        browser.show(width=1280)
+        yield browser

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sweeps.report.__main__ import report
-from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.browser import Browser, browser
 from tests.sweeps.fixture_runs import depth_sweep, write_run
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
-]
+__all__ = ["browser"]
+
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +26,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / ("job_" + 80 * "y"), {"seed": 9}, status=failed, done=False)
     write_run(folder / "other_code", {"seed": 4}, loss=2.0, summary={"git_commit": "b" * 40})
     return report([folder])[0]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 def column(browser: Browser, name: str) -> list[str]:
