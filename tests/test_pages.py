@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import Generation
 from mtp_lightning.interop import card, stack_file
 from mtp_lightning.interop.writing import Contents
@@ -110,23 +111,12 @@ def of_a_notebook(folder: Path, sweep: Path) -> Path:
     copy.mkdir()
     (copy / "summary.json").write_text(json.dumps({**summary, "tokens": MARKS[0]}))
     text = "".join(MARKS)
-    ids = [ord(letter) for letter in text]
+    ids = list(text.encode())
     drafts = [number % 3 > 0 for number in range(len(ids))]
     generation = Generation(ids, text, "stop", 1.0, 3, [3], [6], drafts)
-    parts: list[Any] = [Run(copy), Run(folder), Sweep(sweep), Text(MARKS[1], generation, Letters())]
+    shown_text = Text(MARKS[1], generation, ByteTokenizer())
+    parts: list[Any] = [Run(copy), Run(folder), Sweep(sweep), shown_text]
     return page_of(folder / "notebook.html", "\n".join(part._repr_html_() for part in parts))
-
-
-class Letters:
-    """A tokenizer of single letters."""
-
-    eot_id, end_ids = 0, (0,)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(map(ord, text))
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
 
 
 def shown(file: Path, text: str) -> Path:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
@@ -63,19 +64,12 @@ def test_a_window_without_room_for_new_tokens_warns_once(
 def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
     """The values that a validation logs for 12 prompts."""
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 12)]
-    data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=_Letters())
+    data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=ByteTokenizer())
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, loggers=[], global_step=1)
     module: Any = _Module(model)
     callback.on_validation_epoch_end(trainer, module)
     return module.logged
-
-
-class _Letters:
-    eot_id, end_ids = -1, (-1,)
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(97 + i) for i in ids)
 
 
 def test_sampled_acceptance_near_temperature_0_equals_greedy() -> None:

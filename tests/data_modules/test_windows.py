@@ -18,17 +18,6 @@ def batch_of(tokens: list[list[int]], depth: int, documents=None, scored=None) -
     return WindowBatch(torch.tensor(tokens), depth, *fields)
 
 
-def test_targets_of_a_small_batch_by_hand():
-    # T = 4, D = 2: a window of 7 tokens. Documents: [10 11 12] [13 14 15 16].
-    batch = batch_of([[10, 11, 12, 13, 14, 15, 16]], 2, [[5, 5, 5, 6, 6, 6, 6]])
-    assert batch.seq_len == 4 and len(batch) == 1
-    assert batch.targets(0).tolist() == [[11, 12, -100, 14]]
-    assert batch.targets(1).tolist() == [[12, -100, -100, 15]]
-    # Position 1 asks for tokens 11..14 and position 3 for 13..16: only the latter is one document.
-    assert batch.targets(2).tolist() == [[-100, -100, -100, 16]]
-    assert target_counts(batch).tolist() == [3, 2, 1]
-
-
 def test_no_view_begins_where_the_window_has_too_few_tokens():
     batch = WindowBatch(torch.arange(8).unsqueeze(0), depth=1, stride=2, extra=1)
     assert batch.seq_len == 4 and batch.shifted(batch.tokens, 1).tolist() == [[3, 4, 5, 6]]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mtp_lightning
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning import Run, Sweep, Text, evaluate, generate, sweep, train
 from mtp_lightning.decoding import Generation
 from mtp_lightning.errors import UserError
@@ -102,24 +103,11 @@ def test_options_are_refused_in_the_sentence_of_generate_py(run: Run, option: st
     assert str(here.value) == str(there.value)
 
 
-class Letters:
-    """A tokenizer of single characters."""
-
-    eot_id, end_ids = 0, (0,)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(map(ord, text))
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
 def test_drafted_tokens_are_colored_and_markup_is_escaped() -> None:
     """The text ends before the stop string."""
-    ids = [ord(letter) for letter in "x<b>;;"]
     mask = [False, True, True, False, True, True]
-    generation = Generation(ids, "x<b>", "stop", 1.0, 3, [3], [6], mask)
-    text = Text("<i>", generation, Letters())
+    generation = Generation(list(b"x<b>;;"), "x<b>", "stop", 1.0, 3, [3], [6], mask)
+    text = Text("<i>", generation, ByteTokenizer())
     assert list(text.pieces()) == [("x", False), ("<", True), ("b", True), (">", False)]
     page = text._repr_html_()
     assert "&lt;i&gt;</span>x<span" in page and ">&lt;b</span>&gt;</pre>" in page
