@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from tests.chaos import bad_input, faults, hostile, kills, requests
+from tests.chaos import bad_input, faults, hostile, kills
 from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
 KINDS = {
     "kills": kills.cases, "bad input": bad_input.cases, "hostile input": hostile.cases,
-    "faults": faults.cases, "requests": requests.cases,
+    "faults": faults.cases,
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class Case:
     """One thing to try.
 
     Attributes:
-        kind: kills, bad input, hostile input, faults or requests.
+        kind: kills, bad input, hostile input or faults.
         name: the fault; with the seed, it determines the attempt.
         attempt: the function that tries it.
         several: whether it starts other processes, which takes seconds.
