@@ -50,15 +50,6 @@ def test_gains_of_a_power_law_are_exact_within_one_percent(floor, scale, power, 
     assert gain.total == pytest.approx(price * effect, rel=0.01)
 
 
-def test_the_gain_of_a_plain_run_is_one():
-    runs = plain_runs(lambda flops: 3 - 0.4 * math.log(flops / FULL))
-    curve = PlainCurve(runs[::-1])
-    for run in runs:
-        gain = curve.gain(run)
-        assert isinstance(gain, Gain)
-        assert gain.total == pytest.approx(1) and gain.price == gain.effect / gain.total == 1
-
-
 def test_losses_outside_the_plain_curve_have_no_gain():
     curve = PlainCurve(plain_runs(lambda flops: 2 + FULL / flops))
     best, worst = curve.runs[-1].loss, curve.runs[0].loss

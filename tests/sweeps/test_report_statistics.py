@@ -27,26 +27,6 @@ from sweeps.report.statistics import (
 from tests.sweeps.fixture_runs import write_run
 from tests.sweeps.reported import cells, page_of
 
-# Student's t for 95 %, from a printed table: 1 and 2 degrees of freedom.
-T1, T2 = 12.7062, 4.30265
-
-
-def test_interval_by_hand() -> None:
-    estimate = interval([2.0, 2.1, 2.3])
-    assert estimate.mean == pytest.approx(6.4 / 3)
-    # squared deviations: (0.4/3)^2 + (0.1/3)^2 + (0.5/3)^2 = 0.42 / 9; over n - 1 = 2, over n = 3
-    assert estimate.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
-    assert interval([2.0]) == Interval(2.0, None, 1)
-
-
-def test_paired_by_hand() -> None:
-    """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
-    where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
-    test = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
-    assert test.difference.mean == pytest.approx(0.2)
-    assert test.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
-    assert test.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
-
 
 def test_one_pair_or_a_constant_difference_has_no_p_value() -> None:
     assert paired({0: 1.0}, {1: 1.0}) is None

@@ -23,7 +23,7 @@ from sweeps.report.compare import (
     wait_of,
 )
 from sweeps.report.figures import draw
-from sweeps.report.read import RunRecord, read_sweep
+from sweeps.report.read import RunRecord
 from sweeps.report.statistics import Wait, holm, share_interval
 from tests.sweeps.fixture_runs import depth_sweep, on_questions, task_run, write_run
 from tests.sweeps.reported import (
@@ -66,20 +66,6 @@ def test_a_seed_solves_if_its_exact_match_is_above_the_level(tmp_path: Path) -> 
     (single,) = settings_of(sweep(tmp_path / "single", {0: ((logged, logged, logged),)})).all
     share = solved_share(single, 0.98)
     assert logged > 0.98 and share and share.count == 0
-
-
-def test_time_to_solve_is_the_first_validation_above(tmp_path: Path) -> None:
-    folder = sweep(tmp_path, {0: (EARLY, LATE, NEVER, FELL)})
-    runs = read_sweep(folder).runs
-    assert [wait_of(run, 0.95) for run in runs] == [
-        Wait(10, True),
-        Wait(30, True),
-        Wait(30, False),
-        Wait(20, True),  # solved once, though not at the end
-    ]
-    curve = time_to_solve(settings_of(folder).all[0], 0.95)
-    assert curve.times == (10, 20, 30) and curve.median == 20
-    assert curve.shares == pytest.approx((0.75, 0.5, 0.25)) and curve.censored == (30,)
 
 
 def test_unfinished_and_failed_runs_are_censored_and_in_no_share(tmp_path: Path) -> None:
