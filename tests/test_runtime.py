@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,16 +45,12 @@ def test_omp_num_threads_limits_the_default_alone(monkeypatch: pytest.MonkeyPatc
     assert torch.get_num_threads() == 5
 
 
-def test_a_containers_quota_counts_as_its_cores() -> None:
+def test_a_containers_quota_counts_as_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch counts all cores of the machine."""
-    code = (
-        "import os; os.sched_getaffinity = lambda _: range(8)\n"
-        "from mtp_lightning import system; system.cpu_quota = lambda: 2.5\n"
-        "from mtp_lightning import runtime; print(runtime._CORES)"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "8"}
-    output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert output == "2\n"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr("mtp_lightning.system.cpu_quota", lambda: 2.5)
+    assert runpy.run_path(runtime.__file__)["_CORES"] == 2
 
 
 @pytest.mark.parametrize("n", [-1, 10**9])

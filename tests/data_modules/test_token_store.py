@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +28,8 @@ from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store, prepare_tokenizer
 from data_modules.token_store import token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedTokenizer
-from tests.data_modules.programs import start
 from tests.data_modules.stores import ListSource, store_of
+from tests.integration.helpers import execute
 
 
 def test_store_holds_every_document_once(tmp_path):
@@ -200,7 +200,6 @@ def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path, full):
 FULL = """
 import resource, sys
 from pathlib import Path
-from tests.data_modules.programs import start
 from tests.data_modules.stores import store_of
 
 most = int(sys.argv[2])
@@ -215,7 +214,8 @@ except OSError as error:
 @pytest.mark.parametrize("most", [500, 2_500, 10_000])
 def test_any_file_of_a_store_may_be_the_one_that_fills_the_disk(tmp_path, most):
     """Ids, starts of documents, and pieces."""
-    output, _ = start(FULL, tmp_path, most, stderr=subprocess.DEVNULL).communicate()
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(most)]
+    output = execute(command, imported=("tests.data_modules.stores",)).stdout
     assert re.match(r"cannot build .*stores/\w+ \(File too large\): free some space", output)
     assert list((tmp_path / "stores").iterdir()) == []
 

@@ -12,6 +12,7 @@ import yaml
 
 from mtp_lightning.errors import UserError
 from sweeps.compose import compose_run
+from tests.integration.helpers import composed
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "conf" / "sweeps").glob("*.yaml"))
@@ -41,7 +42,7 @@ def test_every_value_composes(file: Path) -> None:
     assert len(varied["seed"]) >= 2, "without seeds there is no noise to compare with"
     for i in range(max(map(len, varied.values()))):  # all values, several in one config
         chosen = [f"{key}={values[i % len(values)]}" for key, values in varied.items()]
-        cfg = compose_run([f"+sweeps={file.stem}", *chosen])
+        cfg = composed("config", [f"+sweeps={file.stem}", *chosen])
         assert cfg.trainer.max_steps == 1000
     if file.stem == "lambda":
         assert cfg.lambda_schedule._target_.endswith(".constant")
