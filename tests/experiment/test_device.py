@@ -12,7 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.experiment import device
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
+from tests.integration.conftest import cache, finished, once
 from tests.integration.helpers import evaluated, train_here
+
+__all__ = ["cache", "finished", "once"]
 
 
 def config(**trainer: object) -> DictConfig:
@@ -46,10 +49,8 @@ def test_auto_on_a_cpu_is_fp32_and_not_compiled(monkeypatch: pytest.MonkeyPatch)
         resolved(compile="yes")
 
 
-def test_a_run_stores_the_chosen_precision(tmp_path: Path) -> None:
-    settings = {"trainer.accelerator": "cpu", "trainer.max_steps": 2}
-    train_here(tmp_path / "run", tmp_path / "cache", settings)
-    trainer = open_model(tmp_path / "run").config["trainer"]
+def test_a_run_stores_the_chosen_precision(finished: Path) -> None:
+    trainer = open_model(finished).config["trainer"]
     assert (trainer["precision"], trainer["compile"]) == ("32-true", False)
 
 
@@ -72,6 +73,7 @@ def test_tf32_goes_with_bf16_on_a_gpu(accelerator: str, precision: str, expected
 
 def test_the_start_of_training_and_evaluate_names_the_cpu_kernels(
     tmp_path: Path,
+    cache: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -79,11 +81,11 @@ def test_the_start_of_training_and_evaluate_names_the_cpu_kernels(
     monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch's operators (the reason)"))
     line = "CPU layers by PyTorch's operators (the reason), threads: 1"
     with caplog.at_level("INFO", logger="mtp_lightning.experiment"):
-        train_here(tmp_path / "run", tmp_path / "cache", {"trainer.max_steps": 1})
+        train_here(tmp_path / "run", cache, {"trainer.max_steps": 1})
     assert caplog.messages.count(line) == 1
     capsys.readouterr()
     few = ("decode.n_prompts=0", "long_range=false")
-    evaluated(tmp_path / "run", f"paths.cache_dir={tmp_path}", *few)
+    evaluated(tmp_path / "run", f"paths.cache_dir={cache}", *few)
     assert capsys.readouterr().out.startswith(f"{line}\n")
     assert device.kernels_line("cuda") is None
     monkeypatch.setenv("MTP_LIGHTNING_QUIET", "1")

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.report.chart import styled
+from sweeps.report.compare import compare
 from sweeps.report.metrics import BY_TAG, LOSS, form_of
 from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
 from sweeps.report.settings import show
 from tests.sweeps.fixture_runs import depth_sweep
-from tests.sweeps.reported import page_of
+from tests.sweeps.reported import drawings, page_of, settings_of
 
 
 def test_keys_and_values_have_names() -> None:
@@ -53,7 +55,6 @@ def test_tags_are_named_in_words_with_their_unit() -> None:
     assert form_of("decode/acceptance_slope_entropy") == 4 and form_of("flops") == "si"
 
 
-@pytest.mark.usefixtures("real_figures")
 def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.05)})
     html = page_of(tmp_path)
@@ -61,5 +62,12 @@ def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     assert f"<code>mtp-lightning report {tmp_path}</code>" in html
     assert html.count(">D = 1, seed 1</option>") == 2  # of "Two runs"
     assert html[html.index('id="figure-') :].startswith('id="figure-differences"')
-    # The label has two lines, as it is longer than its axis.
-    assert ">difference in nats per token<" in html and ">(lower is better)<" in html
+
+
+@pytest.mark.usefixtures("real_figures")
+def test_a_label_that_is_longer_than_its_axis_has_two_lines(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.05)})
+    settings = settings_of(tmp_path)
+    with styled():
+        svg = drawings(settings, compare(settings))["differences"].chart.svg().decode()
+    assert ">difference in nats per token<" in svg and ">(lower is better)<" in svg
