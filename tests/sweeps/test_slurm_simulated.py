@@ -19,7 +19,7 @@ from mtp_lightning.run.status import state_of, write_status
 from sweeps import slurm_cluster
 from sweeps.follow import follow
 from sweeps.process import Job
-from sweeps.slurm_cluster import _Queue, export_paths, in_arrays, max_array_size, torchrun
+from sweeps.slurm_cluster import _Queue, export_paths, max_array_size, torchrun
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
 SETTINGS: dict[str, Any] = {
@@ -48,17 +48,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder := tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
-
-
-def test_arrays_have_one_kind_of_job_and_at_most_slurms_length(tmp_path: Path) -> None:
-    single, double = jobs_of(tmp_path, 7), jobs_of(tmp_path, 2, processes=2)
-    two_nodes, cpu = jobs_of(tmp_path, 1, processes=2, nodes=2), jobs_of(tmp_path, 1, on_cpu=True)
-    jobs = [*double, *single, *two_nodes, *cpu]
-    arrays = in_arrays(jobs, 3)
-    assert [len(array) for array in arrays] == [3, 3, 1, 1, 2, 1]
-    assert sorted(map(id, jobs)) == sorted(id(job) for array in arrays for job in array)
-    for array in arrays:
-        assert len({(job.processes, job.nodes, job.on_cpu) for job in array}) == 1
 
 
 def test_fewer_jobs_at_once_than_arrays_are_refused(tmp_path, slurm) -> None:
@@ -137,17 +126,19 @@ def executor(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> type[Executor]:
     return Executor
 
 
-def test_more_jobs_than_an_array_holds_are_submitted_in_parts(tmp_path, executor, monkeypatch):
+def test_arrays_have_one_kind_of_job_and_at_most_slurms_length(tmp_path, executor, monkeypatch):
     followed = []
     monkeypatch.setattr(slurm_cluster, "follow", lambda jobs, **values: followed.append(jobs))
-    jobs = [*jobs_of(tmp_path, 1500), *jobs_of(tmp_path / "far", 2, processes=4, nodes=2)]
+    jobs = [*jobs_of(tmp_path / "far", 2, processes=4, nodes=2), *jobs_of(tmp_path, 1500)]
+    jobs += [*jobs_of(tmp_path / "w", 1, processes=4), *jobs_of(tmp_path / "c", 1, on_cpu=True)]
     slurm_cluster.run(jobs, **SETTINGS)
     assert followed == [jobs]
-    assert [n for _, n in executor.submitted] == [1001, 499, 2]
-    first, second, far = (settings for settings, _ in executor.submitted)
+    assert [n for _, n in executor.submitted] == [1001, 499, 1, 1, 2]
+    first, second, *_, far = (settings for settings, _ in executor.submitted)
     assert first["array_parallelism"] + second["array_parallelism"] <= 100
-    assert (first["nodes"], first["cpus_per_task"], first["gpus_per_node"]) == (1, 2, 1)
-    assert (far["nodes"], far["cpus_per_task"], far["gpus_per_node"]) == (2, 8, 4)
+    keys = ("nodes", "cpus_per_task", "gpus_per_node")
+    kinds = [tuple(settings.get(key) for key in keys) for settings, _ in executor.submitted]
+    assert kinds == [(1, 2, 1), (1, 2, 1), (1, 2, None), (1, 8, 4), (2, 8, 4)]
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
 
 
