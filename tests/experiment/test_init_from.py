@@ -192,17 +192,6 @@ def test_a_resumed_run_does_not_read_its_start_again(base: Path) -> None:
     helpers.assert_same_weights(base / "whole", base / "halves")
 
 
-def test_a_frozen_trunk_takes_other_heads(base: Path) -> None:
-    last = base / "base" / "checkpoints" / "last.ckpt"  # the folder would give the best one
-    settings = {"init_from": last, "mtp": "parallel", "mtp.freeze_trunk": "true"}
-    settings["trainer.max_steps"] = 3
-    helpers.train_here(base / "parallel", base / "cache", settings)
-    old, new = helpers.weights(base / "base"), helpers.weights(base / "parallel")
-    for name, tensor in new.items():
-        if not name.startswith("model.mtp."):
-            assert torch.equal(tensor, old[name])
-
-
 @pytest.mark.parametrize(
     ("start", "settings", "message"),
     [

@@ -44,21 +44,15 @@ def test_an_error_before_the_first_checkpoint_removes_the_folder(tmp_path, saved
     assert folder.exists() == saved
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "tokenizer.json"])
-def test_a_users_files_are_kept(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("mine")
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "config.yaml", "tokenizer.json", "events.out.tfevents.1.other", "train.log"],
+)
+def test_files_of_users_and_of_other_programs_are_kept(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("theirs")
     with pytest.raises(ValueError, match="refused"), claimed(tmp_path):
         raise ValueError("refused")
-    assert (tmp_path / name).read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["events.out.tfevents.1.other", "train.log"])
-def test_files_of_other_programs_are_kept(name: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("theirs")
-    with pytest.raises(KeyError), claimed(tmp_path / "run"):
-        raise KeyError
-    assert (tmp_path / "run" / name).read_text() == "theirs"
+    assert (tmp_path / name).read_text() == "theirs"
 
 
 def test_a_folder_that_a_failed_start_removes_is_made_again(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def steps(path: Path) -> list[float]:
 
 def test_train_and_validation_share_the_row_of_their_step(path: Path) -> None:
     file = MetricsFile(path)
+    assert not path.exists(), "nothing is written before the first value"
     file.write({"train/loss": 2.5}, 0)
     file.write({"train/loss": 2.0}, 1)
     file.write({"val/loss_depth_0": 3.0}, 1)
@@ -65,32 +66,18 @@ def test_nan_tensors_ints_and_quoted_tags_round_trip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [4, 5])
-def test_resume_drops_the_rows_after_the_resumed_step(path: Path, step: int) -> None:
+def test_resume_joins_the_row_of_the_resumed_step_and_drops_later_ones(path, step) -> None:
     first = MetricsFile(path)
     for done in range(6):
-        first.write({"a": float(done)}, done)
+        first.write({"a": done / 7, "b": done}, done)
     second = MetricsFile(path)
     second.resume_from(3)
+    second.write({"a": 2.0, "c": 5.0}, 3)  # a shorter row
     second.write({"a": 40.0}, step)
-    assert [(row["step"], row["a"]) for row in read_metrics(path)] == [
-        (0, 0), (1, 1), (2, 2), (3, 3), (step, 40),
-    ]  # fmt: skip
-
-
-def test_resume_joins_the_row_of_the_resumed_step(path: Path) -> None:
-    first = MetricsFile(path)
-    first.write({"a": 1.0}, 0)
-    first.write({"a": 123456789.0}, 1)
-    second = MetricsFile(path)
-    second.resume_from(1)
-    second.write({"a": 2.0, "b": 5.0}, 1)
-    second.write({"a": 3.0}, 2)
-    assert table(path) == [
-        ["step", "a", "b"],
-        ["0", "1.0", ""],
-        ["1", "2.0", "5.0"],
-        ["2", "3.0", ""],
-    ]
+    earlier = [{"step": done, "a": done / 7, "b": done} for done in range(3)]
+    joined = {"step": 3, "a": 2, "b": 3, "c": 5}
+    assert read_metrics(path) == [*earlier, joined, {"step": step, "a": 40}]
+    assert len(table(path)) == 6, "nothing is left of the longer row"
 
 
 def test_a_torn_last_line_is_dropped(path: Path) -> None:
