@@ -179,7 +179,7 @@ def test_training_on_a_frozen_trunk_changes_the_modules_alone(base, caplog):
 
 def test_a_resumed_run_does_not_read_its_start_again(base: Path) -> None:
     settings = {
-        "init_from": base / "gone", "mtp.depth": 1, **helpers.CONSTANT,
+        "init_from": base / "gone/checkpoints/last.ckpt", "mtp.depth": 1, **helpers.CONSTANT,
         "callbacks.checkpoints.every_n_steps": 2,
     }  # fmt: skip
     shutil.copytree(base / "base", base / "gone")
