@@ -16,12 +16,12 @@ from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.attention import ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig, routers_of
 from mtp_lightning.paths import CONF
-from tests import deepseek, deepseek_reference, reference
+from tests import deepseek, deepseek_reference, models, reference
 from tests.integration.helpers import composed
 from tests.losses import reported_loss
 
@@ -97,8 +97,7 @@ def test_recomputation_changes_no_bit(trunk: TrunkConfig, head: type) -> None:
     losses, gradients, loads, saved = [], [], [], []
     for recompute in (False, True):
         config = replace(trunk, recompute=recompute)
-        model = MTPModel(ModelConfig(trunk=config, mtp=head(depth=2)))
-        model.initialize(0)
+        model = models.build(config, head(depth=2))
         tokens = torch.randint(0, 37, (2, 40), generator=torch.Generator().manual_seed(0))
         saved_bytes: dict[int, int] = {}
 
@@ -126,15 +125,8 @@ def test_recomputation_changes_no_bit(trunk: TrunkConfig, head: type) -> None:
 def test_qk_norm_equals_the_equations() -> None:
     """Plain attention on queries and keys that are normed by hand."""
     config = dense(attention=GroupedQueryConfig(qk_norm=True))
-    model = MTPModel(ModelConfig(trunk=config, mtp=NoMTPConfig()))
-    model.initialize(0)
-    layer = model.trunk.blocks[0].attention
-    with torch.no_grad():
-        layer.query_norm.weight.uniform_(0.5, 1.5)
-        layer.key_norm.weight.uniform_(0.5, 1.5)
+    layer = models.build(config, NoMTPConfig()).trunk.blocks[0].attention
     x = torch.randn(1, 9, 32)
-    from mtp_lightning.nn.attention import ForwardContext
-
     actual = layer(x, ForwardContext.of_window(config, 9, device=x.device))[0].double()
     w = {name: t.double() for name, t in layer.state_dict().items()}
     q, k, v = (x[0].double() @ w["qkv.weight"].T).view(9, 8, 8).split([4, 2, 2], dim=1)

@@ -18,7 +18,7 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.models import target_counts
+from tests.models import build, target_counts
 
 PAGE = Path(__file__).parents[1] / "docs" / "semantics.md"
 T, D = 6, 2
@@ -72,11 +72,7 @@ def test_targets_equal_those_of_the_page(name: str, depths: int) -> None:
 @torch.no_grad()
 def test_a_prediction_depends_on_the_pages_tokens_and_no_later_one(name, mtp, tiny_trunk):
     _, cells = table(name)
-    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
-    model.initialize(0)
-    for parameter in model.parameters():  # linear heads start at 0, and would read nothing
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    model.eval()
+    model = build(tiny_trunk, mtp).eval()
     batch = window()
     before = model(batch)
     newest = {k: [-1] * T for k in cells}
