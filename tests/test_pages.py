@@ -112,7 +112,7 @@ def of_a_notebook(folder: Path, sweep: Path) -> Path:
     (copy / "summary.json").write_text(json.dumps({**summary, "tokens": MARKS[0]}))
     text = "".join(MARKS)
     ids = list(text.encode())
-    drafts = [number % 3 > 0 for number in range(len(ids))]
+    drafts = [number // 50 % 2 > 0 for number in range(len(ids))]  # whole marks of both kinds
     generation = Generation(ids, text, "stop", 1.0, 3, [3], [6], drafts)
     shown_text = Text(MARKS[1], generation, ByteTokenizer())
     parts: list[Any] = [Run(copy), Run(folder), Sweep(sweep), shown_text]
