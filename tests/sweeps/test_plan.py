@@ -68,13 +68,6 @@ def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Pat
     assert len(SweepPlan(tmp_path).jobs) == 4, "all jobs stay in the plan"
 
 
-def test_a_sweep_of_older_names_continues_in_its_folders(tmp_path: Path) -> None:
-    jobs = [{"folder": "seed-0_model-pico", "overrides": ["seed=0", "model=pico"]}]
-    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "jobs": jobs}))
-    planned = SweepPlan(tmp_path).add([[f"seed={seed}", "model=pico"] for seed in (0, 1)])
-    assert [job.folder for job in planned] == ["seed-0_model-pico", "seed-1"]
-
-
 def test_similar_values_get_different_folders(tmp_path: Path) -> None:
     folders = [job.folder for job in SweepPlan(tmp_path).add([["x='a b'"], ["x=a-b"], ["x=a/b"]])]
     assert len(set(folders)) == 3
