@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -53,6 +54,14 @@ RAW = {
 def test_malformed_bodies_are_refused(served: Serving, name: str) -> None:
     body, status, message = RAW[name]
     assert_refused(served.post(body), status, message)
+
+
+def test_random_bytes_and_bodies_cut_anywhere_are_refused(served: Serving) -> None:
+    sound, chance = json.dumps({"prompt": "ab", "max_tokens": 3}).encode(), random.Random(0)
+    bodies = [sound[:n] for n in range(len(sound))]
+    bodies += [chance.randbytes(chance.randrange(1, 5000)) for _ in range(40)]
+    for body in bodies:
+        assert_refused(served.post(body), 400, "")
 
 
 @pytest.mark.parametrize(
