@@ -176,23 +176,6 @@ def test_fresh_tokens_make_up_the_text():
         assert len(done.logprobs) == len(done.token_ids)
 
 
-def test_storage_grows_for_longer_requests():
-    model = small_model(4, 2)
-    requests = [
-        Request(prompt=prompt, max_new_tokens=20 * (i + 1), index=i)
-        for i, prompt in enumerate(random_prompts(4, (3, 40, 90)))
-    ]
-    expected = [decoded_alone(model, request) for request in requests]
-    rows = []
-    with Engine(model, DecodingOptions(batch_size=3)) as engine:
-        for request in requests:  # each joins during the decoding of shorter ones
-            rows += engine.add([request])
-            engine.step()
-        while engine.sequences:
-            engine.step()
-    assert ids_of(rows) == expected
-
-
 class FailsAt(TorchFunctionMode):
     """Lets the ``n``-th call of PyTorch fail as for want of memory."""
 
@@ -328,15 +311,16 @@ def test_drafts_are_right_after_the_storage_has_grown(seed: int) -> None:
     model = small_model(seed, 2, vocab=4)
     first, moves, joins = random_prompts(seed, (5, 4, 4), 4)
     with Engine(model, DecodingOptions(batch_size=2)) as engine:
-        engine.add(
+        _, moved = engine.add(
             [
                 Request(prompt=first, max_new_tokens=2, draft_depth=0),
                 Request(prompt=moves, max_new_tokens=30, index=1, draft_depth=0),
             ]
         )
         engine.step()
-        (row,) = engine.add([Request(prompt=joins, max_new_tokens=200, index=2)])
+        (joined,) = engine.add([Request(prompt=joins, max_new_tokens=200, index=2)])
         while engine.sequences:
             engine.step()
-    (plain,) = generate(model, [joins], max_new_tokens=200, speculative=False)
-    assert row.token_ids == plain.token_ids
+    for row, prompt, new in ((moved, moves, 30), (joined, joins, 200)):
+        (plain,) = generate(model, [prompt], max_new_tokens=new, speculative=False)
+        assert row.token_ids == plain.token_ids

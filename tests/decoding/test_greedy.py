@@ -156,17 +156,6 @@ def test_modules_first_read_the_tokens_that_were_decoded_without_drafts(
     assert all(compared.values()), compared
 
 
-def test_wrong_drafts_are_rejected_and_do_not_change_the_text(monkeypatch):
-    model = small_model(2, 2)
-    prompts = random_prompts(2, LENGTHS)
-    expected = plain_ids(model, prompts)
-    steer_drafts(monkeypatch, prompts, expected, chance=0.0)
-    generations = generate(model, prompts, max_new_tokens=NEW)
-    assert ids_of(generations) == expected
-    assert all(g.drafts_accepted == [0, 0] and g.drafts_reached[0] > 5 for g in generations)
-    assert all(g.tokens_per_step == 1.0 and not any(g.accepted_mask) for g in generations)
-
-
 @pytest.mark.parametrize("mtp", [{}, {"stack": "masked"}], ids=str)
 def test_a_sliding_context_gives_the_same_text_with_and_without_drafts(mtp, monkeypatch):
     model = small_model(4, 2, **mtp)

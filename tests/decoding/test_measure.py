@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import fused, generate, measure
 from mtp_lightning.decoding.acceptance import acceptance_by, first_drafts
 from mtp_lightning.decoding.lookup import lookups_alone
@@ -21,7 +20,6 @@ from mtp_lightning.decoding.measure import (
     decoding_report,
     intervals,
     pass_costs,
-    race,
     rates,
     require_same_greedy,
     teacher_forced_rates,
@@ -137,19 +135,13 @@ def test_texts_that_are_too_short_have_no_teacher_forced_rates() -> None:
     assert teacher_forced_rates(model, [[1, 2]], texts) == {}
 
 
-def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
-    """Both collapse if the drafts' targets are shifted by one."""
-    options = DecodingOptions(max_new_tokens=40)
-    report = decoding_report(trained(shift=0), counting_prompts(), options, repeats=1)
-    assert report["acceptance_position_1"] > 0.9
-    for j in (1, 2):
-        gap = report[f"acceptance_position_{j}"] - report[f"agreement_position_{j}"]
-        assert abs(gap) < 0.05
-    assert report["tokens_per_step"] == pytest.approx(report["expected_tokens_per_step"], abs=0.15)
+def test_a_report_has_the_measured_and_the_expected_values() -> None:
+    model, options = small_model(3, 2, vocab=3), DecodingOptions(max_new_tokens=20)
+    prompts = [torch.tensor(prompt) for prompt in random_prompts(3, (4, 1, 9), vocab=3)]
+    report = decoding_report(model, prompts, options, repeats=1)
+    values, plain = acceptance(model, prompts, options)
+    assert report.items() >= (values | teacher_forced_rates(model, prompts, plain)).items()
     assert report["speedup"] > 0 and report["expected_speedup"] > 0
-
-    shifted = decoding_report(trained(shift=1), counting_prompts(), options, repeats=1)
-    assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
 
 
 def test_a_race_prepares_the_model_once(monkeypatch) -> None:
@@ -195,47 +187,6 @@ def test_a_race_warms_up_and_alternates_the_order(monkeypatch, batch_size: int) 
     assert run.outputs["drafted"] == ["drafted a", "drafted b"]
     assert len(run.seconds["plain"]) == 2 and max(run.seconds["drafted"]) < 5
     assert run.speedup("drafted") == pytest.approx(2, rel=0.1)
-
-
-def counting_prompts() -> list[torch.Tensor]:
-    return [torch.arange(start, start + 6) % 12 for start in range(3)]
-
-
-def trained(*, shift: int) -> MTPModel:
-    """A model that counts modulo 12; the targets of its modules are ``shift`` too far ahead."""
-    trunk = TrunkConfig(vocab_size=12, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=48)
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
-    model.initialize(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
-        starts = torch.randint(0, 12, (8, 1), generator=generator)
-        batch = WindowBatch((starts + torch.arange(16 + 3)) % 12, 2)
-        hidden = model(batch)
-        loss = sum(
-            torch.nn.functional.cross_entropy(
-                model.head(hidden[k]).flatten(0, 1),
-                (batch.targets(k) + (shift if k else 0)).flatten() % 12,
-            )
-            for k in range(3)
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def test_every_way_of_a_race_decodes_the_same_prompts() -> None:
-    model = small_model(1, 2)
-    prompts = random_prompts(1, (3, 5))
-    options = DecodingOptions(max_new_tokens=6)
-    ways = {"plain": options.plain(), "drafted": options}
-    ways["auto"] = replace(options, draft_depth="auto")
-    run = race(model, prompts, ways, repeats=2)
-    assert run.outputs.keys() == run.seconds.keys() == ways.keys()
-    assert all(len(seconds) == 2 for seconds in run.seconds.values())
-    texts = [ids_of(run.outputs[way]) for way in ways]
-    assert texts[0] == texts[1] == texts[2]
 
 
 def test_another_greedy_token_is_an_error_with_its_position() -> None:

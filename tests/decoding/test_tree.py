@@ -211,16 +211,6 @@ def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fractio
     return result, accepted
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_the_rule_for_several_candidates_gives_p_in_exact_fractions(width):
-    generator = torch.Generator().manual_seed(width)
-    for _ in range(30):
-        p, q = torch.randint(0, 7, (2, 4), generator=generator).tolist()
-        if sum(p) and sum(q):
-            p, q = ([Fraction(v, sum(x)) for v in x] for x in (p, q))
-            assert rule(p, q, width)[0] == p
-
-
 @pytest.mark.parametrize("widths", [(3,), (2, 2), (3, 2, 1)])
 def test_accepted_tokens_have_the_trunks_distribution(widths):
     """Counts the tokens after each path; each path has another distribution."""

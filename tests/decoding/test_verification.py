@@ -1,10 +1,9 @@
-"""Block verification: in exact fractions against the rule that judges token by token, and the code
-against both."""
+"""Both rules of verification against their formulas in exact fractions."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import draw
 from mtp_lightning.decoding.verification import RULES, accept_block, accept_or_resample
-from tests.decoding.distributions import chi_square
 from tests.decoding.models import ids_of, random_prompts, small_model
 
 V, D = 3, 2
@@ -24,8 +22,8 @@ Table = dict[Text, list[Fraction]]
 """The next token's distribution after each beginning of a draft."""
 
 
-def tables(seed: int, depth: int = D) -> tuple[Table, Table]:
-    """Random p of the trunk after 0 .. depth tokens, and q of the drafts after 0 .. depth - 1; some
+def tables(seed: int) -> tuple[Table, Table]:
+    """Random p of the trunk after 0 .. D tokens, and q of the drafts after 0 .. D - 1; some
     probabilities are 0."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,19 +32,9 @@ def tables(seed: int, depth: int = D) -> tuple[Table, Table]:
         counts[int(torch.randint(V, (1,), generator=generator))] += 1
         return [Fraction(n, sum(counts)) for n in counts]
 
-    texts = [x for n in range(depth + 1) for x in itertools.product(range(V), repeat=n)]
+    texts = [x for n in range(D + 1) for x in itertools.product(range(V), repeat=n)]
     p = {x: distribution() for x in texts}
-    return p, {x: distribution() for x in texts if len(x) < depth}
-
-
-def drafts(q: Table, depth: int = D) -> Iterator[tuple[Text, Fraction]]:
-    """Every draft and its probability, by the chain rule."""
-    for x in itertools.product(range(V), repeat=depth):
-        chance = ONE
-        for i in range(depth):
-            chance *= q[x[:i]][x[i]]
-        if chance:
-            yield x, chance
+    return p, {x: distribution() for x in texts if len(x) < D}
 
 
 def rest_of(weight: Fraction, p: Sequence[Fraction], q: Sequence[Fraction]) -> list[Fraction]:
@@ -100,108 +88,23 @@ def after_kept(rule: str, x: Text, kept: int, p: Table, q: Table) -> list[Fracti
     return [v / sum(rest) for v in rest] if sum(rest) else p[x[:kept]]
 
 
-def text_of_a_round(
-    rule: str, p: Table, q: Table, depth: int = D
-) -> tuple[dict[Text, Fraction], Fraction]:
-    """The distribution of ``depth + 1`` tokens, of which a round writes the first ones and the
-    trunk alone the others; and the expected number of kept drafts."""
-    texts: dict[Text, Fraction] = {}
-    kept = ZERO
-
-    def extend(text: Text, chance: Fraction) -> None:
-        if len(text) == depth + 1:
-            texts[text] = texts.get(text, ZERO) + chance
-            return
-        for token, share in enumerate(p[text]):
-            if share:
-                extend((*text, token), chance * share)
-
-    for x, chance in drafts(q, depth):
-        for n, share in CHANCES[rule](x, p, q).items():
-            kept += chance * share * n
-            if not chance * share:
-                continue
-            for token, part in enumerate(after_kept(rule, x, n, p, q)):
-                if part:
-                    extend((*x[:n], token), chance * share * part)
-    return texts, kept
-
-
-def test_the_block_rule_is_lossless_and_keeps_no_fewer_drafts_in_fractions() -> None:
-    """It keeps more drafts for most pairs of models."""
-    assert sum(gained(*tables(seed)) > 0 for seed in range(12)) > 6
-
-
-def gained(p: Table, q: Table) -> Fraction:
-    """The number of additional drafts that the block rule keeps; both rules are checked."""
-    expected_texts: dict[Text, Fraction] = {}
-    for x in itertools.product(range(V), repeat=D + 1):
-        chance = p[()][x[0]] * p[x[:1]][x[1]] * p[x[:2]][x[2]]
-        if chance:
-            expected_texts[x] = chance
-    (token, by_token), (block, by_block) = (
-        text_of_a_round(rule, p, q) for rule in ("token", "block")
-    )
-    assert token == block == expected_texts
-    assert by_block >= by_token
-    # Theorem 2: the first n drafts are all kept with the probability of the joint ratio.
-    expected = sum(
-        (chance * joint for x, chance in drafts(q) for joint in joints(x, p, q)[1:]), ZERO
-    )
-    assert by_block == expected
-    return by_block - by_token
-
-
-def test_the_expected_numbers_are_those_of_the_papers_example() -> None:
-    """Section 2: two tokens, the same distributions at every place, two drafts: 10/9 and 11/9."""
-    p, q = [Fraction(1, 3), Fraction(2, 3), ZERO], [Fraction(2, 3), Fraction(1, 3), ZERO]
-    texts = [x for n in range(D + 1) for x in itertools.product(range(V), repeat=n)]
-    ps, qs = dict.fromkeys(texts, p), dict.fromkeys([x for x in texts if len(x) < D], q)
-    assert text_of_a_round("token", ps, qs)[1] == Fraction(10, 9)
-    assert text_of_a_round("block", ps, qs)[1] == Fraction(11, 9)
-
-
 def floats(distributions: Sequence[list[Fraction]]) -> Tensor:
     return torch.tensor([[float(v) for v in row] for row in distributions])
 
 
-def rows_of(p: Table, q: Table, n: int, depth: int = D) -> tuple[Tensor, ...]:
+def rows_of(p: Table, q: Table, n: int) -> tuple[Tensor, ...]:
     """The distributions, drafts and random numbers of n rounds."""
     generator = torch.Generator().manual_seed(n)
-    noise = torch.rand(n, 2 * depth + 1, generator=generator, dtype=torch.float64)
+    noise = torch.rand(n, 2 * D + 1, generator=generator, dtype=torch.float64)
     draft, q_rows, p_rows = torch.zeros(n, 0, dtype=torch.long), [], []
-    for i in range(depth + 1):
+    for i in range(D + 1):
         row_ids = [tuple(x) for x in draft.tolist()]
         p_rows.append(floats([p[x] for x in row_ids]))
-        if i < depth:
+        if i < D:
             q_rows.append(floats([q[x] for x in row_ids]))
             drawn = draw(q_rows[-1], noise[:, i])
             draft = torch.cat((draft, drawn.unsqueeze(1)), dim=1)
-    return torch.stack(p_rows, 1), torch.stack(q_rows, 1), draft, noise[:, depth:-1], noise[:, -1]
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("seed", [3, 20])
-def test_sampled_drafts_are_kept_as_often_as_in_fractions(seed: int, rule: str) -> None:
-    n = 6_000
-    p, q = tables(seed)
-    inputs = rows_of(p, q, n)
-    tokens, accepted = RULES[rule](*inputs, torch.full((n,), D))
-    # The drafts together with the number of them that is kept.
-    probs, counts = torch.zeros(V, V, D + 1), torch.zeros(V, V, D + 1)
-    for x, chance in drafts(q):
-        for kept, share in CHANCES[rule](x, p, q).items():
-            probs[(*x, kept)] = float(chance * share)
-    counts.index_put_((*inputs[2].T, accepted), torch.ones(n), accumulate=True)
-    assert chi_square(counts.flatten(), probs.flatten()) < 5
-    # The first token, and the second if there is one, have the trunk's distribution.
-    first = torch.bincount(tokens[:, 0], minlength=V)
-    assert chi_square(first, floats([p[()]])[0]) < 5
-    for a in range(V):
-        second = torch.bincount(tokens[(accepted >= 1) & (tokens[:, 0] == a), 1], minlength=V)
-        probs = floats([p[(a,)]])[0]
-        if second.sum() and probs.max() < 1:
-            assert chi_square(second, probs) < 5
+    return torch.stack(p_rows, 1), torch.stack(q_rows, 1), draft, noise[:, D:-1], noise[:, -1]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -212,7 +115,9 @@ def test_shares_over_a_grid_of_random_numbers_equal_the_fractions(seed: int, rul
     n = 128
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     noise = torch.cartesian_prod(grid, grid)
-    for x, _ in drafts(q):
+    for x in itertools.product(range(V), repeat=D):
+        if not all(q[x[:i]][x[i]] for i in range(D)):
+            continue  # never drafted
         before = [x[:i] for i in range(D + 1)]
         p_TV, q_MV = floats([p[y] for y in before]), floats([q[y] for y in before[:-1]])
 
@@ -257,6 +162,17 @@ def test_a_row_that_may_keep_fewer_drafts_is_judged_as_if_it_had_fewer(rule: str
     # Without drafts, the trunk's distribution gives the token.
     tokens, accepted = judge(*inputs, 0 * ones)
     assert not accepted.any() and torch.equal(tokens[:, 0], draw(p[:, 0], final_noise))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_is_judged_as_if_it_were_alone(rule: str) -> None:
+    n = 100
+    inputs = [*rows_of(*tables(3), n), torch.full((n,), D)]
+    tokens, accepted = RULES[rule](*inputs)
+    for row, kept in enumerate(accepted.tolist()):
+        alone, alone_kept = RULES[rule](*(x[row : row + 1] for x in inputs))
+        assert int(alone_kept) == kept
+        assert torch.equal(alone[0, : kept + 1], tokens[row, : kept + 1])
 
 
 def test_all_drafts_are_kept_if_p_equals_q() -> None:
