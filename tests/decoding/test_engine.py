@@ -305,22 +305,22 @@ def test_two_threads_decode_with_one_model(first_ends_first):
     assert all(getattr(layer, "packed", None) is None for layer in model.modules())
 
 
-@pytest.mark.parametrize("seed", [2, 21, 25, 37, 38])
-def test_drafts_are_right_after_the_storage_has_grown(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "temperature"), [*((seed, 0.0) for seed in (2, 21, 25, 37, 38)), (2, 1.0)]
+)
+def test_drafts_are_right_after_the_storage_has_grown(seed: int, temperature: float) -> None:
     """A row joins in the slot of a row that ended, and the storage grows for it."""
     model = small_model(seed, 2, vocab=4)
-    first, moves, joins = random_prompts(seed, (5, 4, 4), 4)
+    short, four, other = random_prompts(seed, (5, 4, 4), 4)
+    options: dict[str, Any] = {"temperature": temperature, "draft_depth": 0}
+    first = Request(prompt=short, max_new_tokens=2, **options)
+    options["draft_depth"] = None if temperature else 0
+    moves = Request(prompt=four, max_new_tokens=30, index=1, **options)
+    joins = Request(prompt=other, max_new_tokens=200, index=2, temperature=temperature)
     with Engine(model, DecodingOptions(batch_size=2)) as engine:
-        _, moved = engine.add(
-            [
-                Request(prompt=first, max_new_tokens=2, draft_depth=0),
-                Request(prompt=moves, max_new_tokens=30, index=1, draft_depth=0),
-            ]
-        )
+        _, moved = engine.add([first, moves])
         engine.step()
-        (joined,) = engine.add([Request(prompt=joins, max_new_tokens=200, index=2)])
+        (joined,) = engine.add([joins])
         while engine.sequences:
             engine.step()
-    for row, prompt, new in ((moved, moves, 30), (joined, joins, 200)):
-        (plain,) = generate(model, [prompt], max_new_tokens=new, speculative=False)
-        assert row.token_ids == plain.token_ids
+    assert ids_of([moved, joined]) == [decoded_alone(model, request) for request in (moves, joins)]
