@@ -17,6 +17,8 @@ from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
 from mtp_lightning.metrics import floor
 from mtp_lightning.metrics.floor import Floors, FloorValues, floors, least_rejection
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp import selector
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -64,10 +66,12 @@ def main_prediction(model: MTPModel, tokens: list[int]) -> np.ndarray:
 
 @torch.no_grad()
 def depth_prediction(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
-    """The prediction of depth k at the last of ``tokens``, given the k tokens ``between``."""
+    """The drafts' distribution of depth k at the last of ``tokens``, given the k tokens
+    ``between``."""
     k, fill = len(between), [0] * (model.depth + 1 - len(between))
     batch = WindowBatch(torch.tensor([[*tokens, *between, *fill]]), model.depth)
-    return model.head(model(batch)[k])[0, -1].softmax(-1).numpy()
+    before = torch.tensor([*tokens, *between])[-1:]
+    return model.draft_logits(k, model(batch)[k][0, -1:], before)[0].softmax(-1).numpy()
 
 
 def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
@@ -88,12 +92,20 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> FloorValues:
 
 
 @pytest.mark.parametrize(
-    ("stack", "more"), [(SequentialConfig, {}), (ParallelConfig, {}), (LinearConfig, {"rank": 2})]
+    ("stack", "more"),
+    [
+        (SequentialConfig, {}),
+        (ParallelConfig, {}),
+        (LinearConfig, {"rank": 2}),
+        (LinearConfig, {"correction": "selector", "correction_rank": 5}),
+        (EagleConfig, {"draft_vocab": 3}),  # other tokens are never drafted
+    ],
 )
 def test_floors_rejections_and_recalls_equal_those_of_loops(
     stack: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(floor, "RECALL", 2)
+    monkeypatch.setattr(selector, "CANDIDATES", 3)
     model = tiny(stack=stack, **more)
     measured = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).measure()
     assert list(measured) == [(1, 0), (2, 0), (2, 1)]

@@ -17,7 +17,6 @@ import torch
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
-from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.long_range import read
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
@@ -74,19 +73,6 @@ def test_targets_outside_the_draft_vocabulary_are_left_out() -> None:
     for k in (1, 2, 3):
         inside = torch.isin(batch.targets(k), head.tokens)
         assert 0 < inside.sum() < 14 and torch.equal(losses.valid_KBT[k], inside)
-
-
-def test_measured_rejections_count_tokens_outside_the_draft_vocabulary() -> None:
-    """They are never drafted, so more drafts are rejected."""
-    prompt = torch.tensor([3, 5, 2])
-    trunk = replace(TRUNK, vocab_size=7, n_layers=2)
-    sizes = {"rollouts": 4, "seen": 1}
-    one, six = (
-        Floors(model, prompt, torch.Generator().manual_seed(0), **sizes).measure()[1, 0]
-        for model in (eagle_model(trunk, draft_vocab=rows) for rows in (1, 6))
-    )
-    assert 0 <= one.floor <= one.rejection < 1
-    assert one.rejection > six.rejection
 
 
 def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp import selector
@@ -112,23 +111,6 @@ def test_rates_are_those_of_the_rescored_drafts(tiny_trunk: TrunkConfig) -> None
             expected = float(value.double().mean())
             assert values[f"{name}_depth_{k}"] == pytest.approx(expected, rel=1e-6), name
     assert "candidate_recall" not in rates_of(small_model(0, 1)).metric_state
-
-
-@torch.no_grad()
-def test_the_measured_rejection_is_that_of_the_rescored_drafts() -> None:
-    model = small_model(1, 2, vocab=20, stack="linear", **SELECTOR)
-    prompt, k = torch.tensor([3, 1, 2]), 1
-    floors = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).measure()
-    tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
-    hidden = model(WindowBatch(tokens, 2))
-    p = model.head(hidden[0]).double().softmax(-1)
-    q = model.draft_logits(k, hidden[k], tokens[:, 1:4]).double().softmax(-1)[:, 2]
-    p_after = torch.stack([
-        model.head(model(WindowBatch(torch.tensor([[3, 1, 2, a, 0, 0, 0]]), 2))[0])[0, 3]
-        for a in range(20)
-    ]).double().softmax(-1)  # fmt: skip
-    expected = (p[0, 2] * (1 - torch.minimum(p_after, q).sum(-1))).sum()
-    assert floors[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_default_ranks_of_corrections() -> None:
