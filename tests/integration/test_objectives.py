@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.decoding import generate
-from mtp_lightning.opening import open_model
 from tests.integration import helpers
 from tests.integration.conftest import Once
 from tests.integration.helpers import CONF, CONSTANT, DDP, column, rows, train_here, typed, weights
@@ -45,16 +43,6 @@ def test_every_objective_trains_and_logs_its_terms(tmp_path, cache, objective):
     assert logged == mixtures.get(objective, set())
 
 
-@pytest.mark.parametrize(
-    ("precision", "variant"), [("bf16-mixed", "sequential"), ("64-true", "parallel")]
-)
-def test_all_terms_train_in_other_precisions(tmp_path, cache, precision, variant):
-    settings = {**ALL, "mtp": variant, "trainer.precision": precision, "trainer.max_steps": 6}
-    train_here(tmp_path / "run", cache, settings)
-    losses = list(column(tmp_path / "run", "train/loss").values())
-    assert len(losses) == 6 and all(loss == loss for loss in losses) and losses[-1] < losses[0]
-
-
 def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     common = {
         **ALL, "trainer.precision": "64-true", "data.document_mask": "true",
@@ -83,21 +71,6 @@ def test_a_run_of_all_terms_resumes_exactly(tmp_path: Path, cache: Path, run: Pa
     helpers.assert_same_weights(run, tmp_path)
     for tag in ("objective/tau", "train/loss", "confidence/error_depth_1"):
         assert column(run, tag) == column(tmp_path, tag), tag
-
-
-def test_evaluate_repeats_the_last_validation(run: Path) -> None:
-    summary = helpers.summary_of(run)
-    metrics = helpers.evaluated(run / "checkpoints" / "last.ckpt")
-    assert metrics["val/loss_depth_1"] == summary["val/loss_depth_1"]
-
-
-def test_min_confidence_does_not_change_the_text(run: Path) -> None:
-    opened = open_model(run)
-    assert opened.model.mtp.confidence is not None
-    prompt = [list(b"abc")]
-    plain = generate(opened.model, prompt, max_new_tokens=12, speculative=False)
-    sure = generate(opened.model, prompt, max_new_tokens=12, min_confidence=0.5)
-    assert plain[0].token_ids == sure[0].token_ids
 
 
 @pytest.mark.parametrize(

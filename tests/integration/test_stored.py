@@ -337,7 +337,9 @@ GGUF = {
     "arrays in arrays": gguf(field(9, struct.pack("<IQ", 9, 1) * 50)),
     "a text of 2^63 bytes": gguf(field(8, struct.pack("<Q", 2**63))),
     "a name of 2^63 bytes": gguf(struct.pack("<Q", 2**63)),
+    "2^62 fields": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62),
     "2^60 tensors": gguf(tensors=2**60),
+    "a tensor with a name of 2^62 bytes": gguf(tensors=1, infos=struct.pack("<Q", 2**62)),
     "a tensor of 2^60 dimensions": gguf(tensors=1, infos=struct.pack("<QcI", 1, b"a", 2**31)),
     "a tensor of 2^60 numbers": gguf(
         tensors=1, infos=struct.pack("<QcIQQIQ", 1, b"a", 2, 2**30, 2**30, 0, 0)
