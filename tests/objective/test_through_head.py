@@ -61,24 +61,18 @@ def expected(
     return total, sums, grads[0], list(grads[1:])
 
 
-@pytest.mark.parametrize(
-    ("n_depths", "vocab", "rows", "masked", "train_head"),
-    [(1, 2, 1, False, True), (4, 17, 40, True, True), (3, 64, 130, True, False)],
-)
-@pytest.mark.parametrize("one_kernel", [False, True])
+@pytest.mark.parametrize(("train_head", "one_kernel"), [(True, False), (True, True), (False, True)])
 def test_values_and_gradients_equal_those_of_whole_logits(
-    n_depths: int, vocab: int, rows: int, masked: bool, train_head: bool, one_kernel: bool
+    train_head: bool, one_kernel: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(vocab)
-    weight = torch.randn(vocab, 16, generator=generator, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(17, 16, generator=generator, requires_grad=True)
     depths = []
-    for k in range(n_depths):
-        targets = torch.randint(0, vocab, (2, rows), generator=generator)
-        if masked:
-            targets[torch.rand(targets.shape, generator=generator) < 0.5] = -100
-        hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
-        coefficient = float(torch.rand((), generator=generator)) + 0.1
-        depths.append((hidden, target(k, targets, coefficient)))
+    for k in range(4):
+        targets = torch.randint(0, 17, (2, 40), generator=generator)
+        targets[torch.rand(targets.shape, generator=generator) < 0.5] = -100
+        hidden = torch.randn(2, 40, 16, generator=generator).requires_grad_()
+        depths.append((hidden, target(k, targets, 0.1 * (k + 1))))
     with mock.patch.object(kernel, "_compiled_cross_entropy", lambda: kernel._cross_entropy):
         total, sums = chunked_loss(weight, depths, train_head=train_head, compiled=one_kernel)
     exact = expected(weight, depths, train_head=train_head)
