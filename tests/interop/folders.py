@@ -169,7 +169,7 @@ def logits(model: MTPModel, seed: int = 0) -> list[torch.Tensor]:
     """Of every depth, for random tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(ROWS, (2, 24 + model.depth + 1), generator=generator)
-    return [model.head(h) for h in model(WindowBatch(tokens, model.depth)).values()]
+    return [model.head_of(k)(h) for k, h in model(WindowBatch(tokens, model.depth)).items()]
 
 
 def assert_equal_logits(model: MTPModel, theirs: Any, *, rows: int) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
@@ -22,6 +21,7 @@ from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model
 from tests.interop import folders
 from tests.interop.folders import read_folder
+from tests.interop.test_round_trip import round_trip
 
 VOCAB, DEPTH = folders.ROWS, 3
 
@@ -93,8 +93,11 @@ def test_drafts_are_those_of_the_published_forward_pass(
     draft_vocab: int | None, tmp_path: Path
 ) -> None:
     model = build(draft_vocab=draft_vocab)
-    folders.write(tmp_path / "out", model)
-    published = Published(tmp_path / "out" / eagle3.FOLDER)
+    contents, back = round_trip(model, tmp_path)
+    assert back.config == model.config and contents.heads and contents.modules == 0
+    folder = tmp_path / "one"
+    assert stack_file.is_there(folder) and not (folder / stack_file.FILE).exists()
+    published = Published(folder / eagle3.FOLDER)
     assert published.c["architectures"] == ["LlamaForCausalLMEagle3"]
     assert published.c["draft_vocab_size"] == (draft_vocab or VOCAB)
     layers = published.c["eagle_aux_hidden_state_layer_ids"]
@@ -104,6 +107,8 @@ def test_drafts_are_those_of_the_published_forward_pass(
     embedding = model.trunk.embedding.weight
     head = model.mtp.own_head
     assert head is not None
+    assert torch.equal(published.w["t2d"], torch.isin(torch.arange(VOCAB), head.tokens))
+    assert published.w["d2t"].dtype == torch.int64
     with decoding_passes(model):
         session = Session(model, slots=1, capacity=24, max_draft=5)
         session.join([tokens[:-1]])
@@ -113,31 +118,6 @@ def test_drafts_are_those_of_the_published_forward_pass(
             logits = session.draft(k).logits_BV[0]
             torch.testing.assert_close(logits[head.tokens], expected, rtol=1e-4, atol=1e-4)
             session.put(logits.argmax().view(1, 1), k)
-
-
-def test_the_folder_has_the_two_tables_of_the_draft_vocabulary(tmp_path: Path) -> None:
-    model = build()
-    contents = folders.write(tmp_path / "out", model)
-    assert contents.heads and contents.modules == 0
-    assert stack_file.is_there(tmp_path / "out")
-    assert not (tmp_path / "out" / stack_file.FILE).exists()
-    _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
-    tokens = model.mtp.layer.head.tokens
-    assert torch.equal(tensors["d2t"], tokens - torch.arange(50))
-    assert torch.equal(tensors["t2d"], torch.isin(torch.arange(VOCAB), tokens))
-    assert tensors["d2t"].dtype == torch.int64
-
-
-def test_the_folder_is_read_back_and_written_again(tmp_path: Path) -> None:
-    model = build(layers=(0, 2, 3))
-    folders.write(tmp_path / "one", model)
-    back = open_model(tmp_path / "one").model
-    assert back.config == model.config
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())
-    one, other = (generate(m, [[3, 9, 77]], max_new_tokens=12)[0] for m in (model, back))
-    assert one.token_ids == other.token_ids
-    folders.write(tmp_path / "two", back)
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
@@ -197,16 +177,3 @@ def test_a_forged_draft_vocabulary_is_refused(d2t: list[int], tmp_path: Path) ->
     tensor_files.write(tmp_path / "out" / eagle3.FOLDER / SINGLE, forged, {})
     with pytest.raises(UserError, match="draft vocabulary does not give every row of the head one"):
         open_model(tmp_path / "out")
-
-
-@pytest.mark.parametrize("layers", [(1, 2, 4), (2, 1, 3), (1, 1, 3)])
-def test_layers_that_servers_cannot_read_are_in_a_separate_file(
-    layers: tuple[int, int, int], tmp_path: Path
-) -> None:
-    """They read states in ascending order, each once, and none after the last block."""
-    model = build(layers=layers)
-    folders.write(tmp_path / "out", model)
-    assert (tmp_path / "out" / stack_file.FILE).is_file()
-    assert not (tmp_path / "out" / "draft").exists()
-    back = open_model(tmp_path / "out").model
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())

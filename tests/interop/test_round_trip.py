@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_modules.tokenizers import ByteTokenizer, PretrainedTokenizer
-from mtp_lightning.interop import names
+from mtp_lightning.interop import eagle3, names, stack_file
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
@@ -104,6 +104,8 @@ def test_shared_and_hidden_first_modules_are_converted(
         ("parallel", {"correction": "markov", "correction_rank": 5}),
         ("linear", {"correction": "selector", "correction_rank": 5}),
         ("masked", {"lora_rank": 3}),
+        # Servers read states in ascending order, each once, and none after the last block.
+        *(("eagle", {"layers": layers}) for layers in ((0, 1, 2), (1, 0, 1), (0, 0, 1))),
     ],
 )
 def test_heads_without_a_layout_are_in_a_separate_file(
@@ -113,7 +115,9 @@ def test_heads_without_a_layout_are_in_a_separate_file(
     contents, folder = round_trip(model, tmp_path)
     assert contents.heads and contents.modules == 0
     assert read_json(tmp_path / "one" / CONFIG)["num_nextn_predict_layers"] == 0
-    assert "mtp_heads.safetensors" not in folders.index_of(tmp_path / "one").values()
+    assert (tmp_path / "one" / stack_file.FILE).is_file()
+    assert not (tmp_path / "one" / eagle3.FOLDER).exists()
+    assert stack_file.FILE not in folders.index_of(tmp_path / "one").values()
     assert folder.config == model.config
 
 

@@ -92,31 +92,15 @@ def test_rows_of_unequal_lengths_and_rejected_tokens(trunk, exact):
                 assert_close(out[row], expected[row, s : s + 3])
 
 
-def test_the_last_row_takes_the_slot_of_a_dropped_one(trunk):
-    layer, x = attention(trunk), torch.randn(3, 12, 32)
-    with torch.no_grad():
-        expected = layer(x, ForwardContext.of_window(trunk, 12, device=torch.device("cpu")))
-        cache = cache_of(trunk, 3)
-        layer(x[:, :10], ForwardContext.of_cache(cache, [0, 0, 0], 10))
-        storage = cache.entries_L_BSMH[0].data_ptr()
-        cache.drop_row(0)
-        assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
-        out = layer(x[[2, 1], 10:], ForwardContext.of_cache(cache, [10, 10], 2))
-        assert_close(out, expected[[2, 1], 10:])
-        # A view of one row writes into the same storage.
-        layer(x[:1, :4], ForwardContext.of_cache(cache.rows(slice(1, 2)), [0], 4))
-        cache.lengths[1] = 4
-        out = layer(x[:1, 4:6].expand(2, -1, -1), ForwardContext.of_cache(cache, [4, 4], 2))
-        assert_close(out[1], expected[0, 4:6])
-
-
-def test_rows_are_added_and_storage_grows(trunk):
+def test_rows_are_dropped_and_added_and_storage_grows(trunk):
     layer, x = attention(trunk), torch.randn(3, 40, 32)
     with torch.no_grad():
         expected = layer(x, ForwardContext.of_window(trunk, 40, device=torch.device("cpu")))
         cache = cache_of(trunk, 3, capacity=16)
         layer(x[:, :10], ForwardContext.of_cache(cache, [0, 0, 0], 10))
-        cache.drop_row(0)
+        storage = cache.entries_L_BSMH[0].data_ptr()
+        cache.drop_row(0)  # its slot is the last row's
+        assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
         cache.resize(3)  # x[2], x[1], and a new row
         assert cache.lengths == [10, 10, 0]
         layer(x[:1, :10], ForwardContext.of_cache(cache.rows(slice(2, 3)), [0], 10))
