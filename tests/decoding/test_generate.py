@@ -52,14 +52,6 @@ def test_a_stop_string_may_begin_and_end_anywhere_in_a_block(continued):
             assert g.token_ids == tokens[: at + 3] and len(g.accepted_mask) == at + 3
 
 
-def test_a_stop_string_that_begins_in_the_prompt_does_not_count(continued):
-    model, prompt, tokens = continued
-    end = Letters().decode(prompt)[-1]
-    stop = end + Letters().decode(tokens)[:2]
-    (g,) = generate(model, [prompt], max_new_tokens=9, stop=stop, tokenizer=Letters(), eot_id=-1)
-    assert g.finish_reason == "length" or stop in Letters().decode(tokens[:9])
-
-
 @pytest.mark.parametrize("ends_by", ["eot", "stop", "length"])
 def test_drafts_after_the_end_of_a_text_are_cut_and_not_counted(monkeypatch, ends_by):
     """All drafts are right: each round would emit four tokens, and the last round is cut."""

@@ -100,23 +100,29 @@ def test_layers_that_still_agree_with_the_trunk_are_exported(
     assert read_folder(tmp_path / "out" / "model").weights.keys() == base_weights.keys()
 
 
-@pytest.mark.parametrize("draft_vocab", [None, 7])
+@pytest.mark.parametrize(
+    ("rescored", "draft_vocab"), [(False, None), (False, 7), (True, None)], ids=str
+)
 def test_agreement_of_depths_with_the_trunk_equals_that_of_a_loop(
-    base: Path, draft_vocab: int | None
+    base: Path, rescored: bool, draft_vocab: int | None
 ) -> None:
+    """The drafts are those that a rescorer chooses."""
     model = open_model(base).model
-    text = torch.randint(256, (20,), generator=torch.Generator().manual_seed(0))
+    if rescored:
+        mtp = ParallelConfig(depth=2, correction="selector")
+        model = models.build(folders.dense(vocab_size=50, init_std=0.3), mtp)
+    text = torch.randint(50, (20,), generator=torch.Generator().manual_seed(0))
     agreement = graft.agreement_of_depths(model, [text], draft_vocab)
     assert [len(rights) for rights in agreement.rights.values()] == [16, 15]
     with torch.no_grad():
         hidden = model(WindowBatch(text.unsqueeze(0), 2))
-        vocab = {0: None, 1: draft_vocab, 2: draft_vocab}
-        choices = {
-            k: model.head(h)[0][:, : vocab[k]].argmax(-1).tolist() for k, h in hidden.items()
-        }
-    for k in (1, 2):
-        expected = [choices[k][i] == choices[0][i + k] for i in range(len(choices[0]) - k)]
-        assert agreement.rights[k].tolist() == expected
+        chosen = model.head(hidden[0])[0].argmax(-1)
+        for k in (1, 2):
+            logits = model.draft_logits(k, hidden[k][0], text[k : k + len(chosen)])
+            drafts = logits[:, :draft_vocab].argmax(-1)
+            assert torch.equal(agreement.rights[k], drafts[:-k] == chosen[k:])
+            alone = model.head(hidden[k])[0][:, :draft_vocab].argmax(-1)
+            assert torch.equal(drafts, alone) != rescored
 
 
 def test_layers_that_cannot_draft_are_refused(base: Path) -> None:
@@ -124,25 +130,6 @@ def test_layers_that_cannot_draft_are_refused(base: Path) -> None:
     stored = replace(read_model(base), config=model.config, weights=model.state_dict())
     with pytest.raises(ValueError, match="cannot draft: .*stride"):
         graft.grafted(stored, replace(open_model(base), model=model))
-
-
-def test_agreement_is_of_the_drafts_that_a_rescorer_chooses() -> None:
-    mtp = ParallelConfig(depth=1, correction="selector")
-    model = models.build(folders.dense(vocab_size=50), mtp)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    text = torch.randint(50, (30,), generator=torch.Generator().manual_seed(0))
-    (rights,) = graft.agreement_of_depths(model, [text]).rights.values()
-    with torch.no_grad():
-        states = model(WindowBatch(text.unsqueeze(0), 1))
-        chosen = model.head(states[0])[0].argmax(-1)
-        drafts = [
-            int(model.draft_logits(1, states[1][0, i], text[i + 1]).argmax())
-            for i in range(len(chosen) - 1)
-        ]
-        alone = model.head_of(1)(states[1])[0].argmax(-1)
-    assert drafts != alone[:-1].tolist()
-    assert rights.tolist() == [draft == int(chosen[i + 1]) for i, draft in enumerate(drafts)]
 
 
 def test_an_agreement_fell_only_if_the_difference_is_more_than_chance() -> None:
