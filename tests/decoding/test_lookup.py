@@ -144,10 +144,7 @@ def test_passes_before_and_after_lookups_give_teacher_forced_logits(
         ({"verify": "token"}, {"temperature": 1.0}),
         ({"verify": "block"}, {"temperature": 1.0}),
         ({"verify": "block", "speculative": False}, {"temperature": 1.0}),
-        (
-            {"min_confidence": 0.4, "draft_vocab": 3},
-            {"temperature": 1.0},
-        ),
+        ({"min_confidence": 0.4, "draft_vocab": 3}, {"temperature": 0.8, "top_k": 3}),
     ],
     ids=str,
 )
