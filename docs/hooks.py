@@ -128,7 +128,7 @@ def _settings() -> str:
     ]
     for group, options in groups().items():
         parts.append(f"## {group or 'The whole experiment, and the other programs'}")
-        parts += [_option(option) for option in options]
+        parts += [_option(option) for option in options.values()]
     return "\n\n".join(parts)
 
 

@@ -104,9 +104,7 @@ def launch(
 def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> RunJobs:
     """The function that runs jobs with the launcher's settings, after a check of their values."""
     launcher = config.hydra.runtime.choices["hydra/launcher"]
-    for option in groups()["hydra/launcher"]:
-        if option.name != launcher:
-            continue
+    if option := groups()["hydra/launcher"].get(launcher):
         if needs := NEEDS.search(option.comment):
             require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
         for key in option.keys:

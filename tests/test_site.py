@@ -120,7 +120,7 @@ def test_the_site_links_to_the_origin_of_the_clone(origin, url, tmp_path, monkey
 def test_the_settings_page_has_every_key_of_conf(site: Path) -> None:
     page = (site / "reference" / "settings.html").read_text(encoding="utf-8")
     for group, options in groups().items():
-        for option in options:
+        for option in options.values():
             assert f">{group}={option.name}<" in page or f">{option.name}.yaml<" in page
             for key in option.keys:
                 assert f">{key.name}<" in page, f"{group}={option.name}: {key.name}"

@@ -50,7 +50,7 @@ def check(
         if option in PARTS and group in groups():
             from mtp_lightning.command_line.hydra_errors import unknown_option
 
-            raise UserError(unknown_option(group, option, [o.name for o in groups()[group]]))
+            raise UserError(unknown_option(group, option, groups()[group]))
         if override.startswith("+"):
             _require_read(override, config, app)
         if group == "data.tokenizer":

@@ -69,17 +69,17 @@ def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
 
 
 @cache
-def groups(added: Path | None = None) -> dict[str, list[Option]]:
-    """All options by group, in alphabetical order, with those of a further folder ``added``
-    (``--config-dir``). The root's options have the empty name."""
+def groups(added: Path | None = None) -> dict[str, dict[str, Option]]:
+    """Group -> name -> option, in alphabetical order, with those of a further folder ``added``
+    (``--config-dir``). The root's group has the empty name; its options are the apps' configs."""
     files = [
         ("/".join(file.parent.relative_to(root).parts), file)
         for root in filter(None, (CONF, added))
         for file in root.rglob("*.yaml")
     ]
-    by_group: dict[str, list[Option]] = {}
+    by_group: dict[str, dict[str, Option]] = {}
     for group, file in sorted(files, key=lambda pair: (pair[0], pair[1].name)):
-        by_group.setdefault(group, []).append(read_option(file, group))
+        by_group.setdefault(group, {})[file.stem] = read_option(file, group)
     return by_group
 
 
@@ -87,8 +87,7 @@ def groups_of(app: str) -> set[str]:
     """The groups that an app takes: train.py (``config``) all, another those of its root config."""
     if app == "config":
         return set(groups())
-    (root,) = (option for option in groups()[""] if option.name == app)
-    return {group for group in root.chosen if not group.startswith("override ")}
+    return {name for name in groups()[""][app].chosen if not name.startswith("override ")}
 
 
 def read_option(file: Path, group: str) -> Option:
@@ -117,12 +116,12 @@ def help_for(word: str, added: Path | None = None) -> str:
     if not group or group not in all_options:
         names = ", ".join(filter(None, all_options))
         raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
-    options = {option.name: option for option in all_options[group]}
+    options = all_options[group]
     if not name:
         briefs = {n: option.brief for n, option in options.items() if n not in PARTS}
         width = max(map(len, briefs)) + 2
         rows = (_wrapped(brief, f"  {n:<{width}}") for n, brief in briefs.items())
-        usual = next(root for root in groups()[""] if root.name == "config").chosen.get(group)
+        usual = groups()[""]["config"].chosen.get(group)
         default = f" (default {usual})" if usual in options else ""
         hint = f"--help {group}={next(iter(briefs))} explains an option's keys."
         return "\n".join([f"{group}=NAME{default}, one of", "", *rows, "", hint])

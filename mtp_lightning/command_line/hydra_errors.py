@@ -37,14 +37,14 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
         return f"Hydra cannot use {typed}{text and f' ({text})'}: leave it out. (--hydra-help)"
     if file := getattr(error, "missing_cfg_file", None):
         group, _, name = file.rpartition("/")
-        options = getattr(error, "options", None) or [o.name for o in groups().get(group, [])]
+        options = getattr(error, "options", None) or groups().get(group)
         if group and options:
             return unknown_option(group, name, options)
         return f"there is no config {file}: check its name, and --config-dir."
     if override := getattr(error, "override", None):
         key, equals, value = override.partition("=")
         if equals:
-            known = next(root for root in groups()[""] if root.name == app).content
+            known = groups()[""][app].content
             if (name := key.lstrip("+")).partition(".")[0] not in {*known, *groups()}:
                 return unknown_key(name, known, app)
             quoted = f"""'{key}="{value}"'"""
@@ -68,7 +68,7 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
         listed = f"'{match[2]}=[{match[3]}]'"
         return f"{match[1]} is several values: add -m to run each, or give the list {listed}."
     if "unexpected keyword argument 'dry_run'" in text:
-        launchers = ", ".join(option.name for option in groups()["hydra/launcher"])
+        launchers = ", ".join(groups()["hydra/launcher"])
         return f"--dry-run needs one of this project's launchers: hydra/launcher={launchers}."
     return _first(error if cause is None else cause, text)
 
@@ -150,7 +150,7 @@ def _options_with(name: str) -> list[str]:
     """The options of a key's group that have the key."""
     group = _group_of(name)
     inside = name.removeprefix(group.replace("/", ".") + ".")
-    files = {option.name: option for option in groups().get(group, [])}
+    files = groups().get(group, {})
 
     def has_key(option: Option) -> bool:
         return any(key.name == inside for part in included(option, files) for key in part.keys)
@@ -163,8 +163,8 @@ def _elsewhere(key: str, app: str) -> str | None:
     other."""
     roots = ("mtp", "model", "data", "optimizer", "trainer", "objective")
     for path in ("", *(root for root in roots if root in groups_of(app))):
-        options = groups().get(path, [])
-        keys = [k for o in options for k in o.keys if path or o.name == app]
+        options = groups()[path].values() if path else [groups()[""][app]]
+        keys = [k for option in options for k in option.keys]
         if any(k.name == key and not k.default.startswith("${") for k in keys):
             return f"{path}.{key}" if path else key
     return None

@@ -75,11 +75,10 @@ def of_node(path: str, app: str) -> KeyRules:
 def _read_conf() -> dict[str, KeyRules]:
     """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
     rules_by_name: dict[str, KeyRules] = {}
-    for group, options in groups().items():
+    for group, files in groups().items():
         if group.partition("/")[0] in _ELSEWHERE:
             continue
-        files = {option.name: option for option in options}
-        for option in options:
+        for option in files.values():
             for part in reversed(included(option, files)):
                 for key, comment in _rules(part):
                     owner, _, name = key.rpartition(".")

@@ -52,10 +52,10 @@ def test_the_brief_of_an_option_is_its_first_sentence(comment: str, brief: str) 
 def test_every_option_has_a_description() -> None:
     all_options = groups()
     files = {file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml")}
-    described = {f"{g}/{o.name}".lstrip("/") for g, options in all_options.items() for o in options}
+    described = {f"{g}/{n}".lstrip("/") for g, options in all_options.items() for n in options}
     assert files == described
     for options in all_options.values():
-        for option in options:
+        for option in options.values():
             assert option.comment and option.brief, f"{option.group}={option.name} says nothing"
 
 
