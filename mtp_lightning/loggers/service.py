@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.errors import require_package
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import METRICS_FILE, TRACKERS_FILE
 from mtp_lightning.run.metrics import STEP, read_metrics
+from mtp_lightning.stored import read_json
 
 
 class ServiceLogger(RunLogger):
@@ -36,15 +36,18 @@ class ServiceLogger(RunLogger):
         self._run_folder = Path(folder).absolute()
         self._service = service
         self._sent: dict[int, frozenset[str]] = {}  # the tags that the service has, by step
-        return self._recall()
+        name = self._trackers().get(service)
+        return name if isinstance(name, str) else None
 
     def resume_from(self, step: int) -> None:
         """Finds out what was sent after ``step``, if the service knows the run: what earlier starts
         noted, and the values in ``metrics.csv``. Called before that file is cut."""
-        file = self._run_folder / METRICS_FILE
-        sent = self._noted() if self._recall() else {}
-        rows = read_metrics(file) if self._recall() and file.is_file() else []
-        for row in rows:
+        trackers, file = self._trackers(), self._run_folder / METRICS_FILE
+        if self._service not in trackers:
+            return
+        noted = trackers.get(f"{self._service}_sent", {})
+        sent = {int(done): frozenset(tags) for done, tags in noted.items()}
+        for row in read_metrics(file) if file.is_file() else []:
             sent[int(row[STEP])] = sent.get(int(row[STEP]), frozenset()) | frozenset(row)
         self._sent = {done: tags for done, tags in sent.items() if done > step}
 
@@ -55,7 +58,7 @@ class ServiceLogger(RunLogger):
         run = self._begin(params)
         # What is cut from metrics.csv now may be all that is known of these steps.
         noted = {str(step): sorted(tags) for step, tags in self._sent.items()}
-        trackers = {**self._read_trackers(), self._service: run, f"{self._service}_sent": noted}
+        trackers = self._trackers() | {self._service: run, f"{self._service}_sent": noted}
         write_json(trackers, self._run_folder / TRACKERS_FILE)
 
     @rank_zero_only
@@ -73,18 +76,10 @@ class ServiceLogger(RunLogger):
     def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Sends values."""
 
-    def _recall(self) -> str | None:
-        name = self._read_trackers().get(self._service)
-        return name if isinstance(name, str) else None
-
-    def _noted(self) -> dict[int, frozenset[str]]:
-        """The tags that the service had after the last start, by step."""
-        noted = self._read_trackers().get(f"{self._service}_sent")
-        return {int(s): frozenset(t) for s, t in noted.items()} if isinstance(noted, dict) else {}
-
-    def _read_trackers(self) -> dict[str, Any]:
+    def _trackers(self) -> dict[str, Any]:
+        """The content of ``trackers.json``; empty if it is missing or damaged."""
         try:
-            content = json.loads((self._run_folder / TRACKERS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_json(self._run_folder / TRACKERS_FILE)
+        except (OSError, UserError):
             return {}
         return content if isinstance(content, dict) else {}
