@@ -74,7 +74,7 @@ class OpenedModel:
 
 def draft_vocab_of(run_config: dict[str, Any]) -> int | None:
     """The number of first token ids that a model's modules were trained to draft; None for all."""
-    return value_at(run_config, ("objective", "draft_vocab"))
+    return value_at(run_config, "objective.draft_vocab")
 
 
 def open_model(

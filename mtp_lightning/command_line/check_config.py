@@ -150,7 +150,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
         from mtp_lightning import processes
 
         processes.check(trainer)
-    match, reference = _value(config, "compare.match"), _value(config, "compare.reference")
+    match, reference = value_at(config, "compare.match"), value_at(config, "compare.reference")
     if match == "none" and reference is not None:
         raise UserError(
             f"compare.reference={reference} is used by nothing: set compare.match to parameters "
@@ -158,7 +158,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
         )
     rows = "model.vocab_size" if _size(config, "model.vocab_size") else "tokenizer.vocab_size"
     names = ["model.n_layers", "model.d_model", "mtp.depth"]
-    names += [rows] if _value(config, "data.task") is None else []
+    names += [rows] if value_at(config, "data.task") is None else []
     model = {key: size for key in names if (size := _size(config, key))}
     width = model.get("model.d_model", 0)
     # A lower bound: the embedding in 16 bits, or the Python objects of the layers.
@@ -177,8 +177,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
 
 def require_reach(config: Mapping[str, Any]) -> None:
     """Refuse a depth that looks further ahead than a window is long."""
-    depth, length = _value(config, "mtp.depth"), _value(config, "data.seq_len")
-    stride = _value(config, "mtp.stride")
+    depth, length = value_at(config, "mtp.depth"), value_at(config, "data.seq_len")
+    stride = value_at(config, "mtp.stride")
     stride = 1 if stride is None else stride
     if is_whole(depth) and is_whole(stride) and is_whole(length) and depth * stride > length:
         reach = f"mtp.depth={depth}" + ("" if stride == 1 else f" x mtp.stride={stride}")
@@ -190,21 +190,17 @@ def require_reach(config: Mapping[str, Any]) -> None:
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     """The whole number at a dotted key of a config; 0 if there is none."""
-    return value if is_whole(value := _value(config, key)) else 0
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    return value_at(config, key.split("."))
+    return value if is_whole(value := value_at(config, key)) else 0
 
 
 def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
     """Refuse input paths that do not exist, and output paths that cannot be written."""
     for key in sorted(INPUTS - _NOT_ONLY_PATHS):
-        value = _value(config, key)
+        value = value_at(config, key)
         for path in value if isinstance(value, list) and key in LISTS else [value]:
             if isinstance(path, str) and path != "???" and "${" not in path:
                 _require_exists(key, path)
-    output = _value(config, "output")
+    output = value_at(config, "output")
     if app == "config":
         _require_folder("run_dir", Path(folder))
     elif app == "evaluate" and output is not None:

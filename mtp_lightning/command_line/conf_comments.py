@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,15 +59,6 @@ class Option:
         return {str(group): str(name) for entry in entries for group, name in entry.items()}
 
 
-def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
-    """A file, followed by the files of its group that it includes."""
-    options = [option]
-    for name in option.content.get("defaults", []):
-        if isinstance(name, str) and name in files and name != option.name:
-            options += included(files[name], files)
-    return options
-
-
 @cache
 def groups(added: Path | None = None) -> dict[str, dict[str, Option]]:
     """Group -> name -> option, in alphabetical order, with those of a further folder ``added``
@@ -90,16 +81,25 @@ def groups_of(app: str) -> set[str]:
     return {name for name in groups()[""][app].chosen if not name.startswith("override ")}
 
 
+def included(option: Option) -> list[Option]:
+    """A file, followed by the files of its group that it includes."""
+    files, options = groups()[option.group], [option]
+    for name in option.content.get("defaults", []):
+        if isinstance(name, str) and name in files and name != option.name:
+            options += included(files[name])
+    return options
+
+
 def read_option(file: Path, group: str) -> Option:
     """Read one file's comments and keys."""
     text = file.read_text(encoding="utf-8")
     comment, lines = _head(text.splitlines())
     content = yaml.load(text, _LOADER) or {}
     keys = tuple(
-        Key(".".join(path), _default(value_at(content, path)), comment)
-        for path, comment in _keys(lines)
-        if path[0] not in ("defaults", "hydra")
-        and (comment or not isinstance(value_at(content, path), dict))
+        Key(key, _default(value_at(content, key)), comment)
+        for key, comment in _keys(lines)
+        if key.partition(".")[0] not in ("defaults", "hydra")
+        and (comment or not isinstance(value_at(content, key), dict))
     )
     return Option(group, file.stem, comment, keys, content)
 
@@ -149,8 +149,8 @@ def _head(lines: list[str]) -> tuple[str, list[str]]:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end]), lines[end:]
 
 
-def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the path of every key and the comment above it, in the file's order."""
+def _keys(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield every dotted key and the comment above it, in the file's order."""
     comment: list[str] = []
     path: list[tuple[int, str]] = []
     for line in lines:
@@ -160,13 +160,13 @@ def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
         if match := _KEY.match(line):
             indent = len(match.group(1))
             path = [(n, name) for n, name in path if n < indent] + [(indent, match.group(2))]
-            yield tuple(name for _, name in path), " ".join(comment)
+            yield ".".join(name for _, name in path), " ".join(comment)
         comment = []
 
 
-def value_at(node: Any, path: Iterable[str]) -> Any:
-    """The value at a path of keys in nested mappings; None if there is none."""
-    for name in path:
+def value_at(node: Any, key: str) -> Any:
+    """The value at a dotted key in nested mappings; None if there is none."""
+    for name in key.split("."):
         node = node.get(name) if isinstance(node, Mapping) else None
     return node
 

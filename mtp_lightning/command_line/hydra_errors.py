@@ -119,7 +119,7 @@ def unknown_key(name: str, siblings: Collection[str], app: str) -> str:
     if name in groups():
         return f"{name} has no keys before an option is chosen: add {name}=NAME. (--help {name})"
     group = _group_of(name)
-    if group and (options := _options_with(name)):
+    if group and (options := _options_with(group, name)):
         choice = f"{group}={', '.join(options)}"
         if len(options) == 1:
             remedy = f"add that, or ~{name} where an experiment sets it. (--help {choice})"
@@ -146,16 +146,14 @@ def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     return f"{group} has no option {name!r}: {remedy} (--help {group})"
 
 
-def _options_with(name: str) -> list[str]:
-    """The options of a key's group that have the key."""
-    group = _group_of(name)
-    inside = name.removeprefix(group.replace("/", ".") + ".")
-    files = groups().get(group, {})
+def _options_with(group: str, key: str) -> list[str]:
+    """The options of a key's group that have the dotted key."""
+    inside = key.removeprefix(group.replace("/", ".") + ".")
 
     def has_key(option: Option) -> bool:
-        return any(key.name == inside for part in included(option, files) for key in part.keys)
+        return any(key.name == inside for part in included(option) for key in part.keys)
 
-    return [name for name, option in files.items() if name not in PARTS and has_key(option)]
+    return [name for name, o in groups()[group].items() if name not in PARTS and has_key(o)]
 
 
 def _elsewhere(key: str, app: str) -> str | None:

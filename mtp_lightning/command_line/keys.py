@@ -75,14 +75,14 @@ def of_node(path: str, app: str) -> KeyRules:
 def _read_conf() -> dict[str, KeyRules]:
     """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
     rules_by_name: dict[str, KeyRules] = {}
-    for group, files in groups().items():
+    for group, options in groups().items():
         if group.partition("/")[0] in _ELSEWHERE:
             continue
-        for option in files.values():
-            for part in reversed(included(option, files)):
+        for option in options.values():
+            for part in reversed(included(option)):
                 for key, comment in _rules(part):
                     owner, _, name = key.rpartition(".")
-                    target = _target(option, owner, files)
+                    target = _target(option, owner)
                     path = ".".join(filter(None, [group.replace("/", "."), owner]))
                     path = path if group else f"{option.name}:{owner}"
                     rules = rules_by_name.setdefault(target or path, KeyRules())
@@ -111,11 +111,12 @@ def _rules(option: Option) -> Iterator[tuple[str, str]]:
                 yield join(path, key), "; ".join(filter(None, parts))
 
 
-def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
-    for part in included(option, files):
-        node = value_at(part.content, filter(None, owner.split(".")))
-        if isinstance(node, dict) and "_target_" in node:
-            return str(node["_target_"])
+def _target(option: Option, owner: str) -> str | None:
+    """The class of the node ``owner`` of a file, which a file that it includes may name."""
+    for part in included(option):
+        target = value_at(part.content, join(owner, "_target_"))
+        if target is not None:
+            return str(target)
     return None
 
 

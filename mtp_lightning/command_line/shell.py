@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn, TextIO, cast
 
 from mtp_lightning.errors import UserError, lacks_memory
@@ -261,10 +262,8 @@ def _message(error: Exception) -> str | None:
 
 def _is_users(error: ValueError) -> bool:
     """Whether code outside this project and the installed libraries raised the error."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    file = "" if trace is None else trace.tb_frame.f_code.co_filename
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
     return not (
         file.startswith((*_OWN, *_LIBRARIES, "<frozen "))
         or {"site-packages", "dist-packages"} & set(Path(file).parts)
