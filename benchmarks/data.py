@@ -36,18 +36,14 @@ SEQ_LEN, DEPTH = 256, 2
 def time_store(tokenizer: Tokenizer, folder: Path, repeats: int) -> tuple[Row, TokenStore]:
     """Build the store ``repeats`` times, each in an empty cache folder."""
     split = DocumentSplit(StdlibSource())
-    training, building, used = [], [], []
+    trained, built = [], []
     for i in range(repeats):
-        cache = folder / f"{tokenizer.kind}-{i}"
-        begun = time.perf_counter()
-        prepare_tokenizer(tokenizer, split, cache)
-        training.append(time.perf_counter() - begun)
-        cpu, begun = time.process_time(), time.perf_counter()
-        store, _ = prepare_store(tokenizer, split, cache)
-        building.append(time.perf_counter() - begun)
-        used.append(time.process_time() - cpu)
+        given = tokenizer, split, folder / f"{tokenizer.kind}-{i}"
+        trained.append(harness.timed(partial(prepare_tokenizer, *given)))
+        built.append(harness.timed(partial(prepare_store, *given)))
+    store, _ = built[0]["result"]
     megabytes = sum(store[name].n_bytes for name in store.splits) / 1e6
-    seconds = statistics.median(building)
+    seconds = statistics.median(one["wall"] for one in built)
     row = {
         "what": "store",
         "tokenizer": tokenizer.kind,
@@ -55,8 +51,8 @@ def time_store(tokenizer: Tokenizer, folder: Path, repeats: int) -> tuple[Row, T
         "tokens": sum(store[name].n_tokens for name in store.splits),
         "seconds": seconds,
         "megabytes_per_second": megabytes / seconds,
-        "megabytes_per_cpu_second": megabytes / statistics.median(used),
-        "tokenizer_training_seconds": statistics.median(training),
+        "megabytes_per_cpu_second": megabytes / statistics.median(one["cpu"] for one in built),
+        "tokenizer_training_seconds": statistics.median(one["wall"] for one in trained),
     }
     return row, store
 

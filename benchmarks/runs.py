@@ -166,24 +166,15 @@ def next_to(neighbors: int, *, rounds: int, seconds: float) -> list[Row]:
     ]
 
 
-def _wide(width: int, blocks: int, heads: int, d_ff: int) -> list[str]:
-    return [
-        f"model.d_model={width}",
-        f"model.n_layers={blocks}",
-        f"model.n_heads={heads}",
-        f"model.n_kv_heads={heads // 2 or 1}",
-        f"model.d_ff={d_ff}",
-    ]
-
-
-_USUAL = _wide(128, 4, 4, 384)
+_WIDE = ["model.d_model=128", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=384"]
+_USUAL = ["model.n_layers=4", *_WIDE]
 # Name of a row of ``main_job`` -> overrides.
 MAIN_JOBS: dict[str, list[str]] = {
     "byte, 128 x 4": ["tokenizer=byte", *_USUAL],
     "4,096 ids, 128 x 4": ["tokenizer.vocab_size=4096", *_USUAL],
     "1,024 ids, 128 x 4": _USUAL,
     "1,024 ids, 128 x 4, 8 windows per step": ["data.batch_size=8", *_USUAL],
-    "1,024 ids, 128 x 6": _wide(128, 6, 4, 384),
+    "1,024 ids, 128 x 6": ["model.n_layers=6", *_WIDE],
     "1,024 ids, 96 x 8 (the main job)": [],
     "the same, D = 0": ["mtp=none"],
     "the same, D = 1": ["mtp.depth=1"],
