@@ -191,37 +191,33 @@ class SelfGenerated(TokenDataModule):
         n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
         counts = {"train": self.n_prompts - n_val, "val": n_val}
         chats = {name: round(n * self.chat_share) for name, n in counts.items()}
-        prompts = take_prompts(
+        taken = take_prompts(
             self.split,
             writer.tokenizer,
             counts={name: n - chats[name] for name, n in counts.items()},
             length=self.prompt_tokens,
         )
-        begin = np.asarray(self._begin(writer.tokenizer), np.int64)
-        prompts = [(name, np.concatenate([begin, prompt])) for name, prompt in prompts]
-        dialogs = self._questions(writer, sum(chats.values()), kept)
-        prompts += zip([name for name, n in chats.items() for _ in range(n)], dialogs, strict=True)
-        prompt_ids = [prompt.tolist() for _, prompt in prompts]
-        continued = self._continue(
-            writer, prompt_ids, self.new_tokens, kept, part="texts", seed=self.sample_seed
-        )
-        texts = [
-            np.concatenate([prompt, ids]).astype(np.int64)
-            for (_, prompt), ids in zip(prompts, continued, strict=True)
-        ]
+        begin = self._begin(writer.tokenizer)
+        prompts = [(name, [*begin, *prompt.tolist()]) for name, prompt in taken]
+        of_chats = [name for name, n in chats.items() for _ in range(n)]
+        prompts += zip(of_chats, self._questions(writer, len(of_chats), kept), strict=True)
+        begun, seed = [ids for _, ids in prompts], self.sample_seed
+        ends = self._continue(writer, begun, self.new_tokens, kept, part="texts", seed=seed)
+        pairs = zip(prompts, ends, strict=True)
+        texts = [(name, [*ids, *end]) for (name, ids), end in pairs]
         pieces = writer.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
         pieces += [b""] * (writer.model.config.trunk.vocab_size - len(pieces))
         overlap = LineOverlap()
         encoded: list[Encoded] = []
-        for (name, _), ids in zip(prompts, texts, strict=True):
-            text = b"".join(pieces[i] for i in ids.tolist())
+        for name, ids in texts:
+            text = b"".join(pieces[i] for i in ids)
             overlap.add(name, text.decode("utf-8", "replace"))
-            encoded.append(encoded_piece(name, ids, text, True))
+            encoded.append(encoded_piece(name, np.asarray(ids, np.int64), text, True))
         meta = write_documents(
             folder, writer.tokenizer, self.split, encoded, overlap, vocab_size=len(pieces)
         )
-        meta["bytes_defined"] = all(pieces[i] for ids in texts for i in np.unique(ids).tolist())
+        meta["bytes_defined"] = all(pieces[i] for _, ids in texts for i in ids)
         meta["source"] = {
             "name": "self_generated",
             "fingerprint": digest(self.weights, *self._settings().values()),
@@ -243,19 +239,18 @@ class SelfGenerated(TokenDataModule):
         before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
         return before, after
 
-    def _questions(self, writer: OpenedModel, n: int, kept: KeptTexts) -> list[np.ndarray]:
+    def _questions(self, writer: OpenedModel, n: int, kept: KeptTexts) -> list[list[int]]:
         """Generate ``n`` chats up to the answer. The model makes up each question by continuing the
         chat format's text before a question (Magpie, Xu et al. 2024, arXiv 2406.08464)."""
         before, after = self._chat_ids(writer.tokenizer)
         if not n:
             return []
         seed = parameter_seed(self.sample_seed, "chat")
-        prompts = [before] * n
         texts = self._continue(
-            writer, prompts, self.prompt_tokens, kept, part="questions", seed=seed
+            writer, [before] * n, self.prompt_tokens, kept, part="questions", seed=seed
         )
         questions = [_until(self.chat[1].strip(), ids, writer.tokenizer) for ids in texts]
-        return [np.asarray([*before, *question, *after], np.int64) for question in questions]
+        return [[*before, *question, *after] for question in questions]
 
     def _continue(
         self,
