@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import sys
-import types
 import typing
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +141,7 @@ def _add_options(parser: argparse.ArgumentParser, function: Function) -> None:
     described = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", args, re.MULTILINE)
     helps = _HELPS | {name: " ".join(text.split()) for name, text in described}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        kind, default = _without_none(parameter.annotation), parameter.default
+        kind, default = parameter.annotation, parameter.default
         typed_alone = parameter.kind is parameter.POSITIONAL_ONLY
         flag = name if typed_alone else f"--{name.replace('_', '-')}"
         words, quick = marks["choices"].get(name), marks["quick"].get(name)
@@ -164,12 +163,6 @@ def _add_options(parser: argparse.ArgumentParser, function: Function) -> None:
         if not typed_alone:
             options["required"] = default is parameter.empty
         parser.add_argument(flag, **options)
-
-
-def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType):
-        (annotation,) = [one for one in typing.get_args(annotation) if one is not types.NoneType]
-    return annotation
 
 
 def _help(text: str, default: Any, quick: Any, words: Sequence[str] | None) -> str:

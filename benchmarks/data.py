@@ -154,7 +154,7 @@ COLUMNS = {
 
 
 @cli.command(quick={"repeats": 1})
-def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Row:
+def data(repeats: int = 5, megabytes: int = 0, workers: int = 2) -> Row:
     """The loader and the token store.
 
     Args:
@@ -162,10 +162,10 @@ def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Ro
         workers: processes that build such a store.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as name:
-        if megabytes is None:
-            rows = measure(Path(name), repeats)
-        else:
+        if megabytes:
             rows = time_workers(Path(name), megabytes, workers, repeats)
+        else:
+            rows = measure(Path(name), repeats)
     for what, columns in COLUMNS.items():
         if own := [row for row in rows if row["what"] == what]:
             cli.print_table(what, columns, own)

@@ -290,9 +290,7 @@ def kernels(
 
 
 @cli.command(quick={"repeats": 5}, choices={"sizes": list(MOE_BATCHES)}, cpu_time=True)
-def moe(
-    sizes: Sequence[str] = tuple(MOE_BATCHES), threads: int | None = None, repeats: int = 25
-) -> Row:
+def moe(sizes: Sequence[str] = tuple(MOE_BATCHES), threads: int = 0, repeats: int = 25) -> Row:
     """A mixture of experts against a dense layer of the same active size, and without its C++.
 
     Args:

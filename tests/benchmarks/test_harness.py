@@ -78,7 +78,7 @@ def example(
     steps: int = 9,
     wide: bool = True,
     even: bool = False,
-    only: str | None = None,
+    only: str = "",
 ) -> dict[str, Any]:
     """An example.
 
