@@ -113,10 +113,9 @@ def _rates(summary: dict[str, Any], depth: int) -> Any:
     from rich.table import Table
 
     rates = Table(title="Validation", title_justify="left", caption_justify="left")
-    for column in ("target", "loss", "accuracy", "agreement", "overlap"):
-        first = column == "target"  # the only one with two words to break a line at
-        rates.add_column(column, justify="left" if first else "right", no_wrap=not first)
-    rates.add_column("accepted", justify="right", no_wrap=True)
+    rates.add_column("target")  # the only one with two words to break a line at
+    for column in ("loss", "accuracy", "agreement", "overlap", "accepted"):
+        rates.add_column(column, justify="right", no_wrap=True)
     # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
