@@ -127,12 +127,13 @@ def composed_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[Row]:
-    """Every matrix of a block and of an MTP module, and the head on a chunk of rows."""
+def linear_shapes(trunk: TrunkConfig, rows: int) -> dict[str, tuple[int, int, int]]:
+    """Rows, inputs and outputs of every matrix of a block and of an MTP module, and of the head on
+    a chunk of rows."""
     d_model, vocab_size = trunk.d_model, trunk.vocab_size
     heads = trunk.n_heads * trunk.d_head
     head_rows = min(rows, chunk_rows(vocab_size, torch.device("cpu")))
-    shapes = {
+    return {
         "qkv": (rows, d_model, heads + 2 * trunk.n_kv_heads * trunk.d_head),
         "out": (rows, heads, d_model),
         "gate_up": (rows, d_model, 2 * trunk.d_ff),
@@ -140,7 +141,6 @@ def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[Row]:
         "eh_proj": (rows, 2 * d_model, d_model),
         f"head V={vocab_size}": (head_rows, d_model, vocab_size),
     }
-    return [row for name, shape in shapes.items() for row in time_linear(name, *shape, repeats)]
 
 
 def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[Row]:
@@ -263,10 +263,10 @@ def kernels(
     config = harness.compose_config([f"model={model}"]).model
     trunks = [instantiate(config, vocab_size=size) for size in vocab_sizes]
     harness.progress("linear layers")
-    products = linears(trunks[0], batch_size * seq_len, repeats)
-    for trunk in trunks[1:]:
-        # The vocabulary changes only the head, which comes last.
-        products += linears(trunk, batch_size * seq_len, repeats)[-3:]
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for trunk in trunks:  # only their heads differ
+        shapes |= linear_shapes(trunk, batch_size * seq_len)
+    products = [row for name, shape in shapes.items() for row in time_linear(name, *shape, repeats)]
     harness.progress("layers between them")
     between = layers(trunks[0], batch_size, seq_len, repeats)
     onednn = uses_onednn(torch.empty(64, 64), torch.empty(64, 64))
