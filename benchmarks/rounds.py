@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -124,8 +125,7 @@ def rounds(
     )
     ways = {"plain": base.plain()}
     if model.mtp.max_draft_depth != 0:
-        own: Row = {"draft_depth": drafts, "draft_vocab": draft_vocab or None}
-        ways["with drafts"] = DecodingOptions(**{**vars(base), **own})
+        ways["with drafts"] = replace(base, draft_depth=drafts, draft_vocab=draft_vocab or None)
     rows: list[Row] = []
     for way, options in ways.items():
         parts, tokens = parts_of_rounds(model, prompts, options)

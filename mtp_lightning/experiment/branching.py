@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten
+from mtp_lightning.run.config import NOT_TRAINING, describe_differences
 
 # Keys that a branch may change: those of later steps, and of logging and callbacks.
 _FREE = (
@@ -57,9 +57,8 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
         raise UserError(
             f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
         )
-    settings = flatten(now)  # type: ignore[arg-type]
     for key in ("balance.frozen", "model.feed_forward.bias_frozen"):
-        share = settings.get(key) or 0
+        share = OmegaConf.select(cfg, key) or 0
         if lengths[0] != lengths[1] and step > round((1 - share) * min(lengths), 6):
             raise UserError(
                 f"{begin}: {key}={share} freezes the last share of a run, and of {lengths[0]} or "

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten, lies_in, read_yaml
+from mtp_lightning.run.config import NOT_TRAINING, describe_differences, lies_in, read_yaml
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, LAST, SUMMARY_FILE
 from mtp_lightning.stored import require_text
 
@@ -95,19 +96,19 @@ def _kept_none(folder: Path) -> bool:
     """Whether a folder holds a finished run with ``callbacks.checkpoints.keep=none``."""
     if not ((folder / SUMMARY_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
         return False
-    config = read_yaml(folder / CONFIG_FILE)
-    return isinstance(config, dict) and flatten(config).get("callbacks.checkpoints.keep") == "none"
+    return value_at(read_yaml(folder / CONFIG_FILE), "callbacks.checkpoints.keep") == "none"
 
 
 def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
     """Return a continuing run's config with the digest of the model that generated its data. The
     model itself, which may be gone or trained further, is then not read."""
-    stored = {} if origin.content is None else origin.content.get("config", {}).get("data", {})
-    same_model = "weights" in config.data and stored.get("model") == config.data.model
+    stored = value_at(origin.content, "config.data")
+    same_model = "weights" in config.data and value_at(stored, "model") == config.data.model
     if same_model and config.data.weights is None:
-        require_text(stored.get("weights"), source="the run's checkpoint")
+        weights = value_at(stored, "weights")
+        require_text(weights, source="the run's checkpoint")
         config = config.copy()
-        config.data.weights = stored.get("weights")
+        config.data.weights = weights
     return config
 
 
