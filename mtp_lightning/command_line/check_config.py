@@ -44,8 +44,8 @@ def check(
     """
     for override in typed:
         group, _, option = override.lstrip("+~").partition("=")
-        deleted = group if override.startswith("~") and group not in groups() else None
-        if deleted and (deleted.rpartition(".")[0] in _CLOSED or deleted.endswith("._target_")):
+        is_needed = group.rpartition(".")[0] in _CLOSED or group.endswith("._target_")
+        if is_needed and override.startswith("~") and group not in groups():
             raise UserError(f"{override} deletes a key that every run needs: leave that out.")
         if option in PARTS and group in groups():
             from mtp_lightning.command_line.hydra_errors import unknown_option
