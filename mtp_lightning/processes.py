@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Environment variable for a process that Lightning starts: the decisions made before.
 DECISIONS = "MTP_LIGHTNING_DECISIONS"
-_STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class Peers:
@@ -129,9 +129,7 @@ def check(trainer: Mapping[str, Any]) -> None:
             is used without fsdp.
     """
     name, devices = trainer["strategy"], trainer["devices"]
-    if name not in _STRATEGIES:
-        known = ", ".join(_STRATEGIES)
-        raise UserError(f"trainer.strategy={name} is not supported: choose one of {known}.")
+    require_choice("trainer.strategy", name, ("auto", "ddp", "fsdp"))
     if name == "auto" and devices not in (1, "1"):
         raise UserError(
             f"trainer.devices={devices} needs trainer.strategy=ddp (each has the whole model) or "
