@@ -142,13 +142,13 @@ def families(settings: Settings) -> list[Family]:
     alike = grouped((_rest(s), s) for s in settings.all if s.done).values()
     for group in (of_one_text for members in alike for of_one_text in by_text(members)):
         arms = [s for s in group if not s.is_plain]
+        plain = [s for s in group if s.is_plain]
         # The rate of a run that stopped early has not decayed.
-        whole = [s for s in group if not any(run.fact("stopped_early") for run in s.done)]
-        plain = [s for s in whole if s.is_plain]
-        flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
-        plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
+        plain = [s for s in plain if not any(run.fact("stopped_early") for run in s.done)]
+        flops = {s: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         if len(set(flops.values())) > 1 and arms:
-            complete.append(Family(plain, [_valued(arm, plain, tag) for arm in arms]))
+            curve = sorted(flops, key=flops.__getitem__)
+            complete.append(Family(curve, [_valued(arm, curve, tag) for arm in arms]))
     return complete
 
 

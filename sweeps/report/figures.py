@@ -35,6 +35,8 @@ from sweeps.report.statistics import Interval
 # Figures that join or rank settings: they are left out if the settings may not be compared. The
 # other figures show each setting on its own.
 _COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
+# The style of a setting at its cost and loss.
+_POINT: Any = {"markersize": 7, "elinewidth": 0.8}
 
 
 def draw(
@@ -51,16 +53,18 @@ def draw(
         ]
         if settings.is_task
         # The answer comes first: differences, or for a task the seeds that solve it.
-        else [differences(comparisons, settings)]
+        else [
+            differences(comparisons, settings),
+            *(gains(settings, family, i) for i, family in enumerate(families or [None])),
+        ]
     )
     drawings += [
-        *([] if settings.is_task else _all_gains(settings, families)),
         *(lines.curve(settings, axis) for axis in CURVE_AXES),
         *lines.of_depths(settings),
         *lines.long_range(settings),
         *heat_maps(settings),
-        front(settings, FLOPS),
-        front(settings, DECODE_SPEED),
+        front(settings, "pareto_flops", FLOPS),
+        front(settings, "pareto_decoding", DECODE_SPEED, sign=-1),
     ]
     alike = len(by_text(settings.all)) < 2
     return drawings if alike else [_of_several_texts(drawing) for drawing in drawings]
@@ -73,10 +77,6 @@ def _of_several_texts(drawing: Drawing) -> Drawing:
         return drawing.lacking("it would compare settings with different evaluation data")
     warning = " The settings have different evaluation data: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
-
-
-def _all_gains(settings: Settings, families: Sequence[Family]) -> list[Drawing]:
-    return [gains(settings, family, i) for i, family in enumerate(families or [None])]
 
 
 def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:
@@ -92,8 +92,8 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     axes = chart.axes
     axes.set_xscale("log")
     ends = [(setting, point) for setting in family.plain if (point := _ends(setting, metric))]
-    for setting, point in ends:
-        _point(chart, setting, point, QUIETLY)
+    for setting, (cost, loss) in ends:
+        chart.draw(setting.name, QUIETLY, [cost], [loss], **_POINT)
     with suppress(ValueError):  # the means do not fall with compute: no curve
         plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for _, (cost, loss) in ends])
         first, last = plain.runs[0].loss, plain.runs[-1].loss
@@ -103,7 +103,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     look_of = looks(settings.all)
     for arm, (cost, loss) in arms:
         look = look_of[arm.setting]
-        _point(chart, arm.setting, (cost, loss), look)
+        chart.draw(arm.setting.name, look, [cost], [loss], **_POINT)
         if arm.total is None:
             continue
         end = cost.mean * arm.total.mean
@@ -133,20 +133,6 @@ def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval,
     return (cost, loss) if cost and loss else None
 
 
-def _point(
-    chart: Chart,
-    setting: Setting,
-    point: tuple[Interval, Interval],
-    look: Look,
-    *,
-    filled: bool = True,
-) -> None:
-    """Draw a setting at its cost and loss, with both intervals."""
-    x, y = point
-    style: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
-    chart.draw(setting.name, look, [x], [y], **style)
-
-
 def solved(settings: Settings) -> Drawing:
     """The share of seeds that solve the task, for every setting."""
     drawing = drawing_of(settings, "solved")
@@ -173,14 +159,9 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     return drawing.drawn(chart)
 
 
-# Of a tag: the figure, and -1 where more is better.
-_FRONTS = {FLOPS: ("pareto_flops", 1), DECODE_SPEED: ("pareto_decoding", -1)}
-
-
-def front(settings: Settings, tag: str) -> Drawing:
-    """Pareto front of the main loss against training FLOPs or decoding speed."""
+def front(settings: Settings, name: str, tag: str, *, sign: int = 1) -> Drawing:
+    """Pareto front of the main loss against a tag; ``sign`` is -1 where more of it is better."""
     metric = settings.headline
-    name, sign = _FRONTS[tag]
     drawing = drawing_of(settings, name)
     points = [(s, point) for s in settings.all if (point := _ends(s, metric, tag))]
     if not points:
@@ -190,17 +171,16 @@ def front(settings: Settings, tag: str) -> Drawing:
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
     chart.axes.plot(*zip(*line, strict=True), color=QUIETLY.color, linewidth=1.2)
     look_of = looks(settings.all)
-    for (setting, point), on in zip(points, best, strict=True):
-        _point(chart, setting, point, look_of[setting], filled=on)
+    for (setting, (cost, loss)), on in zip(points, best, strict=True):
+        chart.draw(setting.name, look_of[setting], [cost], [loss], filled=on, **_POINT)
     chart.si_axis()
     return drawing.drawn(chart)
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
     """Main-depth loss over two varied keys, one map for all values of the other keys."""
-    keys = [key for key in settings.varied if _values(settings.all, key) > 1]
-    preferred = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
-    pair = (preferred + [key for key in keys if key not in preferred])[:2]
+    preferred = [key for key in ("mtp.depth", "mtp_lambda") if key in settings.varied]
+    pair = (preferred + [key for key in settings.varied if key not in preferred])[:2]
     if len(pair) < 2:
         return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
     groups = grouped(
