@@ -59,10 +59,9 @@ def answer(
         level=f"{settings.level:g}",
         headline=settings.headline,
         refusal=refusal(settings.all),
-        # If every setting is alone on its text, one empty group replaces them all.
-        groups=[_facts(group, settings, named=len(groups) > 1) for group in ranked * has_numbers]
-        or [{"top": None, "ranked": [], "sped_up": []}] * has_numbers,
-        gains=[arm for family in families if has_numbers for arm in family.arms if arm.total],
+        has_numbers=has_numbers,
+        groups=[_facts(group, settings, named=len(groups) > 1) for group in ranked],
+        gains=[arm for family in families for arm in family.arms if arm.total],
         compared=compared,
         constant=[c for c in compared if c.paired and c.paired.constant],
         tested=tested,
