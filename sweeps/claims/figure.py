@@ -27,7 +27,7 @@ from sweeps.report.names import in_words, name_of
 from sweeps.report.statistics import Interval, interval
 
 # The suffix of the file with the curves.
-CURVE = "_curve"
+_CURVE = "_curve"
 # The share of the compute that the y-axis leaves out: the early fall would hide the differences.
 _SHOWN_FROM = 0.2
 SOFT = "#5b6672"
@@ -42,7 +42,7 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
         charts = [_draw(result, entries) for entries in _drawn(result)]
         charts += [draw_curves(result)] if panels(result) else []
         for file, chart in zip(files, charts, strict=True):
-            title = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
+            title = textwrap.fill(caption(result, file), 76)
             chart.figure.suptitle(title, fontsize=8.5, color=SOFT)
             write_bytes(chart.svg(source=digest(result)), file)
     return files
@@ -52,7 +52,7 @@ def files_of(result: Result, label: str, folder: Path) -> list[Path]:
     """The paths of a result's figures; the curves come last."""
     n = len(_drawn(result))
     files = [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
-    return [*files, folder / f"{label}{CURVE}.svg"] if panels(result) else files
+    return [*files, folder / f"{label}{_CURVE}.svg"] if panels(result) else files
 
 
 def digest(result: Result) -> str:
@@ -75,8 +75,9 @@ def _span(texts: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys((*texts[:1], *texts[-1:])))
 
 
-def caption(result: Result, *, curves: bool = False) -> str:
-    """The number of seeds and the size of the models, and how the figure is read."""
+def caption(result: Result, file: Path) -> str:
+    """The number of seeds and the size of the models, and how the figure in a file is read."""
+    curves = file.stem.endswith(_CURVE)
     seeds, size = seeds_and_size(result)
     facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} per arm"
     facts += f", {size} parameters" if size else ""

@@ -19,7 +19,7 @@ from mtp_lightning.stored import read_json
 from sweeps.claims import words
 from sweeps.claims.claim import CPU, Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
-from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
+from sweeps.claims.figure import caption, files_of, seeds_and_size
 from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
@@ -171,7 +171,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     """The facts of one claim."""
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
     if result is None:
-        return facts | {"predictions": words.entries(None, claim)}
+        return facts | {"predictions": words.entries(claim)}
     needed = seeds_needed(result["predictions"], claim.scale.minimum)
     advice = ["" if n is None else f"about {n} seeds per arm would decide it" for n in needed]
     names = words.names_in(result)
@@ -180,7 +180,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     files = files_of(result, claim.label, Path())
     return facts | {
         "stale": is_stale(result, claim),
-        "files": [(file.name, caption(result, curves=file.stem.endswith(CURVE))) for file in files],
+        "files": [(file.name, caption(result, file)) for file in files],
         "entries": list(zip(words.entries(result), advice, strict=True)),
         "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
         # The fewest and the most finished seeds of an arm.
@@ -240,7 +240,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         heads = sizes[size] = {}
         enough = max(e["n"] for e in result["predictions"]) >= claim.scale.minimum
         verdicts: set[str] = set()
-        for entry in words.entries(result, claim):
+        for entry in words.entries(result):
             if entry["measure"].get("curve") and entry["against"] is None:
                 heads.setdefault(entry["arm"], {})[entry["measure"]["part"]] = {
                     "number": _number(entry),
@@ -261,7 +261,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     grows = [
         {"head": entry["arm"], "number": words.measured(entry)}
         for claim, result in _measured(by_name, _GROWTH)
-        for entry in words.entries(result, claim)
+        for entry in words.entries(result)
         if entry["verdict"] == HOLDS
     ]
     return {
@@ -293,7 +293,7 @@ def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         arms: dict[str, dict[str, Any]] = {}
         beyond: dict[str, None] = {}  # each once, in this order
         for claim, result in measured:
-            for entry in words.entries(result, claim):
+            for entry in words.entries(result):
                 for arm, share in (("against", "other"), ("arm", "own")):
                     if entry[share] is not None:
                         planned = len(claim.scale.seeds)

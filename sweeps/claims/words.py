@@ -19,14 +19,16 @@ def names_in(result: Stored) -> dict[str, str]:
     return arm_names({arm: content["overrides"] for arm, content in result["arms"].items()})
 
 
-def entries(result: Stored | None, claim: Claim | None = None) -> list[dict[str, Any]]:
+def entries(source: Stored | Claim) -> list[dict[str, Any]]:
     """The predictions of a result, or of a claim without one, with readable names of arms."""
-    content = result or {"predictions": [asdict(p) for p in claim.predictions] if claim else []}
-    arms = {arm: claim.overrides(arm) for arm in claim.arms} if claim else {}
-    names = arm_names(arms) if claim else names_in(content)
+    if isinstance(source, Claim):
+        predictions = [asdict(prediction) for prediction in source.predictions]
+        names = arm_names({arm: source.overrides(arm) for arm in source.arms})
+    else:
+        predictions, names = source["predictions"], names_in(source)
     return [
         {**entry, **{key: names.get(entry[key], entry[key]) for key in ("arm", "against")}}
-        for entry in content["predictions"]
+        for entry in predictions
     ]
 
 

@@ -26,7 +26,8 @@ def entry(arm: str, effect: float | None, **more: Any) -> dict[str, Any]:
 
 
 def result(claim: Claim, predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    made = {"digest": claim.digest, "predictions": predictions, "arms": {}}
+    arms = {arm: {"overrides": claim.overrides(arm), "seeds": {}} for arm in claim.arms}
+    made = {"digest": claim.digest, "predictions": predictions, "arms": arms}
     return {**made, "verdict": "undecided", "predicted_in": "d" * 40, "unfinished": []}
 
 
@@ -122,7 +123,6 @@ def test_shares_of_seeds_answer_which_heads_teach_to_plan(tmp_path: Path) -> Non
         solving(plain, None, "below"),
     ]
     made = result(claim, predictions)
-    made["arms"] = {a: {"overrides": claim.overrides(a), "seeds": {}} for a in arms}
     text = answers([(claim, made)], tmp_path)
     names = arm_names({a: claim.overrides(a) for a in arms})
     assert f"beyond noise: {names[first]}, {names[second]}. The" in text

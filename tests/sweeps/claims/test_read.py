@@ -126,7 +126,7 @@ def test_the_projects_claims_are_complete_and_readable(name: str) -> None:
     assert used == set(claim.arms), "an arm without a prediction"
     readable = arm_names({arm: claim.overrides(arm) for arm in claim.arms})
     assert len(set(readable.values())) == len(claim.arms), "two arms have one name"
-    for entry in entries(None, claim):
+    for entry in entries(claim):
         words = f"{subject(entry)} {quantity(entry['measure'])}"
         assert not re.search(r"[=/]\S|\w_\w", words), f"{words} has a raw key"
 
