@@ -81,28 +81,24 @@ def require_plain(
         UserError: with the remedy.
     """
     try:
-        _require_plain(text, allow, housekeeping)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
-def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str]) -> None:
-    try:
         if text.startswith("-"):
             raise UserError(f"{text} is refused: a job's settings are overrides, not options.")
         parsed = _parsed(text)
+        key, value = parsed.key_or_group, parsed.value()
+        dotted = key.replace("/", ".")
+        if not _KEY.fullmatch(key) or lies_in(dotted, ["hydra"]):
+            raise UserError(f"{text} is refused: a job sets what it computes, nothing of Hydra's.")
+        if lies_in(dotted, PLACES) and key not in housekeeping:
+            raise UserError(f"{text} is refused: the sweep decides where a job's files go.")
+        if "." not in key and key not in INPUTS:
+            _choices(text, key, value, allow)
+        for name, leaf in values(value, dotted):
+            _leaf(text, name, leaf, allow)
     except HydraException as error:
-        raise UserError(f"{text} is not an override: {str(error).splitlines()[0]}.") from error
-    key, value = parsed.key_or_group, parsed.value()
-    dotted = key.replace("/", ".")
-    if not _KEY.fullmatch(key) or lies_in(dotted, ["hydra"]):
-        raise UserError(f"{text} is refused: a job sets what it computes, nothing of Hydra's.")
-    if lies_in(dotted, PLACES) and key not in housekeeping:
-        raise UserError(f"{text} is refused: the sweep decides where a job's files go.")
-    if "." not in key and key not in INPUTS:
-        _choices(text, key, value, allow)
-    for name, leaf in values(value, dotted):
-        _leaf(text, name, leaf, allow)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source}: {text} is not an override: {reason}.") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 @cache
