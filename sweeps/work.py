@@ -73,9 +73,10 @@ class SweepWorker:
         while True:
             next_look = time.monotonic() + self.leases.beat_seconds
             newest, own_jobs = self.leases.look(), set(self.leases.held)
-            free = {name: newest.get(name) for name in self._unfinished if name not in own_jobs}
-            free = {name: lease for name, lease in free.items() if self.leases.free(lease)}
-            for name, lease in free.items():
+            for name in self._unfinished:
+                lease = newest.get(name)
+                if name in own_jobs or not self.leases.free(lease):
+                    continue
                 # A job that was free may be taken by now: only ``take`` decides.
                 if must_run(self._folder / name) and self.leases.take(name, lease):
                     # Checked again: its previous worker may have ended it just before.
