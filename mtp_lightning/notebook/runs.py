@@ -53,11 +53,8 @@ class _Folder:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
 
-    def _repr_html_(self) -> str:
-        return f"<b>{html.escape(str(self.folder))}</b>{self._table_html()}"
-
-    def _table_html(self) -> str:
-        raise NotImplementedError
+    def _with_title(self, table: str) -> str:
+        return f"<b>{html.escape(str(self.folder))}</b>{table}"
 
 
 class Run(_Folder):
@@ -112,7 +109,7 @@ class Run(_Folder):
         ``evaluate.py`` (``data=``), on another."""
         return evaluate(f"checkpoint={self.folder}", *overrides)
 
-    def _table_html(self) -> str:
+    def _repr_html_(self) -> str:
         cells = {"": "not ended yet"}
         if (self.folder / SUMMARY_FILE).is_file():
             values = {name: self.summary.get(tag) for tag, name in _SHOWN.items()}
@@ -122,7 +119,7 @@ class Run(_Folder):
             f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
             for name, value in cells.items()
         )
-        return f"<table>{row}</table>"
+        return self._with_title(f"<table>{row}</table>")
 
 
 class Sweep(_Folder):
@@ -167,8 +164,8 @@ class Sweep(_Folder):
     def _plan(self) -> dict[str, Any]:
         return self._read(SWEEP_FILE, f"There is no sweep in {self.folder}: no {SWEEP_FILE}.")
 
-    def _table_html(self) -> str:
-        return str(self.table._repr_html_())
+    def _repr_html_(self) -> str:
+        return self._with_title(str(self.table._repr_html_()))
 
 
 def train(*overrides: str, quiet: bool = False) -> Run:
