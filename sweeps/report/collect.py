@@ -10,6 +10,7 @@ from typing import Any
 from mtp_lightning.run.config import affects_training, is_plain, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.run.solved import SOLVED
+from sweeps import grouped
 from sweeps.report.read import RunRecord, SweepRecord
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings, lacks, order, show
 
@@ -100,14 +101,14 @@ def _apart(
     parts: list[Setting] = []
     for setting in settings:
         kinds = {identity(run): name(run) for run in setting.done}
-        only = next(iter(kinds.values()), "unknown") if len(kinds) < 2 else None
-        groups: dict[Any, Setting] = {}
-        for run in setting.runs:
-            done = run.state == "done"
-            kind = only or (name(run) if done else "unknown")
-            part = Setting(values={}, config={**setting.config, key: kind})
-            groups.setdefault(only or (done, identity(run)), part).runs.append(run)
-        parts += groups.values()
+        if len(kinds) < 2:
+            setting.config[key] = next(iter(kinds.values()), "unknown")
+            parts.append(setting)
+            continue
+        groups = grouped(((run.state == "done", identity(run)), run) for run in setting.runs)
+        for (done, _), runs in groups.items():
+            config = {**setting.config, key: name(runs[0]) if done else "unknown"}
+            parts.append(Setting(values={}, config=config, runs=runs))
     return parts
 
 
