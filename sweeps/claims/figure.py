@@ -22,7 +22,7 @@ from sweeps.claims.observe import POINTS
 from sweeps.claims.result import Result
 from sweeps.claims.reuse import runs_of
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, shares_by_row, styled
-from sweeps.report.metrics import number
+from sweeps.report.metrics import first_to_last, number
 from sweeps.report.names import in_words, name_of
 from sweeps.report.statistics import Interval, interval
 
@@ -68,11 +68,8 @@ def seeds_and_size(result: Result) -> tuple[str, str]:
     ]
     counts = sorted({len(runs) for runs in by_arm if runs})
     sizes = sorted({run["costs"].get("parameters", 0) for runs in by_arm for run in runs} - {0})
-    return _span([str(count) for count in counts]), _span([number(size, "si") for size in sizes])
-
-
-def _span(texts: Sequence[str]) -> str:
-    return " to ".join(dict.fromkeys((*texts[:1], *texts[-1:])))
+    seeds, parameters = map(str, counts), (number(size, "si") for size in sizes)
+    return first_to_last([*seeds]), first_to_last([*parameters])
 
 
 def caption(result: Result, file: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sweeps import grouped
-from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, first_few
+from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, first_few, first_to_last
 from sweeps.report.names import sentence
 from sweeps.report.settings import Setting, Settings
 
@@ -30,8 +30,7 @@ def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
 
 
 def _text(setting: Setting) -> Any:
-    """A key that is equal for settings of one text; a text without a digest has a key of its
-    own."""
+    """A key that is equal for settings of one text; one without a digest has a key of its own."""
     return (setting.text and setting.text.fingerprint) or setting
 
 
@@ -56,15 +55,11 @@ def _name(setting: Setting) -> str:
 
 def _bytes(group: Sequence[Setting]) -> str:
     counts = sorted({s.text.bytes for s in group if s.text and s.text.bytes is not None})
-    if not counts:
-        return ""
-    least = f"{counts[0]:,} to " if len(counts) > 1 else ""
-    return f" ({least}{counts[-1]:,} bytes)"
+    return f" ({first_to_last([f'{count:,}' for count in counts])} bytes)" if counts else ""
 
 
 def contexts(settings: Sequence[Setting]) -> list[str]:
-    """One sentence per text whose settings differ in window or tokenizer: whether their windows
-    have equally many bytes."""
+    """Whether windows have equally many bytes, for each text of unlike windows or tokenizers."""
     return [sentence for group in by_text(settings) if (sentence := _context(group))]
 
 
@@ -110,11 +105,9 @@ def error_of_text(setting: Setting) -> float | None:
 
 def text_errors(settings: Sequence[Setting]) -> str:
     """The sentences that explain the text's own error; empty without errors."""
-    errors = [error for setting in settings if (error := error_of_text(setting)) is not None]
-    if not errors:
-        return ""
-    least, most = (BY_TAG[BITS].show(error) for error in (min(errors), max(errors)))
-    return sentence("text_error", size=least if least == most else f"{least} to {most}")
+    errors = sorted(error for s in settings if (error := error_of_text(s)) is not None)
+    sizes = [BY_TAG[BITS].show(error) for error in errors]
+    return sentence("text_error", size=first_to_last(sizes)) if sizes else ""
 
 
 def predicts_tokens(setting: Setting) -> bool:

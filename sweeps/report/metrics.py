@@ -120,6 +120,11 @@ def equals(p: float | None) -> str:
     return text if text.startswith("<") else f"= {text}"
 
 
+def first_to_last(texts: Sequence[str]) -> str:
+    """``4 to 5``, the ends of a range; a single text alone."""
+    return " to ".join(dict.fromkeys((*texts[:1], *texts[-1:])))
+
+
 def first_few(names: Sequence[str], *, between: str = "; ") -> str:
     """The first four names, and the number of the others."""
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
