@@ -51,8 +51,7 @@ _SWEEP_SETTINGS = (
     "hydra/launcher",
     "hydra.launcher",
     "hydra/sweeper",
-    "hydra.sweeper",
-    "hydra.sweep",
+    "hydra.sweep",  # and hydra.sweeper
     "hydra.mode",
     "hydra.run",
 )

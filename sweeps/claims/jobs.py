@@ -44,8 +44,7 @@ _BRANCH, _START = "branch_from", "init_from"
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimJob(Job):
-    """An arm at a seed. The name of its folder, in the folder of all runs, ends in the digest of
-    its config."""
+    """An arm at a seed; the name of its folder ends in the digest of its config."""
 
     arm: str  # the arm's name
     seed: int  # the run's
@@ -144,8 +143,8 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 def branch_step(overrides: Iterable[str]) -> int | None:
     """The optimizer step at which a run branches from another; None if it does not."""
-    steps = [o.rpartition("@")[2] for o in overrides if key_of(o) == _BRANCH]
-    return int(steps[-1]) if steps and steps[-1].isdecimal() else None
+    step = values_by_key(overrides).get(_BRANCH, "").rpartition("@")[2]
+    return int(step) if step.isdecimal() else None
 
 
 def _job(

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.run.config import read_yaml
 from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, ClaimMeasure, ClaimPrediction, Scale
+from sweeps.report.settings import is_number
 
 FOLDER = Path(__file__).parent
 # Keys that may be added after the runs; the digest leaves them out.
@@ -216,8 +217,7 @@ class _ClaimReader:
         return value
 
     def _number(self, place: str, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < 1e300:
+        if not is_number(value) or not abs(value) < 1e300:
             self._refuse(f"{place}: {value}", "give a number")
         return float(value)
 

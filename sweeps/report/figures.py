@@ -208,7 +208,7 @@ def _heat_map(
     by_column = sorted(members, key=lambda s: order(s.values[across]))
     rows = list(dict.fromkeys(show(s.values[down]) for s in members))
     columns = [show(s.values[across]) for s in by_column if s.values[across] is not None]
-    columns = list(dict.fromkeys(columns)) or [show(None)]
+    columns = list(dict.fromkeys(columns))
     cells = {
         (show(s.values[down]), column): s.estimate(tag).interval
         for s in members
