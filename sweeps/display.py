@@ -117,8 +117,7 @@ class Display:
 
 
 class LiveTable(Display):
-    """The running jobs in a table that is redrawn every second, on the terminal unless a console is
-    given."""
+    """The running jobs in a table that is redrawn every second; ``console`` is for tests."""
 
     def __init__(self, total: int, *, console: Console | None = None) -> None:
         super().__init__(total, seconds=1.0, shown=-math.inf)

@@ -94,8 +94,7 @@ class Leases:
         return is_gone(folder) if lease is None else self.free(lease)
 
     def take(self, job: str, lease: Lease | None) -> bool:
-        """Try to take a job whose newest lease is free, or that has none; returns whether it
-        succeeded: another worker may be faster."""
+        """Try to take a job whose lease is free, or that has none; another worker may be faster."""
         number = 1 if lease is None else lease.number + 1
         self._folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -110,8 +109,7 @@ class Leases:
         return True
 
     def beat(self) -> list[str]:
-        """Touch all leases of this worker; returns the jobs that others have taken over since the
-        last call."""
+        """Touch all leases of this worker; returns the jobs that others have newly taken over."""
         with self._lock:
             lost = []
             for job, number in list(self._held.items()):

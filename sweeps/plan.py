@@ -172,8 +172,7 @@ def _jobs(stored: dict[str, Any]) -> list[PlannedJob]:
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
-    """Whether the job of a run's folder is still to be run to its end; a failed one only if
-    ``retry_failed``."""
+    """Whether a job is still to be run to its end; a failed one only if ``retry_failed``."""
     state = state_of(folder)
     if state == "done":
         return not (folder / SUMMARY_FILE).is_file()

@@ -194,6 +194,5 @@ def make_pool(
 
 
 def run(jobs: Sequence[Job], **settings: Any) -> None:
-    """Runs jobs in a pool with the settings of :func:`make_pool`; errors as there and in
-    :meth:`Pool.run`."""
+    """Runs jobs; settings and errors as in :func:`make_pool` and :meth:`Pool.run`."""
     make_pool(jobs, **settings).run(jobs)

@@ -214,8 +214,7 @@ def is_gone(folder: Path) -> bool:
 
 
 def ignore_signal() -> None:
-    """Ignores the signal that Slurm sends to all processes of a job; called by a child before its
-    program starts."""
+    """Ignores Slurm's signal to all processes of a job; called before a child's program starts."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

@@ -34,8 +34,7 @@ BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated wall time of one pending run on one core; ``source`` is one of the four names
-    above."""
+    """The estimated wall time of a pending run on one core; ``source`` is a name above."""
 
     arm: str
     seed: int
@@ -118,8 +117,7 @@ class _Pace:
     def hours(
         self, runs: Iterable[ArmRun], job: ClaimJob | None, expected: float
     ) -> tuple[float, str]:
-        """The hours of a run and their source, by its arm's runs, the FLOPs of its job, or the
-        minutes that its claim expects."""
+        """The hours of a run by its arm's runs, its job's FLOPs, or its claim; and their source."""
         if minutes := [run.minutes for run in self.of_machine(runs)]:
             return median(minutes) / 60, MEASURED if self.machine else ELSEWHERE
         if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:

@@ -308,8 +308,7 @@ def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
 
 
 def measured_heads(root: Path) -> list[dict[str, Any]]:
-    """The results of ``benchmarks.pretrained_heads``, one per processor: the head that was trained
-    for the most steps."""
+    """The results of ``benchmarks.pretrained_heads``: per processor, the head of the most steps."""
     contents = [read_json(file) for file in sorted(root.glob(_SPEED))]
     contents.sort(key=lambda content: content.get("head", {}).get("steps", 0))
     by_processor = {content.get("processor", "one processor"): content for content in contents}

@@ -154,8 +154,7 @@ def _differing(setting: Setting, other: Setting) -> list[str]:
 
 
 def _distance(setting: Setting, plain: Setting) -> tuple[int, int]:
-    """The number of varied keys outside the groups of MTP in which two settings differ, and that of
-    all such keys."""
+    """How many varied keys differ outside the groups of MTP, and how many in all."""
     differ = _differing(setting, plain)
     return sum(not lies_in(key, OF_DEPTHS) for key in differ), len(differ)
 
@@ -190,8 +189,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def solved_share(setting: Setting, level: float) -> Share | None:
-    """The share of finished seeds whose final ``val/exact_match`` is above the level; None if one
-    of them has no number."""
+    """The share of finished seeds whose exact match is above the level; None if one has none."""
     exact = setting.estimate(EXACT)
     if exact.interval is None:
         return None

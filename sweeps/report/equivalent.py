@@ -127,8 +127,7 @@ class Valued:
 
 @dataclass(frozen=True)
 class Family:
-    """Plain settings that differ only in budget, and arms that differ from them only in budget and
-    modules."""
+    """Plain settings that differ only in budget, and arms that may also differ in modules."""
 
     plain: list[Setting]  # the curve's settings, ordered by FLOPs
     arms: list[Valued]  # the arms with their gains

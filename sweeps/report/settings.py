@@ -32,8 +32,7 @@ class Estimate:
 
 @dataclass(kw_only=True, eq=False)
 class Setting:
-    """Runs whose configs differ only in the seed, trained on the same data and evaluated on the
-    same text."""
+    """Runs that differ only in the seed, with the same data and the same evaluated text."""
 
     values: dict[str, Any]  # values of the varied keys
     config: dict[str, Any]  # the first run's config, by dotted key

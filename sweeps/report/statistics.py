@@ -37,8 +37,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean of values, one per seed, and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over
-    n - 1."""
+    """Mean of values, one per seed, and Student's t interval, ``t s / sqrt(n)`` of n - 1."""
     assert values and all(math.isfinite(value) for value in values)
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
@@ -99,8 +98,7 @@ class Paired:
 
 
 def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:
-    """The paired t-test (Student 1908) on two settings' values by seed; None without a common
-    seed."""
+    """The paired t-test (Student 1908) of values by seed; None without a common seed."""
     from scipy import stats
 
     seeds = sorted(setting.keys() & reference.keys(), key=str)
