@@ -74,6 +74,8 @@ class _ClaimReader:
             "shared": self._overrides,
             "seeds": self._seeds,
             "curve": self._curve,
+            "measure": self._measure,
+            "gpu": self._scale,
         }
 
     def claim(self, name: str, content: Any) -> Claim:
@@ -90,16 +92,13 @@ class _ClaimReader:
             self._refuse(f"arms: {unquoted[0]}", "write the arm's name in quotes")
         arm_items = record["arms"].items()
         record["arms"] = {str(arm): self._overrides(f"arms.{arm}", o) for arm, o in arm_items}
-        measure = record["measure"] = self._measure("measure", record["measure"])
         predictions = record["predictions"]
         if not isinstance(predictions, list) or not predictions:
             self._refuse(f"predictions: {predictions}", "give a list of at least one")
         record["predictions"] = tuple(
-            self._prediction(f"predictions[{i}]", value, measure)
+            self._prediction(f"predictions[{i}]", value, record["measure"])
             for i, value in enumerate(predictions)
         )
-        if record.get("gpu") is not None:
-            record["gpu"] = self._scale("gpu", record["gpu"])
         text = json.dumps(predicted, sort_keys=True, default=str)
         return Claim(
             name=name,
@@ -111,8 +110,18 @@ class _ClaimReader:
     def _record(
         self, place: str, value: Any, allowed: Collection[str], required: Collection[str]
     ) -> dict[str, Any]:
-        """A mapping whose keys are known, with values read by their key."""
-        where, prefix = (f" in {place}", f"{place}.") if place else ("", "")
+        """A mapping of known keys, with values read by their key."""
+        prefix = f"{place}." if place else ""
+        return {
+            key: self._readers[key](f"{prefix}{key}", item) if key in self._readers else item
+            for key, item in self._mapping(place, value, allowed, required).items()
+            if item is not None
+        }
+
+    def _mapping(
+        self, place: str, value: Any, allowed: Collection[str], required: Collection[str] = ()
+    ) -> dict[str, Any]:
+        where = f" in {place}" if place else ""
         known, needed = (", ".join(sorted(keys)) for keys in (allowed, required))
         if not isinstance(value, dict):
             named = f"{place}: {value}" if place else f"{value}"
@@ -121,18 +130,12 @@ class _ClaimReader:
             self._refuse(f"the key {unknown[0]}{where}", f"known are {known}")
         if missing := sorted(key for key in required if value.get(key) is None):
             self._refuse(f"no {missing[0]}{where}", f"{needed} are needed")
-        return {
-            key: self._readers[key](f"{prefix}{key}", item) if key in self._readers else item
-            for key, item in value.items()
-            if item is not None
-        }
+        return value
 
     def _prediction(self, place: str, value: Any, default: ClaimMeasure) -> ClaimPrediction:
         allowed = [f.name for f in fields(ClaimPrediction)]
         record = self._record(place, value, allowed, _required(ClaimPrediction) - {"measure"})
-        own = record.get("measure")
-        record["measure"] = default if own is None else self._measure(f"{place}.measure", own)
-        prediction = ClaimPrediction(**record)
+        prediction = ClaimPrediction(**{"measure": default, **record})
         if prediction.side == "within" and prediction.by <= 0:
             self._refuse(f"{place}.by: {prediction.by:g}", "within needs a threshold above 0")
         region = f"{place}: {prediction.side} {prediction.by:g}"
@@ -157,7 +160,7 @@ class _ClaimReader:
         if ratio:
             record["tag"] = self._text(f"{place}.equivalent", record.pop("equivalent"))
             key = f"{place}.own_curves"
-            by_arm = self._record(key, record.get("own_curves", {}), self._arms, ())
+            by_arm = self._mapping(key, record.get("own_curves", {}), self._arms)
             record["own_curves"] = tuple(
                 (arm, self._curve(f"{key}.{arm}", plain)) for arm, plain in by_arm.items()
             )
@@ -175,7 +178,7 @@ class _ClaimReader:
         allowed = [f.name for f in fields(Scale)]
         record = self._record(place, value, allowed, _required(Scale))
         key = f"{place}.arms"
-        by_arm = self._record(key, record.get("arms", {}), self._arms, ())
+        by_arm = self._mapping(key, record.get("arms", {}), self._arms)
         record["arms"] = {arm: self._overrides(f"{key}.{arm}", o) for arm, o in by_arm.items()}
         most = len(record["seeds"])
         if type(record["minimum"]) is not int or not 2 <= record["minimum"] <= most:

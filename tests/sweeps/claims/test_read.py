@@ -53,6 +53,14 @@ def test_the_gpu_setting_replaces_only_its_own_keys(tmp_path: Path) -> None:
         claim_of(tmp_path).on_gpu()
 
 
+def test_an_arm_may_have_the_name_of_a_key(tmp_path: Path) -> None:
+    arms = {"plain": ["mtp=none", "mtp.depth=0"], "seeds": ["mtp=sequential"]}
+    predictions = [predict("seeds", "below", against="plain")]
+    gpu = {"arms": {"seeds": ["mtp=parallel"]}, "seeds": [7, 8], "minimum": 2, "minutes": 600}
+    claim = claim_of(tmp_path, arms=arms, predictions=predictions, gpu=gpu)
+    assert claim.on_gpu().overrides("seeds")[-1] == "mtp=parallel"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
