@@ -139,11 +139,8 @@ def _costs(
     that an earlier claim runs (``planned_before``) are left out; the others are added to it."""
     seeds = claim.scale.seeds
     pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
-    unmeasured = any(not pace.of_machine(arms[arm].values()) for arm, _ in pending)
-    composed: dict[tuple[str, int], ClaimJob] = {}
-    if count_flops and (shared or planned_before or unmeasured):
-        seeds_left = list(dict.fromkeys(seed for _, seed in pending))
-        composed = {(job.arm, job.seed): job for job in jobs(claim, seeds_left, runs)}
+    composed_seeds = dict.fromkeys(seed for _, seed in pending) if count_flops else ()
+    composed = {(job.arm, job.seed): job for job in jobs(claim, [*composed_seeds], runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
     estimates = []
     arm_costs: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
