@@ -17,3 +17,9 @@ def grouped(pairs: Iterable[tuple[Any, V]]) -> dict[Any, list[V]]:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def digits(number: float) -> str:
+    """A number in six digits, or in all of its digits if it has more."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)

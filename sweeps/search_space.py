@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of
+from sweeps import digits
 from sweeps.compose import prepare_values
 
 if TYPE_CHECKING:
@@ -40,13 +41,7 @@ def shown(domain: Range) -> str:
     if isinstance(domain, CategoricalDistribution):
         return f"choice({','.join(map(str, domain.choices))})"
     kind = "int" if isinstance(domain, IntDistribution) else "interval"
-    low, high = _digits(domain.low), _digits(domain.high)
-    return f"{kind}({low},{high}{',log' * domain.log})"
-
-
-def _digits(number: float) -> str:
-    """A number in six digits, or in all of its digits if it has more."""
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+    return f"{kind}({digits(domain.low)},{digits(domain.high)}{',log' * domain.log})"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:

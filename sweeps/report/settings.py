@@ -12,6 +12,7 @@ from typing import Any
 
 from mtp_lightning.run.config import is_plain, lies_in
 from mtp_lightning.run.solved import EXACT, SOLVED
+from sweeps import digits
 from sweeps.report import metrics
 from sweeps.report.names import name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
@@ -154,8 +155,8 @@ class Settings:
         if not self.is_task:
             return [*metrics.TABLE]
         tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
-        matches = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
-        sets = [metrics.Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in matches if m]
+        matches = (re.fullmatch(r"val/([^/]+)/exact_match", tag) for tag in tags)
+        sets = [metrics.Metric(m[0], "Exact match", f"on {m[1]}", "%") for m in matches if m]
         others = [metric for metric in metrics.OF_TASKS if metric.tag in tags]
         return [metrics.ANSWERS, *sets, *others, *metrics.TABLE]
 
@@ -175,8 +176,7 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
+        return digits(value)
     if isinstance(value, list):
         return "[" + ",".join(show(v) for v in value) + "]"
     return "null" if value is None else str(value)
