@@ -129,8 +129,6 @@ def references(settings: Settings, label: str | None = None) -> list[Setting]:
     """
     if label is not None:
         return [_find(settings, label)] * len(settings.all)
-    if not settings.all:
-        return []
     plain = [setting for setting in settings.all if setting.is_plain]
     if FOLDER in settings.varied or len(plain) in (0, len(settings.all)):
         # Sorted by the first key: the first of every stratum has its smallest value.

@@ -118,17 +118,15 @@ def caveats(settings: Settings) -> list[str]:
     """Sentences on what is missing and what may make numbers incomparable."""
     done = [run for run in settings.runs if run.state == "done"]
     versions = [v for run in done if isinstance(v := run.fact("versions"), dict)]
+    finished = [setting for setting in settings.all if setting.done]
     gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    fewer: dict[tuple[int, int], list[str]] = {}
-    for setting in (s for s in settings.all if s.done):
-        missing: dict[str, list[str]] = {}
-        for metric in settings.columns:
-            if gap := setting.estimate(metric.tag).gap:
-                missing.setdefault(gap, []).append(metric.tag)
+    for setting in finished:
+        estimates = ((setting.estimate(metric.tag), metric.tag) for metric in settings.columns)
+        missing = grouped((estimate.gap, tag) for estimate, tag in estimates if estimate.gap)
         for gap, tags in missing.items():
             gaps.setdefault((gap, tuple(tags)), []).append(setting.name)
-        if (n := len(setting.done)) < setting.planned:
-            fewer.setdefault((n, setting.planned), []).append(setting.name)
+    partial_settings = [setting for setting in finished if len(setting.done) < setting.planned]
+    fewer = grouped(((len(s.done), s.planned), s.name) for s in partial_settings)
     answering = [run for s in settings.all for run in s.done if settings.is_task and s.answers]
     others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
