@@ -39,8 +39,7 @@ class MemoryUse:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._running: dict[int, _JobMemory] = {}  # by process group
-        # Most bytes per process of the jobs that have finished.
-        self._known_peak: int | None = None
+        self._known_peak = 0  # most bytes per process of the jobs that have finished
 
     def begin(self, group: int, processes: int) -> None:
         self._running[group] = _JobMemory(processes)
@@ -55,13 +54,13 @@ class MemoryUse:
         """Removes a job; the memory of one that ``succeeded`` is representative."""
         job = self._running.pop(group)
         if succeeded and job.per_process:  # 0 if it ended before the first look
-            self._known_peak = max(self._known_peak or 0, job.per_process)
+            self._known_peak = max(self._known_peak, job.per_process)
 
     @property
     def per_process(self) -> int:
         """Bytes that a process of the next job is expected to take."""
-        running = (job.per_process for job in self._running.values())
-        return max(UNKNOWN_BYTES if self._known_peak is None else self._known_peak, *running, 0)
+        running = [job.per_process for job in self._running.values()]
+        return max([self._known_peak or UNKNOWN_BYTES, *running])
 
     def missing(self, processes: int) -> str | None:
         """Why there is no room for a job of some processes; None if there is."""
