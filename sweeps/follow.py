@@ -32,24 +32,22 @@ def follow(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; all jobs are over or canceled.
     """
-    unfinished, running = list(jobs), set()
+    unfinished = dict.fromkeys(jobs)
     old_statuses = {job: read_status(job.folder) for job in jobs}
     with make_display(len(jobs)) as display, interrupts() as check:
 
         def look(reason: str | None = None) -> None:
-            ended, reported = find_ended(), set[Job]()
+            ended = find_ended()
             for job in list(unfinished):
                 status = read_status(job.folder) or {}
-                if status.get("state") == "running" and job not in running:
-                    running.add(job)
+                if status.get("state") == "running" and job not in display.running:
                     display.started(job, str(status["device"]))
                 # A job that ended normally says so in its status, sooner than the cluster does.
                 says_so = status.get("state") in ("done", "failed") and status != old_statuses[job]
                 if job in ended or says_so:
                     _judge(job, ended.get(job, ""), interrupted=reason)
                     display.ended(job)
-                    reported.add(job)
-            unfinished[:] = [job for job in unfinished if job not in reported]
+                    del unfinished[job]
             display.refresh()
 
         try:
