@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mtp_lightning.command_line.shell import has_styles
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
-from mtp_lightning.run.status import read_status, state_of
+from mtp_lightning.run.status import read_status
 from sweeps.process import Job
 
 if TYPE_CHECKING:
@@ -77,10 +77,9 @@ class Display:
     def ended(self, job: Job) -> None:
         """Records that a job has ended; its status file says how."""
         self.running.pop(job, None)
-        state = state_of(job.folder)
+        status = read_status(job.folder) or {}  # a file server may not answer for a moment
+        state, reason = status.get("state", "pending"), status.get("reason")
         self.counts[state] += 1
-        # A file server may not answer for a moment.
-        reason = (read_status(job.folder) or {}).get("reason")
         why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
         self.event(f"{state} {job.label} ({self.counts.total()} of {self.total}){why}")
 
