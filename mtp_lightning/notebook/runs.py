@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -265,7 +266,7 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
 def _typed(value: Any) -> str:
     """A value in the command line's syntax."""
     if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
+        return json.dumps(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_typed, value))}]"
     return quoted(value) if isinstance(value, str) else str(value)
