@@ -108,18 +108,15 @@ class Leases:
             self._held[job] = number
         return True
 
-    def beat(self) -> list[str]:
-        """Touch all leases of this worker; returns the jobs that others have newly taken over."""
+    def beat(self) -> None:
+        """Touches all leases of this worker, and drops those that others have taken over."""
         with self._lock:
-            lost = []
             for job, number in list(self._held.items()):
                 with suppress(OSError):  # a file server that is away for a moment
                     if (self._folder / f"{job}.{number + 1}").exists():
                         del self._held[job]
-                        lost.append(job)
                     else:
                         os.utime(self._folder / f"{job}.{number}")
-            return lost
 
     def release(self, job: str) -> None:
         """Releases a job, if it is this worker's, so that others need not wait."""

@@ -55,7 +55,6 @@ class SweepWorker:
         allow: Collection[str] = (),
     ) -> None:
         self._folder, self.leases = plan.folder, leases
-        self._lost: set[str] = set()
         labels = varied_labels(plan.jobs)
         self.jobs = {
             planned.folder: _job(plan.folder, planned, labels[planned.folder], program, allow)
@@ -93,16 +92,11 @@ class SweepWorker:
         self._unfinished = [name for name in self._unfinished if must_run(self._folder / name)]
         return bool(self._unfinished)
 
-    def beat(self) -> None:
-        """Shows the others that this worker lives; called by a thread of its own."""
-        self._lost.update(self.leases.beat())
-
     def watch(self, job: Job) -> str | None:
         """Whether a job has to be stopped because another worker has it."""
-        return LOST if job.name in self._lost else None
+        return None if job.name in self.leases.held else LOST
 
     def ended(self, job: Job) -> None:
-        self._lost.discard(job.name)
         self.leases.release(job.name)
 
 
@@ -117,7 +111,7 @@ def work(worker: SweepWorker, pool: Pool, *, wait: bool = True) -> None:
 
     def beat() -> None:
         while not finished.wait(beat_seconds):
-            worker.beat()
+            worker.leases.beat()  # shows the others that this worker lives
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
