@@ -28,7 +28,7 @@ from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
-from mtp_lightning.run.status import PRUNED, read_status, state_of
+from mtp_lightning.run.status import PRUNED, read_status
 from mtp_lightning.stored import read_json
 from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
@@ -37,6 +37,7 @@ from sweeps.plan import SweepPlan, job_of, refuse_run_folder
 from sweeps.pool import make_pool
 from sweeps.process import Job
 from sweeps.search_space import Space, examples, parse, shown
+from sweeps.status import was_pruned
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -79,7 +80,6 @@ class Search:
         self.study.set_user_attr("search", definition)
         self._plan = SweepPlan(self.folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
-        self._pruned: set[Path] = set()
         self._metric_logged = False  # whether a validation has logged the metric
         self._newest_steps: dict[Path, int] = {}  # of the validations that were reported
 
@@ -89,8 +89,8 @@ class Search:
 
         for interrupted in self.study.get_trials(states=(TrialState.RUNNING,)):
             trial = Trial(self.study, interrupted._trial_id)
-            status = read_status(self.folder / trial.user_attrs.get("folder", "")) or {}
-            if str(status.get("reason")).startswith(PRUNED):  # Ctrl-C came before it had ended
+            status = read_status(self.folder / trial.user_attrs.get("folder", ""))
+            if status and was_pruned(status):  # Ctrl-C came before it had ended
                 self.study.tell(trial, state=TrialState.PRUNED)
             elif trial.params.keys() == self.space.keys():
                 yield from self._job_of(trial)
@@ -115,7 +115,6 @@ class Search:
                 continue
             trial.report(value, step)
             if trial.should_prune():
-                self._pruned.add(job.folder)
                 return f"{PRUNED}: {self.metric} {value:.4f} at step {step} is above the median"
         return None
 
@@ -142,16 +141,17 @@ class Search:
         """Reports a trial's result to the study; an interrupted trial stays open."""
         from optuna.trial import TrialState
 
-        state = state_of(job.folder)
-        if state == "done" and not self._metric_logged:
+        status = read_status(job.folder) or {"state": "pending"}
+        done = status["state"] == "done"
+        if done and not self._metric_logged:
             self._metric_logged = self._logged_by_first(job.folder / METRICS_FILE, ended=True)
         for trial in self._trials.pop(job.folder):
-            value = _result(job.folder, self.metric) if state == "done" else math.nan
+            value = _result(job.folder, self.metric) if done else math.nan
             if math.isfinite(value):
                 self.study.tell(trial, value)
-            elif job.folder in self._pruned:
+            elif was_pruned(status):
                 self.study.tell(trial, state=TrialState.PRUNED)
-            elif state != "interrupted":
+            elif status["state"] != "interrupted":
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def _job_of(self, trial: Trial) -> Iterator[Job]:

@@ -54,8 +54,12 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
 def _status(folder: Path) -> dict[str, Any]:
     """A job's status; the state of a trial that its search has stopped is ``PRUNED``."""
     status = read_status(folder) or {"state": "pending"}
-    pruned = status["state"] == "interrupted" and str(status["reason"]).startswith(PRUNED)
-    return {**status, "state": PRUNED} if pruned else status
+    return {**status, "state": PRUNED} if was_pruned(status) else status
+
+
+def was_pruned(status: dict[str, Any]) -> bool:
+    """Whether a status is that of a trial that its search has stopped."""
+    return status["state"] == "interrupted" and str(status["reason"]).startswith(PRUNED)
 
 
 def _worker(leases: Leases, lease: Lease | None) -> str:
