@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.command_line.shell import this_program
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
@@ -23,7 +25,7 @@ from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import read_status, state_of
 from mtp_lightning.stored import component, read_json
 from sweeps import grouped
-from sweeps.process import Job, python_command
+from sweeps.process import Job
 
 VERSION = 1
 TRAIN = "train"
@@ -53,12 +55,15 @@ class Recipe:
         labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
-        """The job that this recipe runs in a folder. ``labels`` are the overrides that distinguish
-        it from the other jobs; ``program`` has Python's arguments that start it."""
+        """The job that this recipe runs in a folder of the sweep's. ``labels`` are the overrides
+        that distinguish it from the other jobs; ``program`` has Python's arguments that start it: a
+        script, or ``-m`` and a module."""
+        # The sweep's folder is given too: its default holds the time, in which jobs would differ.
+        folders = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
         return Job(
             folder=folder,
             overrides=tuple(overrides),
-            command=python_command(program, [*self.options, *overrides], folder),
+            command=(sys.executable, *program, *self.options, *overrides, *folders),
             processes=self.processes,
             nodes=self.nodes,
             max_steps=self.max_steps,

@@ -6,14 +6,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE, STATUS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
@@ -244,13 +242,3 @@ class _Watchdog:
         """Kills the rest of the group, including itself."""
         os.killpg(self.group, signal.SIGKILL)
         self._shell.communicate()
-
-
-def python_command(
-    program: Sequence[str], overrides: Sequence[str], folder: Path
-) -> tuple[str, ...]:
-    """The command line of a run in ``folder``, which is in the sweep's folder; ``program`` has
-    Python's arguments that start it: a script, or ``-m`` and a module."""
-    # The sweep's folder is given too: its default holds the time, in which jobs would differ.
-    folders = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
-    return (sys.executable, *program, *overrides, *folders)

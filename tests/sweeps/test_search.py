@@ -33,8 +33,9 @@ TWO_VALUES = ("mtp.depth=1,2", "optimizer.lr=0.01")
 # Replaces a run: its loss is lowest at a learning rate of 0.01 and depth 1.
 RUN = """
 import json, math, os, sys, time
-folder, *overrides = sys.argv[1:]
+overrides = sys.argv[1:]
 values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
+folder = values["run_dir"].strip("'")
 if values.get("mtp") == "mine" and "--config-dir" not in overrides:
     sys.exit("error: no such head")
 print("training", flush=True)
@@ -56,11 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a search whose trials run RUN."""
     program = tmp_path / "run.py"
     program.write_text(RUN)
-
-    def command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
-        return (sys.executable, "-S", str(program), str(folder), *overrides)
-
-    monkeypatch.setattr(plan_module, "python_command", command)
+    monkeypatch.setattr(plan_module, "app", lambda name: ["-S", str(program)])
     return tmp_path / "search"
 
 
