@@ -31,18 +31,15 @@ class Devices:
     cores: int = 0  # taken from a queue that counts them
 
     def environment(self) -> dict[str, str]:
-        clean = clean_environment()
+        """This process's environment with these devices, without variables that would mislead a
+        run."""
+        clean = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
+        clean["PYTHONUNBUFFERED"] = "1"
         # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.
         clean |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         if self.gpus is not None:
             clean["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return clean
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables that would mislead a run."""
-    clean = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
-    return {**clean, "PYTHONUNBUFFERED": "1"}
 
 
 def find_gpus() -> list[str]:

@@ -54,7 +54,7 @@ class SweepWorker:
         program: Sequence[str] = (),
         allow: Collection[str] = (),
     ) -> None:
-        self._folder, self.leases = plan.folder, leases
+        self.leases = leases
         labels = varied_labels(plan.jobs)
         self.jobs = {
             planned.folder: _job(plan.folder, planned, labels[planned.folder], program, allow)
@@ -77,10 +77,11 @@ class SweepWorker:
                 if name in own_jobs or not self.leases.free(lease):
                     continue
                 # A job that was free may be taken by now: only ``take`` decides.
-                if must_run(self._folder / name) and self.leases.take(name, lease):
+                job = self.jobs[name]
+                if must_run(job.folder) and self.leases.take(name, lease):
                     # Checked again: its previous worker may have ended it just before.
-                    if must_run(self._folder / name):
-                        yield self.jobs[name]
+                    if must_run(job.folder):
+                        yield job
                     else:
                         self.leases.release(name)
             yield None
@@ -89,7 +90,7 @@ class SweepWorker:
 
     def drop_ended(self) -> bool:
         """Forgets the jobs that have ended, whoever ran them; returns whether any is left."""
-        self._unfinished = [name for name in self._unfinished if must_run(self._folder / name)]
+        self._unfinished = [n for n in self._unfinished if must_run(self.jobs[n].folder)]
         return bool(self._unfinished)
 
     def watch(self, job: Job) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 
 from mtp_lightning.system import cores, cpu_quota
 from sweeps import devices
-from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
+from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display
 from sweeps.machine import MemoryUse, available, bytes_by_group
 from sweeps.pool import Pool
@@ -141,7 +141,7 @@ def test_variables_of_other_launchers_do_not_reach_a_job(monkeypatch: pytest.Mon
     for name in leaks:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    environment = clean_environment()
+    environment = Devices(name="cpu:0").environment()
     assert not environment.keys() & set(leaks)
     assert environment["SLURM_JOB_ID"] == "7"
 
