@@ -23,20 +23,13 @@ from data_modules.windows import WindowBatch
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """N documents of a token file, in reading order.
-
-    Attributes:
-        starts: ``[N]`` int64 index of the first token of each document.
-        ends: ``[N]`` int64 index after the last token, which is the end-of-text token.
-        bytes: ``[N]`` int64 UTF-8 bytes of each document.
-        fingerprint: hex digest of the texts: the same for every tokenizer.
-    """
+    """N documents of a token file, in reading order."""
 
     file: TokenFile
-    starts: np.ndarray
-    ends: np.ndarray
-    bytes: np.ndarray
-    fingerprint: str
+    starts: np.ndarray  # ``[N]`` int64 index of each document's first token
+    ends: np.ndarray  # ``[N]`` int64 index after its last token, the end-of-text token
+    bytes: np.ndarray  # ``[N]`` int64 UTF-8 bytes of each document
+    fingerprint: str  # hex digest of the texts: the same for every tokenizer
 
     @property
     def n_tokens(self) -> int:

@@ -24,19 +24,13 @@ from mtp_lightning.system import end_with
 
 @dataclass(eq=False)
 class _Loader:
-    """Batches of windows for one rank.
-
-    Attributes:
-        batch_size: windows of a batch, which in training is an optimizer step.
-        num_workers: processes that prefetch batches; 0 loads them in this process.
-        pin_memory: whether batches are put into page-locked memory.
-    """
+    """Batches of windows for one rank."""
 
     dataset: Windows
     _: KW_ONLY
-    batch_size: int
-    num_workers: int = 0
-    pin_memory: bool = False
+    batch_size: int  # windows of a batch, which in training is an optimizer step
+    num_workers: int = 0  # processes that prefetch batches; 0 loads them in this process
+    pin_memory: bool = False  # whether batches are put into page-locked memory
 
     def _fetch(self, batches: Iterable[np.ndarray]) -> Iterator[WindowBatch]:
         # DataLoader draws a seed for its workers. A generator of our own keeps the global one from

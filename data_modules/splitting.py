@@ -34,17 +34,13 @@ class DocumentSplit:
     document, and the rest is the validation document.
 
     A corpus whose validation documents are given (:attr:`Source.held_out`) is not split.
-
-    Attributes:
-        source: the corpus. Empty documents are dropped before counting.
-        val_fraction: expected share of validation groups; ``UserError`` unless between 0 and 1.
-        seed: seed of the hash, not of the run: runs with different seeds share the split.
     """
 
-    source: Source
+    source: Source  # the corpus; empty documents are dropped before counting
     _: KW_ONLY
+    # Expected share of validation groups; ``UserError`` unless between 0 and 1.
     val_fraction: float = 0.05
-    seed: int = 0
+    seed: int = 0  # of the hash, not of the run: runs with different seeds share the split
 
     def __post_init__(self) -> None:
         require_number("data.val_fraction", self.val_fraction, above=0, below=1)

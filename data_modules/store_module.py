@@ -40,9 +40,6 @@ class StoreDataModule(WindowDataModule):
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
             all epochs and runs; the owner of the model sets :attr:`states`.
         cache_dir: the cache folder; None for that of :func:`~data_modules.cache.cache_folder`.
-
-    Attributes:
-        states: the folder of these states; None if they are not kept.
     """
 
     eval_bytes: int | Literal["all"] = 300_000
@@ -50,6 +47,7 @@ class StoreDataModule(WindowDataModule):
     document_mask: bool = False
     cache_states: bool = False
     cache_dir: Path = None  # type: ignore[assignment]  # may be a string; None is replaced
+    # The folder of the trunk's states; None if they are not kept.
     states: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -49,22 +49,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split of a store. Cheap to pickle: loader workers open the file themselves.
+    """One split of a store. Cheap to pickle: loader workers open the file themselves."""
 
-    Attributes:
-        path: the ``.bin`` file, or its name if the tokens are in ``shards``.
-        dtype: name of its dtype.
-        n_tokens: number of tokens, end-of-text tokens included.
-        n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted; None if unknown.
-        shards: the parts of files that hold the tokens, if the store is a view.
-    """
-
-    path: Path
-    dtype: str
-    n_tokens: int
-    n_bytes: int | None
+    path: Path  # the ``.bin`` file, or its name if the tokens are in ``shards``
+    dtype: str  # its name
+    n_tokens: int  # end-of-text tokens included
+    n_bytes: int | None  # UTF-8 bytes of the text, end-of-text tokens not counted; None if unknown
     n_documents: int
-    shards: tuple[Shard, ...] | None = None
+    shards: tuple[Shard, ...] | None = None  # parts of files that hold the tokens, if it is a view
 
     def tokens(self) -> np.ndarray | ShardedTokens:
         """``[n_tokens]`` read-only memory map, or several maps that are read as one array."""

@@ -40,19 +40,12 @@ def window_count(n_tokens: int, seq_len: int, beyond: int) -> int:
 
 @dataclass(eq=False, kw_only=True)
 class Windows(Dataset[WindowBatch], ABC):
-    """Maps an array of window numbers to a :class:`WindowBatch` of T + s D + 1 + E tokens.
+    """Maps an array of window numbers to a :class:`WindowBatch` of T + s D + 1 + E tokens."""
 
-    Attributes:
-        seq_len: T.
-        depth: D.
-        stride: s, tokens from one depth's target to the next one's.
-        extra: E, tokens of a window after its T + s D + 1.
-    """
-
-    seq_len: int
-    depth: int
-    stride: int = 1
-    extra: int = 0
+    seq_len: int  # T
+    depth: int  # D
+    stride: int = 1  # s, tokens from one depth's target to the next one's
+    extra: int = 0  # E, tokens of a window after its T + s D + 1
 
     @property
     def beyond(self) -> int:
@@ -103,20 +96,17 @@ class Windows(Dataset[WindowBatch], ABC):
 class WindowDataset(Windows):
     """Windows of a token file; window i begins at token ``i * T``.
 
-    Attributes:
-        document_mask: whether batches carry document ids.
-        states: folder with a frozen trunk's states of these windows, which batches then carry.
-        limit: number of windows to keep, chosen by an order that depends only on the number of
-            windows in the file; None for all.
-
     Raises:
         UserError: the file has fewer windows than ``limit``.
     """
 
     file: TokenFile
     _: KW_ONLY
-    document_mask: bool = False
+    document_mask: bool = False  # whether batches carry document ids
+    # Folder with a frozen trunk's states of these windows, which batches then carry.
     states: Path | None = None
+    # Number of windows to keep, chosen by an order that depends only on the number of windows in
+    # the file; None for all.
     limit: int | None = None
 
     def __post_init__(self) -> None:

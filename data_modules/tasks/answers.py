@@ -32,21 +32,14 @@ TRIED = 1 << 14
 
 @dataclass(eq=False)
 class AnswerSet:
-    """Examples 0 .. n - 1 of a task, one per window. It knows nothing of models.
+    """Examples 0 .. n - 1 of a task, one per window. It knows nothing of models."""
 
-    Attributes:
-        task: the task, or an out-of-distribution variant of it.
-        n: number of examples, >= 1.
-        depth: D of the model that answers.
-        stride: s, tokens from one depth's target to the next one's.
-        trained: its training windows; None for a set from another distribution.
-    """
-
-    task: Task
-    n: int
+    task: Task  # the task, or an out-of-distribution variant of it
+    n: int  # number of examples, >= 1
     _: KW_ONLY
-    depth: int
-    stride: int = 1
+    depth: int  # D of the model that answers
+    stride: int = 1  # s, tokens from one depth's target to the next one's
+    # Its training windows; None for a set from another distribution.
     trained: TaskWindows | None = None
 
     def __len__(self) -> int:

@@ -26,7 +26,6 @@ class TaskDataModule(WindowDataModule):
     first ``eval_examples`` of the task, which no training reads, whatever the run's seed.
 
     Args:
-        task: the task.
         tokenizer: the stored tokenizer of the run that is evaluated; it must have the task's
             symbols.
         seq_len: T; None for the tokens of the longest example but its last, which is only a

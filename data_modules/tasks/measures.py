@@ -94,7 +94,6 @@ class AffineProbe(TaskMeasure):
     the scored examples, with their own mean of y. Only sums are kept.
 
     Args:
-        name: name of the value.
         wanted: maps tokens [B, W] to the target [B, W, S] after each of them.
         size: S.
         d_model: C.

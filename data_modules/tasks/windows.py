@@ -36,18 +36,13 @@ class TaskWindows(Windows):
     Window i holds examples ``first + i * n`` to ``first + (i + 1) * n - 1``, n = ``per_window``.
     Targets are the asked tokens of the answers, at every depth. If n > 1, document ids keep
     attention and targets inside each example.
-
-    Attributes:
-        task: the task. T is at least the length of its longest example minus one.
-        examples: number of examples; None for no end, in epochs of :data:`EPOCH` windows.
-        train_prompt: whether all of an example's tokens are targets.
     """
 
-    task: Task
+    task: Task  # T is at least the length of its longest example minus one
     _: KW_ONLY
     first: int
-    examples: int | None
-    train_prompt: bool = False
+    examples: int | None  # number of examples; None for no end, in epochs of ``EPOCH`` windows
+    train_prompt: bool = False  # whether all of an example's tokens are targets
 
     def __post_init__(self) -> None:
         self.per_window = (self.seq_len + 1) // self.task.longest

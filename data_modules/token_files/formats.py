@@ -50,19 +50,14 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class TokenSource:
-    """The contents of a token file.
+    """The contents of a token file."""
 
-    Attributes:
-        format: ``megatron``, ``litdata``, ``llm.c``, ``raw`` or ``npy``.
-        starts: int64 index of every document's first token; None if only end-of-text tokens
-            separate documents.
-        files: all files that determine the contents.
-    """
-
-    format: str
+    format: str  # ``megatron``, ``litdata``, ``llm.c``, ``raw`` or ``npy``
     shard: Shard
+    # Index of every document's first token, int64; None if only end-of-text tokens separate
+    # documents.
     starts: np.ndarray | None
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # all files that determine the contents
 
 
 def read_header(path: Path, dtype: str | None = None) -> TokenSource:

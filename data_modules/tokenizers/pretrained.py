@@ -40,9 +40,6 @@ class PretrainedTokenizer(Tokenizer):
             ``tokenizer_config.json`` next to it, else the first of :data:`KNOWN_EOT` among its
             special tokens.
 
-    Attributes:
-        beside: the files of :data:`BESIDE` next to it, by name.
-
     Raises:
         FileNotFoundError: at the first use, if there is no such file, folder or hub name.
         UserError: at the first use, if it is not a tokenizer or has no such end-of-text token.
@@ -53,7 +50,7 @@ class PretrainedTokenizer(Tokenizer):
     def __init__(self, path: str, *, eot_token: str | None = None) -> None:
         self.path = str(path)
         self.eot_token = eot_token
-        self.beside: dict[str, str] = {}
+        self.beside: dict[str, str] = {}  # the files of ``BESIDE`` next to it, by name
 
     @cached_property
     def _library(self) -> Any:
