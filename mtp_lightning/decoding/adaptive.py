@@ -19,15 +19,10 @@ MIN_GAIN, MIN_GAIN_MEASURED = 1.03, 1.1
 
 @dataclass(frozen=True)
 class Payoff:
-    """The costs of rounds with 0, 1, .. drafts, and the acceptance of the drafts.
+    """The costs of rounds with 0, 1, .. drafts, and the acceptance of the drafts."""
 
-    Attributes:
-        costs: their times in plain rounds.
-        accepted: share of the drafts judged at position 1, 2, .. that is accepted.
-    """
-
-    costs: tuple[float, ...]
-    accepted: tuple[float, ...]
+    costs: tuple[float, ...]  # times in plain rounds
+    accepted: tuple[float, ...]  # share of the drafts judged at position 1, 2, .. that is accepted
 
     def gains(self) -> list[float]:
         """Tokens per second with 0, 1, .. drafts, over plain decoding."""
@@ -134,10 +129,6 @@ class _Rounds:
 
     A plain round over long texts may take twice as long as one over short texts. So times are
     compared within one probe only, and their ratio to the time of a plain round is stored.
-
-    Attributes:
-        best: the number of drafts with the most tokens per second.
-        plan: numbers of drafts to be timed in the next rounds.
     """
 
     _EACH = 2  # rounds per number in a probe; the first may have much to catch up with
@@ -147,13 +138,13 @@ class _Rounds:
     _HOPELESS = 4096  # the same if drafts would not pay even if all were accepted
 
     def __init__(self, max_draft: int, best: int = 0, costs: Sequence[float] = (1.0,)) -> None:
-        self.best = best
+        self.best = best  # the number of drafts with the most tokens per second
         # For every number of drafts: the last rounds' times, and their ratios to plain rounds.
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._ratios: list[deque[float]] = [deque(maxlen=3) for _ in range(max_draft + 1)]
         for ratios, cost in zip(self._ratios, costs, strict=False):
             ratios.append(cost)
-        self.plan: list[int] = []
+        self.plan: list[int] = []  # numbers of drafts to be timed in the next rounds
         self._since_probe = 0
         self._wait = self._FIRST
         self._deeper = True  # whether the next probe tries one draft more

@@ -43,13 +43,9 @@ logits [B, V]."""
 
 
 class FusedPasses(Protocol):
-    """The passes that a part provides for one model while it decodes.
+    """The passes that a part provides for one model while it decodes."""
 
-    Attributes:
-        trunk: the pass of the trunk; None if the part has no code for this trunk, head or stack.
-    """
-
-    trunk: TrunkPass | None
+    trunk: TrunkPass | None  # None if the part has no code for this trunk, head or stack
 
     def draft(self, k: int, weight_VC: Tensor) -> DraftPass | None:
         """The pass of depth ``k``, drafting with the head's weight ``weight_VC``; None if the part
@@ -64,21 +60,16 @@ class FusedPasses(Protocol):
 
 @dataclass(frozen=True)
 class DecodingCode:
-    """A part's decoding code for one type of device.
+    """A part's decoding code for one type of device."""
 
-    Attributes:
-        passes: prepares a model until :meth:`FusedPasses.close`.
-        rounded_weights_need: what the device lacks to read rounded weights fast; None for nothing.
-        packer_for: packs the weights of a model that only decodes.
-        multiply_integers: makes products with weights in blocks sums of integers.
-        version: identifies the code, whose speed may change with it.
-    """
-
-    passes: Callable[[MTPModel], FusedPasses]
+    passes: Callable[[MTPModel], FusedPasses]  # prepares a model until ``FusedPasses.close``
+    # What the device lacks to read rounded weights fast; None for nothing.
     rounded_weights_need: Callable[[], str | None]
+    # Packs the weights of a model that only decodes.
     packer_for: Callable[[MTPModel, Path | None, str], WeightPacker | None]
+    # Makes products with weights in blocks sums of integers.
     multiply_integers: Callable[[MTPModel], str | None]
-    version: str
+    version: str  # identifies the code, whose speed may change with it
 
 
 _CODE: dict[str, DecodingCode] = {}

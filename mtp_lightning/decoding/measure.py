@@ -61,14 +61,10 @@ def prompts_that_fit(
 
 @dataclass(frozen=True)
 class Race:
-    """The same prompts decoded in several ways, interleaved so that other load hits all alike.
+    """The same prompts decoded in several ways, interleaved so that other load hits all alike."""
 
-    Attributes:
-        outputs: the generations of every way.
-        seconds: for every way, the wall-clock seconds of each repeat over all prompts.
-    """
-
-    outputs: dict[str, list[Generation]]
+    outputs: dict[str, list[Generation]]  # the generations of every way
+    # For every way, wall-clock seconds of each repeat over all prompts.
     seconds: dict[str, list[float]]
 
     def speedup(self, name: str, over: str = "plain") -> float:
@@ -214,15 +210,10 @@ def teacher_forced_rates(
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Median seconds of single passes.
+    """Median seconds of single passes."""
 
-    Attributes:
-        verify: the trunk over 1 .. D + 1 tokens per row, with the head and the argmax.
-        draft: depths 1 .. D, with the head and the argmax.
-    """
-
-    verify: list[float]
-    draft: list[float]
+    verify: list[float]  # the trunk over 1 .. D + 1 tokens per row, with head and argmax
+    draft: list[float]  # depths 1 .. D, with head and argmax
 
     def speedup(self, tokens_per_step: float) -> float:
         """Speedup of drafting D tokens over plain decoding if only these passes took time."""

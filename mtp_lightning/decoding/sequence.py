@@ -33,44 +33,29 @@ class LogProb:
 
 
 class Rejected(NamedTuple):
-    """A draft that did not become part of the text.
+    """A draft that did not become part of the text."""
 
-    Attributes:
-        at: index in the text of the token that the trunk itself chose in that pass; it may lie
-            after the text's end.
-        depth: depth of the draft, from 1.
-        token: id of the draft.
-        after: index among the pass's rejected drafts of the one that it was drafted after; None if
-            it follows the accepted drafts.
-        looked_up: whether the text itself gave it, and not the modules.
-    """
-
+    # Index in the text of the token that the trunk itself chose in that pass; it may lie after the
+    # text's end.
     at: int
-    depth: int
-    token: int
+    depth: int  # of the draft, from 1
+    token: int  # id of the draft
+    # Index among the pass's rejected drafts of the one that it was drafted after; None if it
+    # follows the accepted drafts.
     after: int | None
-    looked_up: bool
+    looked_up: bool  # whether the text itself gave it, and not the modules
 
 
 class Fresh(NamedTuple):
-    """The new tokens of a sequence since the last call of :meth:`TextSequence.fresh`.
-
-    Attributes:
-        token_ids: their ids.
-        pieces: the characters of the text that each of them completes.
-        depths: the depth of each as a draft; 0 where the trunk chose the token itself, which ends
-            a pass.
-        looked_up: whether each is a draft that the text itself gave.
-        rejected: for each of them, the drafts that were rejected there.
-        logprobs: one per token if the request asked for them, else empty.
-    """
+    """The new tokens of a sequence since the last call of :meth:`TextSequence.fresh`."""
 
     token_ids: list[int]
-    pieces: list[str]
+    pieces: list[str]  # the characters of the text that each token completes
+    # The depth of each as a draft; 0 where the trunk chose the token itself, which ends a pass.
     depths: list[int]
-    looked_up: list[bool]
-    rejected: list[list[Rejected]]
-    logprobs: list[LogProb]
+    looked_up: list[bool]  # whether each is a draft that the text itself gave
+    rejected: list[list[Rejected]]  # for each token, the drafts that were rejected there
+    logprobs: list[LogProb]  # one per token if the request asked for them, else empty
 
 
 @dataclass(frozen=True)
@@ -165,20 +150,17 @@ def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray
 class TextSequence:
     """Collects the tokens of one request and detects its end; counts acceptance for ``max_draft``
     positions. The tokenizer has ``decode(ids)`` and ``end_ids``, or is None.
-
-    Attributes:
-        token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
-            :meth:`fresh`.
-        finish_reason: ``length``, ``eot`` or ``stop``; None before the end.
     """
 
     def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
         self.request = request
+        # Those so far; the last ones may turn out to belong to a stop string, see ``fresh``.
         self.token_ids: list[int] = []
         self.depths: list[int] = []
         self.lookup_mask: list[bool] = []
         self.logprobs: list[LogProb] = []
         self.rejected: list[Rejected] = []
+        # ``length``, ``eot`` or ``stop``; None before the end.
         self.finish_reason: str | None = None
         # The ids that end the text, which have no text.
         self.ends: Sequence[int] = () if request.eot_id is None else (request.eot_id,)

@@ -59,11 +59,6 @@ class Session:
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: force one cache for all drafts, even if the stack supports one per depth.
         most_accepted: most drafts that a round accepts, if more than ``max_draft``.
-
-    Attributes:
-        tokens_BS: int64 token ids: read, pending and drafted.
-        n: for each row, the number of tokens that the trunk has read.
-        newest_B1C: the hidden state that each row's newest draft was predicted from.
     """
 
     _kind_of_cache: type[KVCache] = KVCache
@@ -85,7 +80,7 @@ class Session:
         self._stack = stack = model.mtp
         self.max_draft = max_draft
         self.most_accepted = max(max_draft, most_accepted)
-        self.n: list[int] = []
+        self.n: list[int] = []  # for each row, the number of tokens that the trunk has read
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
         new_cache = partial(self._kind_of_cache, trunk, tables, batch_size=slots)
@@ -120,6 +115,7 @@ class Session:
             for k in range(1, n_caches + 1)
         ]
         self._n_drafted = 0  # depths that have drafted since the last `accept`
+        # The hidden state that each row's newest draft was predicted from.
         self.newest_B1C: Tensor | None = None
         self.resize(0)
 
@@ -150,7 +146,7 @@ class Session:
             column[:] = (column + [0] * batch_size)[:batch_size]
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.resize(batch_size)
-        self.tokens_BS = self._tokens[:batch_size]
+        self.tokens_BS = self._tokens[:batch_size]  # int64 ids: read, pending and drafted
         self.states = [states[:batch_size] for states in self._states]
 
     def reserve(self, capacity: int) -> None:

@@ -22,22 +22,17 @@ from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
 
 class RowResult(NamedTuple):
-    """The result of one round for one row.
+    """The result of one round for one row."""
 
-    Attributes:
-        tokens: the accepted drafts and the trunk's own token after them: the bonus token if all
-            drafts were accepted, else the recovered token (vLLM's terms).
-        accepted: number of accepted drafts.
-        reached: number of drafts that were verified in sequence, the first rejected one included.
-        rejected: every draft that could have been accepted and was not: its depth, its token, and
-            the index in this list of the draft that it follows (None: the accepted drafts).
-        looked_up: whether the drafts were looked up in the text, and not made by the modules.
-    """
-
+    # The accepted drafts and the trunk's own token after them: the bonus token if all drafts were
+    # accepted, else the recovered token (vLLM's terms).
     tokens: list[int]
-    accepted: int
-    reached: int
+    accepted: int  # number of accepted drafts
+    reached: int  # number of drafts verified in sequence, the first rejected one included
+    # Every draft that could have been accepted and was not: its depth, its token, and the index in
+    # this list of the draft that it follows (None: the accepted drafts).
     rejected: list[tuple[int, int, int | None]]
+    # Whether the drafts were looked up in the text, and not made by the modules.
     looked_up: bool = False
 
     @classmethod
@@ -51,17 +46,13 @@ class RowResult(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """The drafts of one depth.
+    """The drafts of one depth."""
 
-    Attributes:
-        tokens_B: the drafts.
-        q_BN: the distributions over the first N tokens that they were drawn from; None if each had
-            probability 1.
-        confident_B: the rows that are confident enough to draft at this depth; None for all.
-    """
-
-    tokens_B: Tensor
+    tokens_B: Tensor  # the drafts
+    # The distributions over the first N tokens that they were drawn from; None if each had
+    # probability 1.
     q_BN: Tensor | None = None
+    # The rows that are confident enough to draft at this depth; None for all.
     confident_B: Tensor | None = None
 
 

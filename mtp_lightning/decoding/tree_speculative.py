@@ -157,7 +157,6 @@ def accept_path_or_resample(
     """The rejection rule of a tree.
 
     Args:
-        tree: the shape.
         p_BTV: the trunk's distribution after every node, node 0 included.
         proposals: for every depth, the distributions of its candidates, [B, P, W, V], perhaps over
             the first tokens of the vocabulary alone.

@@ -47,7 +47,6 @@ def accept_or_resample(
     Args:
         p_BTV: the trunk's distributions, T = M + 1.
         q_BMN: the distributions that the drafts were drawn from, over the first N tokens.
-        draft_BM: the drafts.
         accept_noise_BM, final_noise_B: uniform numbers of [0, 1).
         limit_B: for each row, the number of drafts that are considered.
 
