@@ -37,17 +37,11 @@ _ROWS = 64  # continuations read in one pass
 
 
 class FloorValues(NamedTuple):
-    """Means over continuations of a prompt.
+    """Means over continuations of a prompt."""
 
-    Attributes:
-        floor: least rejection of any head of the order.
-        rejection: of the model's own head, over the same continuations.
-        recall: probability that the target is among the head's first choices.
-    """
-
-    floor: float
-    rejection: float
-    recall: float
+    floor: float  # least rejection of any head of the order
+    rejection: float  # of the model's own head, over the same continuations
+    recall: float  # probability that the target is among the head's first choices
 
 
 def least_rejection(p_NV: Tensor, weight_N: Tensor) -> float:

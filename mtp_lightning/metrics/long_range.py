@@ -32,17 +32,11 @@ _NAMES = ("repeat_1-64", "repeat_64-256", "repeat_256-1024", "no_repeat")
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Losses and choices, without tensors of size V.
+    """Losses and choices, without tensors of size V."""
 
-    Attributes:
-        losses_KBT: nats of every depth; 0 where a target does not count.
-        valid_KBT: whether the target counts.
-        right_BT: whether depth 0's first choice is its target.
-    """
-
-    losses_KBT: Tensor
-    valid_KBT: Tensor
-    right_BT: Tensor
+    losses_KBT: Tensor  # nats of every depth; 0 where a target does not count
+    valid_KBT: Tensor  # whether the target counts
+    right_BT: Tensor  # whether depth 0's first choice is its target
 
 
 def read(model: MTPModel, batch: WindowBatch, *, depths: bool = True) -> Reading:
