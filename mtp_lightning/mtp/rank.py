@@ -79,13 +79,7 @@ def check_rank(config: MTPConfig) -> None:
 
 
 class JointLinearMTP(MTPStack):
-    """D + 1 depths of r components each, with one set of weights.
-
-    Attributes:
-        depths: for every depth, r matrices.
-        next: for the next token, the matrices of all components except the first.
-        weigh: the matrix W that gives the components' weights w.
-    """
+    """D + 1 depths of r components each, with one set of weights."""
 
     cached_blocks = 0
     chained: ClassVar[bool] = True
@@ -97,12 +91,14 @@ class JointLinearMTP(MTPStack):
         def random_matrices() -> list[nn.Module]:
             return [Linear(width, width) for _ in range(config.rank - 1)]
 
+        # For the next token, the matrices of all components except the first.
         self.next = nn.ModuleList(random_matrices())
+        # For every depth, r matrices.
         self.depths = nn.ModuleList(
             nn.ModuleList([ZeroLinear(width, width), *random_matrices()])
             for _ in range(config.depth)
         )
-        self.weigh = Linear(width, config.rank)
+        self.weigh = Linear(width, config.rank)  # W, which gives the components' weights w
 
     def components(self, k: int, hidden_BTC: Tensor) -> Tensor:
         """The hidden states [B, T, A, C] of depth ``k``, 0 for the next token."""
@@ -191,9 +187,6 @@ class JointLoss(Loss):
     Args:
         log_weights_MA: ``log w`` of the next token.
         between: the true tokens of the depths before the deepest, [M] each.
-
-    Attributes:
-        d_log_weights_MA: the gradient with respect to ``log_weights_MA``.
     """
 
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:

@@ -39,13 +39,7 @@ _NUMEL = 2**22
 
 
 class Selector(Rescorer):
-    """The tables A and B of r columns, and the projection H.
-
-    Attributes:
-        embedding: A is ``before`` and B is ``after``. Optimizers recognize lookup tables by this
-            name (``optim/groups.py``).
-        gate: H.
-    """
+    """The tables A and B of r columns, and the projection H."""
 
     name = "selector"
 
@@ -53,8 +47,10 @@ class Selector(Rescorer):
         super().__init__()
         size = trunk.vocab_size
         tables = {name: embedding(size, rank) for name in ("before", "after")}
+        # A is ``before`` and B is ``after``. Optimizers recognize lookup tables by this name
+        # (``optim/groups.py``).
         self.embedding = nn.ModuleDict(tables)
-        self.gate = Linear(trunk.d_model, rank)
+        self.gate = Linear(trunk.d_model, rank)  # H
 
     @property
     def _weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

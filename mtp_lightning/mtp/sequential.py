@@ -91,12 +91,7 @@ class SequentialConfig(BranchConfig, variant="sequential"):
 
 
 class SequentialModule(nn.Module):
-    """One depth: two input norms, a projection from 2 C to C, its blocks, an output norm.
-
-    Attributes:
-        block: the last block.
-        before: the blocks before it; none of DeepSeek's.
-    """
+    """One depth: two input norms, a projection from 2 C to C, its blocks, an output norm."""
 
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -104,6 +99,7 @@ class SequentialModule(nn.Module):
         self.enorm = RMSNorm(trunk.d_model, trunk.norm_eps)
         self.hnorm = RMSNorm(trunk.d_model, trunk.norm_eps)
         self.eh_proj = Linear(2 * trunk.d_model, trunk.d_model)
+        # The blocks before the last one; none in DeepSeek's modules.
         self.before = nn.ModuleList(Block(trunk) for _ in range(config.blocks - 1))
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
