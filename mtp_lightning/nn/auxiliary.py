@@ -19,16 +19,14 @@ class AuxiliaryOutputs:
 
     Args:
         keep: whether reports are kept; False for the repetition of a pass that has reported.
-
-    Attributes:
-        by_tag: name in the log -> differentiable scalars, each summed over the pass's sequences, in
-            the order of the layers.
-        loads: router -> int64 [E], the tokens sent to each of its experts.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
+        # Name in the log -> differentiable scalars, each summed over the pass's sequences, in the
+        # order of the layers.
         self.by_tag: dict[str, list[Tensor]] = {}
+        # Router -> int64 [E], the tokens sent to each of its experts.
         self.loads: dict[nn.Module, Tensor] = {}
 
     @property

@@ -28,10 +28,6 @@ class KVCache:
 
     The caller decides where every row's new positions start. So it drops a rejected draft by
     starting the next pass earlier: later entries are overwritten before they can be read.
-
-    Attributes:
-        spans: the positions of the open pass.
-        derived: what a fused pass keeps about the storage; emptied when the storage moves.
     """
 
     def __init__(
@@ -46,13 +42,13 @@ class KVCache:
         ]
         self.entries_L_BSMH = self._stored
         self.lengths = [0] * batch_size
-        self.spans = Spans(tables, [0] * batch_size, 0)
+        self.spans = Spans(tables, [0] * batch_size, 0)  # the positions of the open pass
         self._width = 0
         self._forget()
 
     def _forget(self) -> None:
         """Drop what is kept about the storage of the rows in use."""
-        self.derived: dict[Hashable, Any] = {}
+        self.derived: dict[Hashable, Any] = {}  # what a fused pass keeps about it
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @property

@@ -21,23 +21,18 @@ from mtp_lightning.nn.position_tables import Spans
 
 
 class Branches:
-    """The tree of the tokens of a pass.
-
-    Attributes:
-        parents: for every token the index of its parent, which is smaller; -1 for a token without
-            one, such as the first.
-        offsets_T: depth of every token in the tree.
-        tails: the paths to all leaves in order, each without the tokens that it shares with the
-            path before: the offset of its first own token, and its tokens' indices.
-    """
+    """The tree of the tokens of a pass."""
 
     def __init__(self, parents: Sequence[int], device: torch.device) -> None:
+        # For every token the index of its parent, which is smaller; -1 for a token without one,
+        # such as the first.
         self.parents = tuple(parents)
         self.width = width = len(parents)
         paths: list[list[int]] = []
         for token, parent in enumerate(parents):
             assert parent < token
             paths.append([*(paths[parent] if parent >= 0 else []), token])
+        # Depth of every token.
         self.offsets_T = torch.tensor([len(path) - 1 for path in paths], device=device)
         # Columns: the entries stored before the pass, its tokens, the positions after it.
         sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)
@@ -45,6 +40,8 @@ class Branches:
             sees_TW[token, [0, *(ancestor + 1 for ancestor in path)]] = True
         self.sees_TW = sees_TW.to(device)
         leaves = sorted(path for path in paths if path[-1] not in parents)
+        # The paths to all leaves in order, each without the tokens that it shares with the path
+        # before: the offset of its first own token, and its tokens' indices.
         self.tails: list[tuple[int, Tensor]] = []
         before: list[int] = []
         for path in leaves:

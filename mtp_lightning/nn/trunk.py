@@ -17,19 +17,14 @@ from mtp_lightning.nn.norm import RMSNorm
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """The trunk's hidden states that prediction heads may read, each [B, T, C].
+    """The trunk's hidden states that prediction heads may read, each [B, T, C]."""
 
-    Attributes:
-        final: after all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
-        pre_norm: after all blocks, before the final norm.
-        before_last: after all blocks except the last, before any norm.
-        after: number of blocks -> the state after them, for the numbers in ``Trunk.keep_after``; 0
-            is the embedding.
-    """
-
+    # After all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
     final: Tensor
-    pre_norm: Tensor
-    before_last: Tensor
+    pre_norm: Tensor  # after all blocks, before the final norm
+    before_last: Tensor  # after all blocks except the last, before any norm
+    # Number of blocks -> the state after them, for the numbers in ``Trunk.keep_after``; 0 is the
+    # embedding.
     after: Mapping[int, Tensor] = field(default_factory=dict)
 
     def at(self, positions: slice) -> TrunkOutput:
