@@ -37,14 +37,11 @@ class FlopCount(TorchDispatchMode):
     """Adds up the FLOPs of the operators called inside, by PyTorch's own formulas.
     PyTorch's ``FlopCounterMode`` refuses ``autograd.grad`` within a pass, which heads side by side
     need.
-
-    Attributes:
-        total: FLOPs so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = 0  # FLOPs so far
         self._inferred: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -20,17 +20,11 @@ from mtp_lightning.objective.terms.base import Term
 
 @dataclass(frozen=True)
 class PositionCounts:
-    """Number of positions that count in an optimizer step, over all ranks.
+    """Number of positions that count in an optimizer step, over all ranks."""
 
-    Attributes:
-        valid: [D + 1], positions with a valid target.
-        taught: [D + 1], those of them that have a teacher.
-        total: all positions.
-    """
-
-    valid: Sequence[int]
-    taught: Sequence[int] = ()
-    total: int = 0
+    valid: Sequence[int]  # [D + 1], positions with a valid target
+    taught: Sequence[int] = ()  # [D + 1], those of them that have a teacher
+    total: int = 0  # all positions
 
     def of(self, k: int, term: Term) -> int:
         """Number of positions of depth ``k`` that count for a term."""
@@ -62,21 +56,15 @@ def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The plan; the same on every rank, except for the micro-batches.
+    """The plan; the same on every rank, except for the micro-batches."""
 
-    Attributes:
-        lambdas: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
-        factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
-        counts: positions that count in the whole step.
-        windows: number of windows in the whole step.
-        micro_batches: this rank's, each with the key of its random choices.
-    """
-
+    # [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
     lambdas: Sequence[float]
+    # [D + 1], the factors of the losses. A loss of factor 0 is not computed.
     factors: Sequence[float]
-    counts: PositionCounts
-    windows: int
-    micro_batches: Sequence[WindowBatch]
+    counts: PositionCounts  # positions that count in the whole step
+    windows: int  # number of windows in the whole step
+    micro_batches: Sequence[WindowBatch]  # this rank's, each with the key of its random choices
 
     @property
     def active(self) -> list[int]:

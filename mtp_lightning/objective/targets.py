@@ -21,34 +21,25 @@ from mtp_lightning.objective.terms.base import Term
 
 @dataclass(frozen=True, eq=False)
 class DepthTarget:
-    """The target of one depth for one term.
+    """The target of one depth for one term."""
 
-    Attributes:
-        depth: k.
-        tokens: [...] token ids; -100 is ignored.
-        coefficient: factor of the term's summed loss: its weight / number of positions that count
-            in the step. A loss of coefficient 0 is at most logged.
-        term: the term.
-        index: of the term in the objective.
-        weights: [...] weights of the positions, which multiply loss and gradient; None is 1.
-        values: [...] the losses, if they depend on other depths and are known from a prepass;
-            ``weights`` then multiply only the gradient.
-        shift: how many positions to the right the main prediction of the same token is.
-        record: [...] a tensor that receives the loss of every position; None for none.
-        total: fp64 scalar that the summed loss is added to; None for none.
-        before: [...] ids of the tokens before the targets; None unless the term reads them.
-    """
-
-    depth: int
-    tokens: Tensor
+    depth: int  # k
+    tokens: Tensor  # [...] token ids; -100 is ignored
+    # Factor of the term's summed loss: its weight / number of positions that count in the step. A
+    # loss of coefficient 0 is at most logged.
     coefficient: float
     term: Term
-    index: int = 0
+    index: int = 0  # of the term in the objective
+    # [...] weights of the positions, which multiply loss and gradient; None is 1.
     weights: Tensor | None = None
+    # [...] the losses, if they depend on other depths and are known from a prepass; ``weights``
+    # then multiply only the gradient.
     values: Tensor | None = None
-    shift: int = 0
+    shift: int = 0  # how many positions to the right the main prediction of the same token is
+    # [...] a tensor that receives the loss of every position; None for none.
     record: Tensor | None = None
-    total: Tensor | None = None
+    total: Tensor | None = None  # fp64 scalar that the summed loss is added to; None for none
+    # [...] ids of the tokens before the targets; None unless the term reads them.
     before: Tensor | None = None
 
 

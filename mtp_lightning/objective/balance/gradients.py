@@ -36,15 +36,10 @@ Scope = Literal["trunk", "last_block"]
 
 @dataclass(frozen=True)
 class TaskGradients:
-    """The gradients of all tasks on one group of parameters, summed over the optimizer step.
+    """The gradients of all tasks on one group of parameters, summed over the optimizer step."""
 
-    Attributes:
-        vectors: task k (0 is the main prediction) -> ``g_k``, flat [P].
-        parameters: the parameters, in the order of the vectors.
-    """
-
-    vectors: dict[int, Tensor]
-    parameters: list[nn.Parameter]
+    vectors: dict[int, Tensor]  # task k (0 is the main prediction) -> ``g_k``, flat [P]
+    parameters: list[nn.Parameter]  # in the order of the vectors
 
     @cached_property
     def norms(self) -> dict[int, float]:
