@@ -13,13 +13,7 @@ _WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Meters:
-    """The metrics of one server, in a separate registry.
-
-    Attributes:
-        queue, rows: gauges that the worker connects to its queue and its slots.
-        prompt_tokens, tokens: counters.
-        first_token, round: histograms, in seconds.
-    """
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,6 +22,7 @@ class Meters:
         histogram = partial(Histogram, registry=self._registry)
         ended = "Requests that ended, by status; 499: the client disconnected."
         self._requests = counter("mtp_requests", ended, ["status"])
+        # The worker connects these two to its queue and its slots.
         self.queue = gauge("mtp_queue_length", "Requests that wait for a slot.")
         self.rows = gauge("mtp_rows", "Slots in use.")
         self.prompt_tokens = counter("mtp_prompt_tokens", "Tokens read.")

@@ -14,7 +14,6 @@ class Refusal(Exception):
 
     Args:
         message: a sentence for people.
-        status: the HTTP status.
         param: the invalid field.
         code: a word for programs, such as ``model_not_found``.
         retry_after: the seconds after which the client may try again.

@@ -15,36 +15,22 @@ from mtp_lightning.serving.refusal import Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """The growth of a text.
+    """The growth of a text."""
 
-    Attributes:
-        text: new complete characters; all of them joined are the text.
-        fresh: the tokens since the last news.
-        seconds: time since the text's first token.
-        done: the finished text; only in the last news.
-    """
-
-    text: str
-    fresh: Fresh
-    seconds: float
-    done: Generation | None = None
+    text: str  # new complete characters; all of them joined are the text
+    fresh: Fresh  # the tokens since the last news
+    seconds: float  # since the text's first token
+    done: Generation | None = None  # the finished text; only in the last news
 
 
 class ServedText:
-    """A text that the worker's thread reports to the event loop on which this object was made.
-
-    Attributes:
-        asked_at: when the request came, by ``time.perf_counter()``.
-        over: whether the text has ended or the client has gone.
-        began_at: when its first token came.
-        length, tokens: the worker's progress.
-    """
+    """A text that the worker's thread reports to the event loop on which this object was made."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.asked_at = time.perf_counter()
-        self.began_at = self.asked_at
-        self.over = False
+        self.asked_at = time.perf_counter()  # when the request came
+        self.began_at = self.asked_at  # when its first token came, once it has
+        self.over = False  # whether the text has ended or the client has gone
         self.length = 0  # characters sent
         self.tokens = 0  # tokens counted
         self._loop = asyncio.get_running_loop()

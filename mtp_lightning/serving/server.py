@@ -28,15 +28,12 @@ _SPARE_SECONDS = 5
 class Server(uvicorn.Server):
     """Serves one model at one address; the arguments are those of :class:`Endpoint`.
 
-    Attributes:
-        signum: number of the signal that stopped the server; None before.
-
     Raises:
         UserError: an option is out of range, or the model does not support it.
     """
 
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
-        self.signum: int | None = None
+        self.signum: int | None = None  # of the signal that stopped it; None before
         self._grace = float(cfg.grace)
         engine = Engine(run.model, decoding_options(cfg, run), tokenizer=run.tokenizer)
         meters = Meters()

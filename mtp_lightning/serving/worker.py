@@ -23,18 +23,14 @@ from mtp_lightning.serving.served_text import News, ServedText
 class Worker(threading.Thread):
     """A thread that decodes texts with an engine that nothing else uses, while at most ``queue``
     wait. It calls ``on_failure`` if a defect ends it.
-
-    Attributes:
-        failure: the exception that ended the thread.
-        cut: number of texts that the end of the server cut short.
     """
 
     def __init__(
         self, engine: Engine, *, queue: int, meters: Meters, on_failure: Callable[[], None]
     ) -> None:
         super().__init__(name="decoding", daemon=True)
-        self.failure: BaseException | None = None
-        self.cut = 0
+        self.failure: BaseException | None = None  # the exception that ended the thread
+        self.cut = 0  # number of texts that the end of the server cut short
         self._engine = engine
         self._queue = queue
         self._meters = meters
