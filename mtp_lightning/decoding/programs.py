@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,23 @@ class LoadedProgram:
     """
 
     def __init__(self, file: Path) -> None:
-        # One runner is enough: decoding calls programs one at a time.
+        # One runner is enough: the lock lets one call run at a time.
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
         self._function: nn.Module | None = None
         self._weights: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, function: nn.Module, *inputs: Tensor) -> list[Tensor]:
         """The program's outputs with the weights of ``function``: the compiled module, or one of
         the same structure."""
-        if function is not self._function:
-            tensors = dict(_weights(function))
-            # Kept alive while the program uses their memory.
-            self._weights = {name: tensors[name] for name in self._loader.get_constant_fqns()}
-            self._loader.load_constants(self._weights, False, True, True)
-            self._function = function
-        return self._loader.boxed_run(list(inputs))
+        with self._lock:  # another thread may run the program with the weights of another module
+            if function is not self._function:
+                tensors = dict(_weights(function))
+                # Kept alive while the program uses their memory.
+                self._weights = {name: tensors[name] for name in self._loader.get_constant_fqns()}
+                self._loader.load_constants(self._weights, False, True, True)
+                self._function = function
+            return self._loader.boxed_run(list(inputs))
 
 
 _loaded: dict[str, LoadedProgram] = {}

@@ -6,7 +6,10 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +135,32 @@ def test_a_program_is_built_once_reads_new_weights_and_is_repaired(cache, monkey
     check(function)
     assert "is damaged; building it again" in caplog.text
     assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+class SlowLoader:
+    """Stands for PyTorch's loader, and gives other threads time between binding and running."""
+
+    def __init__(self, *_):
+        self.weight = None
+
+    def get_constant_fqns(self):
+        return ["weight"]
+
+    def load_constants(self, weights, *_):
+        self.weight = weights["weight"]
+        time.sleep(0.1)
+
+    def boxed_run(self, inputs):
+        return [inputs[0] @ self.weight.t()]
+
+
+def test_threads_that_share_a_program_do_not_mix_their_weights(monkeypatch):
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", SlowLoader)
+    loaded, x, models = programs.LoadedProgram(Path("x")), torch.randn(2, 8), [Scaled(), Scaled()]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda model: loaded(model, x)[0], models))
+    for model, result in zip(models, results, strict=True):
+        torch.testing.assert_close(result, x @ model.weight.detach().t())
 
 
 _DECODE = """
