@@ -157,7 +157,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
 
     Raises:
         UserError: it failed; its own output says why.
-        Stopped: SIGTERM ended it.
+        Stopped: SIGTERM came while it ran, even if it ended well: no other phase may begin.
     """
     if result.is_file():
         say(name, f"done before: {result}")
@@ -182,7 +182,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             raise Stopped(f"the {name} was interrupted; the same command continues here.") from None
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
-    if code and forwarded:
+    if forwarded:
         raise Stopped(f"the {name} was ended; the same command continues here.", forwarded[0])
     if code:
         if result.is_file():  # such as a certificate of broken guarantees

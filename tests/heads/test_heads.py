@@ -230,9 +230,14 @@ def test_a_chat_model_writes_chats_if_the_context_has_room(
     assert plan.state_bytes == 4 * plan.texts * (32 + 6) * 32
 
 
-def test_a_signal_to_the_command_ends_its_phase(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "handler",
+    ["", "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"],
+    ids=["killed", "ends well"],
+)
+def test_a_signal_to_the_command_ends_its_phase(tmp_path: Path, handler: str) -> None:
     (tmp_path / "sleeper.py").write_text(
-        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+        f"{handler}import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
     code = (
         "from pathlib import Path; from mtp_lightning.heads.phases import run_phase\n"
