@@ -1,7 +1,8 @@
 """The weights of a stored model: how readers describe them, and how they get into a model.
 
 A reader (:func:`~mtp_lightning.opening.read_model`) returns a :class:`StoredModel`: the model's
-config and its weights, which may be unread. :func:`build_model` builds the model and loads them.
+config and its weights, which may be unread. :meth:`StoredModel.build` builds the model and loads
+them.
 """
 
 from __future__ import annotations
@@ -81,8 +82,37 @@ class StoredModel:
     def build(
         self, packer_for: Callable[[MTPModel], WeightPacker | None] | None = None
     ) -> MTPModel:
-        """See :func:`build_model`."""
-        return build_model(self.config, self.weights, source=str(self.path), packer_for=packer_for)
+        """Build the model in evaluation mode on the CPU, and load its weights one at a time. With
+        float64 weights the model is in float64.
+
+        Args:
+            packer_for: ``packer_for`` of ``decoding/fused.py``, called with the model alone.
+
+        Raises:
+            UserError: see :func:`load_weights`.
+        """
+        with torch.device("meta"):
+            model = MTPModel(self.config)
+        n_parameters = len(list(model.parameters()))
+        # Not to_empty, whose empty_like imports sympy for meta tensors, which takes half a second.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        if self.config.trunk.tie_embeddings:
+            model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
+        # Buffers that are not stored must be computed, and other tied parameters tied again.
+        computes_buffers = any(name not in self.weights for name, _ in model.named_buffers())
+        if computes_buffers or len(list(model.parameters())) != n_parameters:
+            model = MTPModel(self.config)
+        tensors = (x for x in self.weights.values() if isinstance(x, torch.Tensor))
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            model.double()
+        packer = None if packer_for is None else packer_for(model)
+        if packer is not None:  # load_weights allocates memory for one weight at a time
+            for parameter in model.parameters():
+                parameter.data.untyped_storage().resize_(0)
+        load_weights(model, self.weights, source=str(self.path), packer=packer)
+        if packer is not None:
+            packer.remember()
+        return model.eval()
 
 
 class WeightPacker(Protocol):
@@ -154,47 +184,6 @@ def require_fitting(
     if problems:
         listed = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"{message}: {listed}.")
-
-
-def build_model(
-    config: ModelConfig,
-    weights: Mapping[str, torch.Tensor | Stored],
-    *,
-    source: str,
-    packer_for: Callable[[MTPModel], WeightPacker | None] | None = None,
-) -> MTPModel:
-    """Build a model in evaluation mode on the CPU, and load its weights one at a time.
-
-    Args:
-        weights: the weights by the model's names. With float64 tensors the model is in float64.
-        source: the weights' origin, for messages.
-        packer_for: ``packer_for`` of ``decoding/fused.py``, called with the model alone.
-
-    Raises:
-        UserError: see :func:`load_weights`.
-    """
-    with torch.device("meta"):
-        model = MTPModel(config)
-    n_parameters = len(list(model.parameters()))
-    # Not to_empty, whose empty_like imports sympy for meta tensors, which takes half a second.
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-    if config.trunk.tie_embeddings:
-        model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
-    # Buffers that are not stored must be computed, and other tied parameters tied again.
-    computes_buffers = any(name not in weights for name, _ in model.named_buffers())
-    if computes_buffers or len(list(model.parameters())) != n_parameters:
-        model = MTPModel(config)
-    tensors = (x for x in weights.values() if isinstance(x, torch.Tensor))
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        model.double()
-    packer = None if packer_for is None else packer_for(model)
-    if packer is not None:  # load_weights allocates memory for one weight at a time
-        for parameter in model.parameters():
-            parameter.data.untyped_storage().resize_(0)
-    load_weights(model, weights, source=source, packer=packer)
-    if packer is not None:
-        packer.remember()
-    return model.eval()
 
 
 @torch.no_grad()

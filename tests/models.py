@@ -40,12 +40,16 @@ def build(trunk: TrunkConfig, mtp: MTPConfig | str, seed: int = 0, **switches: A
     return model
 
 
-def stored_of(trunk: TrunkConfig, mtp: MTPConfig) -> StoredModel:
-    """A checkpoint's content, of which every weight is random: also gains and biases."""
-    model = build(trunk, mtp, seed=5)
+def as_stored(model: MTPModel) -> StoredModel:
+    """A model as it is read from a checkpoint."""
     return StoredModel(
         path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
     )
+
+
+def stored_of(trunk: TrunkConfig, mtp: MTPConfig) -> StoredModel:
+    """A checkpoint's content, of which every weight is random: also gains and biases."""
+    return as_stored(build(trunk, mtp, seed=5))
 
 
 def windows(rows: int, seq_len: int, depth: int, *, borders: float = 0.0) -> WindowBatch:

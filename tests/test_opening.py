@@ -1,4 +1,4 @@
-"""``open_model`` and ``build_model``: readers of parts, missing parts, and exact weights."""
+"""``open_model`` and ``StoredModel.build``: readers of parts, missing parts, and exact weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.opening import open_model, read_model
 from mtp_lightning.parts import PARTS, Part
 from mtp_lightning.run import loading
-from mtp_lightning.weights import build_model
 from tests.decoding.models import small_model
-from tests.models import build, checkpoint_of
+from tests.models import as_stored, build, checkpoint_of
 
 
 def test_a_part_can_add_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_a_built_model_equals_the_stored_one(tied: bool) -> None:
     """Also its ties and its dtype."""
     small = small_model(0, 2)
     model = build(replace(small.config.trunk, tie_embeddings=tied), small.config.mtp).double()
-    built = build_model(model.config, model.state_dict(), source="x")
+    built = as_stored(model).build()
     assert not built.training and built.head.weight.dtype == torch.float64
     assert (built.head.weight is built.trunk.embedding.weight) == tied
     for name, tensor in model.state_dict().items():

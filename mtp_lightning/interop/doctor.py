@@ -40,7 +40,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import OpenedModel, draft_vocab_of, pretrained_state
-from mtp_lightning.weights import build_model, require_held
+from mtp_lightning.weights import StoredModel, require_held
 
 _FIRST = "acceptance_position_1"  # the rate of first drafts that the trunk accepts
 
@@ -155,8 +155,10 @@ def _measure(
 ) -> Diagnosis:
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
     first = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
-    source = str(diagnosis.folder)
-    model = build_model(first, from_folder(weight_map(first), parts, source=source), source=source)
+    weights = from_folder(weight_map(first), parts, source=str(diagnosis.folder))
+    model = StoredModel(
+        path=diagnosis.folder, config=first, weights=weights, tokenizer_state=None
+    ).build()
     prompts = _prompts(diagnosis.folder, model)
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(first.mtp, SequentialConfig)

@@ -12,9 +12,9 @@ import pytest
 
 from mtp_lightning.experiment import generating
 from mtp_lightning.model import MTPModel
-from mtp_lightning.weights import build_model
 from tests.decoding.models import small_model
 from tests.kernels import CAPABILITY, use_library
+from tests.models import as_stored
 
 # A CPU with AVX-512 also runs the code for AVX2.
 OTHERS = [pytest.param("AVX2", marks=pytest.mark.slow)] if CAPABILITY == "AVX512" else []
@@ -39,9 +39,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MTPModel]:
     def open_model(*args: Any, packer_for: Any = None, **options: Any) -> Any:
         model = small_model(2, 1)
         if packer_for is not None:
-            packer = functools.partial(packer_for, path=None)
-            state = model.state_dict()
-            model = build_model(model.config, state, source="here", packer_for=packer)
+            model = as_stored(model).build(functools.partial(packer_for, path=None))
         return SimpleNamespace(model=model)
 
     def opened(**settings: Any) -> MTPModel:

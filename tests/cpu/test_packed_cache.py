@@ -25,9 +25,9 @@ from mtp_lightning.decoding.precision import (
 )
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
-from mtp_lightning.weights import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 from tests.kernels import k_quants, use_library
+from tests.models import as_stored
 
 pytestmark = pytest.mark.usefixtures("built_library")
 
@@ -76,7 +76,7 @@ def test_the_scales_of_a_gguf_file_pack_a_weight_without_loss(bits, group):
 
 
 def opened_as_generate(model: MTPModel) -> MTPModel:
-    return build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
+    return as_stored(model).build(packer_for)
 
 
 def packed_only(model: MTPModel) -> MTPModel:
@@ -174,8 +174,7 @@ def cached(tmp_path, monkeypatch):
     path.write_bytes(b"numbers")
 
     def opened() -> MTPModel:
-        at_path = functools.partial(packer_for, path=path)
-        return build_model(model.config, model.state_dict(), source="here", packer_for=at_path)
+        return as_stored(model).build(functools.partial(packer_for, path=path))
 
     return model, path, opened
 
@@ -220,7 +219,7 @@ def test_each_rounding_has_packed_weights_of_its_own(cached, tmp_path):
     numbers = {}
     for rounding in [("fp32", None), ("fp32", "int8"), ("bf16", None)] * 2:
         at_path = functools.partial(packer_after_rounding(*rounding), path=path)
-        light = build_model(model.config, model.state_dict(), source="x", packer_for=at_path)
+        light = as_stored(model).build(at_path)
         read = [packed.unpacked_weight(weight) for weight in light.parameters()]
         assert all(map(torch.equal, read, numbers.setdefault(rounding, read)))
         assert len(list((tmp_path / "cache").glob("packed*/*"))) == len(numbers)
