@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
-from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.weight_map import weight_map
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.linear import LinearConfig

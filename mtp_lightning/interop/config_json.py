@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.names import is_mimo
+from mtp_lightning.interop.weight_map import is_mimo
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig

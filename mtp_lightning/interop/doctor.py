@@ -32,10 +32,11 @@ from mtp_lightning.interop.agreement import (
     own_texts,
     prompts_of,
 )
+from mtp_lightning.interop.conversion import from_folder
 from mtp_lightning.interop.inventory import UNUSABLE, Module, take_inventory
-from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.reading import contents, describe
 from mtp_lightning.interop.tensor_files import CONFIG, StoredTensor
+from mtp_lightning.interop.weight_map import module_layout, weight_map
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig

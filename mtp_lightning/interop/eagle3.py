@@ -21,7 +21,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
-from mtp_lightning.interop.names import from_folder, pieces, weights_of
+from mtp_lightning.interop.conversion import from_folder, pieces, weights_of
 from mtp_lightning.interop.tensor_files import CONFIG, SINGLE, StoredTensor, equal
 from mtp_lightning.interop.weight_map import MappedWeight, renamed, swiglu_weights
 from mtp_lightning.model import ModelConfig, MTPModel

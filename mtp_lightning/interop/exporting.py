@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from mtp_lightning.command_line import check_config
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, gguf_eagle3, gguf_writing, speculators
-from mtp_lightning.interop.names import has_layout
+from mtp_lightning.interop.conversion import has_layout
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (

@@ -21,9 +21,9 @@ from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
 from mtp_lightning.interop.gguf_layout import FREQUENCIES, LLAMA3, GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
-from mtp_lightning.interop.names import DEEPSEEK, weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.interop.transformers_model import briefly
+from mtp_lightning.interop.weight_map import DEEPSEEK, weight_map
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.opening import pretrained_state

@@ -23,8 +23,8 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3
 from mtp_lightning.interop.config_json import trunk_type
-from mtp_lightning.interop.names import other_switch, weight_map
-from mtp_lightning.interop.weight_map import MappedWeight, Shape
+from mtp_lightning.interop.conversion import other_switch
+from mtp_lightning.interop.weight_map import MappedWeight, Shape, weight_map
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig

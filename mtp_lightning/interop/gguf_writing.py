@@ -15,8 +15,8 @@ from torch import Tensor
 from mtp_lightning.errors import require_package
 from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_cpp
 from mtp_lightning.interop.config_json import trunk_type
+from mtp_lightning.interop.conversion import to_folder
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
-from mtp_lightning.interop.names import to_folder
 from mtp_lightning.interop.verify import CheckFailed, check_names, sample_of
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor, equal
+from mtp_lightning.interop.weight_map import weight_map
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.config import TrunkConfig
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, stack_file, tensor_files
+from mtp_lightning.interop.conversion import from_folder
 from mtp_lightning.interop.gguf_reader import Header, read_header
-from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, SINGLE, StoredTensor
+from mtp_lightning.interop.weight_map import module_layout, weight_map
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.parts import is_gguf

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
-from mtp_lightning.interop.names import MIMO, module_weights, other_switch, pieces, plain
+from mtp_lightning.interop.conversion import other_switch, pieces, plain
 from mtp_lightning.interop.tensor_files import SINGLE
 from mtp_lightning.interop.verify import check_tensors
+from mtp_lightning.interop.weight_map import MIMO, module_weights
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig

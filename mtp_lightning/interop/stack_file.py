@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, tensor_files
-from mtp_lightning.interop.names import stored_dtype, weights_of
+from mtp_lightning.interop.conversion import stored_dtype, weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig

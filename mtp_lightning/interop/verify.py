@@ -19,7 +19,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import stack_file
 from mtp_lightning.interop.config_json import STANDS_FOR
-from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
+from mtp_lightning.interop.conversion import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import contents, describe
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers

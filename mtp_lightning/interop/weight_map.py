@@ -1,12 +1,27 @@
-"""The weight map: which tensors of a folder in Hugging Face's layout make up a weight here."""
+"""The weight map: which tensors of a folder in Hugging Face's layout make up a weight here.
+
+One rule serves both directions. A tensor here consists of one or several tensors there, stacked:
+rows of query, key and value; of gate and up; of all experts.
+
+The layouts are Llama's (also Qwen2's and Qwen3's, with biases or norms on heads), DeepSeek-V3's and
+GLM-4.5's, which combines Llama's attention with DeepSeek's experts. MTP depth k is layer L + k - 1
+of each, as in README_WEIGHTS of DeepSeek-V3's release: the two norms, the projection, the block,
+the output norm, and copies of embedding and head. MiMo, on a Qwen2 trunk, has its own names:
+``model.mtp_layers.{k - 1}``. Its modules read the state before the final norm, and their projection
+reads the state before the embedding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.components import LayerConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -15,6 +30,8 @@ from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 
 Shape = tuple[int, ...]
+# The weights of which a folder may hold copies.
+EMBEDDING, HEAD = "trunk.embedding.weight", "head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,109 @@ class MappedWeight:
 def renamed(name: str, hf_name: str, shape: Shape, *, copy: bool = False) -> MappedWeight:
     """A weight that the folder holds unchanged under another name."""
     return MappedWeight(own=name, parts=((hf_name, shape),), copy=copy)
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """The layout of MTP modules in a folder."""
+
+    title: str  # the model whose layout it is
+    # The layout's names for a module's two input norms, its projection and output norm.
+    names: Mapping[str, str]
+    stack: SequentialConfig  # the modules that it holds, one of them
+    # Whether they have numbers of their own instead of those after the trunk's layers, and no
+    # copies of embedding and head.
+    apart: bool = False
+
+    def prefix(self, n_layers: int, index: int) -> str:
+        """Prefix of the names of a module's tensors; ``index`` counts from 0."""
+        return f"model.mtp_layers.{index}." if self.apart else f"model.layers.{n_layers + index}."
+
+    def of_depth(self, depth: int) -> MTPConfig:
+        """The config of a folder's modules."""
+        return replace(self.stack, depth=depth) if depth else NoMTPConfig()
+
+
+DEEPSEEK = ModuleLayout(
+    "DeepSeek-V3",
+    {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
+    SequentialConfig(depth=1),
+)
+MIMO = ModuleLayout(
+    "MiMo",
+    {
+        "enorm": "token_layernorm",
+        "hnorm": "hidden_layernorm",
+        "eh_proj": "input_proj",
+        "norm": "final_layernorm",
+    },
+    SequentialConfig(depth=1, input_norm="pre", concat="hidden_first"),
+    apart=True,
+)
+
+
+def module_layout(model_type: str) -> ModuleLayout:
+    """The layout of the modules in a folder of a model type."""
+    return MIMO if model_type == "mimo" else DEEPSEEK
+
+
+def is_mimo(config: ModelConfig) -> bool:
+    """Whether a model has MiMo's layout: a Qwen2 trunk, and modules that read the state before the
+    final norm."""
+    trunk, mtp = config.trunk, config.mtp
+    return (
+        isinstance(mtp, SequentialConfig)
+        and mtp.depth > 0
+        and (mtp.input_norm, mtp.branch) == ("pre", "final")
+        and isinstance(trunk.attention, GroupedQueryConfig)
+        and trunk.attention.qkv_bias
+        and not trunk.attention.qk_norm
+        and isinstance(trunk.feed_forward, DenseConfig)
+    )
+
+
+def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
+    """All tensors of trunk and head, and of the modules of a sequential stack."""
+    trunk, mtp = config.trunk, config.mtp
+    wide, vector = (trunk.vocab_size, trunk.d_model), (trunk.d_model,)
+    yield renamed(EMBEDDING, "model.embed_tokens.weight", wide)
+    for layer in range(trunk.n_layers):
+        yield from _block(trunk, layer, f"trunk.blocks.{layer}.", f"model.layers.{layer}.")
+    yield renamed("trunk.norm.weight", "model.norm.weight", vector)
+    yield renamed(HEAD, "lm_head.weight", wide, copy=trunk.tie_embeddings)
+    if not isinstance(mtp, SequentialConfig):
+        return
+    layout = MIMO if is_mimo(config) else DEEPSEEK
+    for k in range(mtp.depth):
+        own, theirs = f"mtp.depths.{k}.", layout.prefix(trunk.n_layers, k)
+        if not layout.apart:
+            yield renamed(EMBEDDING, f"{theirs}embed_tokens.weight", wide, copy=True)
+        yield from module_weights(trunk, own, theirs, layout)
+        if not layout.apart:
+            yield renamed(HEAD, f"{theirs}shared_head.head.weight", wide, copy=True)
+
+
+def module_weights(
+    trunk: TrunkConfig, own: str, theirs: str, layout: ModuleLayout
+) -> Iterator[MappedWeight]:
+    """The tensors of one sequential module; ``own`` and ``theirs`` are the prefixes of their names
+    here and in the layout."""
+    names = layout.names
+    vector, square = (trunk.d_model,), (trunk.d_model, 2 * trunk.d_model)
+    for norm in ("enorm", "hnorm"):
+        yield renamed(f"{own}{norm}.weight", f"{theirs}{names[norm]}.weight", vector)
+    yield renamed(f"{own}eh_proj.weight", f"{theirs}{names['eh_proj']}.weight", square)
+    yield from _block(trunk, None, f"{own}block.", theirs)
+    yield renamed(f"{own}norm.weight", f"{theirs}{names['norm']}.weight", vector)
+
+
+def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iterator[MappedWeight]:
+    norms = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+    for norm, name in norms.items():
+        yield renamed(f"{own}{norm}.weight", f"{theirs}{name}.weight", (trunk.d_model,))
+    for component, name in ((trunk.attention, "self_attn"), (trunk.feed_forward, "mlp")):
+        for place in layer_weights(component, trunk, layer):
+            yield place.under(f"{own}{component.family}.", f"{theirs}{name}.")
 
 
 @singledispatch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtp_lightning.interop import config_json, stack_file, tensor_files
 from mtp_lightning.interop.config_reading import DRAFT_VOCAB
-from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
+from mtp_lightning.interop.conversion import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.tensor_files import CONFIG, GENERATION, INDEX, write_json
 from mtp_lightning.model import MTPModel
 

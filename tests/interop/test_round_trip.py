@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_modules.tokenizers import ByteTokenizer, PretrainedTokenizer
-from mtp_lightning.interop import eagle3, names, stack_file
+from mtp_lightning.interop import conversion, eagle3, stack_file
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
@@ -203,7 +203,7 @@ def test_trunks_without_a_layout_are_refused(trunk: Any, message: str, tmp_path:
 def test_modules_that_never_read_tokens_have_no_layout() -> None:
     for p, fits in ((0.0, True), (0.5, True), (1.0, False)):
         model = deepseek.build(folders.DENSE, depth=1, token_dropout=p)
-        assert names.has_layout(model.config) == fits
+        assert conversion.has_layout(model.config) == fits
         if fits:  # without the vector for dropped tokens
-            assert names.in_layers(model.config).mtp == SequentialConfig(depth=1)
-            assert "mtp.blank" not in names.plain(model)
+            assert conversion.in_layers(model.config).mtp == SequentialConfig(depth=1)
+            assert "mtp.blank" not in conversion.plain(model)

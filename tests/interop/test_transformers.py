@@ -15,7 +15,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import check
 from mtp_lightning.interop.config_reading import from_json, require_known
-from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
@@ -26,6 +25,7 @@ from mtp_lightning.interop.verify import (
     check_with_transformers,
     rounded,
 )
+from mtp_lightning.interop.weight_map import weight_map
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
