@@ -33,55 +33,33 @@ _SAMPLES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """The length of a run.
+    """The length of a run."""
 
-    Attributes:
-        seq_len: T.
-        max_steps: optimizer steps.
-        tokens_per_step: depth-0 targets of one optimizer step, all ranks.
-        stored_states: whether the trunk's states are read, and not computed.
-    """
-
-    seq_len: int
-    max_steps: int
-    tokens_per_step: int
-    stored_states: bool = False
+    seq_len: int  # T
+    max_steps: int  # optimizer steps
+    tokens_per_step: int  # depth-0 targets of one optimizer step, all ranks
+    stored_states: bool = False  # whether the trunk's states are read, and not computed
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The run or model that a run is compared with.
+    """The run or model that a run is compared with."""
 
-    Attributes:
-        name: its name in messages.
-        parameters: number of weights, including heads.
-        flops: training FLOPs of the whole run.
-    """
-
-    name: str
-    parameters: int
-    flops: float
+    name: str  # in messages
+    parameters: int  # number of weights, including heads
+    flops: float  # training FLOPs of the whole run
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The result of matching a run to a reference.
+    """The result of matching a run to a reference."""
 
-    Attributes:
-        match: ``parameters`` or ``flops``.
-        reference: the reference's name.
-        n_layers: trunk layers of this run.
-        max_steps: optimizer steps of this run, unless it stops earlier.
-        target: the reference's parameters or FLOPs.
-        reached: this run's parameters or FLOPs.
-    """
-
-    match: str
-    reference: str
-    n_layers: int
-    max_steps: int
-    target: float
-    reached: float
+    match: str  # ``parameters`` or ``flops``
+    reference: str  # the reference's name
+    n_layers: int  # trunk layers of this run
+    max_steps: int  # optimizer steps of this run, unless it stops earlier
+    target: float  # the reference's parameters or FLOPs
+    reached: float  # this run's parameters or FLOPs
 
     @property
     def remaining(self) -> float:
