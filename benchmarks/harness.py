@@ -163,9 +163,6 @@ class Worker:
         python: the interpreter.
         environment: variables added to this process's.
 
-    Attributes:
-        first: the facts that the measurement yielded before its first turn.
-
     Raises:
         RuntimeError: the process failed; the message ends with its stderr.
     """
@@ -197,7 +194,7 @@ class Worker:
             text=True,
         )
         try:
-            self.first = self._answer()
+            self.first = self._answer()  # the measurement's facts, yielded before its first turn
         except BaseException:
             self.end()
             raise
