@@ -34,12 +34,12 @@ BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated wall time of a pending run on one core; ``source`` is a name above."""
+    """The estimated wall time of a pending run on one core."""
 
     arm: str
     seed: int
     hours: float
-    source: str
+    source: str  # a name above
 
 
 @dataclass(frozen=True)
