@@ -209,16 +209,13 @@ class MTPModel(nn.Module):
         read_BTC = embedded[:, :seq_len]
         if batch.states is not None:
             final, *states = (state.contiguous() for state in batch.states.unbind(1))
-            branch = torch.cat(states or [final], dim=-1)
+            states = states or [final]
+            branch = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(self.trunk, read_BTC, ctx, batch.key)
             final = output.final
         else:
             final = branch = self.trunk(read_BTC, ctx).final
-        # Here once: if every depth detached, earlier ones would learn from their own loss alone.
-        detach = self.config.mtp.detach
-        branch = branch if detach == "none" else branch.detach()
-        embedded = embedded.detach() if detach == "all" else embedded
         inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)
         return final, inputs
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import ChainMap
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
@@ -44,7 +45,7 @@ class Registered:
     variant: ClassVar[str]
     # The module of a variant, in the family's folder, where it has another name than the variant.
     modules: ClassVar[dict[str, str]] = {}
-    # Fields that are stored unless they have this value, as in checkpoints older than the field.
+    # A class's own fields that are stored unless they have this value, as in older checkpoints.
     newer: ClassVar[dict[str, Any]] = {}
     _variants: ClassVar[dict[str, type[Any]]]
     _home: ClassVar[str]  # the module of the family's base
@@ -83,7 +84,8 @@ class Registered:
         """Convert to plain containers for a checkpoint. A foreign variant's module is included."""
         origin = {} if is_own(type(self)) else {"module": type(self).__module__}
         fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        stored = {k: v for k, v in fields.items() if k not in self.newer or v != self.newer[k]}
+        newer = ChainMap(*(vars(kind).get("newer", {}) for kind in type(self).__mro__))
+        stored = {k: v for k, v in fields.items() if k not in newer or v != newer[k]}
         return {"variant": self.variant, **origin, **stored}
 
     @classmethod

@@ -6,7 +6,8 @@ position n, chosen but not yet read. Its drafts follow in the same buffer.
 Depth k's cache entry at position i depends on the tokens up to i + k. The entry is *true* once
 those are accepted; ``filled[k][row]`` counts the true entries, and the next pass of that depth
 starts there. So the cache of every module holds true hidden states and tokens at accepted
-positions, and a rejected draft only makes the next pass of its depth one position longer.
+positions, and a rejected draft only makes the next pass of its depth one position longer. A depth
+without attention reads no earlier position, and skips those of a prompt.
 
 Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """

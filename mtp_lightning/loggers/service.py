@@ -43,9 +43,10 @@ class ServiceLogger(RunLogger):
         """Finds out what was sent after ``step``, if the service knows the run: what earlier starts
         noted, and the values in ``metrics.csv``. Called before that file is cut."""
         trackers, file = self._trackers(), self._run_folder / METRICS_FILE
-        if self._service not in trackers:
+        if not isinstance(trackers.get(self._service), str):
             return
-        noted = trackers.get(f"{self._service}_sent", {})
+        noted = trackers.get(f"{self._service}_sent")
+        noted = noted if isinstance(noted, dict) else {}
         sent = {int(done): frozenset(tags) for done, tags in noted.items()}
         for row in read_metrics(file) if file.is_file() else []:
             sent[int(row[STEP])] = sent.get(int(row[STEP]), frozenset()) | frozenset(row)

@@ -89,7 +89,10 @@ class MTPStack(nn.Module, ABC):
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from; if ``config.n_states`` is
         above 1, that many states side by side."""
-        return trunk.state(output, self.config.branch, self.config.input_norm)
+        hidden = trunk.state(output, self.config.branch, self.config.input_norm)
+        # Detach once, before the loop over depths: detached at every depth, the earlier modules
+        # would learn only from their own loss.
+        return hidden if self.config.detach == "none" else hidden.detach()
 
     def main_state(self, final_BTC: Tensor) -> Tensor:
         """The head's input for the main prediction, from the trunk's output [..., C]."""

@@ -294,7 +294,8 @@ class EagleMTP(Chain):
             self.layer.head.weight.copy_(head.weight[self.layer.head.tokens])
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        return torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
+        states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
+        return states if self.config.detach == "none" else states.detach()
 
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         hidden, entries = inputs.hidden, list[Entry]()

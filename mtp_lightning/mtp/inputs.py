@@ -21,8 +21,7 @@ class StackInputs:
     newest positions of decoding.
 
     Attributes:
-        hidden: the trunk's state [B, T, C] that the stack starts from; detached here, like the
-            embeddings, where ``mtp.detach`` says so.
+        hidden: the trunk's state [B, T, C] that the stack starts from.
         tokens: int64 token ids [B, at least T]; depths that read tokens ahead need more than T.
         embedded: their embeddings [B, at least T, C].
         ctx: of the T positions, not shifted; in decoding, with the cache of one depth.

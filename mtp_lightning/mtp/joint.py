@@ -66,6 +66,8 @@ class JointMTP(MTPStack):
     def _hidden_states(self, inputs: StackInputs, places: int) -> Tensor:
         """The hidden states ``h^0 .. h^(places - 1)``, [B, T, J, C]."""
         tokens_BTJC = torch.stack([inputs.embedded_at(j) for j in range(places)], dim=2)
+        if self.config.detach == "all":
+            tokens_BTJC = tokens_BTJC.detach()
         branch_BT1C = inputs.hidden.unsqueeze(2)
         window = self.norm((self.gamma * branch_BT1C + tokens_BTJC).flatten(0, 1))
         ctx = ForwardContext.of_window(

@@ -63,7 +63,8 @@ class Chain(MTPStack):
     def token_input(self, k: int, inputs: StackInputs) -> Tensor:
         """The token input [B, T, C] of depth ``k``: by default the embeddings of the true tokens
         ``k`` positions ahead."""
-        return inputs.embedded_at(k)
+        embedded_BTC = inputs.embedded_at(k)
+        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         return self.step(k, previous_BTC, self.token_input(k, inputs), inputs.ctx)
@@ -113,7 +114,11 @@ class SideBySide(MTPStack):
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)
-        return hidden + self.corrections[k - 1](k, inputs) if self.corrections else hidden
+        if not self.corrections:
+            return hidden
+        if self.config.detach == "all":
+            inputs = replace(inputs, embedded=inputs.embedded.detach())
+        return hidden + self.corrections[k - 1](k, inputs)
 
     def feed(
         self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]

@@ -115,7 +115,6 @@ class _ClaimReader:
         return {
             key: self._readers[key](f"{prefix}{key}", item) if key in self._readers else item
             for key, item in self._mapping(place, value, allowed, required).items()
-            if item is not None
         }
 
     def _mapping(
@@ -130,7 +129,7 @@ class _ClaimReader:
             self._refuse(f"the key {unknown[0]}{where}", f"known are {known}")
         if missing := sorted(key for key in required if value.get(key) is None):
             self._refuse(f"no {missing[0]}{where}", f"{needed} are needed")
-        return value
+        return {key: item for key, item in value.items() if item is not None}
 
     def _prediction(self, place: str, value: Any, default: ClaimMeasure) -> ClaimPrediction:
         allowed = [f.name for f in fields(ClaimPrediction)]

@@ -164,6 +164,24 @@ def test_an_interrupted_run_has_every_value_once_in_one_run(service, tmp_path, m
     assert points["decode/sample"][0][0] == 3
 
 
+@pytest.mark.parametrize(
+    ("stored", "unsent"),
+    [
+        ({"trackio": "run", "trackio_sent": {"3": ["loss"]}}, set()),
+        ({"trackio": "run", "trackio_sent": None}, {"loss"}),
+        ({"trackio": None, "trackio_sent": {"3": ["loss"]}}, {"loss"}),
+    ],
+)
+def test_damaged_notes_of_what_was_sent_are_ignored(stored, unsent, tmp_path, monkeypatch):
+    sent: dict[str, float] = {}
+    (tmp_path / "trackers.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(RunTrackio, "_send", lambda self, metrics, step: sent.update(metrics))
+    logger = RunTrackio(folder=tmp_path, project="test")
+    logger.resume_from(2)
+    logger.log_metrics({"loss": 1.0}, 3)
+    assert sent.keys() == unsent
+
+
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, (kind, _) in SERVICES.items():

@@ -18,6 +18,7 @@ from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, Laye
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.registry import Registered
 from tests import deepseek
 from tests.decoding.models import ids_of, random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
@@ -155,6 +156,24 @@ def test_a_checkpoint_names_the_variants_of_layers_and_their_modules() -> None:
     stored["feed_forward"]["n_router"] = 4
     with pytest.raises(ValueError, match="n_router"):
         TrunkConfig.from_dict(stored)
+
+
+def test_a_variant_keeps_the_newer_settings_of_its_base() -> None:
+    """Settings that older checkpoints lack are stored unless they have their value there."""
+
+    @dataclass(frozen=True)
+    class Base(Registered, family="test_newer"):
+        newer = {"first": 0}
+        first: int = 0
+
+    @dataclass(frozen=True)
+    class Own(Base, variant="test_own"):
+        newer = {"second": 1}
+        second: int = 1
+
+    name = {"variant": "test_own", "module": __name__}
+    assert Own().to_dict() == name
+    assert Own(first=2, second=3).to_dict() == name | {"first": 2, "second": 3}
 
 
 @pytest.mark.parametrize("value", [None, "window", EXPERTS])
