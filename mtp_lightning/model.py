@@ -189,6 +189,9 @@ class MTPModel(nn.Module):
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and the inputs of the stack.
+
+        Raises:
+            UserError: the batch was built for another depth.
         """
         batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len
