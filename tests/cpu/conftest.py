@@ -13,6 +13,7 @@ import pytest
 from mtp_lightning.experiment import generating
 from mtp_lightning.model import MTPModel
 from tests.decoding.models import small_model
+from tests.integration.conftest import cache, finished, once  # noqa: F401
 from tests.kernels import CAPABILITY, use_library
 from tests.models import as_stored
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import linear
 from mtp_lightning.runtime import threads
 from tests.decoding.models import random_prompts, small_model
+from tests.integration.helpers import evaluated
 from tests.kernels import blocks_of, k_quants
 
 pytestmark = pytest.mark.skipif(
@@ -155,6 +157,15 @@ def test_generate_opens_models_with_int8_activations(opened: Callable[..., MTPMo
         opened(**settings, compile=True)
     with pytest.raises(UserError, match="activations=int2 is unknown"):
         opened(**{**settings, "activations": "int2"})
+
+
+def test_evaluate_measures_losses_with_integers_too(finished: Path) -> None:
+    quick = ("precision=int4", "decode.n_prompts=0", "long_range=false")
+    full, rounded = (
+        evaluated(finished, f"activations={name}", *quick) for name in ("fp32", "int8")
+    )
+    for tag in ("val/loss_depth_0", "val/loss_depth_1"):
+        assert full[tag] != rounded[tag] == pytest.approx(full[tag], abs=0.05)
 
 
 def test_int8_activations_are_refused_without_the_instructions(
