@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 8_567,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_045,
+    "mtp_lightning": 3_048,
     "mtp_lightning/apps": 377,
     "mtp_lightning/callbacks": 1_684,
     "mtp_lightning/certify": 1_053,
