@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.opening import OpenedModel
+from mtp_lightning.opening import OpenedModel, pretrained_state
 from mtp_lightning.paths import CONF
-from tests.decoding.models import opened_model
+from tests.decoding.models import opened_model, small_model
 from tests.integration.conftest import cache, finished, once  # noqa: F401
 
 SEQ_LEN = 2048
 NAME = "tiny"
+CHAT_TEMPLATE = """{%- if messages[0]['role'] == 'assistant' %}
+    {{- raise_exception('A user speaks first') }}
+{%- endif %}
+{% for message in messages %}
+    {%- if loop.index0 > 5 %}{% break %}{% endif %}
+    {{- bos_token + '<|im_start|>' + message['role'] + ' ' }}
+    {{- message['content'] | trim + eos_token }}
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif -%}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +41,34 @@ def run() -> OpenedModel:
     """Its texts are random bytes."""
     torch.manual_seed(0)
     return opened_model(3, seq_len=SEQ_LEN, path=Path(NAME))
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with special tokens and a template, as a Hugging Face folder has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("chat")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|begin|>"])
+    library.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"content": "<|begin|>", "__type": "AddedToken"},
+        "eos_token": "<|im_end|>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_model(chat_folder: Path, run: OpenedModel) -> OpenedModel:
+    model = small_model(5, 2, vocab=259)
+    return replace(run, model=model, tokenizer_state=pretrained_state(chat_folder))
 
 
 def config(**settings: Any) -> Any:

@@ -14,54 +14,15 @@ import pytest
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.errors import UserError
-from mtp_lightning.opening import OpenedModel, pretrained_state
-from tests.decoding.models import small_model
+from mtp_lightning.opening import OpenedModel
 from tests.serving.conftest import NAME, Serving, assert_refused, generation, serving
 
 pytestmark = pytest.mark.extras
 
-TEMPLATE = """{%- if messages[0]['role'] == 'assistant' %}
-    {{- raise_exception('A user speaks first') }}
-{%- endif %}
-{% for message in messages %}
-    {%- if loop.index0 > 5 %}{% break %}{% endif %}
-    {{- bos_token + '<|im_start|>' + message['role'] + ' ' }}
-    {{- message['content'] | trim + eos_token }}
-{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif -%}
-"""
 MESSAGES = [
     {"role": "system", "content": "Be  brief. "},
     {"role": "user", "content": "\u4f60\u597d <b>\n"},
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with special tokens and a template, as a Hugging Face folder has it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("chat")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|begin|>"])
-    library.save(str(path / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<|begin|>", "__type": "AddedToken"},
-        "eos_token": "<|im_end|>",
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    (path / "chat_template.jinja").write_text(TEMPLATE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat_model(folder: Path, run: OpenedModel) -> OpenedModel:
-    model = small_model(5, 2, vocab=259)
-    return replace(run, model=model, tokenizer_state=pretrained_state(folder))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +38,7 @@ def test_templates_may_use_generation_tags_and_tools() -> None:
 
 
 def test_a_model_with_a_broken_template_still_completes_texts(
-    folder: Path, chat_model: OpenedModel, caplog: pytest.LogCaptureFixture
+    chat_folder: Path, chat_model: OpenedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = {**chat_model.tokenizer_state, "beside": {"chat_template.jinja": "{% nope %}"}}
     with serving(replace(chat_model, tokenizer_state=state)) as api:
@@ -144,10 +105,10 @@ def test_half_a_character_of_a_template_is_refused(chat_model: OpenedModel, half
     assert_refused(answer, 400, "The model's chat template does not take these messages")
 
 
-def test_the_prompt_equals_that_of_transformers(folder: Path) -> None:
+def test_the_prompt_equals_that_of_transformers(chat_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = PretrainedTokenizer(str(folder))
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer = PretrainedTokenizer(str(chat_folder))
     template = ChatTemplate.of(tokenizer.state())
     assert template is not None
     text = template.render(MESSAGES)
@@ -188,8 +149,8 @@ def test_templates_cannot_reach_python_or_files() -> None:
         assert ChatTemplate(source, {}).around() is None
 
 
-def test_around_is_the_text_before_and_after_a_question(folder: Path) -> None:
-    template = ChatTemplate.of(PretrainedTokenizer(str(folder)).state())
+def test_around_is_the_text_before_and_after_a_question(chat_folder: Path) -> None:
+    template = ChatTemplate.of(PretrainedTokenizer(str(chat_folder)).state())
     assert template is not None
     before, after = template.around() or ("", "")
     assert before + "Why?" + after == template.render([{"role": "user", "content": "Why?"}])

@@ -9,13 +9,11 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding.adaptive import Measured, Payoff
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.opening import OpenedModel
@@ -358,13 +356,8 @@ def test_a_tree_of_drafts_is_drawn(served_trees: Serving, browser: Browser) -> N
 
 
 @in_a_browser
-def test_a_chat_keeps_its_messages(
-    run: OpenedModel, browser: Browser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ByteTokenizer, "encode_specials", ByteTokenizer.encode)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    state = {**run.tokenizer_state, "beside": {"chat_template.jinja": template}}
-    with serving(replace(run, tokenizer_state=state), batch_size=1) as server:
+def test_a_chat_keeps_its_messages(chat_model: OpenedModel, browser: Browser) -> None:
+    with serving(chat_model, batch_size=1) as server:
         open_page(browser, server)
         assert not browser.run("document.getElementById('kinds').hidden")
         browser.run("document.querySelector('[value=chat]').click()")
