@@ -87,6 +87,7 @@ class EncodingPool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
+                process_group=0,  # Ctrl-C is for the parent, which closes their input
             )
             for _ in range(workers)
         ]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_modules.encoding import pieces
+from data_modules.encoding import Piece, encode_batch, pieces
+from data_modules.overlap import LineOverlap
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.store_module import parts_in_rounds
 from data_modules.tokenizers.base import Tokenizer
@@ -60,8 +61,10 @@ def take_prompts(
 def _beginning(document: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     """At least ``n_tokens`` tokens of a document, if it has that many."""
     parts: list[np.ndarray] = []
-    for piece, _ in pieces(document):
-        parts.append(tokenizer.encode(piece).astype(np.int64))
+    for text, last in pieces(document):
+        piece = Piece("train", text, first=not parts, last=last)
+        encoded = encode_batch([piece], tokenizer, np.dtype(np.int64), LineOverlap())
+        parts.append(encoded[0].ids)
         if sum(map(len, parts)) >= n_tokens:
             break
     return np.concatenate(parts)

@@ -15,8 +15,6 @@ from mtp_lightning.settings import require_number
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-SMALL = 64
-"""Up to this many groups, a corpus gets one validation group even if the hash gives none."""
 
 
 @dataclass(eq=False)
@@ -25,9 +23,8 @@ class DocumentSplit:
     validation, so that no validation document is a copy of a training document.
 
     A group is for validation if a hash of (split seed, group), read as a fraction, lies below
-    ``val_fraction``: adding documents moves none of the others. If that leaves a split empty in a
-    corpus of up to 64 groups, the group with the smallest hash goes to validation, or the one with
-    the largest to training.
+    ``val_fraction``: adding documents moves none of the others. If that leaves a split empty, the
+    group with the smallest hash goes to validation, or the one with the largest to training.
 
     The documents of a corpus of **one group**, such as a single file, are cut in two: the first
     part, up to the last line end before ``1 - val_fraction`` of the characters, is the training
@@ -87,9 +84,12 @@ class DocumentSplit:
     def _val_bound(self) -> float | None:
         """Groups with a hash below this are for validation; ``None`` if there is only one group."""
         hashes: set[float] = set()
+        smallest, largest = 1.0, 0.0
         for group, _ in _documents(self.source):
-            hashes.add(self.hash(group))
-            if len(hashes) > SMALL:
+            value = self.hash(group)
+            hashes.add(value)
+            smallest, largest = min(smallest, value), max(largest, value)
+            if smallest < self.val_fraction <= largest:
                 return self.val_fraction
         if len(hashes) == 1:
             log.info(

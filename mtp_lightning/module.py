@@ -109,6 +109,8 @@ class MTPModule(pl.LightningModule):
         )
         self.tokens += result.tokens
         self.flops += result.flops
+        if self.device.type == "cuda" and self._due(step + 1):
+            torch.cuda.synchronize()  # the row's seconds are of work done, not of work queued
         self.seconds += time.perf_counter() - start
         # In the precision that Lightning's log() gives a number.
         logged_rates = {tag: torch.tensor(rate) for tag, rate in learning_rates.items()}

@@ -24,7 +24,10 @@ from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, require_sizes, va
 # Nodes without a class that take no other keys than the known ones.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
 # Inputs that may be names on a hub, or whose own class reports mistakes better.
-_NOT_ONLY_PATHS = {"data.field", "data.source.field", "data.source.path", "tokenizer.eot_token"}
+_NOT_ONLY_PATHS = {
+    *("data.field", "data.path", "data.source.field", "data.source.path", "data.val_path"),
+    "tokenizer.eot_token",
+}
 
 
 def check(

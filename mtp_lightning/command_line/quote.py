@@ -33,14 +33,18 @@ PLACES = frozenset(
 INPUTS = frozenset(
     {
         *("branch_from", "checkpoint", "compare.reference", "init_from", "prompts"),
-        *("data.field", "data.model", "data.paths", "data.prompts.paths", "data.val_paths"),
+        *("data.field", "data.model", "data.path", "data.paths", "data.prompts.paths"),
+        *("data.val_path", "data.val_paths"),
         *("data.source.data_files", "data.source.field", "data.source.path"),
         *("tokenizer.eot_token", "tokenizer.path"),
     }
 )
 # The keys among these whose value may be a list, or a mapping.
 LISTS = frozenset(
-    {"stop", "data.paths", "data.prompts.paths", "data.source.data_files", "data.val_paths"}
+    {
+        *("stop", "data.path", "data.paths", "data.prompts.paths", "data.source.data_files"),
+        *("data.val_path", "data.val_paths"),
+    }
 )
 MAPPINGS = frozenset({"data.source.data_files"})
 

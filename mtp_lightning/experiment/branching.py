@@ -38,6 +38,11 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             steps that are done.
     """
     begin = f"branch_from={cfg.branch_from} cannot be continued"
+    if (match := stored["config"].get("compare", {}).get("match", "none")) != "none":
+        raise UserError(
+            f"{begin}: compare.match={match} set that run's length or layers. Use its weights by "
+            "init_from, or branch from a run of compare.match=none."
+        )
     if cfg.compare.match != "none":
         raise UserError(
             f"{begin} with compare.match={cfg.compare.match}, which sets a run's length or layers: "

@@ -177,6 +177,8 @@ def validation_data(
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
         shared_keys = _HOW_TASK if "task" in config.data else _HOW
+        if config.data.get("val_paths") is not None:  # the validation documents are named
+            shared_keys = shared_keys - {"val_fraction", "split_seed"}
         for key in shared_keys & stored.keys() & config.data.keys():
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]

@@ -218,7 +218,8 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     else:
         run.state = "done"
         if changed := summary.get("changed"):
-            run.notes.append(f"it continued with other settings {'; '.join(changed)}")
+            listed = "; ".join(map(str, changed)) if isinstance(changed, list) else str(changed)
+            run.notes.append(f"it continued with other settings {listed}")
         # A log tag has a number: null stands for one that is not finite.
         run.summary = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
     return run

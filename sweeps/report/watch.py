@@ -10,7 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from mtp_lightning.hosts import is_called
 
@@ -37,9 +37,8 @@ class Pages(SimpleHTTPRequestHandler):
             self.send_error(421)
             return None
         path = posixpath.normpath(unquote(self.path.partition("?")[0]))
-        if path == "/":
-            self.path = "/report.html"
-        elif path not in ("/report.html", "/runs.csv") and not path.startswith("/figures/"):
+        self.path = "/report.html" if path == "/" else quote(path)  # what is checked is served
+        if path not in ("/", "/report.html", "/runs.csv") and not path.startswith("/figures/"):
             self.send_error(404)
             return None
         return super().send_head()

@@ -87,7 +87,7 @@ def test_hydra_passes_quoted_texts_on_unchanged(text: str) -> None:
 @pytest.mark.parametrize("text", TYPED)
 def test_typical_texts_are_read_literally(text: str) -> None:
     assert read("prompt", text) == text
-    for key in ("stop", "run_dir", "data.paths"):
+    for key in ("stop", "run_dir", "data.path", "data.paths"):
         for_hydra = key != "stop" and ("${" in text or text == "null")
         # Keys of lists read brackets as a list. An empty path is refused.
         empty = key != "stop" and not text
@@ -164,6 +164,7 @@ def test_every_quoted_key_is_in_an_app() -> None:
         ("config", "data=text"),
         ("config", "data=huggingface"),
         ("config", "data=self_generated", "+data.prompts.paths=x"),
+        ("config", "data=tokens"),
         ("config", "tokenizer=pretrained"),
         ("evaluate",),
         ("generate",),

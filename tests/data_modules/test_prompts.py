@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
+import pytest
+import tokenizers
+
+from data_modules import encoding, prompts
 from data_modules.prompts import take_prompts
 from data_modules.splitting import DocumentSplit
-from data_modules.tokenizers import ByteTokenizer
+from data_modules.tokenizers import ByteTokenizer, PretrainedTokenizer
 from tests.data_modules.stores import ListSource
 
 
@@ -44,6 +48,23 @@ def test_a_prompt_in_both_splits_is_taken_once() -> None:
     only_texts = [t for _, t in prompts]
     assert len(set(only_texts)) == 14
     assert only_texts.count(header[1:17]) == only_texts.count(header[17:33]) == 1
+
+
+def test_a_beginning_of_several_pieces_has_the_ids_of_the_text(tmp_path, monkeypatch) -> None:
+    """The tokenizer puts a space before every text, which later pieces do not have."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=99, special_tokens=["</s>"], show_progress=False
+    )
+    lines = [f"line {i} of {i % 7}{' or' * (i % 3)}\n" for i in range(200)]
+    library.train_from_iterator(lines[:5], trainer)  # no token joins two lines
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = PretrainedTokenizer(str(tmp_path))
+    monkeypatch.setattr(prompts, "pieces", partial(encoding.pieces, limit=500))
+    document = "".join(lines)
+    whole = tokenizer.encode(document)
+    assert prompts._beginning(document, tokenizer, len(whole)).tolist() == whole.tolist()
 
 
 def test_only_the_needed_documents_are_read() -> None:

@@ -59,8 +59,6 @@ trainer.val_check_interval=0 => val_check_interval
 trainer.gradient_clip_val=-1 => gradient_clip_val | -1
 optimizer.lr=0 => optimizer.lr | 0
 data.val_fraction=1.5 => data.val_fraction | 1.5
-data.val_fraction=1e-12 data.source.documents=100 =>
-    validation split has no document | data.val_fraction
 data.train_windows=3 => data.train_windows=3 is set | keep more windows
 data.eval_bytes=0 => data.eval_bytes | at least 1, not 0
 +trainer.limit_val_batches=3 => trainer.limit_val_batches=3 | data.eval_bytes

@@ -117,6 +117,13 @@ def test_a_changed_setting_or_a_missing_checkpoint_is_refused(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_run_with_a_matched_length_is_not_branched():
+    stored = {"config": {"compare": {"match": "flops"}}}
+    cfg = OmegaConf.create({"branch_from": "runs/a@12", "compare": {"match": "none"}})
+    with pytest.raises(UserError, match="compare.match=flops set that run's length"):
+        check_branch(stored, cfg)
+
+
 def test_a_branch_that_early_stopping_would_end_at_once_is_refused(parent, cache, tmp_path):
     stopping = typed(
         "callbacks=early_stopping callbacks.early_stopping.min_delta=9 "

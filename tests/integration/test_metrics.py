@@ -239,6 +239,10 @@ def test_evaluate_reads_another_text_from_the_command_line(run: Run, tmp_path: P
     assert metrics["evaluation"]["bytes"] == 12 * 54  # data.eval_bytes=all
     assert "bits per byte" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.json"]
+    # A text whose validation documents are named has no share of them.
+    (tmp_path / "named.txt").write_text("67890\n" * 60)
+    args = [args[0], "data=text", "data.paths=other.txt", "data.val_paths=named.txt", args[-1]]
+    helpers.execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, code=0)
 
 
 # The tags of each depth from 1.

@@ -95,6 +95,9 @@ def test_a_run_that_continued_with_other_settings_is_noted(tmp_path: Path) -> No
     file.write_text(json.dumps(content | {"changed": ["at step 50: mtp_lambda: 0.3 -> 1.0"]}))
     note = "it continued with other settings at step 50: mtp_lambda: 0.3 -> 1.0."
     assert note in notes_of(tmp_path)
+    for damaged in ([1, {}], 5):
+        file.write_text(json.dumps(content | {"changed": damaged}))
+        assert "it continued with other settings" in notes_of(tmp_path)
 
 
 @pytest.mark.parametrize("value", [{LOSS: v} for v in (math.nan, math.inf, "1.1", None)] + [{}])

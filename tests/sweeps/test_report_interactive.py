@@ -120,7 +120,7 @@ def test_watch_updates_the_page_and_serves_it_on_this_machine_only(tmp_path: Pat
     (tmp_path / "config.yaml").write_text("secret")
     made, messages, responses = [], [], {}
     ready = threading.Event()
-    hidden = ("/config.yaml", "/figures/", "/figures/../config.yaml")
+    hidden = ("/config.yaml", "/figures/", "/figures/../config.yaml", "/config.yaml#/../figures/a")
 
     def make() -> tuple[Path, list[str], bool]:
         made.append(len(made))
@@ -142,7 +142,7 @@ def test_watch_updates_the_page_and_serves_it_on_this_machine_only(tmp_path: Pat
     assert made == [0, 1, 2]
     assert responses["/"] == responses["/report.html"] == responses["localhost"] == (200, b"0")
     assert responses["evil.example"][0] == 421
-    assert [responses[path][0] for path in hidden] == [404, 404, 404]
+    assert [responses[path][0] for path in hidden] == [404] * 4
     assert "the last report is" in messages[-1]
     assert watching.HOST == "127.0.0.1"
 
