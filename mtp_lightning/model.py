@@ -18,10 +18,10 @@ from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import Confidence, MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk

@@ -95,21 +95,21 @@ class MTPModule(pl.LightningModule):
             ``tokens`` and ``flops`` of the step.
         """
         start = time.perf_counter()
-        step = self.trainer.global_step
+        done = self.trainer.global_step  # optimizer steps before this one
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
-        learning_rates = self._learning_rates.set(optimizer, step, self.trainer.max_steps)  # type: ignore[arg-type]
+        learning_rates = self._learning_rates.set(optimizer, done, self.trainer.max_steps)  # type: ignore[arg-type]
         result = self.step(
             batch,
-            self.progress(step),
+            self.progress(done),
             optimizer,  # type: ignore[arg-type]
-            run=self,
+            call_forward=self,
             backward=self.manual_backward,
             no_sync=getattr(self.trainer.strategy.model, "no_sync", nullcontext),
         )
         self.tokens += result.tokens
         self.flops += result.flops
-        if self.device.type == "cuda" and self._due(step + 1):
+        if self.device.type == "cuda" and self._due(done + 1):
             torch.cuda.synchronize()  # the row's seconds are of work done, not of work queued
         self.seconds += time.perf_counter() - start
         # In the precision that Lightning's log() gives a number.
@@ -120,8 +120,8 @@ class MTPModule(pl.LightningModule):
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
-        if self._due(step + 1):
-            self._log_axis(step + 1)
+        if self._due(done + 1):
+            self._log_axis(done + 1)
         return {
             "loss": result.loss,
             "losses": result.losses,

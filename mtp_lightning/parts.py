@@ -1,7 +1,7 @@
 """Optional parts: folders and files of this project that the core works without.
 
-This file alone names them. The core looks whether a part's folder exists, and imports the part when
-its function is needed. Without the folder, an error of one sentence says that the part is missing,
+This file lists them. The core looks whether a part's folder exists, and imports the part when its
+function is needed. Without the folder, an error of one sentence says that the part is missing,
 and everything else works.
 """
 

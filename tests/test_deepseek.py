@@ -16,8 +16,9 @@ from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import ForwardContext, GroupedQueryConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig, routers_of
 from mtp_lightning.paths import CONF

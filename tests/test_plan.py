@@ -11,9 +11,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.plan import STRATEGIES, Machines, Plan, describe, kept_bytes, main, plans_of
 from tests import closed_forms
 from tests.integration.helpers import CONF

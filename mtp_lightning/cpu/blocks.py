@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import PackedStruct, packed_of
-from mtp_lightning.nn.attention import Attention, ForwardContext
+from mtp_lightning.nn.attention import Attention
 from mtp_lightning.nn.batch_invariant import MAX_INVARIANT_POSITIONS, MAX_VERIFY_WIDTH
 from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.norm import RMSNorm

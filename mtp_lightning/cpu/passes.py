@@ -21,7 +21,7 @@ from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, only_copy, packed_of
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialModule
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 
 

@@ -24,8 +24,8 @@ from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput

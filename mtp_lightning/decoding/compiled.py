@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from mtp_lightning.decoding.programs import program, require_compiler
 from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.components import CacheEntry
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 

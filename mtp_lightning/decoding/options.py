@@ -312,7 +312,7 @@ class DecodingOptions(TextOptions):
             raise UserError(
                 f"draft_vocab={tokens}, but the model has {vocab} tokens: use at most {vocab}."
             )
-        if mtp.depths_are_joint:
+        if mtp.depths_are_mixed:
             raise not_together(f"draft_vocab={tokens}", f"mtp.rank={mtp.rank}")
         if model.head_of(1) is not model.head:
             raise UserError(

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from mtp_lightning.decoding.fused import fused
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, passes_over
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Spans

@@ -23,7 +23,7 @@ from torch import Tensor
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.position_tables import Spans
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
 

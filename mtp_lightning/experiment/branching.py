@@ -53,8 +53,9 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
     differences = describe_differences(stored["config"], now, ignore=_FREE)  # type: ignore[arg-type]
     if differences:
         raise UserError(
-            f"{begin}: a branch may change the schedules and the length alone, and this one "
-            f"changes {'; '.join(differences)}. Start a new run, or use the weights by init_from."
+            f"{begin}: a branch may change schedules, length, callbacks and loggers alone, and "
+            f"this one changes {'; '.join(differences)}. Start a new run, or use the weights by "
+            "init_from."
         )
     step = int(stored["global_step"])
     lengths = stored["config"]["trainer"]["max_steps"], cfg.trainer.max_steps

@@ -257,7 +257,7 @@ def build_schedule(cfg: DictConfig) -> LambdaSchedule:
     return schedule
 
 
-def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
+def apply_match(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
     """Set the layers or steps that ``compare.match`` asks for; return the config, and the result of
     the match (None without a match)."""
     if cfg.compare.match == "none":

@@ -24,10 +24,10 @@ from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import VERBOSE, Stopped
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.build import (
+    apply_match,
     build_data,
     build_model_config,
     build_module,
-    match_reference,
 )
 from mtp_lightning.experiment.compose import hyperparameters
 from mtp_lightning.experiment.device import kernels_line, resolve_auto, use_tensor_cores
@@ -129,7 +129,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
     stored = config.copy()
     stored.data.update(data.resolved_settings())
-    config, matched = match_reference(stored, data.tokenizer.vocab_size)
+    config, matched = apply_match(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
     step = load_start(module, data, origin, stored, folder, steps=config.trainer.max_steps)
@@ -166,7 +166,8 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
 
 
 def _as_trained(run: PreparedRun) -> DictConfig:
-    """The config to store: a run that has more steps than are asked for now keeps them."""
+    """The config to store; a run that has done more steps than ``trainer.max_steps`` now asks for
+    stores the number done."""
     stored, steps_done = run.stored, run.resume_step or 0
     if stored.compare.match == "none" and steps_done > stored.trainer.max_steps:
         stored = stored.copy()

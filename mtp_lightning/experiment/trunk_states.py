@@ -27,6 +27,7 @@ from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.self_generated import trunk_digest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.nn import ops
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ _FORMAT = 1
 
 
 def changes_states(model: MTPModel) -> str:
-    """Why the trunk's states for a window change in a run, with the remedy: the trunk is trained,
-    or the stack gives it other tokens in training. Empty if they stay the same."""
+    """Why the trunk's states for a window cannot be kept, with the remedy: the trunk is trained,
+    the stack gives it other tokens in training, or it does not say which states it reads. Empty if
+    they can."""
     mtp = model.config.mtp
     if mtp.trains_trunk:
         return (
@@ -48,6 +50,13 @@ def changes_states(model: MTPModel) -> str:
         return (
             f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
             "other tokens in training: set data.cache_states=false."
+        )
+    config = type(model.config.mtp)
+    # Another head's states would be read from the cache.
+    if stack.branch is not MTPStack.branch and config.read_states is MTPConfig.read_states:
+        return (
+            f"data.cache_states=true needs to know which states of the trunk mtp={mtp.variant} "
+            f"reads: define read_states in {config.__name__}, or set data.cache_states=false."
         )
     return ""
 

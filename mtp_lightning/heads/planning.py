@@ -299,7 +299,7 @@ def _plan(
 def _fitting(sketch: HeadsPlan, config: ModelConfig) -> HeadsPlan:
     """The sketch without settings that the heads of the overrides have no use for."""
     model, mtp = config.on_meta(), config.mtp
-    shortens = not (mtp.trains_trunk or mtp.depths_are_joint) and model.head_of(1) is model.head
+    shortens = not (mtp.trains_trunk or mtp.depths_are_mixed) and model.head_of(1) is model.head
     return replace(
         sketch,
         draft_vocab=sketch.draft_vocab if shortens else None,

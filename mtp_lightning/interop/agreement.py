@@ -16,7 +16,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.config import Concat, InputNorm
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 
 # The trunk continues these texts, and drafts are compared with its continuations.
 _BEGINNINGS = (

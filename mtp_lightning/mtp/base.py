@@ -21,7 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
@@ -36,8 +36,8 @@ class MTPStack(nn.Module, ABC):
     """A stack on a trunk: it turns the trunk's state at the branch point into one hidden state per
     depth.
 
-    A stack of a kind of ``kinds.py`` defines ``step``, another one :meth:`depth_state`. All else
-    has a default.
+    A ``Chain`` or ``SideBySide`` (``kinds.py``) defines ``step``, another stack
+    :meth:`depth_state`. All else has a default.
 
     Attributes:
         confidence: estimates the acceptance of drafts; None without ``config.confidence``.

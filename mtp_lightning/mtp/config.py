@@ -103,7 +103,7 @@ class MTPConfig(Registered, ABC, family="mtp"):
         return self.branch, self.input_norm
 
     @property
-    def depths_are_joint(self) -> bool:
+    def depths_are_mixed(self) -> bool:
         """Whether one mixture predicts the next token and all depths, so that no depth has a loss
         and a head's logits of its own."""
         return self.rank > 1

@@ -33,8 +33,9 @@ from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
@@ -103,8 +104,8 @@ class EagleConfig(ModulesConfig, variant="eagle"):
         if (entry.n_vectors, entry.width, rope_head_dim) != whole_heads:
             raise UserError(
                 "mtp=eagle stores keys and values of whole heads, and the cache of "
-                f"model.attention={trunk.attention.variant} does not: use "
-                "model.attention=grouped_query."
+                f"the {trunk.attention.variant} attention does not: use a model with "
+                "grouped-query attention, such as model=nano."
             )
         if self.layers is not None and max(self.layers) > trunk.n_layers:
             raise UserError(

@@ -5,7 +5,7 @@ passes each hidden state, with its targets, to the objective (:data:`ThroughHead
 through a head, chunk by chunk, and sets its gradient. It returns the gradients of the feed's
 inputs, which one autograd node hands on (``objective/stream.py``).
 
-Besides the feeds of this file there are ``HeadByHead`` (``kinds.py``) and ``JointFeed``
+Besides the feeds of this file there are ``HeadByHead`` (``kinds.py``) and ``MixtureFeed``
 (``rank.py``).
 
 Shapes: B batch, T positions, C d_model, V vocabulary, R positions of one chunk.

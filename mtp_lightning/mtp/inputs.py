@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_modules.windows import RandomKey
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 
 

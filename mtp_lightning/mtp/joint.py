@@ -6,7 +6,7 @@
 where ``h_t`` is the trunk's state at the branch point. One causal attention layer runs over j,
 separately for every t, and the shared head predicts ``x_{t+1+k}`` from ``h^k``. All that a depth
 knows of the text before t comes from ``h_t``: the representation bottleneck. The prediction of
-``x_{t+1}`` is the trunk's own, as for every stack, so that the depths do not change it.
+``x_{t+1}`` is the trunk's own, so that the depths do not change it.
 
 The paper leaves the form of the layer open. Here it is the trunk's kind of attention after an
 RMSNorm, with j as the rotary position; ``gamma`` is learned and starts at 1.
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.norm import RMSNorm
 
 

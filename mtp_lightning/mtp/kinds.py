@@ -13,8 +13,8 @@ kind                    depth k at position i reads                 variants
                         shapes the trunk in training alone
 ======================  ==========================================  =======================
 
-The others are of no kind: ``joint``, ``masked`` and ``linear`` with ``mtp.rank`` above 1 compute
-all depths in one pass.
+The others are of no kind: ``joint`` and ``masked`` compute all depths in one pass, and ``linear``
+with ``mtp.rank`` above 1 is a chain of mixtures.
 
 Shapes: B batch, T positions, C d_model, D depths.
 """
@@ -33,8 +33,8 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:

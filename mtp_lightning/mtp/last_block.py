@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.trunk import Trunk
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
 
 where ``z`` is the trunk's state at the branch point. ``W_k`` starts at zero, so that every head
 starts as a copy of the main prediction. Medusa has one output matrix per head; here all heads use
-the trunk's own, like every stack. ``correction`` lets the heads see the tokens between
+the trunk's own. ``correction`` lets the heads see the tokens between
 (``correction.py``); ``rank`` predicts all depths jointly (``rank.py``).
 """
 
@@ -21,9 +21,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.mtp.rank import MixtureLinearMTP, check_rank
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.linear import ZeroLinear
 
 
@@ -57,7 +57,7 @@ class LinearConfig(SideBySideConfig, variant="linear"):
         return f"with mtp.rank={self.rank} {mixed}" if self.rank > 1 else ""
 
     def build(self, trunk: TrunkConfig) -> MTPStack:
-        return LinearMTP(self, trunk) if self.rank == 1 else JointLinearMTP(self, trunk)
+        return LinearMTP(self, trunk) if self.rank == 1 else MixtureLinearMTP(self, trunk)
 
 
 class LinearMTP(SideBySide):

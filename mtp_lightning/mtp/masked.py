@@ -36,9 +36,9 @@ from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.norm import RMSNorm
@@ -83,8 +83,9 @@ class MaskedConfig(MTPConfig, variant="masked"):
     def build(self, trunk: TrunkConfig) -> MaskedMTP:
         if trunk.attention.variant != "grouped_query":
             raise UserError(
-                "mtp=masked reads the keys and values of whole heads, which model.attention="
-                f"{trunk.attention.variant} does not give: use model.attention=grouped_query."
+                "mtp=masked reads the keys and values of whole heads, which the "
+                f"{trunk.attention.variant} attention does not give: use a model with "
+                "grouped-query attention, such as model=nano."
             )
         return MaskedMTP(self, trunk)
 

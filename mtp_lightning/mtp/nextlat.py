@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.linear import Linear, ZeroLinear
 
 

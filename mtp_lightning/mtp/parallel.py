@@ -21,9 +21,9 @@ from mtp_lightning.mtp.config import Branch, Init, InputNorm
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.inputs import TrunkText
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk

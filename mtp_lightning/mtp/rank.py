@@ -78,7 +78,7 @@ def check_rank(config: MTPConfig) -> None:
         )
 
 
-class JointLinearMTP(MTPStack):
+class MixtureLinearMTP(MTPStack):
     """D + 1 depths of r components each, with one set of weights."""
 
     cached_blocks = 0
@@ -128,7 +128,7 @@ class JointLinearMTP(MTPStack):
     def feed(
         self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
-        return JointFeed(self, final_BTC, inputs, depths)
+        return MixtureFeed(self, final_BTC, inputs, depths)
 
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
@@ -147,12 +147,12 @@ def _token_log_probs(inputs: StackInputs, hidden_BTAC: Tensor, tokens_BT: Tensor
     return torch.cat(parts).unflatten(0, tokens_BT.shape)
 
 
-class JointFeed(Feed):
+class MixtureFeed(Feed):
     """Trains all depths and components of a position, up to the deepest depth, as one
     prediction."""
 
     def __init__(
-        self, stack: JointLinearMTP, final_BTC: Tensor, inputs: StackInputs, depths: Sequence[int]
+        self, stack: MixtureLinearMTP, final_BTC: Tensor, inputs: StackInputs, depths: Sequence[int]
     ) -> None:
         deepest = max(depths, default=0)
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]

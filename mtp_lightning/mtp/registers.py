@@ -32,8 +32,8 @@ from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.kinds import TrainingOnly, TrainingOnlyConfig
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput

@@ -21,9 +21,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig, Concat, Init, InputNorm
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.linear import Linear

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import gated, swiglu
 

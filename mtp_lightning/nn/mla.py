@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import AttentionConfig, CacheEntry, check_whole
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm

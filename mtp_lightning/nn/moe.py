@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import FeedForwardConfig, check_whole
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.linear import Linear

@@ -224,7 +224,7 @@ class Objective:
             return
         if mtp.trains_trunk:
             reason = f"leaves out what the trunk is trained on: {mtp.how_to_freeze}"
-        elif mtp.depths_are_joint:
+        elif mtp.depths_are_mixed:
             reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
         elif model.head_of(1) is not model.head:
             reason = (

@@ -146,7 +146,7 @@ class OptimizerStep:
         progress: Progress,
         optimizer: torch.optim.Optimizer,
         *,
-        run: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]] = call,
+        call_forward: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]] = call,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepResult:
@@ -155,7 +155,8 @@ class OptimizerStep:
         Args:
             progress: progress before the step.
             optimizer: over the parameters of the model and of the balance rule.
-            run: calls a micro-batch's forward pass; sharded models gather their weights in it.
+            call_forward: calls a micro-batch's forward pass; sharded models gather their weights
+                in it.
             backward: runs the backward pass of a micro-batch's loss.
             no_sync: context of all micro-batches except the last, whose gradients are not yet
                 summed over ranks.
@@ -164,7 +165,7 @@ class OptimizerStep:
             UserError: see :meth:`plan`.
         """
         plan = self.plan(batch, progress)
-        sums, auxiliary = self._forward_backward(plan, run, backward, no_sync)
+        sums, auxiliary = self._forward_backward(plan, call_forward, backward, no_sync)
         losses_KP = self.objective.losses(sums, plan.counts)
         losses = self.objective.mixed(losses_KP)
         gradients = self._measure(plan, progress)
@@ -204,7 +205,7 @@ class OptimizerStep:
     def _forward_backward(
         self,
         plan: StepPlan,
-        run: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]],
+        call_forward: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]],
         backward: Callable[[Tensor], None],
         no_sync: Callable[[], AbstractContextManager[None]],
     ) -> tuple[Tensor, AuxiliaryOutputs]:
@@ -215,7 +216,9 @@ class OptimizerStep:
         for index, micro in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
-                loss, micro_sums, micro_auxiliary = run(self.forward_micro_batch, plan, micro)
+                loss, micro_sums, micro_auxiliary = call_forward(
+                    self.forward_micro_batch, plan, micro
+                )
                 # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; here they must add up.

@@ -3,7 +3,7 @@
 The feed of the stack (``mtp/feed.py``) sends hidden states through the head (``through_head.py``),
 which computes losses and gradients together, and propagates the gradients to the feed's inputs.
 Then one autograd node connects the loss to these inputs; its backward pass only returns the
-gradients. For data parallelism, with its hooks on every parameter, the node is like any other.
+gradients. The hooks of data parallelism on the parameters see an ordinary autograd node.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ states and of the head's weight, and dropped. Only the weight's gradient, shared
 remains of size V.
 
 A teacher (the main prediction of the same target tokens) is computed chunk by chunk too; a chunk
-serves all depths before the next one is computed. A depth uses a chunk of main positions at the
-positions that are ``DepthTarget.shift`` to the left. The first of a window would teach the last
-positions of the window before, which have no teacher and do not count; so every position is visited
-exactly once.
+serves all depths before the next one is computed. The main prediction at position i teaches depth k
+at i - ``DepthTarget.shift``. Windows are flattened: the first ``shift`` positions of a window fall
+on the last ones of the window before, which have no teacher and weight 0. So every position of a
+depth is computed once.
 
 Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk, N their hidden
 states (R, or several for each position).

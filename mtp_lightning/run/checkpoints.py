@@ -196,8 +196,8 @@ def keep(folder: Path, choice: str) -> None:
         folder: the folder of the checkpoints.
         choice: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
             optimizer's state: a third of the bytes, but no run can continue from them. A damaged
-            file is reported and left as it is. ``none`` keeps neither. Checkpoints of ``keep_steps``
-            stay as they are.
+            file is reported and left as it is. ``none`` keeps neither. The checkpoints of
+            ``keep_steps`` stay as they are.
     """
     last, best = folder / LAST, folder / BEST
     removed = {"all": (), "weights": (PREVIOUS,), "none": (PREVIOUS, LAST, BEST)}

@@ -10,8 +10,9 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_weight
 from mtp_lightning.cpu.prepared import _FUSED
 from mtp_lightning.decoding.precision import round_weights, roundings_of
-from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache

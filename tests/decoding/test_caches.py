@@ -13,7 +13,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 

@@ -14,7 +14,7 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.nn.attention import ForwardContext
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.experts import fits_grouped
 from mtp_lightning.nn.moe import MoE
 from mtp_lightning.objective.balance.base import NoBalance

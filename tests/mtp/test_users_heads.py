@@ -12,7 +12,9 @@ from torch import nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.trunk_states import changes_states
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.feed import OwnLoss
 from mtp_lightning.mtp.kinds import Chain, SideBySide
 from mtp_lightning.mtp.summary import Summary, SummaryConfig
@@ -52,6 +54,29 @@ def train(trunk: TrunkConfig, build_it) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step(windows(2, 8, DEPTH), Progress(step=0, max_steps=1), optimizer)
     return {name: p.detach() - before[name] for name, p in model.mtp.named_parameters()}
+
+
+def test_kept_states_need_to_know_which_states_a_head_reads(tiny_trunk: TrunkConfig) -> None:
+    class FirstBlock(SideBySide):
+        def branch(self, trunk, output):
+            return output.blocks[0]
+
+        def step(self, k, branch_BTC, ctx):
+            return branch_BTC
+
+    @dataclass(frozen=True, kw_only=True)
+    class FirstBlockConfig(ModulesConfig, variant="first_block"):
+        def build(self, trunk: TrunkConfig):
+            return FirstBlock(self, [nn.Identity() for _ in range(self.depth)])
+
+    config = FirstBlockConfig(depth=DEPTH, freeze_trunk=True)
+    assert "define read_states in FirstBlockConfig" in changes_states(build(tiny_trunk, config))
+
+    class KeyedConfig(FirstBlockConfig, variant="keyed"):
+        read_states = ("first block",)
+
+    keyed = KeyedConfig(depth=DEPTH, freeze_trunk=True)
+    assert changes_states(build(tiny_trunk, keyed)) == ""
 
 
 def test_only_a_stack_that_looks_further_asks_for_longer_windows() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.interop.weight_map import layer_weights
-from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.registry import Registered

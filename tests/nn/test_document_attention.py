@@ -18,9 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import ForwardContext, GroupedQueryConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.document_attention import block_mask, dense_mask, to_dense
 from tests import deepseek
 from tests.models import build, windows

@@ -11,8 +11,9 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig, qkv_width
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.rope import Llama3Scaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 from tests.decoding.models import teacher_forced

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
 from mtp_lightning.nn.position_tables import PositionTables

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.nn import experts as plain
-from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
+from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.experts import Experts, routed_experts
 from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router
 from tests import deepseek, deepseek_reference, reference

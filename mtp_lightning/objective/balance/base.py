@@ -86,7 +86,7 @@ class Balance:
         check_settings(self, "balance")
 
     def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
-        """The factors [D + 1] of the losses in the next step, by default ``base``: 1 and the
+        """The factors [D + 1] of the losses in the next step, by default ``lambdas``: 1 and the
         schedule's lambda_k. It does not change the rule's state."""
         return list(lambdas)
 
@@ -107,7 +107,7 @@ class Balance:
     def gate(self, lambdas: Sequence[float], gradients: TaskGradients) -> None:
         """Change the accumulated gradients before they are clipped."""
 
-    def update(self, step: Observed) -> dict[str, float]:
+    def update(self, observed: Observed) -> dict[str, float]:
         """Learn from a step, after clipping and before the optimizer's update; returns values to
         log."""
         return {}

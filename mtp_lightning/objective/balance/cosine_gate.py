@@ -51,9 +51,9 @@ class CosineGate(Balance):
         """Whether the gradient of depth ``k`` reaches the trunk."""
         return self._cosines[k] >= 0
 
-    def update(self, step: Observed) -> dict[str, float]:
+    def update(self, observed: Observed) -> dict[str, float]:
         values = {}
-        for k in depths_of(step.factors):
+        for k in depths_of(observed.factors):
             values[f"balance/cosine_depth_{k}"] = self._cosines[k]
             values[f"balance/gate_depth_{k}"] = float(self.is_open(k))
         return values

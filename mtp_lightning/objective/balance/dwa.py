@@ -52,12 +52,12 @@ class DWA(Balance):
             lambdas, softmax_weights(self.ratios() / self.temperature, tasks_of(lambdas))
         )
 
-    def update(self, step: Observed) -> dict[str, float]:
+    def update(self, observed: Observed) -> dict[str, float]:
         ratios = self.ratios().tolist()
-        values = {f"balance/loss_ratio_depth_{k}": ratios[k] for k in step.computed}
-        self._sums[step.computed] += step.losses[step.computed]
-        self._counts[step.computed] += 1
-        if (step.progress.step + 1) % self.window_steps == 0:
+        values = {f"balance/loss_ratio_depth_{k}": ratios[k] for k in observed.computed}
+        self._sums[observed.computed] += observed.losses[observed.computed]
+        self._counts[observed.computed] += 1
+        if (observed.progress.step + 1) % self.window_steps == 0:
             self._means = torch.stack([self._means[1], self._sums / self._counts])
             self._sums.zero_()
             self._counts.zero_()

@@ -102,7 +102,7 @@ def require_measurable(config: ModelConfig, objective: Objective, *, setting: st
         reason = "mtp.freeze_trunk=true gives it none: set mtp.freeze_trunk=false"
     elif mtp.detach != "none":
         reason = f"mtp.detach={mtp.detach} cuts it off: set mtp.detach=none"
-    elif mtp.depths_are_joint:
+    elif mtp.depths_are_mixed:
         reason = f"with mtp.rank={mtp.rank} no depth's loss is its own: set mtp.rank=1"
     elif mtp.shared_blocks(layers) == 0:
         reason = (

@@ -48,13 +48,13 @@ class GradNorm(Balance):
     def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
         return multiplied(lambdas, self._weights)
 
-    def update(self, step: Observed) -> dict[str, float]:
-        tasks = step.computed
-        losses = step.losses[tasks]
+    def update(self, observed: Observed) -> dict[str, float]:
+        tasks = observed.computed
+        losses = observed.losses[tasks]
         first = self._first[tasks]
         self._first[tasks] = torch.where(first.isnan(), losses, first)
-        if step.gradients is not None:
-            norms = torch.tensor(list(step.gradients.norms.values()), dtype=torch.float64)
+        if observed.gradients is not None:
+            norms = torch.tensor(list(observed.gradients.norms.values()), dtype=torch.float64)
             ratios = losses / self._first[tasks]
             rate = ratios / ratios.mean()
             rate = torch.where(rate.isfinite(), rate, 1.0)  # undefined where losses are 0

@@ -91,14 +91,14 @@ class SampledDepths(Balance):
             factors[k] = lambdas[k] / float(chances[k])
         return factors
 
-    def update(self, step: Observed) -> dict[str, float]:
-        chances = self.chances(step.lambdas).tolist()
-        for k in depths_of(step.factors):
+    def update(self, observed: Observed) -> dict[str, float]:
+        chances = self.chances(observed.lambdas).tolist()
+        for k in depths_of(observed.factors):
             if self._first[k].isnan():
-                self._first[k] = self._mean[k] = step.losses[k]
+                self._first[k] = self._mean[k] = observed.losses[k]
             else:
-                self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * step.losses[k]
-        return {f"balance/probability_depth_{k}": chances[k] for k in depths_of(step.lambdas)}
+                self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * observed.losses[k]
+        return {f"balance/probability_depth_{k}": chances[k] for k in depths_of(observed.lambdas)}
 
     def active_sets(self, lambdas: Sequence[float]) -> list[tuple[float, list[int]]]:
         depths = depths_of(lambdas)

@@ -7,7 +7,7 @@ right direction and adds no loss term. ``g`` is measured on the whole shared tru
 starts from the schedule's weight in the first step that computes it. From then on the rule sets it:
 later changes of the schedule are ignored, except that 0 still switches the depth off. The moving
 average starts from the first ratio; a measurement with ``|g_0| = 0`` is left out. Lambdas are fixed
-in the last 5 % of the run.
+in the last share ``frozen`` of the run.
 
 Cost: that of :func:`task_gradients` on the whole shared trunk, in a step that measures.
 """
@@ -52,11 +52,11 @@ class TrunkRatio(Balance):
     def rests_at(self, progress: Progress) -> bool:
         return round(progress.fraction + self.frozen, 9) >= 1  # 1 - 0.18 is above 82 / 100
 
-    def update(self, step: Observed) -> dict[str, float]:
+    def update(self, observed: Observed) -> dict[str, float]:
         values = {}
-        norms = None if step.gradients is None else step.gradients.norms
-        for k in depths_of(step.factors):
-            weight = self._lambdas.setdefault(k, step.factors[k])
+        norms = None if observed.gradients is None else observed.gradients.norms
+        for k in depths_of(observed.factors):
+            weight = self._lambdas.setdefault(k, observed.factors[k])
             if norms is not None and norms[0]:
                 share = weight * norms[k] / norms[0]
                 before = self._ratios.get(k, share)

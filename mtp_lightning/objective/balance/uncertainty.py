@@ -45,11 +45,11 @@ class Uncertainty(Balance):
     def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
         return [x * math.exp(-s.item()) for x, s in zip(lambdas, self._log_variances, strict=True)]
 
-    def update(self, step: Observed) -> dict[str, float]:
+    def update(self, observed: Observed) -> dict[str, float]:
         values = {}
-        for k in step.computed:
+        for k in observed.computed:
             s = self._log_variances[k]
-            gradient = step.lambdas[k] / 2 - step.factors[k] * float(step.losses[k])
+            gradient = observed.lambdas[k] / 2 - observed.factors[k] * float(observed.losses[k])
             s.grad = torch.full_like(s, gradient)
             values[f"balance/log_variance_depth_{k}"] = s.item()
         return values

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.experiment.build import build_balance, match_reference
+from mtp_lightning.experiment.build import apply_match, build_balance
 from mtp_lightning.objective.balance.base import NoBalance
 from tests.integration.helpers import (
     assert_same_weights,
@@ -93,7 +93,7 @@ def test_with_matched_flops_a_rule_that_measures_gets_fewer_steps(
     def steps_of(rule: str) -> int:
         overrides = {"balance": rule, "lambda_schedule": "constant", "compare.match": "flops"}
         overrides |= {"mtp": "parallel", "model.n_layers": 2}
-        cfg, _ = match_reference(config(tmp_path, cache, overrides), 260)
+        cfg, _ = apply_match(config(tmp_path, cache, overrides), 260)
         return cfg.trainer.max_steps
 
     steps = {rule: steps_of(rule) for rule in ("none", "random", "cosine_gate", "sampled_depths")}
