@@ -75,7 +75,7 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
-            f"set data.cache_dir or the environment variable {ENVIRONMENT}"
+            f"set the environment variable {ENVIRONMENT} (in training also data.cache_dir)"
         ) from error
     if turn is None:
         return False
@@ -98,7 +98,8 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 f"cannot build {target} ({os.strerror(error.errno)}): free some space, or set "
-                f"data.cache_dir or the environment variable {ENVIRONMENT} to another disk"
+                f"the environment variable {ENVIRONMENT} (in training also data.cache_dir) to a "
+                "folder on another disk"
             ) from error
         removed = isinstance(error, FileNotFoundError) and str(turn) in str(error.filename)
         if target.is_dir() and (removed or error.filename2 is not None):

@@ -53,7 +53,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # also Python's own errors, of nested blocks
-            raise UserError(f"the model's chat template is not one of Jinja: {error}.") from error
+            raise UserError(f"the model's chat template is not valid Jinja: {error}.") from error
         self._specials = dict(specials)
 
     @classmethod

@@ -115,9 +115,10 @@ class TextSource(FileSource):
                     ) from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                     kinds = isinstance(row, dict) and {k: type(v).__name__ for k, v in row.items()}
+                    other = ", or set data.field" if self.key == "data.paths" else ""
                     raise UserError(
                         f"{path}, line {number}, has no string under {self.field!r} "
-                        f"(it has {kinds or type(row).__name__}): rename it, or set data.field"
+                        f"(it has {kinds or type(row).__name__}): rename it{other}"
                     )
                 if "\\u" in text:
                     require_unicode(row[self.field], f"{path}, line {number},")

@@ -27,6 +27,7 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        array = array[array <= self.eot_id]  # a larger model may give others, which have no text
         ends = np.flatnonzero(array == self.eot_id)
         pieces = np.split(array, ends)
         parts = [pieces[0], *(piece[1:] for piece in pieces[1:])]

@@ -16,7 +16,7 @@ class SymbolTokenizer(Tokenizer):
     """One id per symbol; the first symbol is the end of a text. Symbols are distinct and without
     white space. ``encode`` reads symbols separated by white space, and raises a UserError for
     anything else; ``decode`` writes a space before each symbol, so that texts can be
-    concatenated."""
+    concatenated; an id beyond the symbols, which a larger model may give, has no text."""
 
     kind = "symbols"
     eot_id = 0
@@ -43,7 +43,8 @@ class SymbolTokenizer(Tokenizer):
         return np.array([self._ids[symbol] for symbol in symbols], np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return "".join(f" {self.symbols[i]}" for i in np.asarray(ids, np.int64).reshape(-1))
+        known = (i for i in np.asarray(ids, np.int64).reshape(-1) if i < len(self.symbols))
+        return "".join(f" {self.symbols[i]}" for i in known)
 
     def token_bytes(self) -> list[bytes]:
         return [f" {symbol}".encode() for symbol in self.symbols]

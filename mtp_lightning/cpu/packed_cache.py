@@ -96,7 +96,7 @@ class CPUWeightPacker:
             for old in {*older, *_unused(self._folder.parent.parent)} - {self._folder}:
                 shutil.rmtree(old, ignore_errors=True)
             build_once(self._folder, lambda folder: _write(folder, packed))
-        except OSError as error:
+        except (OSError, UserError) as error:  # UserError: damaged ones that cannot be removed
             log.info("the packed weights are not kept for other processes: %s", error)
 
     def _look_up(self) -> None:

@@ -7,7 +7,7 @@ together with those of the last whole piece of text.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from mtp_lightning.decoding.options import Prompt
@@ -15,7 +15,7 @@ from mtp_lightning.decoding.options import Prompt
 # The most tokens at a prompt's end that are searched for its last whole piece of text.
 _LONGEST_PIECE = 8
 # Bytes that are not a character, or not yet, are decoded to this.
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
@@ -47,7 +47,7 @@ class Detokenizer:
             return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
+        whole = len(text.rstrip(INCOMPLETE))  # the rest may be part of a character
         new = text[self._out : whole]
         if not text:
             self._begin(self._window)  # the decoder may drop a space of the first token alone
@@ -69,13 +69,6 @@ def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
         if piece[0] in ends:
             break
         text = tokenizer.decode(piece)
-        if text and _INCOMPLETE not in text:
+        if text and INCOMPLETE not in text:
             return piece
     return []
-
-
-def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], ends: Collection[int]) -> str:
-    """The text of ``ids`` after the tokens ``before``; ``ends`` as for :class:`Detokenizer`."""
-    piece = last_piece(tokenizer, before, ends)
-    start = len(tokenizer.decode(piece))
-    return str(tokenizer.decode([*piece, *(token for token in ids if token not in ends)]))[start:]

@@ -30,7 +30,7 @@ from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
-from mtp_lightning.errors import UserError, lacks_memory
+from mtp_lightning.errors import UserError, counted, lacks_memory
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
 
@@ -140,9 +140,9 @@ class Engine:
         total = len(ids) + request.max_new_tokens - 1
         if self.options.long == "refuse" and total > self._limit:
             raise UserError(
-                f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
-                f"asked for: {total} to read, but the model was trained on {self._limit}. "
-                "Shorten the prompt, lower max_new_tokens, or set long=slide."
+                f"{name} ({counted(len(ids), 'token')}) and {request.max_new_tokens} new tokens "
+                f"exceed the context of {self._limit} that the model was trained on: shorten the "
+                "prompt, lower max_new_tokens, or set long=slide."
             )
 
     def add(self, requests: Sequence[Request]) -> list[TextSequence]:

@@ -188,4 +188,4 @@ def description(measured: Measured) -> str:
 def _fastest(payoff: Payoff) -> str:
     n, gains = payoff.best, payoff.gains()
     drafts = {0: "no draft", 1: "1 draft per pass"}.get(n, f"{n} drafts per pass")
-    return f"{drafts} ({f'{gains[n]:.2f}' if n else f'one makes {gains[1]:.2f}'} x plain)"
+    return f"{drafts} ({f'{gains[n]:.2f}' if n else f'one would give {gains[1]:.2f}'} x plain)"

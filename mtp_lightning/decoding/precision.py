@@ -11,8 +11,8 @@ activations that meet a block are rounded to 8 bits and a scale. It is another a
 same weights, again the same for drafts and plain decoding.
 
 ``head_precision`` is that of the MTP modules alone, which changes drafts and no greedy text.
-``auto`` reads them in int8 where a CPU decodes from packed weights: a draft then costs less, and is
-accepted as often.
+``auto`` reads them in int8 where a CPU decodes from packed weights (in int4 with
+``precision=int4``): a draft then costs less, and is accepted as often.
 """
 
 from __future__ import annotations

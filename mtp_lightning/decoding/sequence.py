@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.detokenizer import Detokenizer, text_after
+from mtp_lightning.decoding.detokenizer import INCOMPLETE, Detokenizer
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.speculative import RowResult
 
@@ -166,7 +166,6 @@ class TextSequence:
         self.ends: Sequence[int] = () if request.eot_id is None else (request.eot_id,)
         if request.eot_id is None and tokenizer is not None:
             self.ends = tokenizer.end_ids
-        self._tokenizer = tokenizer
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._n_returned = 0
@@ -291,11 +290,12 @@ class TextSequence:
     def generation(self) -> Generation:
         """The result of a finished sequence."""
         assert self.finish_reason is not None
+        self._detokenize(len(self.token_ids))
         text = None
-        if self.finish_reason == "stop":
-            text = self._text
-        elif self._tokenizer is not None:
-            text = text_after(self._tokenizer, self.request.prompt, self.token_ids, self.ends)
+        if self._detokenizer is not None:
+            text = "".join(self._pieces)
+            if self.finish_reason != "stop" and self._detokenizer.waits:
+                text += INCOMPLETE
         return Generation(
             token_ids=self.token_ids,
             text=text,

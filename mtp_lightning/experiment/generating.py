@@ -224,10 +224,10 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None:
         texts = [str(prompt)]
     elif prompts is not None:
-        if prompts.endswith(".jsonl"):
+        if prompts.lower().endswith(".jsonl"):
             from data_modules.sources.text import TextSource
 
-            texts = list(TextSource(prompts).documents())
+            texts = list(TextSource(prompts, key="prompts").documents())
         else:
             lines = require_prompts(Path(prompts)).split("\n")  # not at \f
             texts = [line for line in lines if line]
@@ -239,6 +239,8 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
         except UnicodeDecodeError as error:
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
         quote.require_utf8([f"prompt={texts[0]}"])
-    if not texts or not all(texts):
+    if len(texts) > 1 and not all(texts):
+        raise UserError(f"Text {texts.index('') + 1} of {prompts} is empty: remove it.")
+    if not any(texts):
         raise UserError(f"{prompts or 'The prompt'} is empty: give prompt=TEXT or prompts=FILE.")
     return texts

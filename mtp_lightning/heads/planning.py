@@ -102,7 +102,7 @@ class HeadsPlan:
         yield (
             f"training   {self.steps:,} steps of {self.batch * self.window:,} tokens, about "
             f"{_minutes(self.training)} at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
-            f"{self.precision}, at a rate of {self.rate:.2g}"
+            f"{self.precision}, with learning rate {self.rate:.2g}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
         validating = (self.writing + self.training) * (1 / (_TEXTS + _TRAINING) - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
@@ -141,15 +142,17 @@ def max_positions(fields: Mapping[str, Any]) -> int:
     return min(positions, require_whole("sliding_window", window, least=1))
 
 
-def run_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a training's config that a ``config.json`` has.
+def run_config(fields: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The parts of a training's config that the ``config.json`` of ``source`` has.
 
     Raises:
-        UserError: a number is none.
+        UserError: a number is none, or is above the vocabulary.
     """
     config: dict[str, Any] = {"data": {"seq_len": max_positions(fields)}}
     if (draft_vocab := fields.get(DRAFT_VOCAB)) is not None:
-        config["objective"] = {"draft_vocab": require_whole(DRAFT_VOCAB, draft_vocab, least=1)}
+        most = int(fields["vocab_size"])
+        name = f"{DRAFT_VOCAB} of {source}"
+        config["objective"] = {"draft_vocab": require_whole(name, draft_vocab, least=1, most=most)}
     return config
 
 

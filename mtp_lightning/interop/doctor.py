@@ -128,7 +128,7 @@ def examine(path: str | Path, *, new_tokens: int = 64, allow: Collection[str] = 
         prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
         unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
         needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
-        drafts = draft_vocab_of(config_reading.run_config(fields))
+        drafts = draft_vocab_of(config_reading.run_config(fields, path))
         diagnosis = _measure(diagnosis, config, needed, new_tokens, drafts, whole=lost is None)
     return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
 

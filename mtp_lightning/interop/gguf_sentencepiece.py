@@ -57,6 +57,7 @@ def bpe_parts(
         return None
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = get("tokenizer.ggml.unknown_token_id")
+    known = isinstance(unknown, int) and unknown in range(len(tokens))
     spaced = get("tokenizer.ggml.add_space_prefix") is not False
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     words = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
@@ -80,7 +81,7 @@ def bpe_parts(
             "type": "BPE",
             "vocab": vocab,
             "merges": _merges(vocab, scores, types),
-            "unk_token": tokens[unknown] if unknown in range(len(tokens)) else None,
+            "unk_token": tokens[unknown] if known else None,
             "fuse_unk": True,
             "byte_fallback": _BYTE in types,
         },

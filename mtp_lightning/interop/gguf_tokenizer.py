@@ -280,7 +280,9 @@ def _tokenizer_json(get: Callable[[str], Any], tokens: list[str]) -> str | None:
             if kind in (_CONTROL, _USER)
         ],
         "post_processor": (
-            _starting_with(tokens[begin], begin) if begins and begin in range(len(tokens)) else None
+            _starting_with(tokens[begin], begin)
+            if begins and isinstance(begin, int) and begin in range(len(tokens))
+            else None
         ),
         **parts,
     }

@@ -63,7 +63,7 @@ def describe(
         weights=weights,
         tokenizer_state=None,
         brings_trunk=True,
-        run_config=config_reading.run_config(fields),
+        run_config=config_reading.run_config(fields, path),
     )
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from mtp_lightning.mtp.own_head import OwnHead
     from mtp_lightning.mtp.rescoring import Rescorer
 
-NO_DRAFTS = "this model has no MTP depth to draft with: decode it without drafts."
+NO_DRAFTS = (
+    "this model has no MTP depth to draft with: leave out draft_depth, draft_vocab and tree."
+)
 
 
 class MTPStack(nn.Module, ABC):

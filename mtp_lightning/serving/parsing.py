@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.decoding.options import Request
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.serving.schemas import (
@@ -154,8 +154,8 @@ class BodyParser:
             return min(default, self._max_tokens, room)
         if n_new > room:
             raise Refusal(
-                f"The prompt has {prompt_len} tokens and {name}={n_new} more are asked for, but "
-                f"there is room for {room}: shorten it or lower {name}.",
+                f"After a prompt of {counted(prompt_len, 'token')} there is room for {room} more, "
+                f"and {name}={n_new}: shorten the prompt or lower {name}.",
                 param=name,
                 code="context_length_exceeded",
             )

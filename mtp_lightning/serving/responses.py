@@ -22,6 +22,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._bytes: list[bytes] = tokenizer.token_bytes()
+        if not any(self._bytes):  # ids, whose text is unknown, are written as numbers
+            self._bytes = [tokenizer.decode([i]).encode() for i in range(tokenizer.vocab_size)]
         self.ends: tuple[int, ...] = tokenizer.end_ids
 
     def text(self, token: int) -> str:

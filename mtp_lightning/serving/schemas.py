@@ -275,7 +275,7 @@ def _number(kind: type[Body], name: str) -> str:
     schema = kind.model_json_schema()["properties"][name]
     schema = next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
     if name == "draft_depth" and schema["maximum"] == 0:
-        return "0 on this server, which makes no drafts"
+        return "left out or 0 on this server, which makes no drafts"
     number = "a whole number" if schema["type"] == "integer" else "a number"
     return f"{number} from {schema['minimum']} to {schema['maximum']}"
 

@@ -62,7 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:  # no label of a name may be empty or long
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise UserError(
             f"host={host} port={port} is not available ({reason}): give another port= or host=."
         ) from error
@@ -92,8 +92,8 @@ def _context(run: OpenedModel) -> str:
     if not (run.brings_trunk and run.step):  # not a training that began with an imported trunk
         return text
     return (
-        f"{text}, the window of its training; exported with max_positions=N, as mtp-lightning "
-        "heads does, it reads up to the context of its trunk"
+        f"{text}, the window of its training; to serve the trunk's whole context, export the run "
+        "with max_positions=N (mtp-lightning heads does) and serve the export"
     )
 
 

@@ -17,6 +17,7 @@ from data_modules.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     PretrainedTokenizer,
+    SymbolTokenizer,
     Tokenizer,
     bpe,
     tokenizer_from_state,
@@ -99,6 +100,11 @@ def test_byte_decoding_shows_end_of_text_and_broken_bytes():
     tokenizer = ByteTokenizer()
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (257, 256)
     assert tokenizer.decode([97, 256, 0xC3, 256]) == "a<|endoftext|>\ufffd<|endoftext|>"
+
+
+def test_ids_that_only_a_larger_model_has_are_without_text():
+    assert ByteTokenizer().decode([97, 300, 98]) == "ab"
+    assert SymbolTokenizer(["end", "a"]).decode([1, 7, 1]) == " a a"
 
 
 def test_bpe_word_cache_can_overflow(trained_bpe, monkeypatch):

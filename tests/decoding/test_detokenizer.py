@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.tokenizers.pretrained import PretrainedTokenizer
-from mtp_lightning.decoding.detokenizer import Detokenizer, text_after
+from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import TextSequence
 
@@ -125,7 +125,20 @@ def test_a_text_after_an_end_token_keeps_its_spaces(
     """The first token may be a space that the decoder drops."""
     detokenizer, ids = Detokenizer(llama, [2], [2]), [i for group in groups for i in group]
     streamed = "".join(detokenizer.add(token) for token in ids)
-    assert streamed == text_after(llama, [2], ids, [2])
+    assert streamed == llama.decode([token for token in ids if token != 2])
+
+
+@pytest.mark.parametrize("name", ["byte", "llama"])
+def test_a_text_that_ends_within_a_character_keeps_the_ones_before(
+    name: str, llama: PretrainedTokenizer
+) -> None:
+    """Llama's decoder alone would spoil all bytes of a run that is cut."""
+    tokenizer = {"llama": llama, **TOKENIZERS}[name]
+    first = 3 if name == "llama" else 0
+    ids = [first + byte for byte in "\u65e5\U0001f600\u65e5".encode()[:-1]]
+    done = sequence(tokenizer, [], ids)
+    assert done.generation().text == "\u65e5\U0001f600\ufffd"
+    assert "".join(done.fresh().pieces) == "\u65e5\U0001f600"
 
 
 def test_a_token_that_begins_before_the_stop_string_is_cut_there() -> None:

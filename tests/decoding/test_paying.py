@@ -337,8 +337,8 @@ def test_the_description_names_the_numbers_of_drafts_and_their_speed() -> None:
     slow = Payoff((1.0, 2.0, 3.0), (0.5, 0.0))
     assert description(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
         "Measured once, for this machine: 2 drafts per pass (2.71 x plain) for greedy text, "
-        "no draft (one makes 0.75 x plain) for samples; drafts that gain less than 10% are not "
-        "used at first. draft_depth=N sets another number."
+        "no draft (one would give 0.75 x plain) for samples; drafts that gain less than 10% are "
+        "not used at first. draft_depth=N sets another number."
     )
     assert not Measured(greedy=slow, sampled=slow).pays
     assert Measured(greedy=Payoff((1.0, 1.4), (0.41,)), sampled=slow).pays

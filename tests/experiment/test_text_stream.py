@@ -193,6 +193,16 @@ def test_a_line_of_a_file_is_one_prompt(tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"text": "<|user|>\\na\\n"}\n\n{"text": "b"}\n')
     assert generating.read_prompts(None, str(chats), StringIO()) == ["<|user|>\na\n", "b"]
+    upper = chats.rename(tmp_path / "CHATS.JSONL")
+    assert generating.read_prompts(None, str(upper), StringIO()) == ["<|user|>\na\n", "b"]
+    for content, message in (
+        ('{"text": "a"}\n{"text": ""}\n', "Text 2 of .* is empty: remove it"),
+        ('{"other": "a"}\n', r"has no string under 'text' .*: rename it$"),
+        ("", "CHATS.JSONL is empty: give text, or leave it out of prompts"),
+    ):
+        upper.write_text(content)
+        with pytest.raises(UserError, match=message):
+            generating.read_prompts(None, str(upper), StringIO())
 
 
 def test_the_time_of_a_file_of_prompts_is_without_the_measurement_of_drafts(

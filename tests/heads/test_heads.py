@@ -136,7 +136,7 @@ def test_overrides_change_the_plan(
     numbers = ["data.n_prompts=500", "trainer.max_steps=2000", "data.batch_size=4"]
     text = lines(*numbers, "data.seq_len=24", "optimizer.lr=0.3", "data.activations=fp32")
     assert "500 texts that" in text and "2,000 steps of 96 tokens" in text
-    assert "at a rate of 0.3" in text and "with activations=fp32" in text
+    assert "with learning rate 0.3" in text and "with activations=fp32" in text
     assert "about 15 minutes in all" in text
     assert "with 10 minutes for start, certificate, export and speed, estimated from" in text
     assert "one parallel module of" in lines("mtp=parallel")
@@ -344,5 +344,5 @@ def test_a_chat_template_that_cannot_be_read_is_reported_and_not_used(
     monkeypatch.setattr(ChatTemplate, "of", invalid)
     assert planning._chat(open_model(model), 32) == ([], 0)
     message = capsys.readouterr().err
-    assert f"{model}: the model's chat template is not one of Jinja: " in message
+    assert f"{model}: the model's chat template is not valid Jinja: " in message
     assert message.endswith(" No text is a chat.\n")

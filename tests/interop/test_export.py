@@ -87,9 +87,10 @@ def test_a_folder_names_the_tokens_that_its_heads_draft(base: Path, tmp_path: Pa
     folders.export_run(folder, tmp_path / "plain", verify=False, depth=0)
     plain = open_model(tmp_path / "plain")
     assert plain.model.depth == 0 and "objective" not in plain.config
-    folders.change_config(folder, mtp_draft_vocab="many")
-    with pytest.raises(UserError, match="mtp_draft_vocab must be a whole number"):
-        open_model(folder)
+    for wrong in ("many", 0, 1 << 20):
+        folders.change_config(folder, mtp_draft_vocab=wrong)
+        with pytest.raises(UserError, match="mtp_draft_vocab of .*/out must be a whole number"):
+            open_model(folder)
 
 
 def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) -> None:

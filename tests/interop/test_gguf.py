@@ -309,6 +309,10 @@ def test_sentencepiece_tokenizers_merge_by_scores(spaced: bool, tmp_path: Path) 
     assert again.end_ids == (2, 5, 4)
     exported, _ = gguf_tokenizer.to_fields(again, len(tokens))
     assert all(exported[name] == several[name] for name in several if "_token_id" in name)
+    (tmp_path / "fractions").mkdir()
+    fractions = {f"tokenizer.ggml.{name}_token_id": 1.0 for name in ("bos", "unknown")}
+    odd = unpacked(keys | fractions, tmp_path / "fractions")
+    assert odd.encode_prompt("a").tolist() == odd.encode("a").tolist()  # without a first token
     broken = keys | {"tokenizer.ggml.scores": ["high"] * len(tokens)}
     assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 

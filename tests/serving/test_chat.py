@@ -42,14 +42,14 @@ def test_a_model_with_a_broken_template_still_completes_texts(
 ) -> None:
     state = {**chat_model.tokenizer_state, "beside": {"chat_template.jinja": "{% nope %}"}}
     with serving(replace(chat_model, tokenizer_state=state)) as api:
-        assert "Chats are refused: the model's chat template is not one of Jinja" in caplog.text
+        assert "Chats are refused: the model's chat template is not valid Jinja" in caplog.text
         answer = api.post({"prompt": "a", "max_tokens": 2})
         assert answer.status_code == 200
 
 
 def test_a_template_with_too_many_nested_blocks_is_refused() -> None:
     nested = "{% for i in x %}" * 25 + "{% endfor %}" * 25
-    with pytest.raises(UserError, match="not one of Jinja: too many statically nested blocks"):
+    with pytest.raises(UserError, match="not valid Jinja: too many statically nested blocks"):
         ChatTemplate(nested, {})
 
 
@@ -124,7 +124,7 @@ def test_the_default_template_of_a_tokenizer_config_is_read() -> None:
         config = json.dumps({"chat_template": value})
         template = ChatTemplate.of({"beside": {"tokenizer_config.json": config}})
         assert template is not None and template.render([]) == expected
-    with pytest.raises(ValueError, match="not one of Jinja"):
+    with pytest.raises(ValueError, match="not valid Jinja"):
         ChatTemplate("{% if %}", {})
 
 

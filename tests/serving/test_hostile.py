@@ -124,7 +124,7 @@ def test_wrong_fields_are_refused(served: Serving, fields: dict[str, Any], messa
 
 def test_draft_depth_is_refused_without_speculation(run: OpenedModel) -> None:
     with serving(run, draft_depth=None, speculative=False) as server:
-        message = "draft_depth must be 0 on this server, which makes no drafts, not 1."
+        message = "draft_depth must be left out or 0 on this server, which makes no drafts, not 1."
         assert_refused(server.post({"prompt": "a", "draft_depth": 1}), 400, message)
 
 
