@@ -15,7 +15,7 @@ from mtp_lightning.decoding.options import Prompt
 # The most tokens at a prompt's end that are searched for its last whole piece of text.
 _LONGEST_PIECE = 8
 # Bytes that are not a character, or not yet, are decoded to this.
-INCOMPLETE = "\ufffd"
+_INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
@@ -41,13 +41,18 @@ class Detokenizer:
         """Whether the last tokens are part of a character that is not complete."""
         return len(self._window) > self._whole
 
+    def rest(self) -> str:
+        """What stands for the bytes at the end that are not a character."""
+        tail = str(self._tokenizer.decode(self._window[self._whole :]))
+        return tail[len(tail.rstrip(_INCOMPLETE)) :]
+
     def add(self, token: int) -> str:
         """The characters that a token completes."""
         if token in self._ends:
             return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        whole = len(text.rstrip(INCOMPLETE))  # the rest may be part of a character
+        whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
         new = text[self._out : whole]
         if not text:
             self._begin(self._window)  # the decoder may drop a space of the first token alone
@@ -69,6 +74,6 @@ def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
         if piece[0] in ends:
             break
         text = tokenizer.decode(piece)
-        if text and INCOMPLETE not in text:
+        if text and _INCOMPLETE not in text:
             return piece
     return []

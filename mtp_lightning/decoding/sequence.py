@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.detokenizer import INCOMPLETE, Detokenizer
+from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.speculative import RowResult
 
@@ -293,9 +293,8 @@ class TextSequence:
         self._detokenize(len(self.token_ids))
         text = None
         if self._detokenizer is not None:
-            text = "".join(self._pieces)
-            if self.finish_reason != "stop" and self._detokenizer.waits:
-                text += INCOMPLETE
+            rest = "" if self.finish_reason == "stop" else self._detokenizer.rest()
+            text = "".join(self._pieces) + rest
         return Generation(
             token_ids=self.token_ids,
             text=text,

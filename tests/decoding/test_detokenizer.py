@@ -137,7 +137,8 @@ def test_a_text_that_ends_within_a_character_keeps_the_ones_before(
     first = 3 if name == "llama" else 0
     ids = [first + byte for byte in "\u65e5\U0001f600\u65e5".encode()[:-1]]
     done = sequence(tokenizer, [], ids)
-    assert done.generation().text == "\u65e5\U0001f600\ufffd"
+    left = 2 if name == "llama" else 1  # one for each byte, or for the part of a character
+    assert done.generation().text == "\u65e5\U0001f600" + left * "\ufffd"
     assert "".join(done.fresh().pieces) == "\u65e5\U0001f600"
 
 
