@@ -16,6 +16,7 @@ import sys
 import typing
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,14 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def machine() -> Row:
-    """The machine, its load and the versions, which belong next to a number."""
+    """The day, the machine, its load and the versions, which belong next to a number."""
     import numpy
     import torch
 
     from mtp_lightning.system import processor
 
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

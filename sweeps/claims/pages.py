@@ -259,10 +259,13 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     if not sizes:
         return None
     grows = [
-        {"head": entry["arm"], "number": words.measured(entry)}
+        {
+            "head": entry["arm"].split(",")[0],
+            "number": entry["effect"] and words.measured(entry),
+            "decided": entry["verdict"] == HOLDS,
+        }
         for claim, result in _measured(by_name, _GROWTH)
         for entry in words.entries(result)
-        if entry["verdict"] == HOLDS
     ]
     return {
         "sizes": sizes,
@@ -288,7 +291,7 @@ def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         if not measured or measured[0][0].name != group[0]:
             continue
         first, first_result = measured[0]
-        if max(entry["n"] for entry in first_result["predictions"]) < first.scale.minimum:
+        if max(entry["n"] for entry in first_result["predictions"]) < len(first.scale.seeds):
             continue
         arms: dict[str, dict[str, Any]] = {}
         beyond: dict[str, None] = {}  # each once, in this order

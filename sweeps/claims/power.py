@@ -36,11 +36,17 @@ def seeds_needed(entries: list[Stored], minimum: int) -> list[int | None]:
         already, or where more seeds would not help: the arms cannot be compared, a seed has failed,
         the noise is unknown (fewer than three seeds), or the effect is at the threshold.
     """
-    ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
+    ps = [entry["p"] if _counts(entry) else 1.0 for entry in entries]
     return [
         _enough(entry, minimum, 1 + sum(p > own_p for p in ps))
         for entry, own_p in zip(entries, ps, strict=True)
     ]
+
+
+def _counts(entry: Stored) -> bool:
+    """Whether a prediction's p-value counts in the correction, or may with more seeds."""
+    could = not entry["why"] or entry["why"].startswith((FEW, NOISE, UNCORRECTED))
+    return could and entry["p"] is not None
 
 
 def _enough(entry: Stored, minimum: int, tests: int) -> int | None:

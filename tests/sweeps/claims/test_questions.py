@@ -67,14 +67,14 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     text = answers([(small, result(small, of_small)), (claim, result(claim, one_seed))], tmp_path)
     assert "?** Less than it costs" in text and "| 0.6 M | gain |" in text
     assert f"](results/{small.label}.svg)" in text and f"{GAIN}.svg" not in text
-    # The growth of a gain is named where it is decided.
+    # The growth of every head's gain.
     growth = read_claim("gain_growth_600k")
     grown = entry("sequential_600k", 1.5, low=1.2, high=1.8, n=5, verdict="holds")
     grown = [grown, {**grown, "arm": "parallel_600k", "verdict": "undecided"}]
     both = [(claim, result(claim, predictions)), (growth, result(growth, grown))]
-    assert "the gain of sequential modules is 1.500 × [1.200, 1.800] that at 0.2 M.\n" in (
-        answers(both, tmp_path)
-    )
+    text = answers(both, tmp_path)
+    assert "the gain of sequential modules is 1.500 × [1.200, 1.800] that at 0.2 M." in text
+    assert "parallel heads is 1.500 × [1.200, 1.800] that at 0.2 M, undecided.\n" in text
     assert "串行模块的增益是 0.2 M 时的 1.500 × [1.200, 1.800]。" in (
         part(both, "README.zh-CN.md", tmp_path)
     )
@@ -126,7 +126,7 @@ def test_shares_of_seeds_answer_which_heads_teach_to_plan(tmp_path: Path) -> Non
     text = answers([(claim, made)], tmp_path)
     names = arm_names({a: claim.overrides(a) for a in arms})
     assert f"beyond noise: {names[first]}, {names[second]}. The" in text
-    few = [solving(first, None, "above", n=1)]
+    few = [solving(first, None, "above", n=19)]  # of 20
     assert "plan?" not in answers([(claim, {**made, "predictions": few})], tmp_path)
-    some = [solving(first, None, "above", n=19)]
+    some = [*few, solving(second, plain, "above")]
     assert "| 8 of 19 (20 planned) |" in answers([(claim, {**made, "predictions": some})], tmp_path)
