@@ -175,9 +175,7 @@ class Feed(ABC):
         return Prediction(hidden, targets, train_head=False)
 
     @abstractmethod
-    def input_gradients(
-        self, request: LossRequest, through_head: ThroughHead
-    ) -> Sequence[Tensor | None]:
+    def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
         """Train the hidden states on their targets; return the gradients of the inputs."""
 
 
@@ -187,7 +185,7 @@ class Together(Feed):
 
     Args:
         final: the main prediction's hidden state.
-        depths: (k, hidden state) in order.
+        depth_states: (k, hidden state) in order.
         losses: the depths' own losses, by k.
         head: the depths' own head; None for the shared head.
     """
@@ -195,30 +193,28 @@ class Together(Feed):
     def __init__(
         self,
         final: Tensor,
-        depths: Sequence[tuple[int, Tensor]],
+        depth_states: Sequence[tuple[int, Tensor]],
         losses: Mapping[int, OwnLoss],
         head: HeadWeight | None = None,
     ) -> None:
-        self.depths, self.losses = depths, losses
+        self.depth_states, self.losses = depth_states, losses
         # The heads of depths that do not go through the shared one.
         self.heads = {k: HeadWeight(loss.weight) for k, loss in losses.items()}
         if head is not None:
-            self.heads |= {k: head for k, _ in depths}
+            self.heads |= {k: head for k, _ in depth_states}
         self.weights = list(dict.fromkeys(self.heads.values()))
         weights = [weight.weight_VC for weight in self.weights]
-        super().__init__([final, *(hidden for _, hidden in depths), *weights])
+        super().__init__([final, *(hidden for _, hidden in depth_states), *weights])
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        yield self.depths
+        yield self.depth_states
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
         head, loss = self.heads.get(k), self.losses.get(k)
         return Prediction(hidden, targets, train_head=False, head=head, loss=loss)
 
-    def input_gradients(
-        self, request: LossRequest, through_head: ThroughHead
-    ) -> Sequence[Tensor | None]:
-        states = [(0, self.main), *self.depths]
+    def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
+        states = [(0, self.main), *self.depth_states]
         for weight, needs_gradient in zip(self.weights, request.needs[len(states) :], strict=True):
             weight.needs_gradient = needs_gradient
         predictions = [
@@ -232,7 +228,7 @@ class Together(Feed):
             )
             for (k, hidden), needs_gradient in zip(states, request.needs, strict=False)
         ]
-        through_head(predictions)
+        send(predictions)
         return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
 
 
@@ -251,9 +247,7 @@ class OneState(Feed):
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
-    def input_gradients(
-        self, request: LossRequest, through_head: ThroughHead
-    ) -> Sequence[Tensor | None]:
+    def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
         parts = [(k == 0 or request.train_head, group) for k, group in request.targets.items()]
         targets = [target for _, group in parts for target in group]
         if request.train_head and not any(target.term.needs_teacher for target in targets):
@@ -262,7 +256,7 @@ class OneState(Feed):
             Prediction(self.main, group, train_head=trains, needs_gradient=request.needs[0])
             for trains, group in parts
         ]
-        through_head(predictions)
+        send(predictions)
         return [added(prediction.gradient for prediction in predictions)]
 
 

@@ -164,21 +164,19 @@ class HeadByHead(Feed):
         for state in self.stack.states(silent, self.depths):
             yield [state]
 
-    def input_gradients(
-        self, request: LossRequest, through_head: ThroughHead
-    ) -> Sequence[Tensor | None]:
+    def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
         main = Prediction(self.main, request.targets[0], needs_gradient=request.needs[0])
-        through_head([main])
+        send([main])
         d_common: list[Tensor | None] = [None] * len(self.common)
         d_heads: list[Tensor | None] = []
         for k in self.depths:
-            d_common_k, d_head = self._one_head(k, request, through_head)
+            d_common_k, d_head = self._one_head(k, request, send)
             d_heads += d_head
             d_common = [added(pair) for pair in zip(d_common, d_common_k, strict=True)]
         return [main.gradient, *d_common, *d_heads]
 
     def _one_head(
-        self, k: int, request: LossRequest, through_head: ThroughHead
+        self, k: int, request: LossRequest, send: ThroughHead
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """One head forward, through the loss, and backward; its activations end with this call.
 
@@ -200,7 +198,7 @@ class HeadByHead(Feed):
             train_head=request.train_head,
             needs_gradient=hidden.requires_grad,
         )
-        through_head([prediction])
+        send([prediction])
         losses: list[Tensor] = []
         if ctx.auxiliary is not None and auxiliary is not None:
             losses = auxiliary.losses

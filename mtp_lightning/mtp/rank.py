@@ -166,9 +166,7 @@ class MixtureFeed(Feed):
         parts_MKAC, log_weights_MA = self.inputs
         return pack(parts_MKAC[:, 0], log_weights_MA)
 
-    def input_gradients(
-        self, request: LossRequest, through_head: ThroughHead
-    ) -> Sequence[Tensor | None]:
+    def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
         parts_MKAC, log_weights_MA = self.inputs
         loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
         prediction = Prediction(
@@ -177,7 +175,7 @@ class MixtureFeed(Feed):
             needs_gradient=request.needs[0],
             loss=loss,
         )
-        through_head([prediction])
+        send([prediction])
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
 
 
