@@ -50,22 +50,30 @@ def piece_digest(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=16).hexdigest().encode()
 
 
+def piece_ids(batch: Sequence[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of pieces. If the tokenizer puts a space before every text, later pieces of a document
+    are without it."""
+    before = tokenizer.encode(tokenizer.before_piece)
+    texts = [piece.text if piece.first else tokenizer.before_piece + piece.text for piece in batch]
+    for piece, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+        if piece.first:
+            yield ids
+        else:
+            joins = not np.array_equal(ids[: len(before)], before)
+            yield tokenizer.encode(piece.text) if joins else ids[len(before) :]
+
+
 def encode_batch(
     batch: Sequence[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
-    """Ids of pieces. If the tokenizer puts a space before every text, later pieces of a document
-    are without it. Documents of a single piece are added to ``overlap``.
+    """Encodes pieces (:func:`piece_ids`). Documents of a single piece are added to ``overlap``.
 
     Raises:
         UserError: if the tokenizer returns an id out of its range.
     """
     n_ids = tokenizer.vocab_size
-    result, before = [], tokenizer.encode(tokenizer.before_piece)
-    texts = [piece.text if piece.first else tokenizer.before_piece + piece.text for piece in batch]
-    for piece, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-        if not piece.first:
-            joins = not np.array_equal(ids[: len(before)], before)
-            ids = tokenizer.encode(piece.text) if joins else ids[len(before) :]
+    result = []
+    for piece, ids in zip(batch, piece_ids(batch, tokenizer), strict=True):
         if piece.first and piece.last:
             overlap.add(piece.split, piece.text)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_ids:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_modules.encoding import Piece, encode_batch, pieces
-from data_modules.overlap import LineOverlap
+from data_modules.encoding import Piece, piece_ids, pieces
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.store_module import parts_in_rounds
 from data_modules.tokenizers.base import Tokenizer
@@ -63,8 +62,7 @@ def _beginning(document: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray
     parts: list[np.ndarray] = []
     for text, last in pieces(document):
         piece = Piece("train", text, first=not parts, last=last)
-        encoded = encode_batch([piece], tokenizer, np.dtype(np.int64), LineOverlap())
-        parts.append(encoded[0].ids)
+        parts += [ids.astype(np.int64) for ids in piece_ids([piece], tokenizer)]
         if sum(map(len, parts)) >= n_tokens:
             break
     return np.concatenate(parts)

@@ -260,8 +260,8 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         return None
     grows = [
         {
-            "head": entry["arm"].split(",")[0],
-            "number": entry["effect"] and words.measured(entry),
+            "head": entry["arm"],
+            "number": _number(entry),
             "decided": entry["verdict"] == HOLDS,
         }
         for claim, result in _measured(by_name, _GROWTH)

@@ -36,21 +36,22 @@ def seeds_needed(entries: list[Stored], minimum: int) -> list[int | None]:
         already, or where more seeds would not help: the arms cannot be compared, a seed has failed,
         the noise is unknown (fewer than three seeds), or the effect is at the threshold.
     """
-    ps = [entry["p"] if _counts(entry) else 1.0 for entry in entries]
+    # A prediction that more seeds cannot decide never counts in the correction.
+    counts = [entry["p"] is not None and (not entry["why"] or _is_open(entry)) for entry in entries]
+    ps = [entry["p"] if counted else 1.0 for entry, counted in zip(entries, counts, strict=True)]
     return [
         _enough(entry, minimum, 1 + sum(p > own_p for p in ps))
         for entry, own_p in zip(entries, ps, strict=True)
     ]
 
 
-def _counts(entry: Stored) -> bool:
-    """Whether a prediction's p-value counts in the correction, or may with more seeds."""
-    could = not entry["why"] or entry["why"].startswith((FEW, NOISE, UNCORRECTED))
-    return could and entry["p"] is not None
+def _is_open(entry: Stored) -> bool:
+    """Whether more seeds could decide a prediction."""
+    return bool(entry["why"].startswith((FEW, NOISE, UNCORRECTED)))
 
 
 def _enough(entry: Stored, minimum: int, tests: int) -> int | None:
-    if entry["verdict"] != UNDECIDED or not entry["why"].startswith((FEW, NOISE, UNCORRECTED)):
+    if entry["verdict"] != UNDECIDED or not _is_open(entry):
         return None
     estimate = None if entry["effect"] is None else _distance_and_variance(entry)
     if estimate is None or not all(estimate):  # no distance, or no noise

@@ -247,6 +247,15 @@ def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
     assert len(list((tmp_path / "cache").glob("packed*/*"))) == 1
 
 
+def test_damaged_packed_weights_that_cannot_be_removed_stop_nothing(cached, tmp_path, monkeypatch):
+    model, _, opened = cached
+    opened()
+    (numbers,) = (tmp_path / "cache").glob("packed*/*/packed.bin")
+    numbers.write_bytes(bytes([numbers.read_bytes()[0] ^ 1]) + numbers.read_bytes()[1:])
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)  # as in a read-only cache
+    assert_same_texts(model, opened())
+
+
 def test_packed_weights_of_a_cache_that_cannot_be_read_are_packed_again(cached, monkeypatch):
     model, _, opened = cached
     is_dir = Path.is_dir

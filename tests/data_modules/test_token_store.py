@@ -188,7 +188,8 @@ def test_a_failed_build_leaves_nothing_and_names_a_full_disk(tmp_path, full):
         (folder / "half").write_text("x")
         raise OSError(full, os.strerror(full))
 
-    reason = re.escape(f"target ({os.strerror(full)}): free some space, or set the env")
+    remedy = "free some space, or set the environment variable MTP_LIGHTNING_CACHE"
+    reason = re.escape(f"target ({os.strerror(full)}): {remedy}")
     with pytest.raises(OSError, match=reason):
         build_once(tmp_path / "target", fill)
     assert list(tmp_path.iterdir()) == []
@@ -225,7 +226,8 @@ def test_a_cache_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, monkey
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "is_dir", refuse)
-    with pytest.raises(OSError, match=r"cache folder .* \(Permission denied\): set the env"):
+    remedy = "set the environment variable MTP_LIGHTNING_CACHE"
+    with pytest.raises(OSError, match=rf"cache folder .* \(Permission denied\): {remedy}"):
         build_once(tmp_path / "target", lambda folder: None)
 
 

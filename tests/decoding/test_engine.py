@@ -262,7 +262,10 @@ def test_requests_that_do_not_fit_the_engine_are_refused():
         for wrong, message in (
             (Request(prompt=[], max_new_tokens=1), "Prompt 0 is empty"),
             (Request(prompt=[1, 99], max_new_tokens=1, index=3), "Prompt 3 holds 99"),
-            (Request(prompt=[1], max_new_tokens=9), "exceed the context of 8 that"),
+            (
+                Request(prompt=[1], max_new_tokens=9),
+                r"\(1 token\) and 9 new tokens exceed the context of 8 that",
+            ),
             (Request(prompt=[1], max_new_tokens=2, stop=("a",)), "needs a tokenizer"),
         ):
             with pytest.raises(ValueError, match=message):

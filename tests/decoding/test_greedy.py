@@ -177,7 +177,9 @@ def test_a_sliding_context_gives_the_same_text_with_and_without_drafts(mtp, monk
 
     (five,) = generate(model, [prompts[0]], max_new_tokens=12, max_context=16)
     assert five.token_ids == expected[0][:12]
-    with pytest.raises(ValueError, match="exceed the context of 16"):
+    with pytest.raises(
+        ValueError, match=r"\(5 tokens\) and 13 new tokens exceed the context of 16"
+    ):
         generate(model, [prompts[0]], max_new_tokens=13, max_context=16)
 
 

@@ -30,7 +30,7 @@ FAST = {(preset, "none") for preset in PRESETS if preset not in TASKS[2:]} | {
 # the keys and values of whole attention heads.
 WHOLE_HEADS = ("eagle", "masked")
 IMPOSSIBLE = {
-    **dict.fromkeys(WHOLE_HEADS, "use a model with grouped-query attention"),
+    **dict.fromkeys(WHOLE_HEADS, "use a model with grouped-query attention, such as model=nano"),
     "teacherless": "needs a task",
     **dict.fromkeys(["bag", "registers", "top"], "has its own loss"),
 }

@@ -43,7 +43,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *(("eagle", {"layers": n}, "must be three whole numbers") for n in ((1, 2), 3, "abc")),
     ("eagle", {"layers": (1, 2, 4)}, "after 4 blocks, and the trunk has model.n_layers=3"),
     ("eagle", {"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
-    *((kind, {}, "use a model with grouped-query attention") for kind in ("eagle", "masked")),
+    *(
+        (kind, {}, "use a model with grouped-query attention, such as model=nano")
+        for kind in ("eagle", "masked")
+    ),
     ("masked", {"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
     ("masked", {"consistency": -1.0}, "mtp.consistency must be"),
     ("registers", {"depth": 2}, "mtp.depth must be 1 with mtp=registers, not 2"),

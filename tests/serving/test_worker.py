@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from data_modules.tokenizers import IdTokenizer
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.refusal import Refusal
+from mtp_lightning.serving.responses import TokenTexts
 from mtp_lightning.serving.served_text import ServedText
 
 pytestmark = pytest.mark.extras
@@ -72,3 +74,10 @@ def test_every_request_is_answered_when_the_worker_closes(run: OpenedModel) -> N
         if "length" not in outcomes:
             longest *= 1.5  # too busy a machine: no text has ended yet
     assert set(outcomes) == {"length", "ending"}, outcomes
+
+
+def test_ids_without_text_are_written_as_numbers() -> None:
+    assert [TokenTexts(IdTokenizer(9, 0)).drafted(token) for token in (5, 0)] == [
+        " 5",
+        "<end of text>",
+    ]
