@@ -153,7 +153,7 @@ class HeadByHead(Feed):
         self.stack, self.stack_inputs, self.depths = stack, stack_inputs, depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
         self.common = {"hidden": stack_inputs.hidden}
-        if stack.corrections and depths:
+        if any(map(stack.reads, depths)):
             self.common["embedded"] = stack_inputs.embedded
         parameters = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final_BTC, *self.common.values(), *parameters])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.trunk_states import changes_states
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.feed import OwnLoss
@@ -23,7 +24,7 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.step import OptimizerStep, StepResult
 from tests.models import build, windows
 
 DEPTH = 2
@@ -46,14 +47,19 @@ def config_of(build_it) -> MTPConfig:
     return UsersConfig(depth=DEPTH)
 
 
-def train(trunk: TrunkConfig, build_it) -> dict[str, torch.Tensor]:
-    """One step; returns how each weight of the stack has changed."""
-    model = build(trunk, config_of(build_it)).train()
-    before = {name: p.detach().clone() for name, p in model.mtp.named_parameters()}
+def one_step(model: MTPModel) -> StepResult:
     step = OptimizerStep(model, schedule=Piecewise(DEPTH, 0.3), balance=NoBalance(DEPTH))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(windows(2, 8, DEPTH), Progress(step=0, max_steps=1), optimizer)
-    return {name: p.detach() - before[name] for name, p in model.mtp.named_parameters()}
+    return step(windows(2, 8, DEPTH), Progress(step=0, max_steps=1), optimizer)
+
+
+def train(trunk: TrunkConfig, build_it) -> dict[str, torch.Tensor]:
+    """One step; returns how each weight has changed, those of the stack by their names in it."""
+    model = build(trunk, config_of(build_it)).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one_step(model)
+    changes = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    return {name.removeprefix("mtp."): change for name, change in changes.items()}
 
 
 def test_kept_states_need_to_know_which_states_a_head_reads(tiny_trunk: TrunkConfig) -> None:
@@ -125,6 +131,27 @@ def test_what_heads_side_by_side_share_is_trained(tiny_trunk: TrunkConfig) -> No
         torch.testing.assert_close(changes[name], change, msg=name)
 
 
+class ReadsTokens(Shares):
+    """The heads read the tokens between without a correction."""
+
+    def reads(self, k):
+        return range(1, k + 1)
+
+    def depth_state(self, k, inputs, previous_BTC):
+        return super().depth_state(k, inputs, previous_BTC) + inputs.embedded_at(k)
+
+
+class ReadsTokensTogether(ReadsTokens, SharesTogether):
+    pass
+
+
+def test_heads_side_by_side_train_the_embedding_that_they_read(tiny_trunk: TrunkConfig) -> None:
+    trunk = replace(tiny_trunk, tie_embeddings=False)
+    changes, expected = train(trunk, ReadsTokens), train(trunk, ReadsTokensTogether)
+    for name, change in expected.items():
+        torch.testing.assert_close(changes[name], change, msg=name)
+
+
 class SharesByFrozenSum(Shares):
     """The shared vector is frozen, and a matrix is read by its sum, whose gradient is one row that
     is shown as many."""
@@ -176,7 +203,7 @@ def test_an_own_loss_is_a_mean_over_the_positions_that_it_counts(tiny_trunk: Tru
 
 
 @pytest.mark.parametrize("kind", [list, tuple, "dict", "parameters"])
-def test_layers_in_a_python_container_are_refused(kind, tiny_trunk: TrunkConfig) -> None:
+def test_layers_in_a_python_container_are_refused(kind, name: str, tiny_trunk: TrunkConfig) -> None:
     class Hidden(Shares):
         def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
             super().__init__(config, trunk)
@@ -238,6 +265,7 @@ def test_biases_of_pytorchs_modules_start_at_zero(tiny_trunk: TrunkConfig) -> No
 
 TAKEN = """
 from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 try:
     class Mine(MTPConfig, variant="linear"): pass
