@@ -201,7 +201,7 @@ class HeadByHead(Feed):
         send([prediction])
         losses: list[Tensor] = []
         if ctx.auxiliary is not None and auxiliary is not None:
-            losses = auxiliary.losses
+            losses = [loss for loss in auxiliary.losses if loss.requires_grad]
             ctx.auxiliary.add(auxiliary)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(parameters)

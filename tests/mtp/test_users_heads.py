@@ -152,6 +152,26 @@ def test_heads_side_by_side_train_the_embedding_that_they_read(tiny_trunk: Trunk
         torch.testing.assert_close(changes[name], change, msg=name)
 
 
+class LimitsItsInput(Shares):
+    def step(self, k, branch_BTC, ctx):
+        if ctx.auxiliary is not None:
+            ctx.auxiliary.add_loss(branch_BTC.square().mean(), "train/size")
+        return super().step(k, branch_BTC, ctx)
+
+
+@pytest.mark.parametrize("freeze_trunk", [False, True])
+def test_a_further_loss_may_depend_on_nothing_that_learns(
+    freeze_trunk: bool, tiny_trunk: TrunkConfig
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class LimitsConfig(ModulesConfig, variant="limits"):
+        def build(self, trunk: TrunkConfig):
+            return LimitsItsInput(self, trunk)
+
+    model = build(tiny_trunk, LimitsConfig(depth=DEPTH, freeze_trunk=freeze_trunk)).train()
+    assert float(one_step(model).values["train/size"]) > 0
+
+
 class SharesByFrozenSum(Shares):
     """The shared vector is frozen, and a matrix is read by its sum, whose gradient is one row that
     is shown as many."""
