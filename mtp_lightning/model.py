@@ -266,7 +266,7 @@ def _require_registered(model: nn.Module) -> None:
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
-            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+            if not isinstance(value, list | tuple | dict):
                 continue
             for item in value.values() if isinstance(value, dict) else value:
                 if isinstance(item, nn.Module | nn.Parameter) and item not in known:

@@ -222,6 +222,7 @@ def test_an_own_loss_is_a_mean_over_the_positions_that_it_counts(tiny_trunk: Tru
     assert result.losses[1] == 1 and list(result.plan.counts.valid) == [18, 10]
 
 
+@pytest.mark.parametrize("name", ["hidden", "_hidden"])
 @pytest.mark.parametrize("kind", [list, tuple, "dict", "parameters"])
 def test_layers_in_a_python_container_are_refused(kind, name: str, tiny_trunk: TrunkConfig) -> None:
     class Hidden(Shares):
@@ -230,10 +231,10 @@ def test_layers_in_a_python_container_are_refused(kind, name: str, tiny_trunk: T
             layers = [nn.Linear(2, 2) for _ in range(2)]
             weights = [nn.Parameter(torch.ones(2))]
             hidden = {"dict": dict(enumerate(layers)), "parameters": weights}
-            self.hidden = hidden[kind] if isinstance(kind, str) else kind(layers)
+            setattr(self, name, hidden[kind] if isinstance(kind, str) else kind(layers))
             self.known = [self.shared, self.scale]  # references to registered ones
 
-    with pytest.raises(UserError, match=r"Hidden\.hidden is a \w+ with layers, which would be"):
+    with pytest.raises(UserError, match=rf"Hidden\.{name} is a \w+ with layers, which would be"):
         build(tiny_trunk, config_of(Hidden))
 
 
