@@ -138,12 +138,12 @@ class MTPModel(nn.Module):
         return self.head if head is None else head
 
     def initialize(self, seed: int) -> None:
-        """Initialize all weights: at random, except those that a module of the stack sets by its
+        """Initialize all weights: at random, except those that a module sets by its
         ``reset_own_weights()``."""
         assert self.config.trunk.init_std is not None
         initialize(self, std=self.config.trunk.init_std, seed=seed)
         # Parts first: a module may change what they have set.
-        for module in reversed([*self.mtp.modules()]):
+        for module in reversed([*self.modules()]):
             if callable(reset := getattr(module, "reset_own_weights", None)):
                 reset()
 

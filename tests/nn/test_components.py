@@ -18,6 +18,7 @@ from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, Laye
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.linear import ZeroLinear
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.registry import Registered
 from tests import deepseek
@@ -69,7 +70,7 @@ class Squared(nn.Module):
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
         self.up = nn.Linear(d_model, width)
-        self.down = nn.Linear(width, d_model, bias=False)
+        self.down = ZeroLinear(width, d_model)
 
     def forward(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return self.down(self.up(x_BTC).relu().square())
@@ -138,6 +139,13 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ids_of(generate(model, prompts, **options)) == plain
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     assert ids_of(generate(model, prompts, compile=True, batch_size=1, **options)) == plain
+
+
+def test_a_users_layer_sets_its_first_weights_in_the_trunk_and_in_modules() -> None:
+    model = deepseek.build(users_trunk(), depth=1)
+    model.initialize(0)
+    layers = [layer for layer in model.modules() if isinstance(layer, Squared)]
+    assert len(layers) == 3 and not any(layer.down.weight.any() for layer in layers)
 
 
 def test_a_checkpoint_names_the_variants_of_layers_and_their_modules() -> None:
