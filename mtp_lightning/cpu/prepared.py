@@ -115,11 +115,11 @@ def _forward(layer: nn.Module) -> Callable[..., Any]:
     the first pass: most layers need none of their own, since a layer around them is fused."""
     build = cache(partial(_FUSED[type(layer)], layer))
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: Any, **named: Any) -> Any:
         fused = None if torch.compiler.is_compiling() else build()
-        if fused is None or not fused.fits(*args):
-            return type(layer).forward(layer, *args)
-        return fused(*args)
+        if fused is None or not fused.fits(*args, **named):
+            return type(layer).forward(layer, *args, **named)
+        return fused(*args, **named)
 
     return forward
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.trunk_states import changes_states
 from mtp_lightning.model import MTPModel
@@ -19,12 +20,14 @@ from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.feed import OwnLoss
 from mtp_lightning.mtp.kinds import Chain, SideBySide
 from mtp_lightning.mtp.summary import Summary, SummaryConfig
+from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepResult
+from tests.decoding.models import ids_of, random_prompts
 from tests.models import build, windows
 
 DEPTH = 2
@@ -282,6 +285,27 @@ def test_biases_of_pytorchs_modules_start_at_zero(tiny_trunk: TrunkConfig) -> No
     values = dict(model.mtp.named_parameters())
     assert not values["cell.bias_ih"].any() and not values["cell.bias_hh"].any()
     assert values["cell.weight_ih"].any() and (values["scale"] == 1).all()
+
+
+class TwoBlocks(Chain):
+    """Two blocks per depth, the second one called by name."""
+
+    def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.cached_blocks = 2
+        self.first = nn.ModuleList(Block(trunk) for _ in range(config.depth))
+        self.second = nn.ModuleList(Block(trunk) for _ in range(config.depth))
+
+    def step(self, k, previous_BTC, embedded_BTC, ctx):
+        h_BTC = self.first[k - 1](previous_BTC + embedded_BTC, ctx)
+        return self.second[k - 1](h_BTC, ctx=ctx, layer=1)
+
+
+def test_a_depth_may_have_several_blocks_and_says_how_many(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, config_of(TwoBlocks)).eval()
+    prompts = random_prompts(0, (3, 9, 21))
+    plain = ids_of(generate(model, prompts, speculative=False, max_new_tokens=20))
+    assert ids_of(generate(model, prompts, max_new_tokens=20)) == plain
 
 
 TAKEN = """
