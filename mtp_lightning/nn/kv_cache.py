@@ -133,7 +133,16 @@ class KVCache:
         return self.tables.mask_of(self.positions, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
+        """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions.
+
+        Raises:
+            UserError: the cache has no such layer.
+        """
+        if layer >= (n := len(self.entries_L_BSMH)):
+            raise UserError(
+                f"A depth stores keys of its layer {layer} (from 0), and its stack has "
+                f"cached_blocks={n}: set it to the number of attention layers of a depth."
+            )
         self.spans.write(self.entries_L_BSMH[layer], entry_BTMH)
 
     def _keys_and_values(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:

@@ -306,6 +306,9 @@ def test_a_depth_may_have_several_blocks_and_says_how_many(tiny_trunk: TrunkConf
     prompts = random_prompts(0, (3, 9, 21))
     plain = ids_of(generate(model, prompts, speculative=False, max_new_tokens=20))
     assert ids_of(generate(model, prompts, max_new_tokens=20)) == plain
+    model.mtp.cached_blocks = 1
+    with pytest.raises(UserError, match=r"its layer 1 .* has cached_blocks=1: set it"):
+        generate(model, prompts, max_new_tokens=20)
 
 
 TAKEN = """
