@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mtp_lightning.objective.schedule.base import Progress
 from sweeps.claims.read import read_claim
 from tests.integration.conftest import Once
 from tests.integration.helpers import ROOT, execute, overrides, rows
@@ -142,6 +143,16 @@ def test_a_head_that_reads_the_future_is_refused(
     words = ["train", "--config-dir", "my_conf", "mtp=gated", "run_dir=leaks"]
     refused = run(quick(words, cache), tmp_path, code=1)
     assert "error: depth 1 of mtp=gated at position" in refused.stderr
+
+
+def test_the_pages_schedule_and_rule_serve_a_control_without_depths() -> None:
+    names: dict = {}
+    for file in ("my_ideas/schedules.py", "my_ideas/balancing.py"):
+        exec(FILES[file], names)
+    start = Progress(step=0, max_steps=4)
+    for depth, lambdas in ((0, []), (2, [0.15, 0.15])):
+        assert names["Breathing"](depth, 0.3, 1).lambdas(start) == lambdas
+        assert names["InverseLoss"](depth).factors([1.0, *lambdas], start) == [1.0, *lambdas]
 
 
 def test_a_sweep_combines_the_extensions(user_folder: Path, cache: Path) -> None:
