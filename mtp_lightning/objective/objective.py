@@ -205,9 +205,9 @@ class Objective:
                 f"{settings[0]} is for depths that predict a token, and mtp={mtp.variant} has its "
                 "own loss: leave it out."
             )
-        if vocab and of_drafts:
+        if vocab and (drafts := confidence + of_drafts):
             raise UserError(
-                f"{of_drafts[0]} follows a draft from token to token, and {vocab[0]} leaves out "
+                f"{drafts[0]} follows a draft from token to token, and {vocab[0]} leaves out "
                 "tokens, which have no draft: leave one of the two out."
             )
         of_state = [self.setting for _, term in self.terms if term.of_state]

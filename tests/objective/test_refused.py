@@ -111,6 +111,15 @@ def test_wrong_settings_of_an_objective_are_refused(settings: dict[str, Any], me
         Objective(term=CrossEntropy(), **settings)
 
 
+@pytest.mark.parametrize("option", [{"confidence": True}, {"weights": "acceptance"}])
+def test_the_acceptance_of_drafts_needs_the_whole_vocabulary(option: dict[str, Any]) -> None:
+    """Without the other tokens, whose probability is not known, it would be too high."""
+    frozen = MTPConfig.find("linear")(depth=1, freeze_trunk=True)
+    Objective(term=CrossEntropy(), **option).check(frozen)
+    with pytest.raises(ValueError, match="and objective.draft_vocab=7 leaves out tokens, which"):
+        Objective(term=CrossEntropy(), draft_vocab=7, **option).check(frozen)
+
+
 @pytest.mark.parametrize(
     ("variant", "switches", "layers", "message"),
     [
