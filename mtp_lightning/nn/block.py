@@ -46,7 +46,6 @@ class Block(nn.Module):
                 lambda x: self._compute(x, next(passes), layer),
                 x_BTC,
                 use_reentrant=False,
-                preserve_rng_state=False,  # nothing in a block is random
             )
         return self._compute(x_BTC, ctx, layer)
 

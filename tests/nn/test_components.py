@@ -141,6 +141,25 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ids_of(generate(model, prompts, compile=True, batch_size=1, **options)) == plain
 
 
+def test_a_users_random_layer_is_recomputed_with_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def noisy(self: Squared, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
+        return self.down(torch.dropout(self.up(x_BTC), 0.5, train=True))
+
+    monkeypatch.setattr(Squared, "forward", noisy)
+    gradients = []
+    for recompute in (False, True):
+        model = deepseek.build(users_trunk(recompute=recompute), depth=1).train()
+        batch = windows(4, 20, 1)
+        torch.manual_seed(0)
+        loss, *_ = mtp_loss(model, batch, [0.1], target_counts(batch).tolist())
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 def test_a_users_layer_sets_its_first_weights_in_the_trunk_and_in_modules() -> None:
     model = deepseek.build(users_trunk(), depth=1)
     model.initialize(0)
