@@ -10,7 +10,7 @@ Shapes: B batch, T positions, K = D + 1 depths, P terms.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
@@ -80,12 +80,16 @@ class Objective:
         if draft_vocab is not None:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
         self.term, self.draft_vocab = term, draft_vocab
-        self.terms = list(term.parts())
-        self.rules: list[Rule] = [
+        self._selected_rules = [
             *select_rules("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *select_rules("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
-            *(rule for _, part in self.terms for rule in part.rules(self.setting)),
         ]
+        self._set_terms(term.parts())
+
+    def _set_terms(self, terms: Iterable[tuple[float, Term]]) -> None:
+        self.terms = list(terms)
+        own = (rule for _, part in self.terms for rule in part.rules(self.setting))
+        self.rules: list[Rule] = [*self._selected_rules, *own]
 
     @classmethod
     def options(cls) -> list[str]:
@@ -105,7 +109,7 @@ class Objective:
         """
         self._check_draft_vocab(model)
         bound = copy(self)
-        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()]
+        bound._set_terms((weight, term.for_model(model)) for weight, term in self.term.parts())
         if self.confidence and model.mtp.confidence is not None:
             from mtp_lightning.objective.terms.confidence import ConfidenceError, ConfidenceTerm
 

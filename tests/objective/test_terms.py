@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.chunk import Chunk, Teacher
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.terms.base import Term
@@ -126,3 +128,28 @@ def test_a_mixture_takes_a_users_term(tiny_trunk: TrunkConfig) -> None:
     ]
     both, _ = mtp_loss(model, batch, [1.0], [18] * 2, main=0.0, term=mixture)
     assert both.item() == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-6)
+
+
+class Weighted(E2ETV):
+    """A coupled term that reads a part of the model."""
+
+    name = "weighted"
+    selectable = False
+    weight: Tensor | None = None
+
+    def for_model(self, model: MTPModel) -> Term:
+        bound = copy(self)
+        bound.weight = model.head.weight
+        return bound
+
+    def accepted(self, chunk: Chunk) -> Tensor:
+        assert self.weight is not None
+        return super().accepted(chunk)
+
+
+def test_the_rules_of_a_term_that_reads_the_model_are_those_of_its_copy(tiny_trunk) -> None:
+    model, batch = build(tiny_trunk, "sequential", depth=2), windows(2, 9, 2)
+    sums = [
+        mtp_loss(model, batch, [1.0, 1.0], [18] * 3, term=term)[1] for term in (E2ETV(), Weighted())
+    ]
+    assert torch.equal(*sums) and sums[0][2] > 0
