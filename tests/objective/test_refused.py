@@ -11,6 +11,7 @@ import pytest
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import Balance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.dwa import DWA
 from mtp_lightning.objective.balance.gradients import require_measurable
@@ -50,6 +51,7 @@ SCHEDULES: list[tuple[Callable[[], Any], str]] = [
     (lambda: published.linear_decay(2, 0.3, length=10), "length.*fraction"),
 ]
 RULES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: type("Mine", (Balance,), {})(2), 'Mine has no name, .* such as name = "mine"'),
     (lambda: DWA(2, temperature=0), "balance.temperature .* not 0"),
     (lambda: DWA(2, window_steps=0), "balance.window_steps .* not 0"),
     (lambda: GradNorm(2, alpha=-1), "balance.alpha .* not -1"),

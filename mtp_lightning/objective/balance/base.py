@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.command_line.check_config import check_settings
+from mtp_lightning.errors import UserError
 from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 
@@ -83,6 +84,11 @@ class Balance:
     depth: int
 
     def __post_init__(self) -> None:
+        if not hasattr(self, "name"):
+            raise UserError(
+                f"{type(self).__name__} has no name, by which checkpoints know their rule: give "
+                'the class an attribute such as name = "mine".'
+            )
         check_settings(self, "balance")
 
     def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
