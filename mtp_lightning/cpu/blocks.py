@@ -118,9 +118,8 @@ class FusedBlocks:
         few = n_new <= MAX_VERIFY_WIDTH or batch * n_new <= MAX_INVARIANT_POSITIONS
         if not (few and isinstance(cache, KVCache) and ctx.updates is None):
             return False
-        if layer + self.n > len(cache.entries_L_BSMH):  # append refuses it
-            return False
-        return native.fits(x_BTC, cache.tables.cos_S1H)
+        has_layers = layer + self.n <= len(cache.entries_L_BSMH)  # if not, append refuses them
+        return has_layers and native.fits(x_BTC, cache.tables.cos_S1H)
 
     def __call__(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """The blocks' output [B, T, C] for the tokens of a pass that :meth:`fits`, after the norm
