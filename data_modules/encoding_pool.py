@@ -156,23 +156,21 @@ def _send(file: Any, message: Any) -> None:
 
 
 def _work() -> None:
-    """The worker's loop, which ends with its standard input."""
+    """The worker's loop, which ends with the main process."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output that a library prints must not mix with the answers
-    state, dtype = pickle.load(questions)
-    tokenizer, overlap = tokenizer_from_state(state), LineOverlap()
-    while True:
-        try:
+    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the main process has ended
+        state, dtype = pickle.load(questions)
+        tokenizer, overlap = tokenizer_from_state(state), LineOverlap()
+        while True:
             batch = pickle.load(questions)
-        except (EOFError, pickle.UnpicklingError):  # the main process has ended
-            return
-        answer: Any = overlap
-        if batch is not None:
-            try:
-                answer = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
-            except UserError as error:
-                answer = error
-        _send(answers, answer)
+            answer: Any = overlap
+            if batch is not None:
+                try:
+                    answer = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
+                except UserError as error:
+                    answer = error
+            _send(answers, answer)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +113,19 @@ def test_a_killed_worker_is_reported_and_leaves_no_store(tmp_path, monkeypatch, 
     with pytest.raises(RuntimeError, match=r"ended with code -9: .*data.build_workers=0"):
         prepare_store(ByteTokenizer(), split, tmp_path, workers=2)
     assert list((tmp_path / "stores").iterdir()) == []
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_worker_whose_main_process_was_killed_prints_nothing(has_begun):
+    """It waits for its first input, or writes an answer that nobody reads."""
+    state, batch = (ByteTokenizer().state(), "<u2"), [Piece("train", "text", True, True)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "data_modules.encoding_pool"]
+    questions = pickle.dumps(state) + pickle.dumps(batch) if has_begun else b""
+    worker = subprocess.run(command, input=questions, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (worker.returncode, worker.stderr) == (0, b"")
 
 
 class CustomTokenizer(ByteTokenizer):
