@@ -19,7 +19,7 @@ from data_modules.tasks.base import STREAM, Draws, Example, Task, option
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require
 
-_TRIES = 100
+_TRIES = 1000
 """Draws per expected hit: a kind of question that is not found in that many does not exist."""
 _GUESSED = 1024
 """Number of examples that the chance of a guess is averaged over."""

@@ -178,6 +178,12 @@ def test_a_task_with_too_few_questions_to_hold_out_is_refused() -> None:
         TaskDataModule(Copy(letters=1, periods=1, held_out=9))
 
 
+def test_rare_questions_are_found_for_every_example() -> None:
+    """Of these words, 1 in 1,024 has 8 letters of the two that are held out."""
+    task = Group(length=8, held_out=64)
+    assert task.is_held_out(task.example(469).prompt)  # takes more than 6,400 draws
+
+
 def windows_digest(task: Task, seed: int) -> str:
     """Hex digest of the first windows of a run and of its validation."""
     data = TaskDataModule(task, seed=seed, depth=3)
