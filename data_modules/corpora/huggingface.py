@@ -11,6 +11,9 @@ from data_modules.sources.base import FileSource
 from data_modules.sources.text import expand
 from mtp_lightning.errors import UserError, require_package
 
+BUILDERS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml"})
+"""Values of ``path`` that the library takes for a builder, even where a folder has that name."""
+
 
 class HuggingFaceSource(FileSource):
     """One text column of a Hugging Face dataset; each row is a document.
@@ -117,13 +120,14 @@ class HuggingFaceSource(FileSource):
         are relative to the dataset's folder, here or on the hub, if the path is one, else to the
         current folder."""
         path = Path(self.path)
+        is_here = self.path not in BUILDERS and path.exists()
         if self.data_files is None:
-            return expand(self.path, "data.source.path", text_only=False) if path.exists() else []
+            return expand(self.path, "data.source.path", text_only=False) if is_here else []
         patterns = list(_flat(self.data_files))
-        on_hub = "/" in self.path and not path.exists()
+        on_hub = "/" in self.path and not is_here
         if on_hub or any("://" in item for item in patterns):
             return []
-        paths = [str(path / item) if path.is_dir() else item for item in patterns]
+        paths = [str(path / item) if is_here else item for item in patterns]
         key = "data.source.data_files"
         return [file for item in paths for file in expand(item, key, text_only=False)]
 

@@ -268,6 +268,19 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
         list(source(split="nosuch").documents())
 
 
+@pytest.mark.extras
+def test_a_builder_is_not_a_folder_of_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="extra 'hf' is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for name in ("a.txt", "text/b.txt"):
+        (tmp_path / name).write_text(f"the text of {name}")
+        source = HuggingFaceSource("text", data_files=name, cache_dir=str(tmp_path / "hf"))
+        assert list(source.documents()) == [f"the text of {name}"]
+        assert [path for _, path in source.files] == [Path(name)]
+    assert HuggingFaceSource("text").files == []
+
+
 def test_the_name_of_a_link_decides_the_format(tmp_path: Path) -> None:
     """In a cache of the Hugging Face hub, the file that a link points to has no suffix."""
     (tmp_path / "blobs").mkdir()
