@@ -38,7 +38,7 @@ _LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 _FOREIGN = {
     NUMPY: "a .npy file: name it so",
     b"PK\x03\x04": "a zip or .npz archive: unpack it",
-    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\x1f\x8b\x08": "compressed by gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"PAR1": "parquet: read its text with data=huggingface",
     b"\x89HDF": "HDF5: write its ids as .npy",

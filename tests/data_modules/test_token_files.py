@@ -438,7 +438,7 @@ def test_files_of_other_formats_are_named_and_nothing_is_executed(tmp_path):
         (b"", "is empty"),
         (b"\x01", "truncated, or its ids are not uint16"),
         (b"PK\x03\x04" + b"0" * 60, "is a zip or .npz archive"),
-        (b"\x1f\x8b" + b"0" * 60, "is compressed by gzip"),
+        (b"\x1f\x8b\x08" + b"0" * 61, "is compressed by gzip"),
         (b"MMIDIDX\x00\x00" + b"0" * 60, "is Megatron's index"),
         ((20240522).to_bytes(4, "little") + bytes(2000), "multiple-choice questions"),
         ((20240520).to_bytes(4, "little") + bytes(9), "truncated in its llm.c header"),
@@ -460,6 +460,12 @@ def test_files_of_other_formats_are_named_and_nothing_is_executed(tmp_path):
     for array in (np.zeros(3), np.zeros((2, 3), int)):
         np.save(path, array)
         assert_header_refused("not a one-dimensional array of integers", path)
+
+
+def test_a_first_id_of_two_bytes_of_gzip_is_an_id(tmp_path):
+    path = tmp_path / "x.bin"
+    np.array([0x8B1F, 5, 6], "<u2").tofile(path)
+    assert read_header(path).shard.n_tokens == 3
 
 
 @settings(deadline=None, max_examples=150)
