@@ -150,12 +150,13 @@ class StoreDataModule(WindowDataModule):
         ``tokens``, the number of depth-0 targets; where ids stand for text, also the targets'
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
+        text = self._evaluated_text() if n_bytes else b""
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
             **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
             "tokens": self.evaluation.n_targets,
-            **(compressors(self._evaluated_text()) if n_bytes else {}),
+            **(compressors(text) if text else {}),
         }
 
     def _evaluated_text(self) -> bytes:

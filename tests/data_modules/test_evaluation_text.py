@@ -196,6 +196,20 @@ def test_text_that_the_tokenizer_does_not_know_is_said(tmp_path, caplog, model):
         assert ("of the evaluated tokens are <unk>" in caplog.text) == unknown
 
 
+def test_a_text_without_a_token_is_not_compressed(tmp_path):
+    """A tokenizer of words drops white space."""
+    library = Tokens(models.WordLevel({"<unk>": 0, "</s>": 1, "known": 2}, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    for name, text in (("train.txt", "known " * 2000), ("val.txt", "\n" * 9)):
+        (tmp_path / name).write_text(text)
+    source = TextSource(tmp_path / "train.txt", val_paths=tmp_path / "val.txt")
+    tokenizer = PretrainedTokenizer(str(tmp_path))
+    summary = module(tmp_path, source, tokenizer, val_fraction=0.05).evaluation_summary()
+    assert (summary["bytes"], summary["tokens"]) == (9, 1) and "xz_bits_per_byte" not in summary
+
+
 def test_a_space_that_the_tokenizer_adds_does_not_count_as_a_byte(tmp_path):
     """SentencePiece's tokenizers add one, and drop it in decoding."""
     words = Tokens(models.BPE(byte_fallback=True))
