@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import pytest
@@ -46,6 +47,21 @@ def test_the_digest_of_a_file_of_this_moment_is_not_remembered(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * LARGE)
     content_digest(tmp_path / "file", tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
+
+
+def test_the_digest_of_a_file_that_changes_meanwhile_is_not_remembered(
+    tmp_path, monkeypatch, files_look_old
+):
+    file, memory, read = tmp_path / "file", tmp_path / "memory", hashlib.file_digest
+    file.write_bytes(b"x" * LARGE)
+
+    def read_slowly(*args):
+        file.write_bytes(b"y" * LARGE)
+        return read(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", read_slowly)
+    content_digest(file, memory)
+    assert not memory.exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"stamp": 1}', '{"stamp": [1], "digest": 3}'])

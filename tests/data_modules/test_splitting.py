@@ -101,6 +101,7 @@ def test_a_corpus_of_one_group_is_cut_at_the_same_place_in_every_copy(caplog):
     assert train + val == text and val.startswith("line ")
     assert len(val) / len(text) == pytest.approx(0.1, abs=0.01)
     assert cut_point("x" * 100, 0.9) == 90 and cut_point("ab", 0.99) == 1
+    assert cut_point("a\n" + "x" * 98, 0.9) == 90, "a line end in the first half"
     assert list(DocumentSplit(ListSource(["a"]))) == [("train", "a")]
     assert [record.getMessage() for record in caplog.records] == [
         "the documents of 'listed' are one group: the last 10 % of each are for validation"
