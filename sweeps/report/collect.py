@@ -45,7 +45,8 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
     for run in configured:
         config = {k: v for k, v in run.config.items() if not ignored(k) and k not in follows}
         config |= {FOLDER: run.sweep} if run.sweep else {}
-        key = json.dumps(_computed(config), sort_keys=True, default=str)
+        # As typed: 1 and 1.0 compute the same.
+        key = json.dumps({k: show(v) for k, v in _computed(config).items()}, sort_keys=True)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
     settings = list(groups.values())
     settings = _apart(settings, DATA, _data, lambda run: _data(run)[:8])

@@ -258,6 +258,10 @@ GROUPED = {
         [NO_MTP, {"seed": 1, "mtp.depth": 0, "mtp.concat": "hidden_first"}],
         {"all runs": 2},
     ),
+    "a whole number, typed in two ways": (
+        [{"seed": i, "mtp_lambda": x, "optimizer.betas": [x]} for i, x in enumerate((1, 1.0))],
+        {"all runs": 2},
+    ),
     "runs older than a key": ([{}, {"seed": 1, "data.train_windows": "all"}], {"all runs": 2}),
     "the class without a choice of mtp": ([{}, NO_MTP], {"mtp=none": 1, "mtp=sequential": 1}),
     "branches": (
