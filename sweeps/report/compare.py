@@ -17,8 +17,9 @@ from mtp_lightning.run.solved import EXACT, first_above, is_above
 from sweeps.report import statistics
 from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
+from sweeps.report.metrics import first_few
 from sweeps.report.read import RunRecord
-from sweeps.report.settings import OF_DEPTHS, Setting, Settings, show
+from sweeps.report.settings import FOLLOWING, OF_DEPTHS, Setting, Settings, show
 from sweeps.report.statistics import LEVEL, Paired, Share, Survival, Unpaired, Wait
 
 FACT = "the same at every seed, so there is no variance to test"
@@ -91,9 +92,12 @@ def _unlike(setting: Setting, plain: Setting) -> str:
     for; empty if they are."""
     if not plain.is_plain or setting.is_plain:
         return ""
-    keys = ("trainer.max_steps", "model", "data", "tokenizer")
-    differing = [key for key in _differing(setting, plain) if lies_in(key, keys)]
-    return f"not compared: no plain training of this {', '.join(differing)}" if differing else ""
+    groups = ("trainer.max_steps", "model", "data", "tokenizer")
+    a, b = setting.config, plain.config
+    # Their names may leave out keys that a preset has set.
+    keys = [k for k in dict.fromkeys((*a, *b)) if lies_in(k, groups) and k not in FOLLOWING]
+    differing = first_few([key for key in keys if a.get(key) != b.get(key)], between=", ")
+    return f"not compared: no plain training of this {differing}" if differing else ""
 
 
 def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:

@@ -27,7 +27,7 @@ from mtp_lightning.run.config import lies_in
 from sweeps import grouped
 from sweeps.report.comparable import by_text
 from sweeps.report.metrics import FLOPS
-from sweeps.report.settings import OF_DEPTHS, Setting, Settings, show
+from sweeps.report.settings import FOLLOWING, OF_DEPTHS, Setting, Settings, show
 from sweeps.report.statistics import Interval, ratio_interval
 
 # Keys of the budget: an arm and its curve agree in all others but these and those of the depths.
@@ -153,7 +153,7 @@ def families(settings: Settings) -> list[Family]:
 
 def _rest(setting: Setting) -> str:
     """A key that an arm and the plain runs of its curve share."""
-    free = (*_BUDGET, *OF_DEPTHS, "data.depth", "data.stride")  # those of data follow from mtp's
+    free = (*_BUDGET, *OF_DEPTHS, *FOLLOWING)
     shared = {k: show(v) for k, v in setting.config.items() if not lies_in(k, free)}
     # Matching may have removed layers, which the config does not say.
     layers = {run.fact("compare", "n_layers") for run in setting.done} - {None}

@@ -20,6 +20,7 @@ from sweeps.report.statistics import Interval, interval, ratio_interval, share_i
 
 # Groups that change nothing in a run without MTP depths.
 OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
+FOLLOWING = ("data.depth", "data.stride")  # keys of data that follow from mtp's
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.metrics import LOSS, number, p_value
-from tests.sweeps.fixture_runs import depth_sweep, write_plan, write_run
+from tests.sweeps.fixture_runs import NO_MTP, depth_sweep, write_plan, write_run
 from tests.sweeps.reported import answer_of, csv_rows, settings_of
 
 
@@ -137,6 +137,20 @@ def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) ->
         c for c in compare(settings, reference=plain) if c.setting.config["trainer.max_steps"] == 50
     )
     assert chosen.verdict == "one seed: no test"
+
+
+def test_plain_training_of_another_size_that_no_name_says_is_not_compared(tmp_path: Path) -> None:
+    """A preset sets steps and model, and the names have only the preset."""
+    wider = {"trainer.max_steps": 40, "model.d_model": 256}
+    for preset, config in (("a", NO_MTP), ("b", wider)):
+        for seed in (0, 1):
+            status = {"state": "done", "overrides": [f"experiment={preset}", f"seed={seed}"]}
+            write_run(tmp_path / f"{preset}{seed}", {**config, "seed": seed}, status=status)
+    settings = settings_of(tmp_path)
+    assert settings.names == ["a", "b"]
+    (comparison,) = compare(settings)
+    remark = "not compared: no plain training of this model.d_model, trainer.max_steps"
+    assert (comparison.setting.depth, comparison.verdict) == (1, remark)
 
 
 def test_the_pareto_front_by_hand() -> None:
