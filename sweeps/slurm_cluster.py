@@ -158,6 +158,8 @@ def run(
             "nodes": nodes,
             "ntasks_per_node": 1,
             "cpus_per_task": cpus_per_process * n,
+            # From Slurm 22.05 on, srun does not inherit the number of cores from sbatch.
+            "srun_args": [f"--cpus-per-task={cpus_per_process * n}"],
             "gpus_per_node": None if on_cpu else gpus_per_process * n or None,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
             # Of this array: one job, and a part of the rest.

@@ -140,6 +140,7 @@ def test_arrays_have_one_kind_of_job_and_at_most_slurms_length(tmp_path, executo
     kinds = [tuple(settings.get(key) for key in keys) for settings, _ in executor.submitted]
     assert kinds == [(1, 2, 1), (1, 2, 1), (1, 2, None), (1, 8, 4), (2, 8, 4)]
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
+    assert far["srun_args"] == ["--cpus-per-task=8"], "srun does not inherit it"
 
 
 def test_arrays_of_unequal_sizes_run_no_more_jobs_at_once_than_asked(
