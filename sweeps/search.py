@@ -257,7 +257,8 @@ def report(search: Search) -> int:
         reason = (read_status(folder) or {}).get("reason")
         print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    for trial in sorted(complete, key=lambda t: float(t.value or 0))[:5]:
+    different = {trial.user_attrs.get("folder"): trial for trial in complete}.values()
+    for trial in sorted(different, key=lambda t: float(t.value or 0))[:5]:
         values = " ".join(f"{key}={value}" for key, value in trial.params.items())
         print(f"{search.metric} {trial.value:.4f}  {values}")
     return 0 if complete else 1

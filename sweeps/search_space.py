@@ -98,7 +98,8 @@ def _interval(argument: str, match: re.Match[str]) -> Range:
     try:
         low, high = to_number(first), to_number(last)
     except ValueError:
-        raise UserError(f"{argument}: the bounds of {kind}() must be numbers.") from None
+        numbers = "whole numbers" if kind == "int" else "numbers"
+        raise UserError(f"{argument}: the bounds of {kind}() must be {numbers}.") from None
     if not -math.inf < low < high < math.inf:
         raise UserError(f"{argument}: both bounds must be finite, and the lower one come first.")
     if log and low <= 0:

@@ -214,9 +214,11 @@ def test_a_pruned_trial_that_ended_after_an_interruption_stays_pruned(folder):
     assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "PRUNED"]
 
 
-def test_equal_values_are_run_once(folder):
+def test_equal_values_are_run_and_listed_once(folder, capsys):
     assert run(folder, "--trials", "5", ranges=TWO_VALUES) == 0
-    assert len(list(folder.glob("*/job.log"))) <= 2
+    n_run = len(list(folder.glob("*/job.log")))
+    best = [x for x in capsys.readouterr().out.splitlines() if x.startswith("val/loss_depth_0 ")]
+    assert len(best) == len(set(best)) == n_run <= 2
     trials = study(folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
     assert {trial.value for trial in trials if trial.params["mtp.depth"] == "1"} <= {1.0}
@@ -267,7 +269,7 @@ REFUSED = {
     "mtp_lambda=interval(0.1,inf)": "both bounds must be finite",
     "optimizer.lr=0.5": "optimizer.lr=0.5 fixes a key that is searched",
     "model.d_ff=interval(0,1,log)": "above 0",
-    "model.d_ff=int(1.5,4)": "must be numbers",
+    "model.d_ff=int(1.5,4)": "must be whole numbers",
     "model.d_ff=interval(1,2": "neither an override nor a range",
     "mtp.depth=4,8": "mtp.depth=4,8 gives mtp.depth a second range",
     "+mtp.depth=3,4": "gives +mtp.depth a second range",
