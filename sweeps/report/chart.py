@@ -28,6 +28,7 @@ COLORS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MANY = 12  # the most settings that a legend lists one by one
+_LONGEST = 48  # entries of a legend; more, as for the trials of a search, nobody can read
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that belong to no setting
 
@@ -130,7 +131,8 @@ class Chart:
     """A figure with one pair of axes, whose marks know their setting.
 
     Args:
-        key: the legend below the figure, in one or two columns; a single entry is not shown.
+        key: the legend below the figure, in one or two columns; not shown if it has one entry, or
+            too many.
         names: names of all settings; the page hides their marks and shows their values.
         rows: lines of text that need extra height, besides those of the legend.
         panels: pairs of axes, up to three side by side, more in two columns; the first is
@@ -152,7 +154,7 @@ class Chart:
         self._parts = itertools.count()  # makes ids unique
         self._points: list[tuple[str, tuple[float, float], tuple[str, str]]] = []
         entries = list(key)
-        entries = entries if len(entries) > 1 else []
+        entries = entries if 1 < len(entries) <= _LONGEST else []
         longest = max((len(brief(name)) for name, _ in entries), default=0)
         wide = panels if panels <= 3 else 2
         high = math.ceil(panels / wide)

@@ -219,6 +219,8 @@ def _heat_map(
     means = [cell.mean for cell in cells.values() if cell]
     if not means:
         return drawing.lacking(f"no finished run has {tag}")
+    if len(cells) < len(rows) * len(columns) / 2:  # such as the trials of a search
+        return drawing.lacking("most pairs of these values have no run")
     low, high = min(means), max(means)
     chart = Chart(rows=max(len(rows) - 5, 0))
     axes = chart.axes

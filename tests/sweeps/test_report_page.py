@@ -175,6 +175,20 @@ def test_a_legend_of_many_settings_is_by_key() -> None:
     assert few == ["a=0, b=0, c=x", "a=0, b=0, c=y", "a=0, b=1, c=x"]
 
 
+def test_trials_of_a_search_have_no_legend_and_no_heat_map(tmp_path: Path) -> None:
+    """Each trial has values of its own: a grid of them is empty, and a legend longer than they."""
+    values = [{"optimizer.lr": 0.1 / (i + 1), "mtp_lambda": 0.01 * i} for i in range(25)]
+    jobs = {f"{i}": [f"{k}={v}" for k, v in config.items()] for i, config in enumerate(values)}
+    write_plan(tmp_path, jobs)
+    for name, config in zip(jobs, values, strict=True):
+        write_run(tmp_path / name, config)
+    settings = settings_of(tmp_path)
+    assert len(key_to(settings.all, settings.all)) == 50 and len(settings.all) == 25
+    drawn = drawings(settings)
+    assert drawn["heat_map"].why == "most pairs of these values have no run"
+    assert drawn["pareto_flops"].chart.figure.legends == []
+
+
 def test_a_report_of_a_running_sweep_lists_running_and_missing_jobs(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1)}, status={"state": "done"})
     running = {"state": "running", "overrides": ["mtp.depth=1", "seed=0"]}
