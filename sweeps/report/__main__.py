@@ -62,6 +62,8 @@ def report(
         page.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings).encode(errors="backslashreplace"), target / "runs.csv")
     sentences = answer(settings, comparisons, priced)
+    options = [] if reference is None else ["--reference", reference]
+    options += ["--solved", str(level)] if settings.is_task and level != SOLVED else []
     html = page.render(
         settings,
         comparisons,
@@ -69,6 +71,7 @@ def report(
         drawings,
         svgs,
         sentences=sentences,
+        command=["mtp-lightning", "report", *map(str, folders), *options],
         folder=target,
         reload_seconds=SECONDS if watched and settings.running else None,
     )

@@ -45,14 +45,16 @@ def render(
     svgs: dict[str, bytes],
     *,
     sentences: Sequence[str],
+    command: Sequence[str],
     folder: Path,
     reload_seconds: float | None = None,
 ) -> str:
     """The page as HTML that loads nothing else.
 
     Drawings without a figure are listed with the reason; ``svgs`` has those of the others, by name.
-    Links to logs are relative to the page's ``folder``. The page shows the current time. It reloads
-    itself after ``reload_seconds``; None for a static page.
+    Links to logs are relative to the page's ``folder``. The page shows the current time, and the
+    ``command`` that makes it again. It reloads itself after ``reload_seconds``; None for a static
+    page.
     """
     from markupsafe import Markup
 
@@ -84,7 +86,7 @@ def render(
         compared=list(options.items()) if len(options) > 1 else [],
         title=question(settings.varied, settings.headline, task=settings.is_task)
         or joined([sweep.folder.resolve().name for sweep in sweeps]),
-        command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
+        command=shlex.join(command),
         commits=sorted({str(commit)[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         running=settings.running,

@@ -62,6 +62,8 @@ def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     assert f"<code>mtp-lightning report {tmp_path}</code>" in html
     assert html.count(">D = 1, seed 1</option>") == 2  # of "Two runs"
     assert html[html.index('id="figure-') :].startswith('id="figure-differences"')
+    html = page_of(tmp_path, reference="mtp.depth=1")
+    assert f"<code>mtp-lightning report {tmp_path} --reference mtp.depth=1</code>" in html
 
 
 @pytest.mark.usefixtures("real_figures")

@@ -308,6 +308,7 @@ def test_the_option_solved_sets_the_level(tmp_path, capsys):
     main([str(tmp_path), "--solved", "0.4"])
     output = capsys.readouterr().out
     assert "2 of 2 seeds" in output and "above 0.4" in output
+    assert f"{tmp_path} --solved 0.4</code>" in (tmp_path / "report.html").read_text()
     for level in ("1", "-0.1", "nan"):
         with pytest.raises(SystemExit):
             main([str(tmp_path), "--solved", level])
