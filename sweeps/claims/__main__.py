@@ -93,7 +93,7 @@ def _hours(args: argparse.Namespace) -> int:
     print("\n".join(costs([item for item in pending if item.costs or args.names])))
     if refused:
         print("\n" + "\n".join(refused.values()))
-    if args.hours is not None:
+    if args.hours is not None and any(item.costs for item in pending):
         pending = [item for item in pending if item.claim.label not in refused]
         more = "" if args.runs == RUNS else f" --runs {shlex.quote(str(args.runs))}"
         if args.given_root is not None:

@@ -175,6 +175,10 @@ def test_the_command_prints_costs_a_plan_and_a_command(tmp_path, capsys, monkeyp
     assert "not one seed fits" in output_of(capsys, "hours", "mine", *options, "--hours", 0.5)
     for wrong, message in (("--hours=0", "above 0"), ("--hours=1 --cores=0", "at least 1")):
         assert message in output_of(capsys, "hours", *options, *wrong.split(), code=1)
+    every_seed = {arm: dict.fromkeys(claim.scale.seeds, (60.0, HERE)) for arm in claim.arms}
+    write_result(finished(claim, every_seed), "mine", tmp_path / "done" / "results")
+    out = output_of(capsys, "hours", *options, "--root", tmp_path / "done", "--hours", 3)
+    assert out.splitlines()[-1].split() == ["all", "0", "0.00"], "nothing is left to plan"
     (line,) = output_of(capsys, "list", *options).splitlines()[1:]
     assert re.match(r"mine +0/1  undecided +2/10 +8\.0  MTP helps\.$", line), line
 
