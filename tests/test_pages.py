@@ -90,14 +90,17 @@ def of_a_card(folder: Path, sweep: Path) -> Path:
     """The model card of an export, from a foreign config and summary."""
     summary = {key: MARKS[0] for _, key, _ in card._SUMMARY}
     summary |= {f"{rate}_{k}": MARKS[1] for rate in ("val/loss_depth", MARKS[0]) for k in range(3)}
+    config = small_model(1, 2, vocab=64).config
+    foreign = {"init_from": MARKS[2], "seed": MARKS[5], "mtp_lambda": list(MARKS)}
     text = card.render(
         MARKS[0],
-        small_model(1, 2, vocab=64).config,
+        config,
         Contents(modules=0, heads=stack_file.FILE, parameters=9, shards=1),
+        mtp=config.mtp,
         model_type="llama",
         dtype="float32",
         step=6,
-        run_config={"seed": MARKS[5], "mtp_lambda": list(MARKS), "data": {"seq_len": MARKS[1]}},
+        run_config={**foreign, "data": {"seq_len": MARKS[1]}},
         summary=summary,
     )
     return shown(folder / "card.html", text.partition("---\n")[2].partition("---\n")[2])

@@ -56,8 +56,8 @@ def render(
     **facts: Any,
 ) -> str:
     """The card of a folder or a GGUF file, in Markdown. ``run_config`` is that with which the run
-    was started; the ``facts`` are the tensors' ``dtype``, the checkpoint's ``step``, and the
-    ``model_type`` of a folder."""
+    was started; the ``facts`` are the run's own ``mtp``, which an export may leave out, the
+    tensors' ``dtype``, the checkpoint's ``step``, and the ``model_type`` of a folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("mtp_lightning.interop", ".")
@@ -78,7 +78,6 @@ def render(
         file=isinstance(contents, Written),
         config=config,
         trunk=config.trunk,
-        mtp=config.mtp,
         run_config=run_config,
         data=run_config.get("data", {}),
         numbers=numbers,

@@ -233,4 +233,5 @@ def _training(run: OpenedModel) -> dict[str, Any]:
     """The card's facts about the training; the summary.json is that of the checkpoint's run."""
     files = [folder / SUMMARY_FILE for folder in (run.path.parent, run.path.parent.parent)]
     summary = next((read_json(file) for file in files if file.is_file()), None)
-    return {"step": run.step, "run_config": run.config, "summary": summary}
+    stack = run.model.config.mtp
+    return {"mtp": stack, "step": run.step, "run_config": run.config, "summary": summary}

@@ -199,7 +199,8 @@ def of_card(key: str, finished: Path, value: Any, folder: Path) -> object:
     found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
     return card.render(
         "name", run.model.config, Contents(modules=1, heads="", parameters=1, shards=1),
-        model_type="llama", dtype="float32", step=10, **set_at(found, key, value),
+        mtp=run.model.config.mtp, model_type="llama", dtype="float32", step=10,
+        **set_at(found, key, value),
     )  # fmt: skip
 
 

@@ -120,10 +120,12 @@ def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) 
     files = (tmp_path / "out").glob("*.safetensors")
     assert sum(t.numel() for file in files for t in load_file(file).values()) == whole + beyond
     summary = {"step": 6, "val/loss_depth_0": 1.5, "decode/acceptance_position_1": 0.75}
+    config = deepseek.build(folders.DENSE, depth=1).config
     text = card.render(
         "x",
-        deepseek.build(folders.DENSE, depth=1).config,
+        config,
         writing.Contents(modules=1, heads="", parameters=9, shards=1),
+        mtp=config.mtp,
         model_type="llama",
         dtype="float32",
         step=6,
@@ -131,6 +133,22 @@ def test_the_card_describes_the_folder(base: Path, tmp_path: Path, capsys: Any) 
         summary=summary,
     )
     assert "| 1 |  |  |  | 75.0% |" in text and "depth=0" in text and "Drafts accepted:" in text
+
+
+def test_the_card_of_a_part_describes_the_training_of_the_whole(base: Path, tmp_path: Path) -> None:
+    folders.export_run(base / "dense", tmp_path / "trunk", verify=False, depth=0)
+    text = (tmp_path / "trunk" / card.FILE).read_text()
+    assert "has no MTP modules" in text and "mtp: sequential, depth 1" in text and "| 1 |" in text
+    assert "started from" not in text
+    helpers.train_here(
+        tmp_path / "heads",
+        base / "cache",
+        {"trainer.max_steps": 1, "trainer.val_check_interval": 1, "mtp.freeze_trunk": True,
+         "init_from": str(tmp_path / "trunk"), "mtp.depth": 1},
+    )  # fmt: skip
+    folders.export_run(tmp_path / "heads", tmp_path / "out", verify=False)
+    text = (tmp_path / "out" / card.FILE).read_text()
+    assert "from the weights of trunk, and only its MTP modules were" in text
 
 
 @pytest.mark.extras
