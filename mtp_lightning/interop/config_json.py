@@ -238,10 +238,7 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
 def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
     a, e = trunk.attention, trunk.feed_forward
     assert isinstance(a, GroupedQueryConfig) and isinstance(e, ExpertsConfig)
-    size, rotary_dim = trunk.d_head, a.rotary_dim(trunk)
-    share = rotary_dim / size
-    if int(size * share) < rotary_dim:  # readers round down, as transformers does
-        share = math.nextafter(share, 1.0)
+    share = rotated_share(a.rotary_dim(trunk), trunk.d_head)
     rope = {**rope_type(trunk), "rope_theta": trunk.rope_theta, "partial_rotary_factor": share}
     return {
         "attention_bias": a.qkv_bias,
@@ -251,3 +248,10 @@ def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
         "norm_topk_prob": True,
         **{theirs: getattr(e, own) for own, theirs in EXPERTS.items()},
     }
+
+
+def rotated_share(rotary_dim: int, size: int) -> float:
+    """The rotated share of a head's ``size`` dimensions, from which readers get ``rotary_dim`` by
+    rounding down, as transformers does."""
+    share = rotary_dim / size
+    return math.nextafter(share, 1.0) if int(size * share) < rotary_dim else share

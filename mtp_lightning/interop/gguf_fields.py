@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.config_json import EXPERTS, LATENT, TRUNK, trunk_type
+from mtp_lightning.interop.config_json import EXPERTS, LATENT, TRUNK, rotated_share, trunk_type
 from mtp_lightning.interop.config_reading import DRAFT_VOCAB
 from mtp_lightning.interop.gguf_layout import DRAFTING, PLAIN, Layout
 from mtp_lightning.nn.config import TrunkConfig
@@ -137,7 +137,8 @@ def to_json(
         fields |= _latent_json(need)
     else:
         size = fields["head_dim"]
-        fields["partial_rotary_factor"] = need("rope.dimension_count", size) / max(size, 1)
+        rotary_dim = need("rope.dimension_count", size)
+        fields["partial_rotary_factor"] = rotated_share(rotary_dim, max(size, 1))
     if kind == "glm4_moe":
         fields["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
         fields["attention_bias"] = "blk.0.attn_q.bias" in tensors

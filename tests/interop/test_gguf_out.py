@@ -50,11 +50,15 @@ ARCHS = {
     **dict.fromkeys(
         ("deepseek-shared", "deepseek-no-mixture-in-trunk", "deepseek-dense"), "deepseek2"
     ),
+    "glm4_moe-30-of-44": "glm4moe",
 }
 COPIES = ("embed_tokens", "shared_head_head")
 LLAMA3 = replace(folders.STRETCHED, original_positions=8192)
+_GLM = folders.TRUNKS["glm4_moe"]
 TRUNKS = {
     **folders.TRUNKS,
+    # 30 / 44 * 44 is less than 30.
+    "glm4_moe-30-of-44": replace(_GLM, d_head=44, attention=replace(_GLM.attention, d_rope=30)),
     "deepseek-dense": folders.dense(
         attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6
     ),
