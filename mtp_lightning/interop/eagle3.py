@@ -170,7 +170,8 @@ def _stack(
         try:
             mtp = MTPConfig.from_dict(fields[_OWN], allow=allow)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{source} does not describe its layer: {error}.") from error
+            reason = str(error).rstrip(".")  # some are whole sentences
+            raise UserError(f"{source} does not describe its layer: {reason}.") from error
         if not isinstance(mtp, EagleConfig):
             raise UserError(f"{source} describes mtp={mtp.variant}, and not EAGLE-3's layer.")
         return mtp

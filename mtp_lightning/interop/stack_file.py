@@ -81,5 +81,6 @@ def read(
         if trunks := [name for name in weights if not name.startswith("mtp.")]:
             raise ValueError(f"{trunks[0]} belongs to the trunk")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{folder / FILE} does not describe its tensors: {error}.") from error
+        reason = str(error).rstrip(".")  # some are whole sentences
+        raise UserError(f"{folder / FILE} does not describe its tensors: {reason}.") from error
     return config, weights
