@@ -60,8 +60,9 @@ class OpenedModel:
         tokenizer, trunk = tokenizer_from_state(self.tokenizer_state), self.model.config.trunk
         if tokenizer.vocab_size > trunk.vocab_size:
             raise UserError(
-                f"{self.path} is damaged or forged: its tokenizer has {tokenizer.vocab_size:,} "
-                f"ids, and its model {trunk.vocab_size:,}."
+                f"the tokenizer of {self.path} has {tokenizer.vocab_size:,} ids, and the model "
+                f"{trunk.vocab_size:,}: in a folder, take the tokens with the ids beyond out of "
+                "tokenizer.json."
             )
         return tokenizer if self.brings_trunk else tokenizer.without_beginning()
 

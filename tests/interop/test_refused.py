@@ -271,6 +271,18 @@ def test_damaged_files_are_named(llama: Path) -> None:
         read_folder(llama)
 
 
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(llama: Path) -> None:
+    """Fine-tuned models have such added tokens, which nobody gave a row of the embedding."""
+    file = llama / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first = content["added_tokens"][0]
+    content["added_tokens"] += [{**first, "id": i, "content": f"[{i}]"} for i in range(257, 265)]
+    file.write_text(json.dumps(content))
+    message = r"llama has 265 ids, and the model 264: in a folder, .* out of tokenizer.json"
+    with pytest.raises(UserError, match=message):
+        _ = open_model(llama).tokenizer
+
+
 @pytest.mark.parametrize(
     "metadata",
     [{}, {"mtp_lightning": "{"}, {"mtp_lightning": '{"variant": "os.system", "depth": 1}'},
