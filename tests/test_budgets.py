@@ -16,29 +16,29 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 8_581,
+    "data_modules": 8_584,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_050,
+    "mtp_lightning": 3_051,
     "mtp_lightning/apps": 377,
     "mtp_lightning/callbacks": 1_684,
     "mtp_lightning/certify": 1_053,
     "mtp_lightning/command_line": 1_227,
-    "mtp_lightning/cpu": 1_624,
+    "mtp_lightning/cpu": 1_625,
     "mtp_lightning/decoding": 4_600,
     "mtp_lightning/distributed": 1_207,
     "mtp_lightning/experiment": 2_816,
     "mtp_lightning/heads": 935,
-    "mtp_lightning/interop": 5_350,
+    "mtp_lightning/interop": 5_357,
     "mtp_lightning/loggers": 618,
     "mtp_lightning/metrics": 970,
     "mtp_lightning/mtp": 3_746,
-    "mtp_lightning/nn": 2_574,
+    "mtp_lightning/nn": 2_582,
     "mtp_lightning/notebook": 506,
-    "mtp_lightning/objective": 3_960,
+    "mtp_lightning/objective": 3_970,
     "mtp_lightning/optim": 385,
     "mtp_lightning/run": 1_385,
     "mtp_lightning/serving": 1_506,
-    "sweeps": 9_775,
+    "sweeps": 9_794,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (159, 20_333), "generate": (86, 11_939)}

@@ -127,7 +127,7 @@ class HuggingFaceSource(FileSource):
         on_hub = "/" in self.path and not is_here
         if on_hub or any("://" in item for item in patterns):
             return []
-        paths = [str(path / item) if is_here else item for item in patterns]
+        paths = [str(path / item) if is_here and path.is_dir() else item for item in patterns]
         key = "data.source.data_files"
         return [file for item in paths for file in expand(item, key, text_only=False)]
 

@@ -313,7 +313,6 @@ def test_a_depth_may_have_several_blocks_and_says_how_many(tiny_trunk: TrunkConf
 
 TAKEN = """
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 try:
     class Mine(MTPConfig, variant="linear"): pass
