@@ -202,23 +202,22 @@ class Session:
             return self._fused_trunk(cache, self.tokens_BS, branch_states)
         return self._logits(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
 
-    def _logits(self, main_BTC: Tensor) -> Tensor:
-        """The main prediction's logits [B, T, V] of states [B, T, C]."""
-        with batch_invariant_pass(main_BTC.shape[1], self.tokens_BS.device):
-            return self.model.head(main_BTC)
+    def _logits(self, final_BTC: Tensor) -> Tensor:
+        """The main prediction's logits [B, T, V] of the trunk's states [B, T, C]."""
+        with batch_invariant_pass(final_BTC.shape[1], self.tokens_BS.device):
+            return self.model.head(self.model.mtp.main_state(final_BTC))
 
     def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
-        states if drafts are made. Returns the head's input, [rows, T, C]."""
+        states if drafts are made. Returns its final states, [rows, T, C]."""
         model, spans = self.model, ctx.cache.spans
         # Only the trunk must be batch-invariant: it decides the text, drafts do not.
         with batch_invariant_pass(spans.width, self.tokens_BS.device):
             tokens = spans.read(self.tokens_BS[rows])
             output = model.trunk(model.trunk.embedding(tokens), ctx)
-            main = model.mtp.main_state(output.final)
         if self._trunk_gives_branch:
             spans.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
-        return main
+        return output.final
 
     def draft(self, k: int) -> DepthDraft:
         """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.

@@ -9,8 +9,9 @@ import torch
 
 from mtp_lightning.cpu.packed import Kind, only_copy, packed_copy, unpacked_weight
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.fused import fused_passes
+from mtp_lightning.decoding.fused import decoding_passes, fused_passes
 from mtp_lightning.decoding.precision import round_weights, roundings_of, use_precision
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.experiment import generating
 from tests.decoding.models import (
     assert_wide_passes_have_the_bits_of_single_ones,
@@ -68,6 +69,17 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, n_threads, rows
         weights = model.head.weight, model.mtp.module(1).eh_proj.weight
         assert tuple(packed_copy(weight).kind for weight in weights) == KINDS[precision]
     assert_wide_passes_have_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
+
+
+@pytest.mark.parametrize("mtp", [{}, {"stack": "linear", "rank": 2}], ids=str)
+def test_a_prompts_logits_have_the_same_bits_next_to_longer_prompts(mtp):
+    """A product in int8 is scaled at its end, one with the unpacked weight is not."""
+    model = rounded("int8", 3, 2, **mtp)
+    prompts = random_prompts(3, (3, 9, 40, 25, 5))
+    with decoding_passes(model):
+        sessions = [Session(model, slots=5, capacity=48, max_draft=2) for _ in range(6)]
+        alone = [s.join([ids]) for s, ids in zip(sessions, prompts, strict=False)]
+        assert torch.equal(sessions[-1].join(prompts), torch.cat(alone))
 
 
 @ROUNDED
