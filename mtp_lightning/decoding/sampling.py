@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.ops import Op
+from mtp_lightning.runtime import threads
 from mtp_lightning.settings import is_number, is_whole
 
 # The smallest positive setting that is not 0 in fp32, the precision of probabilities.
@@ -87,8 +88,7 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered = probs.topk(n, dim=-1).values
         count = torch.full_like(ordered[..., :1], n, dtype=torch.long)
         if top_p < 1:
-            total = (ordered if n == top_k else probs).sum(dim=-1, keepdim=True)
-            shares = ordered / total
+            shares = ordered / total(ordered if n == top_k else probs)
             before = shares.cumsum(dim=-1) - shares
             count = (before < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
         if n == top_k or bool((count < n).all()):
@@ -99,7 +99,14 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     # Among the tokens equal to the last one, keep the lowest ids.
     equal &= equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)
     kept_probs = torch.where(above | equal, probs, 0.0)
-    return kept_probs / kept_probs.sum(dim=-1, keepdim=True)
+    return kept_probs / total(kept_probs)
+
+
+def total(weights: Tensor) -> Tensor:
+    """The sums [..., 1] of weights [..., V]. With several threads, PyTorch divides the sum of a
+    single row among them, and it is rounded differently than that of a row of a batch."""
+    with threads(1):
+        return weights.sum(dim=-1, keepdim=True)
 
 
 @Op

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.sampling import draw, total
 from mtp_lightning.decoding.speculative import Decoder, Round, RowResult
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
@@ -136,7 +136,7 @@ def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, 
     rest_BPV = q_BPV
     drafts, proposals = [], []
     for j in range(noise_BPW.shape[-1]):
-        total_BP1 = rest_BPV.sum(dim=-1, keepdim=True)
+        total_BP1 = total(rest_BPV)
         rest_BPV = rest_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
         draft_BP = draw(rest_BPV, noise_BPW[..., j])
         drafts.append(draft_BP.masked_fill(total_BP1.squeeze(-1) == 0, -1))
@@ -186,7 +186,7 @@ def accept_path_or_resample(
             advanced_B |= ok_B
             open_B = open_B & ~ok_B
             rest_BV = less(p_BV, q_BV)
-            total_B1 = rest_BV.sum(dim=-1, keepdim=True)
+            total_B1 = total(rest_BV)
             # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
             p_BV = torch.where(rejected_B1, rest_BV / total_B1.clamp(min=1e-45), p_BV)

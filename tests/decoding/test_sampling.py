@@ -9,6 +9,7 @@ import torch
 from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
 from mtp_lightning.mtp import selector
+from mtp_lightning.runtime import threads
 from tests.decoding.distributions import VOCAB, assert_samples_follow_the_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 
@@ -85,6 +86,16 @@ def test_rows_with_different_settings_have_the_bits_of_rows_alone():
         for row, sampling in enumerate(settings):
             alone = sampling.probabilities(logits[row : row + 1])
             assert torch.equal(probs[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 50}], ids=str)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_on_two_threads(setting):
+    """PyTorch divides the sum of a single row of so many tokens among the threads."""
+    sampling = Sampling(temperature=0.8, **setting)
+    logits = 3 * torch.randn(12, 50_000, generator=torch.Generator().manual_seed(0))
+    with threads(2):
+        alone = [sampling.probabilities(row) for row in logits.split(1)]
+        assert torch.equal(sampling.probabilities(logits), torch.cat(alone))
 
 
 DRAFT_5 = {"draft_vocab": 5}
