@@ -93,12 +93,13 @@ class TextOptions(Sampling):
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _set_whole(self, name: str, *, least: int | None = None) -> None:
-        """Check that a field is a whole number or None, and turn NumPy's integers into ``int``."""
+    def _set_whole(self, name: str, *, least: int | None = None, most: int | None = None) -> None:
+        """Check that a field is a whole number, or None if that is its default, and turn NumPy's
+        integers into ``int``."""
         value = getattr(self, name)
-        if value is not None:
+        if value is not None or getattr(type(self), name) is not None:
             value = operator.index(value) if is_whole(value) else value
-            self._set(name, require_whole(name, value, least=least))
+            self._set(name, require_whole(name, value, least=least, most=most))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ class Request(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._set_whole("index")
         self._set_whole("draft_depth", least=0)
         ids = self.prompt
         self._set("prompt", ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids))
@@ -194,7 +196,7 @@ class DecodingOptions(TextOptions):
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
-        require_whole("lookup", self.lookup, least=0, most=MOST_DRAFTS)
+        self._set_whole("lookup", least=0, most=MOST_DRAFTS)
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._set("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)

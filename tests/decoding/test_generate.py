@@ -99,6 +99,7 @@ def test_each_end_token_of_the_tokenizer_ends_a_text(continued):
 def test_numbers_of_numpy_and_torch_are_taken_as_whole_numbers():
     model, ids = small_model(0, 2), [3, 1, 4]
     options = {"max_new_tokens": 5, "draft_depth": 2, "seed": 1, "top_k": 3, "batch_size": 1}
+    options |= {"lookup": 2}
     expected = generate(model, [ids], temperature=0.5, **options)[0].token_ids
     options = {name: np.int64(value) for name, value in options.items()}
     for prompt in (
@@ -112,6 +113,8 @@ def test_numbers_of_numpy_and_torch_are_taken_as_whole_numbers():
     for wrong in (np.array([0.0, 1.0]), np.array([True]), torch.tensor([True]), [None]):
         with pytest.raises(ValueError, match="Prompt 0 holds .*, not a token id"):
             generate(model, [wrong], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"index must be a whole number, not 0\.5"):
+        generate(model, [ids], temperature=0.5, indices=[0.5])
 
 
 def test_the_example_of_the_module_docstring_runs(capsys, monkeypatch):

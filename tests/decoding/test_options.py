@@ -105,6 +105,8 @@ REFUSED = [
     ({"stop": 5}, "stop=5 must be a string or a list"),
     ({"stop": [""]}, "at least one character"),
     ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
+    ({"seed": None}, "seed must be a whole number, not None"),
+    ({"max_new_tokens": None}, "max_new_tokens must be a whole number of at least 1, not None"),
     ({"eot_id": "x"}, "eot_id must be a whole number of at least -1, not 'x'"),
     ({"temperature": -1}, "temperature=-1"),
     ({"temperature": math.nan}, "temperature=nan"),
