@@ -11,7 +11,7 @@ Shapes: B rows, T new positions, C d_model.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from typing import Any, TypeGuard
 
@@ -104,7 +104,7 @@ class FusedBlocks:
         self.eps = 0.0 if last is None else last.eps
 
     @staticmethod
-    def of(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> FusedBlocks | None:
+    def of(blocks: Iterable[nn.Module], last: nn.Module | None = None) -> FusedBlocks | None:
         """None if decode.cpp does not support a block's layers, or they are not packed."""
         structs = [_describe(block) for block in blocks]
         supported = [block for block in structs if block is not None]

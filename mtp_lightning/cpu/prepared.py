@@ -9,8 +9,9 @@ their own forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,13 +72,12 @@ def multiply_integers(model: MTPModel) -> str | None:
 class CPUPasses(Prepared):
     """The :class:`~mtp_lightning.decoding.fused.FusedPasses` of a model on a CPU."""
 
+    first_rows = staticmethod(first_rows)
+
     def __init__(self, model: MTPModel) -> None:
         super().__init__(model)
         self._model = model
         self.trunk: TrunkPass | None = self._trunk()
-
-    def first_rows(self, weight_NK: Tensor, rows: int) -> Tensor:
-        return first_rows(weight_NK, rows)
 
     def draft(self, k: int, weight_VC: Tensor) -> FusedDraft | None:
         stack = self._model.mtp
@@ -96,7 +96,7 @@ class CPUPasses(Prepared):
             and type(stack).main_state is MTPStack.main_state
             and type(stack).branch is MTPStack.branch
         )
-        blocks = FusedBlocks.of(list(trunk.blocks), trunk.norm) if plain else None
+        blocks = FusedBlocks.of(trunk.blocks, trunk.norm) if plain else None
         pair = self._head_and_embedding(self._model.head.weight)
         if blocks is None or pair is None:
             return None
@@ -125,25 +125,29 @@ def _forward(layer: nn.Module) -> Callable[..., Any]:
 
 
 class _WholeTrunk:
-    """All blocks of a trunk, with the states that its stack may branch from."""
+    """All blocks of a trunk, in parts that end at the states that its stack may read."""
 
-    def __init__(self, before: FusedBlocks, last: FusedBlocks) -> None:
-        self._before, self._last = before, last
-        self.fits = before.fits
+    def __init__(self, parts: Sequence[FusedBlocks], kept: Collection[int]) -> None:
+        self._parts, self._kept = parts, kept
+        self.fits = parts[0].fits
 
     @classmethod
     def of(cls, trunk: Trunk) -> _WholeTrunk | None:
-        if trunk.keep_after:  # fused as a whole, it would not return the states between its blocks
-            return None
-        *shared, last_block = trunk.blocks
-        before, last = FusedBlocks.of(shared), FusedBlocks.of([last_block], trunk.norm)
-        return None if before is None or last is None else cls(before, last)
+        *before, end = sorted({0, *trunk.keep_after, len(trunk.blocks) - 1, len(trunk.blocks)})
+        parts = [FusedBlocks.of(trunk.blocks[i:j]) for i, j in pairwise(before)]
+        parts.append(FusedBlocks.of(trunk.blocks[before[-1] : end], trunk.norm))
+        supported = [part for part in parts if part is not None]
+        return cls(supported, trunk.keep_after) if len(supported) == len(parts) else None
 
     def __call__(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
-        before_last = self._before(embedded_BTC, ctx)
-        h_BTC = before_last.clone()
-        final_BTC = self._last.in_place(h_BTC, ctx, self._before.n)
-        return TrunkOutput(final_BTC, h_BTC, before_last)
+        states, end = {0: embedded_BTC}, 0  # number of blocks -> the state after them
+        for part in self._parts:
+            h_BTC = states[end].clone(memory_format=torch.contiguous_format)
+            final_BTC = part.in_place(h_BTC, ctx, end)
+            end += part.n
+            states[end] = h_BTC
+        after = {n: states[n] for n in self._kept}
+        return TrunkOutput(final_BTC, states[end], states[end - 1], after)
 
 
 # The fused code of a layer's passes of few tokens; None if decode.cpp does not support the layer,

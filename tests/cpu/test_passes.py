@@ -15,8 +15,10 @@ from mtp_lightning.decoding.precision import round_weights, roundings_of
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialMTP
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.trunk import Trunk
 from tests.decoding.models import random_prompts, small_model, teacher_forced
+from tests.models import build
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=f"needs {native.NEEDED}")
 
@@ -103,6 +105,20 @@ def test_fused_passes_have_the_bits_of_the_layers(
             for session in (fused, layers):
                 session.drop_row(0)
             compare_rounds(fused, layers, drafts, seed=7)
+
+
+@pytest.mark.parametrize(("n_layers", "head"), [(1, "none"), (3, "eagle")])
+def test_many_prompts_together_have_the_bits_of_each_alone(n_layers: int, head: str) -> None:
+    """More numbers than PyTorch's operators normalize in one way (``_SMALL`` of layers.py)."""
+    trunk = TrunkConfig(
+        vocab_size=37, d_model=256, n_layers=n_layers, n_heads=4, n_kv_heads=2, d_ff=48
+    )
+    model = build(trunk, head, depth=0 if head == "none" else 1).eval()
+    prompts = random_prompts(0, (20,) * 24)
+    with decoding_passes(model):
+        together, *each = (Session(model, slots=24, capacity=20, max_draft=0) for _ in range(25))
+        alone = [session.join([ids]) for session, ids in zip(each, prompts, strict=True)]
+        assert torch.equal(together.join(prompts), torch.cat(alone))
 
 
 class UsersTrunk(Trunk):
