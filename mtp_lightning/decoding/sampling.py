@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
@@ -125,11 +124,6 @@ def certain(tokens: Tensor, n_tokens: int) -> Tensor:
     """The distributions [..., V] that give tokens [...] a probability of 1."""
     zeros = torch.zeros(*tokens.shape, n_tokens, device=tokens.device)
     return zeros.scatter_(-1, tokens.unsqueeze(-1), 1.0)
-
-
-def over_all(probs: Tensor, n_tokens: int) -> Tensor:
-    """Probabilities [..., n] of the first tokens as those [..., n_tokens] of all."""
-    return F.pad(probs, (0, n_tokens - probs.shape[-1]))
 
 
 class RowSampling:

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, certain, draw, over_all
+from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, certain, draw
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
@@ -209,8 +210,8 @@ class Decoder:
             ids_B = ids_BM[:, min(k, most) - 1]
             token_B = torch.where(ids_B < 0, token_B, ids_B)
             if q_BN is not None:
-                q_BV, certain_BV = over_all(q_BN, self._vocab), certain(token_B, self._vocab)
-                q_BN = torch.where(ids_B.unsqueeze(1) < 0, q_BV, certain_BV)
+                q_BV = F.pad(q_BN, (0, self._vocab - q_BN.shape[1]))
+                q_BN = torch.where(ids_B.unsqueeze(1) < 0, q_BV, certain(token_B, self._vocab))
             yield Draft(token_B, q_BN, None if confident_B is None else confident_B | (ids_B >= 0))
         caps[:] = [cap if ids else min(cap, k) for cap, ids in zip(caps, looked_up, strict=True)]
         for ids_B in ids_BM.unbind(1)[k:]:
