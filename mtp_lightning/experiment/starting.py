@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Settings that act in training steps alone.
-_ONLY_TRAINING = ("seed", "mtp_lambda", "lambda_schedule", "balance", "objective", "optimizer")
+_ONLY_TRAINING = (
+    *("seed", "mtp_lambda", "lambda_schedule", "balance", "objective", "optimizer"),
+    *("data.batch_size", "data.accumulate"),
+    *("trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
+)
 # Most differences of two architectures that one message lists.
 _SHOWN = 3
 

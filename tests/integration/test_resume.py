@@ -120,11 +120,17 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     assert longer["changed"] == ["at step 10: trainer.max_steps: 10 -> 12"]
     fewer = train_here(tmp_path, cache, {"trainer.max_steps": 5})
     assert fewer["step"] == 12 and read_yaml(tmp_path / "config.yaml")["trainer"]["max_steps"] == 12
-    with pytest.raises(
-        UserError, match=r"has all its 12 steps.*\(seed: 0 -> 1\): start in another"
+    stored = read_yaml(tmp_path / "config.yaml")
+    for change, shown in (
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"trainer.gradient_clip_val": 2.0}, "trainer.gradient_clip_val: 1.0 -> 2.0"),
+        ({"data.batch_size": 8}, "data.batch_size: 4 -> 8"),
     ):
-        train_here(tmp_path, cache, {"trainer.max_steps": 12, "seed": 1})
-    assert read_yaml(tmp_path / "config.yaml")["seed"] == helpers.summary_of(tmp_path)["seed"] == 0
+        refused = rf"has all its 12 steps.*\({shown}\): start in another"
+        with pytest.raises(UserError, match=refused):
+            train_here(tmp_path, cache, {"trainer.max_steps": 12, **change})
+    assert read_yaml(tmp_path / "config.yaml") == stored
+    assert stored["seed"] == helpers.summary_of(tmp_path)["seed"] == 0
 
 
 @pytest.mark.slow
