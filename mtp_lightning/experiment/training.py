@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import processes
@@ -165,14 +166,15 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
     require_memory(build_model_config(config, vocab_size), machines=machines)
 
 
-def _as_trained(run: PreparedRun) -> DictConfig:
-    """The config to store; a run that has done more steps than ``trainer.max_steps`` now asks for
+def _store_config(run: PreparedRun) -> None:
+    """Write ``config.yaml``. A run that has done more steps than ``trainer.max_steps`` now asks for
     stores the number done."""
     stored, steps_done = run.stored, run.resume_step or 0
     if stored.compare.match == "none" and steps_done > stored.trainer.max_steps:
         stored = stored.copy()
         stored.trainer.max_steps = steps_done
-    return stored
+    with replacing(run.folder / CONFIG_FILE) as temporary:
+        OmegaConf.save(stored, temporary, resolve=True)
 
 
 def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
@@ -188,9 +190,9 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     )
     if trainer.is_global_zero:
         run.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(run.folder / CONFIG_FILE) as temporary:
-            OmegaConf.save(_as_trained(run), temporary, resolve=True)
         data.tokenizer.save(run.folder)
+        # Not before Lightning and the callbacks have accepted the settings and the checkpoint.
+        trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: _store_config(run)))  # type: ignore[attr-defined]
         if kernels := kernels_line(run.config.trainer.accelerator):
             log.info(kernels)
     for logger in trainer.loggers:
@@ -198,6 +200,8 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     try:
         with run.peers.handing_on(run.folder):
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
+        if trainer.is_global_zero:
+            _store_config(run)  # of a run without steps to train
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM

@@ -129,7 +129,9 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
         refused = rf"has all its 12 steps.*\({shown}\): start in another"
         with pytest.raises(UserError, match=refused):
             train_here(tmp_path, cache, {"trainer.max_steps": 12, **change})
-    assert read_yaml(tmp_path / "config.yaml") == stored
+    with pytest.raises(UserError, match="saved on .* training windows of 16 tokens"):
+        train_here(tmp_path, cache, {"trainer.max_steps": 13, "data.train_windows": 100})
+    assert read_yaml(tmp_path / "config.yaml") == stored, "a refused start changed it"
     assert stored["seed"] == helpers.summary_of(tmp_path)["seed"] == 0
 
 
