@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,6 +36,9 @@ _OWN_TRAINER_KEYS = (
     *("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile"),
     *("shard_size", "split_checkpoint_gb"),
 )
+
+# The states of an EarlyStopping that no threshold has ended.
+_NO_THRESHOLD = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
 def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
@@ -77,19 +81,37 @@ class EndedEarly(pl.Callback):
     """Corrects two behaviors of Lightning's EarlyStopping.
 
     Every process gets the monitored value, which only the first one logs. A run that EarlyStopping
-    has ended trains no step when it is started again, unless ``patience`` is larger now;
-    EarlyStopping would train it until the next validation, with the patience of the checkpoint.
+    has ended trains no step when it is started again, unless ``patience`` is larger or a threshold
+    is another one now; EarlyStopping would train it until the next validation, with the patience of
+    the checkpoint.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remembers the settings, before the checkpoint replaces them."""
-        self._patience = [rule.patience for rule in trainer.early_stopping_callbacks]
+        rules = trainer.early_stopping_callbacks
+        self._patience = [rule.patience for rule in rules]
+        self._limits = [
+            [rule.stopping_threshold, rule.divergence_threshold, rule.check_finite]
+            for rule in rules
+        ]
+        self._ended_by = self._limits
+
+    def state_dict(self) -> dict[str, Any]:
+        """The thresholds, which EarlyStopping does not store."""
+        return {"limits": self._limits} if self._limits else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the thresholds by which the run may have ended."""
+        self._ended_by = state_dict["limits"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops a run that has no patience left."""
+        """Stops a run that has no patience left, or that a threshold has ended."""
         for rule, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
             rule.patience = patience
-            trainer.should_stop = trainer.should_stop or rule.wait_count >= patience
+            if self._limits != self._ended_by:
+                rule.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            by_value = rule.stopping_reason not in _NO_THRESHOLD
+            trainer.should_stop |= rule.wait_count >= patience or by_value
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a value that the validation did not log."""

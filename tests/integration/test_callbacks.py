@@ -39,6 +39,20 @@ def test_early_stopping_ends_the_run_and_more_patience_continues_it(tmp_path, ca
     assert train_here(tmp_path, cache, patient)["step"] == 8
 
 
+def test_a_run_that_a_threshold_has_ended_trains_no_more(tmp_path, cache):
+    settings = typed("callbacks=early_stopping trainer.val_check_interval=2 trainer.max_steps=20")
+    key = "+callbacks.early_stopping.stopping_threshold"
+
+    def step(threshold: float, **more: Any) -> int:
+        return int(train_here(tmp_path, cache, {**settings, key: threshold, **more})["step"])
+
+    assert step(99.0) == 2
+    before = rows(tmp_path)
+    assert step(99.0) == 2 and rows(tmp_path) == before
+    assert step(0.5, **{"trainer.max_steps": 4}) == 4, "another threshold continues the run"
+    assert step(0.5, **{"trainer.max_steps": 6}) == 6, "the first end is not remembered"
+
+
 @pytest.mark.parametrize("group", ["early_stopping", "checkpoints"])
 def test_a_monitor_that_is_not_logged_is_refused(tmp_path: Path, cache: Path, group: str) -> None:
     settings = {"callbacks": "early_stopping", f"callbacks.{group}.monitor": "val/accuracy_depth_9"}
