@@ -219,7 +219,7 @@ class Checkpoints(RunCallback, Checkpoint):
         step = trainer.global_step
         return (
             step >= trainer.max_steps
-            or trainer.should_stop
+            or _stops(trainer)
             or self._interrupted
             or self._terminated
             or step % self.every_n_steps == 0
@@ -229,7 +229,7 @@ class Checkpoints(RunCallback, Checkpoint):
     def _validation_follows(self, trainer: pl.Trainer) -> bool:
         if not trainer.enable_validation:
             return False
-        if trainer.should_stop:  # Lightning validates again before it stops
+        if _stops(trainer):  # Lightning validates again before it stops
             return True
         interval = trainer.val_check_batch
         return interval is not None and trainer.global_step % interval == 0
@@ -302,3 +302,8 @@ class Checkpoints(RunCallback, Checkpoint):
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
+
+
+def _stops(trainer: pl.Trainer) -> bool:
+    """Whether training ends after this step, which ``trainer.min_steps`` can delay."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early

@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.training import train
 from sweeps.report.read import read_run
@@ -51,6 +52,18 @@ def test_a_run_that_a_threshold_has_ended_trains_no_more(tmp_path, cache):
     assert step(99.0) == 2 and rows(tmp_path) == before
     assert step(0.5, **{"trainer.max_steps": 4}) == 4, "another threshold continues the run"
     assert step(0.5, **{"trainer.max_steps": 6}) == 6, "the first end is not remembered"
+
+
+def test_a_stop_that_min_steps_delays_changes_no_checkpoint(tmp_path, cache, monkeypatch):
+    saved: list[int] = []
+    monkeypatch.setattr(Checkpoints, "_save", lambda self, t: saved.append(t.global_step))
+    settings = EARLY | typed(
+        "callbacks.early_stopping.patience=1 callbacks.checkpoints.monitor=null "
+        "trainer.val_check_interval=4 callbacks.checkpoints.every_n_steps=6 "
+        "trainer.max_steps=20 +trainer.min_steps=20"
+    )
+    assert train_here(tmp_path, cache, settings)["step"] == 20
+    assert saved == [6, 12, 18, 20, 20]  # the last one is that of on_train_end
 
 
 @pytest.mark.parametrize("group", ["early_stopping", "checkpoints"])
