@@ -153,11 +153,14 @@ class Check(Callback):
             plain, typed = OmegaConf.to_container(config), list(config.hydra.overrides.task)
             if plain.get("run_dir", "") is None:  # type: ignore[union-attr]
                 raise UserError("run_dir=null is not a folder: give its name, or leave it out.")
-            # A sweep's own job types a value of each of its keys.
+            # A sweep's own job types a value of each of its keys, and both folders.
             chosen = {override.lstrip("+").partition("=")[0] for override in typed}
             if swept := (config.hydra.sweeper.get("params") or {}).keys() - chosen:
                 keys = ", ".join(sorted(swept))
                 raise UserError(f"+sweeps=... varies {keys}: add -m for a run with each value.")
+            of_sweep = [o for o in typed if o.lstrip("+").startswith(("sweep.", "sweep_dir="))]
+            if of_sweep and "run_dir" not in chosen:
+                raise UserError(f"{of_sweep[0]} is of a sweep: add -m, or leave it out.")
             name, folder = str(config.hydra.job.config_name), str(config.hydra.run.dir)
             check_config.check(plain, name, typed, folder=folder)  # type: ignore[arg-type]
 

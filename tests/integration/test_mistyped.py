@@ -165,6 +165,8 @@ train.py -m mtp.depth=1,2 sweep_dir= => sweep_dir has no value: give it as sweep
 export.py checkpoint=FOLDER output= => output has no value: give it as output=...
 train.py +sweeps=depth  [*] => +sweeps=... varies mtp.depth, seed: add -m
 train.py +sweeps=depth mtp.depth=2 => +sweeps=... varies seed: add -m
+train.py mtp.depth=2 sweep_dir=FOLDER/two => sweep_dir=FOLDER/two is of a sweep: add -m
+train.py sweep.retry_failed=true => sweep.retry_failed=true is of a sweep: add -m
 evaluate.py runs/mine => runs/mine has no key: give it as checkpoint=runs/mine
 generate.py checkpoint=null prompt=a => checkpoint must be a path, not None
 evaluate.py checkpoint=x decode=8 => decode must be a mapping, not 8
