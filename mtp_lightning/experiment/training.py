@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import processes
@@ -204,6 +205,11 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
             _store_config(run)  # of a run without steps to train
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"Lightning refuses a setting or callback: {reason}: leave it out."
+        ) from error
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
         from mtp_lightning.run.loading import describe_interrupt
 

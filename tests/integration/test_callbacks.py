@@ -66,6 +66,13 @@ def test_a_stop_that_min_steps_delays_changes_no_checkpoint(tmp_path, cache, mon
     assert saved == [6, 12, 18, 20, 20]  # the last one is that of on_train_end
 
 
+def test_a_callback_that_lightning_refuses_is_one_sentence(tmp_path, cache):
+    target = "+callbacks.averaging._target_"
+    settings = typed(f"{target}=lightning.pytorch.callbacks.StochasticWeightAveraging")
+    with pytest.raises(UserError, match="Lightning refuses .*swa_epoch_start.*leave it out"):
+        train_here(tmp_path, cache, {**settings, "+callbacks.averaging.swa_lrs": 0.01})
+
+
 @pytest.mark.parametrize("group", ["early_stopping", "checkpoints"])
 def test_a_monitor_that_is_not_logged_is_refused(tmp_path: Path, cache: Path, group: str) -> None:
     settings = {"callbacks": "early_stopping", f"callbacks.{group}.monitor": "val/accuracy_depth_9"}
