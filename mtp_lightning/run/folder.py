@@ -12,11 +12,13 @@ from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE
 from mtp_lightning.run.lock import Lock
 
 _LOCK_FILE = ".run.lock"
-# The entries that a run's folder may have before the first step, besides TensorBoard's files.
+# The entries that a run's folder may have before the first step.
 _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
+# How the names of others begin: TensorBoard's files, and logs of processes that Lightning starts.
+_ALSO_BEGUN = ("events.out.tfevents.", "train_ddp_process_")
 # Of these, the entries that no start makes before it holds the lock: if one is there, the folder
 # was used before.
 _OTHERS = _BEGUN - {_LOCK_FILE, ".hydra", "train.log"}
@@ -73,7 +75,7 @@ def leave(folder: Path) -> None:
     """Remove the folder of a run that has made no step."""
     with suppress(OSError):
         names = {entry.name for entry in folder.iterdir()}
-        events = {name for name in names if name.startswith("events.out.tfevents.")}
+        others = {name for name in names if name.startswith(_ALSO_BEGUN)}
         empty = CHECKPOINTS not in names or not any((folder / CHECKPOINTS).iterdir())
-        if empty and names - events <= _BEGUN:
+        if empty and names - others <= _BEGUN:
             shutil.rmtree(folder)

@@ -37,6 +37,7 @@ def test_an_error_before_the_first_checkpoint_removes_the_folder(tmp_path, saved
     with pytest.raises(KeyError), claimed(folder):
         (folder / ".hydra").mkdir()
         (folder / "config.yaml").write_text("a: 1\n")
+        (folder / "train_ddp_process_1.log").touch()
         (folder / "checkpoints").mkdir()
         if saved:
             (folder / "checkpoints" / "last.ckpt").write_bytes(b"weights")
