@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -185,6 +185,15 @@ def test_accumulated_micro_batches_train_as_one_batch(
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert str(whole.rule.state_dict().keys()) == str(parts.rule.state_dict().keys())
+
+
+def test_random_keys_number_the_windows_of_all_ranks(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtp_lightning.objective.step.rank", lambda: 2)
+    training = Training(tiny_trunk, "sequential", NoBalance(DEPTH), accumulate=2)
+    plan = training.step.plan(windows(6, 12, DEPTH), Progress(step=5, max_steps=9))
+    assert [m.key for m in plan.micro_batches] == [RandomKey(0, 5, row) for row in (12, 15)]
 
 
 @pytest.mark.parametrize(
