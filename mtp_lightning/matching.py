@@ -158,7 +158,7 @@ def total_flops(
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
     total = 0.0
     for sample in range(samples):
-        step = (2 * sample + 1) * steps // (2 * samples) if samples < steps else sample
+        step = (2 * sample + 1) * steps // (2 * samples)
         tokens = step * length.tokens_per_step
         progress = Progress(step=step, max_steps=steps, tokens=tokens)
         lambdas = [1.0, *schedule.lambdas(progress)]

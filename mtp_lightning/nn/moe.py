@@ -128,8 +128,8 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             )
 
     def rate(self, fraction: float) -> float:
-        """gamma after a ``fraction`` of the run; the sum is rounded, as 1 - 0.18 exceeds 0.82."""
-        return 0.0 if round(fraction + self.bias_frozen, 9) >= 1 else self.bias_rate
+        """gamma after a ``fraction`` of the run; a sum, since 1 - 0.18 exceeds 0.82."""
+        return 0.0 if fraction + self.bias_frozen >= 1 else self.bias_rate
 
 
 class Router(Linear):

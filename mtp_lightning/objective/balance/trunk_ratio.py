@@ -50,7 +50,7 @@ class TrunkRatio(Balance):
         return [lambdas[0], *own[1:]]
 
     def rests_at(self, progress: Progress) -> bool:
-        return round(progress.fraction + self.frozen, 9) >= 1  # 1 - 0.18 is above 82 / 100
+        return progress.fraction + self.frozen >= 1  # 1 - 0.18 is above 82 / 100
 
     def update(self, observed: Observed) -> dict[str, float]:
         values = {}
