@@ -21,6 +21,9 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.balance.dwa import DWA
+from mtp_lightning.objective.balance.gradnorm import GradNorm
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
+from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.curriculum import forward_curriculum
@@ -131,6 +134,32 @@ def test_match_flops_is_the_nearest_where_depths_begin_or_end_at_a_step(first, s
     }  # fmt: skip
     nearest = min(costs, key=lambda n: abs(costs[n] - result.target))
     assert result.max_steps == nearest and result.reached == pytest.approx(costs[nearest])
+    for n, share in ((170, 0.25), (170, 0.75), (400, 0.25), (400, 0.75)):
+        target = costs[n] + share * (costs[n + 1] - costs[n])
+        steps, _ = matching.match_steps(StepCost(config), schedule, target, LENGTH, NoBalance(4))
+        assert steps == n + round(share)
+
+
+@pytest.mark.parametrize(
+    "rule", [GradNorm(2, every_n_steps=4), TrunkRatio(2, every_n_steps=5, frozen=0.25)]
+)
+def test_the_flops_of_measurements_are_those_of_the_steps_that_measure(rule: Any) -> None:
+    length = matching.Length(seq_len=16, max_steps=20, tokens_per_step=32)
+    cost = StepCost(ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2)))
+    measures = [rule.measures_at(Progress(step=step, max_steps=20)) for step in range(20)]
+    steps = [cost.per_token(16, scope=rule.scope if measured else None) for measured in measures]
+    schedule = constant(depth=2, mtp_lambda=0.3)
+    total = matching.total_flops(cost, schedule, length, rule)
+    assert total == pytest.approx(32 * sum(steps), rel=1e-9)
+
+
+def test_the_flops_of_sampled_depths_are_weighted_by_their_probabilities() -> None:
+    length = matching.Length(seq_len=16, max_steps=20, tokens_per_step=32)
+    cost = StepCost(ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2)))
+    rule, schedule = SampledDepths(2, seed=0, probabilities=[1, 3]), constant(2, 0.3)
+    total = matching.total_flops(cost, schedule, length, rule)
+    mean = (cost.per_token(16, [1]) + 3 * cost.per_token(16, [2])) / 4
+    assert total == pytest.approx(20 * 32 * mean, rel=1e-9)
 
 
 @pytest.mark.parametrize(("rule", "stored"), [(DWA, False), (NoBalance, True), (NoBalance, False)])
