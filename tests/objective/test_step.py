@@ -187,6 +187,19 @@ def test_accumulated_micro_batches_train_as_one_batch(
     assert str(whole.rule.state_dict().keys()) == str(parts.rule.state_dict().keys())
 
 
+def test_gradients_are_clipped_and_the_logged_norm_is_that_before(tiny_trunk: TrunkConfig) -> None:
+    free, clipped = (
+        Training(tiny_trunk, "sequential", NoBalance(DEPTH), clip_norm=bound)
+        for bound in (None, 0.01)
+    )
+    results = [training(documents_of(5)) for training in (free, clipped)]
+    norms = [float(result.values["train/grad_norm"]) for result in results]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.1
+    for name, gradient in clipped.gradients.items():
+        scaled = free.gradients[name] * (0.01 / norms[0])
+        torch.testing.assert_close(gradient, scaled, rtol=1e-4, atol=0)
+
+
 def test_random_keys_number_the_windows_of_all_ranks(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,8 +243,9 @@ def test_a_closed_cosine_gate_changes_only_the_gradients_of_the_trunk(
         Training(tiny_trunk, "sequential", rule(DEPTH), weight=weight, clip_norm=None)
         for rule, weight in ((CosineGate, 0.3), (NoBalance, 0.0), (NoBalance, 0.3))
     )
-    for training in (closed, plain, fixed):
-        training(documents_of(5))
+    result, *_ = [training(documents_of(5)) for training in (closed, plain, fixed)]
+    norm = torch.stack([gradient.norm() for gradient in closed.gradients.values()]).norm()
+    assert float(result.values["train/grad_norm"]) == pytest.approx(float(norm)), "gated first"
     trunk = [n for n in closed.gradients if n.startswith(("trunk.blocks.", "trunk.norm."))]
     assert len(trunk) > 5
     for name, gradient in closed.gradients.items():
