@@ -98,6 +98,9 @@ def test_stages_change_at_whole_steps() -> None:
     ):
         lambdas = [schedule.lambdas(Progress(step, 300)) for step in (99, 100, 199, 200)]
         assert lambdas == [[0, 0], [0.5, 0], [0.5, 0], [0.5, 0.5]]
+    # 9 / 11 * 77 is one ulp above 63.
+    deep = curriculum.forward_curriculum(10, 1.0, unit="steps", length=77)
+    assert [deep.lambdas(Progress(step, 77)).count(0) for step in (62, 63)] == [2, 1]
 
 
 def test_depth_ever_skipped_says_whether_a_weight_is_zero_at_some_step() -> None:
