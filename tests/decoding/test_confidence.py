@@ -33,11 +33,11 @@ def model_of(trunk: TrunkConfig, variant: str, confidence: float) -> MTPModel:
 def test_drafting_stops_when_the_product_of_confidences_is_too_low(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch, variant: str, temperature: float
 ) -> None:
-    """The products are 0.8, 0.64 and 0.512; deeper drafts are never judged."""
-    model = model_of(tiny_trunk, variant, 0.8)
+    """The products are 1/2, 1/4 and 1/8; deeper drafts are never judged."""
+    model = model_of(tiny_trunk, variant, 0.5)
     drafted, draft = set[int](), Session.draft
     monkeypatch.setattr(Session, "draft", lambda self, k: drafted.add(k) or draft(self, k))
-    for least, drafts in ((0.0, 3), (0.5, 3), (0.6, 2), (0.7, 1), (0.9, 0)):
+    for least, drafts in ((0.0, 3), (0.1, 3), (1 / 4, 2), (0.3, 1), (0.6, 0)):
         texts = generate(
             model, PROMPTS, max_new_tokens=24, temperature=temperature, min_confidence=least
         )

@@ -233,17 +233,20 @@ def test_a_request_that_the_memory_does_not_hold_changes_no_other_text(mtp, opti
 def test_a_request_may_ask_for_fewer_drafts():
     """Its text and number of drafts stay the same among rows with more drafts."""
     model = small_model(21, 3)
-    prompts = random_prompts(21, (5, 5, 5, 5))
+    prompts = random_prompts(21, (5, 5, 5, 5, 5))
     options = {"temperature": 1.0, "max_new_tokens": 30, "eot_id": -1}
     requests = [
         Request(prompt=p, index=i, draft_depth=depth, **options)
-        for i, (p, depth) in enumerate(zip(prompts, (0, 1, 2, None), strict=True))
+        for i, (p, depth) in enumerate(zip(prompts, (0, 1, 2, None, 9), strict=True))
     ]
     expected = [decoded_alone(model, request) for request in requests]
-    with Engine(model, DecodingOptions(batch_size=4)) as engine:
+    with Engine(model, DecodingOptions(batch_size=5)) as engine:
         rows = run_to_end(engine, requests)
     assert ids_of(rows) == expected
     assert [max(row.depths) for row in rows[:3]] == [0, 1, 2]
+    # The engine's own number is the most.
+    most = Request(prompt=prompts[4], index=4, draft_depth=3, **options)
+    assert decoded_alone(model, most) == expected[4]
     with pytest.raises(ValueError, match="draft_depth must be a whole number of at least 0"):
         Request(prompt=[1], draft_depth=-1)
 

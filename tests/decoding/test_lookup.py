@@ -183,10 +183,14 @@ def test_several_lookups_in_a_row_keep_the_models_distribution(
     assert chi_square(counts, probs) < 4
 
 
-def test_a_sample_with_lookups_does_not_depend_on_other_texts(batch_size: int) -> None:
+@pytest.mark.parametrize("min_confidence", [0.0, 0.4])
+def test_a_sample_with_lookups_does_not_depend_on_other_texts(
+    batch_size: int, min_confidence: float
+) -> None:
     model = small_model(4, 2, vocab=VOCAB)
     prompts = random_prompts(4, (9, 20, 3, 12), VOCAB)
     options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.8, "lookup": 5}
+    options["min_confidence"] = min_confidence
     together = generate(model, prompts, batch_size=4, **options)
     assert ids_of(generate(model, prompts, batch_size=batch_size, **options)) == ids_of(together)
     assert all(g.lookups for g in together)
@@ -217,7 +221,9 @@ def test_texts_without_lookups_are_not_indexed(monkeypatch: pytest.MonkeyPatch) 
         running.add([Request(prompt=prompts[0], draft_depth=0)])
 
 
-def test_lookups_and_drafts_of_modules_are_counted_separately() -> None:
+def test_lookups_and_drafts_of_modules_are_counted_separately(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = small_model(1, 2, vocab=VOCAB)
     prompts = random_prompts(1, LENGTHS, VOCAB)
     texts = generate(model, prompts, max_new_tokens=NEW, lookup=6, batch_size=1)
@@ -226,6 +232,11 @@ def test_lookups_and_drafts_of_modules_are_counted_separately() -> None:
         by_modules = g.drafts - g.lookups  # two tokens a time, at the end fewer
         assert 0 <= 2 * g.drafts_reached[0] - by_modules <= 2
     assert rates(texts)["tokens_per_step"] > 1.2
+    # Texts that are decoded together, by modules that are never sure enough to draft.
+    monkeypatch.setattr(lookup, "extra_tokens_are_cheap", lambda device: True)
+    texts = generate(model, prompts, max_new_tokens=NEW, lookup=6, min_confidence=1.0)
+    for g in texts:
+        assert g.drafts == g.lookups > 0 and g.drafts_reached == [0, 0]
 
 
 def test_predicted_tokens_per_step_of_lookups_alone_are_the_measured_ones() -> None:

@@ -196,8 +196,10 @@ def test_another_greedy_token_is_an_error_with_its_position() -> None:
     require_same_greedy(model, [prompt], [plain], [replace(plain)])
     wrong = list(plain.token_ids)
     wrong[4] = (wrong[4] + 1) % 37
-    with pytest.raises(RuntimeError, match="at new token 4 after the prompt"):
-        require_same_greedy(model, [prompt], [plain], [replace(plain, token_ids=wrong)])
+    other = replace(plain, token_ids=wrong)
+    for one, two in ((plain, other), (other, plain)):
+        with pytest.raises(RuntimeError, match="at new token 4 after the prompt"):
+            require_same_greedy(model, [prompt], [one], [two])
     short = replace(plain, token_ids=plain.token_ids[:-1])
     with pytest.raises(RuntimeError, match="at new token 7"):
         require_same_greedy(model, [prompt], [plain], [short])
