@@ -14,7 +14,12 @@ from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
 from mtp_lightning.mtp.inputs import StackInputs
-from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
+from mtp_lightning.mtp.sequential import (
+    SequentialConfig,
+    SequentialMTP,
+    draw_dropped,
+    draw_states_back,
+)
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
 from tests.models import build, windows
@@ -32,6 +37,9 @@ def test_mixing_draws_uniformly_from_the_trunk_and_shallower_depths() -> None:
     assert not torch.equal(back[0], back[1])
     for other in (RandomKey(seed=1, step=1), RandomKey(seed=2, step=0)):
         assert not torch.equal(draw_states_back(k, batch, seq_len, other), back)
+    # So have depths.
+    first, second = (draw_dropped(k, 0.5, 2, 50, RandomKey(seed=1, step=0)) for k in (1, 2))
+    assert not torch.equal(first, second)
 
 
 def test_mixing_does_not_depend_on_micro_batches_or_ranks() -> None:

@@ -14,7 +14,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.context import ForwardContext
-from mtp_lightning.nn.rope import Llama3Scaling, over_whole_heads, rope_table
+from mtp_lightning.nn.rope import Llama3Scaling, YarnScaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 from tests.decoding.models import teacher_forced
 
@@ -119,6 +119,31 @@ def test_scaled_frequencies_follow_llama_3s_rule() -> None:
     assert cases == {"unchanged", "interpolated", "divided"}
     whole, _ = over_whole_heads(*rope_table(torch.tensor([position]), d_head, theta, SCALING))
     assert torch.equal(whole[0, : d_head // 2], cos[0])
+
+
+@pytest.mark.parametrize(
+    ("theta", "positions", "bounds"),
+    [(10_000.0, 4096, (5, 12)), (10_000.0, 64, (0, 5)), (10.0, 911, (10, 31))],
+    ids=["inside", "no fast frequency", "no slow frequency"],
+)
+def test_scaled_frequencies_follow_yarns_rule(
+    theta: float, positions: int, bounds: tuple[int, int]
+) -> None:
+    """Dimension j turns ``positions theta^(-2j/R) / 2 pi`` times; j may be above R/2."""
+    scaling = YarnScaling(factor=4.0, original_positions=positions, mscale=1.0, mscale_all_dim=0.7)
+    size = 32
+    turns = [positions * theta ** (-2 * j / size) / (2 * math.pi) for j in range(size)]
+    low = max((j for j in range(size) if turns[j] >= 32), default=0)
+    high = min((j for j in range(size) if turns[j] <= 1), default=size - 1)
+    assert (low, high) == bounds
+    frequency = theta ** -(torch.arange(size // 2, dtype=torch.float64) * 2 / size)
+    share = [min(max((j - low) / (high - low), 0.0), 1.0) for j in range(size // 2)]
+    expected = [f * (1 - s) + f / 4 * s for f, s in zip(frequency.tolist(), share, strict=True)]
+    assert scaling.stretched(frequency, theta).tolist() == pytest.approx(expected)
+    scale = 0.1 * math.log(4) + 1
+    assert scaling.magnitude == pytest.approx(scale / (0.07 * math.log(4) + 1))
+    assert replace(scaling, mscale_all_dim=None).magnitude == pytest.approx(scale)
+    assert scaling.score_factor == pytest.approx((0.07 * math.log(4) + 1) ** 2)
 
 
 def test_a_scaling_may_be_any_mapping() -> None:

@@ -14,7 +14,7 @@ from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.rope import over_whole_heads, rope_table, rotate_in_place
+from mtp_lightning.nn.rope import YarnScaling, over_whole_heads, rope_table, rotate_in_place
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import BATCH_INVARIANT, prepared
@@ -57,12 +57,16 @@ def test_rotation_in_place_equals_rotary():
 
 
 @pytest.mark.parametrize(
-    ("kv", "exact"), [(1, True), (2, False), (4, True), ("latent", True), ("latent", False)]
+    ("kv", "exact"),
+    [(1, True), (2, False), (4, True), ("latent", True), ("latent", False), ("scaled", True)],
 )
 def test_passes_of_any_width_equal_one_window(kv, exact):
     sizes = {"vocab_size": 9, "d_model": 32, "n_layers": 1, "n_heads": 4, "d_ff": 8}
-    latent = kv == "latent"
-    config = deepseek_trunk(d_model=32) if latent else TrunkConfig(n_kv_heads=kv, **sizes)
+    if isinstance(kv, int):
+        config = TrunkConfig(n_kv_heads=kv, **sizes)
+    else:
+        yarn = YarnScaling(factor=4.0, original_positions=8, mscale=1.0, mscale_all_dim=0.7)
+        config = deepseek_trunk(d_model=32, rope_scaling=yarn if kv == "scaled" else None)
     layer, x = attention(config), torch.randn(3, 30, 32)
     with torch.no_grad():
         expected = layer(x, ForwardContext.of_window(config, 30, device=torch.device("cpu")))
