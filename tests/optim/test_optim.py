@@ -196,6 +196,23 @@ def test_a_beta_of_adamw_may_be_the_whole_number_0(tiny_trunk: TrunkConfig) -> N
     assert optimizer.defaults["betas"] == (0.0, 0.9)
 
 
+def test_adamw_decays_matrices_alone(tiny_trunk: TrunkConfig) -> None:
+    """Neither vectors nor what a balance rule learns; parameters that are frozen stay."""
+    model, learned = build(tiny_trunk, SequentialConfig(depth=1)), nn.Parameter(torch.ones(()))
+    frozen = model.trunk.embedding.weight.requires_grad_(False)
+    schedule = LRSchedule(kind="constant")
+    adamw = AdamWConfig(lr=0.1, betas=[0.9, 0.9], eps=1e-8, weight_decay=0.5, schedule=schedule)
+    optimizer = adamw.build(model, [learned])
+    parameters = [*model.parameters(), learned]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(parameters, before, strict=True):
+        decayed = parameter.dim() == 2 and parameter is not frozen
+        torch.testing.assert_close(parameter.detach(), old * 0.95 if decayed else old)
+
+
 @pytest.mark.slow
 def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
     """The parameters of a balance rule, too."""
