@@ -17,6 +17,8 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts
+from mtp_lightning.objective.terms.e2e_tv import E2ETV
+from mtp_lightning.objective.terms.kl import KL
 from tests import deepseek
 from tests.integration.helpers import checkpoint, command, execute, rows, train_here, weights
 from tests.losses import gradients, mtp_loss, reported_loss
@@ -147,6 +149,16 @@ def test_every_router_of_a_module_of_several_blocks_is_logged() -> None:
     tags = balance_experts(model, auxiliary, fraction=0.0).keys() - {"moe/max_violation"}
     assert len(tags) == len(routers_of(model))
     assert {"moe/max_violation_depth_1_block_0", "moe/max_violation_depth_1"} <= tags
+
+
+def test_a_prepass_counts_no_loads() -> None:
+    """It runs heads side by side a second time."""
+    model = MTPModel(ModelConfig(trunk=deepseek.TRUNK, mtp=ParallelConfig(depth=1)))
+    model.initialize(0)
+    batch = WindowBatch(torch.randint(0, 37, (2, 18)), 1)
+    for term in (KL(), E2ETV()):
+        _, _, auxiliary = reported_loss(model.train(), batch, [0.3], [32] * 2, term=term)
+        assert [int(load.sum()) for load in auxiliary.loads.values()] == [2 * 16 * 2] * 3
 
 
 def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
