@@ -236,6 +236,12 @@ def test_newest_intact_skips_damaged_checkpoints(tmp_path, caplog):
     (tmp_path / "step_25.ckpt").write_bytes(b"")
     assert cio.newest_intact(tmp_path) == tmp_path / "previous.ckpt"
     assert "step_25.ckpt is damaged and skipped: the file is empty" in caplog.text
+    # Of equal steps, the newest file.
+    cio.save(content(20), tmp_path / "step_20.ckpt")
+    for age, newest in ((1, "previous.ckpt"), (-1, "step_20.ckpt")):
+        time_ns = (tmp_path / "previous.ckpt").stat().st_mtime_ns - age * 10**9
+        os.utime(tmp_path / "step_20.ckpt", ns=(time_ns, time_ns))
+        assert cio.newest_intact(tmp_path) == tmp_path / newest
 
 
 def test_link_or_copy_copies_on_a_disk_without_links(tmp_path: Path, monkeypatch) -> None:

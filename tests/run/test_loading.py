@@ -16,7 +16,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
-from mtp_lightning.run import loading
+from mtp_lightning.run import checkpoints, loading
 from tests.models import build, checkpoint_of
 
 
@@ -51,6 +51,16 @@ def test_a_forged_config_is_refused_before_memory_is_allocated(
     assert words in str(error.value) and time.monotonic() - began < 60
     checkpoint["model_config"] = model.config.to_dict()
     assert open_model("x.ckpt").step == 3
+
+
+def test_the_newest_checkpoint_takes_the_place_of_a_damaged_best_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name, step in (("best", 10), ("previous", 20), ("last", 30)):
+        checkpoints.save({"global_step": step}, folder / f"{name}.ckpt")
+    best = folder / "best.ckpt"
+    assert loading.find_checkpoint(tmp_path) == best
+    best.write_bytes(best.read_bytes()[:-10])
+    assert loading.find_checkpoint(tmp_path) == folder / "last.ckpt"
 
 
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
