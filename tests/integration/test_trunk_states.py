@@ -35,7 +35,8 @@ def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
 SWITCHES: dict[str, dict[str, Any]] = {
     "final": {},
     "two states": {"mtp.input_norm": "pre", "data.document_mask": "true"},
-    "taught": {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
+    "taught": {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2}
+    | {"data.train_windows": 20},
     "few": {"data.train_windows": 9, "data.document_mask": "true", "trainer.precision": "64-true"},
     "side by side": {"mtp": "parallel"},
     "three states": {"mtp": "eagle", "mtp.draft_vocab": 60},
