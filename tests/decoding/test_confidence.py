@@ -13,6 +13,7 @@ from mtp_lightning.decoding.adaptive import AutoDepth, _Rounds
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import top_probability
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import Confidence
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.models import ids_of
 from tests.models import build
@@ -80,6 +81,15 @@ def test_the_probability_of_the_likeliest_token_equals_the_softmax() -> None:
     for x in (logits, logits.bfloat16()):
         expected = x.double().softmax(dim=-1).amax(dim=-1)
         torch.testing.assert_close(top_probability(x).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_draft_beyond_the_trained_depths_has_the_confidence_of_the_last_one() -> None:
+    layers, hidden = Confidence(2, 5), torch.randn(3, 5)
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter)
+    for k, depth in ((1, 1), (2, 2), (3, 2), (9, 2)):
+        expected = hidden @ layers.weight[depth - 1] + layers.bias[depth - 1]
+        torch.testing.assert_close(layers(k, hidden), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

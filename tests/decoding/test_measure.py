@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -98,6 +99,9 @@ def test_costs_of_passes_give_the_expected_speedup() -> None:
     measured = pass_costs(small_model(0, 2), [1, 2, 3], repeats=2)
     assert len(measured.verify) == 3 and len(measured.draft) == 2
     assert min(*measured.verify, *measured.draft) > 0
+    # The first ten calls are not timed.
+    times = itertools.chain.from_iterable((0, seconds) for seconds in [9.0] * 10 + [1.0, 2.0, 4.0])
+    assert measure._seconds(lambda: None, 3, lambda: next(times)) == 2.0
     for n in (1, 2):  # fewer tokens than depths
         assert min(pass_costs(small_model(0, 4), [1] * n, repeats=2).draft) > 0
 

@@ -258,6 +258,14 @@ def test_every_number_of_drafts_is_timed_and_counted(monkeypatch: pytest.MonkeyP
         assert first > second >= 0  # a draft is judged only after a right one
 
 
+def test_the_first_round_of_a_turn_which_catches_up_is_not_timed() -> None:
+    turns = paying._Turns(1)
+    for n in range(40):
+        m = turns.depth(1)
+        turns.record(m, 1.0 + m if n % 2 else 9.0, [0], [m])
+    assert turns.payoff() == Payoff(costs=(1.0, 2.0), accepted=(0.0,))
+
+
 @pytest.mark.parametrize("max_context", [2, 4, 8])
 def test_drafts_beyond_a_short_window_are_not_measured(
     max_context: int, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.tree_speculative import accept_path_or_resample
 from mtp_lightning.decoding.verification import RULES, accept_block, accept_or_resample
 from tests.decoding.models import ids_of, random_prompts, small_model
 
@@ -173,6 +175,20 @@ def test_a_row_is_judged_as_if_it_were_alone(rule: str) -> None:
         alone, alone_kept = RULES[rule](*(x[row : row + 1] for x in inputs))
         assert int(alone_kept) == kept
         assert torch.equal(alone[0, : kept + 1], tokens[row, : kept + 1])
+
+
+@pytest.mark.parametrize("rule", [*RULES, "tree"])
+def test_a_draft_that_the_trunk_excludes_is_not_kept(rule: str) -> None:
+    """Even by the smallest random number."""
+    p, q = torch.tensor([0.5, 0.5, 0.0]).expand(1, 2, -1), torch.tensor([[[0.0, 0.5, 0.5]]])
+    draft, limit = torch.tensor([[2]]), torch.tensor([1])
+    noise, final = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    if rule == "tree":
+        q_levels = [q.unsqueeze(2)]
+        judged = accept_path_or_resample(Tree((1,)), p, q_levels, draft, noise, final, limit)
+    else:
+        judged = RULES[rule](p, q, draft, noise, final, limit)
+    assert judged[0][0, 0] == 0 and judged[-1] == 0
 
 
 def test_all_drafts_are_kept_if_p_equals_q() -> None:
