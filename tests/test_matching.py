@@ -109,15 +109,6 @@ def test_match_flops_counts_a_depth_only_while_it_is_active() -> None:
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
 
 
-def test_match_flops_lengthens_the_run_to_a_costlier_reference() -> None:
-    config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
-    plain_flops = StepCost(config).per_token(64) * 1024 * 300
-    steps, reached = matching.match_steps(
-        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * plain_flops, LENGTH, NoBalance(0)
-    )
-    assert steps == 750 and reached == 2.5 * plain_flops
-
-
 @pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
 def test_match_flops_is_the_nearest_where_depths_begin_or_end_at_a_step(first, second, unit):
