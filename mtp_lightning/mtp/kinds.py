@@ -110,7 +110,9 @@ class SideBySide(MTPStack):
         shared = [
             p for module in self.children() if module not in apart for p in module.parameters()
         ]
-        return [p for p in (*own, *shared, *self.parameters(recurse=False)) if p.requires_grad]
+        # Once each: a layer may be an attribute of the stack and its head, too.
+        parameters = dict.fromkeys((*own, *shared, *self.parameters(recurse=False)))
+        return [p for p in parameters if p.requires_grad]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, inputs.hidden, inputs.ctx)

@@ -127,9 +127,24 @@ class SharesTogether(Shares):
         return super(SideBySide, self).feed(*arguments)
 
 
-def test_what_heads_side_by_side_share_is_trained(tiny_trunk: TrunkConfig) -> None:
-    changes, expected = train(tiny_trunk, Shares), train(tiny_trunk, SharesTogether)
-    assert expected["shared.weight"].any() and expected["scale"].any()
+class OneMatrix(Shares):
+    """The matrix of every depth is the shared one."""
+
+    def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config, trunk)
+        self.depths = nn.ModuleList(self.shared for _ in range(config.depth))
+
+
+class OneMatrixTogether(OneMatrix, SharesTogether):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("heads", "together"), [(Shares, SharesTogether), (OneMatrix, OneMatrixTogether)]
+)
+def test_what_heads_side_by_side_share_is_trained(heads, together, tiny_trunk: TrunkConfig) -> None:
+    changes, expected = train(tiny_trunk, heads), train(tiny_trunk, together)
+    assert all(change.any() for change in expected.values())
     for name, change in expected.items():
         torch.testing.assert_close(changes[name], change, msg=name)
 
