@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data_modules.tokenizers import tokenizer_from_state
+from data_modules.tokenizers import Tokenizer, tokenizer_from_state
+from data_modules.tokenizers.base import class_of
 from mtp_lightning import processes
 from mtp_lightning.command_line.check_config import require_reach
 from mtp_lightning.errors import UserError
@@ -30,7 +31,6 @@ from mtp_lightning.optim.base import OptimizerConfig
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
-    from data_modules.tokenizers import Tokenizer
     from mtp_lightning.matching import Matched
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,14 @@ def build_data(
         arguments["tokenizer"] = tokenizer_from_state(tokenizer_state)
         if "task" not in cfg.data and (typed or not brought):
             _require_same_tokenizer(cfg, arguments["tokenizer"], tokenizer_state)
+    elif "task" not in cfg.data:
+        own = instantiate(cfg.tokenizer, kind=Tokenizer)
+        if class_of(own.kind) is not type(own):
+            raise UserError(
+                f"tokenizer._target_={cfg.tokenizer._target_} is not a tokenizer of this project, "
+                "and checkpoints are read with those alone: write yours as a tokenizer.json, and "
+                "set tokenizer=pretrained tokenizer.path=FILE."
+            )
     data: WindowDataModule = instantiate(cfg.data, **arguments)
     data.allow = trusted_packages(cfg)
     data.prepare()

@@ -74,6 +74,8 @@ data.batch_size=64 trainer.accumulate_grad_batches=100 =>
 tokenizer=pretrained tokenizer.path=no/tokenizer.json => no/tokenizer.json
 tokenizer=bpe tokenizer.vocab_size=7 => vocab_size | 7 | 257
 tokenizer=bpe tokenizer.vocab_size=1000.5 => vocab_size | whole number | 1000.5
+tokenizer._target_=tests.data_modules.test_encoding_pool.CustomTokenizer =>
+    CustomTokenizer is not a tokenizer of this project | set tokenizer=pretrained
 callbacks.checkpoints.keep_steps=100 => callbacks.checkpoints.keep_steps must be a list, not 100
 callbacks.checkpoints.keep_steps=[0] => callbacks.checkpoints.keep_steps | at least 1, not 0
 optimizer._target_=mtp_lightning.optim.lr_schedule.LRSchedule =>
