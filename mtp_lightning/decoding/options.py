@@ -123,7 +123,10 @@ class Request(TextOptions):
         self._set_whole("index")
         self._set_whole("draft_depth", least=0)
         ids = self.prompt
-        self._set("prompt", ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids))
+        ids = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else ids
+        if not isinstance(ids, Iterable):
+            raise UserError(f"The prompt {ids} is not a list of token ids: give a list of prompts.")
+        self._set("prompt", list(ids))
 
 
 @dataclass(frozen=True, kw_only=True)

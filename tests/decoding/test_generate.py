@@ -115,6 +115,9 @@ def test_numbers_of_numpy_and_torch_are_taken_as_whole_numbers():
             generate(model, [wrong], max_new_tokens=2)
     with pytest.raises(ValueError, match=r"index must be a whole number, not 0\.5"):
         generate(model, [ids], temperature=0.5, indices=[0.5])
+    for one in (ids, np.array(ids), torch.tensor(ids)):
+        with pytest.raises(ValueError, match="prompt 3 is not a list of token ids: give a list"):
+            generate(model, one, max_new_tokens=2)
 
 
 def test_the_example_of_the_module_docstring_runs(capsys, monkeypatch):
