@@ -5,13 +5,24 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from mtp_lightning.command_line.quote import literal
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
 from tests.integration.helpers import composed, execute, train_here
+from tests.models import build, windows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +105,28 @@ def test_the_training_loops_of_the_recipes_lower_the_loss_of_every_depth(capsys)
         first, last = ([*map(float, re.findall(r"\d\.\d+", line))] for line in lines[0::19][:2])
         assert len(lines) == 20 and len(first) == 3
         assert all(after < before - 1 for before, after in zip(first, last, strict=True))
+
+
+def test_a_step_by_the_recipes_data_parallelism_is_the_same_step(tiny_trunk: TrunkConfig) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/recipes.md"], re.DOTALL)
+    (code,) = [block for block in blocks if "DistributedDataParallel" in block]
+    exec(code, page := {})  # type: ignore[var-annotated]
+
+    def step(further: Callable[[MTPModel], dict[str, Any]]) -> dict[str, Tensor]:
+        model = build(tiny_trunk, "sequential", depth=2).train()
+        one = OptimizerStep(model, schedule=Piecewise(2, 0.3), balance=NoBalance(2), accumulate=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        one(windows(4, 8, 2), Progress(0, 1), optimizer, **further(model))
+        return model.state_dict()
+
+    expected = step(lambda model: {})
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        found = step(page["in_parallel"])
+    finally:
+        dist.destroy_process_group()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=name)
 
 
 @pytest.mark.parametrize(

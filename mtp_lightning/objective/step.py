@@ -73,7 +73,7 @@ class OptimizerStep:
         model: in training mode.
         objective: of the MTP depths; by default cross-entropy, like the main prediction's.
         seed: seed of the random choices in training.
-        accumulate: number of micro-batches that a rank's batch is split into.
+        accumulate: number of micro-batches that a rank's batch is split into, at most its windows.
         clip_norm: bound on the gradient's global norm; None for no bound.
 
     Attributes:
@@ -155,15 +155,20 @@ class OptimizerStep:
         Args:
             progress: progress before the step.
             optimizer: over the parameters of the model and of the balance rule.
-            call_forward: calls a micro-batch's forward pass; sharded models gather their weights
-                in it.
+            call_forward: calls a micro-batch's forward pass; data parallelism notes it, and sharded
+                models gather their weights in it. Several ranks need one.
             backward: runs the backward pass of a micro-batch's loss.
             no_sync: context of all micro-batches except the last, whose gradients are not yet
                 summed over ranks.
 
         Raises:
-            UserError: see :meth:`plan`.
+            UserError: see :meth:`plan`; or nothing would sum the gradients of several ranks.
         """
+        if world_size() > 1 and call_forward is call:
+            raise UserError(
+                f"without call_forward, {world_size()} processes would each train a model of their "
+                "own: give a DistributedDataParallel (docs/recipes.md, From Python)."
+            )
         plan = self.plan(batch, progress)
         sums, auxiliary = self._forward_backward(plan, call_forward, backward, no_sync)
         losses_KP = self.objective.losses(sums, plan.counts)

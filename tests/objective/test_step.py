@@ -283,3 +283,12 @@ def test_a_users_factors_for_other_depths_are_refused(
 
     with pytest.raises(ValueError, match=f"Uneven gives factors for {len(factors)} depths"):
         Training(tiny_trunk, "sequential", Uneven(DEPTH))(documents_of(20))
+
+
+def test_several_processes_without_summed_gradients_are_refused(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tiny_trunk, "sequential", NoBalance(DEPTH))
+    monkeypatch.setattr("mtp_lightning.objective.step.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes would each train a model of their own"):
+        training(documents_of(20))
