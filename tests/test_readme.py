@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_modules.tokenizers import IdTokenizer
 from mtp_lightning.command_line.quote import literal
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.config import TrunkConfig
@@ -21,6 +22,7 @@ from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import composed, execute, train_here
 from tests.models import build, windows
 
@@ -40,6 +42,11 @@ def commands(page: str) -> list[str]:
     blocks = re.sub(r" *\\\n *", " ", blocks)
     lines = [line.split(" #")[0].strip() for line in blocks.splitlines() if line.strip()]
     return [*lines, *re.findall(r"`((?:python|pip) [^`]+)`", page)]
+
+
+def python_of(page: str) -> list[str]:
+    """The blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 
 
 COMMANDS = commands(README)
@@ -86,7 +93,7 @@ def test_the_main_job_trains_evaluates_and_generates(tmp_path: Path) -> None:
 def test_the_pages_python_code_runs_on_a_run(tmp_path, monkeypatch, capsys):
     train_here(tmp_path / "runs" / "mine", tmp_path / "cache", {"data.seq_len": 96})
     monkeypatch.chdir(tmp_path)
-    blocks = [b for page in _ALL for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+    blocks = [block for page in _ALL for block in python_of(page)]
     opened = [block for block in blocks if 'open_model("runs/mine")' in block]
     assert len(opened) == 2  # of docs/recipes.md and docs/decoding.md
     for block in opened:
@@ -96,8 +103,11 @@ def test_the_pages_python_code_runs_on_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_training_loops_of_the_recipes_lower_the_loss_of_every_depth(capsys) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/recipes.md"], re.DOTALL)
-    loops = [block for block in blocks if "for done in range(steps)" in block]
+    loops = [
+        block
+        for block in python_of(PAGES["docs/recipes.md"])
+        if "for done in range(steps)" in block
+    ]
     assert len(loops) == 2
     for block in loops:
         exec(block.replace(", 300\n", ", 20\n"), {})
@@ -107,9 +117,29 @@ def test_the_training_loops_of_the_recipes_lower_the_loss_of_every_depth(capsys)
         assert all(after < before - 1 for before, after in zip(first, last, strict=True))
 
 
+def test_a_checkpoint_by_the_recipe_is_opened(tiny_trunk, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = build(tiny_trunk, "sequential", depth=2), IdTokenizer(37, eot_id=0)
+    (code,) = [
+        block for block in python_of(PAGES["docs/recipes.md"]) if "checkpoints.save" in block
+    ]
+    exec(code, page := {"model": model, "tokenizer": tokenizer, "T": 8, "steps": 3})
+    run = open_model("mine.ckpt")
+    assert (run.seq_len, run.step, run.tokenizer.state()) == (8, 3, tokenizer.state())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], weight)
+    del page["content"]["global_step"]
+    torch.save(page["content"], "mine.ckpt")
+    with pytest.raises(
+        ValueError, match="not a checkpoint of this platform: it has no global_step"
+    ):
+        open_model("mine.ckpt")
+
+
 def test_a_step_by_the_recipes_data_parallelism_is_the_same_step(tiny_trunk: TrunkConfig) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/recipes.md"], re.DOTALL)
-    (code,) = [block for block in blocks if "DistributedDataParallel" in block]
+    (code,) = [
+        block for block in python_of(PAGES["docs/recipes.md"]) if "DistributedDataParallel" in block
+    ]
     exec(code, page := {})  # type: ignore[var-annotated]
 
     def step(further: Callable[[MTPModel], dict[str, Any]]) -> dict[str, Tensor]:

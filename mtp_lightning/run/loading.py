@@ -32,7 +32,7 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         UserError: the checkpoint is damaged or not this project's, its config needs more weights
             than it holds, or it uses a package that is not allowed.
     """
-    needs = ("model_config", "state_dict", "tokenizer", "config")
+    needs = ("model_config", "state_dict", "tokenizer", "config", "global_step")
     file, checkpoint = read_checkpoint(path, needs=needs)
     config = model_config(checkpoint, source=file, allow=allow)
     weights = model_weights(checkpoint)
