@@ -173,3 +173,9 @@ def test_knots_can_be_given_on_the_command_line() -> None:
     # They replace the default knots.
     cfg = composed("knots", "lambda_schedule.knots={0.25: 0.5}", mtp_lambda="1", depth=1)
     assert instantiate(cfg.lambda_schedule).lambdas(at(0)) == [0.5]
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])  # -1 is that of a Trainer with max_epochs alone
+def test_progress_without_the_steps_of_the_run_is_refused(max_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"max_steps={max_steps} must be the optimizer steps"):
+        Progress(step=0, max_steps=max_steps)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -23,12 +25,23 @@ class Progress:
     Args:
         step: optimizer steps done before the current one (0 for the first).
         max_steps: optimizer steps of the whole run (`trainer.max_steps`).
-        tokens: depth-0 targets seen so far, over all ranks.
+        tokens: depth-0 targets seen so far, over all ranks: the sum of ``StepResult.tokens``, which
+            schedules in tokens read.
+
+    Raises:
+        UserError: the run has no number of steps, which every schedule needs.
     """
 
     step: int
     max_steps: int
     tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise UserError(
+                f"max_steps={self.max_steps} must be the optimizer steps of the run, by which "
+                "schedules move: give Lightning's Trainer max_steps, too."
+            )
 
     @property
     def fraction(self) -> float:
