@@ -25,6 +25,7 @@ from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk
+from mtp_lightning.registry import is_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,11 @@ class ModelConfig:
         idle = sum(getattr(x, "idle_params", lambda: 0)() for x in model.modules())
         lookup_table = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
         return total, total - idle - lookup_table, total - stack
+
+    def packages(self) -> list[str]:
+        """The other packages whose variants the model has, which ``allow`` must name."""
+        variants = map(type, (self.mtp, self.trunk.attention, self.trunk.feed_forward))
+        return sorted({v.__module__.partition(".")[0] for v in variants if not is_own(v)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""

@@ -256,7 +256,8 @@ def finish(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dic
             print_samples(model, data, seed=config.seed)
         for callback in run_callbacks(trainer):
             callback.on_run_end()
-        print_paths(folder, writes=data.tokenizer.kind != "symbols", allow=data.allow)
+        allow = module.model.config.packages()
+        print_paths(folder, writes=data.tokenizer.kind != "symbols", allow=allow)
     return summary
 
 

@@ -99,6 +99,8 @@ def test_a_recipe_runs_and_its_run_resumes(name: str, user_folder: Path, cache: 
             if resumes and any(word.startswith("run_dir=") for word in command):
                 done = run([*command, "trainer.max_steps=12"], user_folder)
                 assert "from step 10" in done.stdout + done.stderr, "the run continues"
+                # Only the model's own classes need it, to generate.
+                assert ("'allow=[my_ideas]'" in done.stdout) == ("A head" in name)
 
 
 def test_the_claim_is_read_run_and_judged(user_folder: Path, tmp_path: Path, cache: Path) -> None:
