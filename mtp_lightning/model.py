@@ -103,7 +103,8 @@ def n_weights(module: nn.Module) -> int:
 
 class MTPModel(nn.Module):
     """The trunk, the output head that every depth shares, and the stack ``mtp`` of further
-    predictions; ``compiled`` is whether its blocks are compiled."""
+    predictions; ``compiled`` is whether its blocks are compiled. The weights have no values before
+    :meth:`initialize` or ``load_state_dict``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
