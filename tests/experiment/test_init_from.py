@@ -197,7 +197,7 @@ def test_a_resumed_run_does_not_read_its_start_again(base: Path) -> None:
     [
         ("hf", {}, "model_type=None, which cannot be imported"),
         ("nothing", {}, "no checkpoint or run folder"),
-        ("foreign.ckpt", {}, "has no config, model_config, tokenizer"),
+        ("foreign.ckpt", {}, "has no config, global_step, model_config, tokenizer"),
         ("base", {"model.d_ff": 64}, "d_ff: 48 -> 64"),
         ("base", {"tokenizer": "bpe", "tokenizer.vocab_size": 300},
          "trained with the tokenizer {'kind': 'byte'}.*: set tokenizer= to that one"),
