@@ -47,10 +47,9 @@ class Option:
 
     @property
     def brief(self) -> str:
-        """The comment's first sentence, a question with its mark; without a comment, the class."""
+        """The comment's first sentence (".." as in 1 .. D ends none); without one, the class."""
         text = " ".join(self.comment.split()) or str(self.content.get("_target_", "no comment"))
-        match = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
-        return (match.group() if match else text).rstrip(".:; ")
+        return re.sub(r"((?<! al)(?<!\.)[.:;?]) .*", r"\1", text).rstrip(".:; ")
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -135,6 +134,7 @@ def help_for(word: str, added: Path | None = None) -> str:
     for key in option.keys:
         default = f" = {key.default}" if key.default else ""
         lines += [f"  {key.name}{default}", *filter(None, [_wrapped(key.comment, "      ")])]
+    lines += [f"  further keys: --help {group}={part.name}" for part in included(option)[1:]]
     return "\n".join(lines).rstrip()
 
 

@@ -72,6 +72,8 @@ def test_help_describes_groups_and_options() -> None:
         in help_for("data")
     )
     assert "  base " not in help_for("data")
+    assert help_for("data=text").endswith("\n  further keys: --help data=base")
+    assert "further keys" not in option
     preset = help_for("experiment=small_text").splitlines()
     assert {"  lambda_schedule=constant", "  tokenizer=byte"} <= {*preset}
     with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
