@@ -60,8 +60,8 @@ def build_data(
         if "task" not in cfg.data and (typed or not brought):
             _require_same_tokenizer(cfg, arguments["tokenizer"], tokenizer_state)
     elif "task" not in cfg.data:
-        own = instantiate(cfg.tokenizer, kind=Tokenizer)
-        if class_of(own.kind) is not type(own):
+        tokenizer = arguments["tokenizer"] = instantiate(cfg.tokenizer, kind=Tokenizer)
+        if class_of(tokenizer.kind) is not type(tokenizer):
             raise UserError(
                 f"tokenizer._target_={cfg.tokenizer._target_} is not a tokenizer of this project, "
                 "and checkpoints are read with those alone: write yours as a tokenizer.json, and "
