@@ -20,6 +20,11 @@ def lacks_memory(error: Exception) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
+def reason_of(error: Exception) -> str:
+    """The message of an error on one line, without its period, as a part of another sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def counted(n: int, noun: str) -> str:
     """``1 job``, ``2 jobs``, ``2,000 passes``."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"

@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 8_584,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_058,
+    "mtp_lightning": 3_063,
     "mtp_lightning/apps": 380,
     "mtp_lightning/callbacks": 1_689,
     "mtp_lightning/certify": 1_053,
@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/cpu": 1_629,
     "mtp_lightning/decoding": 4_606,
     "mtp_lightning/distributed": 1_207,
-    "mtp_lightning/experiment": 2_861,
+    "mtp_lightning/experiment": 2_859,
     "mtp_lightning/heads": 935,
     "mtp_lightning/interop": 5_357,
     "mtp_lightning/loggers": 618,

@@ -24,7 +24,7 @@ from mtp_lightning import processes
 from mtp_lightning.callbacks.base import monitored, run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.termination import stop_together
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, reason_of
 from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.instantiate import instantiate, require_annotated, trusted_packages
 from mtp_lightning.loggers.csv import MetricsCSV
@@ -188,9 +188,8 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             plugins=plugins,
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
-        reason = str(error).rstrip(".")
         raise UserError(
-            f"The trainer group has a key that Lightning refuses: {reason}: leave it out."
+            f"The trainer group has a key that Lightning refuses: {reason_of(error)}: leave it out."
         ) from error
     stop_together(trainer)
     for callback in run_callbacks(trainer):

@@ -24,7 +24,7 @@ from mtp_lightning import processes
 from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
 from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import VERBOSE, Stopped
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, reason_of
 from mtp_lightning.experiment.build import (
     apply_match,
     build_data,
@@ -202,13 +202,12 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
         with run.peers.handing_on(run.folder):
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
         if trainer.is_global_zero:
-            _store_config(run)  # of a run without steps to train
+            _store_config(run)  # a run without steps to train did not begin to
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     except MisconfigurationException as error:
-        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"Lightning refuses a setting or callback: {reason}: leave it out."
+            f"Lightning refuses a setting or callback: {reason_of(error)}: leave it out."
         ) from error
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
         from mtp_lightning.run.loading import describe_interrupt

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, reason_of
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
 from mtp_lightning.interop.conversion import from_folder, pieces, weights_of
@@ -170,8 +170,7 @@ def _stack(
         try:
             mtp = MTPConfig.from_dict(fields[_OWN], allow=allow)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).rstrip(".")  # some are whole sentences
-            raise UserError(f"{source} does not describe its layer: {reason}.") from error
+            raise UserError(f"{source} does not describe its layer: {reason_of(error)}.") from error
         if not isinstance(mtp, EagleConfig):
             raise UserError(f"{source} describes mtp={mtp.variant}, and not EAGLE-3's layer.")
         return mtp

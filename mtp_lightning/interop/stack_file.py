@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, reason_of
 from mtp_lightning.interop import eagle3, tensor_files
 from mtp_lightning.interop.conversion import stored_dtype, weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor
@@ -81,6 +81,7 @@ def read(
         if trunks := [name for name in weights if not name.startswith("mtp.")]:
             raise ValueError(f"{trunks[0]} belongs to the trunk")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = str(error).rstrip(".")  # some are whole sentences
-        raise UserError(f"{folder / FILE} does not describe its tensors: {reason}.") from error
+        raise UserError(
+            f"{folder / FILE} does not describe its tensors: {reason_of(error)}."
+        ) from error
     return config, weights
