@@ -37,7 +37,7 @@ LINES = {
     "mtp_lightning/objective": 3_988,
     "mtp_lightning/optim": 385,
     "mtp_lightning/run": 1_387,
-    "mtp_lightning/serving": 1_506,
+    "mtp_lightning/serving": 1_514,
     "sweeps": 9_794,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.

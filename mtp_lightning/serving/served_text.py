@@ -33,6 +33,7 @@ class ServedText:
         self.over = False  # whether the text has ended or the client has gone
         self.length = 0  # characters sent
         self.tokens = 0  # tokens counted
+        self.quiet_until = 0.0  # no news before this time, unless the text ends
         self._loop = asyncio.get_running_loop()
         self._sent: asyncio.Queue[News | Refusal] = asyncio.Queue()
 

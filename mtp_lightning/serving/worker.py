@@ -19,6 +19,10 @@ from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.served_text import News, ServedText
 
+# Shortest time between two news of a text. A small model makes thousands of passes a second, and
+# sending each of them took most of the server's time.
+_QUIET_SECONDS = 0.02
+
 
 class Worker(threading.Thread):
     """A thread that decodes texts with an engine that nothing else uses, while at most ``queue``
@@ -153,9 +157,13 @@ class Worker(threading.Thread):
         return None
 
     def _tell(self, sequence: TextSequence) -> None:
-        served, fresh = self._running[sequence], sequence.fresh()
+        served, now = self._running[sequence], time.perf_counter()
         self._meters.tokens.inc(len(sequence.token_ids) - served.tokens)
         served.tokens = len(sequence.token_ids)
+        if sequence.finish_reason is None and now < served.quiet_until:
+            return
+        served.quiet_until = now + _QUIET_SECONDS
+        fresh = sequence.fresh()
         text, done = "".join(fresh.pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
@@ -165,8 +173,7 @@ class Worker(threading.Thread):
             del self._running[sequence]
         served.length += len(text)
         if fresh.token_ids or done:
-            seconds = time.perf_counter() - served.began_at
-            served.tell(News(text=text, fresh=fresh, seconds=seconds, done=done))
+            served.tell(News(text=text, fresh=fresh, seconds=now - served.began_at, done=done))
 
 
 def _ending() -> Refusal:

@@ -345,7 +345,7 @@ def test_a_defect_in_a_stream_is_its_last_event_and_one_traceback(
     chunks, calls = Completion.chunks, itertools.count()
 
     def broken_chunks(self: Completion, news: Any) -> Any:
-        if next(calls) == 2:
+        if next(calls) == 1:
             raise ZeroDivisionError("a defect")
         return chunks(self, news)
 

@@ -15,7 +15,7 @@ from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.serving.responses import TokenTexts
-from mtp_lightning.serving.served_text import ServedText
+from mtp_lightning.serving.served_text import News, ServedText
 
 pytestmark = pytest.mark.extras
 
@@ -74,6 +74,30 @@ def test_every_request_is_answered_when_the_worker_closes(run: OpenedModel) -> N
         if "length" not in outcomes:
             longest *= 1.5  # too busy a machine: no text has ended yet
     assert set(outcomes) == {"length", "ending"}, outcomes
+
+
+def test_between_two_news_of_a_text_is_time(
+    run: OpenedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_lightning.serving import worker as module
+
+    async def told() -> list[News]:
+        worker = worker_of(run)
+        served = ServedText(Request(prompt=[1, 2], max_new_tokens=40))
+        worker.submit(served)
+        news = [item async for item in served.news()]
+        worker.close(grace=0)
+        return news
+
+    for quiet in (1e9, 0.0):
+        monkeypatch.setattr(module, "_QUIET_SECONDS", quiet)
+        news = asyncio.run(told())
+        done = news[-1].done
+        assert done is not None
+        # The first token, which the prompt's pass gives, and the passes after it.
+        assert len(news) == (2 if quiet else 1 + done.verify_passes)
+        assert [i for item in news for i in item.fresh.token_ids] == done.token_ids
+        assert "".join(item.text for item in news) == done.text
 
 
 def test_ids_without_text_are_written_as_numbers() -> None:
