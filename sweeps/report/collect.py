@@ -198,10 +198,14 @@ def _class_name(target: Any) -> Any:
 def _count_planned(settings: list[Setting], unconfigured: list[RunRecord]) -> None:
     for setting in settings:
         shown = {k: show(v) for k, v in setting.values.items() if not lacks(k, v)}
+        # What a job without an override of a key has, if one of the setting's runs is such a job.
+        given = set.intersection(*(set(run.overrides) for run in setting.runs))
+        defaults = {k: v for k, v in shown.items() if k not in given}
         waiting = [
             run
             for run in unconfigured
-            if all(_same({**run.overrides, FOLDER: run.sweep}.get(k), v) for k, v in shown.items())
+            for asked in [{**defaults, **run.overrides, FOLDER: run.sweep}]
+            if all(_same(asked.get(k), v) for k, v in shown.items())
         ]
         # Jobs of plain training that differ only in keys of MTP are one run of a seed.
         setting.planned = len({run.seed for run in (*setting.runs, *waiting)})

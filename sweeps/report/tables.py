@@ -158,11 +158,14 @@ def of_differences(
 
 
 def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
-    """Jobs that are not done, with the overrides that not all jobs share; links to logs are
-    relative to the page's ``folder``."""
+    """Jobs that are not done, ten pending ones at most, with the overrides that not all jobs share;
+    links to logs are relative to the page's ``folder``."""
     table = _table("jobs")
     shared = set.intersection(*(set(run.overrides.items()) for run in runs)) if runs[1:] else set()
-    for run in (run for run in runs if run.state != "done"):
+    pending = [run for run in runs if run.state == "pending"]
+    for run in runs:
+        if run.state == "done" or run in pending[10:]:
+            continue
         log = run.folder / LOG_FILE
         steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
         # Quoting prevents that a name is read as a scheme or a query.

@@ -163,6 +163,27 @@ def test_planned_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -
     assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
 
 
+def test_planned_jobs_with_the_default_of_a_key_count_for_its_setting(tmp_path: Path) -> None:
+    cells = [(o, s) for o in ("ce", "lk") for s in (0, 1)]
+    jobs = {f"{o}_{s}": [f"seed={s}"] + [f"objective={o}"] * (o == "lk") for o, s in cells}
+    write_plan(tmp_path, jobs)
+    for o in ("ce", "lk"):
+        write_run(tmp_path / f"{o}_0", {"objective": o})
+    assert run_counts(settings_of(tmp_path)) == [("objective=ce", 1, 2), ("objective=lk", 1, 2)]
+
+
+def test_of_many_pending_jobs_ten_are_listed(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1)})
+    jobs = {f"depth-0_seed-{seed}": ["mtp.depth=0", f"seed={seed}"] for seed in range(20)}
+    write_plan(tmp_path, jobs)
+    for seed in range(2, 20):
+        folder = tmp_path / f"depth-0_seed-{seed}"
+        folder.mkdir()
+        (folder / "status.json").write_text('{"version": 1, "state": "pending"}')
+    listed = [f"depth-0_seed-{seed}" in page_of(tmp_path) for seed in range(2, 20)]
+    assert listed == [True] * 10 + [False] * 8
+
+
 def test_planned_jobs_count_for_plain_training_once_per_seed(tmp_path: Path) -> None:
     """Plain training has no lambda, so jobs at two of them are one run of a seed."""
     cells = [(d, x, s) for d in (0, 1) for x in (0.1, 0.3) for s in (0, 1)]

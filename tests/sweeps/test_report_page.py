@@ -236,14 +236,13 @@ def test_depths_with_and_without_true_tokens_are_noted_as_two_tasks(tmp_path: Pa
     figures = drawings(tmp_path / "both")
     html = page_of(tmp_path / "both")
     for text in (figures["loss_depth"].caption, figures["agreement_depth"].caption, html):
-        assert "The depths solve two different tasks" in text and "decode/*" in text
-        where = text.index("two different tasks")
-        reading, not_reading = text[where : where + 450].split("it reads none")
+        where = text.index("Only decode/* compares the depths of all these heads")
+        reading, not_reading = text[where : where + 450].split("and none beyond")
         assert "sequential" in reading and "parallel" not in reading
         assert "parallel" in not_reading and "linear" in not_reading
     table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
-    assert table and "two different tasks" in table[0]
-    assert "two different tasks" not in figures["loss_tokens"].caption
+    assert table and "Only decode/* compares" in table[0]
+    assert "Only decode/* compares" not in figures["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
     assert "reads the true tokens before its" in note_on_depths(settings_of(tmp_path / "given"))
     variants(tmp_path / "blind", {"parallel": False})
