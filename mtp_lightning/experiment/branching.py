@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.errors import UserError, counted
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.run.config import NOT_TRAINING, describe_differences
@@ -72,7 +72,6 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
                 "Branch from an earlier step."
             )
     _require_same_schedules(stored, cfg, allow, begin)
-    _require_patience(stored, cfg, begin)
 
 
 def _require_same_schedules(
@@ -110,18 +109,3 @@ def _require_same_schedules(
                 f"schedule they would have been {new_lambdas}. Give a schedule that agrees up to "
                 "there, such as lambda_schedule=knots in steps."
             )
-
-
-def _require_patience(stored: dict[str, Any], cfg: DictConfig, begin: str) -> None:
-    """Refuse a branch that ``callbacks.early_stopping``, whose state it takes over, would end
-    before its first step."""
-    if (cfg.get("callbacks") or {}).get("early_stopping") is None:
-        return
-    rule = instantiate(cfg.callbacks.early_stopping)
-    waited = stored["callbacks"].get(rule.state_key, {}).get("wait_count", 0)
-    if waited >= rule.patience:
-        raise UserError(
-            f"{begin}: callbacks.early_stopping has waited for {counted(waited, 'validation')} "
-            f"there, so with patience={rule.patience} no step would be trained: give more, or "
-            "leave it out."
-        )

@@ -106,6 +106,7 @@ class PreparedRun:
     module: MTPModule  # with initial weights; Lightning loads those of a run that continues
     checkpoint: Path | None  # the file that the run continues or branches from
     resume_step: int | None  # the optimizer step of the checkpoint
+    branches: bool  # whether the checkpoint is another run's
     matched: Matched | None  # the result of ``compare.match``
 
 
@@ -157,6 +158,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         module=module,
         checkpoint=origin.checkpoint,
         resume_step=step,
+        branches=origin.branches,
         matched=matched,
     )
 
@@ -196,6 +198,9 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
         trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: _store_config(run)))  # type: ignore[attr-defined]
         if kernels := kernels_line(run.config.trainer.accelerator):
             log.info(kernels)
+    if run.branches:  # after the callbacks, which have loaded the other run's state
+        ended = LambdaCallback(on_fit_start=lambda *_: _require_unended(run, trainer))
+        trainer.callbacks.append(ended)  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         logger.log_hyperparams(params)
     try:
@@ -215,6 +220,16 @@ def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
         signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
         raise Stopped(describe_interrupt(run.folder), signum) from stop
     return trainer
+
+
+def _require_unended(run: PreparedRun, trainer: pl.Trainer) -> None:
+    """Refuse a branch that callbacks, whose state it takes over, end before its first step."""
+    if trainer.should_stop:
+        raise UserError(
+            f"branch_from={run.config.branch_from} cannot be continued: a callback that stops runs "
+            "(early_stopping, stop_when_solved) takes that run's state over and would end this one "
+            "before its first step: give more patience or another threshold, or leave it out."
+        )
 
 
 def finish(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:

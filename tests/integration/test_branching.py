@@ -124,17 +124,24 @@ def test_a_run_with_a_matched_length_is_not_branched():
         check_branch(stored, cfg)
 
 
-def test_a_branch_that_early_stopping_would_end_at_once_is_refused(parent, cache, tmp_path):
-    stopping = typed(
-        "callbacks=early_stopping callbacks.early_stopping.min_delta=9 "
-        "callbacks.early_stopping.patience=1"
-    )
-    assert train_here(tmp_path / "ended", cache, {**PARENT, **stopping})["step"] == 20
-    branch = {**WHOLE, **stopping, "branch_from": f"{tmp_path / 'ended'}@20"}
-    with pytest.raises(UserError, match="waited for 1 validation there, so with patience=1 no"):
+@pytest.mark.parametrize(
+    ("rule", "other"),
+    [
+        ("++callbacks.early_stopping.min_delta=9 {}=1", "++callbacks.early_stopping.patience"),
+        ("{}=99", "++callbacks.early_stopping.stopping_threshold"),
+    ],
+    ids=["patience", "threshold"],
+)
+def test_a_branch_that_early_stopping_would_end_at_once_is_refused(
+    parent, cache, tmp_path, rule, other
+):
+    stopping = typed(f"callbacks=early_stopping {rule.format(other)}")
+    stopped = train_here(tmp_path / "ended", cache, {**PARENT, **stopping})["step"]
+    branch = {**WHOLE, **stopping, "branch_from": f"{tmp_path / 'ended'}@{stopped}"}
+    with pytest.raises(UserError, match="would end this one before its first step: give more"):
         train_here(tmp_path / "refused", cache, branch)
-    patient = branch | {"callbacks.early_stopping.patience": 2}
-    assert train_here(tmp_path / "patient", cache, patient)["step"] == 30
+    assert not (tmp_path / "refused").exists()
+    assert train_here(tmp_path / "other", cache, {**branch, other: 2})["step"] > stopped
 
 
 def test_a_balance_rule_that_freezes_by_run_length_is_refused(cache, tmp_path):
