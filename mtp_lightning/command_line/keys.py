@@ -171,6 +171,8 @@ def require_allowed(name: str, value: Any, comment: str, option: str = "this opt
         return
     kind, lower, low, high, closed, rest = match.groups()
     words = re.findall(r", or (\w+)", rest)
+    if isinstance(value, str) and words:  # the checks below know types and bounds alone
+        name = f"{name} (unless {' or '.join(words)})"
     if word := _WORD.search(comment):
         name = f"{name} ({word[1]} for {word[2]})"
         words.append(word[1])

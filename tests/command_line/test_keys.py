@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -32,6 +33,20 @@ def comment(app: str, key: str) -> str:
 def test_a_word_that_a_comment_only_mentions_is_refused(app: str, key: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}.*{value}"):
         keys.require_allowed(key, value, comment(app, key))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("trainer.compile", "trainer.compile (unless auto) must be true or false, not 'foo'."),
+        ("trainer.deterministic", "trainer.deterministic (unless warn) must be true or false"),
+        ("trainer.devices", "trainer.devices (unless auto) must be a whole number in [1, 1024]"),
+        ("trainer.num_threads", "trainer.num_threads (unless null) must be a whole number"),
+    ],
+)
+def test_a_refusal_names_the_words_that_a_key_takes(key: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        keys.require_allowed(key, "foo", comment("config", key))
 
 
 def test_a_number_is_required_where_the_comment_says_so() -> None:
