@@ -27,6 +27,7 @@ KNOWN_EOT = (
 """Names of the end-of-text token in common tokenizers; the first that is found is taken."""
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+_EOT = f"tokenizer.eot_token, or as eos_token in a {CONFIG} next to its tokenizer.json"
 BESIDE = (CONFIG, "chat_template.jinja", "special_tokens_map.json", GENERATION)
 """Files next to a ``tokenizer.json`` that other programs read; they are kept as text."""
 
@@ -64,14 +65,13 @@ class PretrainedTokenizer(Tokenizer):
             eot_token = next((name for name in KNOWN_EOT if name in specials), None)
         if eot_token is None:
             raise UserError(
-                f"the tokenizer {self.path} has no end-of-text token among its special tokens "
-                f"({', '.join(sorted(specials)) or 'it has none'}): name one with "
-                f"tokenizer.eot_token"
+                f"The tokenizer {self.path} has no end-of-text token among its special tokens "
+                f"({', '.join(sorted(specials)) or 'it has none'}): name one as {_EOT}."
             )
         if library.token_to_id(eot_token) is None:
             raise UserError(
-                f"the tokenizer {self.path} has no token {eot_token!r}: "
-                f"set tokenizer.eot_token to one of its tokens"
+                f"The tokenizer {self.path} has no token {eot_token!r}: name one of its tokens as "
+                f"{_EOT}."
             )
         library.encode_special_tokens = True
         self.eot_token = eot_token

@@ -271,7 +271,7 @@ def test_pretrained_refuses_missing_files_and_tokens(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, eot_token, error, message in (
         ("tokenizer.json", None, ValueError, "no end-of-text token .*<pad>.*tokenizer.eot_token"),
-        ("tokenizer.json", "nope", ValueError, "no token 'nope'"),
+        ("tokenizer.json", "nope", ValueError, "no token 'nope'.* as eos_token in a tok"),
         ("bad.json", None, ValueError, "bad.json is not a tokenizer.json"),
         ("nowhere.json", None, FileNotFoundError, "nowhere.json does not exist"),
         ("empty", None, FileNotFoundError, "holds no tokenizer.json"),
