@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, listed, readable_errors
 
 
-def check(path: Path) -> None:
-    """Loads a folder with both, compares them, and prints the results. Raises ``UserError`` if
-    something differs or cannot be read, and ``OSError`` if a file is missing."""
+def check(path: Path, allow: tuple[str, ...] = ()) -> None:
+    """Loads a folder, which may use the packages ``allow``, with both, compares them, and prints
+    the results; raises ``UserError`` if something differs or cannot be read, or ``OSError``."""
     from mtp_lightning.errors import UserError
     from mtp_lightning.interop import stack_file
     from mtp_lightning.interop.config_json import STANDS_FOR
@@ -24,7 +24,7 @@ def check(path: Path) -> None:
 
     if is_gguf(path):
         raise UserError(f"{path} is a GGUF file: it is examined by mtp-lightning certify {path}.")
-    stored, kind = describe(path), read_json(path / CONFIG)["model_type"]
+    stored, kind = describe(path, allow=allow), read_json(path / CONFIG)["model_type"]
     depth = 0 if stack_file.is_there(path) else stored.config.mtp.depth
     if depth and kind not in STANDS_FOR:
         line = one_line(kind, stored.config.trunk.n_layers, depth)
@@ -38,8 +38,10 @@ def main() -> None:
     """The command."""
     parser = Parser(prog="python -m mtp_lightning.interop.check", description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument("--allow", type=listed, default=(), help="packages that it may use")
+    args = parser.parse_args()
     with readable_errors():
-        check(parser.parse_args().folder)
+        check(args.folder, args.allow)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The page types ``mtp-lightning APP``; the tests call the function that this comm
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -194,6 +195,10 @@ def test_apps_refuse_a_head_of_a_package_that_is_not_allowed(once, user_folder, 
     assert (
         "(mtp=gated)" in execute([*doctor, "--allow=my_ideas"], PYTHONPATH=str(user_folder)).stdout
     )
+    check = [sys.executable, "-m", "mtp_lightning.interop.check", f"{folder}/out", "--allow"]
+    assert "my_ideas" in run([*check, "other"], user_folder, code=1).stderr
+    if importlib.util.find_spec("transformers"):
+        assert "all equal" in run([*check, "my_ideas"], user_folder).stdout
     # In a folder without the package:
     missing = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
     assert "my_ideas" in missing.stderr
