@@ -78,6 +78,8 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
         raise UserError(f"output={target} is not UTF-8, as libraries need it: choose another name.")
     if as_file and (cfg.max_positions or 0) >= 1 << 32:
         raise UserError(f"max_positions={cfg.max_positions} must be below 2^32 in a GGUF file.")
+    if as_file and cfg.shard_gb is not None:
+        raise UserError(f"shard_gb={cfg.shard_gb}: a GGUF file is a single one, so leave it out.")
     for file in (target, _card_of(target)) if as_file else ():
         if file.exists():
             raise FileExistsError(f"{file} exists: choose another output= or remove it.")
@@ -131,7 +133,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         run.tokenizer,
         dtype=cfg.dtype,
         max_positions=max_positions,
-        shard_bytes=int(cfg.shard_gb * 1e9),
+        shard_bytes=int((cfg.shard_gb or 5) * 1e9),
         draft_vocab=draft_vocab_of(run.config),
     )
     apart = cfg.layout == speculators.LAYOUT

@@ -521,6 +521,8 @@ def test_export_writes_verifies_and_describes_a_file(
         patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         folders.export_run(**settings, verify=False)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="shard_gb=2.0: a GGUF file is a single one"):
+        folders.export_run(**settings, shard_gb=2.0)
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
             folders.export_run(finished, tmp_path / "folder", dtype=dtype)
