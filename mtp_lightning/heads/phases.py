@@ -58,7 +58,8 @@ def require_inputs(args: Any, *models: Path) -> None:
             raise UserError(f"this command sets {key} by {_OWN[key]}: leave {word} out.")
     for file in (*models, *map(Path, args.text)):
         if not file.exists():
-            raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")
+            remedy = "give settings before --text" if "=" in file.name else "check the path"
+            raise UserError(f"{file} does not exist (looked from {Path.cwd()}): {remedy}.")
         if file.is_file() and not file.stat().st_size:
             raise UserError(f"{file} is empty: give a file with content.")
     data = "data=text" if args.text else "data=self_generated"

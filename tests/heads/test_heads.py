@@ -300,6 +300,7 @@ def test_wrong_arguments_are_refused(
     assert "output is not a key" in refused(main, model, "output=out")
     assert "nowhere does not exist" in refused(main, "nowhere")
     assert "gone does not exist" in refused(main, model, "--text", "gone")
+    assert "give settings before --text" in refused(main, model, "--text", model, "mtp=parallel")
     (tmp_path / "blank").touch()
     assert "blank is empty" in refused(main, model, "--text", tmp_path / "blank")
     assert "is a run of this project" in refused(main, model.parent / "run")
