@@ -76,6 +76,7 @@ class HeadsPlan:
     flops_per_second: float = 0.0  # measured FLOP/s of the forward pass in ``precision``
     head: str = "sequential"  # the kind of the modules, as in ``mtp=``
     head_weights: int = 0  # number of the modules' weights
+    embedding: int = 0  # number of the embedding's weights
     sources: list[str] = field(default_factory=list)  # the cache keys of the model's files
     precision: str = "32-true"  # of training, as in ``trainer.precision``
     activations: str = "fp32"  # precision of the activations while the model writes texts
@@ -110,8 +111,10 @@ class HeadsPlan:
         # The check of the export holds four models: the run's, its rounded copy, its first weights
         # and transformers' own. Training holds one, a packed one, and the module's moments.
         memory = _IMPORTS + 4 * (4 * self.weights + 4 * self.head_weights)
-        # Checkpoints with the module's optimizer state, the export, and the trunk's states.
-        disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
+        # Three checkpoints with the module's moments, and the export, in which most layouts repeat
+        # embedding and head for every module.
+        stored = 4 * self.weights + 10 * self.head_weights + 2 * self.depth * self.embedding
+        disk = 4 * stored + self.state_bytes
         yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
         hours = self.writing + self.training + validating + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
@@ -289,6 +292,7 @@ def _plan(
         flops_per_second=speed,
         head=config.mtp.variant,
         head_weights=config.num_params() - sketch.weights,
+        embedding=trunk.vocab_size * trunk.d_model,
         state_bytes=int(4 * final.texts * text_tokens * trunk.d_model) if data.cache_states else 0,
         writing=final.texts * text_seconds / 3600,
         training=final.steps * step_seconds / 3600,

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,14 @@ def test_a_plan_for_text_files_generates_no_texts(model: Path, on_cpu: None) -> 
     cfg = helpers.composed("config", literal(["data=text", paths]))
     assert one.texts == 0 and list(cfg.data.paths) == files
     assert one.train()[-1] == "optimizer.lr=0.1"
+
+
+def test_a_plan_counts_the_embeddings_that_an_export_repeats(model: Path, on_cpu: None) -> None:
+    plan = plan_of(model)
+    trunk = open_model(model).model.config.trunk
+    assert plan.embedding == trunk.vocab_size * trunk.d_model
+    large = replace(plan, embedding=10**9, depth=2, state_bytes=0)
+    assert "16.0 GB of disk" in "\n".join(large.lines())
 
 
 def test_overrides_change_the_plan(
