@@ -163,6 +163,9 @@ def _rest(setting: Setting) -> str:
 
 def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
     spent, *curve = (_spent(setting, tag) for setting in (arm, *plain))
+    # The lengths that all seeds have: a curve through fewer points gives another gain.
+    seeds = spent.keys() & {seed for runs in curve for seed in runs}
+    curve = [runs for runs in curve if seeds <= runs.keys()]
     gain_by_seed = {
         run.seed: gain_over([runs[run.seed] for runs in curve if run.seed in runs], spent[run.seed])
         if run.seed in spent

@@ -216,6 +216,18 @@ def test_a_plain_curve_has_only_comparable_runs_of_its_seed(tmp_path: Path) -> N
     assert len(family.plain) == 2
 
 
+def test_a_length_that_a_seed_has_not_finished_is_on_no_seeds_curve(tmp_path: Path) -> None:
+    priced_sweep(tmp_path / "a")
+    (tmp_path / "a" / f"none_{BUDGETS[2]}-1" / "summary.json").unlink()
+    priced_sweep(tmp_path / "b", budgets=(*BUDGETS[:2], *BUDGETS[3:]))
+    totals = [
+        [arm.total and arm.total.mean for arm in family.arms]
+        for folder in "ab"
+        for family in families(settings_of(tmp_path / folder))
+    ]
+    assert totals[0] == totals[1]
+
+
 def test_gain_is_price_times_effect_if_prices_differ_by_seed(tmp_path: Path) -> None:
     """As with ``balance=sampled_depths``, whose random draws change the cost of a step."""
     priced_sweep(tmp_path)
