@@ -113,6 +113,18 @@ def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
     assert sorted(ended) == ["b", "slow"]
 
 
+def test_jobs_that_a_users_mistake_stops_say_it_as_a_sentence(tmp_path: Path) -> None:
+    slow = job(tmp_path / "slow", "echo up > up; exec sleep 60")
+
+    def refuse_if_up(job: Job) -> None:
+        if hopeless_if_up(job):
+            raise UserError("--metric x was not logged.")
+
+    with pytest.raises(UserError):
+        pool(1).run([slow], watch=refuse_if_up)
+    assert status(slow)["reason"] == "--metric x was not logged."
+
+
 def test_a_job_that_is_stopped_after_its_summary_is_done(tmp_path: Path) -> None:
     ending = job(tmp_path / "ending", f"sleep 0.5; {DONE}; echo up > up; sleep 60")
     working = job(tmp_path / "working", f"{DONE}; touch -d '1 hour ago' summary.json; "
