@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import cores
@@ -49,7 +50,8 @@ def find_gpus() -> list[str]:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+        names = map(str.strip, visible.split(","))
+        return list(takewhile(lambda name: name not in ("", "-1"), names))  # as CUDA reads them
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]

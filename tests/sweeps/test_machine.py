@@ -158,6 +158,12 @@ def test_devices_choose_gpus_and_wrong_ones_are_refused() -> None:
             choose_gpus(wrong)
 
 
+def test_gpus_after_one_that_does_not_exist_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names, seen in (("0, 2,-1,1", ["0", "2"]), ("-1", []), ("", []), ("3,", ["3"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        assert devices.find_gpus() == seen
+
+
 def test_without_nvidia_smi_no_gpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
