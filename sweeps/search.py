@@ -220,7 +220,7 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruners = optuna.pruners
-    storage = f"sqlite:///{folder / STUDY_FILE}"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY_FILE}")
     names = optuna.get_all_study_names(storage)  # by the folder's name when the search began
     study = optuna.create_study(
         storage=storage,
