@@ -281,11 +281,11 @@ def main(
                 f"{folder} has a ? or % in its path, which the address of a study's file cannot "
                 "hold: choose another folder."
             )
+        config_dir = args.config_dir and args.config_dir.absolute()
+        checked, steps = check(folder, space, fixed, config_dir=config_dir)
+        pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."), _errors_of_study(folder):
-            config_dir = args.config_dir and args.config_dir.absolute()
-            checked, steps = check(folder, space, fixed, config_dir=config_dir)
-            pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
                 folder=folder,
                 space=space,
