@@ -77,7 +77,7 @@ class Display:
     def ended(self, job: Job) -> None:
         """Records that a job has ended; its status file says how."""
         self.running.pop(job, None)
-        status = read_status(job.folder) or {}  # a file server may not answer for a moment
+        status = read_status(job.folder)  # empty: a file server may not answer for a moment
         state, reason = status.get("state", "pending"), status.get("reason")
         self.counts[state] += 1
         why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
@@ -136,7 +136,7 @@ class LiveTable(Display):
 
     def ended(self, job: Job) -> None:
         super().ended(job)
-        self._ended.append((job, read_status(job.folder) or {}))
+        self._ended.append((job, read_status(job.folder)))
         self.shown = -math.inf
 
     def show(self) -> None:

@@ -39,7 +39,7 @@ def follow(
         def look(reason: str | None = None) -> None:
             ended = find_ended()
             for job in list(unfinished):
-                status = read_status(job.folder) or {}
+                status = read_status(job.folder)
                 if status.get("state") == "running" and job not in display.running:
                     display.started(job, str(status["device"]))
                 # A job that ended normally says so in its status, sooner than the cluster does.
@@ -74,7 +74,7 @@ def _judge(job: Job, message: str, *, interrupted: str | None) -> None:
     """Sets the last status of a job that never began, or was killed before it could set it."""
     if state_of(job.folder) in ("done", "failed", "interrupted"):
         return
-    old = read_status(job.folder) or {}
+    old = read_status(job.folder)
     fields = {key: old.get(key) for key in ("device", "pid", "started")}
     state = "failed" if interrupted is None else "interrupted"
     reason = "; ".join(filter(None, (interrupted, message)))

@@ -164,7 +164,7 @@ def _start(run: RunJobs | None, plan: SweepPlan, configs: Configs, config: DictC
         _say_plan(folder, configs, todo)
         for job in todo:
             failed = run is None and state_of(job.folder) == "failed"
-            if failed or read_status(job.folder) is None:
+            if failed or not read_status(job.folder):
                 write_status(job.folder, job.overrides, "pending")
         if run is None:
             print(f"planned: start any number of workers with python -m sweeps.work {folder_text}")

@@ -306,6 +306,6 @@ class SweepPlan:
     def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)
         status = read_status(self.folder / name)
-        foreign = status is not None and set(status["overrides"]) != set(overrides)
+        foreign = bool(status) and set(status["overrides"]) != set(overrides)
         # Two values may become the same name in a path.
         return f"{name}_{overrides_digest(overrides)}" if foreign or name in taken else name

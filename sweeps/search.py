@@ -254,7 +254,7 @@ def report(search: Search) -> int:
     failed = [trial.user_attrs.get("folder") for trial in trials if trial.state == TrialState.FAIL]
     for name in filter(None, dict.fromkeys(failed)):  # equal values share a folder
         folder = search.folder / name
-        reason = (read_status(folder) or {}).get("reason")
+        reason = read_status(folder).get("reason")
         print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     different = {trial.user_attrs.get("folder"): trial for trial in complete}.values()

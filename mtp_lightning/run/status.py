@@ -22,21 +22,20 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_status(folder: Path) -> dict[str, Any] | None:
-    """Read a job's status; None if there is no readable file."""
+def read_status(folder: Path) -> dict[str, Any]:
+    """Read a job's status; empty if there is no readable file."""
     try:
         status = read_json(folder / STATUS_FILE)
     except (OSError, ValueError):
-        return None
+        return {}
     if not isinstance(status, dict) or status.get("state") not in STATES:
-        return None
+        return {}
     return {**_blank(()), **status}
 
 
 def state_of(folder: Path) -> str:
     """Read a job's state; ``pending`` if there is no readable file."""
-    status = read_status(folder)
-    return "pending" if status is None else status["state"]
+    return str(read_status(folder).get("state", "pending"))
 
 
 def write_status(folder: Path, overrides: Sequence[str], state: str, **values: Any) -> None:

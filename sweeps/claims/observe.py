@@ -92,7 +92,7 @@ def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]
 
 def _observed(run: RunRecord, claim: Claim) -> ArmRun:
     measures = claim.measures
-    status = read_status(run.folder) or {}
+    status = read_status(run.folder)
     waits = {m.key: wait_of(run, m.solved, m.tag) for m in measures if m.solved is not None}
     arm_run = ArmRun(
         folder=run.folder.name,

@@ -78,7 +78,7 @@ def run(
             flush=True,
         )
         for job in waiting:
-            if read_status(job.folder) is None:
+            if not read_status(job.folder):
                 write_status(job.folder, job.overrides, "pending")
         if waiting:
             unfinished = {job.name for job in waiting}

@@ -188,7 +188,7 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     run.choices = choices if isinstance(choices, dict) else {}
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
-    status = read_status(folder) or {}
+    status = read_status(folder)
     if not status and (folder / STATUS_FILE).exists():
         run.notes.append(f"{STATUS_FILE} is damaged")
     run.overrides = _overrides(status.get("overrides")) or _overrides(

@@ -119,4 +119,4 @@ def test_a_stored_recipe_needs_at_least_one_process(key: str) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{", "[" * 100_000])
 def test_a_damaged_status_reads_as_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
-    assert read_status(tmp_path) is None
+    assert read_status(tmp_path) == {}

@@ -246,7 +246,7 @@ def test_jobs_of_several_nodes_are_refused_before_any_starts(tmp_path: Path) -> 
     far, wide = (job(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
     with pytest.raises(UserError, match="num_nodes=2 in a sweep takes hydra/launcher=slurm"):
         run([wide, far])
-    assert read_status(wide.folder) is read_status(far.folder) is None
+    assert read_status(wide.folder) == read_status(far.folder) == {}
 
 
 def test_jobs_on_the_cpu_run_next_to_jobs_on_gpus(tmp_path, monkeypatch):
