@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtp_lightning.errors import counted
+from mtp_lightning.errors import UserError, counted
 from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display
-from sweeps.interrupts import interrupts
+from sweeps.interrupts import Interrupted, interrupts
 from sweeps.machine import MemoryUse
 from sweeps.process import Job, JobProcess, refuse_several_machines
 
@@ -79,7 +79,8 @@ class Pool:
                             process.abandon() if reason is LOST else process.stop(reason)
                     self.display.refresh()
             except BaseException as error:
-                self._stop_all(str(error) or repr(error))
+                told = isinstance(error, (Interrupted, UserError))
+                self._stop_all(str(error) if told else repr(error))
                 raise
 
     def _fill(self, source: Iterator[Job | None], waiting: Job | None, ended: Ended) -> Job | None:
