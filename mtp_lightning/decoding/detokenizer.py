@@ -50,8 +50,14 @@ class Detokenizer:
         """The characters that a token completes."""
         if token in self._ends:
             return ""
+        decode, waiting = self._tokenizer.decode, self._window[self._whole :]
+        if len(waiting) > _LONGEST_PIECE:  # a character has 4 bytes at most
+            bad = self.rest()
+            if decode([*waiting, token]) == decode(waiting) + decode([token]):
+                self._begin([])
+                return bad + self.add(token)
         self._window.append(token)
-        text = self._tokenizer.decode(self._window)
+        text = decode(self._window)
         whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
         new = text[self._out : whole]
         if not text:

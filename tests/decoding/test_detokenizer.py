@@ -142,6 +142,25 @@ def test_a_text_that_ends_within_a_character_keeps_the_ones_before(
     assert "".join(done.fresh().pieces) == "\u65e5\U0001f600"
 
 
+@pytest.mark.parametrize("name", ["byte", "llama"])
+def test_bytes_that_are_no_text_are_decoded_a_few_times_each(
+    name: str, llama: PretrainedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, text, decoded = {"llama": llama, **TOKENIZERS}[name], 100 * b"\x80\xf0\x9f", 0
+    ids = [3 + byte for byte in text] if name == "llama" else [*text, *"\u4f60".encode()]
+    whole, decode = tokenizer.decode(ids), tokenizer.decode
+
+    def counting(window: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(window)
+        return decode(window)
+
+    monkeypatch.setattr(tokenizer, "decode", counting)
+    detokenizer = Detokenizer(tokenizer, [], [])
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.rest() == whole
+    assert decoded < 30 * len(ids)
+
+
 def test_a_token_that_begins_before_the_stop_string_is_cut_there() -> None:
     tokenizer = TOKENIZERS["bpe"]
     ids = tokenizer.encode("a text ").tolist()
