@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.sampling import draw, total
 from mtp_lightning.nn.ops import Op
 
 Verification = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -131,7 +131,7 @@ def accept_block(
     # The probability that a draft is the last one kept, for all drafts but the last.
     inner_BM = joint_BT[:, 1:n_drafts]
     weighted_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype)
-    rest_BM = less(weighted_BMV, q_BMN[:, 1:]).sum(-1, dtype=torch.float64)
+    rest_BM = total(less(weighted_BMV, q_BMN[:, 1:]).double()).squeeze(-1)
     chance_BM = rest_BM / (rest_BM + 1 - inner_BM)
     # 0 / 0: both distributions agree, and whether a later draft is kept decides.
     chance_BM = torch.cat((chance_BM.nan_to_num(1.0), joint_BT[:, n_drafts:]), dim=1)

@@ -15,6 +15,7 @@ from mtp_lightning.decoding.sampling import draw
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_speculative import accept_path_or_resample
 from mtp_lightning.decoding.verification import RULES, accept_block, accept_or_resample
+from mtp_lightning.runtime import threads
 from tests.decoding.models import ids_of, random_prompts, small_model
 
 V, D = 3, 2
@@ -189,6 +190,26 @@ def test_a_draft_that_the_trunk_excludes_is_not_kept(rule: str) -> None:
     else:
         judged = RULES[rule](p, q, draft, noise, final, limit)
     assert judged[0][0, 0] == 0 and judged[-1] == 0
+
+
+def test_block_verification_has_the_same_bits_on_one_thread_and_on_two() -> None:
+    """The random number up to which the first of two drafts is kept."""
+    generator = torch.Generator().manual_seed(3)
+    p, q = ((5 * torch.randn(1, n, 128_000, generator=generator)).softmax(-1) for n in (3, 2))
+    first = (p[0, 0] / q[0, 0] - 0.6).abs().argmin()
+    inputs = p, q, torch.stack((first, torch.zeros_like(first))).unsqueeze(0)
+
+    def highest(n_threads: int) -> float:
+        low, high = 0.0, 1.0
+        with threads(n_threads):
+            for _ in range(60):
+                middle = (low + high) / 2
+                noise = torch.tensor([[middle, 1.0]], dtype=torch.float64)
+                kept = accept_block(*inputs, noise, torch.zeros(1), torch.tensor([2]))[1]
+                low, high = (middle, high) if kept else (low, middle)
+        return low
+
+    assert 0.5 < highest(1) == highest(2) < 0.7
 
 
 def test_all_drafts_are_kept_if_p_equals_q() -> None:
