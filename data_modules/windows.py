@@ -42,7 +42,7 @@ class RandomKey:
     first_row: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: Lightning sets the fields to convert a batch's precision
 class WindowBatch:
     """A batch of windows, with the shifted targets of every depth.
 

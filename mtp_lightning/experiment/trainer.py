@@ -16,7 +16,6 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,17 +63,6 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
         for logger in loggers:
             logger.resume_from(resume_step)
     return loggers
-
-
-class TokenDoublePrecision(DoublePrecision):
-    """Double precision for models that read token ids.
-
-    Lightning's version converts all floats of a batch to doubles, and fails on frozen dataclasses.
-    A batch of windows holds integers only, so this one leaves it unchanged.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        return data
 
 
 class EndedEarly(pl.Callback):
@@ -163,9 +151,6 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     plugins: list[Any] = [AtomicCheckpointIO(), *_slurm_environment()]
     if settings["precision"] in MIXED:
         settings["precision"] = MIXED[0]
-    if settings["precision"] == "64-true":
-        plugins.append(TokenDoublePrecision())
-        settings["precision"] = None
     nodes = filter(None, (cfg.get("callbacks") or {}).values())
     callbacks = [EndedEarly(), *_checks_of_users_code(cfg)]
     callbacks += [instantiate(node, kind=pl.Callback) for node in nodes]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from tests.models import target_counts
@@ -23,6 +24,18 @@ def test_no_view_begins_where_the_window_has_too_few_tokens():
     assert batch.seq_len == 4 and batch.shifted(batch.tokens, 1).tolist() == [[3, 4, 5, 6]]
     with pytest.raises(AssertionError):
         batch.shifted(batch.tokens, 2)
+
+
+@pytest.mark.parametrize(
+    "plugin", [DoublePrecision(), HalfPrecision("bf16-true")], ids=["64-true", "bf16-true"]
+)
+def test_lightning_converts_only_the_states_of_a_batch(plugin) -> None:
+    """As for the batches of a LightningModule of the user's own in this precision."""
+    batch = WindowBatch(torch.arange(8).unsqueeze(0), depth=1, states=torch.ones(1, 1, 6, 3))
+    converted = plugin.convert_input(batch)
+    assert converted.tokens is batch.tokens and converted.seq_len == 6
+    wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16}[plugin.precision]
+    assert converted.states.dtype == wanted and batch.states.dtype == torch.float32
 
 
 def test_targets_without_a_mask_are_views_of_one_tensor():
