@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
 
 IGNORE_INDEX = -100
 """Target value that does not count, as in ``torch.nn.functional.cross_entropy``."""
@@ -146,12 +147,8 @@ class WindowBatch:
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible; n is at most B."""
-        assert 1 <= n <= len(self)
-
-        def part(i: int) -> WindowBatch:
-            return self._map_rows(lambda field: field.tensor_split(n)[i])
-
-        parts = [part(i) for i in range(n)]
+        require_whole("accumulate", n, least=1, most=len(self))
+        parts = [self._map_rows(lambda field: field.tensor_split(n)[i]) for i in range(n)]  # noqa: B023
         if self.key is None:
             return parts
         firsts = itertools.accumulate(map(len, parts[:-1]), initial=self.key.first_row)

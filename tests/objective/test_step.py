@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import RandomKey, WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -207,6 +208,15 @@ def test_random_keys_number_the_windows_of_all_ranks(
     training = Training(tiny_trunk, "sequential", NoBalance(DEPTH), accumulate=2)
     plan = training.step.plan(windows(6, 12, DEPTH), Progress(step=5, max_steps=9))
     assert [m.key for m in plan.micro_batches] == [RandomKey(0, 5, row) for row in (12, 15)]
+
+
+@pytest.mark.parametrize("accumulate", [0, 7])
+def test_micro_batches_without_a_window_are_refused(
+    tiny_trunk: TrunkConfig, accumulate: int
+) -> None:
+    training = Training(tiny_trunk, "sequential", NoBalance(DEPTH), accumulate=accumulate)
+    with pytest.raises(UserError, match=rf"accumulate must be .* in \[1, 6\], not {accumulate}"):
+        training(windows(6, 12, DEPTH))
 
 
 @pytest.mark.parametrize(
