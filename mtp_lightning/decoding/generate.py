@@ -52,15 +52,15 @@ def generate(
 
     Raises:
         UserError: an option is out of range, a prompt is empty or longer than the context, two
-            indices are equal, or the model predicts a task's whole answer at once.
+            indices are equal, one is missing, or the model predicts a task's whole answer at once.
     """
     options = replace(options or DecodingOptions(), **changes)
     # Allocate storage for no more texts than there are.
     options = replace(options, batch_size=min(options.slots, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
     indices = range(len(prompts)) if indices is None else indices
-    if len(set(indices)) < len(indices):
-        raise UserError(f"indices={list(indices)} must differ: give each prompt its own.")
+    if not len(set(indices)) == len(indices) == len(prompts):
+        raise UserError(f"indices={list(indices)} must be {len(prompts)} different numbers.")
     requests = [options.request(p, index) for index, p in zip(indices, prompts, strict=True)]
     for request in requests:
         engine.check(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -277,9 +278,10 @@ def test_requests_that_do_not_fit_the_engine_are_refused():
         assert len(engine.add([request])) == 1
 
 
-def test_two_prompts_of_one_index_are_refused():
-    with pytest.raises(ValueError, match=r"indices=\[3, 3\] must differ"):
-        generate(small_model(0, 1), [[1, 2], [5, 6]], max_new_tokens=4, indices=[3, 3])
+@pytest.mark.parametrize("indices", [[3, 3], [3], [1, 2, 3], []])
+def test_indices_must_differ_and_be_as_many_as_prompts(indices):
+    with pytest.raises(UserError, match=f"{re.escape(f'{indices=}')} must be 2 different numbers"):
+        generate(small_model(0, 1), [[1, 2], [5, 6]], max_new_tokens=4, indices=indices)
 
 
 @pytest.mark.parametrize("first_ends_first", [True, False])
