@@ -185,11 +185,8 @@ def train(*overrides: str, quiet: bool = False) -> Run:
 
 
 def sweep(*overrides: str, quiet: bool = False) -> Sweep:
-    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values.
-
-    Args:
-        overrides: as on the command line: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
-        quiet: show no output.
+    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values, such
+    as ``"mtp.depth=0,2"`` and ``"seed=0,1,2"``; the arguments are those of :func:`train`.
 
     Raises:
         RuntimeError: if it, or one of its jobs, failed.
@@ -238,6 +235,8 @@ def generate(*overrides: str) -> Text:
     if cfg.prompt is None:
         raise UserError("There is no prompt: give prompt=TEXT.")
     (prompt,) = checked_prompts(cfg)
+    if cfg.output != "text":
+        raise UserError(f"output={cfg.output} is what generate.py prints: leave it out here.")
     run = open_from_config(cfg)
     (generation,) = continue_prompts(run, [prompt], decoding_options(cfg, run, rows=1))
     return Text(prompt, generation, run.tokenizer)

@@ -88,6 +88,8 @@ def test_a_run_evaluates_and_generates(run: Run) -> None:
     assert str(run.generate('"a"', max_new_tokens=1)).startswith('"a"')
     with pytest.raises(ValueError, match="There is no prompt"):
         generate(f"checkpoint={run.folder}")
+    with pytest.raises(UserError, match=r"output=json is what generate\.py prints: leave it out"):
+        run.generate("a", output="json")
     assert "bits per byte" in run._repr_html_() and "a (b), c" in run._repr_html_()
 
 
