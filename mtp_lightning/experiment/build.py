@@ -77,7 +77,8 @@ def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[s
     """Refuse a config whose tokenizer settings differ from the tokenizer of the weights."""
     configured = instantiate(cfg.tokenizer)
     keys = {"vocab_size", "train_bytes", "eot_id"} & cfg.tokenizer.keys()
-    same = configured.kind == tokenizer.kind and all(state.get(k) == cfg.tokenizer[k] for k in keys)
+    same = type(configured) is type(tokenizer)  # a class of the user's may have a kind of ours
+    same &= all(state.get(k) == cfg.tokenizer[k] for k in keys)
     if same and configured.kind == "pretrained":  # its file may lie anywhere
         ours, theirs = configured.state(), tokenizer.state()
         same = all(ours[k] == theirs[k] for k in ("eot_token", "tokenizer_json"))

@@ -201,9 +201,11 @@ def test_a_resumed_run_does_not_read_its_start_again(base: Path) -> None:
         ("base", {"model.d_ff": 64}, "d_ff: 48 -> 64"),
         ("base", {"tokenizer": "bpe", "tokenizer.vocab_size": 300},
          "trained with the tokenizer {'kind': 'byte'}.*: set tokenizer= to that one"),
+        ("base", {"tokenizer._target_": "tests.data_modules.test_encoding_pool.CustomTokenizer"},
+         "trained with the tokenizer {'kind': 'byte'}, which this run's"),
         (None, {"mtp.freeze_trunk": "true", "mtp_lambda": 0}, "nothing to train"),
     ],
-    ids=["family", "nothing", "foreign", "width", "tokenizer", "nothing trained"],
+    ids=["family", "nothing", "foreign", "width", "tokenizer", "own tokenizer", "nothing trained"],
 )  # fmt: skip
 def test_an_unusable_start_is_refused_and_leaves_no_folder(
     base: Path, tmp_path: Path, start: str | None, settings: dict[str, Any], message: str
