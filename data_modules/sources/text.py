@@ -79,6 +79,8 @@ class TextSource(FileSource):
             for name, path in expand(pattern, self.key):
                 if path.stat().st_size == 0:
                     raise UserError(f"{path} is empty: give text, or leave it out of {self.key}")
+                if not _may_be_text(path):
+                    log.warning("%s holds zero bytes, which no text has: is it UTF-16?", path)
                 unique.setdefault(path.resolve(), (name, path))
         if isinstance(self.held_out, TextSource):
             validated = (path for _, path in self.held_out.files)

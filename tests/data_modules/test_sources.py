@@ -106,6 +106,14 @@ def test_a_folder_is_read_without_hidden_empty_and_binary_files(tmp_path, caplog
     assert_refused(r"logo\.png is not UTF-8.*zero bytes.*leave it out", tmp_path / "logo.png")
 
 
+def test_a_named_file_with_zero_bytes_is_read_with_a_warning(tmp_path, caplog):
+    """Such as UTF-16 without a mark at its beginning, which is valid UTF-8."""
+    (tmp_path / "wide.txt").write_bytes("a text".encode("utf-16-le"))
+    (documents,) = TextSource(tmp_path / "wide.txt").documents()
+    assert documents == "a\0 \0t\0e\0x\0t\0"
+    assert "wide.txt holds zero bytes, which no text has: is it UTF-16?" in caplog.text
+
+
 def test_a_glob_reads_the_files_and_then_the_folders_that_match_it(tmp_path, caplog):
     for file in ("b/1.txt", "a/2.txt", "a/deep/3.txt", "c.txt", "a/.git/index"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
