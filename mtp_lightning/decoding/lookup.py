@@ -38,7 +38,7 @@ class Lookup:
 
     def __init__(self, prompt: Sequence[int], *, sampled: bool = False) -> None:
         self._ids = np.empty(2 * len(prompt), np.int64)
-        self._n = 0
+        self.n = 0  # number of its tokens
         length = np.arange(_LONGEST + 1)
         # For each length of the match: the proposals that were right, and all judged ones.
         self._n_right = _GUESS * length / (length + 3)
@@ -46,10 +46,6 @@ class Lookup:
         self._worth = _WORTH_IN_SAMPLES if sampled else _WORTH
         self._length, self._proposed = 0, self._ids[:0]
         self.add(prompt)
-
-    def __len__(self) -> int:
-        """Number of its tokens."""
-        return self._n
 
     def add(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text, and compare the last proposal with them."""
@@ -60,11 +56,11 @@ class Lookup:
             if proposed != token:
                 break
             self._n_right[length] += 1
-        end = self._n + len(tokens)
+        end = self.n + len(tokens)
         if end > len(self._ids):
-            self._ids = np.concatenate([self._ids[: self._n], np.empty(end, np.int64)])
-        self._ids[self._n : end] = tokens
-        self._n = end
+            self._ids = np.concatenate([self._ids[: self.n], np.empty(end, np.int64)])
+        self._ids[self.n : end] = tokens
+        self.n = end
         self._length, start = longest_match(self._ids[:end])
         # A proposal that reaches the text's end continues with its own beginning.
         self._proposed = np.resize(self._ids[start:end], MOST_DRAFTS if self._length else 0)
@@ -144,7 +140,7 @@ class Lookups:
         if text is None:
             text = Lookup(list(request.prompt), sampled=not request.greedy)
             self._texts[sequence] = text
-        text.add(sequence.token_ids[len(text) - len(request.prompt) :])
+        text.add(sequence.token_ids[text.n - len(request.prompt) :])
         return text
 
 

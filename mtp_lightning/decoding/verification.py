@@ -122,11 +122,9 @@ def accept_block(
     draft number ``limit`` is the last one of its row."""
     n_drafts = draft_BM.shape[1]
     p_draft_BM, q_draft_BM = (x.double() for x in draft_probs(p_BTV, q_BMN, draft_BM))
-    joint_B = torch.ones_like(final_noise_B, dtype=torch.float64)
-    joints = [joint_B]
+    joints = [torch.ones_like(final_noise_B, dtype=torch.float64)]
     for p_B, q_B in zip(p_draft_BM.unbind(1), q_draft_BM.unbind(1), strict=True):
-        joint_B = (joint_B * p_B / q_B).clamp(max=1)
-        joints.append(joint_B)
+        joints.append((joints[-1] * p_B / q_B).clamp(max=1))
     joint_BT = torch.stack(joints, dim=1)
     # The probability that a draft is the last one kept, for all drafts but the last.
     inner_BM = joint_BT[:, 1:n_drafts]
