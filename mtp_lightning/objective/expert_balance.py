@@ -50,11 +50,11 @@ def balance_experts(
 
 def label(name: str) -> str:
     """A router's name in the log: ``layer_3`` in the trunk, and ``depth_1`` in the modules, or
-    ``depth_1_block_0`` in a block of a module before its last."""
+    ``depth_1_block_0`` in a block of a module before its last; elsewhere the name itself."""
     trunk = re.search(r"trunk\.blocks\.(\d+)\.", name)
     if trunk:
         return f"layer_{trunk[1]}"
-    module = re.search(r"mtp\.\w+\.(\d+)\.(?:before\.(\d+)\.)?", name)
+    module = re.search(r"mtp\.depths\.(\d+)\.(?:before\.(\d+)\.)?", name)
     if module is None:
         return name.replace(".", "_")
     return f"depth_{int(module[1]) + 1}" + (f"_block_{module[2]}" if module[2] else "")

@@ -16,7 +16,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
-from mtp_lightning.objective.expert_balance import balance_experts
+from mtp_lightning.objective.expert_balance import balance_experts, label
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.kl import KL
 from tests import deepseek
@@ -149,6 +149,13 @@ def test_every_router_of_a_module_of_several_blocks_is_logged() -> None:
     tags = balance_experts(model, auxiliary, fraction=0.0).keys() - {"moe/max_violation"}
     assert len(tags) == len(routers_of(model))
     assert {"moe/max_violation_depth_1_block_0", "moe/max_violation_depth_1"} <= tags
+
+
+def test_routers_of_several_lists_of_a_stack_have_labels_of_their_own() -> None:
+    names = ["depths.0", "depths.0.before.0", "others.0", "depths.1", "others.1"]
+    labels = [label(f"mtp.{name}.router") for name in names]
+    depths = ["depth_1", "depth_1_block_0", "mtp_others_0_router", "depth_2", "mtp_others_1_router"]
+    assert labels == depths
 
 
 def test_a_prepass_counts_no_loads() -> None:
