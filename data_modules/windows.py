@@ -148,7 +148,11 @@ class WindowBatch:
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible; n is at most B."""
         require_whole("accumulate", n, least=1, most=len(self))
-        parts = [self._map_rows(lambda field: field.tensor_split(n)[i]) for i in range(n)]  # noqa: B023
+
+        def part(i: int) -> WindowBatch:
+            return self._map_rows(lambda field: field.tensor_split(n)[i])
+
+        parts = [part(i) for i in range(n)]
         if self.key is None:
             return parts
         firsts = itertools.accumulate(map(len, parts[:-1]), initial=self.key.first_row)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 8_584,
+    "data_modules": 8_587,
     "hydra_plugins": 63,
     "mtp_lightning": 3_063,
     "mtp_lightning/apps": 380,
@@ -26,14 +26,14 @@ LINES = {
     "mtp_lightning/cpu": 1_629,
     "mtp_lightning/decoding": 4_606,
     "mtp_lightning/distributed": 1_207,
-    "mtp_lightning/experiment": 2_858,
+    "mtp_lightning/experiment": 2_844,
     "mtp_lightning/heads": 940,
     "mtp_lightning/interop": 5_361,
     "mtp_lightning/loggers": 618,
     "mtp_lightning/metrics": 970,
     "mtp_lightning/mtp": 3_748,
     "mtp_lightning/nn": 2_582,
-    "mtp_lightning/notebook": 506,
+    "mtp_lightning/notebook": 505,
     "mtp_lightning/objective": 3_988,
     "mtp_lightning/optim": 385,
     "mtp_lightning/run": 1_386,
