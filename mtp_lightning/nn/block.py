@@ -14,18 +14,6 @@ from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.norm import RMSNorm
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a model's blocks are compiled."""
-    blocks = (layer for layer in model.modules() if isinstance(layer, Block))
-    return any(block._compiled_call_impl is not None for block in blocks)
-
-
-def eager_blocks(model: nn.Module) -> AbstractContextManager[None]:
-    """Runs a model's blocks eagerly, compiled ones as well: passes of many sizes would compile them
-    again and again."""
-    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-
-
 class Block(nn.Module):
     """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``. ``layer`` is its index in
     the trunk, None for the block of a prediction module."""
@@ -52,3 +40,15 @@ class Block(nn.Module):
     def _compute(self, x_BTC: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), ctx, layer)
         return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC), ctx)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model's blocks are compiled."""
+    blocks = (layer for layer in model.modules() if isinstance(layer, Block))
+    return any(block._compiled_call_impl is not None for block in blocks)
+
+
+def eager_blocks(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs a model's blocks eagerly, compiled ones as well: passes of many sizes would compile them
+    again and again."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()

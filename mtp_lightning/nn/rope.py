@@ -16,6 +16,58 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_bool, require_number
 
 
+def rope_table(
+    positions: Tensor,
+    d_head: int,
+    theta: float,
+    scaling: Scaling | None = None,
+    *,
+    rotary_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotary angle.
+
+    Args:
+        positions: whole numbers of any shape [...].
+        d_head: H, even.
+        theta: base of the frequencies ``theta^(-2j/R)``.
+        scaling: stretches the frequencies to longer contexts.
+        rotary_dim: R, the number of dimensions that are rotated, even: the first R/2 pairs. The
+            angles of the other pairs are 0. None is H.
+        dtype: the model's.
+
+    Returns:
+        Two tensors of [..., H/2], fp32 or fp64.
+    """
+    rotary_dim = d_head if rotary_dim is None else rotary_dim
+    half = rotary_dim // 2
+    # In fp64: fp32 would round the angle of position 100,000 too coarsely.
+    exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    frequency = theta**-exponent
+    if scaling is not None:
+        frequency = scaling.stretched(frequency, theta)
+    angle = positions.to(torch.float64).unsqueeze(-1) * frequency
+    dtype = torch.promote_types(dtype, torch.float32)
+    magnitude = 1.0 if scaling is None else scaling.magnitude
+    cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
+    padding = (0, (d_head - rotary_dim) // 2)
+    cos, sin = F.pad(cos, padding, value=1.0), F.pad(sin, padding)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def over_whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A :func:`rope_table` [..., H/2] as one of [..., H], signs included: see
+    :func:`rotate_in_place`."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """``ops.rotary`` in place, in three calls and without autograd, with tables
+    :func:`over_whole_heads`."""
+    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    x.mul_(cos).addcmul_(swapped, sin)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
     """Llama 3.1's: slow frequencies are divided by ``factor``, fast ones kept, others interpolated.
@@ -138,55 +190,3 @@ def rope_scaling(fields: Mapping[str, Any]) -> Scaling:
     """The scaling described by plain data; its fields tell which kind it is."""
     kind = Llama3Scaling if "low_freq_factor" in fields else YarnScaling
     return kind(**fields)
-
-
-def rope_table(
-    positions: Tensor,
-    d_head: int,
-    theta: float,
-    scaling: Scaling | None = None,
-    *,
-    rotary_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotary angle.
-
-    Args:
-        positions: whole numbers of any shape [...].
-        d_head: H, even.
-        theta: base of the frequencies ``theta^(-2j/R)``.
-        scaling: stretches the frequencies to longer contexts.
-        rotary_dim: R, the number of dimensions that are rotated, even: the first R/2 pairs. The
-            angles of the other pairs are 0. None is H.
-        dtype: the model's.
-
-    Returns:
-        Two tensors of [..., H/2], fp32 or fp64.
-    """
-    rotary_dim = d_head if rotary_dim is None else rotary_dim
-    half = rotary_dim // 2
-    # In fp64: fp32 would round the angle of position 100,000 too coarsely.
-    exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    frequency = theta**-exponent
-    if scaling is not None:
-        frequency = scaling.stretched(frequency, theta)
-    angle = positions.to(torch.float64).unsqueeze(-1) * frequency
-    dtype = torch.promote_types(dtype, torch.float32)
-    magnitude = 1.0 if scaling is None else scaling.magnitude
-    cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
-    padding = (0, (d_head - rotary_dim) // 2)
-    cos, sin = F.pad(cos, padding, value=1.0), F.pad(sin, padding)
-    return cos.to(dtype), sin.to(dtype)
-
-
-def over_whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """A :func:`rope_table` [..., H/2] as one of [..., H], signs included: see
-    :func:`rotate_in_place`."""
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """``ops.rotary`` in place, in three calls and without autograd, with tables
-    :func:`over_whole_heads`."""
-    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
-    x.mul_(cos).addcmul_(swapped, sin)
