@@ -144,29 +144,6 @@ class MTPModel(nn.Module):
         head = self.mtp.own_head if k else None
         return self.head if head is None else head
 
-    def initialize(self, seed: int) -> None:
-        """Initialize all weights: at random, except those that a module sets by its
-        ``reset_own_weights()``."""
-        assert self.config.trunk.init_std is not None
-        initialize(self, std=self.config.trunk.init_std, seed=seed)
-        # Parts first: a module may change what they have set.
-        for module in reversed([*self.modules()]):
-            if callable(reset := getattr(module, "reset_own_weights", None)):
-                reset()
-
-    @property
-    def has_compiled_kernels(self) -> bool:
-        """Whether document attention and cross-entropy use compiled kernels too. On a CPU they do
-        not: the compiler has no backward pass there, or no faster code."""
-        return self.compiled and self.head.weight.device.type != "cpu"
-
-    def compile_blocks(self) -> None:
-        """Compile every block in place, which leaves the keys of checkpoints unchanged."""
-        self.compiled = True
-        for layer in self.modules():
-            if isinstance(layer, Block):
-                layer.compile()
-
     def forward(self, batch: WindowBatch, active: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Hidden states of depth 0 and of the ``active`` MTP depths, by default all, ready for the
         head. Only what they need is computed.
@@ -229,11 +206,6 @@ class MTPModel(nn.Module):
         inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)
         return final, inputs
 
-    def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
-        """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
-        head [..., C] and the ids [...] of the tokens before the drafts."""
-        return self.mtp.rescore(k, hidden, self.head_of(k)(hidden), before)
-
     def depth_state(
         self,
         k: int,
@@ -266,6 +238,34 @@ class MTPModel(nn.Module):
             head=self.head,
         )
         return self.mtp.depth_state(k, inputs, previous_BTC)
+
+    def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
+        """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
+        head [..., C] and the ids [...] of the tokens before the drafts."""
+        return self.mtp.rescore(k, hidden, self.head_of(k)(hidden), before)
+
+    def initialize(self, seed: int) -> None:
+        """Initialize all weights: at random, except those that a module sets by its
+        ``reset_own_weights()``."""
+        assert self.config.trunk.init_std is not None
+        initialize(self, std=self.config.trunk.init_std, seed=seed)
+        # Parts first: a module may change what they have set.
+        for module in reversed([*self.modules()]):
+            if callable(reset := getattr(module, "reset_own_weights", None)):
+                reset()
+
+    @property
+    def has_compiled_kernels(self) -> bool:
+        """Whether document attention and cross-entropy use compiled kernels too. On a CPU they do
+        not: the compiler has no backward pass there, or no faster code."""
+        return self.compiled and self.head.weight.device.type != "cpu"
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place, which leaves the keys of checkpoints unchanged."""
+        self.compiled = True
+        for layer in self.modules():
+            if isinstance(layer, Block):
+                layer.compile()
 
 
 def _require_registered(model: nn.Module) -> None:

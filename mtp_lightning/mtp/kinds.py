@@ -141,6 +141,55 @@ class SideBySide(MTPStack):
         )
 
 
+class NoModules(MTPStack):
+    """A stack without modules: every depth is the main prediction, with a target further ahead."""
+
+    def feed(
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
+    ) -> Feed:
+        return OneState(final_BTC, depths)
+
+    def draft_obstacle(self) -> str:
+        return NO_DRAFTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOnlyConfig(MTPConfig):
+    """The config of a stack whose single depth shapes the trunk in training and is not used after.
+
+    Attributes:
+        lookahead: how many tokens ahead of a position the stack looks, at most.
+    """
+
+    fixed_depth: ClassVar[int] = 1
+    predicts_tokens: ClassVar[bool] = False
+    # How far ahead the nearest token is that the stack looks at: 1 is the next one.
+    first_ahead: ClassVar[int] = 1
+
+    depth: int = 1
+    lookahead: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("mtp.lookahead", self.lookahead, least=self.first_ahead)
+
+    @property
+    def places_ahead(self) -> int:
+        return self.lookahead
+
+
+class TrainingOnly(MTPStack):
+    """A stack that has nothing to draft with, and no agreement."""
+
+    config: TrainingOnlyConfig
+
+    def draft_obstacle(self) -> str:
+        return (
+            f"mtp={self.config.variant} shapes the trunk in training and has nothing to draft "
+            "with: decode it without drafts, or train another mtp variant."
+        )
+
+
 class HeadByHead(Feed):
     """Heads side by side in Gloeckle's memory order (Gloeckle et al. 2024, section 2, fig. 2).
 
@@ -215,52 +264,3 @@ class HeadByHead(Feed):
         )
         by_input = dict(zip(inputs, gradients, strict=True))
         return [by_input.get(leaf) for leaf in leaves.values()], [by_input[p] for p in parameters]
-
-
-class NoModules(MTPStack):
-    """A stack without modules: every depth is the main prediction, with a target further ahead."""
-
-    def feed(
-        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
-    ) -> Feed:
-        return OneState(final_BTC, depths)
-
-    def draft_obstacle(self) -> str:
-        return NO_DRAFTS
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOnlyConfig(MTPConfig):
-    """The config of a stack whose single depth shapes the trunk in training and is not used after.
-
-    Attributes:
-        lookahead: how many tokens ahead of a position the stack looks, at most.
-    """
-
-    fixed_depth: ClassVar[int] = 1
-    predicts_tokens: ClassVar[bool] = False
-    # How far ahead the nearest token is that the stack looks at: 1 is the next one.
-    first_ahead: ClassVar[int] = 1
-
-    depth: int = 1
-    lookahead: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("mtp.lookahead", self.lookahead, least=self.first_ahead)
-
-    @property
-    def places_ahead(self) -> int:
-        return self.lookahead
-
-
-class TrainingOnly(MTPStack):
-    """A stack that has nothing to draft with, and no agreement."""
-
-    config: TrainingOnlyConfig
-
-    def draft_obstacle(self) -> str:
-        return (
-            f"mtp={self.config.variant} shapes the trunk in training and has nothing to draft "
-            "with: decode it without drafts, or train another mtp variant."
-        )

@@ -82,6 +82,9 @@ class ParallelMTP(SideBySide):
         heads = [ParallelHead(trunk) for _ in range(config.depth)]
         super().__init__(config, heads, *config.build_correction(trunk))
 
+    def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.depths[k - 1](branch_BTC, ctx)
+
     @torch.no_grad()
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
@@ -93,6 +96,3 @@ class ParallelMTP(SideBySide):
             module.norm.load_state_dict(trunk.norm.state_dict())
             if self.config.init == "last_block":
                 copy_last_blocks([module.block], trunk)
-
-    def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.depths[k - 1](branch_BTC, ctx)

@@ -144,6 +144,41 @@ class SequentialMTP(Chain):
             # A matrix, so that it is initialized like an embedding.
             self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
 
+    def module(self, k: int) -> SequentialModule:
+        """The module that computes depth ``k``."""
+        return cast(SequentialModule, self.depths[0 if len(self.depths) == 1 else k - 1])
+
+    def step(
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        return self.module(k)(previous_BTC, embedded_BTC, ctx)
+
+    def token_input(self, k: int, inputs: StackInputs) -> Tensor:
+        embedded_BTC = super().token_input(k, inputs)
+        p = self.config.token_dropout
+        if p == 0 or (p < 1 and inputs.key is None):
+            return embedded_BTC
+        blank_BTC = self.blank.to(embedded_BTC.dtype).expand_as(embedded_BTC)
+        if inputs.key is None or p == 1:
+            return blank_BTC
+        batch, seq_len, _ = embedded_BTC.shape
+        dropped_BT = _to_device(draw_dropped(k, p, batch, seq_len, inputs.key), embedded_BTC.device)
+        return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
+
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        if inputs.key is None or not self.config.hidden_state_mixing:
+            yield from super().states(inputs, active)
+            return
+        history = [inputs.hidden]
+        for k in self.with_prerequisites(active):
+            history.append(self.depth_state(k, inputs, _mixed(k, history, inputs.key)))
+            if k in active:
+                yield k, history[-1]
+
+    @property
+    def reads_tokens(self) -> bool:
+        return super().reads_tokens and self.config.reads_tokens
+
     @torch.no_grad()
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
@@ -164,41 +199,6 @@ class SequentialMTP(Chain):
                 x, y = text.projection_pairs(k, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
             hidden = module(hidden, tokens, text.inputs.ctx)
-
-    @property
-    def reads_tokens(self) -> bool:
-        return super().reads_tokens and self.config.reads_tokens
-
-    def token_input(self, k: int, inputs: StackInputs) -> Tensor:
-        embedded_BTC = super().token_input(k, inputs)
-        p = self.config.token_dropout
-        if p == 0 or (p < 1 and inputs.key is None):
-            return embedded_BTC
-        blank_BTC = self.blank.to(embedded_BTC.dtype).expand_as(embedded_BTC)
-        if inputs.key is None or p == 1:
-            return blank_BTC
-        batch, seq_len, _ = embedded_BTC.shape
-        dropped_BT = _to_device(draw_dropped(k, p, batch, seq_len, inputs.key), embedded_BTC.device)
-        return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
-
-    def module(self, k: int) -> SequentialModule:
-        """The module that computes depth ``k``."""
-        return cast(SequentialModule, self.depths[0 if len(self.depths) == 1 else k - 1])
-
-    def step(
-        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
-    ) -> Tensor:
-        return self.module(k)(previous_BTC, embedded_BTC, ctx)
-
-    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        if inputs.key is None or not self.config.hidden_state_mixing:
-            yield from super().states(inputs, active)
-            return
-        history = [inputs.hidden]
-        for k in self.with_prerequisites(active):
-            history.append(self.depth_state(k, inputs, _mixed(k, history, inputs.key)))
-            if k in active:
-                yield k, history[-1]
 
 
 def _mixed(k: int, history: Sequence[Tensor], key: RandomKey) -> Tensor:
