@@ -33,76 +33,6 @@ if TYPE_CHECKING:
     from mtp_lightning.objective.balance.gradients import Scope
 
 
-class FlopCount(TorchDispatchMode):
-    """Adds up the FLOPs of the operators called inside, by PyTorch's own formulas.
-    PyTorch's ``FlopCounterMode`` refuses ``autograd.grad`` within a pass, which heads side by side
-    need.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0  # FLOPs so far
-        self._inferred: dict[Any, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._result(func, args, kwargs or {})
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The result of an operator. PyTorch infers shapes on ``meta`` in Python, which takes most
-        of a count's time, so the result for equal operands is inferred once."""
-        try:
-            kind = (func, *map(_shape, args), *((k, _shape(v)) for k, v in kwargs.items()))
-            if kind in self._inferred:
-                return self._inferred[kind].clone()
-        except TypeError:  # an operand of another device, or something that cannot be compared
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        returns = func._schema.returns
-        fresh = isinstance(out, Tensor) and out.is_meta and returns[0].alias_info is None
-        if fresh and not func._schema.is_mutable:
-            self._inferred[kind] = out.clone()
-        return out
-
-
-def _shape(operand: Any) -> Any:
-    """The properties of an operand that determine the result's shape.
-
-    Raises:
-        TypeError: the operand's values do.
-    """
-    if isinstance(operand, Tensor):
-        if not operand.is_meta:
-            raise TypeError
-        return operand.shape, operand.stride(), operand.dtype
-    return tuple(map(_shape, operand)) if isinstance(operand, list) else (type(operand), operand)
-
-
-@contextmanager
-def counted_flops() -> Iterator[FlopCount]:
-    """A context that counts the FLOPs of matrix products, attention included.
-
-    Raises:
-        UserError: on the ``meta`` device, a layer reads a tensor's values.
-    """
-    # trainer.detect_anomaly reads the values of every gradient, and meta tensors have none.
-    anomalies = torch.autograd.set_detect_anomaly(False)
-    try:
-        with anomalies, sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
-            yield count
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
-            raise
-        raise UserError(
-            "A step's FLOPs are counted on the meta device, whose tensors have no values, and this "
-            f"model needs some ({error}): compute with tensors on the input's device, without "
-            "item(), tolist() or a mask as an index."
-        ) from error
-
-
 class StepCost:
     """FLOPs of training a model on one window; each kind of step is counted once."""
 
@@ -202,3 +132,73 @@ def window_on_meta(config: ModelConfig, seq_len: int, *, stored: bool = False) -
         extra=mtp.extra_places,
         states=torch.empty(1, 1 + mtp.n_states, seq_len, width, device="meta") if stored else None,
     )
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCount]:
+    """A context that counts the FLOPs of matrix products, attention included.
+
+    Raises:
+        UserError: on the ``meta`` device, a layer reads a tensor's values.
+    """
+    # trainer.detect_anomaly reads the values of every gradient, and meta tensors have none.
+    anomalies = torch.autograd.set_detect_anomaly(False)
+    try:
+        with anomalies, sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
+            yield count
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise UserError(
+            "A step's FLOPs are counted on the meta device, whose tensors have no values, and this "
+            f"model needs some ({error}): compute with tensors on the input's device, without "
+            "item(), tolist() or a mask as an index."
+        ) from error
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs of the operators called inside, by PyTorch's own formulas.
+    PyTorch's ``FlopCounterMode`` refuses ``autograd.grad`` within a pass, which heads side by side
+    need.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0  # FLOPs so far
+        self._inferred: dict[Any, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._result(func, args, kwargs or {})
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operator. PyTorch infers shapes on ``meta`` in Python, which takes most
+        of a count's time, so the result for equal operands is inferred once."""
+        try:
+            kind = (func, *map(_shape, args), *((k, _shape(v)) for k, v in kwargs.items()))
+            if kind in self._inferred:
+                return self._inferred[kind].clone()
+        except TypeError:  # an operand of another device, or something that cannot be compared
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        returns = func._schema.returns
+        fresh = isinstance(out, Tensor) and out.is_meta and returns[0].alias_info is None
+        if fresh and not func._schema.is_mutable:
+            self._inferred[kind] = out.clone()
+        return out
+
+
+def _shape(operand: Any) -> Any:
+    """The properties of an operand that determine the result's shape.
+
+    Raises:
+        TypeError: the operand's values do.
+    """
+    if isinstance(operand, Tensor):
+        if not operand.is_meta:
+            raise TypeError
+        return operand.shape, operand.stride(), operand.dtype
+    return tuple(map(_shape, operand)) if isinstance(operand, list) else (type(operand), operand)

@@ -29,21 +29,6 @@ from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
 from mtp_lightning.objective.through_head import through_head
 
 
-def feed_and_targets(
-    model: MTPModel,
-    objective: Objective,
-    plan: StepPlan,
-    batch: WindowBatch,
-    auxiliary: AuxiliaryOutputs | None = None,
-) -> tuple[Feed, list[DepthTarget]]:
-    """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
-    before the rules. Arguments as in :func:`micro_batch_loss`."""
-    targets = objective.targets(model.mtp, plan, batch)
-    depths = [k for k in by_depth(targets) if k]
-    final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
-    return model.mtp.feed(final, inputs, batch, depths), targets
-
-
 def micro_batch_loss(
     model: MTPModel,
     objective: Objective,
@@ -91,6 +76,21 @@ def micro_batch_loss(
     for target, target_sum in zip(targets, sums, strict=True):
         sums_KP[target.depth, target.index] = target_sum
     return total, sums_KP
+
+
+def feed_and_targets(
+    model: MTPModel,
+    objective: Objective,
+    plan: StepPlan,
+    batch: WindowBatch,
+    auxiliary: AuxiliaryOutputs | None = None,
+) -> tuple[Feed, list[DepthTarget]]:
+    """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
+    before the rules. Arguments as in :func:`micro_batch_loss`."""
+    targets = objective.targets(model.mtp, plan, batch)
+    depths = [k for k in by_depth(targets) if k]
+    final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
+    return model.mtp.feed(final, inputs, batch, depths), targets
 
 
 @torch.no_grad()
