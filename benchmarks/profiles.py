@@ -27,7 +27,7 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.workloads import Training
 from mtp_lightning.nn.ops import matmul_transposed
-from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective import step as optimizer_step
 
 STEP, LOSS, PRODUCTS = "the module's step", "losses", "head's products"
 _MARK = "part: "
@@ -131,7 +131,7 @@ def _flops(name: str, shapes: list[list[int]]) -> int:
 def _step_spans(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let the layers of a model and the parts of its optimizer step open spans."""
     parts = [
-        (OptimizerStep, "forward_micro_batch", LOSS),
+        (optimizer_step, "micro_batch_loss", LOSS),
         (torch.Tensor, "backward", STEP),
         (nn.utils, "clip_grad_norm_", "clipping"),
         (optimizer, "step", "optimizer"),

@@ -59,6 +59,7 @@ def build_step(task: Row) -> Training:
     from mtp_lightning.objective.balance.base import NoBalance
     from mtp_lightning.objective.schedule.base import Progress
     from mtp_lightning.objective.step import OptimizerStep
+    from mtp_lightning.objective.stream import micro_batch_loss
 
     depth, device = task["depth"], task.get("device", "cpu")
     cfg = harness.compose_config(
@@ -97,7 +98,7 @@ def build_step(task: Row) -> Training:
 
     def forward() -> tuple[int, torch.Tensor]:
         plan = one_step.plan(batch, progress)
-        loss, _, _ = one_step.forward_micro_batch(plan, plan.micro_batches[0])
+        loss, _, _ = micro_batch_loss(model, one_step.objective, plan, plan.micro_batches[0])
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(plan.counts.valid) * d_model * element, loss
 

@@ -16,6 +16,7 @@ from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import PositionCounts, StepPlan, step_counts
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.stream import micro_batch_loss
 from mtp_lightning.objective.terms.base import Term
 
 
@@ -65,9 +66,8 @@ def reported_loss(
         windows=len(batch) if windows is None else windows,
         micro_batches=[batch],
     )
-    total, sums_KP, auxiliary = step_of(model, term).forward_micro_batch(
-        plan, replace(batch, key=key)
-    )
+    objective = step_of(model, term).objective
+    total, sums_KP, auxiliary = micro_batch_loss(model, objective, plan, replace(batch, key=key))
     return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 

@@ -95,7 +95,7 @@ class StepCost:
         plan = StepPlan(
             lambdas=factors, factors=factors, counts=counts, windows=1, micro_batches=[batch]
         )
-        loss, _ = micro_batch_loss(model, objective, plan, batch)
+        loss, *_ = micro_batch_loss(model, objective, plan, batch)
         if loss.requires_grad:
             loss.backward()
         if scope is not None:

@@ -222,7 +222,7 @@ class OptimizerStep:
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
                 loss, micro_sums, micro_auxiliary = call_forward(
-                    self.forward_micro_batch, plan, micro
+                    micro_batch_loss, self.model, self.objective, plan, micro
                 )
                 # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
@@ -251,14 +251,6 @@ class OptimizerStep:
         else:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         return {"train/grad_norm": processes.tensors().whole(norm)}
-
-    def forward_micro_batch(
-        self, plan: StepPlan, micro: WindowBatch
-    ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
-        """One micro-batch through :func:`micro_batch_loss`, and the layers' auxiliary outputs."""
-        auxiliary = AuxiliaryOutputs()
-        total, sums_KP = micro_batch_loss(self.model, self.objective, plan, micro, auxiliary)
-        return total, sums_KP, auxiliary
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         batch = plan.micro_batches[0]

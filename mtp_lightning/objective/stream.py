@@ -34,8 +34,7 @@ def micro_batch_loss(
     objective: Objective,
     plan: StepPlan,
     batch: WindowBatch,
-    auxiliary: AuxiliaryOutputs | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
     """One micro-batch's part of the loss that a step differentiates.
 
     The backward passes of heads side by side have already run when this returns (see
@@ -46,13 +45,14 @@ def micro_batch_loss(
         model: in training mode.
         objective: bound to the model.
         batch: one of the plan's micro-batches.
-        auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
 
     Returns:
         The part, a differentiable scalar; the parts of all micro-batches and ranks add up to the
-        loss. And the micro-batch's summed losses by depth and term, [D + 1, P] fp64: 0 where not
-        computed, the main prediction's in the first column.
+        loss. The micro-batch's summed losses by depth and term, [D + 1, P] fp64: 0 where not
+        computed, the main prediction's in the first column. And the layers' auxiliary outputs,
+        whose losses are in the part.
     """
+    auxiliary = AuxiliaryOutputs()
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight
     if objective.draft_vocab is not None:  # a slice's backward pass allocates a whole gradient
@@ -68,14 +68,13 @@ def micro_batch_loss(
         auxiliary_factor=1 / plan.windows,
         compiled=model.has_compiled_kernels,
     )
-    if auxiliary is not None:
-        for loss in auxiliary.losses:
-            if loss.requires_grad:  # the losses of heads side by side are already backpropagated
-                total = total + 1 / plan.windows * loss
+    for loss in auxiliary.losses:
+        if loss.requires_grad:  # the losses of heads side by side are already backpropagated
+            total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
     for target, target_sum in zip(targets, sums, strict=True):
         sums_KP[target.depth, target.index] = target_sum
-    return total, sums_KP
+    return total, sums_KP, auxiliary
 
 
 def feed_and_targets(
@@ -86,7 +85,7 @@ def feed_and_targets(
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Feed, list[DepthTarget]]:
     """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
-    before the rules. Arguments as in :func:`micro_batch_loss`."""
+    before the rules. ``auxiliary`` collects the layers' auxiliary outputs; None for none."""
     targets = objective.targets(model.mtp, plan, batch)
     depths = [k for k in by_depth(targets) if k]
     final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
