@@ -23,7 +23,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.objective.plan import PositionCounts, StepPlan
 from mtp_lightning.objective.rules.base import Measures, PositionMeasure, Rule, select_rules
-from mtp_lightning.objective.targets import DepthTarget, targets_of
+from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.settings import require_bool, require_whole
@@ -130,14 +130,14 @@ class Objective:
         """The main prediction's target over one of the plan's micro-batches, then those of every
         depth with a factor: one for each term that has a position in the step."""
         factors, counts = plan.factors, plan.counts
-        main = factors[0] / counts.valid[0]
-        targets = [DepthTarget(0, self._among_drafted(batch.targets(0)), main, _MAIN_TERM)]
+        tokens_BT = self._tokens(_MAIN_TERM, stack, 0, batch)
+        targets = [DepthTarget(0, tokens_BT, factors[0] / counts.valid[0], _MAIN_TERM)]
         for k in plan.active:
             for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
                 if not count:
                     continue
-                tokens_BT = self._among_drafted(targets_of(term, stack, k, batch))
+                tokens_BT = self._tokens(term, stack, k, batch)
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 scale, shift = factors[k] * weight / count, batch.stride * k
@@ -146,8 +146,15 @@ class Objective:
                 )
         return targets
 
-    def _among_drafted(self, tokens_BT: Tensor) -> Tensor:
-        """Targets among the first ``draft_vocab`` ids; -100 for others."""
+    def _tokens(self, term: Term, stack: MTPStack, k: int, batch: WindowBatch) -> Tensor:
+        """``[B, T]`` target tokens of depth k for a term; -100 at positions that do not count, such
+        as those without a teacher, or with a target beyond ``draft_vocab``."""
+        tokens_BT = stack.targets(k, batch)
+        if term.needs_teacher:
+            tokens_BT = tokens_BT.clone()
+            tokens_BT[:, batch.positions_with_teacher(k) :] = IGNORE_INDEX
+        elif term.counts_padding:
+            tokens_BT = tokens_BT.clamp(min=0)
         if self.draft_vocab is None:
             return tokens_BT
         return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_modules.windows import IGNORE_INDEX, WindowBatch
+from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.chunk import Chunk, Teacher
 from mtp_lightning.objective.terms.base import Term
 
@@ -111,14 +110,3 @@ def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
         if target.depth not in tokens or not target.term.needs_teacher:
             tokens[target.depth] = target.tokens
     return tokens
-
-
-def targets_of(term: Term, stack: MTPStack, k: int, batch: WindowBatch) -> Tensor:
-    """``[B, T]`` targets of depth k for a term; -100 where it does not count, such as where a term
-    has no teacher."""
-    targets_BT = stack.targets(k, batch)
-    if term.needs_teacher:
-        targets_BT = targets_BT.clone()
-        targets_BT[:, batch.positions_with_teacher(k) :] = IGNORE_INDEX
-        return targets_BT
-    return targets_BT.clamp(min=0) if term.counts_padding else targets_BT
