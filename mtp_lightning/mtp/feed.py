@@ -37,7 +37,7 @@ class LossTarget(Protocol):
     def value(self, log_q_RV: Tensor) -> Tensor:
         """The term's loss at every position [R], differentiable with respect to ``log_q_RV``."""
 
-    def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
+    def add_to_total(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
         """Add the losses to the target's total, weighted by ``counts_R`` (default: its own)."""
 
 
@@ -295,10 +295,10 @@ class OwnLoss(Loss):
         valid_R = self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         if not needs_gradient:
-            target.note(self.value(rows, logits_RV), valid_R)
+            target.add_to_total(self.value(rows, logits_RV), valid_R)
             return None
         value_R, d_logits_RV = self.gradient(rows, logits_RV)
-        target.note(value_R, valid_R)
+        target.add_to_total(value_R, valid_R)
         return d_logits_RV, (valid_R * target.coefficient).unsqueeze(-1)
 
 

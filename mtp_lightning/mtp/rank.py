@@ -261,7 +261,7 @@ def _by_autograd(
 
 def _counted(value_R: Tensor, target: LossTarget) -> Tensor:
     """A target's part of the loss; also adds its losses to the step's sums."""
-    target.note(value_R.detach())
+    target.add_to_total(value_R.detach())
     return (value_R * target.counts_R.to(value_R.dtype)).sum() * target.coefficient
 
 

@@ -171,8 +171,7 @@ def stream_loss(
     term_gradients: TermGradients = {}
 
     def send(predictions: Sequence[Prediction]) -> None:
-        main = feed.main if any(p.needs_teacher for p in predictions) else None
-        through_head(head, predictions, term_gradients, main_hidden=main, compiled=compiled)
+        through_head(head, predictions, term_gradients, main_hidden=feed.main, compiled=compiled)
 
     request = LossRequest(by_depth(targets), needs, train_head, auxiliary_factor)
     with torch.no_grad():

@@ -80,7 +80,7 @@ class ChunkTarget:
         """The term's loss at every position [R]."""
         return self.term.value(self.chunk(log_q_RV, h_RC))
 
-    def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
+    def add_to_total(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
         """Add the losses to the total, weighted by ``counts_R`` (default: mask times weights)."""
         if value_R.shape != self.valid_R.shape:
             raise UserError(

@@ -95,10 +95,10 @@ def through_head(
         if p.needs_gradient or p.trains_head(head) or any(t.coefficient for t in p.targets)
     ]
     with no_autocast(weight):
-        alone = due if main_MC is None else [p for p in due if p.loss is not None]
-        if main_MC is not None and len(alone) < len(due):
-            _with_teacher(main_MC, weight, [head_pass(p) for p in due if p.loss is None])
-        for prediction in alone:  # begun one after another, so that their copies do not add up
+        if main_MC is not None and (taught := [p for p in due if p.loss is None]):
+            due = [p for p in due if p.loss is not None]
+            _with_teacher(main_MC, weight, list(map(head_pass, taught)))
+        for prediction in due:  # begun one after another, so that their copies do not add up
             head_pass(prediction).run(main_MC, compiled=compiled)
 
 
@@ -188,17 +188,17 @@ class _HeadPass:
         targets = [ChunkTarget(target, rows, teacher) for target in self.targets]
         if not self.needs_gradient:
             for target in targets:
-                target.note(target.value(log_q_RV, h_RC))
+                target.add_to_total(target.value(log_q_RV, h_RC))
             return
         d_hidden_RC, logit_gradients = self._state_gradient(targets, log_q_RV, h_RC)
         if len(targets) == 1 and not targets[0].term.of_state:
             (single,) = targets
             value_R, d_logits_RV = single.term.gradient(single.chunk(log_q_RV, h_RC))
-            single.note(value_R)
+            single.add_to_total(value_R)
             # Apply mask and coefficient to the C-wide factors instead of the V-wide one.
             scale_R1, factor = single.counts_R.unsqueeze(-1), single.coefficient
         else:
-            d_logits_RV = self._logit_grad(targets, log_q_RV, h_RC)
+            d_logits_RV = self._logit_gradient(targets, log_q_RV, h_RC)
             scale_R1, factor = None, 1.0
         del log_q_RV
         for ids_RK, d_some_RK in logit_gradients:
@@ -213,7 +213,7 @@ class _HeadPass:
         logits_RV = matmul_transposed(h_RC, self.weight)
         value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
         del logits_RV
-        target.note(value_R)
+        target.add_to_total(value_R)
         self._propagate(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
 
     def _run_own_loss(self, rows: slice, loss: Loss, main_MC: Tensor | None) -> None:
@@ -285,18 +285,20 @@ class _HeadPass:
         logit_gradients: list[tuple[Tensor, Tensor]] = []
         for target in (target for target in targets if target.term.of_state):
             if not target.coefficient:  # only logged
-                target.note(target.value(log_q_RV, h_RC))
+                target.add_to_total(target.value(log_q_RV, h_RC))
                 continue
             factor_R = target.scale_R1(log_q_RV.dtype).squeeze(-1)
             into = {} if self.term_gradients is None else self.term_gradients
             gradient = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
-            target.note(gradient.value_R)
+            target.add_to_total(gradient.value_R)
             total_RC = gradient.hidden_RC if total_RC is None else total_RC + gradient.hidden_RC
             if gradient.logits is not None:
                 logit_gradients.append(gradient.logits)
         return total_RC, logit_gradients
 
-    def _logit_grad(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:
+    def _logit_gradient(
+        self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor
+    ) -> Tensor:
         """The gradient of all targets with respect to their common logits, with mask and
         coefficients. That of all cross-entropies takes one pass over the chunk: ``(sum_k c_k)
         softmax - sum_k c_k one_hot(target_k)``."""
@@ -312,7 +314,7 @@ class _HeadPass:
                 d_logits_RV = d_logits_RV * target.scale_R1(log_q_RV.dtype)
                 others_RV = d_logits_RV if others_RV is None else others_RV.add_(d_logits_RV)
                 del copy, d_logits_RV
-            target.note(value_R)
+            target.add_to_total(value_R)
         if not plain:
             return torch.zeros_like(log_q_RV) if others_RV is None else others_RV
         minus_RK = torch.cat([minus_R1 for _, minus_R1 in plain], dim=1)
