@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -163,7 +163,7 @@ class Feed(ABC):
         """The main prediction's hidden state [..., C], from which teachers are computed."""
         return self.inputs[0]
 
-    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def state_groups(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         """The depths' hidden states (k, [B, T, C]) that :meth:`input_gradients` trains, in groups
         of states that exist at the same time: for a prepass, and for the gradient of each depth
         alone."""
@@ -202,11 +202,11 @@ class Together(Feed):
         self.heads = {k: HeadWeight(loss.weight) for k, loss in losses.items()}
         if head is not None:
             self.heads |= {k: head for k, _ in depth_states}
-        self.weights = list(dict.fromkeys(self.heads.values()))
-        weights = [weight.weight_VC for weight in self.weights]
+        self.own_heads = list(dict.fromkeys(self.heads.values()))
+        weights = [head.weight_VC for head in self.own_heads]
         super().__init__([final, *(hidden for _, hidden in depth_states), *weights])
 
-    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def state_groups(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield self.depth_states
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
@@ -215,21 +215,18 @@ class Together(Feed):
 
     def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:
         states = [(0, self.main), *self.depth_states]
-        for weight, needs_gradient in zip(self.weights, request.needs[len(states) :], strict=True):
-            weight.needs_gradient = needs_gradient
+        for head, needs_gradient in zip(self.own_heads, request.needs[len(states) :], strict=True):
+            head.needs_gradient = needs_gradient
         predictions = [
-            Prediction(
-                hidden,
-                request.targets[k],
+            replace(
+                self.prediction(k, hidden, request.targets[k]),
                 train_head=k == 0 or k in self.heads or request.train_head,
                 needs_gradient=needs_gradient,
-                head=self.heads.get(k),
-                loss=self.losses.get(k),
             )
             for (k, hidden), needs_gradient in zip(states, request.needs, strict=False)
         ]
         send(predictions)
-        return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
+        return [*(p.gradient for p in predictions), *(head.gradient for head in self.own_heads)]
 
 
 class OneState(Feed):
@@ -244,7 +241,7 @@ class OneState(Feed):
         super().__init__([final])
         self.depths = depths
 
-    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def state_groups(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
     def input_gradients(self, request: LossRequest, send: ThroughHead) -> Sequence[Tensor | None]:

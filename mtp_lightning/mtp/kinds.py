@@ -209,7 +209,7 @@ class HeadByHead(Feed):
         parameters = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final_BTC, *self.common.values(), *parameters])
 
-    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def state_groups(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # A second forward pass of each head, which reports no router loads: input_gradients() does.
         silent = replace(self.stack_inputs, ctx=replace(self.stack_inputs.ctx, auxiliary=None))
         for state in self.stack.states(silent, self.depths):

@@ -130,7 +130,7 @@ def prepass(
         return prediction
 
     main = [[(0, feed.main)]] if main_measures else []
-    for group in itertools.chain(main, feed.states() if depth_measures else ()):
+    for group in itertools.chain(main, feed.state_groups() if depth_measures else ()):
         predictions = [measure_prediction(k, hidden) for k, hidden in group]
         if predictions:
             through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)

@@ -181,7 +181,7 @@ def add_gradients(
     with torch.enable_grad(), _only(model, parameters):
         feed, targets = feed_and_targets(model, objective, plan, batch)
         task_targets = by_depth(objective.apply_rules(targets, {}))
-        groups = itertools.chain([[(0, feed.main)]], feed.states())
+        groups = itertools.chain([[(0, feed.main)]], feed.state_groups())
         for k, hidden in itertools.chain.from_iterable(groups):
             prediction = feed.prediction(k, hidden, task_targets[k])
             through_head(shared, [prediction], main_hidden=feed.main)
