@@ -98,7 +98,7 @@ class MTPModule(pl.LightningModule):
         done = self.trainer.global_step  # optimizer steps before this one
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
-        learning_rates = self._learning_rates.set(optimizer, done, self.trainer.max_steps)  # type: ignore[arg-type]
+        learning_rates = self._learning_rates.set(done, self.trainer.max_steps)
         result = self.step(
             batch,
             self.progress(done),

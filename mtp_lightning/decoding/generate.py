@@ -21,8 +21,6 @@ from mtp_lightning.decoding.sequence import Fresh, Generation
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
-OnTokens = Callable[[int, Fresh], None]
-
 
 def generate(
     model: MTPModel,
@@ -30,7 +28,7 @@ def generate(
     options: DecodingOptions | None = None,
     *,
     tokenizer: Any = None,
-    on_tokens: OnTokens | None = None,
+    on_tokens: Callable[[int, Fresh], None] | None = None,
     on_end: Callable[[int, Generation], None] | None = None,
     indices: Sequence[int] | None = None,
     **changes: Any,

@@ -35,7 +35,7 @@ def other_switch(mtp: SequentialConfig) -> str:
     """The setting by which modules compute something else than DeepSeek-V3's; empty if none does.
     (:func:`plain` turns the order of a projection.)"""
     as_deepseeks = {
-        f"mtp.token_dropout={mtp.token_dropout:g}": mtp.reads_tokens,
+        f"mtp.token_dropout={mtp.token_dropout:g}": mtp.token_dropout < 1,
         f"mtp.blocks={mtp.blocks}": mtp.blocks == 1,
         f"mtp.branch={mtp.branch}": mtp.branch == "final",
         f"mtp.input_norm={mtp.input_norm}": mtp.input_norm == "post",

@@ -80,11 +80,6 @@ class SequentialConfig(BranchConfig, variant="sequential"):
         return SequentialMTP(self, trunk)
 
     @property
-    def reads_tokens(self) -> bool:
-        """Whether modules ever read tokens."""
-        return self.token_dropout < 1
-
-    @property
     def n_modules(self) -> int:
         """Number of modules."""
         return min(self.depth, 1) if self.share_layers else self.depth
@@ -177,7 +172,7 @@ class SequentialMTP(Chain):
 
     @property
     def reads_tokens(self) -> bool:
-        return super().reads_tokens and self.config.reads_tokens
+        return super().reads_tokens and self.config.token_dropout < 1
 
     @torch.no_grad()
     def init_from_trunk(

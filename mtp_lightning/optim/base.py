@@ -38,10 +38,10 @@ class LearningRates:
     def __init__(
         self, optimizer: torch.optim.Optimizer, schedule: Callable[[int, int], float]
     ) -> None:
-        self.schedule = schedule
+        self.optimizer, self.schedule = optimizer, schedule
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def set(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> dict[str, float]:
+    def set(self, step: int, max_steps: int) -> dict[str, float]:
         """Sets the rates for ``step``.
 
         Returns:
@@ -50,7 +50,7 @@ class LearningRates:
         """
         scale = self.schedule(step, max_steps)
         values: dict[str, float] = {}
-        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * scale
             values.setdefault("train/lr", group["lr"])
             if "name" in group:

@@ -114,7 +114,7 @@ def test_groups_step_as_separate_optimizers_at_the_scheduled_rates(tiny_trunk: T
     separate = [SGD(heads, lr=0.1, momentum=0.9), ADAMW(rest, lr=0.01)]
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
-        logged = rates.set(optimizer, step, 4)
+        logged = rates.set(step, 4)
         assert logged["train/lr_heads"] == logged["train/lr"] == 0.1 * (1 - step / 4)
         assert logged["train/lr_rest"] == 0.01 * (1 - step / 4)
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
