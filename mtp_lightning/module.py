@@ -71,12 +71,6 @@ class MTPModule(pl.LightningModule):
         weights for this call, so all computation with the model must go through it."""
         return work(*args)
 
-    def whole_model(self, *, everywhere: bool = False) -> MTPModel | None:
-        """The model for work of a single process, such as decoding: the model itself, or a copy of
-        a sharded one; None on all processes but the first, unless ``everywhere``. All processes
-        must call this together."""
-        return processes.tensors().whole_model(self, everywhere=everywhere)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = self.balance.parameters()
         for parameter in parameters:
@@ -131,29 +125,14 @@ class MTPModule(pl.LightningModule):
             "flops": result.flops,
         }
 
+    def progress(self, step: int) -> Progress:
+        """The progress before optimizer step ``step`` (counted from 0)."""
+        return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
+
     def on_train_batch_end(self, outputs: Any, batch: WindowBatch, batch_idx: int) -> None:
         self._log_row()
         if self._stops_between_rows():
             self._log_axis(self.trainer.global_step)
-
-    def _log_row(self) -> None:
-        """Log the last step, unless it is logged already."""
-        step = self.trainer.global_step
-        if self._row_step == step:
-            return
-        self._row_step = step
-        self.log_here(self._values, step)
-        if self._stops_between_rows():
-            learning_rates = {t: v for t, v in self._values.items() if t.startswith("train/lr")}
-            self.log_here(learning_rates, step, always=True)
-
-    def _stops_between_rows(self) -> bool:
-        """Whether a callback stops at a step that is not due; Lightning logs that step too."""
-        return self.trainer.should_stop and not self._due(self.trainer.global_step)
-
-    def progress(self, step: int) -> Progress:
-        """The progress before optimizer step ``step`` (counted from 0)."""
-        return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         model = self.model
@@ -175,8 +154,7 @@ class MTPModule(pl.LightningModule):
         # step and never log it.
         self._log_row()
         checkpoint["model_config"] = self.model.config.to_dict()
-        done = {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
-        checkpoint["progress"] = done
+        checkpoint["progress"] = dict(tokens=self.tokens, flops=self.flops, seconds=self.seconds)
         checkpoint["threads"] = torch.get_num_threads()
         checkpoint["cpu_kernels"] = ops.code()[0]
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
@@ -207,6 +185,12 @@ class MTPModule(pl.LightningModule):
             remedy = built if kernels.startswith("native") else "MTP_LIGHTNING_NATIVE=0"
             log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", remedy)
 
+    def whole_model(self, *, everywhere: bool = False) -> MTPModel | None:
+        """The model for work of a single process, such as decoding: the model itself, or a copy of
+        a sharded one; None on all processes but the first, unless ``everywhere``. All processes
+        must call this together."""
+        return processes.tensors().whole_model(self, everywhere=everywhere)
+
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
     ) -> None:
@@ -219,6 +203,21 @@ class MTPModule(pl.LightningModule):
             plain = {tag: float(value) for tag, value in values.items()}
             for logger in self.trainer.loggers:
                 logger.log_metrics(plain, step)
+
+    def _log_row(self) -> None:
+        """Log the last step, unless it is logged already."""
+        step = self.trainer.global_step
+        if self._row_step == step:
+            return
+        self._row_step = step
+        self.log_here(self._values, step)
+        if self._stops_between_rows():
+            learning_rates = {t: v for t, v in self._values.items() if t.startswith("train/lr")}
+            self.log_here(learning_rates, step, always=True)
+
+    def _stops_between_rows(self) -> bool:
+        """Whether a callback stops at a step that is not due; Lightning logs that step too."""
+        return self.trainer.should_stop and not self._due(self.trainer.global_step)
 
     def _due(self, step: int) -> bool:
         """Whether ``trainer.log_every_n_steps`` chooses a step."""
