@@ -31,7 +31,7 @@ from mtp_lightning.system import processor
 # The names of the parts in the table, and their methods.
 PARTS: dict[str, tuple[harness.Method, ...]] = {
     "verify: the trunk and the head": ((Session, "verify"),),
-    "draft: the module and its head": ((Session, "_newest"),),
+    "draft: the module and its head": ((Session, "_newest_states"),),
     "catching up with tokens not drafted at": ((Session, "catch_up"),),
     "states and logits of a draft": ((Session, "draft"),),
     "token buffer": ((Session, "put"), (Session, "accept")),
@@ -83,7 +83,7 @@ def single_passes(
 
 def _draft(session: Session, reads: int) -> None:
     """A draft of a module that reads the last tokens first."""
-    session.filled[1] = [n - reads for n in session.n]
+    session.filled[1] = [n - reads for n in session.n_read]
     session.draft(1)
 
 

@@ -230,7 +230,7 @@ class CompiledSession(Session):
         return super()._tables_for(capacity)
 
     def verify(self, n_drafts: int) -> Tensor:
-        n, width = self.n[0], n_drafts + 1
+        n, width = self.n_read[0], n_drafts + 1
         cache = self.trunk_cache
         logits, *branch = self._run(
             ("trunk", width),
@@ -245,9 +245,9 @@ class CompiledSession(Session):
         return logits
 
     def draft(self, k: int) -> DepthDraft:
-        self._append(k)
+        self._append_positions(k)
         width = self._widest
-        end = max(self.n[0], 1)
+        end = max(self.n_read[0], 1)
         filled = min(self.filled[k][0], end - 1)
         if end - filled > width:
             return super().draft(k)  # catching up with the prompt

@@ -205,7 +205,7 @@ class Engine:
         if not sequences:
             return []
         assert self._decoder is not None
-        for row, n in enumerate(self._decoder.session.n):
+        for row, n in enumerate(self._decoder.session.n_read):
             if n >= self._limit:
                 self._decoder.session.slide(row, self._kept)
         outcome = self._round(self._decoder)
@@ -268,7 +268,7 @@ class Engine:
         # After the accepted drafts comes a token of the trunk's own.
         rooms = [
             min(sequence.remaining, self._limit - n) - 1
-            for sequence, n in zip(self._sequences, decoder.session.n, strict=True)
+            for sequence, n in zip(self._sequences, decoder.session.n_read, strict=True)
         ]
         n_drafts, caps, recorder = self._plan(rooms)
         looked_up = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)

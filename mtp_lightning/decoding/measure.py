@@ -246,7 +246,7 @@ def pass_costs(
 
         def draft(k: int) -> None:
             # As after a round that accepted about half of its drafts: two positions to catch up.
-            session.filled[k] = [max(0, n - max(2, k)) for n in session.n]
+            session.filled[k] = [max(0, n - max(2, k)) for n in session.n_read]
             chosen = session.draft(k).logits_BV.argmax(-1, keepdim=True)
             session.put(chosen, k)
             chosen.tolist()  # waits for a GPU

@@ -81,7 +81,7 @@ class Session:
         self._stack = stack = model.mtp
         self.max_draft = max_draft
         self.most_accepted = max(max_draft, most_accepted)
-        self.n: list[int] = []  # for each row, the number of tokens that the trunk has read
+        self.n_read: list[int] = []  # for each row, the number of tokens that the trunk has read
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
         new_cache = partial(self._kind_of_cache, trunk, tables, batch_size=slots)
@@ -143,7 +143,7 @@ class Session:
 
     def resize(self, batch_size: int) -> None:
         """Use the first ``batch_size`` rows of the storage; added rows have read nothing."""
-        for column in (self.n, *self.filled):
+        for column in (self.n_read, *self.filled):
             column[:] = (column + [0] * batch_size)[:batch_size]
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.resize(batch_size)
@@ -164,13 +164,13 @@ class Session:
         # Only now: an allocation that fails leaves all as it was.
         self._tables, self._tokens, self._states = tables, tokens, states
         self.trunk_cache, self.depth_caches = trunk_cache, depth_caches
-        self.resize(len(self.n))
+        self.resize(len(self.n_read))
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append rows and read their prompts (prefill), at least one token each. Returns the logits
         of the next token of every new row, [new rows, V]."""
         lengths = [len(prompt) for prompt in prompts]
-        rows = slice(len(self.n), len(self.n) + len(prompts))
+        rows = slice(len(self.n_read), len(self.n_read) + len(prompts))
         self.resize(rows.stop)
         for row, prompt in enumerate(prompts, start=rows.start):
             self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
@@ -178,17 +178,17 @@ class Session:
         newest = []
         for part in passes_over(lengths, self.tokens_BS.device):
             slots = slice(rows.start + part.start, rows.start + part.stop)
-            hidden = self._read_anew(slots, lengths[part])
+            hidden = self._read_from_start(slots, lengths[part])
             newest.append(_at(hidden, [length - 1 for length in lengths[part]]))
         return self._logits(torch.cat(newest))[:, 0]
 
-    def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
+    def _read_from_start(self, rows: slice, lengths: list[int]) -> Tensor:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
         catch up when they draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
         ctx = ForwardContext.of_cache(self.trunk_cache.rows(rows), starts, width)
-        hidden = self._trunk(ctx, rows)
-        self.n[rows] = lengths
+        hidden = self._run_trunk(ctx, rows)
+        self.n_read[rows] = lengths
         self.trunk_cache.lengths[rows] = lengths
         return hidden
 
@@ -197,17 +197,17 @@ class Session:
         are kept. Returns logits [B, n_drafts + 1, V]."""
         cache, width = self.trunk_cache, n_drafts + 1
         if self._fused_trunk is not None and width <= MAX_VERIFY_WIDTH:
-            cache.open(self.n, width)
+            cache.open(self.n_read, width)
             branch_states = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, branch_states)
-        return self._logits(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
+        return self._logits(self._run_trunk(ForwardContext.of_cache(cache, self.n_read, width)))
 
     def _logits(self, final_BTC: Tensor) -> Tensor:
         """The main prediction's logits [B, T, V] of the trunk's states [B, T, C]."""
         with batch_invariant_pass(final_BTC.shape[1], self.tokens_BS.device):
             return self.model.head(self.model.mtp.main_state(final_BTC))
 
-    def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
+    def _run_trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
         states if drafts are made. Returns its final states, [rows, T, C]."""
         model, spans = self.model, ctx.cache.spans
@@ -222,7 +222,7 @@ class Session:
     def draft(self, k: int) -> DepthDraft:
         """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.
         The shallower depths must be up to date, and their drafts in the token buffer."""
-        newest_B1C, logits_BV = self._newest(k)
+        newest_B1C, logits_BV = self._newest_states(k)
         self.newest_B1C, self._n_drafted = newest_B1C, k
         stack, confidence_B = self._stack, None
         state_B1C = stack.head_input(newest_B1C)
@@ -232,20 +232,20 @@ class Session:
         if logits_BV is None:
             logits_BV = self._draft_head(state_B1C)[:, 0]
         if stack.rescorer is not None:
-            before_B1 = Spans(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
+            before_B1 = Spans(self._tables, self.n_read, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
         return DepthDraft(logits_BV, confidence_B)
 
-    def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
+    def _newest_states(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
         the draft head's logits [B, V] if a fused pass has computed them."""
         if self._one_cache and k > 1:
-            return self._next(k), None
-        self._append(k)
+            return self._next_in_one_cache(k), None
+        self._append_positions(k)
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
         # pending token alone has no such position; its draft is arbitrary.)
-        ends = [max(n, 1) for n in self.n]
+        ends = [max(n, 1) for n in self.n_read]
         starts = [min(n, end - 1) for n, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
         # Rows with few new positions start earlier, so that none writes beyond the buffer.
@@ -257,28 +257,28 @@ class Session:
             cache.open(starts, width)
             after = self.states[k] if k < len(self.states) else None
             return fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
-        hidden = self._depth(k, width, cache, slice(None), starts)
+        hidden = self._run_depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
         return _at(hidden, index), None
 
-    def _next(self, k: int) -> Tensor:
+    def _next_in_one_cache(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
         newest = self.newest_B1C
         assert newest is not None
         cache = self.depth_caches[0]
-        ctx = ForwardContext.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
+        ctx = ForwardContext.of_cache(cache, [max(n, 1) + k - 2 for n in self.n_read], 1)
         tokens = cache.spans.read(self.tokens_BS, 1)
         return self.model.depth_state(1, newest, newest, tokens, ctx)
 
-    def _append(self, k: int) -> None:
+    def _append_positions(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
         positions to the text. The next verify pass overwrites their entries."""
         if self._trunk_gives_branch or k > 1:
             return
-        ctx = ForwardContext.of_cache(self.trunk_cache, self.n, self.max_draft)
+        ctx = ForwardContext.of_cache(self.trunk_cache, self.n_read, self.max_draft)
         branch = self._stack.append(self.model.trunk, ctx)
-        newest = [max(n - 1, 0) for n in self.n]
+        newest = [max(n - 1, 0) for n in self.n_read]
         Spans(self._tables, newest, 1).write(self.states[0], branch)
         # Drafts are made at the newest position alone.
         for filled, cache in zip(self.filled[1:], self.depth_caches, strict=True):
@@ -293,15 +293,15 @@ class Session:
         filled, cache = self.filled[k], self.depth_caches[k - 1]
         # The most open positions of a row that drafted last round.
         allowance = k + self.most_accepted + 1
-        if max(map(sub, self.n, filled)) <= allowance:
+        if max(map(sub, self.n_read, filled)) <= allowance:
             return
-        late = [n - n_filled > allowance for n, n_filled in zip(self.n, filled, strict=True)]
+        late = [n - n_filled > allowance for n, n_filled in zip(self.n_read, filled, strict=True)]
         if not self._stack.cached_blocks:
             # No position reads another: skip to the first that a draft of this round depends on.
             for row in compress(range(len(late)), late):
-                filled[row] = cache.lengths[row] = self.n[row] - self.max_draft
+                filled[row] = cache.lengths[row] = self.n_read[row] - self.max_draft
             return
-        ends = [n - k for n in self.n]
+        ends = [n - k for n in self.n_read]
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:
                 continue
@@ -312,10 +312,12 @@ class Session:
                 width = max(lengths[part])
                 # Rows with less to read start earlier, so that none reads beyond its tokens.
                 starts = [max(end - width, 0) for end in ends[rows]]
-                self._depth(k, width, cache.rows(rows), rows, starts)
+                self._run_depth(k, width, cache.rows(rows), rows, starts)
                 cache.lengths[rows] = filled[rows] = ends[rows]
 
-    def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
+    def _run_depth(
+        self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]
+    ) -> Tensor:
         ctx, spans = ForwardContext.of_cache(cache, starts, width), cache.spans
         first = self._stack.reads(k).start
         token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)
@@ -335,20 +337,20 @@ class Session:
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # Entries that depend on accepted drafts are now true.
-                filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
+                filled[row] = max(0, min(self.n_read[row], self.n_read[row] + a - ahead + 1))
         self._n_drafted = 0
-        self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
+        self.n_read = [n + a + 1 for n, a in zip(self.n_read, accepted, strict=True)]
 
     def put_pending(self, token_B: Tensor) -> None:
         """Write the pending tokens of the rows that have just joined."""
-        rows = slice(len(self.n) - len(token_B), None)
-        Spans(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
+        rows = slice(len(self.n_read) - len(token_B), None)
+        Spans(self._tables, self.n_read[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens from ``offset`` positions after every row's pending token on."""
         width, spans = tokens_BT.shape[1], self.trunk_cache.spans
-        if spans.width != width or spans.starts != self.n:
-            spans = Spans(self._tables, self.n, width)
+        if spans.width != width or spans.starts != self.n_read:
+            spans = Spans(self._tables, self.n_read, width)
         spans.write(self.tokens_BS, tokens_BT, ahead=offset)
 
     def slide(self, row: int, keep: int) -> None:
@@ -356,29 +358,29 @@ class Session:
 
         The kept tokens are read again from position 0, so the continuation depends only on them.
         """
-        n = self.n[row]
+        n = self.n_read[row]
         assert 1 <= keep <= n
         tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
         self.tokens_BS[row, :keep] = tokens
-        for column in (self.n, *self.filled):
+        for column in (self.n_read, *self.filled):
             column[row] = 0
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.lengths[row] = 0
         if keep > 1:
-            self._read_anew(slice(row, row + 1), [keep - 1])
+            self._read_from_start(slice(row, row + 1), [keep - 1])
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
-        last = len(self.n) - 1
+        last = len(self.n_read) - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
             self._tokens[row] = self._tokens[last]
             # Copy as many states as the trunk or the depth has read.
-            lengths = (self.n[last], *(filled[last] for filled in self.filled[1:]))
+            lengths = (self.n_read[last], *(filled[last] for filled in self.filled[1:]))
             for states, n in zip(self._states, lengths, strict=False):
                 states[row, :n] = states[last, :n]
-        for column in (self.n, *self.filled):
+        for column in (self.n_read, *self.filled):
             column[row] = column[last]
         self.resize(last)
 

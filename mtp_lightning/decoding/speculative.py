@@ -131,7 +131,7 @@ class Decoder:
         """Drop a row; the last row moves to its slot."""
         self.session.drop_row(row)
         self._noise.rows[row], self._samplings[row] = self._noise.rows[-1], self._samplings[-1]
-        self.keep_rows(len(self.session.n))
+        self.keep_rows(len(self.session.n_read))
 
     def keep_rows(self, rows: int) -> None:
         """Drop all rows but the first ``rows``, whatever a failed :meth:`join` has left."""

@@ -52,7 +52,7 @@ class TreeSession(Session):
         The newest known entry of a depth, or the entries to catch up with, would have negative
         positions.
         """
-        return self.n[row] <= 2 * self.tree.depth
+        return self.n_read[row] <= 2 * self.tree.depth
 
     def draft_tree(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, and return the logits [B, P, V] of the candidates that
@@ -62,10 +62,10 @@ class TreeSession(Session):
         nodes = self.tree.level(k - 1)
         if not self._stack.reads(k):  # reads no drafts, so all nodes have the same state
             return self._draft_from_one_state(k, nodes).expand(-1, len(nodes), -1)
-        self._append(k)
+        self._append_positions(k)
         self.catch_up(k)
-        long = [row for row in range(len(self.n)) if not self.is_short(row)]
-        ends = [n - k + 1 for n in self.n]
+        long = [row for row in range(len(self.n_read)) if not self.is_short(row)]
+        ends = [n - k + 1 for n in self.n_read]
         caught_up = max([1, *(ends[row] - self.filled[k][row] for row in long)])
         # A short row reads from position 0, and its drafts are not verified.
         starts = [
@@ -73,7 +73,7 @@ class TreeSession(Session):
         ]
         cache = self.depth_caches[k - 1]
         ctx = ForwardContext.of_tree(cache, starts, self._branches(k - 1, caught_up))
-        n_B1 = torch.tensor(self.n, device=self.tokens_BS.device).unsqueeze(1)
+        n_B1 = torch.tensor(self.n_read, device=self.tokens_BS.device).unsqueeze(1)
 
         def take(buffer: Tensor, ahead: int | None) -> Tensor:
             return along(buffer, (n_B1 + self._columns(k, caught_up, ahead)).clamp_(min=0))
@@ -92,8 +92,8 @@ class TreeSession(Session):
 
     def _draft_from_one_state(self, k: int, nodes: range) -> Tensor:
         """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
-        state_B1C = self._stack.head_input(self._newest(k)[0])
-        before_BP = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
+        state_B1C = self._stack.head_input(self._newest_states(k)[0])
+        before_BP = Spans(self._tables, self.n_read, len(nodes)).read(self.tokens_BS, nodes.start)
         logits_B1V = self._draft_head(state_B1C)
         return self._stack.rescore(k, state_B1C, logits_B1V, before_BP)
 
@@ -116,10 +116,10 @@ class TreeSession(Session):
         # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
         branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
         cache = self.depth_caches[0]
-        starts = [min(n, length) for n, length in zip(self.n, cache.lengths, strict=True)]
+        starts = [min(n, length) for n, length in zip(self.n_read, cache.lengths, strict=True)]
         ctx = ForwardContext.of_tree(cache, starts, branches)
         before = self._outputs[:, parents]
-        tokens = Spans(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
+        tokens = Spans(self._tables, self.n_read, len(nodes)).read(self.tokens_BS, 1)
         hidden = self.model.depth_state(1, before, before, tokens, ctx)
         self._outputs = torch.cat((self._outputs[:, :1], hidden), 1)  # of all nodes so far
         return self._drafted(k, hidden)
@@ -127,7 +127,7 @@ class TreeSession(Session):
     def verify_tree(self) -> Tensor:
         """Read every row's pending token and its tree. Returns logits [B, 1 + nodes, V]."""
         cache, branches = self.trunk_cache, self._branches(self.tree.depth, 1)
-        return self._logits(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
+        return self._logits(self._run_trunk(ForwardContext.of_tree(cache, self.n_read, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
         """Keep the pending token and a path of the tree in every row. ``path_BE`` holds the path's
@@ -135,17 +135,17 @@ class TreeSession(Session):
         self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
             tree_states = self.trunk_cache.spans.read(self.states[0])
-            spans = Spans(self._tables, self.n, path_BE.shape[1])
+            spans = Spans(self._tables, self.n_read, path_BE.shape[1])
             spans.write(self.states[0], along(tree_states, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self._stack.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.
             self.filled[k] = [
                 0 if ahead and self.is_short(row) else max(0, min(n, n - ahead + 1))
-                for row, n in enumerate(self.n)
+                for row, n in enumerate(self.n_read)
             ]
-        self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
-        self.trunk_cache.lengths = list(self.n)
+        self.n_read = [n + a + 1 for n, a in zip(self.n_read, accepted, strict=True)]
+        self.trunk_cache.lengths = list(self.n_read)
 
     def _branches_of(self, depth: int, caught_up: int) -> Branches:
         """``caught_up`` positions in a chain, the last one being node 0, then the tree below it."""

@@ -198,7 +198,7 @@ def test_a_stale_cache_entry_of_a_rejected_draft_is_found(
         stale[id(session)] = n_drafted > accepted[0]
 
     def restore_stale_entry(session: Session, n_drafts: int) -> Tensor:
-        at, layers = session.n[0], session.trunk_cache.entries_L_BSMH
+        at, layers = session.n_read[0], session.trunk_cache.entries_L_BSMH
         old = [entries[0, at].clone() for entries in layers]
         logits = verify(session, n_drafts)
         if stale.get(id(session)):

@@ -50,7 +50,7 @@ def sessions(model: MTPModel, slots: int, drafts: int) -> tuple[Session, Session
 def compare_rounds(fused: Session, layers: Session, drafts: int, seed: int) -> None:
     """Compares all numbers of a few rounds with random acceptance."""
     pair, rng = (fused, layers), random.Random(seed)
-    rows = len(fused.n)
+    rows = len(fused.n_read)
     for _ in range(6):
         n_drafts = rng.choice((drafts, drafts, 1, 0))
         for k in range(1, n_drafts + 1):

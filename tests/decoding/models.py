@@ -132,7 +132,7 @@ def check_passes(model, prompts, continuations, drafted, monkeypatch):
     draft, verify = Session.draft, Session.verify
 
     def text_of(session, row):
-        tokens = session.tokens_BS[row, : session.n[row] + 1].tolist()
+        tokens = session.tokens_BS[row, : session.n_read[row] + 1].tolist()
         (text,) = {tuple(t) for t in texts if t[: len(tokens)] == tokens}
         return text
 
@@ -141,7 +141,7 @@ def check_passes(model, prompts, continuations, drafted, monkeypatch):
 
     def checked_draft(session, k):
         drafted = draft(session, k)
-        for row, n in enumerate(session.n):
+        for row, n in enumerate(session.n_read):
             text = text_of(session, row)
             # Depth k at n - 1 has read tokens up to n - 1 + k, drafts if k > 1.
             read = session.tokens_BS[row, : n + k].tolist()
@@ -152,7 +152,7 @@ def check_passes(model, prompts, continuations, drafted, monkeypatch):
 
     def checked_verify(session, n_drafts):
         logits = verify(session, n_drafts)
-        for row, n in enumerate(session.n):
+        for row, n in enumerate(session.n_read):
             text = text_of(session, row)
             for j in range(n_drafts + 1):
                 if list(text[: n + j + 1]) == session.tokens_BS[row, : n + j + 1].tolist():
@@ -186,7 +186,7 @@ def steer_drafts(
     def draft(self: Session, k: int) -> DepthDraft:
         logits, confidence = original(self, k)
         steered = torch.zeros_like(logits)
-        for row, n in enumerate(self.n):
+        for row, n in enumerate(self.n_read):
             tokens = self.tokens_BS[row, : n + 1].tolist()
             following = next(
                 (

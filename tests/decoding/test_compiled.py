@@ -68,14 +68,14 @@ def logits_of_passes(monkeypatch, session):
 
     def recording_draft(self, k):
         drafted = draft(self, k)
-        tokens = self.tokens_BS[0, : self.n[0] + k].tolist()
-        logits[self.n[0], k, tuple(tokens)] = drafted.logits_BV[0]
+        tokens = self.tokens_BS[0, : self.n_read[0] + k].tolist()
+        logits[self.n_read[0], k, tuple(tokens)] = drafted.logits_BV[0]
         return drafted
 
     def recording_verify(self, n_drafts):
         logits_BTV = verify(self, n_drafts)
-        tokens = self.tokens_BS[0, : self.n[0] + 1].tolist()
-        logits[self.n[0], 0, tuple(tokens)] = logits_BTV[0, 0]
+        tokens = self.tokens_BS[0, : self.n_read[0] + 1].tolist()
+        logits[self.n_read[0], 0, tuple(tokens)] = logits_BTV[0, 0]
         return logits_BTV
 
     monkeypatch.setattr(session, "draft", recording_draft)

@@ -74,7 +74,7 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     def check(session, row, node, k, logits_V):
         """Depth k's logits after a node of depth k - 1, or the trunk's if k is 0."""
         tokens = session.tokens_BS[row].tolist()
-        n, parents = session.n[row], session.tree.parents()
+        n, parents = session.n_read[row], session.tree.parents()
         path = [node]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
@@ -85,14 +85,14 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
 
     def checked_draft(session, k):
         logits_BPV = draft(session, k)
-        for row, i in itertools.product(range(len(session.n)), range(logits_BPV.shape[1])):
+        for row, i in itertools.product(range(len(session.n_read)), range(logits_BPV.shape[1])):
             if not session.is_short(row):
                 check(session, row, session.tree.level(k - 1)[i], k, logits_BPV[row, i])
         return logits_BPV
 
     def checked_verify(session):
         logits_BTV = verify(session)
-        for row, node in itertools.product(range(len(session.n)), range(logits_BTV.shape[1])):
+        for row, node in itertools.product(range(len(session.n_read)), range(logits_BTV.shape[1])):
             check(session, row, node, 0, logits_BTV[row, node])
         return logits_BTV
 

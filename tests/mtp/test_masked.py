@@ -85,7 +85,7 @@ def test_training_and_drafting_give_the_same_logits(trunk: str, drafts: int) -> 
         session = Session(model, slots=1, capacity=40, max_draft=drafts)
         session.join([tokens[0, :n].tolist()])
         for accepted in (1, 0):
-            n = session.n[0]
+            n = session.n_read[0]
             session.put(tokens[:, n : n + 1], 0)
             for k in range(1, drafts + 1):
                 logits = session.draft(k).logits_BV[0]
