@@ -179,18 +179,19 @@ class Engine:
     def _join(self, requests: Sequence[Request]) -> list[TextSequence]:
         prompts = [list(request.prompt) for request in requests]
         # `check` lets a longer prompt pass only with long="slide".
-        windows = [ids if len(ids) <= self._limit else ids[-self._kept :] for ids in prompts]
-        lengths = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
+        contexts = [ids if len(ids) <= self._limit else ids[-self._kept :] for ids in prompts]
+        lengths = [len(c) + r.max_new_tokens for c, r in zip(contexts, requests, strict=True)]
         room = min(max(lengths), self._limit)
         if self._decoder is None:
             self._decoder = self._new_decoder(room)
         self._decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
         streams = [(r.seed, r.index, self._drafts_of(r)) for r in requests]
-        tokens, logits_BV = self._decoder.join(windows, [r.sampling for r in requests], streams)
+        tokens, logits_BV = self._decoder.join(contexts, [r.sampling for r in requests], streams)
         rows = zip(sequences, tokens, logits_BV.unsqueeze(1), strict=True)
         for sequence, token, logits_1V in rows:
-            self._report_logits(sequence, sequence.extend([token], 0, logits_1V), logits_1V)
+            n_kept = sequence.extend([token], 0, logits_1V)
+            self._report_logits(sequence, logits_1V[:n_kept])
         return sequences
 
     def step(self) -> list[TextSequence]:
@@ -211,7 +212,8 @@ class Engine:
         outcome = self._round(self._decoder)
         rows = zip(sequences, outcome.rows, outcome.logits_BTV.unbind(), strict=True)
         for sequence, result, logits_TV in rows:
-            self._report_logits(sequence, sequence.take(result, logits_TV), logits_TV)
+            n_kept = sequence.take(result, logits_TV)
+            self._report_logits(sequence, logits_TV[:n_kept])
         self._free_finished()
         return sequences
 
@@ -238,9 +240,9 @@ class Engine:
             raise UserError(f"the sequence of prompt {index} is not in this engine.")
         self._drop(self._sequences.index(sequence))
 
-    def _report_logits(self, text: TextSequence, n_kept: int, logits_TV: Tensor) -> None:
+    def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
         if self._on_logits is not None:
-            self._on_logits(text.request.index, logits_TV[:n_kept])
+            self._on_logits(sequence.request.index, logits_TV)
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options

@@ -96,7 +96,7 @@ class Decoder:
         self.min_confidence = min_confidence
         self._verify = verify
         self._vocab = session.model.config.trunk.vocab_size
-        self._most = most_drafts
+        self._most_drafts = most_drafts
         # Every round consumes the same number of random numbers, so a row's stream depends only on
         # its round count.
         self._noise = Noise(most_drafts, session.tokens_BS.device)
@@ -157,10 +157,10 @@ class Decoder:
             looked_up: for each row, the drafts that were looked up for it in place of the
                 modules'; empty for none in any row.
         """
-        caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
-        drafts = self._drafts(n_drafts, noise_BR)
+        noise_BR = None if self._sampling.greedy else self._noise.next()
+        drafts, caps = self._drafts(n_drafts, noise_BR), list(caps)
         if any(looked_up):
-            drafts = self._replaced(drafts, looked_up, caps)
+            drafts = self._with_looked_up(drafts, looked_up, caps)
         if noise_BR is None:
             result = self._greedy(drafts, caps)
         else:
@@ -192,7 +192,7 @@ class Decoder:
                 token_B = draw(q_BN, noise_BR[:, k - 1])
                 yield Draft(token_B, q_BN, confident_B)
 
-    def _replaced(
+    def _with_looked_up(
         self, drafts: Iterator[Draft], looked_up: Sequence[Sequence[int]], caps: list[int]
     ) -> Iterator[Draft]:
         """The modules' drafts, in which looked-up drafts replace those of the rows that have some;
@@ -247,7 +247,7 @@ class Decoder:
             proposals.append(certain(token_B, self._vocab) if q_BN is None else q_BN)
             session.put(columns[-1], k)
             if confident_B is not None:
-                limits.append(torch.where(confident_B, self._most, k - 1))
+                limits.append(torch.where(confident_B, self._most_drafts, k - 1))
         n_drafts = len(columns)
         # Only now: looked-up drafts lower the caps while they are made.
         limit_B = torch.tensor(caps, device=noise_BR.device).clamp(max=n_drafts)
@@ -262,7 +262,7 @@ class Decoder:
         draft_BM = torch.cat(columns, dim=1)
         q_BMN = torch.stack(proposals, dim=1)
         # The numbers that decide over acceptance come after those that the drafts are drawn by.
-        accept_BM = noise_BR[:, self._most : self._most + n_drafts]
+        accept_BM = noise_BR[:, self._most_drafts : self._most_drafts + n_drafts]
         tokens_BT, accepted_B = self._verify(
             p_BTV, q_BMN, draft_BM, accept_BM, noise_BR[:, -1], limit_B
         )
