@@ -32,16 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A trained model with its tokenizer and config.
-
-    Attributes:
-        model: the model in evaluation mode.
-        config: the ``run_config`` of :class:`StoredModel`, which explains the other attributes too.
-    """
+    """A trained model in evaluation mode; the other attributes are its :class:`StoredModel`'s."""
 
     model: MTPModel
     tokenizer_state: dict[str, Any]
-    config: dict[str, Any]
+    run_config: dict[str, Any]
     step: int
     path: Path
     brings_trunk: bool = False
@@ -69,7 +64,7 @@ class OpenedModel:
     @property
     def seq_len(self) -> int:
         """T, the context in tokens that the model was trained on."""
-        length = self.config["data"]["seq_len"]
+        length = self.run_config["data"]["seq_len"]
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
@@ -105,7 +100,7 @@ def open_model(
     return OpenedModel(
         model=stored.build(model_packer).to(device),
         tokenizer_state=stored.tokenizer_state,
-        config=stored.run_config,
+        run_config=stored.run_config,
         step=stored.step,
         path=stored.path,
         brings_trunk=stored.brings_trunk,

@@ -120,7 +120,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:
     """The autocast context in which the run's trainer validates."""
-    mixed = run.config.get("trainer", {}).get("precision") in MIXED
+    mixed = run.run_config.get("trainer", {}).get("precision") in MIXED
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
 
@@ -161,16 +161,16 @@ def validation_data(
         UserError: a Hugging Face folder, which has no text, comes without other data; the stored
             config is damaged; or a setting does not fit.
     """
-    stored = run.config.get("data")
+    stored = run.run_config.get("data")
     if not isinstance(stored, dict):
         raise UserError(f"{run.path} is damaged or forged: its data are {stored!r:.80}.")
     if data is None and "_target_" not in stored:
         raise UserError(
             f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
         )
-    require_text(run.config, source=run.path)
+    require_text(run.run_config, source=run.path)
     require_sizes(stored, source=run.path)
-    config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.config})
+    config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.run_config})
     stored = config.data
     if data is not None:
         allow = [*allow, *NETWORK.values()]  # the user's own data group may use the network

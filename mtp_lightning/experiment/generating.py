@@ -198,7 +198,7 @@ def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> 
     defaults: dict[str, Any] = {"max_context": run.seq_len}
     drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
     if cfg.draft_vocab is None and drafts and not cfg.compile:
-        defaults["draft_vocab"] = draft_vocab_of(run.config)
+        defaults["draft_vocab"] = draft_vocab_of(run.run_config)
     options = DecodingOptions.from_config(cfg, **defaults)
     if cfg.get("show_drafts"):
         if not cfg.lookup:

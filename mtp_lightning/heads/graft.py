@@ -131,7 +131,7 @@ def _trained_on(
     plan = make_plan(folder, output, args, [args.base, args.tuned], keep=True, further=True)
     run = run_training(plan, output)
     trained = open_model(run)
-    after = agreement_of_depths(trained.model, texts, draft_vocab_of(trained.config))
+    after = agreement_of_depths(trained.model, texts, draft_vocab_of(trained.run_config))
     say("agreement", f"{_shares(after)} after training on")
     if after.shares[1] <= before.shares[1]:
         say("", "training on did not help: the layers stay as they were")

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         opened.model.mtp.require_drafts()
         # Options, device, threads and words are generate.py's, so that it finds the measurement.
         options = DecodingOptions(
-            draft_vocab=draft_vocab_of(opened.config), max_context=opened.seq_len
+            draft_vocab=draft_vocab_of(opened.run_config), max_context=opened.seq_len
         )
         measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None

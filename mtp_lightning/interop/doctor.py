@@ -184,7 +184,7 @@ def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
         return prompts_of(model, None)
     state = pretrained_state(folder)
     opened = OpenedModel(
-        model=model, tokenizer_state=state, config={}, step=0, path=folder, brings_trunk=True
+        model=model, tokenizer_state=state, run_config={}, step=0, path=folder, brings_trunk=True
     )
     return prompts_of(model, opened.tokenizer)
 

@@ -134,7 +134,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         dtype=cfg.dtype,
         max_positions=max_positions,
         shard_bytes=int((cfg.shard_gb or 5) * 1e9),
-        draft_vocab=draft_vocab_of(run.config),
+        draft_vocab=draft_vocab_of(run.run_config),
     )
     apart = cfg.layout == speculators.LAYOUT
     drafting = run.model if apart else model
@@ -181,7 +181,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
     kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
     if kind is gguf_writing:
-        options["draft_vocab"] = draft_vocab_of(run.config)
+        options["draft_vocab"] = draft_vocab_of(run.run_config)
     written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)
     print(f"{file}: {written.parameters:,} numbers, architecture {written.arch}")
     for sentence in written.notes:
@@ -208,10 +208,10 @@ def _verify(target: Path, cfg: Any, *checks: Iterator[str]) -> None:
 
 def _check_seed(run: OpenedModel, model: MTPModel) -> Iterator[str]:
     """Check that training has changed the weights of a run, which are random at first."""
-    if run.step and "seed" in run.config and any(p.requires_grad for p in model.parameters()):
-        lambdas = run.config.get("mtp_lambda", 0)
+    if run.step and "seed" in run.run_config and any(p.requires_grad for p in model.parameters()):
+        lambdas = run.run_config.get("mtp_lambda", 0)
         weights = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
-        yield check_trained(model, run.config["seed"], weights)
+        yield check_trained(model, run.run_config["seed"], weights)
 
 
 def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -> Iterator[str]:
@@ -236,4 +236,4 @@ def _training(run: OpenedModel) -> dict[str, Any]:
     files = [folder / SUMMARY_FILE for folder in (run.path.parent, run.path.parent.parent)]
     summary = next((read_json(file) for file in files if file.is_file()), None)
     stack = run.model.config.mtp
-    return {"mtp": stack, "step": run.step, "run_config": run.config, "summary": summary}
+    return {"mtp": stack, "step": run.step, "run_config": run.run_config, "summary": summary}

@@ -48,7 +48,7 @@ def open_as_mine(monkeypatch: pytest.MonkeyPatch) -> Any:
         opened = OpenedModel(
             model=model,
             tokenizer_state={},
-            config={"data": {"seq_len": 64}},
+            run_config={"data": {"seq_len": 64}},
             step=1,
             path=Path("mine"),
         )

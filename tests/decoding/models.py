@@ -62,7 +62,7 @@ def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("
     return OpenedModel(
         model=small_model(seed, depth, vocab=257),
         tokenizer_state=ByteTokenizer().state(),
-        config={"data": {"seq_len": seq_len}},
+        run_config={"data": {"seq_len": seq_len}},
         step=0,
         path=path,
     )

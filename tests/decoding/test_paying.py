@@ -195,7 +195,7 @@ def test_draft_vocab_defaults_to_that_of_the_modules_training(
     measured_models: list[Any], tmp_path: Path
 ) -> None:
     opened = opened_at(tmp_path)
-    trained = replace(opened, config={**opened.config, "objective": {"draft_vocab": 64}})
+    trained = replace(opened, run_config={**opened.run_config, "objective": {"draft_vocab": 64}})
     strided = small_model(1, 2, vocab=257, stack="linear", stride=2)  # does not draft
     for run, overrides, expected in (
         (opened, {}, None),

@@ -50,7 +50,7 @@ def test_auto_on_a_cpu_is_fp32_and_not_compiled(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_stores_the_chosen_precision(finished: Path) -> None:
-    trainer = open_model(finished).config["trainer"]
+    trainer = open_model(finished).run_config["trainer"]
     assert (trainer["precision"], trainer["compile"]) == ("32-true", False)
 
 

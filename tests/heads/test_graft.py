@@ -90,7 +90,7 @@ def test_layers_that_still_agree_with_the_trunk_are_exported(
     layered = tmp_path / "base"
     folders.write(layered, open_model(base).model, draft_vocab=40)
     command([str(layered), str(folder), "--output", str(tmp_path / "short")])
-    assert open_model(tmp_path / "short" / "model").config["objective"] == {"draft_vocab": 40}
+    assert open_model(tmp_path / "short" / "model").run_config["objective"] == {"draft_vocab": 40}
     # The layers of an earlier start are replaced.
     shutil.rmtree(tmp_path / "out" / "model")
     stale = tmp_path / "out" / "grafted" / "mtp_heads.safetensors"

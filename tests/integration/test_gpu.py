@@ -151,7 +151,7 @@ def test_grouped_experts_equal_the_formula_in_float64() -> None:
 def test_auto_trains_on_the_gpu_in_bf16(tmp_path: Path, cache: Path) -> None:
     settings = {"trainer.accelerator": "auto", "trainer.max_steps": 6}
     train_here(tmp_path, cache, settings)
-    trainer = open_model(tmp_path, device="cuda").config["trainer"]
+    trainer = open_model(tmp_path, device="cuda").run_config["trainer"]
     assert trainer["accelerator"] == "cuda" and trainer["precision"] == "bf16-mixed"
     losses = column(tmp_path, "train/loss").values()
     assert losses and all(math.isfinite(loss) for loss in losses)

@@ -106,7 +106,7 @@ def of_config(key: str, finished: Path, value: Any, folder: Path) -> object:
     from mtp_lightning.experiment.evaluating import validation_data
 
     run = opened(finished)
-    changed = replace(run, config=set_at(run.config, key, value))
+    changed = replace(run, run_config=set_at(run.run_config, key, value))
     data = validation_data(changed)
     return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
 
@@ -196,7 +196,7 @@ def of_card(key: str, finished: Path, value: Any, folder: Path) -> object:
     from mtp_lightning.interop.writing import Contents
 
     run = opened(finished)
-    found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
+    found = {"run_config": run.run_config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
     return card.render(
         "name", run.model.config, Contents(modules=1, heads="", parameters=1, shards=1),
         mtp=run.model.config.mtp, model_type="llama", dtype="float32", step=10,

@@ -83,10 +83,10 @@ def test_a_folder_names_the_tokens_that_its_heads_draft(base: Path, tmp_path: Pa
     cfg = helpers.composed("generate", [f"checkpoint={folder}", "draft_depth=1"])
     assert decoding_options(cfg, open_model(folder)).draft_vocab == 20
     folders.export_run(folder, tmp_path / "again", verify=False)
-    assert open_model(tmp_path / "again").config["objective"] == {"draft_vocab": 20}
+    assert open_model(tmp_path / "again").run_config["objective"] == {"draft_vocab": 20}
     folders.export_run(folder, tmp_path / "plain", verify=False, depth=0)
     plain = open_model(tmp_path / "plain")
-    assert plain.model.depth == 0 and "objective" not in plain.config
+    assert plain.model.depth == 0 and "objective" not in plain.run_config
     for wrong in ("many", 0, 1 << 20):
         folders.change_config(folder, mtp_draft_vocab=wrong)
         with pytest.raises(UserError, match="mtp_draft_vocab of .*/out must be a whole number"):

@@ -488,7 +488,7 @@ def test_a_file_names_the_tokens_that_its_module_drafts(
 ) -> None:
     model = models.build(folders.dense(), SequentialConfig(depth=depth))
     write(tmp_path / "m.gguf", model, draft_vocab=20)
-    assert open_model(tmp_path / "m.gguf").config.get("objective") == expected
+    assert open_model(tmp_path / "m.gguf").run_config.get("objective") == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
