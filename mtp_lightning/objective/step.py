@@ -170,8 +170,8 @@ class OptimizerStep:
                 "own: give a DistributedDataParallel (docs/recipes.md, From Python)."
             )
         plan = self.plan(batch, progress)
-        sums, auxiliary = self._forward_backward(plan, call_forward, backward, no_sync)
-        losses_KP = self.objective.losses(sums, plan.counts)
+        sums_KP, auxiliary = self._forward_backward(plan, call_forward, backward, no_sync)
+        losses_KP = self.objective.losses(sums_KP, plan.counts)
         losses = self.objective.mixed(losses_KP)
         gradients = self._measure(plan, progress)
         if gradients is not None:
@@ -187,14 +187,16 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
-        if gradients is not None and self.balance.scope is not None:
-            values |= gradients.log_values(self.balance.scope)
         values |= self.objective.after_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        values |= balance_experts(self.model, auxiliary, fraction=progress.fraction)
+
+        # The step is done; the rest is logged.
+        if gradients is not None and self.balance.scope is not None:
+            values |= gradients.log_values(self.balance.scope)
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
-        values |= balance_experts(self.model, auxiliary, fraction=progress.fraction)
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         for tag, tag_values in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(tag_values) * (1 / plan.windows)).sum())
