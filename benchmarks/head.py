@@ -28,9 +28,9 @@ from mtp_lightning.mtp.feed import HeadWeight, Prediction, Together
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head as loss_module
+from mtp_lightning.objective.micro_batch import feed_loss, prepass
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.plan import StepPlan, step_counts
-from mtp_lightning.objective.stream import prepass, stream_loss
 from mtp_lightning.objective.targets import DepthTarget, by_depth
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import through_head
@@ -45,7 +45,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
     """This project's loss; ``compiled`` as with compiled blocks on a GPU."""
     target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
-    return stream_loss(weight, Together(hidden, [], {}), [target], compiled=compiled)[0]
+    return feed_loss(weight, Together(hidden, [], {}), [target], compiled=compiled)[0]
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def objective_pass(
     feed = Together(states[0], list(enumerate(states))[1:], {})
     targets = objective.apply_rules(targets, prepass(weight_VC, feed, targets, objective.measures))
     if not alone:
-        loss, _ = stream_loss(weight_VC, feed, targets)
+        loss, _ = feed_loss(weight_VC, feed, targets)
         loss.backward()
         return float(loss.detach())
     head, total = HeadWeight(weight_VC, needs_gradient=True), 0.0

@@ -57,9 +57,9 @@ def build_step(task: Row) -> Training:
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.model import MTPModel
     from mtp_lightning.objective.balance.base import NoBalance
+    from mtp_lightning.objective.micro_batch import micro_batch_loss
     from mtp_lightning.objective.schedule.base import Progress
     from mtp_lightning.objective.step import OptimizerStep
-    from mtp_lightning.objective.stream import micro_batch_loss
 
     depth, device = task["depth"], task.get("device", "cpu")
     cfg = harness.compose_config(

@@ -12,11 +12,11 @@ from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.micro_batch import micro_batch_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import PositionCounts, StepPlan, step_counts
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.stream import micro_batch_loss
 from mtp_lightning.objective.terms.base import Term
 
 

@@ -84,13 +84,14 @@ class Engine:
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
         # Other programs make the wall time of a round longer, but not the CPU time of its thread.
-        alone = model.head.weight.device.type == "cpu" and torch.get_num_threads() == 1
-        self._clock = time.thread_time if alone else time.perf_counter
-        self._auto, measured = depths, options.measured
+        one_thread = model.head.weight.device.type == "cpu" and torch.get_num_threads() == 1
+        self._clock = time.thread_time if one_thread else time.perf_counter
+        self._auto = depths
         if depths is None and options.draft_depth == "auto" and self.max_draft:
             from mtp_lightning.decoding.adaptive import AutoDepth
 
-            self._auto = AutoDepth(self.max_draft, None if measured is None else measured.greedy)
+            measured = options.measured and options.measured.greedy
+            self._auto = AutoDepth(self.max_draft, measured)
         self._lookups: Lookups | None = None
         if options.lookup:
             from mtp_lightning.decoding.lookup import Lookups

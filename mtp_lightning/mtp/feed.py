@@ -3,7 +3,7 @@
 :meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. :meth:`Feed.input_gradients`
 passes each hidden state, with its targets, to the objective (:data:`ThroughHead`), which sends it
 through a head, chunk by chunk, and sets its gradient. It returns the gradients of the feed's
-inputs, which one autograd node hands on (``objective/stream.py``).
+inputs, which one autograd node hands on (``objective/micro_batch.py``).
 
 Besides the feeds of this file there are ``HeadByHead`` (``kinds.py``) and ``MixtureFeed``
 (``rank.py``).

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import flop_registry
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.objective.micro_batch import micro_batch_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import PositionCounts, StepPlan
-from mtp_lightning.objective.stream import micro_batch_loss
 
 if TYPE_CHECKING:
     from mtp_lightning.objective.balance.gradients import Scope

@@ -2,12 +2,12 @@
 
 OptimizerStep.__call__
     plan                    lambdas, the losses' *factors* [D + 1], counts of targets (plan.py)
-    micro_batch_loss        for each micro-batch: its part of L (stream.py)
+    micro_batch_loss        for each micro-batch: its part of L (micro_batch.py)
         Objective.targets       what each depth is trained on (objective.py, targets.py)
         MTPModel.run_trunk      the trunk's hidden states (model.py)
         MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
         prepass, apply_rules    rules change the targets (rules/)
-        stream_loss             losses and gradients of all states
+        feed_loss               losses and gradients of all states
             through_head            chunk by chunk: logits, terms (through_head.py, terms/)
     backward                through depths and trunk
     clipping, balancing, the optimizer's step
@@ -32,11 +32,11 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.expert_balance import balance_experts
+from mtp_lightning.objective.micro_batch import micro_batch_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.objective.stream import micro_batch_loss
 
 if TYPE_CHECKING:
     from mtp_lightning.objective.balance.gradients import TaskGradients

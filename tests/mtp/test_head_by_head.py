@@ -21,8 +21,8 @@ from mtp_lightning.mtp.parallel import ParallelConfig, ParallelMTP
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.objective.micro_batch import feed_loss
 from mtp_lightning.objective.plan import depths_of
-from mtp_lightning.objective.stream import stream_loss
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import gradients, mtp_loss, reported_loss
@@ -46,7 +46,7 @@ def joint(
         for k in (0, *depths)
     ]
     train_head = model.mtp.config.detach != "all"
-    return stream_loss(model.head.weight, feed, targets, train_head=train_head)
+    return feed_loss(model.head.weight, feed, targets, train_head=train_head)
 
 
 def test_balance_losses_of_heads_are_those_of_a_joint_backward_pass(
@@ -168,5 +168,5 @@ def test_an_output_matrix_of_the_heads_gets_its_gradient(tiny_trunk: TrunkConfig
     targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
     targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
     feed = model.mtp.feed(final, inputs, batch, [1, 2])
-    stream_loss(model.head.weight, feed, targets)[0].backward()
+    feed_loss(model.head.weight, feed, targets)[0].backward()
     torch.testing.assert_close(head.weight.grad, expected)

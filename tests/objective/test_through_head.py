@@ -15,7 +15,7 @@ from mtp_lightning.mtp.feed import LossRequest, ThroughHead, Together
 from mtp_lightning.nn import ops as kernel
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
-from mtp_lightning.objective.stream import stream_loss
+from mtp_lightning.objective.micro_batch import feed_loss
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -39,7 +39,7 @@ def chunked_loss(
 ) -> tuple[Tensor, Tensor]:
     states, targets = zip(*depths, strict=True)
     feed = Together(states[0], list(enumerate(states))[1:], {})
-    return stream_loss(weight, feed, targets, train_head=train_head, compiled=compiled)
+    return feed_loss(weight, feed, targets, train_head=train_head, compiled=compiled)
 
 
 def expected(
@@ -100,7 +100,7 @@ def test_a_feed_may_send_its_depths_in_any_order() -> None:
     for kind in (Together, DeepestFirst):
         inputs = [h.clone().requires_grad_() for h in states]
         feed = kind(inputs[0], list(enumerate(inputs))[1:], {})
-        total, sums = stream_loss(weight, feed, targets)
+        total, sums = feed_loss(weight, feed, targets)
         results.append((total, sums, *torch.autograd.grad(total, [weight, *inputs])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

@@ -23,10 +23,10 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.feed import HeadWeight
+from mtp_lightning.objective.micro_batch import feed_and_targets
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.plan import StepPlan
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.stream import feed_and_targets
 from mtp_lightning.objective.targets import by_depth
 from mtp_lightning.objective.through_head import through_head
 

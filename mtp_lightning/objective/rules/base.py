@@ -2,8 +2,8 @@
 
 A rule names the measures that it needs of all hidden states before any of them learns
 (:attr:`Rule.measures`); one prepass through the head computes them for all rules
-(``objective/stream.py``). The rules then change the targets (:meth:`Rule.apply`), one after the
-other.
+(``objective/micro_batch.py``). The rules then change the targets (:meth:`Rule.apply`), one after
+the other.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from mtp_lightning.objective.balance.gradients import (
 )
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.cost import StepCost, counted_flops
+from mtp_lightning.objective.micro_batch import micro_batch_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import StepPlan
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.stream import micro_batch_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, target_counts, windows

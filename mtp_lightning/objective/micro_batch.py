@@ -60,7 +60,7 @@ def micro_batch_loss(
     measure_values = prepass(weight_VC, feed, targets, objective.measures)
     if not weight_VC.is_meta:  # meta tensors have no values for the rules
         targets = objective.apply_rules(targets, measure_values)
-    total, sums = stream_loss(
+    total, sums = feed_loss(
         weight_VC,
         feed,
         targets,
@@ -137,7 +137,7 @@ def prepass(
     return values
 
 
-def stream_loss(
+def feed_loss(
     weight_VC: Tensor,
     feed: Feed,
     targets: Sequence[DepthTarget],
