@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,12 +147,20 @@ class RowSampling:
         return probs
 
 
+class RoundNoise(NamedTuple):
+    """The uniform random numbers of one round, fp64."""
+
+    draft_BM: Tensor  # that the drafts are drawn by
+    accept_BM: Tensor  # that judge them
+    final_B: Tensor  # that the trunk's own token is drawn by
+
+
 class Noise:
     """The uniform random numbers in [0, 1) of a batch whose rows come and go. A row's numbers
     depend only on its seed, its index, its number of drafts and the rounds since it joined.
 
-    Every round has ``most`` numbers that draw drafts, ``most`` that judge them and one for the
-    trunk's own token. A row of fewer drafts takes the first of each; its others are 0.
+    Every round has numbers for ``most`` drafts. A row of fewer takes the first of them; its others
+    are 0.
     """
 
     def __init__(self, most: int, device: torch.device | str) -> None:
@@ -159,7 +168,7 @@ class Noise:
         # For every row, its generator and the places of its numbers.
         self.rows: list[tuple[torch.Generator, Tensor]] = []
 
-    def join(self, streams: Sequence[tuple[int, int, int]]) -> Tensor:
+    def join(self, streams: Sequence[tuple[int, int, int]]) -> RoundNoise:
         """Append rows, by seed, index and number of drafts; returns their numbers of a first
         round."""
         new_rows = []
@@ -173,12 +182,15 @@ class Noise:
         self.rows += new_rows
         return self._draw(new_rows)
 
-    def next(self) -> Tensor:
-        """The numbers of every row for the next round, [B, 2 * most + 1] fp64."""
+    def next(self) -> RoundNoise:
+        """The numbers of every row for the next round."""
         return self._draw(self.rows)
 
-    def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> Tensor:
+    def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> RoundNoise:
         numbers = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
         for row, (generator, places) in zip(numbers, rows, strict=True):
             row[places] = torch.rand(len(places), generator=generator, dtype=torch.float64)
-        return numbers.to(self._device)
+        draft_BM, accept_BM, final_B1 = numbers.to(self._device).split(
+            [self._most, self._most, 1], 1
+        )
+        return RoundNoise(draft_BM, accept_BM, final_B1.squeeze(1))

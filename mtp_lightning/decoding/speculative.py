@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, certain, draw
+from mtp_lightning.decoding.sampling import Noise, RoundNoise, RowSampling, Sampling, certain, draw
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
@@ -116,14 +116,14 @@ class Decoder:
         and the logits [new rows, V] that it was chosen by.
         """
         logits_BV = self.session.join(prompts)
-        noise_BR = self._noise.join(streams)
+        noise = self._noise.join(streams)
         self._samplings += samplings
         self._row_sampling = None
         chosen = RowSampling(samplings)
         if chosen.greedy:
             token_B = logits_BV.argmax(dim=-1)
         else:
-            token_B = draw(chosen.probabilities(logits_BV), noise_BR[:, -1])
+            token_B = draw(chosen.probabilities(logits_BV), noise.final_B)
         self.session.put_pending(token_B)
         return token_B.tolist(), logits_BV
 
@@ -157,21 +157,18 @@ class Decoder:
             looked_up: for each row, the drafts that were looked up for it in place of the
                 modules'; empty for none in any row.
         """
-        noise_BR = None if self._sampling.greedy else self._noise.next()
-        drafts, caps = self._drafts(n_drafts, noise_BR), list(caps)
+        noise = None if self._sampling.greedy else self._noise.next()
+        drafts, caps = self._drafts(n_drafts, noise), list(caps)
         if any(looked_up):
             drafts = self._with_looked_up(drafts, looked_up, caps)
-        if noise_BR is None:
-            result = self._greedy(drafts, caps)
-        else:
-            result = self._sample(drafts, caps, noise_BR)
+        result = self._greedy(drafts, caps) if noise is None else self._sample(drafts, caps, noise)
         self.session.accept(result.accepted)
         if any(looked_up):
             rows = zip(result.rows, looked_up, strict=True)
             result = result._replace(rows=[row._replace(looked_up=bool(ids)) for row, ids in rows])
         return result
 
-    def _drafts(self, n_drafts: int, noise_BR: Tensor | None) -> Iterator[Draft]:
+    def _drafts(self, n_drafts: int, noise: RoundNoise | None) -> Iterator[Draft]:
         """The modules' drafts, greedy without random numbers; they end when no row is confident
         enough."""
         product_B: Tensor | None = None
@@ -185,11 +182,11 @@ class Decoder:
                 confident_B = product_B >= self.min_confidence
                 if not bool(confident_B.any()):
                     return
-            if noise_BR is None:
+            if noise is None:
                 yield Draft(logits_BV.argmax(dim=-1), None, confident_B)
             else:
                 q_BN = self._sampling.probabilities(logits_BV)
-                token_B = draw(q_BN, noise_BR[:, k - 1])
+                token_B = draw(q_BN, noise.draft_BM[:, k - 1])
                 yield Draft(token_B, q_BN, confident_B)
 
     def _with_looked_up(
@@ -239,7 +236,7 @@ class Decoder:
             rows.append(RowResult.of_chain(choice[: a + 1], a, draft))
         return Round(rows, logits_BTV)
 
-    def _sample(self, drafts: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
+    def _sample(self, drafts: Iterator[Draft], caps: Sequence[int], noise: RoundNoise) -> Round:
         session = self.session
         columns, proposals, limits = [], [], []
         for k, (token_B, q_BN, confident_B) in enumerate(drafts, start=1):
@@ -250,21 +247,20 @@ class Decoder:
                 limits.append(torch.where(confident_B, self._most_drafts, k - 1))
         n_drafts = len(columns)
         # Only now: looked-up drafts lower the caps while they are made.
-        limit_B = torch.tensor(caps, device=noise_BR.device).clamp(max=n_drafts)
+        limit_B = torch.tensor(caps, device=noise.final_B.device).clamp(max=n_drafts)
         for confident_limit_B in limits:
             limit_B = limit_B.minimum(confident_limit_B)
         logits_BTV = session.verify(n_drafts)
         p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:
-            tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
+            tokens_B1 = draw(p_BTV, noise.final_B.unsqueeze(1))
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(columns, dim=1)
         q_BMN = torch.stack(proposals, dim=1)
-        # The numbers that decide over acceptance come after those that the drafts are drawn by.
-        accept_BM = noise_BR[:, self._most_drafts : self._most_drafts + n_drafts]
+        accept_BM = noise.accept_BM[:, :n_drafts]
         tokens_BT, accepted_B = self._verify(
-            p_BTV, q_BMN, draft_BM, accept_BM, noise_BR[:, -1], limit_B
+            p_BTV, q_BMN, draft_BM, accept_BM, noise.final_B, limit_B
         )
         session.put(tokens_BT, 1)
         counts_B2 = torch.stack((accepted_B, limit_B), dim=1)

@@ -76,12 +76,12 @@ class TreeDecoder(Decoder):
 
     def _sample_tree(self, limits: list[int]) -> Round:
         session, tree = self.session, self.session.tree
-        noise_BR = self._noise.next()
+        noise = self._noise.next()
         drafts: list[Tensor] = []
         proposals = []
         for k in range(1, tree.depth + 1):
             level = tree.level(k)
-            noise_BN = noise_BR[:, level.start - 1 : level.stop - 1]
+            noise_BN = noise.draft_BM[:, level.start - 1 : level.stop - 1]
             q_BPV = self._sampling.probabilities(session.draft_tree(k))
             draft_BPW, q_BPWV = draw_without_replacement(
                 q_BPV, noise_BN.unflatten(1, (q_BPV.shape[1], tree.widths[k - 1]))
@@ -98,8 +98,8 @@ class TreeDecoder(Decoder):
             self._sampling.probabilities(logits_BTV),
             proposals,
             draft_BN,
-            noise_BR[:, len(tree) : 2 * len(tree)],
-            noise_BR[:, -1],
+            noise.accept_BM,
+            noise.final_B,
             torch.tensor(limits, device=logits_BTV.device),
         )
         session.put(tokens_BE, 1)

@@ -173,10 +173,15 @@ def test_samples_do_not_depend_on_the_other_rows():
     assert ids_of(together) == ids_of(apart)
 
 
+def joined(noise):
+    """All numbers of a round, row by row."""
+    return torch.cat((noise.draft_BM, noise.accept_BM, noise.final_B.unsqueeze(1)), dim=1)
+
+
 def rows_of(streams, rounds, *, seed=5, drafts=3, most=3):
     noise = Noise(most, "cpu")
     first = noise.join([(seed, index, drafts) for index in streams])
-    return torch.stack([first, *(noise.next().clone() for _ in range(rounds))], dim=1)
+    return torch.stack([joined(first), *(joined(noise.next()) for _ in range(rounds))], dim=1)
 
 
 def test_noise_depends_on_the_prompts_index_and_seed():
@@ -201,12 +206,12 @@ def test_noise_of_a_row_does_not_depend_on_rows_that_join_and_leave():
     while waiting or alive:
         while waiting and len(alive) < 4 and torch.rand((), generator=generator) < 0.5:
             index = waiting.pop(0)
-            assert torch.equal(noise.join([(5, index, 3)])[0], expected[index, 0])
+            assert torch.equal(joined(noise.join([(5, index, 3)]))[0], expected[index, 0])
             alive.append(index)
             rounds[index] = 0
         if not alive:
             continue
-        for row, numbers in enumerate(noise.next()):
+        for row, numbers in enumerate(joined(noise.next())):
             rounds[alive[row]] += 1
             assert torch.equal(numbers, expected[alive[row], rounds[alive[row]]])
         for row in range(len(alive) - 1, -1, -1):
