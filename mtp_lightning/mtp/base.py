@@ -100,6 +100,77 @@ class MTPStack(nn.Module, ABC):
         """The head's input for the main prediction, from the trunk's output [..., C]."""
         return final_BTC
 
+    # Hidden states of the depths.
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        """The hidden state of depth ``k``, [B, T, C], over whole windows or at the newest positions
+        of decoding: the state that the next depth reads. By default the branch itself.
+
+        Args:
+            inputs: they hold the tokens of :meth:`reads`.
+            previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
+                and if not, the branch.
+        """
+        return inputs.hidden
+
+    def reads(self, k: int) -> range:
+        """How far ahead of a position depth ``k`` reads true tokens (teacher forcing); the empty
+        ``range(k, k)`` for none."""
+        return range(k, k)
+
+    def ahead(self, k: int) -> int:
+        """How far ahead the newest token of :meth:`reads` is; 0 for none."""
+        return k if self.reads(k) else 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a depth reads true tokens. If not, depth k predicts k tokens beyond the next
+        without the tokens between."""
+        return self.rescorer is not None or any(map(self.reads, range(1, self.depth + 1)))
+
+    def state_width(self, d_model: int) -> int:
+        """Width of a depth's hidden state."""
+        return d_model
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
+        return hidden
+
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
+
+        A generator: a depth that no other depth reads is released when the next one is asked for.
+        """
+        previous = inputs.hidden
+        for k in self.with_prerequisites(active):
+            version = None if previous.is_inference() else previous._version
+            hidden = self.depth_state(k, inputs, previous)
+            if version is not None and version != previous._version:
+                raise UserError(
+                    f"depth {k} of mtp={self.config.variant} changes the state that it reads in "
+                    f"place, and depth {k - 1} is predicted from it: return a new tensor."
+                )
+            if self.chained:
+                previous = hidden
+            if k in active:
+                yield k, self._checked(k, self.head_input(hidden), inputs)
+            del hidden
+
+    def _checked(self, k: int, hidden: Tensor, inputs: StackInputs) -> Tensor:
+        """The head's input of depth ``k``, refused if it is not a state of every target."""
+        shape = list(getattr(hidden, "shape", ()))
+        shared = [self.state_width(inputs.embedded.shape[-1])]
+        needed = [*inputs.hidden.shape[:-1], *(shared if self.own_head is None else shape[-1:])]
+        if shape != needed:
+            raise UserError(
+                f"depth {k} of mtp={self.config.variant} gives {shape or type(hidden).__name__}, "
+                f"and a tensor of the shape [B, T, C] = {needed} is needed."
+            )
+        return hidden
+
+    def with_prerequisites(self, active: Sequence[int]) -> list[int]:
+        """The ``active`` depths and those that they are computed from, in order."""
+        return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
+
     # Training targets.
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         """The tokens that trunk and depths read instead of the batch's, over whole windows, W = T +
@@ -144,77 +215,6 @@ class MTPStack(nn.Module, ABC):
             return Together(final_BTC, states, losses)
         tokens_N = None if head.is_whole else head.tokens
         return Together(final_BTC, states, losses, HeadWeight(head.weight, tokens_N=tokens_N))
-
-    # Hidden states of the depths.
-    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
-
-        A generator: a depth that no other depth reads is released when the next one is asked for.
-        """
-        previous = inputs.hidden
-        for k in self.with_prerequisites(active):
-            version = None if previous.is_inference() else previous._version
-            hidden = self.depth_state(k, inputs, previous)
-            if version is not None and version != previous._version:
-                raise UserError(
-                    f"depth {k} of mtp={self.config.variant} changes the state that it reads in "
-                    f"place, and depth {k - 1} is predicted from it: return a new tensor."
-                )
-            if self.chained:
-                previous = hidden
-            if k in active:
-                yield k, self._checked(k, self.head_input(hidden), inputs)
-            del hidden
-
-    def _checked(self, k: int, hidden: Tensor, inputs: StackInputs) -> Tensor:
-        """The head's input of depth ``k``, refused if it is not a state of every target."""
-        shape = list(getattr(hidden, "shape", ()))
-        shared = [self.state_width(inputs.embedded.shape[-1])]
-        needed = [*inputs.hidden.shape[:-1], *(shared if self.own_head is None else shape[-1:])]
-        if shape != needed:
-            raise UserError(
-                f"depth {k} of mtp={self.config.variant} gives {shape or type(hidden).__name__}, "
-                f"and a tensor of the shape [B, T, C] = {needed} is needed."
-            )
-        return hidden
-
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
-        return hidden
-
-    def with_prerequisites(self, active: Sequence[int]) -> list[int]:
-        """The ``active`` depths and those that they are computed from, in order."""
-        return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
-
-    def reads(self, k: int) -> range:
-        """How far ahead of a position depth ``k`` reads true tokens (teacher forcing); the empty
-        ``range(k, k)`` for none."""
-        return range(k, k)
-
-    def ahead(self, k: int) -> int:
-        """How far ahead the newest token of :meth:`reads` is; 0 for none."""
-        return k if self.reads(k) else 0
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether a depth reads true tokens. If not, depth k predicts k tokens beyond the next
-        without the tokens between."""
-        return self.rescorer is not None or any(map(self.reads, range(1, self.depth + 1)))
-
-    def state_width(self, d_model: int) -> int:
-        """Width of a depth's hidden state."""
-        return d_model
-
-    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        """The hidden state of depth ``k``, [B, T, C], over whole windows or at the newest positions
-        of decoding: the state that the next depth reads. By default the branch itself.
-
-        Args:
-            inputs: they hold the tokens of :meth:`reads`.
-            previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
-                and if not, the branch.
-        """
-        return inputs.hidden
 
     # Drafting.
     def rescore(self, k: int, hidden: Tensor, logits: Tensor, before: Tensor) -> Tensor:
