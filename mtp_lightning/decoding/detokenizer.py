@@ -28,29 +28,29 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, before: Prompt, ends: Collection[int]) -> None:
         self._tokenizer, self._ends = tokenizer, ends
-        # `_window`: the tokens of the last whole piece, `_whole` of them, and those whose text is
-        # incomplete. `_out` of their characters were returned.
+        # `_window`: the tokens of the last whole piece, `_n_whole` of them, and those whose text is
+        # incomplete. `_n_out` of their characters were returned.
         self._begin(last_piece(tokenizer, before, ends))
 
     def _begin(self, piece: list[int]) -> None:
-        self._window, self._whole = piece, len(piece)
-        self._out = len(self._tokenizer.decode(piece))
+        self._window, self._n_whole = piece, len(piece)
+        self._n_out = len(self._tokenizer.decode(piece))
 
     @property
     def waits(self) -> bool:
         """Whether the last tokens are part of a character that is not complete."""
-        return len(self._window) > self._whole
+        return len(self._window) > self._n_whole
 
     def rest(self) -> str:
         """What stands for the bytes at the end that are not a character."""
-        tail = str(self._tokenizer.decode(self._window[self._whole :]))
+        tail = str(self._tokenizer.decode(self._window[self._n_whole :]))
         return tail[len(tail.rstrip(_INCOMPLETE)) :]
 
     def add(self, token: int) -> str:
         """The characters that a token completes."""
         if token in self._ends:
             return ""
-        decode, waiting = self._tokenizer.decode, self._window[self._whole :]
+        decode, waiting = self._tokenizer.decode, self._window[self._n_whole :]
         if len(waiting) > _LONGEST_PIECE:  # a character has 4 bytes at most
             bad = self.rest()
             if decode([*waiting, token]) == decode(waiting) + decode([token]):
@@ -58,17 +58,17 @@ class Detokenizer:
                 return bad + self.add(token)
         self._window.append(token)
         text = decode(self._window)
-        whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
-        new = text[self._out : whole]
+        end = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
+        new = text[self._n_out : end]
         if not text:
             self._begin(self._window)  # the decoder may drop a space of the first token alone
             return ""
-        if not new and whole == len(text):
+        if not new and end == len(text):
             self._window.pop()  # a token without text
             return ""
-        self._out = max(self._out, whole)
-        if whole == len(text):
-            self._begin(self._window[self._whole :])
+        self._n_out = max(self._n_out, end)
+        if end == len(text):
+            self._begin(self._window[self._n_whole :])
         return str(new)
 
 

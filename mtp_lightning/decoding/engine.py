@@ -187,7 +187,7 @@ class Engine:
             self._decoder = self._new_decoder(room)
         self._decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
-        streams = [(r.seed, r.index, self._drafts_of(r)) for r in requests]
+        streams = [(r.seed, r.index, self._most_drafts_of(r)) for r in requests]
         tokens, logits_BV = self._decoder.join(contexts, [r.sampling for r in requests], streams)
         rows = zip(sequences, tokens, logits_BV.unsqueeze(1), strict=True)
         for sequence, token, logits_1V in rows:
@@ -316,7 +316,7 @@ class Engine:
             return min(request.draft_depth, self.max_draft)
         return measured.sampled.best if measured is not None and request.temperature else None
 
-    def _drafts_of(self, request: Request) -> int:
+    def _most_drafts_of(self, request: Request) -> int:
         """The most drafts of a request's rounds."""
         if self.options.tree is not None:
             return len(self.options.tree)

@@ -56,6 +56,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     """
     prompts = checked_prompts(cfg)
     run = open_from_config(cfg)
+    options = decoding_options(cfg, run, rows=len(prompts))
     terminal = sys.stdout.isatty()
     marks: Colors | Brackets | None = None
     if cfg.show_drafts:
@@ -84,7 +85,6 @@ def generate_text(cfg: Any) -> list[Generation]:
                 print(json.dumps(_reported(text, drafts=cfg.show_drafts)))
             shown += 1
 
-    options = decoding_options(cfg, run, rows=len(prompts))
     began = time.perf_counter()  # the first start with a model has measured it for seconds
     try:
         generations = continue_prompts(run, prompts, options, on_tokens=on_tokens, on_end=on_end)
