@@ -72,28 +72,28 @@ def start(
 
     errors = readable_errors(ends_with_reader=ends_with_reader)
     with errors, _hydra_as_ours(sys.argv[1:], config_name):
-        sys.argv[1:] = ["--help" if word == "help" else word for word in sys.argv[1:]]
-        _explain(sys.argv[1:])
-        if _QUIET in sys.argv:
-            sys.argv.remove(_QUIET)
+        words = ["--help" if word == "help" else word for word in sys.argv[1:]]
+        _explain(words)
+        if _QUIET in words:
+            words.remove(_QUIET)
             # Inherited by all processes of a run, and by the jobs of a sweep.
             os.environ[QUIET] = "1"
             os.nice(19)
-        if trains and _VERBOSE in sys.argv:
-            sys.argv.remove(_VERBOSE)
+        if trains and _VERBOSE in words:
+            words.remove(_VERBOSE)
             os.environ[VERBOSE] = "1"
-        sweeps = {"-m", "--multirun"} & set(sys.argv)
-        if trains and _DRY_RUN in sys.argv:
+        sweeps = {"-m", "--multirun"} & set(words)
+        if trains and _DRY_RUN in words:
             if not sweeps:
                 raise UserError("--dry-run lists the jobs of a sweep: add -m, or use --cfg job.")
-            sys.argv[sys.argv.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
+            words[words.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
         if sweeps and not trains:
             raise UserError(
                 f"-m is an option of {program('train')}: start {program(config_name)} once for "
                 "each value."
             )
-        require_utf8(sys.argv[1:])
-        sys.argv[1:] = _options_first(literal(sys.argv[1:]))
+        require_utf8(words)
+        sys.argv[1:] = _options_first(literal(words))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
 
 

@@ -247,13 +247,13 @@ class Engine:
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
-        room: dict[str, Any] = {"slots": self.slots, "capacity": capacity}
-        room |= {"draft_vocab": options.draft_vocab, "one_cache": options.cache == "single"}
+        common: dict[str, Any] = {"slots": self.slots, "capacity": capacity}
+        common |= {"draft_vocab": options.draft_vocab, "one_cache": options.cache == "single"}
         if options.tree is not None:
             from mtp_lightning.decoding.tree_session import TreeSession
             from mtp_lightning.decoding.tree_speculative import TreeDecoder
 
-            tree = TreeSession(self._model, tree=options.tree, **room)
+            tree = TreeSession(self._model, tree=options.tree, **common)
             return TreeDecoder(tree, most_drafts=len(options.tree))
         kind, most = Session, max(self.max_draft, options.lookup)
         if options.compile:
@@ -261,7 +261,7 @@ class Engine:
 
             kind = CompiledSession
         return Decoder(
-            kind(self._model, max_draft=self.max_draft, most_accepted=most, **room),
+            kind(self._model, max_draft=self.max_draft, most_accepted=most, **common),
             most_drafts=most,
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],

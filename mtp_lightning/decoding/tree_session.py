@@ -36,11 +36,11 @@ class TreeSession(Session):
     _outputs: Tensor
     _kind_of_cache = TreeCache
 
-    def __init__(self, model: MTPModel, *, tree: Tree, **room: Any) -> None:
+    def __init__(self, model: MTPModel, *, tree: Tree, **common: Any) -> None:
         self.tree = tree
         self._branches = lru_cache(maxsize=64)(self._branches_of)
         self._columns = lru_cache(maxsize=256)(self._columns_of)
-        super().__init__(model, max_draft=tree.depth, **room)
+        super().__init__(model, max_draft=tree.depth, **common)
 
     @property
     def _widest(self) -> int:

@@ -30,10 +30,7 @@ from mtp_lightning.objective.through_head import through_head
 
 
 def micro_batch_loss(
-    model: MTPModel,
-    objective: Objective,
-    plan: StepPlan,
-    batch: WindowBatch,
+    model: MTPModel, objective: Objective, plan: StepPlan, batch: WindowBatch
 ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
     """One micro-batch's part of the loss that a step differentiates.
 
