@@ -39,12 +39,12 @@ def ours(task: Row) -> Iterator[Row]:
 
     from benchmarks.workloads import prepare_process
     from mtp_lightning.decoding import generate
-    from mtp_lightning.decoding.precision import split
+    from mtp_lightning.decoding.precision import split_precision
     from mtp_lightning.experiment.generating import open_for_decoding
 
     prepare_process()
     torch.set_num_threads(task["threads"])
-    weights, activations = split(task["precision"])
+    weights, activations = split_precision(task["precision"])
     model = open_for_decoding(task["model"], precision=weights, activations=activations).model
     way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
 
@@ -190,13 +190,13 @@ def llama_cpp(
         prompt_tokens: tokens of a prompt, from the source of Python's argparse.
         python: the interpreter of the environment that has llama.cpp.
     """
-    from mtp_lightning.decoding.precision import split
+    from mtp_lightning.decoding.precision import split_precision
     from mtp_lightning.errors import UserError
     from mtp_lightning.experiment.generating import open_for_decoding
     from mtp_lightning.system import processor
 
     for precision in precisions:  # refused before anything is measured
-        weights, activations = split(precision)
+        weights, activations = split_precision(precision)
         opened = open_for_decoding(model, precision=weights, activations=activations)
     wheel_needed = max(batches) > 1 or (python == sys.executable and not find_spec("llama_cpp"))
     if wheel_needed and not find_spec("xllamacpp"):

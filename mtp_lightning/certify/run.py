@@ -20,7 +20,7 @@ from mtp_lightning.decoding.precision import (
     PRECISIONS,
     check_precision,
     packer_after_rounding,
-    split,
+    split_precision,
     use_activations,
 )
 from mtp_lightning.errors import UserError
@@ -74,7 +74,7 @@ def certify(
     if repeated := [name for name in precisions if precisions.count(name) > 1]:
         raise UserError(f"--weights names {repeated[0]} twice: name each precision once.")
     for precision in precisions:
-        weights, activations = split(precision)
+        weights, activations = split_precision(precision)
         check_precision(weights, activations=activations)
     require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
@@ -107,7 +107,7 @@ def certify(
 
 def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> OpenedModel:
     """The model in a precision, if ``length`` new tokens fit its context."""
-    weights, activations = split(precision)
+    weights, activations = split_precision(precision)
     packer = packer_after_rounding(weights, AUTO)  # the formats that generate.py reads
     # Without its path, the model leaves no packed copy in the cache folder.
     run = open_model(path, allow=allow, packer_for=lambda model, _: packer(model, None))

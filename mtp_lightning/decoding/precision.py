@@ -36,7 +36,7 @@ AUTO = "auto"
 Roundings = dict[int, Callable[[Tensor], Tensor]]
 
 
-def split(precision: str) -> tuple[str, str]:
+def split_precision(precision: str) -> tuple[str, str]:
     """Split ``WEIGHTS/ACTIVATIONS`` (``int4/int8``); activations default to fp32."""
     weights, _, activations = precision.partition("/")
     return weights, activations or "fp32"

@@ -318,6 +318,8 @@ class Session:
     def _run_depth(
         self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]
     ) -> Tensor:
+        """Let depth ``k`` read ``width`` positions of some rows, and store its hidden states for
+        the next depth. Returns them, [rows, T, C]."""
         ctx, spans = ForwardContext.of_cache(cache, starts, width), cache.spans
         first = self._stack.reads(k).start
         token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)

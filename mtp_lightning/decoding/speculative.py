@@ -94,7 +94,7 @@ class Decoder:
     ) -> None:
         self.session = session
         self.min_confidence = min_confidence
-        self._verify = verify
+        self._rule = verify
         self._vocab = session.model.config.trunk.vocab_size
         self._most_drafts = most_drafts
         # Every round consumes the same number of random numbers, so a row's stream depends only on
@@ -259,7 +259,7 @@ class Decoder:
         draft_BM = torch.cat(columns, dim=1)
         q_BMN = torch.stack(proposals, dim=1)
         accept_BM = noise.accept_BM[:, :n_drafts]
-        tokens_BT, accepted_B = self._verify(
+        tokens_BT, accepted_B = self._rule(
             p_BTV, q_BMN, draft_BM, accept_BM, noise.final_B, limit_B
         )
         session.put(tokens_BT, 1)

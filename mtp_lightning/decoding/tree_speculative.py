@@ -24,7 +24,7 @@ from mtp_lightning.decoding.sampling import draw, total
 from mtp_lightning.decoding.speculative import Decoder, Round, RowResult
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
-from mtp_lightning.decoding.verification import less
+from mtp_lightning.decoding.verification import residual
 from mtp_lightning.nn.tree_cache import along
 
 
@@ -185,7 +185,7 @@ def accept_path_or_resample(
             node_B = torch.where(ok_B, child_B, node_B)
             advanced_B |= ok_B
             open_B = open_B & ~ok_B
-            rest_BV = less(p_BV, q_BV)
+            rest_BV = residual(p_BV, q_BV)
             total_B1 = total(rest_BV)
             # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)

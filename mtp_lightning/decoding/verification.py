@@ -95,7 +95,7 @@ def with_own_token(
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     p_BV = p_BTV[rows, accepted_B]
     q_BN = q_BMN[rows, accepted_B.clamp(max=q_BMN.shape[1] - 1)]
-    rest_BV = less(p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1), q_BN)
+    rest_BV = residual(p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1), q_BN)
     # If p = q up to rounding, nothing is left to draw from, and p itself is right.
     rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
     final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), noise_B)
@@ -103,7 +103,7 @@ def with_own_token(
     return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1))
 
 
-def less(p: Tensor, q: Tensor) -> Tensor:
+def residual(p: Tensor, q: Tensor) -> Tensor:
     """``max(p - q, 0)`` of p [..., V] and q [..., N]; q is 0 for tokens from N on."""
     rest = p.clone()
     rest[..., : q.shape[-1]].sub_(q).clamp_(min=0)
@@ -129,7 +129,7 @@ def accept_block(
     # The probability that a draft is the last one kept, for all drafts but the last.
     inner_BM = joint_BT[:, 1:n_drafts]
     weighted_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype)
-    rest_BM = total(less(weighted_BMV, q_BMN[:, 1:]).double()).squeeze(-1)
+    rest_BM = total(residual(weighted_BMV, q_BMN[:, 1:]).double()).squeeze(-1)
     chance_BM = rest_BM / (rest_BM + 1 - inner_BM)
     # 0 / 0: both distributions agree, and whether a later draft is kept decides.
     chance_BM = torch.cat((chance_BM.nan_to_num(1.0), joint_BT[:, n_drafts:]), dim=1)
