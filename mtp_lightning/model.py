@@ -247,7 +247,6 @@ class MTPModel(nn.Module):
     def initialize(self, seed: int) -> None:
         """Initialize all weights: at random, except those that a module sets by its
         ``reset_own_weights()``."""
-        assert self.config.trunk.init_std is not None
         initialize(self, std=self.config.trunk.init_std, seed=seed)
         # Parts first: a module may change what they have set.
         for module in reversed([*self.modules()]):

@@ -101,7 +101,6 @@ def _values(keys: Mapping[str, str], config: Any) -> dict[str, Value]:
 def own_fields(layout: Layout, draft_vocab: int | None) -> dict[str, Any]:
     """The values of this project's own keys."""
     trunk = layout.config.trunk
-    assert trunk.init_std is not None
     dense = "" if isinstance(trunk.feed_forward, ExpertsConfig) else " dense"
     fields = {LAYERS: trunk_type(trunk) + dense, SPREAD: float(trunk.init_std)}
     has_drafted = draft_vocab is not None and layout.config.mtp.depth

@@ -130,7 +130,6 @@ def has_initial_size(matrix: Tensor, trunk: TrunkConfig) -> bool:
     """Whether the standard deviation is that of an initialization: transformers' (the config's
     initializer_range), also divided by the root of twice the layers (GPT-2), or PyTorch's. Short
     training keeps the shape of a distribution, but not its size."""
-    assert trunk.init_std is not None  # the config fills it in
     init_std = trunk.init_std
     usual = (init_std, init_std / (2 * trunk.n_layers) ** 0.5, 0.02, (3 * matrix.shape[1]) ** -0.5)
     std = float(matrix.std())

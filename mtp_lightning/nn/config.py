@@ -63,7 +63,7 @@ class TrunkConfig:
     rope_scaling: Scaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    init_std: float | None = None
+    init_std: float = None  # type: ignore[assignment]  # likewise
     recompute: bool = False
     attention: AttentionConfig = field(
         default_factory=lambda: AttentionConfig.from_dict({"variant": "grouped_query"})
