@@ -90,8 +90,8 @@ class Engine:
         if depths is None and options.draft_depth == "auto" and self.max_draft:
             from mtp_lightning.decoding.adaptive import AutoDepth
 
-            measured = options.measured and options.measured.greedy
-            self._auto = AutoDepth(self.max_draft, measured)
+            measured = options.measured
+            self._auto = AutoDepth(self.max_draft, None if measured is None else measured.greedy)
         self._lookups: Lookups | None = None
         if options.lookup:
             from mtp_lightning.decoding.lookup import Lookups
