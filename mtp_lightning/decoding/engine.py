@@ -79,7 +79,7 @@ class Engine:
         self._limit = options.max_context or sys.maxsize
         # Tokens that sliding keeps of a full context.
         self._kept = max(self._limit // 2, 1)
-        self._on_logits = on_logits
+        self._on_logits = on_logits or (lambda index, logits_TV: None)
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
@@ -192,7 +192,7 @@ class Engine:
         rows = zip(sequences, tokens, logits_BV.unsqueeze(1), strict=True)
         for sequence, token, logits_1V in rows:
             n_kept = sequence.extend([token], 0, logits_1V)
-            self._report_logits(sequence, logits_1V[:n_kept])
+            self._on_logits(sequence.request.index, logits_1V[:n_kept])
         return sequences
 
     def step(self) -> list[TextSequence]:
@@ -214,7 +214,7 @@ class Engine:
         rows = zip(sequences, outcome.rows, outcome.logits_BTV.unbind(), strict=True)
         for sequence, result, logits_TV in rows:
             n_kept = sequence.take(result, logits_TV)
-            self._report_logits(sequence, logits_TV[:n_kept])
+            self._on_logits(sequence.request.index, logits_TV[:n_kept])
         self._free_finished()
         return sequences
 
@@ -240,10 +240,6 @@ class Engine:
             index = sequence.request.index
             raise UserError(f"the sequence of prompt {index} is not in this engine.")
         self._drop(self._sequences.index(sequence))
-
-    def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
-        if self._on_logits is not None:
-            self._on_logits(sequence.request.index, logits_TV)
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
@@ -283,7 +279,7 @@ class Engine:
         if recorder is not None:
             seconds = self._clock() - start
             # A draft that was not made, for lack of confidence, counts as a failed one.
-            accepted = outcome.accepted
+            accepted = [row.accepted for row in outcome.rows]
             reached = [min(a + 1, n_drafts, cap) for a, cap in zip(accepted, caps, strict=True)]
             recorder.record(n_drafts, seconds, accepted, reached)
         return outcome

@@ -110,7 +110,7 @@ class Lookups:
     most ``most`` drafts per round."""
 
     def __init__(self, model: MTPModel, *, most: int, slots: int) -> None:
-        self._model = model
+        self._tokens_are_cheap = extra_tokens_are_cheap(model.head.weight.device)
         self._most = most
         self._slots = slots
         self._texts = WeakKeyDictionary[TextSequence, Lookup]()
@@ -123,13 +123,12 @@ class Lookups:
         token. A sample then has none in an engine of several slots at all, since its text depends
         on its drafts.
         """
-        many = extra_tokens_are_cheap(self._model.head.weight.device)
-        if len(sequences) > 1 and not many:
+        if len(sequences) > 1 and not self._tokens_are_cheap:
             return [[] for _ in sequences]
         return [
             self._lookup_of(sequence).drafts(min(room, self._most))
             if sequence.request.draft_depth != 0
-            and (sequence.request.greedy or self._slots == 1 or many)
+            and (sequence.request.greedy or self._slots == 1 or self._tokens_are_cheap)
             else []
             for sequence, room in zip(sequences, rooms, strict=True)
         ]

@@ -159,8 +159,7 @@ class Noise:
     """The uniform random numbers in [0, 1) of a batch whose rows come and go. A row's numbers
     depend only on its seed, its index, its number of drafts and the rounds since it joined.
 
-    Every round has numbers for ``most`` drafts. A row of fewer takes the first of them; its others
-    are 0.
+    A row of fewer drafts than ``most`` takes the first numbers of a round; its others are 0.
     """
 
     def __init__(self, most: int, device: torch.device | str) -> None:

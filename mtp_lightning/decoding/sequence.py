@@ -222,8 +222,7 @@ class TextSequence:
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         if self.request.logprobs is not None:
-            new = self.token_ids[before:]
-            self.logprobs += _logprobs(logits_TV, new, self.request.logprobs)
+            self.logprobs += _logprobs(logits_TV, self.token_ids[before:], self.request.logprobs)
         if self.finish_reason is not None:
             self._seconds = time.perf_counter() - self._began
         return len(self.token_ids) - before

@@ -136,11 +136,6 @@ class Session:
         """Number of tokens in a round's widest pass."""
         return self.most_accepted + 1
 
-    @property
-    def capacity(self) -> int:
-        """Most tokens per row."""
-        return self._tables.capacity - self._slack
-
     def resize(self, batch_size: int) -> None:
         """Use the first ``batch_size`` rows of the storage; added rows have read nothing."""
         for column in (self.n_read, *self.filled):
@@ -152,7 +147,7 @@ class Session:
 
     def reserve(self, capacity: int) -> None:
         """Grow the storage to ``capacity`` tokens per row, drafts included."""
-        if capacity <= self.capacity:
+        if capacity <= self._tables.capacity - self._slack:
             return
         tables = self._tables_for(capacity)
         more = tables.capacity - self._tables.capacity
@@ -318,8 +313,7 @@ class Session:
     def _run_depth(
         self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]
     ) -> Tensor:
-        """Let depth ``k`` read ``width`` positions of some rows, and store its hidden states for
-        the next depth. Returns them, [rows, T, C]."""
+        """Let depth ``k`` read ``width`` positions of some rows; stores and returns its states."""
         ctx, spans = ForwardContext.of_cache(cache, starts, width), cache.spans
         first = self._stack.reads(k).start
         token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)

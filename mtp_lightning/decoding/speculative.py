@@ -64,11 +64,6 @@ class Round(NamedTuple):
     rows: list[RowResult]
     logits_BTV: Tensor
 
-    @property
-    def accepted(self) -> list[int]:
-        """Number of accepted drafts of every row."""
-        return [row.accepted for row in self.rows]
-
 
 class Decoder:
     """Chooses the tokens of a session; holds the random numbers and sampling settings of its rows.
@@ -162,7 +157,7 @@ class Decoder:
         if any(looked_up):
             drafts = self._with_looked_up(drafts, looked_up, caps)
         result = self._greedy(drafts, caps) if noise is None else self._sample(drafts, caps, noise)
-        self.session.accept(result.accepted)
+        self.session.accept([row.accepted for row in result.rows])
         if any(looked_up):
             rows = zip(result.rows, looked_up, strict=True)
             result = result._replace(rows=[row._replace(looked_up=bool(ids)) for row, ids in rows])
