@@ -92,7 +92,7 @@ def test_a_value_must_fit_its_annotation(package: str) -> None:
         ("shift", "maybe", "shift must be a whole number, not 'maybe'"),
         ("shift", 1.5, "shift must be a whole number, not 1.5"),
         ("shift", None, "shift must be a whole number, not None"),
-        ("sharp", "often", "sharp must be a number, not 'often'"),
+        ("sharp", "often", r"sharp \(unless null\) must be a number, not 'often'"),
         ("gated", "perhaps", "gated must be true or false, not 'perhaps'"),
         ("word", float("nan"), "word must be a text, in quotes .*, not nan"),
     ):
