@@ -1,5 +1,5 @@
-"""Ends all processes of a run before the same step when one of them gets SIGTERM, or Slurm's
-warning."""
+"""Ends all processes of a run before the same step when one of them gets SIGTERM, SIGHUP (a closed
+terminal) or Slurm's warning."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Termination(_SignalConnector):
         # does.
         if "SLURM_JOB_ID" in os.environ and not self._has_already_handler(signal.SIGUSR1):
             self._register_signal(signal.SIGUSR1, self._sigterm_notifier_fn)
+        # nohup ignores SIGHUP, which counts as a handler.
+        if not self._has_already_handler(signal.SIGHUP):
+            self._register_signal(signal.SIGHUP, self._sigterm_notifier_fn)
 
     def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
         launcher = self.trainer.strategy.launcher

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -149,7 +151,9 @@ class _PipeSafe:
             os.close(nowhere)
             if self._ends:
                 sys.exit(128 + signal.SIGPIPE)
-        except OSError as error:  # a full disk
+        except OSError as error:
+            if error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode):
+                return  # a closed terminal, whose SIGHUP ends the program in good order
             raise OSError(error.errno, error.strerror, self._stream.name) from None
 
 

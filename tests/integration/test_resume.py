@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,22 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes(tmp_path, cache, whole):
     assert max(column(tmp_path, "train/loss")) == step
     train_here(tmp_path, cache, LONG)
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_the_step(tmp_path, cache):
+    """The run's output then fails, too."""
+    ours, theirs = os.openpty()
+    rarely = {"callbacks.progress.refresh_seconds": 5}  # nobody reads the terminal: it could fill
+    args = ["setsid", "--ctty", "--wait", *command(tmp_path, cache, LONG | rarely)]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(args, env=helpers.environment(), cwd=helpers.ROOT, **streams)
+    os.close(theirs)
+    helpers.wait_for_step(process, tmp_path, 30)
+    os.close(ours)
+    assert process.wait(240) == 128 + signal.SIGTERM
+    assert 30 <= checkpoint(tmp_path)["global_step"] < STEPS
+    assert max(column(tmp_path, "train/loss")) == checkpoint(tmp_path)["global_step"]
 
 
 @pytest.fixture
