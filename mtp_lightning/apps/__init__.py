@@ -53,7 +53,7 @@ def start(
 ) -> None:
     """Run an app on this process's command line.
 
-    ``--help GROUP`` explains a group of conf/, and ``--help GROUP=NAME`` the keys of an option.
+    ``--help WORD`` explains a group of conf/, an option (``GROUP=NAME``) or a key.
     ``--quiet`` hides progress and lowers the priority, and ``--verbose`` shows every number.
 
     Args:
@@ -73,7 +73,7 @@ def start(
     errors = readable_errors(ends_with_reader=ends_with_reader)
     with errors, _hydra_as_ours(sys.argv[1:], config_name):
         words = ["--help" if word == "help" else word for word in sys.argv[1:]]
-        _explain(words)
+        _explain(words, config_name)
         if _QUIET in words:
             words.remove(_QUIET)
             # Inherited by all processes of a run, and by the jobs of a sweep.
@@ -165,7 +165,7 @@ class Check(Callback):
             check_config.check(plain, name, typed, folder=folder)  # type: ignore[arg-type]
 
 
-def _explain(arguments: list[str]) -> None:
+def _explain(arguments: list[str], app: str) -> None:
     """Answer ``--version``, or ``--help WORD`` [``--config-dir FOLDER``], and exit."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", dest="word", nargs="?")
@@ -175,7 +175,7 @@ def _explain(arguments: list[str]) -> None:
     if args.word or args.version:
         from mtp_lightning.command_line.conf_comments import help_for
 
-        print(version() if args.version else help_for(args.word, args.config_dir))
+        print(version() if args.version else help_for(args.word, args.config_dir, app))
         sys.exit(0)
 
 

@@ -1,6 +1,6 @@
 """Reads the comments of conf/'s files as documentation of its groups, options and keys.
 
-``python train.py --help GROUP`` and the documentation's pages of settings are made from it.
+``python train.py --help WORD`` and the documentation's pages of settings are made from it.
 """
 
 from __future__ import annotations
@@ -103,18 +103,24 @@ def read_option(file: Path, group: str) -> Option:
     return Option(group, file.stem, comment, keys, content)
 
 
-def help_for(word: str, added: Path | None = None) -> str:
-    """The text of ``--help WORD`` about a group (``mtp``) or an option of one (``mtp=parallel``);
-    ``added`` as for :func:`groups`.
+def help_for(word: str, added: Path | None = None, app: str = "config") -> str:
+    """The text of ``--help WORD`` of an app about a group (``mtp``), an option of one
+    (``mtp=parallel``) or a key (``mtp.depth``); ``added`` as for :func:`groups`.
 
     Raises:
-        UserError: there is no such group or option.
+        UserError: there is no such group, option or key.
     """
     group, _, name = word.partition("=")
     all_options = groups(added)
     if not group or group not in all_options:
-        names = ", ".join(filter(None, all_options))
-        raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
+        root = all_options[""][app]
+        if explained := _explained(group, {**all_options, "": {app: root}}):
+            return explained
+        known = all_options if app == "config" else [key.name for key in root.keys]
+        names = ", ".join(filter(None, known))
+        raise UserError(
+            f"--help {word}: there is no group or key {group!r}; choose one of {names}."
+        )
     options = all_options[group]
     if not name:
         briefs = {n: option.brief for n, option in options.items() if n not in PARTS}
@@ -132,10 +138,32 @@ def help_for(word: str, added: Path | None = None) -> str:
     lines = [f"{group}={name}", "", option.comment, ""]
     lines += [f"  {g}={choice}".replace("override /", "") for g, choice in option.chosen.items()]
     for key in option.keys:
-        default = f" = {key.default}" if key.default else ""
-        lines += [f"  {key.name}{default}", *filter(None, [_wrapped(key.comment, "      ")])]
+        lines += _described(key, key.name)
     lines += [f"  further keys: --help {group}={part.name}" for part in included(option)[1:]]
     return "\n".join(lines).rstrip()
+
+
+def _explained(name: str, all_options: Mapping[str, Mapping[str, Option]]) -> str:
+    """A dotted key's defaults and comments, with the options that have them; empty for none."""
+    found: dict[Key, list[str]] = {}
+    for group, options in all_options.items():
+        if not name.startswith(prefix := group.replace("/", ".") + "." if group else ""):
+            continue
+        for option in options.values():
+            for key in option.keys:
+                if prefix + key.name == name:
+                    found.setdefault(key, []).append(f"{group}={option.name}" if group else "")
+    return "\n".join(
+        line
+        for key, of in found.items()
+        for line in _described(key, name, f"  ({', '.join(of)})" if all(of) else "")
+    )
+
+
+def _described(key: Key, name: str, where: str = "") -> list[str]:
+    """The lines about a key, under a name and after its default with the options that have it."""
+    default = f" = {key.default}" if key.default else ""
+    return [f"  {name}{default}{where}", *filter(None, [_wrapped(key.comment, "      ")])]
 
 
 def _wrapped(text: str, first: str) -> str:

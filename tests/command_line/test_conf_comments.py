@@ -76,10 +76,26 @@ def test_help_describes_groups_and_options() -> None:
     assert "further keys" not in option
     preset = help_for("experiment=small_text").splitlines()
     assert {"  lambda_schedule=constant", "  tokenizer=byte"} <= {*preset}
-    with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
+    with pytest.raises(
+        ValueError, match="no group or key 'nope'; choose one of balance, callbacks"
+    ):
         help_for("nope")
+    with pytest.raises(ValueError, match="no group or key 'nope'; choose one of .*, prompt, "):
+        help_for("nope", app="generate")
     with pytest.raises(ValueError, match="mtp has no option 'nope'; choose one of .*sequential"):
         help_for("mtp=nope")
+
+
+def test_help_explains_a_key_of_the_command_line() -> None:
+    depth = help_for("mtp.depth")
+    assert (
+        "  mtp.depth = 2  (mtp=joint, mtp=linear, " in depth and ")\n      D, tokens pred" in depth
+    )
+    assert "  mtp.depth = 0  (mtp=none, mtp=teacherless)\n      always 0 here" in depth
+    assert "optimizer.schedule.kind = wsd  (opt" in help_for("optimizer.schedule.kind")
+    assert help_for("seed").startswith("  seed = 0\n      seed of the weights")
+    assert "copied from the text itself" in help_for("lookup", app="generate")
+    assert help_for("decode.n_prompts", app="evaluate").startswith("  decode.n_prompts = 64\n")
 
 
 def test_train_prints_help_in_any_folder(tmp_path: Path) -> None:
