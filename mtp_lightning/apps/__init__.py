@@ -210,7 +210,8 @@ def _options_first(arguments: list[str]) -> list[str]:
     options = list(arguments)
     args, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        refuse(f"unrecognized arguments: {' '.join(w for w in unknown if w.startswith('-'))}")
+        words = " ".join(word for word in unknown if word.startswith("-"))
+        refuse(f"unrecognized arguments: {words}; a setting is KEY=VALUE, without dashes")
     overrides = args.overrides
     for override in overrides:
         options.remove(override)

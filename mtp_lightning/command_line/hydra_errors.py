@@ -48,7 +48,10 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
             if (name := key.lstrip("+")).partition(".")[0] not in {*known, *groups()}:
                 return unknown_key(name, known, app)
             quoted = f"""'{key}="{value}"'"""
-            return f"{override} cannot be read: put the value in quotes of its own, {quoted}."
+            space = "leave a space between two settings, or " if "=" in value else ""
+            return (
+                f"{override} cannot be read: {space}put the value in quotes of its own, {quoted}."
+            )
         if "/" in key or Path(key).exists():
             return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
         words = [*overrides]

@@ -104,8 +104,9 @@ train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_
 train.py 'callbacks=[default,nan_gard]' => 'nan_gard': did you mean nan_guard?
 train.py -m +sweeps=dept => sweeps has no option 'dept': did you mean depth?
 evaluate.py checkpoint=x data=txt => data has no option 'txt': did you mean text?
-train.py --help mpt => no group 'mpt' | choose one of | mtp
+train.py --help mpt => no group or key 'mpt' | choose one of | mtp
 train.py --halp => unrecognized arguments: --halp | --help
+train.py --max-steps 30 => --max-steps; a setting is KEY=VALUE, without dashes
 train.py --config-dir FOLDER/nowhere => FOLDER/nowhere | not found | --help
 train.py --config-dir FOLDER/taken =>
     FOLDER/taken/mtp/linear.yaml has the name of an option of this project: rename it
@@ -120,6 +121,7 @@ train.py mtp.depth:2  [*] => mtp.depth:2 has no value: give it as mtp.depth=...
 train.py run_dir=my folder  [*] => folder has no value | put 'run_dir=my folder' in quotes
 generate.py 'promt=def f(' => promt is not a key: did you mean prompt?
 train.py 'mtp.depth=[1' => mtp.depth=[1 cannot be read: put the value in quotes
+train.py mtp.depth=2mtp_lambda=0.1 => cannot be read: leave a space between two settings
 train.py mtp.depth=1,2 => mtp.depth=1,2 is several values: add -m
 train.py 'mtp.depth=${nope}' => 'nope' not found: check what is typed as ${...}
 train.py mtp=none mtp.depth=2 => mtp.depth must be 0 with mtp=none, not 2
