@@ -113,7 +113,7 @@ def _rates(summary: dict[str, Any], depth: int) -> Any:
     from rich.table import Table
 
     rates = Table(title="Validation", title_justify="left", caption_justify="left")
-    rates.add_column("target")  # the only one with two words to break a line at
+    rates.add_column("depth")
     for column in ("loss", "accuracy", "agreement", "overlap", "accepted"):
         rates.add_column(column, justify="right", no_wrap=True)
     # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
@@ -132,7 +132,7 @@ def _rates(summary: dict[str, Any], depth: int) -> Any:
         shares = [f"val/{name}_depth_{k}" for name in ("accuracy", "agreement", "overlap")]
         accepted = _share(summary, f"decode/acceptance_position_{k}")
         cells = [
-            "next token" if k == 0 else f"depth {k}",
+            str(k),
             _number(summary.get(f"val/loss_depth_{k}"), "{:.4f}"),
             *(_number(summary.get(key), "{:.1%}") for key in shares),
             # With the extra column, value and interval do not fit on a line of 80 characters.
@@ -191,7 +191,7 @@ def _share(summary: dict[str, Any], key: str) -> str:
     if key not in summary:
         return ""
     percent = {name: 100 * summary[name] for name in (key, *_bounds(key)) if name in summary}
-    return f"{percent[key]:.1f} %" + _interval(percent, key, "{:.1f}")
+    return f"{percent[key]:.1f}%" + _interval(percent, key, "{:.1f}")
 
 
 def _interval(summary: dict[str, Any], key: str, form: str) -> str:

@@ -30,7 +30,7 @@ def test_acceptance_is_shown_with_its_interval_and_setting(monkeypatch, capsys, 
     )
     shown = capsys.readouterr().out
     assert "1.98 [1.90, 2.05]" in shown
-    assert "[55.0, 61.7]" in shown and (expected or "58.4 % [55.0, 61.7]" in shown)
+    assert "[55.0, 61.7]" in shown and (expected or "58.4% [55.0, 61.7]" in shown)
     assert "64 prompts x 64 tokens, greedy" in shown
     assert "…" not in shown
 
@@ -48,7 +48,7 @@ def test_shared_lines_are_shown_of_the_model_s_own_text_alone(
 def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({"decode/acceptance_position_1": 0.5, "decode/tokens_per_step": 1.5}, depth=1)
     shown = capsys.readouterr().out
-    assert "50.0 %" in shown and "1.50" in shown and "[" not in shown
+    assert "50.0%" in shown and "1.50" in shown and "[" not in shown
 
 
 def test_the_reason_for_no_decoding_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
