@@ -213,8 +213,8 @@ def _judge_drafts(diagnosis: Diagnosis, depth: int) -> tuple[bool, str]:
     if shares[best] <= diagnosis.constant + ABOVE:
         return False, (
             f"its {depth} MTP layer(s) are there, but under no convention do they agree with the "
-            f"trunk ({shares[best]:.1%} at best, {diagnosis.constant:.1%} with one token "
-            "everywhere)"
+            f"trunk more often than one token everywhere does ({shares[best]:.1%}, and "
+            f"{diagnosis.constant:.1%} with one token)"
         )
     if best != meant:
         return False, (

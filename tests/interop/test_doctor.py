@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,11 @@ def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
         "its weights were trained on the state before the final norm, embedding first (agreement "
         "100.0%), but its layout gives them the state after the final norm, embedding first "
         "(58.0%)"
+    )
+    diagnosis = replace(diagnosis, best=meant, agreement={meant: 0.58}, constant=0.7)
+    assert doctor._judge_drafts(diagnosis, 1)[1].endswith(
+        "agree with the trunk more often than one token everywhere does (58.0%, and 70.0% with one "
+        "token)"
     )
 
 
