@@ -157,7 +157,7 @@ def test_planned_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -
     )
     assert f"{note}D = 2." in notes
     assert "Add seeds: with two, an interval reaches 6 times the distance" in notes
-    assert "Two seeds have D = 0." in notes
+    assert "Settings with two seeds: D = 0." in notes
     depth_sweep(tmp_path / "all", {0: (2.0, 2.1), 2: (1.9, 2.2)})
     assert "All settings have two seeds." in notes_of(tmp_path / "all")
     assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
