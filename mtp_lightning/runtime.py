@@ -89,6 +89,7 @@ def quiet_lightning() -> None:
         "LeafSpec.*is deprecated",
         "does not have many workers",  # a window is read in microseconds: they would not help
         "srun. command is available",  # a run need not be started by Slurm where it is installed
+        "smaller than the logging interval",  # rows are logged by step, whatever an epoch has
         "sync_dist=True",  # logged rates are those of all processes
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")

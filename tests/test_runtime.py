@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +89,10 @@ def test_a_machine_of_another_processor_has_another_description(monkeypatch) -> 
         described.append(this_machine())
     assert len(set(described)) == 3
     assert described[0] == f"{described[2]} of {names[0]}"
+
+
+def test_a_short_epoch_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Rows are logged by step."""
+    runtime.quiet_lightning()
+    warnings.warn("The number of training batches (5) is smaller than the logging interval.")  # noqa: B028
+    assert not recwarn
