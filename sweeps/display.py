@@ -112,7 +112,7 @@ class Display:
     def summary(self) -> str:
         parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
-        return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
+        return ", ".join(parts) + f", after {duration(time.monotonic() - self.began)}"
 
 
 class LiveTable(Display):

@@ -55,7 +55,7 @@ def test_the_live_table_shows_step_loss_and_remaining_time(tmp_path, monkeypatch
     cells = [cell.strip() for cell in running.strip("│ ").split("│")]
     assert cells[1:] == ["running", "cpu:0", "50/100", "4.250", "0:25"]
     assert cells[0] == "mtp.depth=0 mtp_lambda=[0.1,0.2]"
-    assert "2 of 3 ended, 1 running, 1 failed, 0:20" in out.getvalue()
+    assert "2 of 3 ended, 1 running, 1 failed, after 0:20" in out.getvalue()
     text = "\n".join(lines[-8:])
     assert text.index("failed") < text.index("done")
 
@@ -72,7 +72,7 @@ def test_lines_report_starts_ends_and_progress(tmp_path, capsys):
     assert printed[3].startswith("failed mtp.depth=2") and "error: [bad] value" in printed[3]
     assert printed[3].endswith(f"(log: {jobs[2].folder / 'job.log'})")
     assert printed[4] == "  mtp.depth=0 mtp_lambda=[0.1,0.2]: step 10/100, loss 5.500"
-    assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, 0:00"
+    assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, after 0:00"
 
 
 def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
