@@ -52,9 +52,11 @@ class Setting:
         return self._named(name_of)
 
     def _named(self, describe: Callable[[str, str], str]) -> str:
-        """The values of the varied keys, without those that a head or plain training lacks."""
+        """The values of the varied keys, without those that a head or plain training lacks, and
+        without those of an option that it does not have (``data.paths`` with ``data=stdlib``)."""
         pairs = [(k, v) for k, v in self.values.items() if not lacks(k, v)]
-        return ", ".join(describe(key, show(value)) for key, value in pairs) or "all runs"
+        had = [(k, v) for k, v in pairs if v is not None or "." not in k or k in self.config]
+        return ", ".join(describe(key, show(value)) for key, value in had or pairs) or "all runs"
 
     @property
     def done(self) -> list[RunRecord]:

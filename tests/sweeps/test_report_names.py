@@ -11,7 +11,7 @@ from sweeps.report.compare import compare
 from sweeps.report.metrics import BY_TAG, LOSS, form_of
 from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
 from sweeps.report.settings import show
-from tests.sweeps.fixture_runs import depth_sweep
+from tests.sweeps.fixture_runs import depth_sweep, write_run
 from tests.sweeps.reported import drawings, page_of, settings_of
 
 
@@ -73,3 +73,15 @@ def test_a_label_that_is_longer_than_its_axis_has_two_lines(tmp_path: Path) -> N
     with styled():
         svg = drawings(settings, compare(settings))["differences"].chart.svg().decode()
     assert ">difference in nats per token<" in svg and ">(lower is better)<" in svg
+
+
+def test_a_name_leaves_out_keys_of_options_that_a_setting_does_not_have(tmp_path: Path) -> None:
+    ran = {"state": "done", "overrides": ["mtp.depth=2", "data.paths=a.txt"]}
+    write_run(tmp_path / "text", {"mtp.depth": 2, "data.paths": "a.txt"}, status=ran)
+    write_run(tmp_path / "stdlib", {"mtp.depth": 1})
+    names = {setting.name for setting in settings_of(tmp_path).all}
+    assert names == {"D = 2, data.paths=a.txt", "D = 1"}
+    write_run(tmp_path / "only" / "text", {"data.paths": "a.txt"})
+    write_run(tmp_path / "only" / "stdlib")
+    names = {setting.name for setting in settings_of(tmp_path / "only").all}
+    assert names == {"data.paths=a.txt", "data.paths=null"}
