@@ -97,7 +97,7 @@ def _unlike(setting: Setting, plain: Setting) -> str:
     # Their names may leave out keys that a preset has set.
     keys = [k for k in dict.fromkeys((*a, *b)) if lies_in(k, groups) and k not in FOLLOWING]
     differing = first_few([key for key in keys if a.get(key) != b.get(key)], between=", ")
-    return f"not compared: no plain training of this {differing}" if differing else ""
+    return f"not compared: no plain training with the same {differing}" if differing else ""
 
 
 def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:

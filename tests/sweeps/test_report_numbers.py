@@ -131,7 +131,7 @@ def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) ->
         assert reference.depth == 0
         assert setting.config["model.d_model"] == reference.config["model.d_model"]
     (longer,) = (c for c in compare(settings) if c.setting.config["trainer.max_steps"] == 50)
-    assert longer.verdict == "not compared: no plain training of this trainer.max_steps"
+    assert longer.verdict == "not compared: no plain training with the same trainer.max_steps"
     plain = next(s.label for s in settings.all if s.depth == 0)
     (chosen,) = (
         c for c in compare(settings, reference=plain) if c.setting.config["trainer.max_steps"] == 50
@@ -149,8 +149,9 @@ def test_plain_training_of_another_size_that_no_name_says_is_not_compared(tmp_pa
     settings = settings_of(tmp_path)
     assert settings.names == ["a", "b"]
     (comparison,) = compare(settings)
-    remark = "not compared: no plain training of this model.d_model, trainer.max_steps"
+    remark = "not compared: no plain training with the same model.d_model, trainer.max_steps"
     assert (comparison.setting.depth, comparison.verdict) == (1, remark)
+    assert "tested: no plain training with the same model.d_model," in answer_of(tmp_path)
 
 
 def test_the_pareto_front_by_hand() -> None:
