@@ -145,6 +145,9 @@ def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     """The sentence that refuses an option of a group."""
     known = [option for option in options if option not in (*PARTS, name)]
     listed = f"choose one of {', '.join(known)}; one of your own needs --config-dir."
+    others = [f"{other}={name}" for other in groups() if other and name in groups()[other]]
+    if others and name not in (*PARTS, "default"):
+        listed = f"did you mean {' or '.join(others)}?"
     remedy = suggestion(name, known, listed)
     return f"{group} has no option {name!r}: {remedy} (--help {group})"
 

@@ -102,6 +102,7 @@ train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave m
 train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
 train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_schedule
 train.py 'callbacks=[default,nan_gard]' => 'nan_gard': did you mean nan_guard?
+train.py experiment=shakespeare => has no option 'shakespeare': did you mean data=shakespeare?
 train.py -m +sweeps=dept => sweeps has no option 'dept': did you mean depth?
 evaluate.py checkpoint=x data=txt => data has no option 'txt': did you mean text?
 train.py --help mpt => no group or key 'mpt' | choose one of | mtp
