@@ -12,6 +12,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from mtp_lightning.command_line.shell import (
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
+_FORMAT_GROUPS = Hydra.format_config_groups
 _QUIET, _VERBOSE, _DRY_RUN = "--quiet", "--verbose", "--dry-run"
 
 # Help texts use ${program:train}, which becomes the command that starts the app.
@@ -189,6 +191,7 @@ def _hydra_as_ours(arguments: list[str], app: str) -> Iterator[None]:
     foreign = any(word.startswith(("hydra.mode=", "--config-", "-cd", "-cn")) for word in arguments)
     originals = utils.run_and_report, Hydra.get_mode
     utils.run_and_report = lambda func: func()
+    Hydra.format_config_groups = _without_parts  # type: ignore[assignment,method-assign]
     if not foreign:
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
@@ -196,6 +199,14 @@ def _hydra_as_ours(arguments: list[str], app: str) -> Iterator[None]:
             yield
     finally:
         utils.run_and_report, Hydra.get_mode = originals  # type: ignore[method-assign]
+        Hydra.format_config_groups = _FORMAT_GROUPS  # type: ignore[method-assign]
+
+
+def _without_parts(hydra: Hydra, *args: Any) -> str:
+    """Hydra's list of groups for ``--help``, without files that are only parts of options."""
+    from mtp_lightning.command_line.conf_comments import PARTS
+
+    return re.sub(rf"\b({'|'.join(PARTS)}), ", "", _FORMAT_GROUPS(hydra, *args))
 
 
 def _options_first(arguments: list[str]) -> list[str]:

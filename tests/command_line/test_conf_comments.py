@@ -111,6 +111,7 @@ def test_train_prints_help_in_any_folder(tmp_path: Path) -> None:
     (group,) = [line for line in whole.stdout.splitlines() if line.startswith("sweeps: ")]
     sweeps = {file.stem for file in (CONF / "sweeps").glob("*.yaml")}
     assert set(group.removeprefix("sweeps: ").split(", ")) == sweeps
+    assert "\ndata: copy, " in whole.stdout and "\nmodel: deepseek_large" in whole.stdout
     assert "tests" not in whole.stdout.split("Overrides used most")[0]
     assert train_py("help").stdout == whole.stdout
     assert train_py("--help", "mtp").stdout.strip() == help_for("mtp")
