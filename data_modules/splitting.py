@@ -93,8 +93,7 @@ class DocumentSplit:
                 return self.val_fraction
         if len(hashes) == 1:
             log.info(
-                "%r has one document, or one group of them: the last %.3g %% of each are for "
-                "validation",
+                "%r is one document, or one group: the last %.3g %% of each are for validation",
                 self.source.name,
                 100 * self.val_fraction,
             )

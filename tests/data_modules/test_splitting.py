@@ -104,7 +104,7 @@ def test_a_corpus_of_one_group_is_cut_at_the_same_place_in_every_copy(caplog):
     assert cut_point("a\n" + "x" * 98, 0.9) == 90, "a line end in the first half"
     assert list(DocumentSplit(ListSource(["a"]))) == [("train", "a")]
     assert [record.getMessage() for record in caplog.records] == [
-        "'listed' has one document, or one group of them: the last 10 % of each are for validation"
+        "'listed' is one document, or one group: the last 10 % of each are for validation"
     ]
     project = DocumentSplit(Projects(["a/" + text, "a/" + 2 * text]), val_fraction=0.1)
     lengths = [len("".join(project.documents(name))) for name in ("train", "val")]
