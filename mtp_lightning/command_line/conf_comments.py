@@ -114,7 +114,7 @@ def help_for(word: str, added: Path | None = None, app: str = "config") -> str:
     all_options = groups(added)
     if not group or group not in all_options:
         root = all_options[""][app]
-        if explained := _explained(group, {**all_options, "": {app: root}}):
+        if explained := explained_key(group, {**all_options, "": {app: root}}):
             return explained
         known = all_options if app == "config" else [key.name for key in root.keys]
         names = ", ".join(filter(None, known))
@@ -143,7 +143,7 @@ def help_for(word: str, added: Path | None = None, app: str = "config") -> str:
     return "\n".join(lines).rstrip()
 
 
-def _explained(name: str, all_options: Mapping[str, Mapping[str, Option]]) -> str:
+def explained_key(name: str, all_options: Mapping[str, Mapping[str, Option]]) -> str:
     """A dotted key's defaults and comments, with the options that have them; empty for none."""
     found: dict[Key, list[str]] = {}
     for group, options in all_options.items():

@@ -8,7 +8,14 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from mtp_lightning.command_line.conf_comments import PARTS, Option, groups, groups_of, included
+from mtp_lightning.command_line.conf_comments import (
+    PARTS,
+    Option,
+    explained_key,
+    groups,
+    groups_of,
+    included,
+)
 from mtp_lightning.errors import nearest, suggestion
 
 # Values that Hydra does not read as words.
@@ -68,8 +75,10 @@ def sentence(error: Exception, overrides: Iterable[str] = (), app: str = "config
     if match := re.match(r"Multiple values for (\S+)\. To override .* '\S+ \S+: (.*)'", text):
         return f"{match[1]} has an option: {match[1]}={match[2]} replaces it, without a plus."
     if match := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", text):
-        listed = f"'{match[2]}=[{match[3]}]'"
-        return f"{match[1]} is several values: add -m to run each, or give the list {listed}."
+        about = explained_key(match[2], groups())
+        takes_list = not about or "list" in about
+        listed = f", or give the list '{match[2]}=[{match[3]}]'" if takes_list else ""
+        return f"{match[1]} is several values: add -m to run each{listed}."
     if "unexpected keyword argument 'dry_run'" in text:
         launchers = ", ".join(groups()["hydra/launcher"])
         return f"--dry-run needs one of this project's launchers: hydra/launcher={launchers}."

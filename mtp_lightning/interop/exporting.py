@@ -4,6 +4,7 @@ checked before it is called done."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.shell import program
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, gguf_eagle3, gguf_writing, speculators
 from mtp_lightning.interop.conversion import has_layout
@@ -65,6 +67,10 @@ def export(cfg: Any) -> Path:
                 _card_of(partial).replace(_card_of(final))
         finally:  # also after a failed check, a full disk or Ctrl-C
             shutil.rmtree(folder, ignore_errors=True)
+    if cfg.layout == "own" and run.tokenizer.kind != "symbols":
+        allowed = f" 'allow=[{','.join(cfg.allow)}]'" if cfg.allow else ""
+        typed = shlex.quote(str(target))
+        print(f"text: {program('generate')} checkpoint={typed}{allowed} prompt='...'")
     return target
 
 

@@ -506,7 +506,7 @@ def test_export_writes_verifies_and_describes_a_file(
     for line in ("architecture glm4moe", "module 2 is left out", "--spec-type draft-mtp",
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
         assert line in output
-    assert output.endswith("verified\n") and "llama.cpp" in output
+    assert "verified\ntext: " in output and "llama.cpp" in output
     assert "is dequantized" not in caplog.text  # the check reads it under its temporary name
     assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
     text = (tmp_path / "mine.md").read_text()
