@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -151,6 +152,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     plugins: list[Any] = [AtomicCheckpointIO(), *_slurm_environment()]
     if settings["precision"] in MIXED:
         settings["precision"] = MIXED[0]
+    if settings["precision"] == "64-true":  # by the word, Lightning refuses it for sharded models
+        plugins.append(DoublePrecision())
+        settings["precision"] = None
     nodes = filter(None, (cfg.get("callbacks") or {}).values())
     callbacks = [EndedEarly(), *_checks_of_users_code(cfg)]
     callbacks += [instantiate(node, kind=pl.Callback) for node in nodes]

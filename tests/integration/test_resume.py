@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -186,7 +187,11 @@ def test_a_closed_terminal_saves_the_step(tmp_path, cache):
     rarely = {"callbacks.progress.refresh_seconds": 5}  # nobody reads the terminal: it could fill
     args = ["setsid", "--ctty", "--wait", *command(tmp_path, cache, LONG | rarely)]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    process = subprocess.Popen(args, env=helpers.environment(), cwd=helpers.ROOT, **streams)
+    # The tests themselves may run under nohup, which ignores the signal.
+    heard = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(
+        args, env=helpers.environment(), cwd=helpers.ROOT, preexec_fn=heard, **streams
+    )
     os.close(theirs)
     helpers.wait_for_step(process, tmp_path, 30)
     os.close(ours)

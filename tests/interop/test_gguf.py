@@ -372,7 +372,7 @@ def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "the tokenizer m.gguf has no end-of-text token"),
+        ({}, "The tokenizer m.gguf has no end-of-text token"),
         ({gguf_tokenizer.WHOLE: "{}"}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
         ({"tokenizer.ggml.merges": [1]}, "m.gguf/tokenizer.json is not a tokenizer.json that can"),
         ({"tokenizer.ggml.pre": "new"}, "m.gguf has tokenizer.ggml.pre=new, which names no rule"),
