@@ -49,7 +49,7 @@ class Loaded:
         names = [r"model\.mtp_layers\."] if mimo else patterns(n_layers, depth)
         # A new subclass leaves the attribute of the process-wide class unchanged; see one_line.
         ignored = {"_keys_to_ignore_on_load_unexpected": names}
-        with _quiet(transformers):
+        with quiet(transformers):
             try:
                 patched: Any = type(kind.__name__, (kind,), ignored)
                 self.model, info = patched.from_pretrained(
@@ -108,7 +108,7 @@ class Loaded:
         # The folder's own may end texts or penalize repetitions.
         self.model.generation_config = transformers.GenerationConfig()
         try:
-            with _quiet(transformers):
+            with quiet(transformers):
                 out = self.model.generate(
                     prompt.unsqueeze(0),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -140,8 +140,8 @@ def import_transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    # This project compares the same facts and reports them itself.
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence the package: this project compares the same facts and reports them itself."""
     settings = transformers.utils.logging
     level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity(logging.CRITICAL)

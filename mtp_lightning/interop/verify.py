@@ -22,7 +22,7 @@ from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.conversion import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import contents, describe
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
-from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers
+from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers, quiet
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.weights import Stored
@@ -127,9 +127,11 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     for reader in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         kind = getattr(transformers, reader)
         try:
-            # By default, AutoTokenizer asks whether to run code that tokenizer_config.json names.
-            theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            with quiet(transformers):
+                # Else AutoTokenizer asks whether to run code that tokenizer_config.json names.
+                options = {"local_files_only": True, "trust_remote_code": False}
+                theirs = kind.from_pretrained(folder, **options)
+                ids = theirs(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # a tokenizer_config.json from elsewhere may have any values
             problem = f"cannot be read: {briefly(error)}"
             continue

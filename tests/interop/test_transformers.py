@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +269,19 @@ def test_check_refuses_values_that_transformers_cannot_read(
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
+def test_tokenizers_give_the_same_ids(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "def f():\n    return 'naïve — 東京'  # 1 2 345\n"
     tokenizer: Any = ByteTokenizer()
     if kind == "bpe":
         tokenizer = BPETokenizer(vocab_size=300).train([text * 20])
-    write_tokenizer(tmp_path, tokenizer, max_positions=64)
+    write_tokenizer(tmp_path, tokenizer, max_positions=8)
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "handle", lambda _, record: said.append(record.msg))
     check_tokenizer(tmp_path, tokenizer)
+    assert not said  # of the sample, which is longer than the context
+    monkeypatch.undo()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = theirs(text)["input_ids"]
     assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == text
