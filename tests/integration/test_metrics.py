@@ -276,6 +276,13 @@ def test_a_run_folder_holds_all_its_files(run: Run, bpe: Run) -> None:
     assert checkpoints == {"best", "last", "previous"}
 
 
+def test_epochs_shorter_than_the_interval_of_rows_give_no_warning(
+    tmp_path: Path, cache: Path
+) -> None:
+    train_here(tmp_path, cache, {"data.train_windows": 8, "trainer.log_every_n_steps": 5})
+    assert list(column(tmp_path, "train/loss")) == [5, 10]
+
+
 def test_an_inactive_depth_is_not_logged(tmp_path: Path, cache: Path) -> None:
     """Lightning alone would repeat the newest value."""
     stages = {"lambda_schedule": "reverse_curriculum", "trainer.max_steps": 9}
