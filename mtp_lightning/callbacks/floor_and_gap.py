@@ -38,5 +38,4 @@ class FloorAndGap(SpeculativeEval):
             Floors(model, prompt, torch.Generator().manual_seed(number), **sizes).measure()
             for number, prompt in enumerate(prompts)
         ]
-        self.newest = {f"val/{name}": value for name, value in floors(by_prompt).items()}
-        return self.newest
+        return {f"val/{name}": value for name, value in floors(by_prompt).items()}

@@ -69,8 +69,8 @@ class SpeculativeEval(RunCallback):
                 log.warning("No decoding at validation: %s.", error)
             self._skipped = str(error)
             return
-        values = self.measure(trainer, model, prompts, new_tokens)
-        pl_module.log_dict(values, rank_zero_only=True)
+        self.newest = self.measure(trainer, model, prompts, new_tokens)
+        pl_module.log_dict(self.newest, rank_zero_only=True)
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int

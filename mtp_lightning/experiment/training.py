@@ -296,7 +296,6 @@ def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
     early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}
     return {
         **module.validation,
-        **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
         # Of several reasons why nothing was decoded, the first callback's.
         **ChainMap(*(callback.summary() for callback in run_callbacks(trainer))),
         "step": trainer.global_step,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
 from tests.integration.conftest import Once
@@ -289,6 +290,17 @@ def test_an_inactive_depth_is_not_logged(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path, cache, stages)
     for k, last in ((0, 9), (1, 6), (2, 3)):
         assert list(column(tmp_path, f"train/loss_depth_{k}")) == list(range(1, last + 1))
+
+
+def test_a_summary_has_no_numbers_of_earlier_validations(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last texts may have no draft at a position that earlier ones had."""
+    drafts = iter([{"decode/acceptance_position_2": 1 / 3}, {"decode/tokens_per_step": 4 / 3}])
+    monkeypatch.setattr(SpeculativeEval, "measure", lambda *_: next(drafts))
+    summary = train_here(tmp_path, cache, {"callbacks.speculative_eval.new_tokens": 8})
+    decoding = {tag: value for tag, value in summary.items() if tag.startswith("decode/")}
+    assert decoding == {"decode/tokens_per_step": 4 / 3}
 
 
 def test_a_model_without_drafts_reports_tokens_per_second(tmp_path: Path, cache: Path) -> None:
