@@ -211,7 +211,7 @@ def match(
     ``parameters`` or ``flops``.
 
     Raises:
-        UserError: the trunk has too few layers to remove.
+        UserError: the trunk has too few layers to remove, or the balance rule does not fit.
     """
     max_steps = length.max_steps
     target: float
@@ -221,6 +221,7 @@ def match(
         reached = config.num_params()
     else:
         assert match == "flops"
+        balance.check(config, objective)
         target, cost = reference.flops, StepCost(config, objective)
         max_steps, reached = match_steps(cost, schedule, target, length, balance)
     return Matched(

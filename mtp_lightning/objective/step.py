@@ -95,16 +95,7 @@ class OptimizerStep:
         self.cost = StepCost(model.config, objective)
         self.objective = objective.for_model(model)
         self.objective.check(model.config.mtp)
-        if balance.scope is not None:
-            from mtp_lightning.objective.balance.gradients import require_measurable
-
-            require_measurable(model.config, self.objective, setting=f"balance={balance.name}")
-        for rule in self.objective.rules:
-            if balance.skips and not all(measure.of_main for measure in rule.measures):
-                raise UserError(
-                    f"balance={balance.name} leaves depths out of a step, but {rule.setting} needs "
-                    "all of them in every step: leave one of the two out."
-                )
+        balance.check(model.config, self.objective)
         self.seed, self.accumulate, self.clip_norm = seed, accumulate, clip_norm
         self._computes_main = balance.needs_main(model.config.mtp)
 

@@ -98,6 +98,8 @@ callbacks.nan_guard=8 => callbacks.nan_guard must be a mapping, not 8
 balance=dwa balance.depth=8 => balance.depth=8 is not mtp.depth=2: leave it out
 lambda_schedule.depth=1000000000 => lambda_schedule.depth=1000000000 is not mtp.depth=2: leave
 compare.match=8 => compare.match=8 is unknown: choose one of none
+compare.match=flops balance=gradnorm mtp.detach=trunk => balance=gradnorm | mtp.detach=trunk cuts
+compare.match=flops balance=trunk_ratio objective=wtv => balance=trunk_ratio | objective=wtv needs
 trainer.precision=16 => trainer.precision=16 is unknown: choose one of auto
 allow=numpy => allow must be a list, not 'numpy'
 data=self_generated data.chat_before=8 => data.chat_before must be a text, in quotes if

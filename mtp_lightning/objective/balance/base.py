@@ -23,8 +23,10 @@ from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 
 if TYPE_CHECKING:
+    from mtp_lightning.model import ModelConfig
     from mtp_lightning.mtp.base import MTPConfig
     from mtp_lightning.objective.balance.gradients import Scope, TaskGradients
+    from mtp_lightning.objective.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,20 @@ class Balance:
                 'the class an attribute such as name = "mine".'
             )
         check_settings(self, "balance")
+
+    def check(self, config: ModelConfig, objective: Objective) -> None:
+        """Refuse a model or an objective whose depths the rule cannot measure or leave out, with a
+        :class:`UserError`."""
+        if self.scope is not None:
+            from mtp_lightning.objective.balance.gradients import require_measurable
+
+            require_measurable(config, objective, setting=f"balance={self.name}")
+        for rule in objective.rules:
+            if self.skips and not all(measure.of_main for measure in rule.measures):
+                raise UserError(
+                    f"balance={self.name} leaves depths out of a step, but {rule.setting} needs "
+                    "all of them in every step: leave one of the two out."
+                )
 
     def factors(self, lambdas: Sequence[float], progress: Progress) -> list[float]:
         """The factors [D + 1] of the losses in the next step, by default ``lambdas``: 1 and the
