@@ -8,6 +8,7 @@ model lacks are dropped; a log message lists both.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -187,8 +188,9 @@ def free_keys(trunk: TrunkConfig) -> list[str]:
 
 def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     for name in wanted.mtp.meaning:
-        stored, configured = getattr(old.mtp, name), getattr(wanted.mtp, name)
-        if stored != configured and old.mtp.depth and wanted.mtp.depth:
+        values = getattr(old.mtp, name), getattr(wanted.mtp, name)
+        if values[0] != values[1] and old.mtp.depth and wanted.mtp.depth:
+            stored, configured = (v if isinstance(v, str) else json.dumps(v) for v in values)
             raise UserError(
                 f"init_from={path} was trained with mtp.{name}={stored}, and its modules mean "
                 f"something else under mtp.{name}={configured}: set mtp.{name}={stored}."

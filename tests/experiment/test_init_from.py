@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_weights_that_do_not_fit_are_named(tiny_trunk: TrunkConfig) -> None:
         start_from(model, start_of(tiny_trunk, depth=1, concat="hidden_first"))
     with pytest.raises(ValueError, match=r"with mtp.blocks=2, .*: set mtp.blocks=2"):
         start_from(model, start_of(tiny_trunk, depth=1, blocks=2))
+    eagle = fresh(tiny_trunk, "eagle", depth=1, draft_vocab=20)
+    for options, setting in (({}, "draft_vocab=null"), ({"layers": (0, 1, 1)}, "layers=[0, 1, 1]")):
+        with pytest.raises(ValueError, match=re.escape(f": set mtp.{setting}.")):
+            start_from(eagle, start_of(tiny_trunk, variant="eagle", depth=1, **options))
     markov = start_of(tiny_trunk, variant="parallel", depth=1, correction="markov")
     hydra = fresh(tiny_trunk, "parallel", depth=2, correction="mlp", freeze_trunk=True)
     with pytest.raises(ValueError, match=r"corrections.0 of another form .*: markov -> mlp\): set"):
