@@ -81,6 +81,17 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Compute fp32 products in fp32, also on a GPU that is allowed to round them to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def quiet_lightning() -> None:
     """Silence Lightning's greetings, tips and own deprecations."""
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -20,6 +20,7 @@ from mtp_lightning.decoding.measure import (
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import full_fp32
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ class SpeculativeEval(RunCallback):
                 log.warning("No decoding at validation: %s.", error)
             self._skipped = str(error)
             return
-        self.newest = self.measure(trainer, model, prompts, new_tokens)
+        # As in generate.py. In TF32, passes of different widths can differ by more than a tie.
+        with full_fp32():
+            self.newest = self.measure(trainer, model, prompts, new_tokens)
         pl_module.log_dict(self.newest, rank_zero_only=True)
 
     def measure(

@@ -72,6 +72,24 @@ def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
     return module.logged
 
 
+@pytest.mark.parametrize("kind", [SpeculativeEval, SampledAcceptance])
+def test_texts_are_decoded_in_full_fp32(kind, monkeypatch) -> None:
+    """With the TF32 of a GPU's training, drafts could change a text by more than a tie."""
+    seen = []
+
+    def measure(self, *_: object) -> dict[str, float]:
+        seen.append(torch.get_float32_matmul_precision())
+        return {}
+
+    monkeypatch.setattr(kind, "measure", measure)
+    torch.set_float32_matmul_precision("high")
+    try:
+        measured(kind(12, 5, 24), small_model(0, 2))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_sampled_acceptance_near_temperature_0_equals_greedy() -> None:
     model = small_model(0, 2)
     greedy = measured(SpeculativeEval(12, 5, 24), model)

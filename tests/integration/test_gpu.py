@@ -84,6 +84,7 @@ def test_block_attention_equals_attention_with_a_dense_mask(tiny_trunk, latent, 
 
 def trained_model(folder: Path, cache: Path) -> MTPModel:
     train_here(folder, cache, {"trainer.accelerator": "cuda", "trainer.max_steps": 30})
+    torch.set_float32_matmul_precision("highest")  # as in generate.py
     return open_model(folder, device="cuda").model
 
 
