@@ -24,8 +24,8 @@ def resolve_auto(cfg: DictConfig) -> DictConfig:
     """Replace every ``auto`` of the config with the device's choice, so that the stored config says
     how the run was computed.
 
-    A CUDA device computes in bf16-mixed, with compiled blocks if a C compiler is installed. A CPU
-    computes in fp32, without compiling.
+    A CUDA device computes in bf16-mixed if it has bf16 instructions, else in fp32, and with
+    compiled blocks if a C compiler is installed. A CPU computes in fp32, without compiling.
 
     Raises:
         UserError: the accelerator is not available, or ``trainer.compile`` is unknown.
@@ -37,7 +37,9 @@ def resolve_auto(cfg: DictConfig) -> DictConfig:
     trainer.accelerator = pick_accelerator(trainer.accelerator)
     gpu = trainer.accelerator == "cuda"
     if trainer.precision == AUTO:
-        trainer.precision = "bf16-mixed" if gpu else "32-true"
+        # GPUs before Ampere, such as the T4, emulate bf16, which is slower than fp32.
+        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        trainer.precision = "bf16-mixed" if bf16 else "32-true"
     if trainer.compile == AUTO:
         # Launching its GPU kernels, torch.compile needs a C compiler.
         compilers = os.environ.get("CC") or "cc", "gcc", "clang"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,10 +32,17 @@ def resolved(**trainer: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_auto_on_a_gpu_is_bf16_and_compiled(monkeypatch, compiler):
+@pytest.mark.parametrize(
+    ("major", "precision"), [(9, "bf16-mixed"), (8, "bf16-mixed"), (7, "32-true")]
+)
+def test_auto_on_a_gpu_is_bf16_and_compiled(monkeypatch, compiler, major, precision):
+    """An older GPU emulates bf16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
-    assert resolved() == ("cuda", "bf16-mixed", compiler)
+    assert resolved() == ("cuda", precision, compiler)
     assert resolved(accelerator="cpu") == ("cpu", "32-true", False)
     assert resolved(precision="32-true", compile=False) == ("cuda", "32-true", False)
 
