@@ -114,6 +114,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
     peers = Peers() if peers is None else peers
     config = resolve_auto(cfg)
+    use_tensor_cores(config)  # also for the trunk's states, which equal those of a step
     origin = find_origin(config, folder, peers)
     config = restore_data_digest(config, origin)
     if origin.trunk is not None:
@@ -182,7 +183,6 @@ def _store_config(run: PreparedRun) -> None:
 
 def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     """Train the run, validate its last step, and return the trainer."""
-    use_tensor_cores(run.config)
     data, module = run.data, run.module
     trainer = build_trainer(
         run.config,

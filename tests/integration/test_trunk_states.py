@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_modules.window_dataset import STATES
+from mtp_lightning.experiment import trunk_states
+from mtp_lightning.experiment.training import prepare
 from tests.integration import helpers
 from tests.integration.conftest import Once
 
@@ -57,6 +60,21 @@ def test_cached_states_train_the_same_heads(trunk: Path, tmp_path: Path, case: s
     assert computed_losses == cached_losses and len(computed_losses) == 40
     assert plain["val/loss_depth_1"] == cached["val/loss_depth_1"]
     assert cached["flops"] < 0.9 * plain["flops"], "cached states cost no FLOPs"
+
+
+def test_states_are_computed_with_the_products_of_a_step(trunk, tmp_path, monkeypatch) -> None:
+    """On a GPU, a bf16-mixed step rounds its fp32 products to TF32."""
+    seen = []
+    states = lambda *_: seen.append(torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(trunk_states, "keep_states", states)
+    torch.set_float32_matmul_precision("medium")  # as another run in this process may have set it
+    try:
+        prepare(
+            helpers.config(tmp_path / "run", tmp_path / "cache", heads(trunk, **CACHED)), tmp_path
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
 
 
 @pytest.mark.slow
