@@ -98,7 +98,6 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "LeafSpec.*is deprecated",
-        "is smaller than the logging interval",  # rows follow the run's steps, over all epochs
         "does not have many workers",  # a window is read in microseconds: they would not help
         "srun. command is available",  # a run need not be started by Slurm where it is installed
         "smaller than the logging interval",  # rows are logged by step, whatever an epoch has

@@ -68,7 +68,8 @@ def with_measured_depth(
     facts = {name: getattr(probing, name) for name in names} | setting
     facts |= {"rows": rows, "threads": torch.get_num_threads(), "drafts": probing.max_draft(model)}
     device = model.head.weight.device
-    facts |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    facts |= {"on": [name, processor(), torch.__version__, version(device.type)]}
     folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(facts))
     measured = _measured(folder, lambda: measure(model, probing, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)

@@ -25,7 +25,8 @@ _LONG = 2.0
 def fastest_precision(run: OpenedModel, window: int, *, on_cpu: bool) -> tuple[str, float]:
     """The precision to train in, and the FLOP/s of reading windows in it."""
     if not on_cpu:
-        return "auto", _reading_speed(run, window, half=True)  # bf16-mixed
+        half = torch.cuda.is_bf16_supported(including_emulation=False)  # as `auto` chooses
+        return "auto", _reading_speed(run, window, half=half)
     fp32 = _reading_speed(run, window, half=False)
     # bf16 is twice as fast as fp32 on some CPUs, and ten times slower on those without it, where
     # one window takes as long as all in fp32.

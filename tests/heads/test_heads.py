@@ -178,6 +178,7 @@ def test_the_model_is_measured_on_the_device_of_training(
 
     monkeypatch.setattr(planning, "open_model", opened)
     monkeypatch.setattr(timing, "_reading_speed", reading_speed)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
     plan = planning._plan("cuda", model, 1.0, [], [], False)
     assert calls == ["cuda", True] and plan.precision == "auto"
