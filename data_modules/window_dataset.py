@@ -135,7 +135,7 @@ class WindowDataset(Windows):
                 f"the training split has {self.file.n_tokens} tokens but one window needs at "
                 f"least {self.width} (data.seq_len + 1, and {self.beyond} for the depths): give "
                 "more text, lower data.seq_len, or change data.val_fraction (of token files "
-                "data.held_out)"
+                "data.held_out)."
             )
         if n < needed:
             supply, more = f"the training split has {n} windows", "give more text"
@@ -145,7 +145,7 @@ class WindowDataset(Windows):
                 f"{supply} but one step needs {needed} "
                 f"({batch_size} windows x {world} processes; a step takes data.batch_size x "
                 f"trainer.accumulate_grad_batches of them): {more}, or lower "
-                f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
+                f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len."
             )
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:

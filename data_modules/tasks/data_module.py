@@ -77,10 +77,12 @@ class TaskDataModule(WindowDataModule):
             task.example(index)  # raises if training and validation cannot share the questions
         symbols = SymbolTokenizer(task.symbols)
         if tokenizer is not None and not _same_symbols(tokenizer, symbols):
+            remedy = "take a model that was trained on this task"
+            if tokenizer.kind == symbols.kind:
+                remedy = "give the task the options that the model was trained with"
             raise UserError(
                 f"data={task.name} with its {symbols.vocab_size} symbols cannot be read by a model "
-                f"that has {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give the task "
-                "the options that the model was trained with."
+                f"that has {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: {remedy}."
             )
         self.task = task
         self.examples = examples

@@ -46,9 +46,9 @@ class Certificate:
     rows: list[Row] = field(default_factory=list)  # the cells with their results
     # Counts for other programs, if they were asked for; these programs promise nothing.
     others: list[Count] = field(default_factory=list)
-    # Whether prompts give the same bits alone, in a batch and split in two. With latent attention
-    # or experts they do not, with or without drafts, since PyTorch's products round differently for
-    # other numbers of rows.
+    # Whether prompts give the same bits whole and split in two. With latent attention or experts
+    # they do not, with or without drafts, since PyTorch's products round differently for other
+    # numbers of rows.
     prompts_alike: bool = True
 
     @property
@@ -58,8 +58,7 @@ class Certificate:
 
     def promises_bits(self, cell: Cell) -> bool:
         """Whether equal logits are promised in a cell, and not only equal texts."""
-        as_plain = cell.batch == 1 and cell.reads == WHOLE
-        return self.same_bits and (self.prompts_alike or as_plain)
+        return self.same_bits and (self.prompts_alike or cell.reads == WHOLE)
 
     def broken(self) -> list[str]:
         """The broken promises, one sentence each."""
@@ -94,7 +93,7 @@ class Certificate:
         if total.logits_equal == total.tokens:
             text += ", all logits to the last bit"
         elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
-            text += ", all logits to the last bit where prompts are read alone and whole"
+            text += ", all logits to the last bit where prompts are read whole"
         elif not self.same_bits:
             text += (
                 f", {total.logits_equal:,} of {total.tokens:,} logits to the last bit (guaranteed "

@@ -129,9 +129,7 @@ def _empty_certificate(path: Path, model: MTPModel, settings: dict[str, int]) ->
         model=str(path),
         facts={**machine, "layers": layers, **settings},
         same_bits=code.startswith("native"),  # the C++ for CPUs
-        prompts_alike=all(
-            layer.same_bits_in_wide_passes for layer in (trunk.attention, trunk.feed_forward)
-        ),
+        prompts_alike=trunk.same_bits_in_wide_passes,
     )
 
 

@@ -171,7 +171,8 @@ class Session:
             self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
             self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         newest = []
-        for part in passes_over(lengths, self.tokens_BS.device):
+        wide_alone = not self.model.config.trunk.same_bits_in_wide_passes
+        for part in passes_over(lengths, self.tokens_BS.device, wide_alone=wide_alone):
             slots = slice(rows.start + part.start, rows.start + part.stop)
             hidden = self._read_from_start(slots, lengths[part])
             newest.append(_at(hidden, [length - 1 for length in lengths[part]]))

@@ -36,15 +36,19 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
         _invariant.reset(token)
 
 
-def passes_over(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
+def passes_over(
+    lengths: Sequence[int], device: torch.device, *, wide_alone: bool = False
+) -> Iterator[slice]:
     """The rows of each pass, as slices, that reads so many tokens of every row. On a CPU a pass has
     at most :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that a row's bits depend on its
-    own length only."""
-    most = MAX_INVARIANT_POSITIONS if device.type == "cpu" else math.inf
+    own length only; ``wide_alone`` is for layers whose bits depend on other rows of a wide pass."""
+    on_cpu = device.type == "cpu"
+    most = MAX_INVARIANT_POSITIONS if on_cpu else math.inf
+    most_width = MAX_VERIFY_WIDTH if on_cpu and wide_alone else math.inf
     start = widest = 0
     for row, length in enumerate(lengths):
         widest = max(widest, length)
-        if row > start and widest * (row + 1 - start) > most:
+        if row > start and (widest > most_width or widest * (row + 1 - start) > most):
             yield slice(start, row)
             start, widest = row, length
     yield slice(start, len(lengths))

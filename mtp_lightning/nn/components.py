@@ -74,8 +74,8 @@ class LayerConfig(Registered, ABC):
     # continues another one may change them.
     training_keys: ClassVar[tuple[str, ...]] = ()
     # Whether a token's results have the same bits in every wide pass, such as a prompt's, on a CPU
-    # with the C++ (``cpu/``). If not, ``certify/`` promises equal logits only for single texts
-    # whose prompt is read in one pass; in a batch it promises only equal texts.
+    # with the C++ (``cpu/``). If not, every prompt is read in a pass of its own, and ``certify/``
+    # promises equal logits only for texts whose prompt is read whole.
     same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod

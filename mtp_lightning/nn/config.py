@@ -104,6 +104,11 @@ class TrunkConfig:
         layer_keys = [f"{layer.family}.{key}" for layer in layers for key in layer.training_keys]
         return ["recompute", *layer_keys]
 
+    @property
+    def same_bits_in_wide_passes(self) -> bool:
+        """Whether it is true of both layers (``LayerConfig``)."""
+        return all(layer.same_bits_in_wide_passes for layer in (self.attention, self.feed_forward))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
         layers = {c.family: c.to_dict() for c in (self.attention, self.feed_forward)}

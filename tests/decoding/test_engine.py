@@ -6,6 +6,8 @@ import itertools
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,9 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
 from tests.decoding.models import (
     Letters,
     ids_of,
@@ -28,6 +33,8 @@ from tests.decoding.models import (
     small_model,
     teacher_forced,
 )
+from tests.kernels import BATCH_INVARIANT
+from tests.models import build
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -92,6 +99,36 @@ def test_rows_that_join_and_leave_have_the_texts_of_rows_alone(mtp, options):
     assert removed and len(texts) > 9
     for index, token_ids in texts.items():
         assert token_ids == expected[index], index
+
+
+@pytest.mark.skipif(not BATCH_INVARIANT, reason="needs the C++")
+@pytest.mark.parametrize("lengths", [(20, 32, 17, 40), (15, 17), (3, 9, 16), (200, 30)], ids=str)
+@pytest.mark.parametrize("layers", ["dense", "latent", "experts"])
+def test_a_prompts_logits_have_the_same_bits_in_a_batch_and_alone(layers, lengths):
+    trunk = small_model(0, 0, kv=4, deepseek=layers != "dense").config.trunk
+    if layers == "latent":
+        trunk = replace(trunk, feed_forward=DenseConfig())
+    elif layers == "experts":
+        trunk = replace(trunk, attention=GroupedQueryConfig(), d_head=None)
+    model = build(trunk, NoMTPConfig(), 0).eval()
+    prompts = random_prompts(1, lengths)
+
+    def first_logits(prompts: list[list[int]]) -> list[torch.Tensor]:
+        logits: dict[int, torch.Tensor] = {}
+        requests = [
+            Request(prompt=prompt, index=i, max_new_tokens=2) for i, prompt in enumerate(prompts)
+        ]
+        keep = partial(keep_first, logits)
+        with Engine(model, DecodingOptions(batch_size=4, eot_id=-1), on_logits=keep) as engine:
+            engine.add(requests)
+        return [logits[i] for i in range(len(prompts))]
+
+    for prompt, together in zip(prompts, first_logits(prompts), strict=True):
+        assert torch.equal(first_logits([prompt])[0], together)
+
+
+def keep_first(kept: dict[int, torch.Tensor], index: int, logits: torch.Tensor) -> None:
+    kept.setdefault(index, logits.clone())
 
 
 def test_a_free_slot_is_taken_by_the_next_prompt():

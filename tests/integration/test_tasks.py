@@ -129,7 +129,7 @@ def test_a_run_starts_from_and_is_evaluated_on_another_size(tmp_path, cache, cop
 
 
 def test_a_text_model_refuses_a_task(finished: Path) -> None:
-    with pytest.raises(ValueError, match="a model that has 257 ids of the kind byte"):
+    with pytest.raises(ValueError, match="257 ids of the kind byte: take a model that was trained"):
         evaluated(finished, "data=star_graph")
 
 
