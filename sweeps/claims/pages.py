@@ -31,7 +31,7 @@ READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
 
 # Groups of claims about the star graph; the first group with numbers is shown.
 PLANNING, MORE_PLANNING = "star_graph_heads_5000", "star_graph_summaries"
-_PLANNING = (("planning_seeds",), (PLANNING, MORE_PLANNING))
+_PLANNING = ("planning_seeds", PLANNING, MORE_PLANNING)  # the first of several counts of a head
 # Size -> its claims of compute-equivalent gain; the first with numbers is shown.
 _SIZES = {
     "0.2 M": ("equivalent_gain_200k_long", "equivalent_gain_200k"),
@@ -167,6 +167,12 @@ def lossless(root: Path) -> dict[str, Any] | None:
     return {"state": HOLDS if holds else FAILS, "rows": rows, "others": others}
 
 
+def _anchor(claim: Claim, result: Result) -> str:
+    """The anchor of a claim's section in docs/results.md, whose title ends in the verdict."""
+    verdict = re.sub("[^a-z0-9_ ]", "", state(claim, result))
+    return f"{claim.name}-{verdict.replace(' ', '-')}"
+
+
 def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     """The facts of one claim."""
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
@@ -185,8 +191,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
         "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
         # The fewest and the most finished seeds of an arm.
         "n": "–".join(dict.fromkeys(map(str, (min(n_done), max(n_done))))),
-        # The anchor of the claim's section, whose title ends in the verdict.
-        "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
+        "anchor": _anchor(claim, result),
         "medians": [
             f"{name} not by {max(times['times']):g}"
             if times["median_steps"] is None
@@ -286,28 +291,24 @@ def _number(entry: Stored) -> str | None:
 def _plans(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's share of seeds that learn the way, and the heads that are beyond noise."""
     plain_name = name_of("mtp", "none")
-    for group in _PLANNING:
-        measured = _measured(by_name, group)
-        if not measured or measured[0][0].name != group[0]:
-            continue
-        first, first_result = measured[0]
-        if max(entry["n"] for entry in first_result["predictions"]) < len(first.scale.seeds):
-            continue
-        arms: dict[str, dict[str, Any]] = {}
-        beyond: dict[str, None] = {}  # each once, in this order
-        for claim, result in measured:
-            for entry in words.entries(result):
-                for arm, share in (("against", "other"), ("arm", "own")):
-                    if entry[share] is not None:
-                        planned = len(claim.scale.seeds)
-                        arms.setdefault(entry[arm], {**entry[share], "planned": planned})
-                # Above the model without a head, or above a level of its own.
-                tested = entry["side"] == "above" and entry["against"] in (None, plain_name)
-                if entry["own"] and tested and entry["verdict"] == HOLDS:
-                    beyond[entry["arm"]] = None
-        if arms:
-            return {"arms": arms, "beyond": list(beyond)}
-    return None
+    arms: dict[str, dict[str, Any]] = {}
+    beyond: dict[str, None] = {}  # each once, in this order
+    remarked = None
+    for claim, result in _measured(by_name, _PLANNING):
+        planned = len(claim.scale.seeds)
+        for entry in words.entries(result):
+            for arm, share in (("against", "other"), ("arm", "own")):
+                if entry[share] is not None:
+                    arms.setdefault(entry[arm], {**entry[share], "planned": planned})
+            # Above the model without a head, or above a level of its own.
+            tested = entry["side"] == "above" and entry["against"] in (None, plain_name)
+            if entry["own"] and tested and entry["verdict"] == HOLDS:
+                beyond[entry["arm"]] = None
+        remarked = remarked or (_anchor(claim, result) if claim.remark else None)
+    if not arms:
+        return None
+    plain_first = dict(sorted(arms.items(), key=lambda item: item[0] != plain_name))
+    return {"arms": plain_first, "beyond": list(beyond), "remarked": remarked}
 
 
 def measured_heads(root: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_the_readme_names_the_heads_that_learned_to_plan(tmp_path: Path) -> None
     assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
 
 
-def test_the_readme_joins_the_two_claims_about_planning(tmp_path: Path) -> None:
+def test_the_readme_joins_the_claims_about_planning(tmp_path: Path) -> None:
     pairs = []
     for name, arm, count in ((PLANNING, "top", 0), (MORE_PLANNING, "bag", 7)):
         arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: [f"mtp={arm}"]}
@@ -339,8 +340,11 @@ def test_the_readme_joins_the_two_claims_about_planning(tmp_path: Path) -> None:
     assert "| no MTP | top head | bag head |" in text
     assert "| 0 of 8 | 0 of 8 | 7 of 8 |" in text
     assert "beyond noise: bag head." in text
-    # Without numbers of the first claim, the group is not shown.
-    assert "plan?" not in part([(pairs[0][0], None), pairs[1]], ENGLISH, tmp_path)
+    assert "| no MTP | bag head |" in part([(pairs[0][0], None), pairs[1]], ENGLISH, tmp_path)
+    assert "a remark" not in text
+    remarked = replace(pairs[0][0], remark="Seen before.")
+    text = part([(remarked, pairs[0][1]), pairs[1]], ENGLISH, tmp_path)
+    assert f"[a remark](docs/results.md#{PLANNING}-undecided)" in text
 
 
 def test_the_readme_shows_speeds_without_facts_about_the_head(tmp_path: Path) -> None:
