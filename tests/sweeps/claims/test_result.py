@@ -341,10 +341,10 @@ def test_the_readme_joins_the_claims_about_planning(tmp_path: Path) -> None:
     assert "| 0 of 8 | 0 of 8 | 7 of 8 |" in text
     assert "beyond noise: bag head." in text
     assert "| no MTP | bag head |" in part([(pairs[0][0], None), pairs[1]], ENGLISH, tmp_path)
-    assert "a remark" not in text
+    assert "seen before" not in text
     remarked = replace(pairs[0][0], remark="Seen before.")
     text = part([(remarked, pairs[0][1]), pairs[1]], ENGLISH, tmp_path)
-    assert f"[a remark](docs/results.md#{PLANNING}-undecided)" in text
+    assert f"seen before](docs/results.md#{PLANNING}-undecided)" in text
 
 
 def test_the_readme_shows_speeds_without_facts_about_the_head(tmp_path: Path) -> None:
