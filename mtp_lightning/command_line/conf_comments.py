@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from mtp_lightning.paths import CONF
 _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
 # libyaml, if it is there, reads conf/ ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_WIDTH = 100
 # Files that options include, and that are not options themselves.
 PARTS = ("base", "task", "deepseek_base")
 
@@ -137,8 +136,9 @@ def help_for(word: str, added: Path | None = None, app: str = "config") -> str:
     option = options[name]
     lines = [f"{group}={name}", "", option.comment, ""]
     lines += [f"  {g}={choice}".replace("override /", "") for g, choice in option.chosen.items()]
-    for key in option.keys:
-        lines += _described(key, key.name)
+    comments = {key.name: key.comment for part in included(option) for key in part.keys}
+    for key in option.keys:  # one that an included file explains may have no comment
+        lines += _described(replace(key, comment=key.comment or comments[key.name]), key.name)
     lines += [f"  further keys: --help {group}={part.name}" for part in included(option)[1:]]
     return "\n".join(lines).rstrip()
 
@@ -147,8 +147,7 @@ def explained_key(name: str, all_options: Mapping[str, Mapping[str, Option]]) ->
     """A dotted key's defaults and comments, with the options that have them; empty for none."""
     found: dict[Key, list[str]] = {}
     for group, options in all_options.items():
-        if not name.startswith(prefix := group.replace("/", ".") + "." if group else ""):
-            continue
+        prefix = group.replace("/", ".") + "." if group else ""
         for option in options.values():
             for key in option.keys:
                 if prefix + key.name == name:
@@ -167,7 +166,7 @@ def _described(key: Key, name: str, where: str = "") -> list[str]:
 
 
 def _wrapped(text: str, first: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+    return textwrap.fill(text, 100, initial_indent=first, subsequent_indent=" " * len(first))
 
 
 def _head(lines: list[str]) -> tuple[str, list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.command_line.conf_comments import read_option
+from mtp_lightning.command_line.conf_comments import included, read_option
 from tests.chaos.cases import Case, hold
 from tests.chaos.given import (
     AS_TEXT,
@@ -71,7 +71,10 @@ def cases(folder: Path) -> list[Case]:
             ):  # fmt: skip
                 continue
             settings = _settings(group, file.stem, needs)
-            for key in read_option(file, group).keys:
+            of_file = read_option(file, group)
+            # The keys of one schedule's file are mostly those that all schedules share.
+            files = included(of_file) if group == "lambda_schedule" else [of_file]
+            for key in (key for part in files for key in part.keys):
                 path = f"{group.replace('/', '.')}.{key.name}"
                 if path.rpartition(".")[2] in _FREE:
                     continue

@@ -74,6 +74,8 @@ def test_help_describes_groups_and_options() -> None:
     assert "  base " not in help_for("data")
     assert help_for("data=text").endswith("\n  further keys: --help data=base")
     assert "further keys" not in option
+    # The file of a size has values alone, and conf/model/base.yaml the comments.
+    assert "  d_model = 96\n      width of the residual stream; " in help_for("model=nano")
     preset = help_for("experiment=small_text").splitlines()
     assert {"  lambda_schedule=constant", "  tokenizer=byte"} <= {*preset}
     with pytest.raises(
