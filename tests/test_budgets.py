@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 392,
     "mtp_lightning/callbacks": 1_694,
     "mtp_lightning/certify": 1_050,
-    "mtp_lightning/command_line": 1_276,
+    "mtp_lightning/command_line": 1_275,
     "mtp_lightning/cpu": 1_637,
     "mtp_lightning/decoding": 4_603,
     "mtp_lightning/distributed": 1_207,
