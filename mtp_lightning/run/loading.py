@@ -130,6 +130,9 @@ def describe_interrupt(folder: Path) -> str:
     last = folder / CHECKPOINTS / LAST
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."
-    step = checkpoints.stored_step(last)
-    again = shlex.quote(f"run_dir={folder}")
-    return f"interrupted; step {step} is saved: the same command with {again} continues."
+    from mtp_lightning.run.status import state_of
+
+    again = f"the same command with {shlex.quote(f'run_dir={folder}')}"
+    if state_of(folder) == "running":  # a sweep's job, which ends before the sweep says so
+        again = "the command of its sweep"
+    return f"interrupted; step {checkpoints.stored_step(last)} is saved: {again} continues."

@@ -206,10 +206,8 @@ def _bounds(key: str) -> tuple[str, str]:
 def _git_commit() -> str | None:
     """The commit of the source tree that runs; None where it is not a checkout (an environment with
     an installed copy may lie in a repository of the user's)."""
-    if not (ROOT / ".git").exists():
-        return None
     try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        command = ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

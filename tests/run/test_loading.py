@@ -17,6 +17,7 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.run import checkpoints, loading
+from mtp_lightning.run.status import write_status
 from tests.models import build, checkpoint_of
 
 
@@ -61,6 +62,18 @@ def test_the_newest_checkpoint_takes_the_place_of_a_damaged_best_one(tmp_path: P
     assert loading.find_checkpoint(tmp_path) == best
     best.write_bytes(best.read_bytes()[:-10])
     assert loading.find_checkpoint(tmp_path) == folder / "last.ckpt"
+
+
+def test_an_interrupted_job_names_the_command_of_its_sweep(tmp_path: Path) -> None:
+    """Continuing a job alone would leave the others of its sweep."""
+    checkpoints.save({"global_step": 7}, tmp_path / "checkpoints" / "last.ckpt")
+    alone = f"interrupted; step 7 is saved: the same command with run_dir={tmp_path} continues."
+    assert loading.describe_interrupt(tmp_path) == alone
+    write_status(tmp_path, [], "running")
+    in_sweep = "interrupted; step 7 is saved: the command of its sweep continues."
+    assert loading.describe_interrupt(tmp_path) == in_sweep
+    write_status(tmp_path, [], "interrupted")
+    assert loading.describe_interrupt(tmp_path) == alone, "the job is continued alone"
 
 
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
