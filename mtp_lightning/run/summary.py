@@ -27,7 +27,7 @@ _ANSWER = (
     ("good answers", "val/creativity", "{:.1%}", "of sampled ones: coherent and new"),
     ("excess loss", "val/excess_loss", "{:.4f}", "nats above the process's own surprisal"),
     ("beliefs", "val/belief_r2", "{:.3f}", "R^2 of an affine probe in the states"),
-    ("tokens per pass", "decode/tokens_per_step", "{:.2f}", "with drafts; 1 without"),
+    ("tokens per pass", "decode/tokens_per_step", "{:.2f}", "{interval}1 without drafts"),
     ("speed-up", "decode/speedup", "{:.2f}", "of decoding by drafts, here"),
     ("tokens per second", "perf/tokens_per_second", "{:,.0f}", "read in training"),
     ("time", "minutes", "{:.1f} min", "of training, validation left out"),
@@ -43,7 +43,7 @@ _NUMBERS = (
     ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
     ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
     ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
-    ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
+    ("tokens per pass, with 95 % interval", "decode/tokens_per_step", "{:.2f}"),
     ("  expected from agreement in own text", "decode/expected_tokens_per_step", "{:.2f}"),
     ("  with drafts looked up in the text instead", "decode/lookup_tokens_per_step", "{:.2f}"),
     ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
@@ -158,9 +158,10 @@ def print_answer(summary: dict[str, Any]) -> None:
     for name, key, form, meaning in _ANSWER:
         # Where any answer is right, their share says nothing.
         if key in shown and not (key == "val/exact_match" and shown.get("val/chance") == 1):
-            value = form.format(shown[key]) + _interval(shown, key, form)
+            bounds = _interval(shown, key, form)
             chance = _number(shown.get("val/chance"), "{:.2%}") or "unknown"
-            table.add_row(name, value, meaning.format(chance=chance))
+            meaning = meaning.format(chance=chance, interval="95 % interval; " if bounds else "")
+            table.add_row(name, form.format(shown[key]) + bounds, meaning)
     Console().print(table)
     if "not_decoded" in summary:
         print(f"not decoded   {summary['not_decoded']}")
@@ -190,17 +191,14 @@ def _number(value: float | None, form: str) -> str:
 def _share(summary: dict[str, Any], key: str) -> str:
     if key not in summary:
         return ""
-    percent = {name: 100 * summary[name] for name in (key, *_bounds(key)) if name in summary}
+    names = (key, f"{key}_low", f"{key}_high")
+    percent = {name: 100 * summary[name] for name in names if name in summary}
     return f"{percent[key]:.1f}%" + _interval(percent, key, "{:.1f}")
 
 
 def _interval(summary: dict[str, Any], key: str, form: str) -> str:
-    bounds = [summary[name] for name in _bounds(key) if name in summary]
+    bounds = [summary[name] for end in ("low", "high") if (name := f"{key}_{end}") in summary]
     return f" [{', '.join(map(form.format, bounds))}]" if bounds else ""
-
-
-def _bounds(key: str) -> tuple[str, str]:
-    return f"{key}_low", f"{key}_high"
 
 
 def _git_commit() -> str | None:

@@ -49,6 +49,8 @@ def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({"decode/acceptance_position_1": 0.5, "decode/tokens_per_step": 1.5}, depth=1)
     shown = capsys.readouterr().out
     assert "50.0%" in shown and "1.50" in shown and "[" not in shown
+    print_answer({"decode/tokens_per_step": 1.5})
+    assert "1.50 │ 1 without drafts" in capsys.readouterr().out
 
 
 def test_the_reason_for_no_decoding_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +72,7 @@ def test_the_short_table_of_a_text_has_five_rows(monkeypatch, capsys):
     assert len(rows) == 5 and max(map(len, rows)) <= 80
     for words in ("1.528", "lower is better", "1.98 [1.90, 2.05]", "1.03", "7,654", "9.0 min"):
         assert words in output
+    assert "│ 95 % interval; 1 without drafts" in output
     assert "--verbose" in output and "summary.json" in output
     print_answer({"val/exact_match": 0.5, "val/chance": 0.0625, "seconds": 30.0})
     output = capsys.readouterr().out
