@@ -108,6 +108,8 @@ class HeadsPlan:
         )
         validating = (self.writing + self.training) * (1 / (_TEXTS + _TRAINING) - 1)
         yield f"validation up to {_minutes(validating)}"
+        if self.others:  # estimated from another machine's
+            yield f"others     about {_minutes(self.others)} for start, certificate, export, timing"
         # The check of the export holds four models: the run's, its rounded copy, its first weights
         # and transformers' own. Training holds one, a packed one, and the module's moments.
         memory = _IMPORTS + 4 * (4 * self.weights + 4 * self.head_weights)
@@ -118,9 +120,7 @@ class HeadsPlan:
         yield f"needs      {_bytes(memory)} of memory, {_bytes(disk)} of disk"
         hours = self.writing + self.training + validating + self.others
         over = f", more than --hours={self.hours:g}" if hours > 1.02 * self.hours else ""
-        phases = "start, certificate, export and speed, estimated from another machine's"
-        later = f", with {_minutes(self.others)} for {phases}" if self.others else ""
-        yield f"time       about {_minutes(hours)} in all on this machine{over}{later}"
+        yield f"time       about {_minutes(hours)} in all on this machine{over}"
 
     def train(self) -> list[str]:
         """The overrides of train.py."""

@@ -147,7 +147,7 @@ def test_overrides_change_the_plan(
     assert "500 texts that" in text and "2,000 steps of 96 tokens" in text
     assert "with learning rate 0.3" in text and "with activations=fp32" in text
     assert "about 15 minutes in all" in text
-    assert "with 10 minutes for start, certificate, export and speed, estimated from" in text
+    assert "others     about 10 minutes for start, certificate, export, timing" in text
     assert "one parallel module of" in lines("mtp=parallel")
     assert "2 parallel modules of" in lines("mtp=parallel", "mtp.depth=2")
     for own in (["mtp=masked", "mtp.lora_rank=2"], ["mtp.freeze_trunk=false"]):
@@ -160,7 +160,8 @@ def test_overrides_change_the_plan(
     text = lines()
     assert "about 22 minutes at" in text and "about 60 minutes in all on" in text
     assert "validation up to 10 minutes" in text
-    assert "about 13 minutes in all on this machine, more than --hours=0.1," in lines(hours=0.1)
+    assert "about 13 minutes in all on this machine, more than --hours=0.1" in lines(hours=0.1)
+    assert max(map(len, text.splitlines()[4:])) <= 80, "the time is to be seen at a glance"
 
 
 def test_the_model_is_measured_on_the_device_of_training(
