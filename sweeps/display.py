@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.command_line.shell import has_styles
@@ -31,6 +32,7 @@ class Watched:
     step: int = 0  # optimizer steps done
     loss: str = ""  # at that step
     first: tuple[float, int] | None = None  # time of the first look with steps, and their number
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def look(self) -> None:
         self.step, self.loss = newest(self.job.folder)
@@ -39,17 +41,16 @@ class Watched:
 
     @property
     def steps(self) -> str:
-        total = f"/{self.job.max_steps}" if self.job.max_steps else ""
-        return f"{self.step}{total}"
+        return f"{self.step}/{self.job.max_steps}" if self.job.max_steps else str(self.step)
 
-    @property
-    def eta(self) -> str:
-        """Time that the remaining steps take at the speed seen so far."""
+    def left(self, typical: float = math.nan) -> float:
+        """Seconds that the remaining steps take at the speed seen so far. Before one is seen, the
+        rest of a job's ``typical`` seconds, which may be NaN."""
         since, step = self.first or (0.0, self.step)
         if not self.job.max_steps or self.step <= step:
-            return ""
+            return max(typical - (time.monotonic() - self.began), 0.0)
         rate = (self.step - step) / (time.monotonic() - since)
-        return duration(max(0, self.job.max_steps - self.step) / rate)
+        return max(0, self.job.max_steps - self.step) / rate
 
 
 @dataclass
@@ -61,9 +62,10 @@ class Display:
     seconds: float = 30.0  # between two looks at the running jobs
     running: dict[Job, Watched] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state
+    estimates: bool = True  # whether all these jobs run here, so that the time left is known
+    seconds_done: list[float] = field(default_factory=list)  # of every job that is done
     began: float = field(default_factory=lambda: time.monotonic())
-    # When the running jobs were looked at.
-    shown: float = field(default_factory=lambda: time.monotonic())
+    shown: float = field(default_factory=lambda: time.monotonic())  # time of the last look
 
     def __enter__(self) -> Display:
         return self
@@ -76,10 +78,12 @@ class Display:
 
     def ended(self, job: Job) -> None:
         """Records that a job has ended; its status file says how."""
-        self.running.pop(job, None)
+        run = self.running.pop(job, None)
         status = read_status(job.folder)  # empty: a file server may not answer for a moment
         state, reason = status.get("state", "pending"), status.get("reason")
         self.counts[state] += 1
+        if run and state == "done":
+            self.seconds_done.append(time.monotonic() - run.began)
         why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
         self.event(f"{state} {job.label} ({self.counts.total()} of {self.total}){why}")
 
@@ -98,7 +102,7 @@ class Display:
 
     def show(self) -> None:
         for run in self.running.values():
-            eta = f", {run.eta} left" if run.eta else ""
+            eta = f", {left} left" if (left := duration(run.left())) else ""
             self.say(f"  {run.job.label}: step {run.steps}, loss {run.loss or '-'}{eta}")
         self.say(f"  {self.summary()}")
 
@@ -112,7 +116,18 @@ class Display:
     def summary(self) -> str:
         parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
-        return ", ".join(parts) + f", after {duration(time.monotonic() - self.began)}"
+        parts += [f"after {duration(time.monotonic() - self.began)}"]
+        return ", ".join(parts) + self.time_left()
+
+    def time_left(self) -> str:
+        """The time left if other jobs are like those that are done here; empty before one is."""
+        if not (self.estimates and self.seconds_done and self.running):
+            return ""
+        mean = fmean(self.seconds_done)
+        own = [run.left(mean) for run in self.running.values()]
+        waiting = mean * (self.total - self.counts.total() - len(own))
+        seconds = max(*own, (sum(own) + waiting) / len(own))
+        return f", about {duration(seconds)} left" if seconds >= 1 else ""
 
 
 class LiveTable(Display):
@@ -166,7 +181,8 @@ class LiveTable(Display):
             cells = (status.get("device") or "", str(step), loss, "")
             table.add_row(Text(job.label), Text(state, style=style), *cells)
         for run in self.running.values():
-            table.add_row(Text(run.job.label), "running", run.device, run.steps, run.loss, run.eta)
+            cells = (run.device, run.steps, run.loss, duration(run.left()))
+            table.add_row(Text(run.job.label), "running", *cells)
         return table
 
 
@@ -185,7 +201,9 @@ def newest(folder: Path) -> tuple[int, str]:
 
 
 def duration(seconds: float) -> str:
-    """75 -> 1:15; 3,700 -> 1:01:40."""
+    """75 -> 1:15; 3,700 -> 1:01:40; empty for NaN."""
+    if math.isnan(seconds):
+        return ""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -70,6 +70,7 @@ class Pool:
                     waiting = self._fill(source, waiting, ended)
                     if not self._running:
                         return
+                    self.display.refresh()
                     time.sleep(_LOOK_SECONDS)
                     self._collect(ended)
                     self._measure()
@@ -77,7 +78,6 @@ class Pool:
                         reason = watch(process.job)
                         if reason is not None and process.stopping is None:
                             process.abandon() if reason is LOST else process.stop(reason)
-                    self.display.refresh()
             except BaseException as error:
                 told = isinstance(error, (Interrupted, UserError))
                 self._stop_all(str(error) if told else repr(error))
@@ -88,9 +88,7 @@ class Pool:
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):
                 waiting = next(source, None)
-            if waiting is None:
-                return None
-            if not self._has_memory(waiting.processes):
+            if waiting is None or not self._has_memory(waiting.processes):
                 return waiting
             devices = self.queue.take(waiting.processes, on_cpu=waiting.on_cpu)
             if devices is None:
@@ -191,6 +189,7 @@ def make_pool(
         queue.check(0 if job.on_cpu else job.processes)
     memory = MemoryUse() if n_jobs is None else None
     display = make_display(len(jobs) if total is None else total)
+    display.estimates = total is None
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 

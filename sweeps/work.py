@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
                 "a larger machine",
                 flush=True,
             )
-        display = Display(len(worker.jobs))
+        display = Display(len(worker.jobs), estimates=False)
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:

@@ -75,6 +75,50 @@ def test_lines_report_starts_ends_and_progress(tmp_path, capsys):
     assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, after 0:00"
 
 
+def test_the_time_left_is_that_of_jobs_like_those_that_are_done(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    jobs = [Job(folder=csv(tmp_path / f"{i}"), overrides=(), command=()) for i in range(7)]
+    display = Display(7)
+
+    def end(job: Job, state: str) -> None:
+        write_status(job.folder, (), state)
+        display.ended(job)
+
+    for job in jobs[:3]:
+        display.started(job, "cpu:0")
+    clock[0] = 1.0
+    end(jobs[2], "failed")
+    clock[0] = 100.0
+    assert display.summary().endswith("2 running, 1 failed, after 1:40"), "none is done"
+    end(jobs[0], "done")
+    display.started(jobs[3], "cpu:0")
+    clock[0] = 120.0
+    # Jobs take 100 s: the running ones have 0 s and 80 s left, three more wait, two run at once.
+    assert display.summary().endswith(", after 2:00, about 3:10 left")
+    display.estimates = False  # other workers run some of the jobs
+    assert display.summary().endswith(", after 2:00")
+    display.estimates = True
+    end(jobs[1], "done")
+    end(jobs[3], "done")
+    assert display.summary().endswith(", after 2:00"), "none runs"
+
+
+def test_the_time_left_is_at_least_that_of_each_running_job(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    slow, quick, *_ = sweep(tmp_path)
+    display = Display(2)
+    for job in (slow, quick):
+        display.started(job, "cpu:0")
+    display.running[slow].look()  # at step 10
+    clock[0] = 20.0
+    display.ended(quick)
+    csv(slow.folder, "10,5.5,", "50,4.25,", "")
+    display.running[slow].look()
+    assert display.summary().endswith("after 0:20, about 0:25 left"), "40 steps took 20 s"
+
+
 def test_a_job_without_a_status_is_displayed_as_pending(tmp_path, capsys):
     with Display(1) as lines:
         lines.ended(Job(folder=tmp_path / "a", overrides=(), command=()))
