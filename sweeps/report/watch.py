@@ -43,10 +43,6 @@ class Pages(SimpleHTTPRequestHandler):
             return None
         return super().send_head()
 
-    def list_directory(self, path: Any) -> None:
-        """Refuse to list files."""
-        self.send_error(404)
-
 
 def watch(
     make: Callable[[], tuple[Path, list[str], bool]],

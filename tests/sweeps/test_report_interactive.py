@@ -118,6 +118,7 @@ def response(port: str, path: str, **headers: str) -> tuple[int, bytes]:
 def test_watch_updates_the_page_and_serves_it_on_this_machine_only(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("0")
     (tmp_path / "config.yaml").write_text("secret")
+    (tmp_path / "figures" / "inner" / "secret").mkdir(parents=True)
     made, messages, responses = [], [], {}
     ready = threading.Event()
     hidden = ("/config.yaml", "/figures/", "/figures/../config.yaml", "/config.yaml#/../figures/a")
@@ -132,7 +133,7 @@ def test_watch_updates_the_page_and_serves_it_on_this_machine_only(tmp_path: Pat
     def request_pages(text: str) -> None:
         messages.append(text)
         if address := re.match(r"http://127\.0\.0\.1:(\d+)/", text):
-            for path in ("/", "/report.html", *hidden):
+            for path in ("/", "/report.html", "/figures/inner/", *hidden):
                 responses[path] = response(address[1], path)
             for host in (f"localhost:{address[1]}", "evil.example"):
                 responses[host.partition(":")[0]] = response(address[1], "/", Host=host)
@@ -143,6 +144,7 @@ def test_watch_updates_the_page_and_serves_it_on_this_machine_only(tmp_path: Pat
     assert responses["/"] == responses["/report.html"] == responses["localhost"] == (200, b"0")
     assert responses["evil.example"][0] == 421
     assert [responses[path][0] for path in hidden] == [404] * 4
+    assert b"secret" not in responses["/figures/inner/"][1], "folders are not listed"
     assert "the last report is" in messages[-1]
     assert watching.HOST == "127.0.0.1"
 
