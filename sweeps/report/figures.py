@@ -178,7 +178,7 @@ def front(settings: Settings, name: str, tag: str, *, sign: int = 1) -> Drawing:
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
-    """Main-depth loss over two varied keys, one map for all values of the other keys."""
+    """Loss for the next token over two varied keys, one map for all values of the other keys."""
     preferred = [key for key in ("mtp.depth", "mtp_lambda") if key in settings.varied]
     pair = (preferred + [key for key in settings.varied if key not in preferred])[:2]
     if len(pair) < 2:

@@ -172,7 +172,7 @@ def of_depths(settings: Settings) -> list[Drawing]:
         over_places(settings, "agreement_depth"),
         against_depth(settings, PER_STEP),
         against_depth(settings, SPEEDUP),
-        against_lambda(settings, LOSS, "main-depth validation loss"),
+        against_lambda(settings, LOSS, "validation loss for the next token"),
         against_lambda(settings, "val/loss_depth_1", "validation loss of depth 1"),
     ]
 
@@ -192,7 +192,7 @@ def _matches(settings: Settings, pattern: str) -> list[re.Match[str]]:
 
 
 def curve(settings: Settings, axis: str) -> Drawing:
-    """Main-depth validation loss against tokens, FLOPs or seconds."""
+    """Validation loss for the next token against tokens, FLOPs or seconds."""
     tag, x = CURVE_AXES[axis]
     metric = settings.headline
     drawing = drawing_of(

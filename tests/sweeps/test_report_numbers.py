@@ -35,9 +35,10 @@ def test_comparisons_tell_differences_from_noise(tmp_path: Path) -> None:
     text = answer_of(settings)
     assert "D = 1 is better than D = 0 by 0.1003 nats per token, beyond noise" in text
     assert "1 other difference is within noise" in text
-    assert "D = 1 has the lowest validation loss of the main depth: 2.0330 ±" in text
+    assert "D = 1 has the lowest validation loss for the next token: 2.0330 ±" in text
+    assert "D is the number of tokens after the next one that a model is trained to predict" in text
     speed = "1.20 times as fast as plain decoding with D = 2 (95 % interval 1.20 to 1.20)"
-    assert f"{speed}, the largest speed-up, at 2.00 ± 0.00 tokens" in text
+    assert f"{speed}, the best of these settings, at 2.00 ± 0.00 tokens" in text
 
 
 NOTHING = "The interval contains 1: neither a gain nor a loss is shown.\n"

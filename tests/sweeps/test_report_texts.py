@@ -56,7 +56,7 @@ def test_runs_on_one_text_are_compared_without_a_note(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: A})
     (comparison,), text, notes = compared(settings, tmp_path)
     assert comparison.verdict == "beyond noise" and comparison.result is not None
-    assert "D = 1 has the lowest validation loss of the main depth" in text
+    assert "D = 1 has the lowest validation loss for the next token" in text
     assert refusal(settings.all) == "" and "text" not in notes + text
     assert settings.varied == ["mtp.depth"]
 
@@ -73,7 +73,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     assert [row["evaluated_text"] for row in csv_rows(tmp_path)] == [A] * 3 + [B] * 3 + [A] * 3
     assert "D = 1 is better" not in text and "is better than D = 0" in text
     assert "Of those on evaluation data a1a1a1a1: " in text
-    assert "D = 2 has the lowest validation loss of the main depth: 1.8" in text
+    assert "D = 2 has the lowest validation loss for the next token: 1.8" in text
     assert "as fast as plain decoding with D = 2" in text
     for where in (text, notes):
         assert "data a1a1a1a1 (1,000,000 to 1,000,002 bytes): D = 0; D = 2" in where
