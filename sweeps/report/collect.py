@@ -11,6 +11,8 @@ from mtp_lightning.run.config import affects_training, is_plain, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.run.solved import SOLVED
 from sweeps import grouped
+from sweeps.report.metrics import first_few
+from sweeps.report.names import RUN
 from sweeps.report.read import RunRecord, SweepRecord
 from sweeps.report.settings import OF_DEPTHS, Setting, Settings, lacks, order, show
 
@@ -28,6 +30,7 @@ _TELLING = (
 )
 
 FOLDER = "folder"  # the key that separates settings of two sweeps
+_LONGEST = 80  # letters of a name that is still readable; longer ones are of unrelated runs
 DATA = "data.fingerprint"  # of the data that a finished run was trained on
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
@@ -156,7 +159,11 @@ def _name(settings: list[Setting], sweep_keys: list[str]) -> list[str]:
     names = [key.removesuffix("._target_") for key in separating]
     for setting in settings:
         setting.values = {n: _value(setting, key) for n, key in zip(names, separating, strict=True)}
-    return names
+    if sweep_keys or FOLDER in names or max((len(s.name) for s in settings), default=0) <= _LONGEST:
+        return names
+    for setting in settings:
+        setting.values = {RUN: first_few([run.name for run in setting.runs]), **setting.values}
+    return [RUN, *names]
 
 
 def _n_parts(settings: list[Setting], keys: list[str]) -> int:

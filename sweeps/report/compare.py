@@ -17,7 +17,6 @@ from mtp_lightning.run.solved import EXACT, first_above, is_above
 from sweeps.report import statistics
 from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
-from sweeps.report.metrics import first_few
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import FOLLOWING, OF_DEPTHS, Setting, Settings, show
 from sweeps.report.statistics import LEVEL, Paired, Share, Survival, Unpaired, Wait
@@ -96,8 +95,10 @@ def _unlike(setting: Setting, plain: Setting) -> str:
     a, b = setting.config, plain.config
     # Their names may leave out keys that a preset has set.
     keys = [k for k in dict.fromkeys((*a, *b)) if lies_in(k, groups) and k not in FOLLOWING]
-    differing = first_few([key for key in keys if a.get(key) != b.get(key)], between=", ")
-    return f"not compared: no plain training with the same {differing}" if differing else ""
+    keys = [key for key in keys if a.get(key) != b.get(key)]
+    if len(keys) > 4:
+        keys = [group for group in groups if any(lies_in(key, (group,)) for key in keys)]
+    return f"not compared: no plain training with the same {', '.join(keys)}" if keys else ""
 
 
 def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:

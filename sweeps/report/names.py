@@ -14,6 +14,8 @@ from typing import Any
 
 from mtp_lightning.run.config import read_yaml, values_by_key
 
+RUN = "run"  # the key that names settings of unrelated runs, which differ in too many others
+
 
 @cache
 def _words(file: str) -> Any:
@@ -95,6 +97,7 @@ def question(varied: Sequence[str], metric: Any, *, task: bool) -> str:
     """The question that a report answers; empty if no key varies."""
     if not varied:
         return ""
+    varied = [RUN] if RUN in varied else varied
     end = "" if len(varied) > 1 else "s"
     answer = f"solve{end} the task" if task else f"give{end} the lowest loss in {metric.unit}"
     return f"Which {joined([axis_of(key) for key in varied])} {answer}?"

@@ -27,7 +27,7 @@ from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import caveats
 from sweeps.report.metrics import TABLE
-from sweeps.report.names import joined, question
+from sweeps.report.names import RUN, joined, question
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.settings import Settings, is_number, show
 
@@ -154,7 +154,7 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
     numbers = {
         key: all(is_number(setting.values.get(key)) for setting in settings.all)
         for key in settings.varied
-        if key != FOLDER
+        if key not in (FOLDER, RUN)
     }
     keys = [*numbers, *(["seed"] if "seed" not in numbers else [])]
     kinds = {True: api_pb2.DATA_TYPE_FLOAT64, False: api_pb2.DATA_TYPE_STRING}

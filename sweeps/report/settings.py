@@ -14,7 +14,7 @@ from mtp_lightning.run.config import is_plain, lies_in
 from mtp_lightning.run.solved import EXACT, SOLVED
 from sweeps import digits
 from sweeps.report import metrics
-from sweeps.report.names import name_of
+from sweeps.report.names import RUN, name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
 from sweeps.report.statistics import Interval, interval, ratio_interval, share_interval
 
@@ -54,7 +54,8 @@ class Setting:
     def _named(self, describe: Callable[[str, str], str]) -> str:
         """The values of the varied keys, without those that a head or plain training lacks, and
         without those of an option that it does not have (``data.paths`` with ``data=stdlib``)."""
-        pairs = [(k, v) for k, v in self.values.items() if not lacks(k, v)]
+        values = {RUN: self.values[RUN]} if RUN in self.values else self.values
+        pairs = [(k, v) for k, v in values.items() if not lacks(k, v)]
         had = [(k, v) for k, v in pairs if v is not None or "." not in k or k in self.config]
         return ", ".join(describe(key, show(value)) for key, value in had or pairs) or "all runs"
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sweeps.report.chart import styled
 from sweeps.report.compare import compare
 from sweeps.report.metrics import BY_TAG, LOSS, form_of
 from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
 from sweeps.report.settings import show
-from tests.sweeps.fixture_runs import depth_sweep, write_run
-from tests.sweeps.reported import drawings, page_of, settings_of
+from tests.sweeps.fixture_runs import NO_MTP, depth_sweep, write_run
+from tests.sweeps.reported import answer_of, drawings, page_of, settings_of
 
 
 def test_keys_and_values_have_names() -> None:
@@ -53,6 +54,32 @@ def test_tags_are_named_in_words_with_their_unit() -> None:
     assert in_words("my/metric") == ("my/metric", "")
     assert form_of("decode/acceptance_position_1") == "%" and form_of("my/metric") == 4
     assert form_of("decode/acceptance_slope_entropy") == 4 and form_of("flops") == "si"
+
+
+def test_unrelated_runs_are_named_by_their_folders(tmp_path: Path) -> None:
+    """Names of all keys in which they differ would fill the page; its tables and runs.csv have the
+    keys."""
+    for i, name in enumerate(("plain", "first", "second")):
+        keys = ("model.d_model", "model.n_layers", "data.seq_len", "data.batch_size")
+        config = {**(NO_MTP if i == 0 else {"mtp.depth": i}), **dict.fromkeys(keys, 32 * (i + 1))}
+        run = write_run(tmp_path / name, {**config, "tokenizer.size": i})
+        (run / ".hydra").mkdir()
+        typed = [f"{key}={value}" for key, value in config.items() if "_target_" not in key]
+        (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(typed))
+    settings = settings_of(tmp_path)
+    assert settings.names == ["first", "plain", "second"]
+    assert settings.varied[:3] == ["run", "mtp.depth", "model.d_model"]
+    assert settings.all[0].values["data.seq_len"] == 64
+    first, _ = compare(settings)
+    assert first.verdict == "not compared: no plain training with the same model, data, tokenizer"
+    text = answer_of(settings)
+    assert "each is named by its runs" in text and "D is" not in text and "D = " not in text
+    html = page_of(tmp_path)
+    assert "<h1>Which run gives the lowest loss in nats per token?</h1>" in html
+    rerun = write_run(tmp_path / "again", {**config, "tokenizer.size": 2, "seed": 1})
+    (rerun / ".hydra").mkdir()
+    (rerun / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*typed, "seed=1"]))
+    assert "second; again" in settings_of(tmp_path).names
 
 
 def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
