@@ -64,8 +64,7 @@ class ArmRun:
 
     @property
     def minutes(self) -> float:
-        """Its wall time in minutes. A continued run only knows its last start, so its training time
-        is the lower bound."""
+        """Its wall time, at least its training time: a continued run only knows its last start."""
         training = self.costs.get("seconds", 0.0) / 60
         if not (self.done and self.started and self.ended):
             return training
@@ -134,8 +133,7 @@ def _value(run: RunRecord, measure: ClaimMeasure) -> float | None:
 
 
 def curve_of(run: RunRecord) -> list[tuple[float, float]]:
-    """(FLOPs up to its middle, mean loss in nats per token) of each part of a finished run; empty
-    if a part has no value."""
+    """(FLOPs up to its middle, mean loss) of each part of a finished run; empty if one has none."""
     steps, flops = run.final("step"), run.final("flops")
     if not steps or not flops:
         return []

@@ -159,7 +159,7 @@ def _name(settings: list[Setting], sweep_keys: list[str]) -> list[str]:
     names = [key.removesuffix("._target_") for key in separating]
     for setting in settings:
         setting.values = {n: _value(setting, key) for n, key in zip(names, separating, strict=True)}
-    if sweep_keys or FOLDER in names or max((len(s.name) for s in settings), default=0) <= _LONGEST:
+    if sweep_keys or FOLDER in names or all(len(setting.name) <= _LONGEST for setting in settings):
         return names
     for setting in settings:
         setting.values = {RUN: first_few([run.name for run in setting.runs]), **setting.values}
