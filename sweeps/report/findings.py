@@ -131,7 +131,6 @@ def caveats(settings: Settings) -> list[str]:
     others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
         "caveats.jinja",
-        refusal=refusal(settings.all),
         contexts=contexts(settings.all),
         done=done,
         notes=[

@@ -59,7 +59,7 @@ def render(
     from markupsafe import Markup
 
     runs, sweeps = settings.runs, settings.sweeps
-    # The notes say this, too, but readers of a table may not have read them.
+    # The answer and notes say this, too, but readers of a table may not have read them.
     warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     remarks = [*filter(None, [note_on_depths(settings), text_errors(settings.all)]), *warnings]
     jinja = environment("sweeps.report", html=True)

@@ -142,7 +142,7 @@ ANSWERS = {
     "one seed": (
         {0: (LATE,), 1: (NEVER,)},
         "1 of 1 seed (95 % interval 2.5 % to 100.0 %)|"
-        "No difference can be tested: that takes two seeds of each setting.",
+        "No difference can be tested: that takes two seeds of each setting, as by seed=0,1.",
     ),
     "one setting": ({0: (LATE,)}, f"{SOLVES} with all runs."),
 }
