@@ -36,9 +36,9 @@ LINES = {
     "mtp_lightning/notebook": 505,
     "mtp_lightning/objective": 3_981,
     "mtp_lightning/optim": 385,
-    "mtp_lightning/run": 1_386,
+    "mtp_lightning/run": 1_385,
     "mtp_lightning/serving": 1_514,
-    "sweeps": 9_810,
+    "sweeps": 9_809,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (159, 20_333), "generate": (86, 11_939)}
