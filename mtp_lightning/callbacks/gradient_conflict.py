@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,6 +35,7 @@ class GradientConflict(RunCallback):
 
     takes_gradients = "callbacks=gradient_conflict"
     every_n_steps: int = 50
+    _measured: dict[str, Any] = field(default_factory=dict, init=False)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuses a model with nothing to measure."""
@@ -45,7 +46,7 @@ class GradientConflict(RunCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: WindowBatch, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step, self._measured = trainer.global_step, {}
         if (step + 1) % self.every_n_steps:
             return
         model, objective = pl_module.model, pl_module.step.objective
@@ -57,4 +58,8 @@ class GradientConflict(RunCallback):
         with trainer.precision_plugin.train_step_context():
             by_group = task_gradients(model, objective, plan, depths_of(plan.lambdas), groups)
         for group, gradients in by_group.items():
-            pl_module.log_here(gradients.log_values(group), step + 1, always=True)
+            self._measured |= gradients.log_values(group)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Logs here, since other callbacks may log the step before at this one's start."""
+        pl_module.log_here(self._measured, trainer.global_step, always=True)

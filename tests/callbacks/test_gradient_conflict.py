@@ -48,6 +48,14 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, cache, settings):
     assert all(-1.001 < row[t] < 1.001 for row in logged if norms[0] in row for t in cosines)
 
 
+def test_every_step_has_one_row_next_to_another_callback(tmp_path: Path, cache: Path) -> None:
+    """Lightning's monitor logs a learning rate in the row of the step before."""
+    both = {**CONFLICT, "callbacks": "[gradient_conflict,learning_rate]"}
+    train_here(tmp_path, cache, both)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(11))
+    assert list(column(tmp_path, TAGS[0])) == [3, 6, 9]
+
+
 def test_norms_equal_those_of_gradnorm(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "callback", cache, CONFLICT | {"trainer.max_steps": 3})
     rule = {"balance": "gradnorm", "balance.every_n_steps": 3, "trainer.max_steps": 3}
