@@ -20,7 +20,7 @@ LINES = {
     "hydra_plugins": 63,
     "mtp_lightning": 3_069,
     "mtp_lightning/apps": 392,
-    "mtp_lightning/callbacks": 1_694,
+    "mtp_lightning/callbacks": 1_699,
     "mtp_lightning/certify": 1_050,
     "mtp_lightning/command_line": 1_275,
     "mtp_lightning/cpu": 1_637,
