@@ -6,24 +6,25 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from data_modules.build_turn import alive, folder_to_build
 from data_modules.digests import stamp
 from data_modules.seal import require_sealed, seal
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.system import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
-STALE_SECONDS = 600.0
-"""Seconds without a sign of life after which the remains of a build are removed."""
+# Seconds after which the unchanged files of a build are removed, if that build may still live.
+_STALE_SECONDS = 86_400.0
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -44,11 +45,10 @@ def cache_key(path: Path, options: str) -> str:
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Returns the folder ``target``, which one of the processes that need it builds while the
-    others wait (:mod:`data_modules.build_turn`).
+    others wait for its lock, which ends with it.
 
-    The new folder is renamed to the target in one step. A killed build leaves only a temporary
-    folder, which a later call removes once it has shown no sign of life for :data:`STALE_SECONDS`.
-    If two processes build because one was taken for dead, both use the folder of the first to
+    The new folder is renamed to the target in one step. Where the file system has no locks, or has
+    them on each machine alone, several processes may build, and all use the folder of the first to
     finish. The files are checked at each later use (:mod:`data_modules.seal`).
 
     Args:
@@ -66,67 +66,70 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
     """Builds a missing folder or waits for it; returns whether this process built it."""
-    try:
-        if target.is_dir():
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target.parent)
-        turn = folder_to_build(target)
-    except OSError as error:
-        raise OSError(
-            f"cannot write in the cache folder {target.parent} ({error.strerror}): "
-            f"set the environment variable {ENVIRONMENT} (in training also data.cache_dir)"
-        ) from error
-    if turn is None:
-        return False
-    # Of this process alone: while it is stopped, its turn may be removed and made by another.
-    temporary = turn / uuid4().hex
-    try:
-        with alive(turn):
-            temporary.mkdir(parents=True)
-            (temporary / ".unfinished").touch()
+    temporary = target.parent / f".{target.name}.building-{uuid4().hex}@{os.uname().nodename}"
+    with ExitStack() as stack:
+        try:
+            if target.is_dir():
+                return False
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target, alone=stack.enter_context(_locked(target)))
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            temporary.mkdir()
+            # After mkdir, which has the client of a file server look at the folder again.
+            if target.is_dir():
+                return False
+        except OSError as error:
+            raise OSError(
+                f"cannot write in the cache folder {target.parent} ({error.strerror}): "
+                f"set the environment variable {ENVIRONMENT} (in training also data.cache_dir)"
+            ) from error
+        try:
             build(temporary)
             seal(temporary)
-            (temporary / ".unfinished").unlink()  # refuses a removed folder that was made again
             for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
                 sync_file(path)
             sync_folder(temporary)
             os.rename(temporary, target)
-        sync_folder(target.parent)
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                f"cannot build {target} ({os.strerror(error.errno)}): free some space, or set "
-                f"the environment variable {ENVIRONMENT} (in training also data.cache_dir) to a "
-                "folder on another disk"
-            ) from error
-        removed = isinstance(error, FileNotFoundError) and str(turn) in str(error.filename)
-        if target.is_dir() and (removed or error.filename2 is not None):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(
+                    f"cannot build {target} ({os.strerror(error.errno)}): free some space, or set "
+                    f"the environment variable {ENVIRONMENT} (in training also data.cache_dir) to "
+                    "a folder on another disk"
+                ) from error
+            if error.filename2 is None or not target.is_dir():
+                raise
             log.info("another process built %s first: using its files", target)
             return False
-        if removed:
-            raise OSError(
-                f"the unfinished {target} was removed, as this process was stopped: start again"
-            ) from error
-        raise
+        sync_folder(target.parent)
+        return True
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[bool]:
+    """Waits while another process builds ``target``; yields whether none does during the block, as
+    far as the locks reach."""
+    path = target.parent / f".{target.name}.lock"
+    lock = Lock(path)
+    with suppress(OSError):  # no locks here, or another user's file: build without one
+        if not lock.acquire():
+            log.warning("another process builds %s: waiting until it frees %s", target, path)
+            lock.wait(seconds=math.inf)
+    try:
+        yield lock.excludes
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # another process may build in it now
-            turn.rmdir()
+        lock.release(remove=True)
 
 
-def _remove_stale(folder: Path) -> None:
-    """Removes temporary folders without a sign of life. The builder's process is not looked up:
-    containers may share a host name without seeing each other's processes."""
-    builds = list(folder.glob(".*.building-*"))
-    if not builds:
-        return
-    # The disk's clock: hosts that share a disk may have different clocks.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as probe:
-        now = os.stat(probe).st_mtime
-    for path in builds:
-        with suppress(FileNotFoundError):  # finished just now
-            if path.stat().st_mtime < now - STALE_SECONDS:
-                log.info("removing the remains of a killed build: %s", path)
+def _remove_leftovers(target: Path, *, alone: bool) -> None:
+    """Removes the files of killed builds: of this folder on this machine, if this process is the
+    only one to build it here, and all that have not changed for a day. Locks may not reach other
+    machines, whose builds may still live."""
+    mine = f".{target.name}.building-", f"@{os.uname().nodename}"
+    for path in target.parent.glob(".*.building-*"):
+        with suppress(OSError):  # finished just now
+            changed = max(file.stat().st_mtime for file in (path, *path.iterdir()))
+            killed = alone and path.name.startswith(mine[0]) and path.name.endswith(mine[1])
+            if killed or changed < time.time() - _STALE_SECONDS:
+                log.info("removing the files of a killed build: %s", path)
                 shutil.rmtree(path, ignore_errors=True)

@@ -128,8 +128,9 @@ def test_lightning_hydra_and_data_are_imported_only_where_allowed() -> None:
             if takes(name, "hydra", "omegaconf"):
                 assert file.startswith(CONFIGURED), where
             if takes(name, "mtp_lightning"):
-                # how a setting is refused, a library of C++ opened, and what systems do differently
-                shared = ("settings", "errors", "built", "parts", "stored", "system")
+                # how a setting is refused, a library of C++ opened, a file locked, and what systems
+                # do differently
+                shared = ("settings", "errors", "built", "parts", "stored", "system", "run.lock")
                 is_shared = takes(name, *(f"mtp_lightning.{module}" for module in shared))
                 assert is_shared or not file.startswith("data_modules/"), where
             if takes(name, "data_modules") and not file.startswith("data_modules/"):

@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # flock's errors on file systems without locks, where two processes are not told apart.
@@ -24,28 +24,33 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: int | None = None
+        self.excludes = False
+        """Whether no other process can hold the lock now: the file system has locks."""
 
     def acquire(self) -> bool:
         """Try to take the lock without waiting; return whether it was free."""
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        excludes = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(file)
-                if isinstance(error, BlockingIOError):
+                # ESTALE: its holder has removed the file meanwhile, on another machine.
+                if isinstance(error, BlockingIOError) or error.errno == errno.ESTALE:
                     return False
                 raise
+            excludes = False
         if not os.fstat(file).st_nlink:  # its holder has removed the file meanwhile
             os.close(file)
             return False
-        self._file = file
+        self._file, self.excludes = file, excludes
         return True
 
     def wait(self, *, seconds: float, before: Callable[[], object] | None = None) -> bool:
         """Try to take the lock for some seconds; return whether it became free. Each attempt calls
         ``before`` first, whose exception ends the wait."""
-        until = time.monotonic() + seconds
+        until, delay = time.monotonic() + seconds, 0.1
         while True:
             if before is not None:
                 before()
@@ -53,7 +58,8 @@ class Lock:
                 return True
             if time.monotonic() > until:
                 return False
-            time.sleep(0.1)
+            time.sleep(delay)
+            delay = min(1.0, 1.1 * delay)  # an hour's wait must not load a file server
 
     def is_free(self) -> bool:
         """Whether a process has held the lock and none does now; false where that is unknown."""
@@ -75,11 +81,15 @@ class Lock:
         assert self._file is not None, "not held"
         return self._file
 
-    def release(self) -> None:
-        """Release the lock in this process."""
+    def release(self, *, remove: bool = False) -> None:
+        """Release the lock in this process, after removing its file if asked: whoever has opened
+        that file already does not get the lock."""
         if self._file is not None:
+            if remove:
+                with suppress(OSError):
+                    self._path.unlink()
             os.close(self._file)
-            self._file = None
+            self._file, self.excludes = None, False
 
     @contextmanager
     def held(self, *, seconds: float) -> Iterator[None]:

@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Tokens
 from tokenizers import models, pre_tokenizers, trainers
 
-from data_modules import build_turn, cache
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import Piece, encode_batch, pieces
 from data_modules.overlap import LineOverlap
@@ -242,44 +240,3 @@ def test_the_progress_bar_of_a_failed_build_ends_before_the_error(tmp_path, monk
     with pytest.raises(OSError, match="Input/output") as raised:
         store_of(["a document"] * 3, tmp_path)
     assert bar.__exit__.called and raised.traceback  # whose frames would keep the bar open
-
-
-def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
-    """The first builder was silent for too long, but was not dead."""
-    monkeypatch.setattr(build_turn, "SILENCE", 0.0)
-
-    def slower(folder: Path) -> None:
-        build_once(tmp_path / "target", lambda other: (other / "who").write_text("winner"))
-        (folder / "who").write_text("loser")
-
-    build_once(tmp_path / "target", slower)
-    assert (tmp_path / "target" / "who").read_text() == "winner"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_only_abandoned_build_folders_are_removed(tmp_path):
-    silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
-    finished = tmp_path / "finished"
-    stale = cache.STALE_SECONDS
-    for folder, age in ((silent, stale + 60), (alive, stale - 60), (finished, 1e6)):
-        folder.mkdir()
-        os.utime(folder, (time.time() - age,) * 2)
-    build_once(tmp_path / "target", lambda folder: None)
-    assert not silent.exists() and alive.exists() and finished.exists()
-
-
-def test_a_long_build_keeps_its_folder_from_being_removed(tmp_path, monkeypatch):
-    """So that other hosts, containers and processes leave it alone."""
-    monkeypatch.setattr(cache, "STALE_SECONDS", 0.8)
-    monkeypatch.setattr(build_turn, "BEAT", 0.02)
-
-    def build(folder: Path) -> None:
-        for i in range(6):
-            time.sleep(0.2)
-            build_once(tmp_path / f"{folder.parent.name[1:5]}{i}", lambda folder: None)
-        (folder / "whole").write_text("")
-
-    assert (build_once(tmp_path / "target", build) / "whole").exists()
-    monkeypatch.setattr(build_turn, "BEAT", 60)
-    with pytest.raises(OSError, match="slow was removed, as this process was stopped"):
-        build_once(tmp_path / "slow", build)

@@ -127,12 +127,15 @@ def test_on_a_file_system_without_locks_every_lock_is_free(tmp_path, monkeypatch
         assert not Lock(tmp_path / ".lock").is_free()
 
 
-def test_the_lock_on_a_removed_file_is_not_held(tmp_path, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_lock_on_a_removed_file_is_not_held(tmp_path, monkeypatch, elsewhere):
     """Its holder removes the file between another one's opening and locking."""
     file, flock = tmp_path / ".lock", fcntl.flock
 
     def after_removal(*arguments: object) -> None:
         file.unlink(missing_ok=True)
+        if elsewhere:
+            raise OSError(errno.ESTALE, "Stale file handle")
         flock(*arguments)
 
     with monkeypatch.context() as patch:
