@@ -7,14 +7,11 @@ on it would silently give other numbers.
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import suppress
 from pathlib import Path
 
 from data_modules.digests import content_digest, write_record
 from mtp_lightning.errors import UserError
-
-log = logging.getLogger(__name__)
 
 FILE = "digests.json"
 
@@ -35,8 +32,8 @@ def seal(folder: Path) -> None:
 
 
 def require_sealed(folder: Path, digest_cache: Path) -> None:
-    """Checks that a folder's files are as they were sealed. A folder from before there were digests
-    gets them now, with one line in the log. ``digest_cache`` is as in :func:`content_digest`.
+    """Checks that a folder's files are as they were sealed. ``digest_cache`` is as in
+    :func:`content_digest`.
 
     Raises:
         UserError: if a file has other contents or is missing.
@@ -48,12 +45,7 @@ def require_sealed(folder: Path, digest_cache: Path) -> None:
             (n for n, d in stored if content_digest(folder / n, digest_cache)[1] != d), None
         )
     except FileNotFoundError as error:
-        if error.filename != str(folder / FILE):
-            raise damaged(folder, f"{Path(error.filename).name} is missing") from error
-        log.warning("%s has no digests yet: its files are taken as they are now.", folder)
-        with suppress(OSError):  # a read-only cache
-            seal(folder)
-        return
+        raise damaged(folder, f"{Path(error.filename).name} is missing") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{FILE} cannot be read as digests") from error
     if changed is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_modules.seal import seal
 from mtp_lightning.cpu import packed, packed_cache
 from mtp_lightning.cpu.packed import Kind, only_copy, packed_weight, replace_by_packed
 from mtp_lightning.decoding import generate
@@ -242,6 +243,7 @@ def test_damaged_packed_weights_are_packed_again(damage, cached, tmp_path):
         entries["trunk.embedding.weight"][field] += more
         index.write_text(json.dumps(entries))
         (folder / "digests.json").unlink()
+        seal(folder)
     for name, weight in opened().named_parameters():
         assert torch.equal(packed.unpacked_weight(weight), model.get_parameter(name)), name
     assert len(list((tmp_path / "cache").glob("packed*/*"))) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +48,13 @@ def test_a_changed_or_missing_file_is_refused_by_name(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"3", b'{"train.bin": 3}'])
-def test_damaged_digests_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_or_missing_digests_are_refused(tmp_path: Path, content: bytes) -> None:
     folder = open_store(tmp_path).folder
     (folder / "digests.json").write_bytes(content)
     with pytest.raises(ValueError, match="is damaged .* delete that folder"):
+        open_store(tmp_path)
+    (folder / "digests.json").unlink()
+    with pytest.raises(ValueError, match=r"is damaged \(digests.json is missing\): delete that"):
         open_store(tmp_path)
 
 
@@ -76,25 +78,12 @@ def test_a_large_file_is_read_once(tmp_path, files_read, files_look_old, monkeyp
     assert "train.bin" not in files_read
 
 
-def test_a_store_without_digests_is_accepted_with_one_warning(tmp_path, caplog):
-    folder = open_store(tmp_path).folder
-    (folder / "digests.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert open_store(tmp_path)["train"].n_documents > 0
-        open_store(tmp_path)
-    assert caplog.text.count("has no digests yet") == 1
-    flip(folder / "train.bin")
-    with pytest.raises(ValueError, match="train.bin has other contents"):
-        open_store(tmp_path)
-
-
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'des", b"x"])
-def test_damaged_arrays_without_digests_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_arrays_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes) -> None:
     folder = open_store(tmp_path).folder
-    (folder / "digests.json").unlink()
     for name in ("train.starts.npy", "val.pieces.npy"):
         (folder / name).write_bytes(content)
-    store = open_store(tmp_path)
+    store = TokenStore(folder)
     for read in (store["train"].starts, store["val"].pieces):
         with pytest.raises(ValueError, match=r"is damaged \((train.starts|val.pieces).npy: "):
             read()

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_modules.seal import seal
 from mtp_lightning.decoding import generate, paying
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
 from mtp_lightning.decoding.engine import Engine
@@ -170,6 +171,7 @@ def test_a_measurement_of_another_version_is_made_again(
     (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
     file.write_text(content)
     (file.parent / "digests.json").unlink()
+    seal(file.parent)
     for _ in range(2):
         assert with_measured_depth(options, opened, rows=1).measured is not None
     assert len(measured_models) == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_modules.seal import seal
 from data_modules.window_dataset import STATES
 from mtp_lightning.experiment import trunk_states
 from mtp_lightning.experiment.training import prepare
@@ -96,7 +97,8 @@ def test_states_are_computed_once_and_a_resumed_run_reads_them(trunk: Path, tmp_
     states.flush()
     with pytest.raises(ValueError, match=f"damaged .{STATES} has other contents"):
         helpers.train_here(tmp_path / "damaged", cache, settings)
-    (file.parent / "digests.json").unlink()  # as in caches of older versions
+    (file.parent / "digests.json").unlink()
+    seal(file.parent)
     helpers.train_here(tmp_path / "doubled", cache, settings)
     with pytest.raises(AssertionError):
         helpers.assert_same_weights(tmp_path / "whole", tmp_path / "doubled")
