@@ -56,6 +56,19 @@ def test_every_step_has_one_row_next_to_another_callback(tmp_path: Path, cache: 
     assert list(column(tmp_path, TAGS[0])) == [3, 6, 9]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_blocks_are_measured(tmp_path: Path, cache: Path) -> None:
+    """Each task's backward pass goes through the same compiled trunk."""
+    short = {**CONFLICT, "trainer.max_steps": 3}
+    for name in ("true", "false"):
+        train_here(tmp_path / name, cache, {**short, "trainer.compile": name})
+    compiled, eager = (rows(tmp_path / name) for name in ("true", "false"))
+    assert {t: compiled[-1][t] for t in TAGS} == pytest.approx(
+        {t: eager[-1][t] for t in TAGS}, rel=1e-3, abs=1e-5
+    )
+
+
 def test_norms_equal_those_of_gradnorm(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "callback", cache, CONFLICT | {"trainer.max_steps": 3})
     rule = {"balance": "gradnorm", "balance.every_n_steps": 3, "trainer.max_steps": 3}
