@@ -262,9 +262,11 @@ class MTPModel(nn.Module):
     def compile_blocks(self) -> None:
         """Compile every block in place, which leaves the keys of checkpoints unchanged."""
         self.compiled = True
+        from torch._functorch import config
+
         # A backward pass that reuses buffers of its graph runs once, and rules such as cosine_gate
         # run one per task.
-        torch._functorch.config.donated_buffer = False
+        config.donated_buffer = False
         for layer in self.modules():
             if isinstance(layer, Block):
                 layer.compile()

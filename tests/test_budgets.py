@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 8_443,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_072,
+    "mtp_lightning": 3_074,
     "mtp_lightning/apps": 392,
     "mtp_lightning/callbacks": 1_699,
     "mtp_lightning/certify": 1_050,

@@ -12,12 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from mtp_lightning.command_line.conf_comments import PARTS
 from mtp_lightning.objective.schedule import curriculum, published
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import INTERPOLATIONS, Piecewise
 
 CONF = Path(__file__).parents[2] / "conf"
-PRESETS = sorted(path.stem for path in (CONF / "lambda_schedule").glob("*.yaml"))
+PRESETS = sorted(
+    path.stem for path in (CONF / "lambda_schedule").glob("*.yaml") if path.stem not in PARTS
+)
 
 
 def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
