@@ -68,7 +68,8 @@ class Composer:
             return composed
 
     def _parse(self, text: str) -> tuple[Override, bool]:
-        """An override, and whether it only sets a value; a file or Hydra's needs composing."""
+        """An override, and whether it only sets a value; choosing a file, or a setting of Hydra's
+        own, needs composing."""
         if text not in self._parsed:
             (override,) = self._parser.parse_overrides([text])
             grouped = self._repository.group_exists(override.key_or_group)

@@ -32,7 +32,8 @@ class Devices:
     cores: int = 0  # taken from a queue that counts them
 
     def environment(self) -> dict[str, str]:
-        """This process's environment with these devices, without variables that mislead a run."""
+        """This process's environment with these devices, without variables that would mislead a
+        run."""
         clean = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
         clean["PYTHONUNBUFFERED"] = "1"
         # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.

@@ -48,7 +48,8 @@ class Job:
 
 
 def refuse_several_machines(job: Job) -> None:
-    """Raises a UserError for a job of several machines, for launchers that give each job one."""
+    """Raises a UserError for a job that needs several machines, for launchers that give each job
+    one machine."""
     if job.nodes != 1:
         raise UserError(
             f"trainer.num_nodes={job.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "

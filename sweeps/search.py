@@ -321,11 +321,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser.of(__doc__, module="sweeps.search", program=program)
     parser.add_argument("folder", help="folder of the search; an existing search continues")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
-    parser.add_argument("--config-dir", type=typed_folder, metavar="FOLDER", help="of more configs")
+    more = "a folder with more configs"
+    parser.add_argument("--config-dir", type=typed_folder, metavar="FOLDER", help=more)
     parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
     parser.add_argument("--metric", default=LOSS, help=f"to minimize (default {LOSS})")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
-    parser.add_argument("--devices", type=typed_devices, default="auto", help="auto, cpu, GPUs 0,1")
+    gpus = "auto, cpu or GPUs: 0,1"
+    parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)
     parser.add_argument("--no-pruning", action="store_true", help="let every trial finish")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
     return parser

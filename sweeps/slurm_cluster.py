@@ -36,7 +36,8 @@ _QUERY_SECONDS = 15.0  # the queue is shared
 
 @dataclass
 class SlurmRun:
-    """A Slurm job's work on each of its machines. submitit stores it each time it is queued."""
+    """A Slurm job's work on each of its machines. submitit stores it in a file, and again when the
+    job is requeued."""
 
     job: Job
     threads: int  # of each of its processes

@@ -227,17 +227,28 @@ def _say_end(worker: SweepWorker) -> None:
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser.of(__doc__, module="sweeps.work", program=program)
-    option = parser.add_argument
-    option("folder", help="folder of a sweep that was planned or started")
-    option("--devices", type=typed_devices, default="auto", help="auto, cpu or GPUs: 0,1")
-    option("--n-jobs", type=int, help="most jobs at once, as hydra.launcher.n_jobs")
-    option("--threads", help="threads of each process: a number, or auto (threads_per_process)")
-    stale = "seconds of silence until a job is taken over (default 120), the same for all workers"
-    option("--stale", type=float, default=STALE_SECONDS, help=stale)
-    option("--grace-seconds", type=float, default=60.0, help="seconds to save (default 60)")
-    option("--no-wait", action="store_true", help="end when no job is free, though others run some")
-    option("--program", default="", help="command of a training script of your own")
-    option(
+    parser.add_argument("folder", help="folder of a sweep that was planned or started")
+    gpus = "auto, cpu or GPUs: 0,1"
+    parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)
+    parser.add_argument("--n-jobs", type=int, help="most jobs at once, as hydra.launcher.n_jobs")
+    parser.add_argument(
+        "--threads", help="threads of each process: a number, or auto (threads_per_process)"
+    )
+    parser.add_argument(
+        "--stale",
+        type=float,
+        default=STALE_SECONDS,
+        help="seconds without a sign of life after which a job is taken over (default 120); the "
+        "same for all workers",
+    )
+    parser.add_argument(
+        "--grace-seconds", type=float, default=60.0, help="seconds for jobs to save (default 60)"
+    )
+    parser.add_argument(
+        "--no-wait", action="store_true", help="end when no job is free, though others run some"
+    )
+    parser.add_argument("--program", default="", help="command of a training script of your own")
+    parser.add_argument(
         "--allow",
         action="append",
         default=[],

@@ -23,7 +23,7 @@ LINES = {
     "mtp_lightning/callbacks": 1_699,
     "mtp_lightning/certify": 1_050,
     "mtp_lightning/command_line": 1_275,
-    "mtp_lightning/cpu": 1_637,
+    "mtp_lightning/cpu": 1_636,
     "mtp_lightning/decoding": 4_603,
     "mtp_lightning/distributed": 1_207,
     "mtp_lightning/experiment": 2_851,
@@ -36,9 +36,9 @@ LINES = {
     "mtp_lightning/notebook": 505,
     "mtp_lightning/objective": 3_981,
     "mtp_lightning/optim": 385,
-    "mtp_lightning/run": 1_395,
+    "mtp_lightning/run": 1_397,
     "mtp_lightning/serving": 1_514,
-    "sweeps": 9_809,
+    "sweeps": 9_834,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (159, 20_333), "generate": (86, 11_939)}

@@ -31,7 +31,8 @@ class ClaimMeasure:
     # Arms of plain runs; the measure is then the compute-equivalent gain in the tag over them, seed
     # by seed (`sweeps/report/equivalent.py`). Empty for the value itself.
     curve: tuple[str, ...] = ()
-    # (arm, its plain arms) for arms that have another curve, such as those of another size.
+    # (arm, its plain arms) for arms that are compared with another curve, such as those of another
+    # size.
     own_curves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     part: str = "total"  # which gain: `total`, or only its `effect`
 

@@ -64,7 +64,8 @@ class ArmRun:
 
     @property
     def minutes(self) -> float:
-        """Its wall time, at least its training time: a continued run only knows its last start."""
+        """Its wall time in minutes. A continued run only knows its last start, so its training time
+        is the lower bound."""
         training = self.costs.get("seconds", 0.0) / 60
         if not (self.done and self.started and self.ended):
             return training
@@ -133,7 +134,8 @@ def _value(run: RunRecord, measure: ClaimMeasure) -> float | None:
 
 
 def curve_of(run: RunRecord) -> list[tuple[float, float]]:
-    """(FLOPs up to its middle, mean loss) of each part of a finished run; empty if one has none."""
+    """(FLOPs up to its middle, mean loss in nats per token) of each part of a finished run; empty
+    if a part has no value."""
     steps, flops = run.final("step"), run.final("flops")
     if not steps or not flops:
         return []

@@ -87,7 +87,8 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
 
 
 def _unlike(setting: Setting, plain: Setting) -> str:
-    """Why heads do not compare with plain training of another size, length or text; else empty."""
+    """Why heads are not compared with plain training of another size, length or text, unless asked
+    for; empty if they are."""
     if not plain.is_plain or setting.is_plain:
         return ""
     groups = ("trainer.max_steps", "model", "data", "tokenizer")

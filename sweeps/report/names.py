@@ -51,7 +51,8 @@ def axis_of(key: str) -> str:
 
 
 def in_words(tag: str) -> tuple[str, str]:
-    """A tag in words with its unit, or as it is if it has none; and where it improves."""
+    """A tag in words with its unit, and the direction in which it improves; a tag that has no words
+    stays as it is."""
     for pattern, (words, better) in _words("names.yaml")["tags"].items():
         if match := re.fullmatch(pattern, tag):
             return words.format(*match.groups()), better

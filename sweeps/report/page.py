@@ -222,7 +222,8 @@ def configs(runs: Sequence[RunRecord]) -> dict[str, dict[str, str]]:
 
 
 def _typed_config(run: RunRecord) -> dict[str, str]:
-    """A run's config as typed, without paths: those of its own files follow from its folder."""
+    """A run's config as it would be typed, without paths: those of the run's own files follow from
+    its folder."""
     folder = run.config.get("paths.output_dir") or run.folder
     return {
         k: show(v)

@@ -92,7 +92,8 @@ class Paired:
     difference: Interval  # interval of `setting - reference` over the seeds that both have
     # Two-sided p-value of the paired t-test; None with fewer than two pairs or without noise.
     p: float | None
-    # Several seeds all have the same difference up to rounding: a fact, which needs no test.
+    # Several seeds all have the same difference up to rounding: a fact about this data, which needs
+    # no test.
     constant: bool = False
 
 

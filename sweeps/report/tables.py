@@ -107,7 +107,8 @@ def of_gains(family: Family, number: int = 0) -> Table:
 
 
 def of_floors(settings: Settings) -> Table:
-    """How often drafts are rejected, and how much of it no head avoids; no rows if not measured."""
+    """How often drafts are rejected, and how much of that no head could avoid; without rows if no
+    run measured it."""
     table = _table("floors")
     for setting in settings.all:
         tags = {tag for run in setting.done for tag in run.summary}
