@@ -261,9 +261,9 @@ class MTPModel(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile every block in place, which leaves the keys of checkpoints unchanged."""
-        self.compiled = True
         from torch._functorch import config
 
+        self.compiled = True
         # A backward pass that reuses buffers of its graph runs once, and rules such as cosine_gate
         # run one per task.
         config.donated_buffer = False

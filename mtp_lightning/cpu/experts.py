@@ -46,13 +46,12 @@ def mix_experts(
 ) -> Tensor:
     """``nn.experts.routed_experts``."""
     inputs = x_MC, chosen_MK, gates_MK, gate_up, down
-    pays = torch.is_grad_enabled()
-    if not pays:
-        if x_MC.shape[0] <= MAX_VERIFY_WIDTH or is_batch_invariant():
-            return _one_by_one(*inputs)
-        small = down[0].numel() <= _SMALL_EXPERT
-        pays = small or chosen_MK.numel() >= _MIN_ROWS_OF_EXPERT * len(down)
-    if pays and fits(x_MC, gate_up, down):
+    learns = torch.is_grad_enabled()
+    if not learns and (x_MC.shape[0] <= MAX_VERIFY_WIDTH or is_batch_invariant()):
+        return _one_by_one(*inputs)
+    small = down[0].numel() <= _SMALL_EXPERT
+    many = chosen_MK.numel() >= _MIN_ROWS_OF_EXPERT * len(down)
+    if (learns or small or many) and fits(x_MC, gate_up, down):
         return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
     return routed_experts.plain(*inputs)
 

@@ -15,6 +15,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.registry import NotAllowed
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
+from mtp_lightning.run.status import state_of
 from mtp_lightning.weights import StoredModel, require_held
 
 _KINDS = (
@@ -130,8 +131,6 @@ def describe_interrupt(folder: Path) -> str:
     last = folder / CHECKPOINTS / LAST
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."
-    from mtp_lightning.run.status import state_of
-
     again = f"the same command with {shlex.quote(f'run_dir={folder}')}"
     if state_of(folder) == "running":  # a sweep's job, which ends before the sweep says so
         again = "the command of its sweep"

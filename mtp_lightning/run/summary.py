@@ -191,14 +191,17 @@ def _number(value: float | None, form: str) -> str:
 def _share(summary: dict[str, Any], key: str) -> str:
     if key not in summary:
         return ""
-    names = (key, f"{key}_low", f"{key}_high")
-    percent = {name: 100 * summary[name] for name in names if name in summary}
+    percent = {name: 100 * summary[name] for name in (key, *_bounds(key)) if name in summary}
     return f"{percent[key]:.1f}%" + _interval(percent, key, "{:.1f}")
 
 
 def _interval(summary: dict[str, Any], key: str, form: str) -> str:
-    bounds = [summary[name] for end in ("low", "high") if (name := f"{key}_{end}") in summary]
+    bounds = [summary[name] for name in _bounds(key) if name in summary]
     return f" [{', '.join(map(form.format, bounds))}]" if bounds else ""
+
+
+def _bounds(key: str) -> tuple[str, str]:
+    return f"{key}_low", f"{key}_high"
 
 
 def _git_commit() -> str | None:
