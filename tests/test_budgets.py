@@ -36,7 +36,7 @@ LINES = {
     "mtp_lightning/notebook": 505,
     "mtp_lightning/objective": 3_981,
     "mtp_lightning/optim": 385,
-    "mtp_lightning/run": 1_397,
+    "mtp_lightning/run": 1_404,
     "mtp_lightning/serving": 1_514,
     "sweeps": 9_834,
 }

@@ -120,14 +120,21 @@ def _rates(summary: dict[str, Any], depth: int) -> Any:
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
         rates.add_column("own text", justify="right")
+    notes = []
+    if any(f"val/agreement_depth_{k}" in summary for k in range(1, depth + 1)):
+        notes += [
+            "agreement: how often the first choice is that of depth 0",
+            "overlap: sum over tokens of the smaller of both probabilities",
+        ]
     if "decode/n_prompts" in summary:
         prompts, tokens = summary["decode/n_prompts"], summary["decode/new_tokens"]
         decoded = f"{prompts:.0f} prompts x {tokens:.0f} tokens, greedy"
-        rates.caption = f"accepted: {decoded}; 95 % interval over the prompts"
+        notes.append(f"accepted: {decoded}; 95 % interval over the prompts")
         if expected:
-            rates.caption += "\nown text: agreement in the texts that were decoded"
+            notes.append("own text: agreement in the texts that were decoded")
     elif "not_decoded" in summary:
-        rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
+        notes.append(f"accepted: nothing was decoded, {summary['not_decoded']}")
+    rates.caption = "\n".join(notes)
     for k in range(depth + 1):
         shares = [f"val/{name}_depth_{k}" for name in ("accuracy", "agreement", "overlap")]
         accepted = _share(summary, f"decode/acceptance_position_{k}")

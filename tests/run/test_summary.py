@@ -32,6 +32,7 @@ def test_acceptance_is_shown_with_its_interval_and_setting(monkeypatch, capsys, 
     assert "1.98 [1.90, 2.05]" in shown
     assert "[55.0, 61.7]" in shown and (expected or "58.4% [55.0, 61.7]" in shown)
     assert "64 prompts x 64 tokens, greedy" in shown
+    assert "agreement: " in shown and "overlap: " in shown
     assert "…" not in shown
 
 
