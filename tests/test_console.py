@@ -152,3 +152,16 @@ def test_the_jobs_of_a_sweep_get_odd_paths_literally(base: Path) -> None:
     stored = [yaml.safe_load(file.read_text())["data"]["paths"] for file in configs]
     assert stored == [f"{ODD}/文本, 1.txt"] * 2
     assert "2 done before" in app("train", "-m", *arguments, cwd=base)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_imports_made_is_unfrozen_at_the_end_where_triton_would_call_it_leaked(used: bool):
+    program = (
+        "import atexit, gc, sys, types\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+        "from mtp_lightning.apps import imports\n"
+        "with imports(): pass\n"
+        f"{used} and sys.modules.update(triton=types.ModuleType('triton'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [str(not used)]

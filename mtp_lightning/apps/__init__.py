@@ -8,6 +8,7 @@ sentence with this project's remedy (``hydra_errors.py``).
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import importlib
 import logging
@@ -132,6 +133,13 @@ def imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(_unfreeze)
+
+
+def _unfreeze() -> None:
+    """At the end, Triton's libraries report what is still frozen as leaked."""
+    if "triton" in sys.modules:
+        gc.unfreeze()
 
 
 class Check(Callback):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
+from time import perf_counter
 
 import torch
-from torch.utils.benchmark import Timer
 
 # TFLOP/s of dense matrix products with fp32 accumulation, from the vendors' data sheets (which
 # print twice as much, for sparse matrices), by the words of the device's name. fp16 equals bf16.
@@ -82,9 +81,14 @@ def measure_matmul_rate(
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
-    product = partial(torch.mm, a, b, out=torch.empty_like(a))
-    timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
-    with torch.no_grad():
-        times = timer.blocked_autorange(min_run_time=seconds).times
+    out = torch.empty_like(a)
+    times: list[float] = []
+    # Not torch.utils.benchmark: its import loads setuptools, and warns of CUDA without a GPU.
+    while sum(times[1:]) < seconds:  # the first product prepares the others
+        began = perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(perf_counter() - began)
     flops = 2.0 * size**3
-    return MatmulRate(fastest=flops / min(times), typical=flops / median(times))
+    return MatmulRate(fastest=flops / min(times[1:]), typical=flops / median(times[1:]))
