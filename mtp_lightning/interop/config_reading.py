@@ -207,6 +207,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
+    "is_causal": (True,),
     "use_sliding_window": (False, None),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),

@@ -33,6 +33,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"hidden_act": "gelu"},
     {"attention_bias": True},
     {"mlp_bias": True},
+    {"is_causal": False},
     {"rope_scaling": {"type": "linear", "factor": 40}},
     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
