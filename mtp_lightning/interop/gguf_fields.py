@@ -194,7 +194,8 @@ def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:
     defaults = {"first_k_dense": 0, "n_shared": 0, "scaling": 1.0, "n_groups": 1}
     defaults["top_groups"] = need(_EXPERTS["n_groups"], 1)
     fields = {EXPERTS[own]: need(key, defaults.get(own)) for own, key in _EXPERTS.items()}
-    fields["norm_topk_prob"] = bool(need("expert_weights_norm", True))
+    # llama.cpp divides by the weights' sum only where the file says so, and always for qwen3moe.
+    fields["norm_topk_prob"] = bool(need("expert_weights_norm", kind == "qwen3_moe"))
     if kind == "qwen3_moe":
         # A list of a forged number could take all memory, before the number is checked.
         dense = range(fields["first_k_dense_replace"])

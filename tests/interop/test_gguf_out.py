@@ -407,6 +407,7 @@ def test_copies_of_embedding_and_head_are_compared_unless_a_quantizer_rounded_th
         ("glm4moe.nextn_predict_layers", 1 << 30, "n_layers|num_nextn_predict_layers"),
         ("glm4moe.attention.key_length", 1 << 40, "forged: it says head_dim"),
         ("glm4moe.leading_dense_block_count", 1 << 40, "forged: it says first_k_dense_replace"),
+        ("glm4moe.expert_weights_norm", None, "has norm_topk_prob=False"),  # as llama.cpp
         ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
         ("general.architecture", "bert", "bert, which cannot be imported"),
         ("split.count", 2, "is one of 2 parts: join them"),
