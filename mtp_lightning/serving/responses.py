@@ -138,7 +138,10 @@ class Completion:
         return {
             "tokens": [text(logprob.token) for logprob in logprobs],
             "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
-            "top_logprobs": [{text(t): _finite(p) for t, p in logprob.top} for logprob in logprobs],
+            "top_logprobs": [
+                {text(t): _finite(p) for t, p in (*logprob.top, (logprob.token, logprob.logprob))}
+                for logprob in logprobs
+            ],
             "text_offset": offsets,
         }
 

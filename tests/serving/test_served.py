@@ -143,7 +143,12 @@ def test_answers_have_the_log_probabilities_of_generate(run: OpenedModel, served
     assert drafts.rejected_prediction_tokens == expected.drafts - sum(expected.accepted_mask) > 0
     logprobs = choice.logprobs
     assert logprobs.token_logprobs == pytest.approx([p.logprob for p in expected.logprobs])
-    assert len(logprobs.tokens) == 30 and all(len(top) == 3 for top in logprobs.top_logprobs)
+    assert len(logprobs.tokens) == 30
+    # The chosen token is always among the alternatives, as one more if it is not likely.
+    chosen = zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
+    for (token, value), top in zip(chosen, logprobs.top_logprobs, strict=True):
+        assert top[token] == value and len(top) == 3 + (value < sorted(top.values())[-3])
+    assert {len(top) for top in logprobs.top_logprobs} == {3, 4}
     # Part of a character is named by its bytes.
     names = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in expected.token_ids}
     assert set(logprobs.tokens) == names and len(names) > 10
@@ -153,7 +158,9 @@ def test_answers_have_the_log_probabilities_of_generate(run: OpenedModel, served
         model=NAME, **{**fields, "prompt": list(b"import os")}, logprobs=0
     )
     assert ids.choices[0].text == expected.text
-    assert ids.choices[0].logprobs.top_logprobs == [{}] * 30
+    assert [list(top) for top in ids.choices[0].logprobs.top_logprobs] == [
+        [token] for token in ids.choices[0].logprobs.tokens
+    ]
 
 
 def test_streams_have_the_log_probabilities_of_whole_answers(served: Serving) -> None:
