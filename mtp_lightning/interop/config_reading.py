@@ -52,7 +52,7 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
         log.warning("%s names its own code (auto_map), which is not executed.", source)
     with _explained(source):
         _refuse_other_maths(fields, source)
-        _rope(fields, source)
+        rope_settings(fields, source)
         declared_depth(fields)
         context = max_positions(fields)
         if context < max_positions({**fields, "sliding_window": None}):
@@ -100,7 +100,7 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
     heads = present.get("num_attention_heads")
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
     fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
-    fields["rope_theta"], scaling = _rope(fields, source)
+    fields["rope_theta"], scaling = rope_settings(fields, source)
     shape = {own: fields[theirs] for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
     casts = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}
     shape |= {name: cast(shape[name]) for name, cast in casts.items()}
@@ -247,8 +247,8 @@ def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return name, fields.get(name) or {}
 
 
-def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary frequencies."""
+def rope_settings(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of the rotary frequencies that a ``config.json`` describes."""
     name, rope = _rotary(fields)
     if parts := [key for key, value in rope.items() if isinstance(value, Mapping)]:
         raise UserError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError, reason_of
-from mtp_lightning.interop import tensor_files
+from mtp_lightning.interop import config_reading, tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
 from mtp_lightning.interop.conversion import from_folder, pieces, weights_of
 from mtp_lightning.interop.tensor_files import CONFIG, SINGLE, StoredTensor, equal
@@ -47,10 +47,11 @@ _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "norm_before_residual": False,
+    "norm_output": False,
     "tie_word_embeddings": False,
 }
 # The values of missing fields.
-_DEFAULTS = {**_FIXED, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+_DEFAULTS = {**_FIXED, "rms_norm_eps": 1e-6}
 
 
 def fits(config: ModelConfig) -> bool:
@@ -116,9 +117,15 @@ def read(
     mtp.check_vocabulary(trunk)
     rows = mtp.draft_vocab or trunk.vocab_size
     wanted = _fields(config, torch.float32, max_positions=0)
+    _, wanted["rope_scaling"] = config_reading.rope_settings(wanted, source)
+    as_llama = {**fields, "model_type": "llama"}
+    config_reading.require_known(as_llama, source=source)
+    theta, scaling = config_reading.rope_settings(as_llama, source)
+    # Switches may also stand in eagle_config, where servers read them first.
+    stated = {**fields, **_nested(fields), "rope_theta": theta, "rope_scaling": scaling}
     defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
     for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
-        value = defaults.get(name) if fields.get(name) is None else fields[name]
+        value = defaults.get(name) if stated.get(name) is None else stated[name]
         if value != wanted[name]:
             raise UserError(
                 f"{source} has {name}={value}, and a layer on this trunk has {wanted[name]}: it "
@@ -162,6 +169,12 @@ def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> d
     }
 
 
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``eagle_config``, SGLang's part of a ``config.json``."""
+    nested = fields.get("eagle_config")
+    return nested if isinstance(nested, dict) else {}
+
+
 def _stack(
     fields: dict[str, Any], trunk: TrunkConfig, source: str, allow: Collection[str]
 ) -> EagleConfig:
@@ -176,8 +189,8 @@ def _stack(
         return mtp
     vocab = fields.get("draft_vocab_size")
     layers = fields.get("eagle_aux_hidden_state_layer_ids")
-    if layers is None and isinstance(fields.get("eagle_config"), dict):
-        indices = fields["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
+    if layers is None:
+        indices: Any = _nested(fields).get("eagle_aux_hidden_state_layer_ids")
         whole = isinstance(indices, list) and all(map(is_whole, indices))
         layers = [n + 1 for n in indices] if whole else indices
     if layers is not None and not (isinstance(layers, list) and all(map(is_whole, layers))):

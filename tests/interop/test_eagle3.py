@@ -132,6 +132,7 @@ def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
         "vllm": {"eagle_config": None},
         "sglang": {"eagle_aux_hidden_state_layer_ids": None},
         "release": {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None},
+        "transformers5": {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}},
     }.items():
         folders.write(tmp_path / name, model)
         rewrite(tmp_path / name, **changes)
@@ -151,8 +152,13 @@ def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "is not the folder of a LlamaForCausalLMEagle3"),
         ({"hidden_size": 64}, "has hidden_size=64, and a layer on this trunk has 32"),
         ({"rope_theta": None}, "has rope_theta=10000.0"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "has rope_theta=1000000.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_scaling of type linear"),
+        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5"),
         ({"num_hidden_layers": 2}, "has num_hidden_layers=2"),
         ({"norm_before_residual": True}, "has norm_before_residual=True"),
+        ({"norm_output": True}, "has norm_output=True"),
+        ({"eagle_config": {"norm_output": True}}, "has norm_output=True"),
         ({"draft_vocab_size": 51}, "d2t in .* is not a table of 51"),
         ({"draft_vocab_size": 10**12}, "draft_vocab=1000000000000, but the model has 264"),
         ({"draft_vocab_size": "many"}, "mtp.draft_vocab must be a whole number"),
