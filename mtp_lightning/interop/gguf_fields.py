@@ -128,6 +128,7 @@ def to_json(
         "max_position_embeddings": need("context_length", 2048),
         "tie_word_embeddings": "output.weight" not in tensors,
         "num_nextn_predict_layers": depth,
+        "is_causal": need("attention.causal", True),
         DRAFT_VOCAB: get(DRAFTED),
     }
     if isinstance(spread := get(SPREAD), float):

@@ -181,9 +181,10 @@ def _refuse_stretched(path: Path, header: Header) -> None:
     fields = header.fields.items()
     types = {name: value for name, value in fields if name.endswith(".rope.scaling.type")}
     found = [f"{name}={value}" for name, value in types.items() if value != "none"]
+    ends: tuple[str, ...] = (".rope.scaling.attn_factor",)
     if not types:  # older files have only factors
-        ends = (".rope.scaling.factor", ".rope.scale_linear")
-        found += [f"{name}={x}" for name, x in fields if name.endswith(ends) and x not in (0, 1)]
+        ends += (".rope.scaling.factor", ".rope.scale_linear")
+    found += [f"{name}={x}" for name, x in fields if name.endswith(ends) and x not in (0, 1)]
     if found:
         raise UserError(
             f"{path} has {found[0]}, and positions stretched so are not read from GGUF: import the "

@@ -437,6 +437,14 @@ def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
         read_folder(file)
 
 
+def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
+    def of_embeddings(writer: Any) -> None:
+        writer.add_causal_attention(False)
+
+    with pytest.raises(UserError, match="has is_causal=False, which this project"):
+        read_folder(write_gguf(tmp_path / "tiny.gguf", kind="qwen2", extra=of_embeddings))
+
+
 def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
     """Computed as llama.cpp's converter does, from wavelengths."""
     config = transformers.LlamaConfig(
@@ -475,7 +483,11 @@ def scaled(writer: Any) -> None:
     writer.add_float32("llama.rope.scale_linear", 4.0)  # older files name no type
 
 
-@pytest.mark.parametrize("extra", [stretched, scaled])
+def magnified(writer: Any) -> None:
+    writer.add_rope_scaling_attn_factors(1.2)  # llama.cpp applies it whatever the type
+
+
+@pytest.mark.parametrize("extra", [stretched, scaled, magnified])
 def test_rope_scaling_that_transformers_ignores_is_refused(extra: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stretched so are not read from GGUF"):
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
