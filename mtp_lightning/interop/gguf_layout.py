@@ -203,6 +203,14 @@ def _require_plain(trunk: TrunkConfig, kind: str) -> None:
             f"model.attention.norm_eps={latent.norm_eps:g} with model.norm_eps="
             f"{trunk.norm_eps:g} cannot be written as GGUF: deepseek2 has one epsilon for all."
         )
+    # is_lite in llama.cpp's src/models/deepseek2.cpp
+    lite = trunk.n_layers in (26, 27) or (trunk.n_layers, trunk.vocab_size) == (48, 128_256)
+    if isinstance(latent, LatentAttentionConfig) and lite and latent.q_rank is not None:
+        raise UserError(
+            f"model.n_layers={trunk.n_layers} with model.attention.q_rank={latent.q_rank} cannot "
+            "be written as GGUF: llama.cpp takes such a model for DeepSeek-V2-Lite, which has no "
+            "query latent. Export a folder."
+        )
 
 
 def entries(layout: Layout) -> Iterator[GGUFEntry]:

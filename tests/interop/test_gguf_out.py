@@ -23,8 +23,9 @@ from mtp_lightning.interop import gguf_tokenizer, gguf_writing, llama_cpp, readi
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.verify import CheckFailed
-from mtp_lightning.model import MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
@@ -145,6 +146,16 @@ def test_heads_that_llama_cpp_does_not_read_are_named(
 def test_trunks_that_llama_cpp_does_not_compute_are_refused(trunk: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
+
+
+@pytest.mark.parametrize("sizes", [{"n_layers": 27}, {"n_layers": 48, "vocab_size": 128_256}])
+def test_trunks_that_llama_cpp_takes_for_lite_ones_are_refused(sizes: dict[str, int]) -> None:
+    """It knows them by their numbers of layers, and reads no query latent."""
+    trunk = replace(TRUNKS["deepseek-shared"], **sizes)
+    with pytest.raises(UserError, match=f"model.n_layers={sizes['n_layers']} .*DeepSeek-V2-Lite"):
+        layout_of(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
+    plain = replace(trunk, attention=replace(trunk.attention, q_rank=None))
+    assert layout_of(ModelConfig(trunk=plain, mtp=NoMTPConfig())).arch == "deepseek2"
 
 
 def test_llama_3s_scaling_is_written_without_modules(tmp_path: Path) -> None:
