@@ -159,7 +159,8 @@ def _work() -> None:
     """The worker's loop, which ends with the main process."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output that a library prints must not mix with the answers
-    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the main process has ended
+    # The main process has ended; closing the answers fails, too, on one that nobody reads.
+    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError), answers:
         state, dtype = pickle.load(questions)
         tokenizer, overlap = tokenizer_from_state(state), LineOverlap()
         while True:
