@@ -46,7 +46,7 @@ def profile_step(built: Training, *, n_steps: int, seconds_per_step: float) -> l
         ``operators`` and ``gflop`` per step, and ``products_ms``: what its products would take at
         the rate of the fastest product of 1024^3.
     """
-    watch = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    watch = profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True)
     with _step_spans(built.model, built.optimizer), watch, record_function(_MARK + STEP):
         for _ in range(n_steps):
             built.step()
