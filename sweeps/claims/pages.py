@@ -18,7 +18,7 @@ from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.stored import read_json
 from sweeps.claims import words
 from sweeps.claims.claim import CPU, Claim, Stored, is_stale
-from sweeps.claims.decide import FAILS, HOLDS
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
 from sweeps.claims.figure import caption, files_of, seeds_and_size
 from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
@@ -267,7 +267,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         {
             "head": entry["arm"],
             "number": _number(entry),
-            "decided": entry["verdict"] == HOLDS,
+            "decided": entry["verdict"] != UNDECIDED,
         }
         for claim, result in _measured(by_name, _GROWTH)
         for entry in words.entries(result)

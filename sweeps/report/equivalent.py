@@ -169,7 +169,7 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
     gain_by_seed = {
         run.seed: gain_over([runs[run.seed] for runs in curve if run.seed in runs], spent[run.seed])
         if run.seed in spent
-        else "it has no FLOPs or no finite loss"
+        else "it stopped early, or has no FLOPs or no finite loss"
         for run in arm.done
     }
     gains = [gain for gain in gain_by_seed.values() if isinstance(gain, Gain)]
@@ -185,6 +185,8 @@ def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
     """The compute and the final loss of a setting's runs, by seed."""
     spent = {}
     for run in setting.done:
+        if run.fact("stopped_early"):  # its learning rate has not decayed
+            continue
         flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
         if flops and flops > 0 and steps and loss is not None and math.isfinite(loss):
             spent[run.seed] = Spent(flops=flops, loss=loss, steps=steps)

@@ -216,6 +216,15 @@ def test_a_plain_curve_has_only_comparable_runs_of_its_seed(tmp_path: Path) -> N
     assert len(family.plain) == 2
 
 
+def test_an_arm_that_stopped_early_has_no_gain(tmp_path: Path) -> None:
+    priced_sweep(tmp_path)
+    summary = tmp_path / "sequential-1" / "summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "stopped_early": True}))
+    (family,) = families(settings_of(tmp_path))
+    stopped = {arm.total is None for arm in family.arms if "seed 1: it stopped early" in arm.why}
+    assert stopped == {True}
+
+
 def test_a_length_that_a_seed_has_not_finished_is_on_no_seeds_curve(tmp_path: Path) -> None:
     priced_sweep(tmp_path / "a")
     (tmp_path / "a" / f"none_{BUDGETS[2]}-1" / "summary.json").unlink()

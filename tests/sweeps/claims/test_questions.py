@@ -69,7 +69,7 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     assert f"](results/{small.label}.svg)" in text and f"{GAIN}.svg" not in text
     # The growth of every head's gain.
     growth = read_claim("gain_growth_600k")
-    grown = entry("sequential_600k", 1.5, low=1.2, high=1.8, n=5, verdict="holds")
+    grown = entry("sequential_600k", 1.5, low=1.2, high=1.8, n=5, verdict="does not hold")
     grown = [grown, {**grown, "arm": "parallel_600k", "verdict": "undecided"}]
     both = [(claim, result(claim, predictions)), (growth, result(growth, grown))]
     text = answers(both, tmp_path)
