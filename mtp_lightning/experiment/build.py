@@ -40,10 +40,10 @@ _LONG = ("tokenizer_json", "beside")
 
 
 def build_data(
-    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, imported: bool = False
 ) -> WindowDataModule:
     """Build and prepare the data module, with the tokenizer that comes with the weights, or else
-    the config's. One that came with an imported trunk (``brought``) may differ from the config's,
+    the config's. One that came with an imported trunk (``imported``) may differ from the config's,
     unless the command line sets that.
 
     Raises:
@@ -57,7 +57,7 @@ def build_data(
     arguments = build_mtp(cfg).data_options
     if tokenizer_state is not None:
         arguments["tokenizer"] = tokenizer_from_state(tokenizer_state)
-        if "task" not in cfg.data and (typed or not brought):
+        if "task" not in cfg.data and (typed or not imported):
             _require_same_tokenizer(cfg, arguments["tokenizer"], tokenizer_state)
     elif "task" not in cfg.data:
         tokenizer = arguments["tokenizer"] = instantiate(cfg.tokenizer, kind=Tokenizer)

@@ -9,7 +9,6 @@ model lacks are dropped; a log message lists both.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,47 +21,20 @@ from omegaconf import DictConfig, OmegaConf
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
-from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.last_block import read_text
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import read_model
 from mtp_lightning.run.config import describe_differences
-from mtp_lightning.run.loading import brought_trunk
 from mtp_lightning.stored import targets
 from mtp_lightning.weights import Stored, StoredModel, load_weights
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
 
-log = logging.getLogger(__name__)
-
 # Tokens on which mtp.init=last_block measures the trunk. More would cost more time than they save.
 _BEGINNING_TOKENS = 8192
 # Keys of a stack that change how its modules are trained, not their tensors.
 _TRAINING = ("init", "freeze_trunk", "detach")
-
-
-def brought_model(
-    config: DictConfig, checkpoint: dict[str, Any] | None
-) -> tuple[StoredModel | None, dict[str, Any] | None, TrunkConfig | None]:
-    """The model of ``init_from``, the state of its tokenizer, and its trunk if that replaces the
-    config's. A run that has a checkpoint takes tokenizer and trunk from there and needs no model,
-    since the original may have changed or be gone."""
-    allow = trusted_packages(config)
-    if checkpoint is not None:
-        trunk = None
-        if brought_trunk(checkpoint):
-            trunk = ModelConfig.from_dict(checkpoint["model_config"], allow=allow).trunk
-        return None, checkpoint.get("tokenizer"), trunk
-    start = read_model(config.init_from, allow=allow)
-    if start.brings_trunk and start.tokenizer_state is None:
-        log.warning(
-            "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
-            "which must be those that the model was trained with.",
-            start.path,
-        )
-    return start, start.tokenizer_state, start.config.trunk if start.brings_trunk else None
 
 
 def adopt_trunk(config: DictConfig, trunk: TrunkConfig, start: StoredModel | None) -> DictConfig:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.instantiate import trusted_packages
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.processes import Peers
@@ -76,13 +77,30 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     if content is not None and not {"model_config", "config"} <= content.keys():
         raise UserError(f"{checkpoint} is of another program: take another run_dir or branch_from.")
     origin = Origin(checkpoint=checkpoint, content=content, branches=branches)
-    # A pretrained tokenizer is that of the checkpoint, wherever its file lies now.
-    if config.init_from is None and (content is None or "path" not in config.tokenizer):
-        return origin
-    from mtp_lightning.experiment.init_from import brought_model
+    allow = trusted_packages(config)
+    if content is not None:
+        # Tokenizer and imported trunk are the checkpoint's: their files may have changed since.
+        if config.init_from is None and "path" not in config.tokenizer:
+            return origin
+        from mtp_lightning.run.loading import has_imported_trunk
 
-    start, state, trunk = brought_model(config, content)
-    return replace(origin, start=start, tokenizer_state=state, trunk=trunk)
+        trunk = None
+        if has_imported_trunk(content):
+            trunk = ModelConfig.from_dict(content["model_config"], allow=allow).trunk
+        return replace(origin, tokenizer_state=content.get("tokenizer"), trunk=trunk)
+    if config.init_from is None:
+        return origin
+    from mtp_lightning.opening import read_model
+
+    start = read_model(config.init_from, allow=allow)
+    if start.brings_trunk and start.tokenizer_state is None:
+        log.warning(
+            "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
+            "which must be those that the model was trained with.",
+            start.path,
+        )
+    trunk = start.config.trunk if start.brings_trunk else None
+    return replace(origin, start=start, tokenizer_state=start.tokenizer_state, trunk=trunk)
 
 
 def _newest(folder: Path) -> str | None:

@@ -130,7 +130,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         model_config = build_model_config(config, origin.start.config.trunk.vocab_size)
         check_start(model_config.on_meta(), origin.start)
     with peers.in_turn():
-        data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
+        data = build_data(config, origin.tokenizer_state, imported=origin.trunk is not None)
     stored = config.copy()
     stored.data.update(data.resolved_settings())
     config, matched = apply_match(stored, data.tokenizer.vocab_size)

@@ -43,14 +43,14 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         config=config,
         weights=weights,
         tokenizer_state=checkpoint["tokenizer"],
-        brings_trunk=brought_trunk(checkpoint),
+        brings_trunk=has_imported_trunk(checkpoint),
         run_config=checkpoint["config"],
         step=checkpoint["global_step"],
         threads=checkpoint.get("threads"),
     )
 
 
-def brought_trunk(checkpoint: dict[str, Any]) -> bool:
+def has_imported_trunk(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint's run imported its trunk. Only such a run's config has the size of the
     vocabulary; otherwise the tokenizer decides it."""
     return "vocab_size" in checkpoint.get("config", {}).get("model", {})
