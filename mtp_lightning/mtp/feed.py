@@ -41,7 +41,7 @@ class LossTarget(Protocol):
         """Add the losses to the target's total, weighted by ``counts_R`` (default: its own)."""
 
 
-class Loss(ABC):
+class StackLoss(ABC):
     """A loss that the stack computes and adds to its targets' totals itself.
 
     Attributes:
@@ -62,6 +62,7 @@ class Loss(ABC):
             rows: the chunk's positions among the B x T.
             logits_NV: the logits of all their hidden states, which it may overwrite.
             targets: the prediction's targets at these rows.
+            needs_gradient: whether the gradient is used; if not, it may be None.
 
         Returns:
             The gradient with respect to the logits [N, V], and a factor of its rows that is still
@@ -111,7 +112,7 @@ class Prediction:
     train_head: bool = True
     needs_gradient: bool = True
     head: HeadWeight | None = None
-    loss: Loss | None = None
+    loss: StackLoss | None = None
     gradient: Tensor | None = None
 
     @property
@@ -257,7 +258,7 @@ class OneState(Feed):
         return [added(prediction.gradient for prediction in predictions)]
 
 
-class OwnLoss(Loss):
+class OwnLoss(StackLoss):
     """A stack's own loss, computed from logits of its own matrix.
 
     A subclass defines :meth:`value`, and may override :meth:`gradient` with a closed form.

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
+from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, StackLoss, ThroughHead
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.batch_invariant import by_row
 from mtp_lightning.nn.config import TrunkConfig
@@ -179,7 +179,7 @@ class MixtureFeed(Feed):
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
 
 
-class JointLoss(Loss):
+class JointLoss(StackLoss):
     """The losses of all K depths, from the logits of their components.
 
     Args:

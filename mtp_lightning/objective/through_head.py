@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.mtp.chunk import Teacher, TermGradients
-from mtp_lightning.mtp.feed import HeadWeight, Loss, Prediction
+from mtp_lightning.mtp.feed import HeadWeight, Prediction, StackLoss
 from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
@@ -110,7 +110,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) 
             if p.depth:
                 left = rows_left(rows, p.targets[0].shift, main_MC)
                 # The chunk has no name here, so that run_chunk can free it.
-                p.run_chunk(left, log_probs(p.h_NC[left], p.weight), p.teacher_of_rows(teacher))
+                p.run_chunk(left, log_probs(p.h_NC[left], p.weight), p.over_head_tokens(teacher))
         del teacher
         for p in passes:  # last, since it overwrites the teacher's log-probabilities
             if not p.depth:
@@ -148,7 +148,7 @@ class _HeadPass:
         self.depth = self.targets[0].depth
         h, trains_hidden = prediction.hidden, prediction.needs_gradient
         self.trains_weight = prediction.trains_head(shared)
-        self.needs_gradient = trains_hidden or self.trains_weight
+        self.learns = trains_hidden or self.trains_weight
         self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
         self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if trains_hidden else None
 
@@ -157,11 +157,11 @@ class _HeadPass:
         loss = self.prediction.loss
         width, states = (1, 1) if loss is None else (loss.width, loss.states)
         size = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
-        alone = self.needs_gradient and len(self.targets) == 1
-        fused = compiled and alone and self.targets[0].term.of_token
+        single = self.learns and len(self.targets) == 1
+        fused = compiled and single and self.targets[0].term.of_token
         for rows in chunks(self.h_NC.shape[0] // states, max(1, size // states)):
             if loss is not None:
-                self._run_own_loss(rows, loss, main_MC)
+                self._run_stack_loss(rows, loss, main_MC)
             elif fused:
                 self._run_compiled(rows)
             else:
@@ -173,7 +173,7 @@ class _HeadPass:
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
 
-    def teacher_of_rows(self, teacher: Teacher) -> Teacher:
+    def over_head_tokens(self, teacher: Teacher) -> Teacher:
         """The teacher, given that the token is one of those that the head has rows for."""
         if self.head.tokens_N is None:
             return teacher
@@ -186,7 +186,7 @@ class _HeadPass:
         """Losses and gradients at some positions; overwrites their log-probabilities."""
         h_RC = self.h_NC[rows]
         targets = [ChunkTarget(target, rows, teacher) for target in self.targets]
-        if not self.needs_gradient:
+        if not self.learns:
             for target in targets:
                 target.add_to_total(target.value(log_q_RV, h_RC))
             return
@@ -216,14 +216,14 @@ class _HeadPass:
         target.add_to_total(value_R)
         self._propagate(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
 
-    def _run_own_loss(self, rows: slice, loss: Loss, main_MC: Tensor | None) -> None:
+    def _run_stack_loss(self, rows: slice, loss: StackLoss, main_MC: Tensor | None) -> None:
         """:meth:`run_chunk` with a loss that the stack computes."""
         inner = slice(rows.start * loss.states, rows.stop * loss.states)
         h_NC, targets = self.h_NC[inner], [ChunkTarget(target, rows) for target in self.targets]
         if main_MC is not None:
             self._teach(targets, rows, main_MC)
         logits_NV = matmul_transposed(h_NC, self.weight)
-        gradient = loss(rows, logits_NV, targets, self.needs_gradient)
+        gradient = loss(rows, logits_NV, targets, self.learns)
         del logits_NV
         if gradient is not None:
             d_logits_NV, scale_N1 = gradient
