@@ -114,21 +114,19 @@ def prepass(
     dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
     tokens, shifts = tokens_of(targets), {target.depth: target.shift for target in targets}
 
-    def measure_prediction(k: int, hidden: Tensor) -> Prediction:
-        measure_targets = []
-        for measure in depth_measures if k else main_measures:
-            values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
-            values[measure.name][k] = values_BT
-            measure_targets.append(
-                DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=values_BT)
-            )
-        prediction = feed.prediction(k, hidden, measure_targets)
-        prediction.needs_gradient = False
-        return prediction
-
     main = [[(0, feed.main)]] if main_measures else []
     for group in itertools.chain(main, feed.state_groups() if depth_measures else ()):
-        predictions = [measure_prediction(k, hidden) for k, hidden in group]
+        predictions = []
+        for k, hidden in group:
+            measure_targets = []
+            for measure in depth_measures if k else main_measures:
+                values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
+                values[measure.name][k] = values_BT
+                measure_targets.append(
+                    DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=values_BT)
+                )
+            prediction = feed.prediction(k, hidden, measure_targets)
+            predictions.append(replace(prediction, needs_gradient=False))
         if predictions:
             through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)
     return values
