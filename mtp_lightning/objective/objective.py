@@ -179,7 +179,7 @@ class Objective:
         for rule in self.rules:
             rule.load_state_dict(state)
 
-    def losses(self, sums_KP: Tensor, counts: PositionCounts) -> Tensor:
+    def term_losses(self, sums_KP: Tensor, counts: PositionCounts) -> Tensor:
         """The mean loss of every depth and term [D + 1, P], from the step's summed losses, with the
         main prediction's in the first column; 0 where nothing was counted."""
         losses_KP = sums_KP.clone()
@@ -189,7 +189,7 @@ class Objective:
                 losses_KP[k, index] /= max(counts.of(k, term), 1)
         return losses_KP
 
-    def mixed(self, losses_KP: Tensor) -> Tensor:
+    def depth_losses(self, losses_KP: Tensor) -> Tensor:
         """The loss of every depth [D + 1]: the weighted sum of its terms."""
         weighted = [losses_KP[1:, i] * weight for i, (weight, _) in enumerate(self.terms)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))

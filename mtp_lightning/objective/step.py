@@ -162,8 +162,8 @@ class OptimizerStep:
             )
         plan = self.plan(batch, progress)
         sums_KP, auxiliary = self._forward_backward(plan, call_forward, backward, no_sync)
-        losses_KP = self.objective.losses(sums_KP, plan.counts)
-        losses = self.objective.mixed(losses_KP)
+        losses_KP = self.objective.term_losses(sums_KP, plan.counts)
+        losses = self.objective.depth_losses(losses_KP)
         gradients = self._measure(plan, progress)
         if gradients is not None:
             self.balance.gate(plan.lambdas, gradients)
