@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-def changes_states(model: MTPModel) -> str:
+def cache_obstacle(model: MTPModel) -> str:
     """Why the trunk's states for a window cannot be kept, with the remedy: the trunk is trained,
     the stack gives it other tokens in training, or it does not say which states it reads. Empty if
     they can."""
@@ -51,7 +51,7 @@ def changes_states(model: MTPModel) -> str:
             f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
             "other tokens in training: set data.cache_states=false."
         )
-    config = type(model.config.mtp)
+    config = type(mtp)
     # Another head's states would be read from the cache.
     if stack.branch is not MTPStack.branch and config.read_states is MTPConfig.read_states:
         return (
@@ -71,12 +71,11 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         UserError: the states change, or the cached ones are damaged.
         OSError: the disk is full.
     """
-    if reason := changes_states(model):
+    if reason := cache_obstacle(model):
         raise UserError(reason)
     device, precision = str(trainer.accelerator), str(trainer.precision)
     windows = data.training
     mtp = model.config.mtp
-    weight = model.head.weight
     key = digest(
         "trunk_states", _FORMAT, trunk_digest(model), data.fingerprint, data.seq_len,
         data.document_mask, data.batch_size, device, precision, ops.code()[0],
@@ -89,15 +88,14 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     def write(folder: Path) -> None:
         bar = progress("states of the trunk", len(windows) * data.seq_len, unit=" tokens")
         content = hashlib.blake2b(digest_size=16)
-        home = weight.device
-        training = model.training
+        home, training = model.head.weight.device, model.training
         model.to(device).train()
         # Written in order: a full disk is an error then, which a memory map would not report.
         file = (folder / STATES).open("wb")
 
-        def put(data: Any) -> None:
-            file.write(data)
-            content.update(data)
+        def put(part: Any) -> None:
+            file.write(part)
+            content.update(part)
 
         try:
             for start in range(0, len(windows), data.batch_size):

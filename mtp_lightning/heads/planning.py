@@ -17,7 +17,7 @@ from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.experiment.instantiate import instantiate
-from mtp_lightning.experiment.trunk_states import changes_states
+from mtp_lightning.experiment.trunk_states import cache_obstacle
 from mtp_lightning.heads.timing import fastest_precision, other_seconds, writing_speed
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
@@ -307,7 +307,7 @@ def _fitting(sketch: HeadsPlan, config: ModelConfig) -> HeadsPlan:
     return replace(
         sketch,
         draft_vocab=sketch.draft_vocab if shortens else None,
-        cache_states=not changes_states(model),
+        cache_states=not cache_obstacle(model),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
-from mtp_lightning.experiment.trunk_states import changes_states
+from mtp_lightning.experiment.trunk_states import cache_obstacle
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -144,5 +144,5 @@ def test_training_on_a_frozen_trunk_changes_only_the_head() -> None:
 
 
 def test_stored_states_of_the_trunk_are_refused() -> None:
-    reason = changes_states(masked(freeze_trunk=True))
+    reason = cache_obstacle(masked(freeze_trunk=True))
     assert "data.cache_states=true has no meaning for mtp=masked" in reason

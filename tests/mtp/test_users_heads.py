@@ -13,7 +13,7 @@ from torch import nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.trunk_states import changes_states
+from mtp_lightning.experiment.trunk_states import cache_obstacle
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.config import ModulesConfig
@@ -79,13 +79,13 @@ def test_kept_states_need_to_know_which_states_a_head_reads(tiny_trunk: TrunkCon
             return FirstBlock(self, [nn.Identity() for _ in range(self.depth)])
 
     config = FirstBlockConfig(depth=DEPTH, freeze_trunk=True)
-    assert "define read_states in FirstBlockConfig" in changes_states(build(tiny_trunk, config))
+    assert "define read_states in FirstBlockConfig" in cache_obstacle(build(tiny_trunk, config))
 
     class KeyedConfig(FirstBlockConfig, variant="keyed"):
         read_states = ("first block",)
 
     keyed = KeyedConfig(depth=DEPTH, freeze_trunk=True)
-    assert changes_states(build(tiny_trunk, keyed)) == ""
+    assert cache_obstacle(build(tiny_trunk, keyed)) == ""
 
 
 def test_only_a_stack_that_looks_further_asks_for_longer_windows() -> None:
