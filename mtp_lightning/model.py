@@ -229,7 +229,7 @@ class MTPModel(nn.Module):
             [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
         """
         inputs = StackInputs(
-            hidden=branch_BTC,
+            branch=branch_BTC,
             tokens=tokens,
             embedded=self.trunk.embedding(tokens),
             ctx=ctx,

@@ -228,7 +228,7 @@ class Plan:
             _, inputs = meta.run_trunk(window, depths)
             list(meta.mtp.states(inputs, depths))
         with torch.device("meta"), counted_flops() as block_flops:
-            Block(trunk)(inputs.hidden[..., : trunk.d_model], inputs.ctx)
+            Block(trunk)(inputs.branch[..., : trunk.d_model], inputs.ctx)
         return (all_flops.total - trunk_flops.total) / block_flops.total
 
     @cached_property

@@ -104,7 +104,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                 with mixed:
                     batch = windows[numbers].to(device)
                     final, inputs = model.run_trunk(batch, range(1, model.depth + 1))
-                branch = () if inputs.hidden is final else inputs.hidden.chunk(mtp.n_states, dim=-1)
+                branch = () if inputs.branch is final else inputs.branch.chunk(mtp.n_states, dim=-1)
                 states = torch.stack([final, *branch], dim=1).cpu()
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
                 if start == 0:

@@ -110,7 +110,7 @@ class MTPStack(nn.Module, ABC):
             previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
                 and if not, the branch.
         """
-        return inputs.hidden
+        return inputs.branch
 
     def reads(self, k: int) -> range:
         """How far ahead of a position depth ``k`` reads true tokens (teacher forcing); the empty
@@ -140,7 +140,7 @@ class MTPStack(nn.Module, ABC):
 
         A generator: a depth that no other depth reads is released when the next one is asked for.
         """
-        previous = inputs.hidden
+        previous = inputs.branch
         for k in self.with_prerequisites(active):
             version = None if previous.is_inference() else previous._version
             hidden = self.depth_state(k, inputs, previous)
@@ -159,7 +159,7 @@ class MTPStack(nn.Module, ABC):
         """The head's input of depth ``k``, refused if it is not a state of every target."""
         shape = list(getattr(hidden, "shape", ()))
         shared = [self.state_width(inputs.embedded.shape[-1])]
-        needed = [*inputs.hidden.shape[:-1], *(shared if self.own_head is None else shape[-1:])]
+        needed = [*inputs.branch.shape[:-1], *(shared if self.own_head is None else shape[-1:])]
         if shape != needed:
             raise UserError(
                 f"depth {k} of mtp={self.config.variant} gives {shape or type(hidden).__name__}, "

@@ -122,7 +122,7 @@ class TokensMLP(Correction):
         self.up = Linear((k + 1) * trunk.d_model, trunk.d_model)
 
     def forward(self, k: int, inputs: StackInputs) -> Tensor:
-        parts = [inputs.hidden, *(inputs.embedded_at(j) for j in range(1, k + 1))]
+        parts = [inputs.branch, *(inputs.embedded_at(j) for j in range(1, k + 1))]
         return self.down(F.silu(self.up(torch.cat(parts, dim=-1))))
 
 

@@ -299,7 +299,7 @@ class EagleMTP(Chain):
         return states if self.config.detach == "none" else states.detach()
 
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        hidden, entries = inputs.hidden, list[Entry]()
+        hidden, entries = inputs.branch, list[Entry]()
         for k in self.with_prerequisites(active):
             ctx = self._moved(inputs.ctx, k)
             hidden, entry = self.layer.step(hidden, self.token_input(k, inputs), ctx, entries)

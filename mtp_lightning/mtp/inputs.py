@@ -21,7 +21,7 @@ class StackInputs:
     newest positions of decoding.
 
     Attributes:
-        hidden: the trunk's state [B, T, C] that the stack starts from.
+        branch: the trunk's state [B, T, C] at the branch point, which the stack starts from.
         tokens: int64 token ids [B, at least T]; depths that read tokens ahead need more than T.
         embedded: their embeddings [B, at least T, C].
         ctx: of the T positions, not shifted; in decoding, with the cache of one depth.
@@ -32,7 +32,7 @@ class StackInputs:
         key: key of the random choices in training; None for no random choices.
     """
 
-    hidden: Tensor
+    branch: Tensor
     tokens: Tensor
     embedded: Tensor
     ctx: ForwardContext
@@ -51,7 +51,7 @@ class StackInputs:
 
     def _slice(self, k: int, field: Tensor) -> Tensor:
         start = (k - self.first) * self.tokens_apart
-        return field[:, start : start + self.hidden.shape[1]]
+        return field[:, start : start + self.branch.shape[1]]
 
 
 @dataclass(frozen=True)

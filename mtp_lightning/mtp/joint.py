@@ -68,7 +68,7 @@ class JointMTP(MTPStack):
         tokens_BTJC = torch.stack([inputs.embedded_at(j) for j in range(places)], dim=2)
         if self.config.detach == "all":
             tokens_BTJC = tokens_BTJC.detach()
-        branch_BT1C = inputs.hidden.unsqueeze(2)
+        branch_BT1C = inputs.branch.unsqueeze(2)
         window = self.norm((self.gamma * branch_BT1C + tokens_BTJC).flatten(0, 1))
         ctx = ForwardContext.of_window(
             self.trunk_config,

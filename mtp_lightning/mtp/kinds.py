@@ -115,7 +115,7 @@ class SideBySide(MTPStack):
         return [p for p in parameters if p.requires_grad]
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        hidden = self.step(k, inputs.hidden, inputs.ctx)
+        hidden = self.step(k, inputs.branch, inputs.ctx)
         if not self.corrections:
             return hidden
         if self.config.detach == "all":
@@ -203,7 +203,7 @@ class HeadByHead(Feed):
     ) -> None:
         self.stack, self.stack_inputs, self.depths = stack, stack_inputs, depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
-        self.common = {"hidden": stack_inputs.hidden}
+        self.common = {"branch": stack_inputs.branch}
         if any(map(stack.reads, depths)):
             self.common["embedded"] = stack_inputs.embedded
         parameters = [p for k in depths for p in stack.parameters_of(k)]

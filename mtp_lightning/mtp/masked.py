@@ -231,7 +231,7 @@ class MaskedMTP(MTPStack):
         return range(k, k + 1)
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        z_BTC = inputs.hidden.chunk(self.depth, dim=-1)[k - 1]
+        z_BTC = inputs.branch.chunk(self.depth, dim=-1)[k - 1]
         return z_BTC + self.sampler(z_BTC, inputs.embedded_at(k))
 
 

@@ -119,11 +119,11 @@ class MixtureLinearMTP(MTPStack):
         return range(k, k + 1)
 
     def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
-        before_BTX = self.main_state(inputs.hidden) if k == 1 else previous_BTC
+        before_BTX = self.main_state(inputs.branch) if k == 1 else previous_BTC
         hidden_BTAC, log_weights_BTA = unpack(before_BTX, self.d_model)
         log_p_BTA = _token_log_probs(inputs, hidden_BTAC, inputs.tokens_at(k))
         log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
-        return pack(self.components(k, inputs.hidden), log_weights_BTA)
+        return pack(self.components(k, inputs.branch), log_weights_BTA)
 
     def feed(
         self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]

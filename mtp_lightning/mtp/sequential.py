@@ -164,7 +164,7 @@ class SequentialMTP(Chain):
         if inputs.key is None or not self.config.hidden_state_mixing:
             yield from super().states(inputs, active)
             return
-        history = [inputs.hidden]
+        history = [inputs.branch]
         for k in self.with_prerequisites(active):
             history.append(self.depth_state(k, inputs, _mixed(k, history, inputs.key)))
             if k in active:
@@ -185,7 +185,7 @@ class SequentialMTP(Chain):
         if self.config.init == "random":
             return
         assert text is not None
-        hidden = text.inputs.hidden
+        hidden = text.inputs.branch
         for k in range(1, len(self.depths) + 1):  # a shared module is fitted as depth 1
             module = self.module(k)
             tokens = self.token_input(k, text.inputs)
