@@ -57,7 +57,6 @@ class WindowDataModule(LightningDataModule, ABC):
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
     allow: Collection[str] = field(default=(), init=False)
-    cache_states: bool = field(default=False, init=False)  # only the data of a store can
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     folder, devices = Path(cfg.paths.output_dir), cfg.trainer.devices
     peers = processes.find(cfg.trainer)
-    with peers.watched(folder), claimed(folder) if peers.leads else _led():
+    with peers.watched(folder), claimed(folder) if peers.leads else _follower():
         n_local = devices if isinstance(devices, int) and devices > 0 else 1
         set_threads(cfg.trainer.num_threads, processes=n_local)
         peers.require_shared(folder)
@@ -83,8 +83,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _led() -> Iterator[None]:
-    """A block of a process that leaves messages to the run's first one, also about Ctrl-C."""
+def _follower() -> Iterator[None]:
+    """A block of a process that leaves messages to the leading one, also about Ctrl-C."""
     logging.getLogger("mtp_lightning").setLevel(logging.ERROR)
     try:
         yield
@@ -137,7 +137,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
     step = load_start(module, data, origin, stored, folder, steps=config.trainer.max_steps)
-    if data.cache_states:
+    if config.data.get("cache_states", False):
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states
         from mtp_lightning.run.loading import model_weights
@@ -241,8 +241,7 @@ def finish(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dic
         if config[key] is not None:
             summary[key] = str(config[key])
     if run.matched is not None:
-        early = summary.get("stopped_early", False)
-        reached = run.matched.used(module.flops) if early else run.matched
+        reached = run.matched.used(module.flops) if "stopped_early" in summary else run.matched
         summary["compare"] = reached.to_dict()
     if trainer.is_global_zero:
         summary |= solving(data, folder)
@@ -293,13 +292,12 @@ def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
 def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
     """The final metrics, the run's cost and its surroundings, for comparing runs."""
     config = module.model.config
-    early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}
     return {
         **module.validation,
         # Of several reasons why nothing was decoded, the first callback's.
         **ChainMap(*(callback.summary() for callback in run_callbacks(trainer))),
         "step": trainer.global_step,
-        **early,
+        **({"stopped_early": True} if trainer.global_step < trainer.max_steps else {}),
         "tokens": module.tokens,
         "flops": module.flops,
         "seconds": module.seconds,
