@@ -158,6 +158,7 @@ class EvaluationLoader(_Loader):
         n, (rank, world) = len(self.dataset), _world()
         starts = (rank + np.arange(len(self)) * world) * self.batch_size
         ends = np.minimum(starts + self.batch_size, n)
+        # A batch beyond the end has one window number there, which the dataset reads as padding.
         batches = [np.arange(a, max(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
         return self._fetch(batches)
 

@@ -106,7 +106,7 @@ class MTPModule(pl.LightningModule):
         if self.device.type == "cuda" and self._due(done + 1):
             torch.cuda.synchronize()  # the row's seconds are of work done, not of work queued
         self.seconds += time.perf_counter() - start
-        # In the precision that Lightning's log() gives a number.
+        # Rounded to the default dtype, as Lightning's log() rounds a number.
         logged_rates = {tag: torch.tensor(rate) for tag, rate in learning_rates.items()}
         self._values = {**result.values, **logged_rates}
         # For callbacks that monitor a value, such as Lightning's EarlyStopping. Lightning's log()

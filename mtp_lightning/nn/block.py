@@ -29,11 +29,10 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's index in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            passes = itertools.chain([ctx], itertools.repeat(ctx.repeated()))
+            # The first pass reports to the context's collectors, its repetition does not.
+            contexts = itertools.chain([ctx], itertools.repeat(ctx.repeated()))
             return checkpoint(
-                lambda x: self._compute(x, next(passes), layer),
-                x_BTC,
-                use_reentrant=False,
+                lambda x: self._compute(x, next(contexts), layer), x_BTC, use_reentrant=False
             )
         return self._compute(x_BTC, ctx, layer)
 

@@ -256,6 +256,7 @@ class OptimizerStep:
 def _zero_without_targets(
     factors: Sequence[float], counts: Sequence[int], *, by: object
 ) -> list[float]:
+    """The factors of L_1 .. L_D that a schedule or rule gives, 0 for a depth without a target."""
     if len(factors) != len(counts):
         raise UserError(
             f"{type(by).__name__} gives factors for {len(factors)} depths, and the model has "
