@@ -204,11 +204,12 @@ class Objective:
     def check(self, mtp: MTPConfig) -> None:
         """Raise a ``UserError`` for a stack with which the objective or one of its options has no
         meaning."""
+        # What is set, as it is typed, by what it needs; a default is an empty list.
         own = [] if self.term.of_token else [self.setting]
         head = [] if self.train_head else ["objective.train_head=false"]
         confidence = ["objective.confidence=true"] if self.confidence else []
         rules = [rule.setting for rule in self.rules]
-        of_drafts = [rule.setting for rule in self.rules if rule.of_drafts]
+        of_drafts = [*confidence, *(rule.setting for rule in self.rules if rule.of_drafts)]
         vocab = [] if self.draft_vocab is None else [f"objective.draft_vocab={self.draft_vocab}"]
         settings = own + head + confidence + rules + vocab
         if mtp.depth and not mtp.predicts_tokens and settings:
@@ -216,13 +217,13 @@ class Objective:
                 f"{settings[0]} is for depths that predict a token, and mtp={mtp.variant} has its "
                 "own loss: leave it out."
             )
-        if vocab and (drafts := confidence + of_drafts):
+        if vocab and of_drafts:
             raise UserError(
-                f"{drafts[0]} follows a draft from token to token, and {vocab[0]} leaves out "
+                f"{of_drafts[0]} follows a draft from token to token, and {vocab[0]} leaves out "
                 "tokens, which have no draft: leave one of the two out."
             )
         of_state = [self.setting for _, term in self.terms if term.of_state]
-        mtp.check_objective(confidence + of_drafts, of_state + head)
+        mtp.check_objective(of_drafts, of_state + head)
         if mtp.depth == 0 and (idle := confidence + rules):
             raise UserError(
                 f"{idle[0]} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
