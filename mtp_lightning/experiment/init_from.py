@@ -108,10 +108,7 @@ def start_from(
     }
     stored |= {name: tensor for name, tensor in model.state_dict().items() if _module(name) in new}
     load_weights(model, stored, source=str(start.path))
-    text = None
-    if model.config.mtp.init != "random":
-        assert windows is not None
-        text = read_text(model.trunk, model.mtp, windows)
+    text = None if windows is None else read_text(model.trunk, model.mtp, windows)
     fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
     model.mtp.init_from_trunk(fresh, model.trunk, model.head, text)
     return modules

@@ -194,8 +194,7 @@ def load_start(
     if origin.start is not None:
         from mtp_lightning.experiment.init_from import beginning_windows, start_from
 
-        begins = module.model.config.mtp.init != "random"
-        windows = beginning_windows(data) if begins else None
+        windows = beginning_windows(data) if module.model.config.mtp.init != "random" else None
         modules = start_from(module.model, origin.start, windows)
         remarks = [f"; {state}: {', '.join(names)}" for state, names in modules.items() if names]
         log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(remarks))
