@@ -133,9 +133,9 @@ def imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(_unfreeze)
 
 
+@atexit.register
 def _unfreeze() -> None:
     """At the end, Triton's libraries report what is still frozen as leaked."""
     if "triton" in sys.modules:

@@ -62,9 +62,9 @@ def check(
                 "model has its own."
             )
     # init_from may bring another kind of trunk than ``model`` describes, with other keys.
-    brought = config.get("init_from") is not None
+    imported = config.get("init_from") is not None
     for path, node in keys.nodes(config, ""):
-        _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
+        _check_node(node, path, app, open=imported and path.split(".")[0] == "model")
     _check_together(config)
     require_sizes(config.get("data"))
     if folder is not None:
