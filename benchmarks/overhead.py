@@ -38,6 +38,7 @@ def run_beside_loop(task: Row) -> Iterator[Row]:
     from benchmarks.workloads import WARMUP_STEPS, prepare_process
     from mtp_lightning.experiment.trainer import build_trainer
     from mtp_lightning.experiment.training import prepare
+    from mtp_lightning.processes import Peers
     from mtp_lightning.runtime import quiet_lightning
 
     warmup, began = 5 * WARMUP_STEPS, 0.0
@@ -70,7 +71,7 @@ def run_beside_loop(task: Row) -> Iterator[Row]:
                 *task["overrides"],
             ]
         )
-        run = prepare(cfg, Path(folder))
+        run = prepare(cfg, Path(folder), Peers())
         bare = bare_loop(cfg, run)
         bare(warmup)
         trainer: Any = build_trainer(run.config, resume_step=None, may_skip=False)

@@ -85,7 +85,8 @@ class MTPModule(pl.LightningModule):
 
         Returns:
             ``loss`` (L) and ``losses`` [D + 1] (L_k, 0 where not computed), over all ranks;
-            ``factors`` [D], those of L_1 .. L_D; ``active``, whether each depth was computed;
+            ``factors`` [D], those of L_1 .. L_D; ``computed`` [D + 1], whether each L_k was
+            computed;
             ``tokens`` and ``flops`` of the step.
         """
         start = time.perf_counter()
@@ -103,7 +104,7 @@ class MTPModule(pl.LightningModule):
         )
         self.tokens += result.tokens
         self.flops += result.flops
-        if self.device.type == "cuda" and self._due(done + 1):
+        if self.device.type == "cuda" and self._logs(done + 1):
             torch.cuda.synchronize()  # the row's seconds are of work done, not of work queued
         self.seconds += time.perf_counter() - start
         # Rounded to the default dtype, as Lightning's log() rounds a number.
@@ -114,13 +115,13 @@ class MTPModule(pl.LightningModule):
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
-        if self._due(done + 1):
+        if self._logs(done + 1):
             self._log_axis(done + 1)
         return {
             "loss": result.loss,
             "losses": result.losses,
             "factors": result.plan.factors[1:],
-            "active": [k in result.plan.tasks for k in range(self.model.depth + 1)],
+            "computed": [k in result.plan.tasks for k in range(self.model.depth + 1)],
             "tokens": result.tokens,
             "flops": result.flops,
         }
@@ -199,7 +200,7 @@ class MTPModule(pl.LightningModule):
 
         Lightning's log() would repeat values that only some steps have in later rows.
         """
-        if values and (always or self._due(step)):
+        if values and (always or self._logs(step)):
             plain = {tag: float(value) for tag, value in values.items()}
             for logger in self.trainer.loggers:
                 logger.log_metrics(plain, step)
@@ -217,9 +218,9 @@ class MTPModule(pl.LightningModule):
 
     def _stops_between_rows(self) -> bool:
         """Whether a callback stops at a step that is not due; Lightning logs that step too."""
-        return self.trainer.should_stop and not self._due(self.trainer.global_step)
+        return self.trainer.should_stop and not self._logs(self.trainer.global_step)
 
-    def _due(self, step: int) -> bool:
+    def _logs(self, step: int) -> bool:
         """Whether ``trainer.log_every_n_steps`` chooses a step."""
         return bool(step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 

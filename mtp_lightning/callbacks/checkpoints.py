@@ -125,20 +125,20 @@ class Checkpoints(RunCallback, Checkpoint):
         self._saved_step = step or None
         # Further names that the newest save gets once it has its own. A run that was killed right
         # after a save has not given them.
-        self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
-        if self._names:
+        self._links = self._kept_names(step) | ({BEST} if self.best_step == step else set())
+        if self._links:
             is_newest = trainer.is_global_zero and stored_step(self.last_path) == step
             if not trainer.strategy.broadcast(is_newest):
-                self._names = set()
+                self._links = set()
         outside = (n for n in sorted(self.keep_steps) if not step < n <= trainer.max_steps)
-        names = self._names | {path.name for path in self.folder.glob(kept_at("*"))}
+        names = self._links | {path.name for path in self.folder.glob(kept_at("*"))}
         if missed := [str(n) for n in outside if kept_at(n) not in names]:
             log.warning(
                 "callbacks.checkpoints.keep_steps: no checkpoint is kept of %s, since this run has "
                 "done %d of its %d steps.",
                 *(", ".join(missed), step, trainer.max_steps),
             )
-        if BEST not in self._names and not trainer.strategy.broadcast(self.best_path.exists()):
+        if BEST not in self._links and not trainer.strategy.broadcast(self.best_path.exists()):
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
@@ -183,7 +183,7 @@ class Checkpoints(RunCallback, Checkpoint):
         if improved or self._due(trainer):
             self._save(trainer)
         if improved:
-            self._names.add(BEST)
+            self._links.add(BEST)
             self._add_links(trainer, wait=False)
         self._end_if_terminated(trainer)
 
@@ -278,7 +278,7 @@ class Checkpoints(RunCallback, Checkpoint):
             trainer.save_checkpoint(self.last_path, weights_only=False)
         self._last_is_good = True
         self._saved_step = trainer.global_step
-        self._names = self._names_of(trainer.global_step)
+        self._links = self._kept_names(trainer.global_step)
         self._add_links(trainer, wait=False)
 
     def _add_links(self, trainer: pl.Trainer, *, wait: bool) -> None:
@@ -287,11 +287,11 @@ class Checkpoints(RunCallback, Checkpoint):
         strategy = trainer.strategy
         if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
             return
-        for name in self._names if trainer.is_global_zero else ():
+        for name in self._links if trainer.is_global_zero else ():
             link_or_copy(self.last_path, self.folder / name)
-        self._names = set()
+        self._links = set()
 
-    def _names_of(self, step: int) -> set[str]:
+    def _kept_names(self, step: int) -> set[str]:
         return {kept_at(step)} if step in self.keep_steps else set()
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:

@@ -36,7 +36,7 @@ class FirstStep(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        if self._done or not all(outputs["active"][1:]):
+        if self._done or not all(outputs["computed"][1:]):
             return
         self._done = True
         if self._idle:

@@ -22,7 +22,7 @@ class NanGuard(RunCallback):
     """Raises a UserError that names the step, the depths and the last good checkpoint.
 
     It reads the training step's outputs: `losses`, a tensor [D+1] of unscaled per-depth means,
-    `active`, D+1 bool that say which were computed, and `loss`. Reading a loss waits for
+    `computed`, D+1 bool that say which were computed, and `loss`. Reading a loss waits for
     the device, so on a GPU the steps are kept and checked together every `every_n_steps`; the error
     still names the first bad one. On a CPU every step is checked. Before a checkpoint is written,
     the unchecked losses and all parameters are checked: a gradient that overflows spoils the
@@ -48,7 +48,7 @@ class NanGuard(RunCallback):
         """Keeps this step's losses, and checks the kept ones when due."""
         losses, total = outputs["losses"].detach(), outputs["loss"].detach()
         row = torch.cat([losses, total.reshape(1).to(losses)])
-        self._pending.append((trainer.global_step, row, outputs["active"]))
+        self._pending.append((trainer.global_step, row, outputs["computed"]))
         if row.device.type == "cpu" or len(self._pending) >= self.every_n_steps:
             self._look(trainer)
 
@@ -84,9 +84,9 @@ class NanGuard(RunCallback):
         values = torch.stack([row for _, row, _ in pending]).float().cpu()
         if bool(torch.isfinite(values).all()):
             return
-        for (step, _, active), row in zip(pending, values, strict=True):
+        for (step, _, computed), row in zip(pending, values, strict=True):
             *losses, total = row.tolist()
-            bad = [k for k, loss in enumerate(losses) if active[k] and not math.isfinite(loss)]
+            bad = [k for k, loss in enumerate(losses) if computed[k] and not math.isfinite(loss)]
             if bad or not math.isfinite(total):
                 terms = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({total})"
                 self._fail(

@@ -41,7 +41,7 @@ class StepProgressBar(RunCallback, ProgressBar):
     lines. A resumed run starts at the step it resumes from. The losses are read from the device
     only when something is shown.
 
-    It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `factors` (D
+    It reads the training step's `losses` (tensor [D+1]), `computed` (D+1 bool) and `factors` (D
     numbers), the module's `schedule`, if it has one, and the other callbacks' `RunCallback.shown`.
     The remaining time is estimated from the 10th step on: the first ones are slower.
     """
@@ -158,7 +158,7 @@ class StepProgressBar(RunCallback, ProgressBar):
         return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
-        losses = zip(outputs["losses"].tolist(), outputs["active"], strict=True)
+        losses = zip(outputs["losses"].tolist(), outputs["computed"], strict=True)
         parts = [f"L{k} {loss:.2f}" if on else f"L{k} -" for k, (loss, on) in enumerate(losses)]
         lambdas = ",".join(f"{float(value):.3g}" for value in outputs["factors"])
         if lambdas:

@@ -58,17 +58,18 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             "init_from."
         )
     step = int(stored["global_step"])
-    lengths = stored["config"]["trainer"]["max_steps"], cfg.trainer.max_steps
-    if lengths[1] <= step:
+    old_steps, new_steps = stored["config"]["trainer"]["max_steps"], cfg.trainer.max_steps
+    if new_steps <= step:
         raise UserError(
-            f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
+            f"{begin} with trainer.max_steps={new_steps}: step {step} is done, so give more."
         )
     for key in ("balance.frozen", "model.feed_forward.bias_frozen"):
         share = OmegaConf.select(cfg, key) or 0
-        if lengths[0] != lengths[1] and step > round((1 - share) * min(lengths), 6):
+        unfrozen = round((1 - share) * min(old_steps, new_steps), 6)  # the first steps of both
+        if old_steps != new_steps and step > unfrozen:
             raise UserError(
-                f"{begin}: {key}={share} freezes the last share of a run, and of {lengths[0]} or "
-                f"{lengths[1]} steps in all, steps before {step} would be frozen in one alone. "
+                f"{begin}: {key}={share} freezes the last share of a run, and of {old_steps} or "
+                f"{new_steps} steps in all, steps before {step} would be frozen in one alone. "
                 "Branch from an earlier step."
             )
     _require_same_schedules(stored, cfg, allow, begin)

@@ -9,6 +9,7 @@ model lacks are dropped; a log message lists both.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ from mtp_lightning.weights import Stored, StoredModel, load_weights
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
+
+log = logging.getLogger(__name__)
 
 # Tokens on which mtp.init=last_block measures the trunk. More would cost more time than they save.
 _BEGINNING_TOKENS = 8192
@@ -82,6 +85,16 @@ def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
         name: {**layers[name], **value} if name in layers else value
         for name, value in asdict(trunk).items()
     }
+
+
+def load_start(model: MTPModel, start: StoredModel, data: WindowDataModule) -> None:
+    """Load the weights of ``start`` into a freshly initialized model, and log which modules have
+    them. ``mtp.init=last_block`` measures the trunk on windows of ``data``. The errors are those of
+    :func:`start_from`."""
+    windows = beginning_windows(data) if model.config.mtp.init != "random" else None
+    modules = start_from(model, start, windows)
+    remarks = [f"; {state}: {', '.join(names)}" for state, names in modules.items() if names]
+    log.info("Starting from %s: trunk and head kept%s.", start.path, "".join(remarks))
 
 
 def beginning_windows(data: WindowDataModule) -> WindowBatch:

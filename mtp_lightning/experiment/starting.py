@@ -26,7 +26,6 @@ from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, LAST, SUMMARY_FIL
 from mtp_lightning.stored import require_text
 
 if TYPE_CHECKING:
-    from data_modules import WindowDataModule
     from mtp_lightning.weights import StoredModel
 
 log = logging.getLogger(__name__)
@@ -134,71 +133,56 @@ def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
     return config
 
 
-def load_start(
-    module: MTPModule,
-    data: WindowDataModule,
-    origin: Origin,
-    stored: DictConfig,
-    folder: Path,
-    *,
-    steps: int,
-) -> int | None:
-    """Load the weights of ``init_from`` into a module, or check that the checkpoint fits it.
+def check_continues(
+    module: MTPModule, origin: Origin, stored: DictConfig, folder: Path, *, steps: int
+) -> int:
+    """Check that a run can continue or branch from the checkpoint of its origin.
 
     Args:
-        module: with fresh weights.
-        data: the run's data, on which ``mtp.init=last_block`` measures the trunk.
+        module: with fresh weights; its ``extra["changed"]`` is set to the changes of settings.
         stored: the config that checkpoints hold.
         steps: optimizer steps of the run, which ``compare.match`` may have changed.
 
     Returns:
-        The optimizer step of the checkpoint, whose weights Lightning loads later, or None.
+        The optimizer step of the checkpoint, whose weights Lightning loads later.
 
     Raises:
-        UserError: the model or the checkpoint does not fit.
+        UserError: the checkpoint does not fit.
     """
-    if origin.content is not None:
-        step = check_resumable(origin.content, module, source=origin.checkpoint)
-        changes = [*origin.content.get("changed", ())]  # of this run before, or of its parent
-        if origin.branches:
-            from mtp_lightning.experiment.branching import check_branch
+    assert origin.content is not None
+    step = check_resumable(origin.content, module, source=origin.checkpoint)
+    changes = [*origin.content.get("changed", ())]  # of this run before, or of its parent
+    if origin.branches:
+        from mtp_lightning.experiment.branching import check_branch
 
-            check_branch(origin.content, stored, allow=trusted_packages(stored))
-        elif changed := describe_differences(
-            origin.content["config"], module.extra["config"], ignore=NOT_TRAINING
-        ):
-            idle = [line for line in changed if lies_in(line.partition(":")[0], _ONLY_TRAINING)]
-            if step >= steps and idle:
-                raise UserError(
-                    f"{folder} has all its {step} steps, so a change would have no effect "
-                    f"({'; '.join(idle)}): start in another run_dir, or raise trainer.max_steps."
-                )
-            log.warning("Continuing with changed settings: %s.", "; ".join(changed))
-            if step < steps:
-                changes.append(f"at step {step}: {'; '.join(changed)}")
-        module.extra |= {"changed": changes} if changes else {}
-        # Checkpoints from before this check do not say what they were trained on.
-        if origin.content.get("data") not in (None, module.extra["data"]):
+        check_branch(origin.content, stored, allow=trusted_packages(stored))
+    elif changed := describe_differences(
+        origin.content["config"], module.extra["config"], ignore=NOT_TRAINING
+    ):
+        idle = [line for line in changed if lies_in(line.partition(":")[0], _ONLY_TRAINING)]
+        if step >= steps and idle:
             raise UserError(
-                f"{origin.checkpoint} was trained on other data: a text, its tokenizer or a "
-                "setting of them has changed since. Go back to those, or start in another run_dir "
-                "(init_from=RUN begins with the weights)."
+                f"{folder} has all its {step} steps, so a change would have no effect "
+                f"({'; '.join(idle)}): start in another run_dir, or raise trainer.max_steps."
             )
-        if origin.branches:
-            log.info("Branching from %s at step %d.", origin.checkpoint, step)
-        elif step < steps:
-            log.info("Continuing %s from step %d.", folder, step)
-        else:
-            log.info("%s has all its %d steps: evaluating it again.", folder, step)
-        return step
-    if origin.start is not None:
-        from mtp_lightning.experiment.init_from import beginning_windows, start_from
-
-        windows = beginning_windows(data) if module.model.config.mtp.init != "random" else None
-        modules = start_from(module.model, origin.start, windows)
-        remarks = [f"; {state}: {', '.join(names)}" for state, names in modules.items() if names]
-        log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(remarks))
-    return None
+        log.warning("Continuing with changed settings: %s.", "; ".join(changed))
+        if step < steps:
+            changes.append(f"at step {step}: {'; '.join(changed)}")
+    module.extra |= {"changed": changes} if changes else {}
+    # Checkpoints from before this check do not say what they were trained on.
+    if origin.content.get("data") not in (None, module.extra["data"]):
+        raise UserError(
+            f"{origin.checkpoint} was trained on other data: a text, its tokenizer or a "
+            "setting of them has changed since. Go back to those, or start in another run_dir "
+            "(init_from=RUN begins with the weights)."
+        )
+    if origin.branches:
+        log.info("Branching from %s at step %d.", origin.checkpoint, step)
+    elif step < steps:
+        log.info("Continuing %s from step %d.", folder, step)
+    else:
+        log.info("%s has all its %d steps: evaluating it again.", folder, step)
+    return step
 
 
 def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:

@@ -33,7 +33,12 @@ from mtp_lightning.experiment.build import (
 )
 from mtp_lightning.experiment.compose import hyperparameters
 from mtp_lightning.experiment.device import kernels_line, resolve_auto, use_tensor_cores
-from mtp_lightning.experiment.starting import find_origin, load_start, restore_data_digest
+from mtp_lightning.experiment.starting import (
+    Origin,
+    check_continues,
+    find_origin,
+    restore_data_digest,
+)
 from mtp_lightning.experiment.trainer import build_trainer
 from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
@@ -51,6 +56,7 @@ from mtp_lightning.stored import read_json, require_memory
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
     from mtp_lightning.matching import Matched
+    from mtp_lightning.model import MTPModel
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +116,8 @@ class PreparedRun:
     matched: Matched | None  # the result of ``compare.match``
 
 
-def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> PreparedRun:
-    """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
-    peers = Peers() if peers is None else peers
+def prepare(cfg: DictConfig, folder: Path, peers: Peers) -> PreparedRun:
+    """Build everything that a run's trainer needs."""
     config = resolve_auto(cfg)
     use_tensor_cores(config)  # also for the trunk's states, which equal those of a step
     origin = find_origin(config, folder, peers)
@@ -136,19 +141,15 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     config, matched = apply_match(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
-    step = load_start(module, data, origin, stored, folder, steps=config.trainer.max_steps)
-    if config.data.get("cache_states", False):
-        from data_modules.store_module import StoreDataModule
-        from mtp_lightning.experiment.trunk_states import keep_states
-        from mtp_lightning.run.loading import model_weights
+    step = None
+    if origin.content is not None:
+        step = check_continues(module, origin, stored, folder, steps=config.trainer.max_steps)
+    elif origin.start is not None:
+        from mtp_lightning.experiment.init_from import load_start
 
-        assert isinstance(data, StoreDataModule), "tasks keep no states"
-        if origin.content is not None:  # Lightning loads the trunk's weights only later
-            assert origin.checkpoint is not None
-            filled = checkpoints.filled(origin.content, origin.checkpoint)
-            module.model.load_state_dict(model_weights(filled))
-        with peers.in_turn():
-            data.states = keep_states(module.model, data, config.trainer)
+        load_start(module.model, origin.start, data)
+    if config.data.get("cache_states", False):
+        _keep_states(module.model, data, origin, config, peers)
     # ``origin``, the loaded checkpoint, ends here, which frees its memory before training.
     return PreparedRun(
         config=config,
@@ -162,6 +163,23 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         branches=origin.branches,
         matched=matched,
     )
+
+
+def _keep_states(
+    model: MTPModel, data: WindowDataModule, origin: Origin, config: DictConfig, peers: Peers
+) -> None:
+    """Give the data the frozen trunk's states for their windows."""
+    from data_modules.store_module import StoreDataModule
+    from mtp_lightning.experiment.trunk_states import keep_states
+    from mtp_lightning.run.loading import model_weights
+
+    assert isinstance(data, StoreDataModule), "tasks keep no states"
+    if origin.content is not None:  # Lightning loads the trunk's weights only later
+        assert origin.checkpoint is not None
+        filled = checkpoints.filled(origin.content, origin.checkpoint)
+        model.load_state_dict(model_weights(filled))
+    with peers.in_turn():
+        data.states = keep_states(model, data, config.trainer)
 
 
 def _require_affordable(config: DictConfig, vocab_size: int) -> None:

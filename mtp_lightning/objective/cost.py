@@ -114,8 +114,10 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
     with counted_flops() as count:
         batch = window_on_meta(config, seq_len)
         for k, hidden in model(batch).items():
-            # The values are not read: any tokens stand for those before the drafts.
-            model.draft_logits(k, hidden, batch.targets(0)) if k else model.head(hidden)
+            if k == 0:
+                model.head(hidden)
+            else:  # the values are not read: any tokens stand for those before the drafts
+                model.draft_logits(k, hidden, batch.targets(0))
     return count.total
 
 

@@ -40,17 +40,19 @@ def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
     masked = batch if batch.host is None else replace(batch.host, key=batch.key)
     masks = [stack.valid(k, masked) for k in range(batch.depth + 1)]
     taught = [batch.positions_with_teacher(k) for k in range(batch.depth + 1)]
-    # Each mask counts twice: over all positions, and over those with a teacher.
-    parts = list(zip(masks * 2, [batch.seq_len] * len(masks) + taught, strict=True))
+    windows = len(batch) * world_size()
+    positions = windows * batch.seq_len
     if all(mask is None for mask in masks):  # known from the sizes, the same on all ranks
-        counts = [len(batch) * width * world_size() for _, width in parts]
-    else:
-        whole = torch.ones(masked.tokens.shape, dtype=torch.bool, device=masked.device)
-        total = torch.stack([(whole if m is None else m)[:, :width].sum() for m, width in parts])
-        if world_size() > 1:  # ranks communicate through their devices
-            total = sum_over_ranks(total.to(batch.device))
-        counts = total.tolist()
-    positions = len(batch) * batch.seq_len * world_size()
+        return PositionCounts([positions] * len(masks), [windows * n for n in taught], positions)
+    whole = torch.ones(masked.tokens.shape, dtype=torch.bool, device=masked.device)
+    known = [whole if mask is None else mask for mask in masks]
+    total = torch.stack(
+        [mask[:, : batch.seq_len].sum() for mask in known]
+        + [mask[:, :n].sum() for mask, n in zip(known, taught, strict=True)]
+    )
+    if world_size() > 1:  # ranks communicate through their devices
+        total = sum_over_ranks(total.to(batch.device))
+    counts = total.tolist()
     return PositionCounts(counts[: len(masks)], counts[len(masks) :], positions)
 
 

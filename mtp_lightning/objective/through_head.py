@@ -94,12 +94,14 @@ def through_head(
         for p in predictions
         if p.needs_gradient or p.trains_head(head) or any(t.coefficient for t in p.targets)
     ]
+    # A loss of the stack computes its own teachers.
+    taught = [] if main_MC is None else [p for p in due if p.loss is None]
     with no_autocast(weight):
-        if main_MC is not None and (taught := [p for p in due if p.loss is None]):
-            due = [p for p in due if p.loss is not None]
-            _with_teacher(main_MC, weight, list(map(head_pass, taught)))
-        for prediction in due:  # begun one after another, so that their copies do not add up
-            head_pass(prediction).run(main_MC, compiled=compiled)
+        if main_MC is not None and taught:
+            _with_teacher(main_MC, weight, [head_pass(p) for p in taught])
+        for p in due:  # begun one after another, so that their copies do not add up
+            if p not in taught:
+                head_pass(p).run(main_MC, compiled=compiled)
 
 
 def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) -> None:

@@ -24,7 +24,7 @@ class Odd(TinyModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         outputs = super().training_step(batch, batch_idx)
-        return outputs | {"active": [True, self.global_step >= 3]}
+        return outputs | {"computed": [True, self.global_step >= 3]}
 
 
 def warnings_in(log: pytest.LogCaptureFixture) -> list[str]:

@@ -22,7 +22,7 @@ class BadLoss(TinyModule):
         outputs = super().training_step(batch, batch_idx)
         if self.global_step >= self.bad_step:
             outputs["losses"][self.bad_depth] = float("nan")
-            outputs["active"][self.bad_depth] = self.active
+            outputs["computed"][self.bad_depth] = self.active
         return outputs
 
 

@@ -90,7 +90,7 @@ def test_an_inactive_depth_is_a_dash(capsys) -> None:
     class Skips(TinyModule):
         def training_step(self, batch, batch_idx):
             outputs = super().training_step(batch, batch_idx)
-            return {**outputs, "active": [True, False], "factors": [0.0]}
+            return {**outputs, "computed": [True, False], "factors": [0.0]}
 
     fit(Skips(), [StepProgressBar()], max_steps=2, val_every=100)
     assert re.search(r"step 2/2  L0 \d+\.\d\d  L1 -  lambda 0$", capsys.readouterr().err, re.M)

@@ -76,7 +76,7 @@ class TinyModule(pl.LightningModule):
         return {
             "loss": loss,
             "losses": losses.detach(),
-            "active": [True, True],
+            "computed": [True, True],
             "factors": [0.3],
             "tokens": 100,
             "flops": 1e6,

@@ -13,6 +13,7 @@ from mtp_lightning.experiment.training import prepare
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.ops import linear
 from mtp_lightning.opening import open_model
+from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.loading import find_checkpoint
 from mtp_lightning.run.metrics import read_metrics
@@ -97,7 +98,8 @@ def test_a_bf16_run_resumes_and_another_run_starts_from_it(base: Path) -> None:
 def test_a_trained_trunk_and_fsdp_are_refused(base, tmp_path, changes, message):
     settings = {**SETTINGS, "init_from": base / "llama", "trainer.precision": "bf16-true"}
     with pytest.raises(ValueError, match=message):
-        prepare(helpers.config(tmp_path / "run", base / "cache", settings | changes), tmp_path)
+        cfg = helpers.config(tmp_path / "run", base / "cache", settings | changes)
+        prepare(cfg, tmp_path, Peers())
 
 
 @torch.no_grad()

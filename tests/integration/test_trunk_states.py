@@ -13,6 +13,7 @@ from data_modules.seal import seal
 from data_modules.window_dataset import STATES
 from mtp_lightning.experiment import trunk_states
 from mtp_lightning.experiment.training import prepare
+from mtp_lightning.processes import Peers
 from tests.integration import helpers
 from tests.integration.conftest import Once
 
@@ -70,9 +71,8 @@ def test_states_are_computed_with_the_products_of_a_step(trunk, tmp_path, monkey
     monkeypatch.setattr(trunk_states, "keep_states", states)
     torch.set_float32_matmul_precision("medium")  # as another run in this process may have set it
     try:
-        prepare(
-            helpers.config(tmp_path / "run", tmp_path / "cache", heads(trunk, **CACHED)), tmp_path
-        )
+        cfg = helpers.config(tmp_path / "run", tmp_path / "cache", heads(trunk, **CACHED))
+        prepare(cfg, tmp_path, Peers())
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == ["highest"]
