@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/cpu": 1_636,
     "mtp_lightning/decoding": 4_603,
     "mtp_lightning/distributed": 1_207,
-    "mtp_lightning/experiment": 2_849,
+    "mtp_lightning/experiment": 2_871,
     "mtp_lightning/heads": 941,
     "mtp_lightning/interop": 5_392,
     "mtp_lightning/loggers": 618,

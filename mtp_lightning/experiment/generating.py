@@ -22,7 +22,7 @@ from mtp_lightning.decoding.precision import (
     use_activations,
     use_precision,
 )
-from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.decoding.sequence import Fresh, rates
 from mtp_lightning.errors import UserError, counted
 from mtp_lightning.experiment.text_stream import (
     Brackets,
@@ -57,53 +57,75 @@ def generate_text(cfg: Any) -> list[Generation]:
     prompts = checked_prompts(cfg)
     run = open_from_config(cfg)
     options = decoding_options(cfg, run, rows=len(prompts))
-    terminal = sys.stdout.isatty()
-    marks: Colors | Brackets | None = None
-    if cfg.show_drafts:
-        marks = Colors() if wants_colors() else Brackets()
-    single = len(prompts) == 1
-    # A single text is printed while it grows, several in order as they are finished.
-    streams = [
-        TextStream(
-            run.tokenizer, sys.stdout if single else StringIO(), p, terminal=terminal, marks=marks
-        )
-        for p in (prompts if cfg.output == "text" else ())
-    ]
-    on_tokens = (lambda i, fresh: streams[i].add(fresh)) if streams else None
-    finished: dict[int, Generation] = {}
-    shown = 0  # texts printed so far
-
-    def on_end(i: int, generation: Generation) -> None:
-        nonlocal shown
-        finished[i] = generation
-        while (text := finished.get(shown)) is not None:
-            if streams:
-                streams[shown].end(text)
-                if isinstance(out := streams[shown].out, StringIO):
-                    print(out.getvalue())
-            else:
-                print(json.dumps(_reported(text, drafts=cfg.show_drafts)))
-            shown += 1
-
+    output = _Output(cfg, run, prompts)
+    on_tokens = output.add if output.streams else None
     began = time.perf_counter()  # the first start with a model has measured it for seconds
     try:
-        generations = continue_prompts(run, prompts, options, on_tokens=on_tokens, on_end=on_end)
+        texts = continue_prompts(run, prompts, options, on_tokens=on_tokens, on_end=output.end)
     except BaseException:
-        if single and streams and streams[0].begun:
-            streams[0].write("\n")  # the error message begins on its own line
+        output.break_off()
         raise
-    seconds = time.perf_counter() - began
-    deepest = max(len(generations[0].drafts_reached), cfg.lookup)
-    if marks is not None and streams and deepest:
-        print(marks.legend(deepest, lookups=cfg.lookup > 0), file=sys.stderr)
-    if not single:
-        print(job_line(generations, seconds), file=sys.stderr)
-    elif streams:
-        if reason := ends_at_once(generations[0]):
-            print(reason, file=sys.stderr)
-        if terminal:
-            print(cost_line(generations[0]), file=sys.stderr)
-    return generations
+    output.remark(texts, time.perf_counter() - began)
+    return texts
+
+
+class _Output:
+    """Prints texts: a single one while it grows, several in order as they are finished; with
+    ``output=json`` an object for each finished text."""
+
+    def __init__(self, cfg: Any, run: OpenedModel, prompts: Sequence[str]) -> None:
+        self.cfg, self.single, self.terminal = cfg, len(prompts) == 1, sys.stdout.isatty()
+        self.marks: Colors | Brackets | None = None
+        if cfg.show_drafts:
+            self.marks = Colors() if wants_colors() else Brackets()
+        self.streams = [
+            TextStream(
+                run.tokenizer,
+                sys.stdout if self.single else StringIO(),
+                prompt,
+                terminal=self.terminal,
+                marks=self.marks,
+            )
+            for prompt in (prompts if cfg.output == "text" else ())
+        ]
+        self._finished: dict[int, Generation] = {}  # by number of the prompt
+        self._n_shown = 0
+
+    def add(self, i: int, fresh: Fresh) -> None:
+        """Take new tokens of text ``i``."""
+        self.streams[i].add(fresh)
+
+    def end(self, i: int, generation: Generation) -> None:
+        """Take the end of text ``i``, and print all texts that no unfinished one precedes."""
+        self._finished[i] = generation
+        while (text := self._finished.get(self._n_shown)) is not None:
+            if self.streams:
+                stream = self.streams[self._n_shown]
+                stream.end(text)
+                if isinstance(stream.out, StringIO):
+                    print(stream.out.getvalue())
+            else:
+                print(json.dumps(_reported(text, drafts=self.cfg.show_drafts)))
+            self._n_shown += 1
+
+    def break_off(self) -> None:
+        """Let an error message begin on its own line."""
+        if self.single and self.streams and self.streams[0].begun:
+            self.streams[0].write("\n")
+
+    def remark(self, texts: Sequence[Generation], seconds: float) -> None:
+        """Print remarks about all texts to standard error."""
+        lines: list[str | None] = []
+        deepest = max(len(texts[0].drafts_reached), self.cfg.lookup)
+        if self.marks is not None and self.streams and deepest:
+            lines.append(self.marks.legend(deepest, lookups=self.cfg.lookup > 0))
+        if not self.single:
+            lines.append(job_line(texts, seconds))
+        elif self.streams:
+            lines.append(ends_at_once(texts[0]))
+            lines.append(cost_line(texts[0]) if self.terminal else None)
+        for line in filter(None, lines):
+            print(line, file=sys.stderr)
 
 
 def checked_prompts(cfg: Any) -> list[str]:
