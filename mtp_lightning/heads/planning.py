@@ -221,83 +221,134 @@ def _plan(
 ) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
-    trunk, mtp = run.model.config.trunk, run.model.config.mtp
+    mtp = run.model.config.mtp
     _require_trainable(path, mtp, further)
-    window = min(_WINDOW, run.seq_len)
-    chat, n_around = ([], 0) if files else _chat(run, window)
     kept = [f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning]
-    sketch = HeadsPlan(
-        model=str(path.resolve()),
-        hours=hours,
-        window=window,
-        files=files,
-        weights=run.model.config.num_trunk_params(),
-        overrides=overrides,
-        context=run.seq_len,
-        depth=max(mtp.depth, 1),
-        switches=["mtp.init=random", *kept] if further else [],
-        rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
-        draft_vocab=_VOCAB if trunk.vocab_size >= 4 * _VOCAB else None,
-        chat=chat,
-        chat_share=_CHATS if chat else 0.0,
-    )
+    sketch = _sketch(run, hours, files, overrides, ["mtp.init=random", *kept] if further else [])
     cfg = checked_config(sketch.train())
-    config = ModelConfig(trunk=trunk, mtp=instantiate(cfg.mtp, kind=MTPConfig))
+    config = ModelConfig(trunk=run.model.config.trunk, mtp=instantiate(cfg.mtp, kind=MTPConfig))
     require_whole("mtp.depth", config.mtp.depth, least=1)
     sketch = _fitting(sketch, config)
     cfg = checked_config(sketch.train())
-    configured, data = sketch.as_in(cfg), cfg.data
-    cost = StepCost(config, Objective(term=KL(), draft_vocab=configured.draft_vocab))
-    with_trunk, with_stored = (
-        cost(configured.window, range(1, configured.depth + 1), main=False, stored=stored)
-        for stored in (False, True)
+    costs = _costs(run, sketch.as_in(cfg), config, cfg.data, on_cpu=device == "cpu")
+    steps, texts = _divided(sketch, costs)
+    final = replace(
+        sketch, steps=steps, texts=texts, precision=costs.precision, activations=costs.activations
     )
-    precision, speed = fastest_precision(run, window, on_cpu=device == "cpu")
-    step_seconds = (with_stored if data.cache_states else with_trunk) * configured.batch / speed
-    # After training, a graft is only exported.
-    other_phases = 0.0 if further else other_seconds(configured.weights, speed)
-    seconds_left = max(3600 * hours - other_phases, 1800 * hours)  # at least half of the hours
-    training_share = _TRAINING + (_TEXTS if files else 0)
-    writing_rate = text_seconds = text_tokens = 0.0
-    activations = "fp32"
-    if not files:
-        # After the speed is measured, since it changes the model's products.
-        may_round = device == "cpu" and "data.activations=fp32" not in overrides
-        if may_round and multiply_integers(run.model) is None:
-            activations = "int8"
-        writing_rate = writing_speed(run)
-        text_tokens = data.prompt_tokens + data.new_tokens + data.chat_share * n_around
-        text_seconds = (data.new_tokens + data.chat_share * data.prompt_tokens) / writing_rate
-        if data.cache_states:  # the trunk reads every text once
-            text_seconds += (with_trunk - with_stored) * text_tokens / configured.window / speed
-    steps = int(seconds_left * training_share / step_seconds)
-    texts = int(seconds_left * _TEXTS / text_seconds) if text_seconds else 0
-    texts = min(texts, LARGEST["n_prompts"])
-    overridden = {key_of(word) for word in overrides}
-    least_seconds = max(
-        0 if "trainer.max_steps" in overridden else _FEWEST_STEPS * step_seconds / training_share,
-        0 if "data.n_prompts" in overridden else _FEWEST * text_seconds / _TEXTS,
-    )
-    if least_seconds > seconds_left:
-        enough = 1.1 * min(least_seconds + other_phases, 2 * least_seconds) / 3600
-        raise UserError(
-            f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
-            f"machine, and heads need {_FEWEST_STEPS} and {_FEWEST}: give --hours={enough:.2g}."
-        )
-    final = replace(sketch, steps=steps, texts=texts, precision=precision, activations=activations)
     final = final.as_in(checked_config(final.train()))
+    d_model, kept_texts = config.trunk.d_model, final.texts if cfg.data.cache_states else 0
     return replace(
         final,
-        tokens_per_second=writing_rate,
-        flops_per_second=speed,
+        tokens_per_second=costs.writing_rate,
+        flops_per_second=costs.flops_per_second,
         head=config.mtp.variant,
         head_weights=config.num_params() - sketch.weights,
-        embedding=trunk.vocab_size * trunk.d_model,
-        state_bytes=int(4 * final.texts * text_tokens * trunk.d_model) if data.cache_states else 0,
-        writing=final.texts * text_seconds / 3600,
-        training=final.steps * step_seconds / 3600,
-        others=other_phases / 3600,
+        embedding=config.trunk.vocab_size * d_model,
+        state_bytes=int(4 * kept_texts * costs.text_tokens * d_model),
+        writing=final.texts * costs.text / 3600,
+        training=final.steps * costs.step / 3600,
+        others=costs.others / 3600,
     )
+
+
+def _sketch(
+    run: OpenedModel, hours: float, files: list[str], overrides: list[str], switches: list[str]
+) -> HeadsPlan:
+    """The plan before the hours are divided. With ``switches`` the model's modules are trained
+    further."""
+    config = run.model.config
+    window = min(_WINDOW, run.seq_len)
+    chat = [] if files else _chat(run, window)
+    return HeadsPlan(
+        model=str(run.path.resolve()),
+        hours=hours,
+        window=window,
+        files=files,
+        weights=config.num_trunk_params(),
+        overrides=overrides,
+        context=run.seq_len,
+        depth=max(config.mtp.depth, 1),
+        switches=switches,
+        rate=_RATE * min(_WIDTH / config.trunk.d_model, 1) / (4 if switches else 1),
+        draft_vocab=_VOCAB if config.trunk.vocab_size >= 4 * _VOCAB else None,
+        chat=chat,
+        chat_share=_CHATS if chat else 0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """What the parts of a plan cost on this machine."""
+
+    step: float  # seconds of an optimizer step
+    others: float  # seconds of the phases after training
+    precision: str  # the fastest one to train in
+    flops_per_second: float  # of reading windows in it
+    # Of a text that the model writes; 0 if files of text are given.
+    text: float = 0.0  # seconds, those of reading it for the trunk's states included
+    text_tokens: float = 0.0
+    writing_rate: float = 0.0  # tokens per second
+    activations: str = "fp32"  # precision of the activations while the model writes
+
+
+def _costs(
+    run: OpenedModel, sketch: HeadsPlan, config: ModelConfig, data: Any, *, on_cpu: bool
+) -> _Costs:
+    """Measure what a step and a text cost; ``data`` are the settings of ``data=``."""
+    cost = StepCost(config, Objective(term=KL(), draft_vocab=sketch.draft_vocab))
+    with_trunk, with_stored = (
+        cost(sketch.window, range(1, sketch.depth + 1), main=False, stored=stored)
+        for stored in (False, True)
+    )
+    precision, speed = fastest_precision(run, min(_WINDOW, run.seq_len), on_cpu=on_cpu)
+    costs = _Costs(
+        step=(with_stored if data.cache_states else with_trunk) * sketch.batch / speed,
+        # After training, a graft is only exported.
+        others=0.0 if sketch.switches else other_seconds(sketch.weights, speed),
+        precision=precision,
+        flops_per_second=speed,
+    )
+    if sketch.files:
+        return costs
+    activations = "fp32"
+    # After the speed is measured, since it changes the model's products.
+    may_round = on_cpu and "data.activations=fp32" not in sketch.overrides
+    if may_round and multiply_integers(run.model) is None:
+        activations = "int8"
+    rate = writing_speed(run)
+    n_around = sum(len(run.tokenizer.encode_specials(text)) for text in sketch.chat)
+    n_tokens = data.prompt_tokens + data.new_tokens + data.chat_share * n_around
+    seconds = (data.new_tokens + data.chat_share * data.prompt_tokens) / rate
+    if data.cache_states:  # the trunk reads every text once
+        seconds += (with_trunk - with_stored) * n_tokens / sketch.window / speed
+    return replace(
+        costs, text=seconds, text_tokens=n_tokens, writing_rate=rate, activations=activations
+    )
+
+
+def _divided(sketch: HeadsPlan, costs: _Costs) -> tuple[int, int]:
+    """The steps and the texts that the hours hold; refuses too few hours."""
+    seconds = 3600 * sketch.hours
+    seconds = max(seconds - costs.others, seconds / 2)  # at least half of the hours
+    training_share = _TRAINING + (_TEXTS if sketch.files else 0)
+    steps = int(seconds * training_share / costs.step)
+    texts = int(seconds * _TEXTS / costs.text) if costs.text else 0
+    texts = min(texts, LARGEST["n_prompts"])
+    overridden = {key_of(word) for word in sketch.overrides}
+    least = max(
+        0 if "trainer.max_steps" in overridden else _FEWEST_STEPS * costs.step / training_share,
+        0 if "data.n_prompts" in overridden else _FEWEST * costs.text / _TEXTS,
+    )
+    if least > seconds:
+        enough = 1.1 * min(least + costs.others, 2 * least) / 3600
+        held, needed = f"{steps} steps", f"{_FEWEST_STEPS}"
+        if costs.text:
+            held, needed = f"{held} and {texts} texts", f"{needed} and {_FEWEST}"
+        raise UserError(
+            f"--hours={sketch.hours:g} holds {held} of this model on this machine, and heads need "
+            f"{needed}: give --hours={enough:.2g}."
+        )
+    return steps, texts
 
 
 def _fitting(sketch: HeadsPlan, config: ModelConfig) -> HeadsPlan:
@@ -322,14 +373,14 @@ def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
         )
 
 
-def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
-    """The texts around a chat's question, and their tokens; none without format or room."""
+def _chat(run: OpenedModel, window: int) -> list[str]:
+    """The texts around a chat's question; none without format or room."""
     try:
         template = ChatTemplate.of(run.tokenizer_state)
     except UserError as error:
         print(f"{run.path}: {error} No text is a chat.", file=sys.stderr)
-        return [], 0
+        return []
     if template is None or (around := template.around()) is None:
-        return [], 0
+        return []
     n = sum(len(run.tokenizer.encode_specials(text)) for text in around)
-    return (list(around), n) if window + n <= run.seq_len else ([], 0)
+    return list(around) if window + n <= run.seq_len else []

@@ -93,6 +93,8 @@ def test_the_hours_are_divided_into_texts_and_steps(
     enough = float(str(too_few.value).rpartition("=")[2].rstrip("."))
     least = plan_of(model, hours=enough)
     assert 64 <= least.texts < 75 and least.steps >= 10
+    with pytest.raises(UserError, match="holds 0 steps of this .* heads need 10: give"):
+        planning.plan(model, hours=1e-6, files=["README.md"], overrides=[])
     assert plan_of(model, hours=1e9).texts == 1 << 22  # the most that data.n_prompts may be
     main([str(model), "--dry-run"])
     output = capsys.readouterr().out
@@ -226,8 +228,7 @@ def test_a_chat_model_writes_chats_if_the_context_has_room(
 ) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    chats, around = planning._chat(open_model(model), 32)
-    assert chats == ["${x}'Q\n", "\nA:"] and around == 10
+    assert planning._chat(open_model(model), 32) == ["${x}'Q\n", "\nA:"]
     # A window fills the context of 48 tokens: there is no room for the format.
     full = plan_of(model)
     assert full.chat == [] and not any("chat" in word for word in full.train())
@@ -354,7 +355,7 @@ def test_a_chat_template_that_cannot_be_read_is_reported_and_not_used(
         ChatTemplate("{{ }", {})
 
     monkeypatch.setattr(ChatTemplate, "of", invalid)
-    assert planning._chat(open_model(model), 32) == ([], 0)
+    assert planning._chat(open_model(model), 32) == []
     message = capsys.readouterr().err
     assert f"{model}: the model's chat template is not valid Jinja: " in message
     assert message.endswith(" No text is a chat.\n")
