@@ -65,6 +65,9 @@ def continue_prompts(
     Args:
         drafts: drafts per round, by the file's MTP module; 0 for none.
         layer: the file of EAGLE-3's layer, which drafts instead.
+
+    Raises:
+        CheckFailed: llama.cpp does not load a file.
     """
     import xllamacpp
 
@@ -82,7 +85,13 @@ def continue_prompts(
         params.speculative.types = [kind]
         draft.n_max, draft.n_min, draft.p_min = drafts, 0, 0.0
         draft.cache_type_k = draft.cache_type_v = float32
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise CheckFailed(
+            f"llama.cpp does not load {layer or file}: try its newest version (pip install -U "
+            "xllamacpp), or leave the check out with verify=false."
+        ) from error
     return [_ask(server, ids, n) for ids, n in zip(prompts, lengths, strict=True)]
 
 
@@ -132,7 +141,8 @@ def check(
         The results, one line each.
 
     Raises:
-        CheckFailed: a difference beyond what the file's rounding explains.
+        CheckFailed: llama.cpp does not load a file, or a difference beyond what the file's rounding
+            explains.
     """
     prompt_len = max(1, min(_PROMPT, context // 4))
     n_new = min(_NEW, context - prompt_len - 2)

@@ -294,6 +294,14 @@ def test_llama_cpp_is_not_asked_through_a_proxy(
 
 
 @needs_llama_cpp
+def test_a_file_that_llama_cpp_does_not_load_fails_the_check(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckFailed, match=r"does not load .*m\.gguf: .*verify=false\.$"):
+        llama_cpp.continue_prompts(file, [[1, 2]], [3])
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("part", ["trunk", "module"])
 def test_the_check_fails_for_a_file_of_another_model(part: str, tmp_path: Path) -> None:
     """The wrong rotary base, or the halves of the projection in the wrong order."""
