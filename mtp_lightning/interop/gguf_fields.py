@@ -50,6 +50,12 @@ _EXPERTS = {
 }
 # Keys whose values may be fractional.
 _DECIMAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
+# Keys of what llama.cpp computes and this project does not, with their values that change nothing:
+# factors of the queries that grow with the position, and groups of Qwen3's experts.
+_ONLY: dict[str, tuple[int, ...]] = {
+    "deepseek2.attention.temperature_scale": (0,),
+    "qwen3moe.expert_group_count": (0, 1),
+}
 _SOFTMAX, _SIGMOID = 1, 2
 Value = int | float | bool
 
@@ -114,9 +120,15 @@ def to_json(
     ``get`` returns the content of a key of the file; None if it is not there.
 
     Raises:
-        UserError: an architecture that is not read, or a key that is missing.
+        UserError: an architecture or a key that is not read, or a key that is missing.
     """
     arch, kind, dense = _architecture(get, source)
+    for key, neutral in _ONLY.items():
+        if (value := get(key)) is not None and value not in neutral:
+            raise UserError(
+                f"{source} has {key}={str(value)[:40]}, which this project does not compute: it "
+                f"can import only {key}={neutral[0]}."
+            )
     need = partial(_count, get, arch, source)
     depth, heads = need("nextn_predict_layers", 0), need("attention.head_count")
     size = need("embedding_length") // max(heads, 1)

@@ -445,6 +445,24 @@ def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
         read_folder(write_gguf(tmp_path / "tiny.gguf", kind="qwen2", extra=of_embeddings))
 
 
+@pytest.mark.parametrize(
+    ("trunk", "key", "value"),
+    [
+        ("deepseek-shared", "deepseek2.attention.temperature_scale", 0.1),
+        ("qwen3_moe", "qwen3moe.expert_group_count", 2),
+    ],
+)
+def test_keys_that_only_llama_cpp_computes_are_refused(
+    trunk: str, key: str, value: float, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.gguf"
+    gguf_files.write(file, models.build(folders.TRUNKS[trunk], SequentialConfig(depth=0)))
+    header = read_header(file)
+    gguf_file.read(file, Header({**header.fields, key: type(value)(0)}, header.tensors))
+    with pytest.raises(UserError, match=rf"gguf has {key}={value}, which this .* {key}=0\.$"):
+        gguf_file.read(file, Header({**header.fields, key: value}, header.tensors))
+
+
 def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
     """Computed as llama.cpp's converter does, from wavelengths."""
     config = transformers.LlamaConfig(
