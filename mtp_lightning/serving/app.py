@@ -141,7 +141,7 @@ class Endpoint:
         news = served.news()
         try:
             if not body.stream:
-                return JSONResponse(await _whole(news, completion))
+                return JSONResponse(completion.whole([item async for item in news]))
             first = await anext(news)  # an earlier refusal can still set the status
         except BaseException:
             self.worker.cancel(served)
@@ -233,13 +233,6 @@ def _page() -> Response:
 def _digest(html: str, element: str) -> str:
     (text,) = re.findall(f"<{element}>(.*?)</{element}>", html, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:
-    items = [item async for item in news]
-    done = items[-1].done
-    assert done is not None
-    return completion.whole(done, [logprob for item in items for logprob in item.fresh.logprobs])
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -56,7 +56,6 @@ class Completion:
         self._begun = False
         # The offset of the next token in the text.
         self._offset = 0
-        self._characters = getincrementaldecoder("utf-8")("replace")
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -65,28 +64,29 @@ class Completion:
             "model": model,
         }
 
-    def whole(self, done: Generation, logprobs: Sequence[LogProb]) -> dict[str, Any]:
-        """The object of a finished text."""
+    def whole(self, news: Sequence[News]) -> dict[str, Any]:
+        """The object of a finished text, of which these are all news."""
+        done = news[-1].done
+        assert done is not None
         content: dict[str, Any] = {"text": done.text}
         if self._chat:
             content = {"message": {"role": "assistant", "content": done.text, "refusal": None}}
-        choice = self._choice(content, logprobs, done)
+        choice = self._choice(content, news, done)
         return {**self._head, "choices": [choice], "usage": self._usage(done)}
 
     def chunks(self, news: News) -> list[dict[str, Any]]:
         """The objects of a stream for the next news; a chat's stream begins with the role."""
         first, self._begun = not self._begun, True
-        done, choices = news.done, []
-        logprobs = news.fresh.logprobs
+        done, choices, fresh = news.done, [], news.fresh
         has_content = bool(
-            news.text or logprobs or (self._options.include_drafts and news.fresh.token_ids)
+            news.text or fresh.logprobs or (self._options.include_drafts and fresh.token_ids)
         )
         if not self._chat and (has_content or done):
-            choices.append(self._choice({"text": news.text}, logprobs, done))
+            choices.append(self._choice({"text": news.text}, [news], done))
         if self._chat and first:
             choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
         if self._chat and has_content:
-            choices.append(self._choice({"delta": {"content": news.text}}, logprobs))
+            choices.append(self._choice({"delta": {"content": news.text}}, [news]))
         if self._chat and done:
             choices.append(self._choice({"delta": {}}, done=done))
         usage: dict[str, Any] = {"usage": None} if self._options.include_usage else {}
@@ -112,35 +112,35 @@ class Completion:
         return {"seconds": news.seconds, "tokens": tokens}
 
     def _choice(
-        self,
-        content: dict[str, Any],
-        logprobs: Sequence[LogProb] = (),
-        done: Generation | None = None,
+        self, content: dict[str, Any], news: Sequence[News] = (), done: Generation | None = None
     ) -> dict[str, Any]:
+        pairs = (pair for n in news for pair in zip(n.fresh.logprobs, n.fresh.pieces, strict=False))
         # A token that ends the text does not belong to it.
-        in_text = [logprob for logprob in logprobs if logprob.token not in self._token_texts.ends]
+        in_text = [pair for pair in pairs if pair[0].token not in self._token_texts.ends]
         shown = None
         if self._request.logprobs is not None and (in_text or not self._stream):
-            shown = self._chat_logprobs(in_text) if self._chat else self._logprobs(in_text)
+            logprobs = [logprob for logprob, _ in in_text]
+            shown = self._chat_logprobs(logprobs) if self._chat else self._logprobs(in_text)
         reason = None
         if done is not None:  # in OpenAI's words
             reason = "length" if done.finish_reason == "length" else "stop"
         return {"index": 0, **content, "logprobs": shown, "finish_reason": reason}
 
-    def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
+    def _logprobs(self, in_text: Sequence[tuple[LogProb, str]]) -> dict[str, Any]:
+        """The log-probabilities of tokens, each with the characters that it completes."""
         text, offsets = self._token_texts.text, []
-        for logprob in logprobs:
+        for logprob, piece in in_text:
             raw, begin = self._token_texts.raw(logprob.token), self._offset
-            self._offset += len(self._characters.decode(raw))
+            self._offset += len(piece)
             # A character that earlier tokens left incomplete comes before this token's text.
-            token_text = type(self._characters)("replace").decode(raw)
+            token_text = getincrementaldecoder("utf-8")("replace").decode(raw)
             offsets.append(max(begin, self._offset - len(token_text)))
         return {
-            "tokens": [text(logprob.token) for logprob in logprobs],
-            "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
+            "tokens": [text(logprob.token) for logprob, _ in in_text],
+            "token_logprobs": [_finite(logprob.logprob) for logprob, _ in in_text],
             "top_logprobs": [
                 {text(t): _finite(p) for t, p in (*logprob.top, (logprob.token, logprob.logprob))}
-                for logprob in logprobs
+                for logprob, _ in in_text
             ],
             "text_offset": offsets,
         }

@@ -8,13 +8,16 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.opening import OpenedModel
+from mtp_lightning.opening import OpenedModel, pretrained_state
+from tests.decoding.models import small_model
 from tests.serving.conftest import (
     NAME,
     SEQ_LEN,
@@ -173,6 +176,34 @@ def test_streams_have_the_log_probabilities_of_whole_answers(served: Serving) ->
     assert [t for part in parts for t in part.tokens] == whole.tokens
     assert [o for part in parts for o in part.text_offset] == whole.text_offset
     assert [p for part in parts for p in part.token_logprobs] == pytest.approx(whole.token_logprobs)
+
+
+def test_offsets_leave_out_the_space_that_a_text_does_not_begin_with(
+    run: OpenedModel, tmp_path: Path
+) -> None:
+    """SentencePiece's decoder drops it, and a text begins after a prompt's end of text."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {"</s>": 0} | {f"\u2581w{i}": i for i in range(1, 259)}
+    library = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    model = small_model(5, 2, vocab=259)
+    spaced = replace(run, model=model, tokenizer_state=pretrained_state(tmp_path))
+    with serving(spaced) as served:
+        for stream in (False, True):
+            body = {"prompt": [7, 0], "max_tokens": 6, "logprobs": 0, "seed": 1, "stream": stream}
+            answers = served.stream(**body) if stream else [served.post(body).json()]
+            choices = [choice for answer in answers for choice in answer["choices"]]
+            text = "".join(choice["text"] for choice in choices)
+            shown = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+            tokens = [token for part in shown for token in part["tokens"]]
+            assert text == "".join(tokens)[1:] and len(tokens) == 6
+            ends = itertools.accumulate(map(len, tokens), initial=-1)
+            offsets = [offset for part in shown for offset in part["text_offset"]]
+            assert offsets == [max(end, 0) for end in ends][:-1]
 
 
 def test_samples_without_a_seed_differ(served: Serving) -> None:
