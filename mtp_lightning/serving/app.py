@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.opening import OpenedModel
@@ -149,19 +150,13 @@ class Endpoint:
         finally:
             if not body.stream or served.over:
                 watch.cancel()
-        events = self._events(served, completion, first, news, watch)
-        return StreamingResponse(events, media_type="text/event-stream", headers=_UNCACHED)
+        events = self._events(served, completion, first, news)
+        return _Stream(events, on_end=lambda: self._end_stream(served, watch))
 
     async def _events(
-        self,
-        served: ServedText,
-        completion: Completion,
-        first: News,
-        news: AsyncIterator[News],
-        watch: asyncio.Task[None],
+        self, served: ServedText, completion: Completion, first: News, news: AsyncIterator[News]
     ) -> AsyncIterator[bytes]:
-        """A text as server-sent events. Its row is freed, and the request counted, in any case."""
-        status = HUNG_UP
+        """A text as server-sent events."""
         try:
             for chunk in completion.chunks(first):
                 yield _event(chunk)
@@ -169,18 +164,20 @@ class Endpoint:
                 for chunk in completion.chunks(item):
                     yield _event(chunk)
             yield b"data: [DONE]\n\n"
-            status = 200
+            served.status = 200
         except Refusal as refusal:
-            status = refusal.status
+            served.status = refusal.status
             yield _event(refusal.body)
         except Exception:
-            status = 500
+            served.status = 500
             yield _event(_DEFECT.body)
             raise
-        finally:
-            watch.cancel()
-            self.worker.cancel(served)
-            self.meters.ended(status)
+
+    def _end_stream(self, served: ServedText, watch: asyncio.Task[None]) -> None:
+        """Free the row of a text, and count its request."""
+        watch.cancel()
+        self.worker.cancel(served)
+        self.meters.ended(served.status)
 
     async def _watch(self, request: Request, served: ServedText) -> None:
         """Free a text's slot when its client disconnects."""
@@ -206,6 +203,22 @@ class Endpoint:
         except ClientDisconnect:
             raise Refusal("The client has hung up.", status=HUNG_UP) from None
         return bytes(body)
+
+
+class _Stream(StreamingResponse):
+    """A response of server-sent events that calls ``on_end`` in any case, even if the client goes
+    before the first event is asked for, where no code of ``events`` runs."""
+
+    def __init__(self, events: AsyncIterator[bytes], *, on_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_UNCACHED)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
 
 
 def _page() -> Response:

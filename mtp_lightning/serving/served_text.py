@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import Fresh, Generation
-from mtp_lightning.serving.refusal import Refusal
+from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class ServedText:
         self.length = 0  # characters sent
         self.tokens = 0  # tokens counted
         self.quiet_until = 0.0  # no news before this time, unless the text ends
+        self.status = HUNG_UP  # that a stream ends with; another one when its last event is sent
         self._loop = asyncio.get_running_loop()
         self._sent: asyncio.Queue[News | Refusal] = asyncio.Queue()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -263,6 +264,36 @@ def test_a_disconnect_frees_a_row_and_a_place_in_the_queue(
         answer = other.completions.create(**{**fields, "max_tokens": 5})
         assert answer.choices[0].text == generation(run, "a", 5).text
         assert server.meter("mtp_tokens_total") < 1000
+
+
+def test_a_disconnect_before_a_stream_begins_is_counted(run: OpenedModel) -> None:
+    """The server cancels the sending of the head, before it asks for the first event."""
+
+    async def ask(server: Serving) -> None:
+        head = asyncio.Event()
+        body = json.dumps({"prompt": "a", "max_tokens": 5, "stream": True}).encode()
+        incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            if (message := next(incoming, None)) is not None:
+                return message
+            await head.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            assert message["type"] == "http.response.start"
+            head.set()
+            await asyncio.sleep(60)
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        scope |= {"query_string": b"", "client": None}
+        await server.server.config.app(scope, receive, send)
+
+    with serving(run) as server:
+        asyncio.run(ask(server))
+        assert server.meter('mtp_requests_total{status="499"}') == 1
+        server.wait_for("mtp_rows", 0)
 
 
 def _ask_and_drop(server: Serving, fields: dict[str, Any]) -> None:
