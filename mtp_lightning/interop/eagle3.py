@@ -40,12 +40,10 @@ _RELEASED_STEPS = 7
 # Settings of the trunk that the layer shares.
 _SHARED = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "norm_eps",
            "rope_theta")  # fmt: skip
-# Further fields that change what the layer computes, and their only values.
+# Further fields that change what the layer computes, and their only values, besides those that
+# ``config_reading`` refuses of every model.
 _FIXED: dict[str, Any] = {
     "num_hidden_layers": 1,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "norm_before_residual": False,
     "norm_output": False,
     "tie_word_embeddings": False,
@@ -118,11 +116,10 @@ def read(
     rows = mtp.draft_vocab or trunk.vocab_size
     wanted = _fields(config, torch.float32, max_positions=0)
     _, wanted["rope_scaling"] = config_reading.rope_settings(wanted, source)
-    as_llama = {**fields, "model_type": "llama"}
-    config_reading.require_known(as_llama, source=source)
-    theta, scaling = config_reading.rope_settings(as_llama, source)
     # Switches may also stand in eagle_config, where servers read them first.
-    stated = {**fields, **_nested(fields), "rope_theta": theta, "rope_scaling": scaling}
+    stated = {**fields, **_nested(fields), "model_type": "llama"}
+    config_reading.require_known(stated, source=source)
+    stated["rope_theta"], stated["rope_scaling"] = config_reading.rope_settings(stated, source)
     defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
     for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
         value = defaults.get(name) if stated.get(name) is None else stated[name]
@@ -155,6 +152,9 @@ def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> d
         "model_type": "llama",
         **{TRUNK[own]: getattr(trunk, own) for own in _SHARED},
         **_FIXED,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
         "target_hidden_size": trunk.d_model,
         "draft_vocab_size": mtp.draft_vocab or trunk.vocab_size,
         "max_position_embeddings": max_positions,

@@ -159,6 +159,7 @@ def test_released_folders_without_our_fields_are_read(tmp_path: Path) -> None:
         ({"norm_before_residual": True}, "has norm_before_residual=True"),
         ({"norm_output": True}, "has norm_output=True"),
         ({"eagle_config": {"norm_output": True}}, "has norm_output=True"),
+        ({"eagle_config": {"mlp_bias": True}}, "has mlp_bias=True"),
         ({"draft_vocab_size": 51}, "d2t in .* is not a table of 51"),
         ({"draft_vocab_size": 10**12}, "draft_vocab=1000000000000, but the model has 264"),
         ({"draft_vocab_size": "many"}, "mtp.draft_vocab must be a whole number"),
