@@ -216,7 +216,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "rope_interleave": (True,),
     "partial_rotary_factor": (1.0, None),
+    # Of any model in transformers 5: settings of single layers, and of all MTP layers.
+    "per_layer_config": (None, {}),
     "mtp_hidden_states_first": (False, None),
+    "chain_hidden_post_norm": (None,),
+    "logits_mup_width_multiplier": (None,),
+    "unpadded_vocab_size": (None,),
 }
 # The fields of _ONLY that a kind of model has a switch for, or that its class in transformers
 # ignores: Qwen2's layers always have biases.
@@ -232,12 +237,12 @@ def _refuse_other_maths(fields: Mapping[str, Any], source: str) -> None:
     for name, allowed in _ONLY.items():
         if name in fields and name not in switches and fields[name] not in allowed:
             raise UserError(
-                f"{source} has {name}={fields[name]}, which this project does not compute: "
-                f"it can import only {name}={allowed[0]}."
+                f"{source} has {name}={str(fields[name])[:40]}, which this project does not "
+                f"compute: it can import only {name}={allowed[0]}."
             )
-    if kinds := set(fields.get("layer_types") or ()) - {"full_attention"}:
-        names = ", ".join(sorted(kinds))
-        raise UserError(f"{source} has layer_types {names}: only full attention can be imported.")
+    for name in ("layer_types", "mtp_layer_types"):
+        if kinds := ", ".join(sorted(set(fields.get(name) or ()) - {"full_attention"})):
+            raise UserError(f"{source} has {name} {kinds}: only full attention can be imported.")
 
 
 def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
