@@ -291,5 +291,5 @@ def _yarn(rope: Mapping[str, Any], original: Any, positions: Any) -> dict[str, A
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),
         **{name: rope[name] for name in optional if rope.get(name) is not None},
-        "truncate": bool(_value_or(rope, "truncate", True)),
+        "truncate": bool(rope.get("truncate", True)),  # null is false in transformers
     }

@@ -50,16 +50,17 @@ def rope(**changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {**YARN, **changes}}
 
 
+# Interpolated between the second dimension and the third: null is false here.
+LONGER = rope(
+    attention_factor=1.3, beta_fast=4, truncate=None, original_max_position_embeddings=256
+)
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **ROPE}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
     "llama-wide-heads": ("Llama", {**SIZES, "head_dim": 16}),
     "llama3": ("Llama", {**SIZES, "rope_parameters": LLAMA3}),
     "yarn": ("Llama", {**SIZES, "max_position_embeddings": 64, **rope()}),
-    "qwen3-yarn": (
-        "Qwen3",
-        {**SIZES, "head_dim": 16, **rope(attention_factor=1.3, beta_fast=4, truncate=False)},
-    ),
+    "qwen3-yarn": ("Qwen3", {**SIZES, "head_dim": 16, **LONGER}),
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
