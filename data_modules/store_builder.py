@@ -58,7 +58,7 @@ def prepare_store(
 
     Args:
         workers: processes that encode; the store does not depend on their number. 0 encodes in this
-            process; None uses one per core if the corpus has 64 MiB or more.
+            process; None uses one per core if the corpus has 64 MiB or more, or an unknown size.
 
     Raises:
         UserError: from the source or the tokenizer, about the user's text.
