@@ -70,7 +70,7 @@ class SlurmRun:
 
         process: JobProcess | None = getattr(self, "_process", None)
         if process is not None:  # else it still waits for a process of an earlier start
-            process.stop("Slurm ends the job; it is queued again, up to max_requeues times")
+            process.stop("Slurm ends the job; it is queued again, as far as max_requeues allows")
             process.wait()
         return DelayedSubmission(SlurmRun(self.job, self.threads))
 
