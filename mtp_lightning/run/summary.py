@@ -30,7 +30,7 @@ _ANSWER = (
     ("tokens per pass", "decode/tokens_per_step", "{:.2f}", "{interval}1 without drafts"),
     ("speed-up", "decode/speedup", "{:.2f}", "of decoding by drafts, here"),
     ("tokens per second", "perf/tokens_per_second", "{:,.0f}", "read in training"),
-    ("time", "minutes", "{:.1f} min", "of training, validation left out"),
+    ("time", "time", "{}", "of training, validation left out"),
 )
 # The rows of the long table: name, key and format.
 _NUMBERS = (
@@ -160,8 +160,8 @@ def print_answer(summary: dict[str, Any]) -> None:
     for column in ("what", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
     shown = dict(summary)
-    if "seconds" in shown:
-        shown["minutes"] = shown["seconds"] / 60
+    if (seconds := shown.get("seconds")) is not None:
+        shown["time"] = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
     for name, key, form, meaning in _ANSWER:
         # Where any answer is right, their share says nothing.
         if key in shown and not (key == "val/exact_match" and shown.get("val/chance") == 1):

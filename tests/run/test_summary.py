@@ -78,6 +78,7 @@ def test_the_short_table_of_a_text_has_five_rows(monkeypatch, capsys):
     print_answer({"val/exact_match": 0.5, "val/chance": 0.0625, "seconds": 30.0})
     output = capsys.readouterr().out
     assert "50.0%" in output and "chance 6.25%" in output and "bits per byte" not in output
+    assert "30.0 s │" in output
     hidden = {"val/excess_loss": 0.0398, "val/belief_r2": 0.9681}
     print_answer({"val/exact_match": 1.0, "val/chance": 1.0, **hidden})
     output = capsys.readouterr().out
