@@ -115,11 +115,6 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Dic
     return _composer(config_dir).compose(overrides)
 
 
-def searchpath(config_dir: Path | None) -> list[str]:
-    """The override that adds a folder of configs, for callers that have no ``--config-dir``."""
-    return [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"] if config_dir else []
-
-
 def typed_folder(path: str) -> Path:
     """An existing folder, as it is typed for an option."""
     if not Path(path).is_dir():
@@ -135,7 +130,8 @@ def _composer(config_dir: Path | None) -> Composer:
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        overrides = searchpath(config_dir)
+        path = quoted(f"file://{config_dir}")
+        overrides = [f"hydra.searchpath=[{path}]"] if config_dir else []
         config = loader.load_configuration("config", overrides, run_mode=RunMode.RUN)
         return Composer(config, loader)
 

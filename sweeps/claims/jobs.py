@@ -28,7 +28,7 @@ from mtp_lightning.run.config import (
 )
 from sweeps.claims.claim import CPU, GPU, Claim
 from sweeps.claims.decide import MOST_APART
-from sweeps.compose import compose_run, searchpath, settle
+from sweeps.compose import compose_run, settle
 from sweeps.plan import job_of
 from sweeps.process import Job
 from sweeps.report.settings import OF_DEPTHS
@@ -103,29 +103,38 @@ def require_equal(claim: Claim, runs: Path) -> None:
 
 
 def flops_of(job: ClaimJob) -> float | None:
-    """A run's training FLOPs as ``python -m mtp_lightning.plan`` counts them; None if it cannot.
+    """A run's training FLOPs, counted from its config; None if they cannot be.
 
     A run with ``compare.match=flops`` has the FLOPs of plain training. A branch counts only from
-    the step where it begins.
+    the step where it begins, as if all steps cost the same.
     """
-    from mtp_lightning.plan import plans_of
+    from mtp_lightning.experiment import build
+    from mtp_lightning.matching import Length, plain_reference, total_flops
+    from mtp_lightning.objective.cost import StepCost
 
-    overrides = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
+    overrides = [o for o in job.overrides if key_of(o) not in (_BRANCH, _START)]
     config = compose_run(overrides, job.config_dir)
-    if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
+    data, trainer, tokenizer = config.data, config.trainer, config.tokenizer or {}
+    # A model from elsewhere has a trunk of other sizes, and a task sets T itself.
+    if config.init_from is not None or data.seq_len is None:
         return None
-    if config.compare.match == "flops":
-        overrides = [*(o for o in overrides if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
-    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
+    length = Length(
+        seq_len=data.seq_len,
+        max_steps=trainer.max_steps,
+        tokens_per_step=data.batch_size * trainer.accumulate_grad_batches * data.seq_len,
+        stored_states=data.get("cache_states", False),
+    )
     try:
-        overrides += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
-        (plan,), _ = plans_of(overrides)
+        model = build.build_model_config(config, tokenizer.get("vocab_size") or 257)
+        if config.compare.match == "flops":
+            total = plain_reference(model, length).flops
+        else:
+            cost = StepCost(model, build.build_objective(config))
+            schedule, balance = build.build_schedule(config), build.build_balance(config)
+            total = total_flops(cost, schedule, length, balance)
     except (UserError, ArithmeticError):
         return None
-    data, steps = config.data, config.trainer.max_steps
-    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
-    total = plan.cost.per_token(data.seq_len) * tokens
-    return float(total * (1 - (branch_step(job.overrides) or 0) / steps))
+    return total * (1 - (branch_step(job.overrides) or 0) / trainer.max_steps)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

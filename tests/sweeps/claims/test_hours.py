@@ -111,18 +111,24 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_estimated_flops_are_those_of_stored_results(tmp_path: Path) -> None:
-    """Of results/text_equal_flops.json: 1,736,835,072,000 of plain training, which all arms of
-    compare.match=flops get; of results/lambda.json: 2,857,500,672,000 with two depths."""
+    """Of results/text_equal_flops.json: plain training, whose FLOPs all arms of compare.match=flops
+    get; of results/curriculum.json and results/balance_rules.json: two depths, of which a
+    curriculum computes only some at first, and a rule that measures gradients."""
+    deep = ["mtp=sequential", "mtp.depth=2"]
     arms = {
         "plain": ["mtp=none"],
         "heads": ["mtp=sequential", "mtp.depth=1", "compare.match=flops"],
-        "deep": ["mtp=sequential", "mtp.depth=2"],
+        "deep": deep,
+        "forward": [*deep, "lambda_schedule=forward_curriculum"],
+        "gradnorm": [*deep, "balance=gradnorm", "balance.every_n_steps=10"],
     }
     predictions = [predict("plain", "below", 1)]
     claim = claim_of(tmp_path, arms=arms, shared=SMALL, predictions=predictions)
     flops = {job.arm: flops_of(job) for job in jobs(claim, [0], tmp_path)}
     assert flops["plain"] == flops["heads"] == pytest.approx(1736835072000, rel=0.01)
     assert flops["deep"] == pytest.approx(2857500672000, rel=0.01)
+    assert flops["forward"] == pytest.approx(2296607539200, rel=0.01)
+    assert flops["gradnorm"] == pytest.approx(3100639232000, rel=0.01)
 
 
 def test_flops_are_unknown_for_the_trunk_of_another_model(tmp_path: Path) -> None:
