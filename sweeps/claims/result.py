@@ -158,10 +158,11 @@ def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
 
 
 def with_own_costs(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
-    """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
-    first_step = branch_step(claim.overrides(arm))
-    if first_step is None or not run.done:
+    """A run with the FLOPs and seconds of its own steps, as far as its summary has them; those of a
+    branch count its parent's."""
+    first_step, steps = branch_step(claim.overrides(arm)), run.costs.get("step")
+    if first_step is None or not run.done or not steps:
         return run
-    share = 1 - first_step / run.costs["step"]
-    own_costs = {name: run.costs[name] * share for name in ("flops", "seconds")}
+    share = 1 - first_step / steps
+    own_costs = {k: v * share for k, v in run.costs.items() if k in ("flops", "seconds")}
     return replace(run, costs=run.costs | own_costs)

@@ -28,9 +28,10 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.power import seeds_needed
-from sweeps.claims.result import Result, make_result, write_result
+from sweeps.claims.result import Result, make_result, with_own_costs, write_result
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
+    PLAIN,
     SOLVED,
     claim_of,
     finished_run,
@@ -38,6 +39,7 @@ from tests.sweeps.claims.fixture_claims import (
     output_of,
     predict,
     result_of,
+    shifted,
     solved_seeds,
     with_pages,
 )
@@ -108,6 +110,21 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
     # A fifth of 1e12 FLOPs took a fifth of 100 minutes.
     assert (hours_of["short"], hours_of["next"]) == pytest.approx((20 / 60, 200 / 60))
     assert result["minutes"] == 20
+
+
+def test_a_branch_whose_summary_lacks_costs_is_judged(tmp_path: Path) -> None:
+    arms = {"long": [], "short": ["trainer.max_steps=500", "branch_from=long@400"]}
+    predictions = [predict("short", "below", 1, against="long")]
+    changes = {"equal": "flops", "arms": arms, "predictions": predictions}
+    claim = claim_of(tmp_path, shared=SMALL, **changes)
+    for costs, own in (({}, {}), ({"step": 500.0, "seconds": 50.0}, {"seconds": 10.0})):
+        runs = observed(claim, {"long": PLAIN, "short": shifted(-0.05)})
+        runs["short"] = {seed: replace(r, costs=costs) for seed, r in runs["short"].items()}
+        result = make_result(claim, runs, BEGAN)
+        (prediction,) = result["predictions"]
+        assert prediction["why"] == "the runs do not say their flops"
+        own_run = with_own_costs(claim, "short", runs["short"][0])
+        assert own_run.costs == pytest.approx({**costs, **own})
 
 
 def test_estimated_flops_are_those_of_stored_results(tmp_path: Path) -> None:
