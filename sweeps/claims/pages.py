@@ -235,7 +235,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     the answers and the picture."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
     unmeasured, picture = [], None
-    answers: dict[str, list[str]] = {}  # sizes by the verdict on all heads' gains
+    answers: dict[str, list[str]] = {}  # sizes by whether all heads' gains are less or more than 1
     for size, claims in _SIZES.items():
         measured = _measured(by_name, claims)
         if not measured:
@@ -244,7 +244,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
         claim, result = measured[0]
         heads = sizes[size] = {}
         enough = max(e["n"] for e in result["predictions"]) >= claim.scale.minimum
-        verdicts: set[str] = set()
+        gains: set[str] = set()
         for entry in words.entries(result):
             if entry["measure"].get("curve") and entry["against"] is None:
                 heads.setdefault(entry["arm"], {})[entry["measure"]["part"]] = {
@@ -254,9 +254,11 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
                     "planned": len(claim.scale.seeds),
                 }
                 if entry["measure"]["part"] == "total":
-                    verdicts.add(entry["verdict"])
+                    below = (entry["side"] == "below") == (entry["verdict"] == HOLDS)
+                    decided = "less" if below else "more"
+                    gains.add(UNDECIDED if entry["verdict"] == UNDECIDED else decided)
         if enough:
-            answers.setdefault(verdicts.pop() if len(verdicts) == 1 else "mixed", []).append(size)
+            answers.setdefault(gains.pop() if len(gains) == 1 else "mixed", []).append(size)
         if enough or picture is None:
             seeds, parameters = seeds_and_size(result)
             file = files_of(result, claim.label, Path())[0].name

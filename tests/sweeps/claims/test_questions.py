@@ -61,6 +61,8 @@ def test_gains_answer_what_a_module_is_worth(tmp_path: Path) -> None:
     for verdict, answer in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**prediction, "verdict": verdict} for prediction in predictions]
         assert f"?** {answer}" in answers([(claim, result(claim, alike))], tmp_path)
+        other_side = [{**prediction, "side": "above"} for prediction in alike]
+        assert f"?** {answer}" not in answers([(claim, result(claim, other_side))], tmp_path)
     # One seed at a larger size changes neither the answer nor the picture.
     of_small = [{**p, "n": 5, "verdict": "holds"} for p in predictions]
     one_seed = [{**p, "n": 1, "verdict": "undecided"} for p in predictions]
