@@ -28,7 +28,7 @@ from sweeps.report.drawing import Drawing, drawing_of, text_error
 from sweeps.report.equivalent import Family, PlainCurve, Spent
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
-from sweeps.report.names import axis_of, name_of
+from sweeps.report.names import axis_of, name_of, sentence
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
 
@@ -75,8 +75,7 @@ def _of_several_texts(drawing: Drawing) -> Drawing:
         return drawing
     if drawing.name.startswith(_COMPARING):
         return drawing.lacking("it would compare settings with different evaluation data")
-    warning = " The settings have different evaluation data: compare none across these."
-    return replace(drawing, caption=drawing.caption + warning)
+    return replace(drawing, caption=f"{drawing.caption} {sentence('other_data')}")
 
 
 def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:

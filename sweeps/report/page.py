@@ -27,7 +27,7 @@ from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import caveats
 from sweeps.report.metrics import TABLE
-from sweeps.report.names import RUN, joined, question
+from sweeps.report.names import RUN, joined, question, sentence
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.settings import Settings, is_number, show
 
@@ -59,9 +59,10 @@ def render(
     from markupsafe import Markup
 
     runs, sweeps = settings.runs, settings.sweeps
-    # The answer and notes say this, too, but readers of a table may not have read them.
-    warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
-    remarks = [*filter(None, [note_on_depths(settings), text_errors(settings.all)]), *warnings]
+    # The caveats say this, too, but readers of a table may not have read them.
+    unequal = contexts(settings.all)
+    other_data = refusal(settings.all) and sentence("other_data")
+    remarks = [note_on_depths(settings), text_errors(settings.all), other_data, *unequal]
     jinja = environment("sweeps.report", html=True)
     style, script = (
         Markup(jinja.get_template(f"{name}.jinja").render()) for name in ("report.css", "page.js")
@@ -93,10 +94,10 @@ def render(
         answer=sentences,
         caveats=caveats(settings),
         tables=[
-            tables.of_settings(settings, remarks),
+            tables.of_settings(settings, [*filter(None, remarks)]),
             *(tables.of_gains(family, i) for i, family in enumerate(families)),
             tables.of_floors(settings),
-            tables.of_differences(comparisons, settings, warnings),
+            tables.of_differences(comparisons, settings, unequal),
         ],
         jobs=tables.of_jobs(runs, folder),
         task=settings.is_task,
