@@ -58,7 +58,7 @@ class Display:
     """The state of the jobs, as a pool reports it: one line for every start and end, and now and
     then one for each running job."""
 
-    total: int
+    total: int  # number of jobs that this process may still run
     seconds: float = 30.0  # between two looks at the running jobs
     running: dict[Job, Watched] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state

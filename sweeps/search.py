@@ -297,6 +297,8 @@ def main(
                 config_dir=config_dir,
                 command=[program, *arguments],
             )
+            ended = sum(trial.state.is_finished() for trial in search.study.trials)
+            pool.display.total = max(args.trials - ended, 0)
             pool.run(search.jobs(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)

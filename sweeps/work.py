@@ -88,10 +88,10 @@ class SweepWorker:
             while time.monotonic() < next_look:
                 yield None
 
-    def drop_ended(self) -> bool:
-        """Forgets the jobs that have ended, whoever ran them; returns whether any is left."""
+    def drop_ended(self) -> int:
+        """Forgets the jobs that have ended, whoever ran them; returns how many are left."""
         self._unfinished = [n for n in self._unfinished if must_run(self.jobs[n].folder)]
-        return bool(self._unfinished)
+        return len(self._unfinished)
 
     def watch(self, job: Job) -> str | None:
         """Whether a job has to be stopped because another worker has it."""
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
                 "a larger machine",
                 flush=True,
             )
-        display = Display(len(worker.jobs), estimates=False)
+        display = Display(worker.drop_ended(), estimates=False)
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:

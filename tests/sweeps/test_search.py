@@ -197,10 +197,11 @@ def test_an_interrupted_search_continues_its_trials(folder, monkeypatch):
     assert len(set(values)) == 6, "the sampler repeated its first proposals"
 
 
-def test_a_trial_interrupted_before_it_had_values_fails(folder):
+def test_a_trial_interrupted_before_it_had_values_fails(folder, capsys):
     assert run(folder, "--trials", "1") == 0
     study(folder).ask()
     assert run(folder, "--trials", "3") == 0
+    assert "(1 of 2)" in capsys.readouterr().out, "one trial had ended before"
     assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 

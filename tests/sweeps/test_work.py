@@ -109,6 +109,7 @@ def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     again = stubs(folder, "range(10,20)", "hydra/launcher=plan", "sweep.retry_failed=true")
     assert "9 done before" in execute(again, tmp_path).stdout
     assert start(folder).wait(240) == 0
+    assert "(1 of 1)" in log_of(folder), "nine had ended before"
     assert set(job_states(folder).values()) == {"done"} and status_output(folder)
 
 
