@@ -37,7 +37,7 @@ class Length:
 
     seq_len: int  # T
     max_steps: int  # optimizer steps
-    tokens_per_step: int  # depth-0 targets of one optimizer step, all ranks
+    tokens_per_step: int  # positions of one optimizer step, all ranks
     stored_states: bool = False  # whether the trunk's states are read, and not computed
 
 

@@ -13,6 +13,8 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning import matching
 from mtp_lightning.command_line import check_config
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.build import apply_match
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -179,6 +181,21 @@ def test_wrong_settings_and_references_are_refused(tmp_path: Path) -> None:
         (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3, **cost}))
         with pytest.raises(ValueError, match="(?i)does not say what its run cost .*flops"):
             matching.run_reference(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{**helpers.TASK, "data.seq_len": 32}, {"data.document_mask": True}]
+)
+def test_a_depth_that_ends_at_a_token_is_refused_where_not_every_position_is_one(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """The FLOPs count positions; the schedule counts their targets, which are fewer."""
+    ends = {"lambda_schedule": "knots", "lambda_schedule.knots": {0: 1, 960: 0}}
+    ends |= {"lambda_schedule.unit": "tokens", "compare.match": "flops"}
+    with pytest.raises(UserError, match="set lambda_schedule.unit=steps"):
+        apply_match(helpers.config(tmp_path, tmp_path, {**ends, **change}), 260)
+    for fits in ({}, {**change, "lambda_schedule.knots": {0: 1, 960: 0.5}}):
+        assert apply_match(helpers.config(tmp_path, tmp_path, {**ends, **fits}), 260)[1]
 
 
 def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def apply_match(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched |
     the match (None without a match)."""
     if cfg.compare.match == "none":
         return cfg, None
-    from mtp_lightning import matching
+    from mtp_lightning.matching import Length, match, plain_reference, run_reference
 
     config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
     if not str(trainer.devices).isdigit():
@@ -280,25 +280,24 @@ def apply_match(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched |
             f"{trainer.devices} does not say on how many devices: give their number."
         )
     batch = cfg.data.batch_size * trainer.accumulate_grad_batches
-    length = matching.Length(
+    length = Length(
         seq_len=cfg.data.seq_len,
         max_steps=trainer.max_steps,
         tokens_per_step=batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
         stored_states=cfg.data.get("cache_states", False),
     )
-    reference = (
-        matching.plain_reference(config, length)
-        if cfg.compare.reference is None
-        else matching.run_reference(cfg.compare.reference)
-    )
-    matched = matching.match(
-        config,
-        build_schedule(cfg),
-        length,
-        match=cfg.compare.match,
-        reference=reference,
-        balance=build_balance(cfg),
-        objective=build_objective(cfg),
+    schedule, rule, objective = build_schedule(cfg), build_balance(cfg), build_objective(cfg)
+    kind, folder = cfg.compare.match, cfg.compare.reference
+    in_tokens = schedule.depth_ever_skipped and cfg.lambda_schedule.get("unit") == "tokens"
+    masked = "task" in cfg.data or cfg.data.get("document_mask")
+    if kind == "flops" and in_tokens and masked:
+        raise UserError(
+            "compare.match=flops counts positions and lambda_schedule.unit=tokens only targets, "
+            "which not all positions of this data have: set lambda_schedule.unit=steps or fraction."
+        )
+    reference = plain_reference(config, length) if folder is None else run_reference(folder)
+    matched = match(
+        config, schedule, length, match=kind, reference=reference, balance=rule, objective=objective
     )
     cfg = cfg.copy()
     cfg.model.n_layers = matched.n_layers
