@@ -103,11 +103,9 @@ def require_equal(claim: Claim, runs: Path) -> None:
 
 
 def flops_of(job: ClaimJob) -> float | None:
-    """A run's training FLOPs, counted from its config; None if they cannot be.
-
-    A run with ``compare.match=flops`` has the FLOPs of plain training. A branch counts only from
-    the step where it begins, as if all steps cost the same.
-    """
+    """A run's training FLOPs by its config, or those of plain training with
+    ``compare.match=flops``; None if they cannot be counted. A branch counts only from the step
+    where it begins, as if all steps cost the same."""
     from mtp_lightning.experiment import build
     from mtp_lightning.matching import Length, plain_reference, total_flops
     from mtp_lightning.objective.cost import StepCost

@@ -235,7 +235,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     the answers and the picture."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
     unmeasured, picture = [], None
-    answers: dict[str, list[str]] = {}  # sizes by whether all heads' gains are less or more than 1
+    answers: dict[str, list[str]] = {}  # sizes by the side of 1 on which all heads' gains are
     for size, claims in _SIZES.items():
         measured = _measured(by_name, claims)
         if not measured:
@@ -254,9 +254,8 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
                     "planned": len(claim.scale.seeds),
                 }
                 if entry["measure"]["part"] == "total":
-                    below = (entry["side"] == "below") == (entry["verdict"] == HOLDS)
-                    decided = "less" if below else "more"
-                    gains.add(UNDECIDED if entry["verdict"] == UNDECIDED else decided)
+                    side, other = entry["side"], "above" if entry["side"] == "below" else "below"
+                    gains.add({HOLDS: side, FAILS: other}.get(entry["verdict"], UNDECIDED))
         if enough:
             answers.setdefault(gains.pop() if len(gains) == 1 else "mixed", []).append(size)
         if enough or picture is None:
@@ -266,11 +265,7 @@ def _worth(by_name: Mapping[str, Pair]) -> dict[str, Any] | None:
     if not sizes:
         return None
     grows = [
-        {
-            "head": entry["arm"],
-            "number": _number(entry),
-            "decided": entry["verdict"] != UNDECIDED,
-        }
+        {**entry, "number": _number(entry), "decided": entry["verdict"] != UNDECIDED}
         for claim, result in _measured(by_name, _GROWTH)
         for entry in words.entries(result)
     ]

@@ -184,9 +184,8 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
 def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
     """The compute and the final loss of a setting's runs, by seed."""
     spent = {}
-    for run in setting.done:
-        if run.fact("stopped_early"):  # its learning rate has not decayed
-            continue
+    # The learning rate of a run that stopped early has not decayed.
+    for run in (run for run in setting.done if not run.fact("stopped_early")):
         flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
         if flops and flops > 0 and steps and loss is not None and math.isfinite(loss):
             spent[run.seed] = Spent(flops=flops, loss=loss, steps=steps)
