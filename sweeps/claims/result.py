@@ -158,7 +158,7 @@ def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
 
 
 def with_own_costs(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
-    """A run with its own steps' FLOPs and seconds, if known; a branch's also count its parent's."""
+    """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
     first_step, steps = branch_step(claim.overrides(arm)), run.costs.get("step")
     if first_step is None or not run.done or not steps:
         return run
