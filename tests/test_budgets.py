@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/cpu": 1_636,
     "mtp_lightning/decoding": 4_603,
     "mtp_lightning/distributed": 1_207,
-    "mtp_lightning/experiment": 2_870,
+    "mtp_lightning/experiment": 2_894,
     "mtp_lightning/heads": 992,
     "mtp_lightning/interop": 5_419,
     "mtp_lightning/loggers": 618,
@@ -38,7 +38,7 @@ LINES = {
     "mtp_lightning/optim": 385,
     "mtp_lightning/run": 1_404,
     "mtp_lightning/serving": 1_524,
-    "sweeps": 9_837,
+    "sweeps": 9_823,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (159, 20_333), "generate": (87, 11_939)}

@@ -71,7 +71,10 @@ SHARED_WITH_SWEEPS = (
 )
 
 # Claims may also import these, in functions: they read weights or count FLOPs with torch.
-WEIGHTS = ("mtp_lightning.run.checkpoints", "mtp_lightning.run.loading", "mtp_lightning.plan")
+WEIGHTS = (
+    *("mtp_lightning.run.checkpoints", "mtp_lightning.run.loading"),
+    "mtp_lightning.experiment.build",
+)
 
 LIGHTNING = tuple(
     f"mtp_lightning/{name}" for name in ("module", "callbacks/", "distributed/", "loggers/")

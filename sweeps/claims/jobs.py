@@ -106,33 +106,19 @@ def flops_of(job: ClaimJob) -> float | None:
     """A run's training FLOPs by its config, or those of plain training with
     ``compare.match=flops``; None if they cannot be counted. A branch counts only from the step
     where it begins, as if all steps cost the same."""
-    from mtp_lightning.experiment import build
-    from mtp_lightning.matching import Length, plain_reference, total_flops
-    from mtp_lightning.objective.cost import StepCost
+    from mtp_lightning.experiment.build import training_flops
 
     overrides = [o for o in job.overrides if key_of(o) not in (_BRANCH, _START)]
     config = compose_run(overrides, job.config_dir)
-    data, trainer, tokenizer = config.data, config.trainer, config.tokenizer or {}
     # A model from elsewhere has a trunk of other sizes, and a task sets T itself.
-    if config.init_from is not None or data.seq_len is None:
+    if config.init_from is not None or config.data.seq_len is None:
         return None
-    length = Length(
-        seq_len=data.seq_len,
-        max_steps=trainer.max_steps,
-        tokens_per_step=data.batch_size * trainer.accumulate_grad_batches * data.seq_len,
-        stored_states=data.get("cache_states", False),
-    )
+    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
     try:
-        model = build.build_model_config(config, tokenizer.get("vocab_size") or 257)
-        if config.compare.match == "flops":
-            total = plain_reference(model, length).flops
-        else:
-            cost = StepCost(model, build.build_objective(config))
-            schedule, balance = build.build_schedule(config), build.build_balance(config)
-            total = total_flops(cost, schedule, length, balance)
+        total = training_flops(config, vocabulary or 257)
     except (UserError, ArithmeticError):
         return None
-    return total * (1 - (branch_step(job.overrides) or 0) / trainer.max_steps)
+    return total * (1 - (branch_step(job.overrides) or 0) / config.trainer.max_steps)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
