@@ -25,8 +25,9 @@ class Payoff:
     accepted: tuple[float, ...]  # share of the drafts judged at position 1, 2, .. that is accepted
 
     def gains(self) -> list[float]:
-        """Tokens per second with 0, 1, .. drafts, over plain decoding."""
-        tokens = expected_tokens(self.accepted)
+        """Tokens per second with 0, 1, .. drafts, over plain decoding. A round with drafts has
+        ``1 + sum_j prod_{i <= j} accepted_i`` expected tokens."""
+        tokens = accumulate(accumulate(self.accepted, mul), initial=1.0)
         return [n / cost for n, cost in zip(tokens, self.costs, strict=False)]
 
     @property
@@ -46,12 +47,6 @@ class Measured:
     def pays(self) -> bool:
         """Whether drafts pay in samples, or may pay in some greedy texts."""
         return self.sampled.best > 0 or max(self.greedy.gains()[1:]) > 1
-
-
-def expected_tokens(accepted: Sequence[float]) -> list[float]:
-    """Expected tokens per row of a round with 0, 1, .. drafts, ``1 + sum_j prod_{i <= j} a_i``, by
-    the shares a_1, a_2, .. of the drafts judged at a position that are accepted."""
-    return list(accumulate(accumulate(accepted, mul), initial=1.0))
 
 
 def fastest(gains: Sequence[float], margin: float) -> int:

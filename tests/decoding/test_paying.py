@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_modules.seal import seal
 from mtp_lightning.decoding import generate, paying
-from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
+from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, fastest
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.paying import description, measure, with_measured_depth
@@ -49,7 +49,6 @@ def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.Data
 
 
 def test_the_fastest_number_needs_a_margin() -> None:
-    assert expected_tokens([0.5, 0.5]) == [1, 1.5, 1.75]
     assert fastest([1.0, 1.02], 1.03) == 0 and fastest([1.0, 1.04, 1.05], 1.03) == 2
     assert fastest([1.0, 1.04, 1.05], 1.1) == 0
     # A small measured gain is left to probes, which come later.
