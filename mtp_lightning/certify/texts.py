@@ -137,8 +137,3 @@ class _EachInTurn(AutoDepth):
     def depth(self, rows: int, room: int | None = None) -> int:
         self._n_rounds += 1
         return self._n_rounds % (self.max_draft + 1)
-
-    def record(
-        self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
-    ) -> None:
-        pass
