@@ -17,7 +17,7 @@ fused.register(
     fused.DecodingCode(
         passes=CPUPasses,
         rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
-        packer_for=CPUWeightPacker.of,
+        packer_for=lambda *given: None if library.library is None else CPUWeightPacker(*given),
         multiply_integers=multiply_integers,
         version=library.version(),
     ),

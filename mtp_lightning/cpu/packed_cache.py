@@ -56,13 +56,6 @@ class CPUWeightPacker:
         ids = {id(weight) for weight in [*matrices, self._embedding.weight]}
         self._weights = {n: w for n, w in model.named_parameters() if id(w) in ids}
 
-    @classmethod
-    def of(
-        cls, model: MTPModel, path: Path | None = None, rounding: str = ""
-    ) -> CPUWeightPacker | None:
-        """``packer_for`` of ``decoding/fused.py``."""
-        return None if native.library is None else cls(model, path, rounding)
-
     def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is w for w in self._weights.values()):
             replace_by_packed(weight, scales)
