@@ -196,27 +196,3 @@ def test_noise_does_not_depend_on_the_largest_number_of_drafts():
     padded = rows_of([0, 1], 3, drafts=2, most=5)
     assert torch.equal(padded[..., [0, 1, 5, 6, 10]], rows_of([0, 1], 3, drafts=2, most=2))
     assert not padded[..., [2, 3, 4, 7, 8, 9]].any()
-
-
-def test_noise_of_a_row_does_not_depend_on_rows_that_join_and_leave():
-    expected = rows_of(range(40), 200)
-    noise, alive, rounds = Noise(3, "cpu"), [], {}
-    generator = torch.Generator().manual_seed(1)
-    waiting = list(range(40))
-    while waiting or alive:
-        while waiting and len(alive) < 4 and torch.rand((), generator=generator) < 0.5:
-            index = waiting.pop(0)
-            assert torch.equal(joined(noise.join([(5, index, 3)]))[0], expected[index, 0])
-            alive.append(index)
-            rounds[index] = 0
-        if not alive:
-            continue
-        for row, numbers in enumerate(joined(noise.next())):
-            rounds[alive[row]] += 1
-            assert torch.equal(numbers, expected[alive[row], rounds[alive[row]]])
-        for row in range(len(alive) - 1, -1, -1):
-            if rounds[alive[row]] == 200 or torch.rand((), generator=generator) < 0.02:
-                for rows in (alive, noise.rows):
-                    rows[row] = rows[-1]
-                    rows.pop()
-    assert max(rounds.values()) > 64
