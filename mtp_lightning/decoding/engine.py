@@ -61,7 +61,7 @@ class Engine:
     def __init__(
         self,
         model: MTPModel,
-        options: DecodingOptions | None = None,
+        options: DecodingOptions,
         *,
         tokenizer: Any = None,
         on_logits: Callable[[int, Tensor], None] | None = None,
@@ -72,7 +72,7 @@ class Engine:
                 f"a model of mtp={model.config.mtp.variant} predicts a task's whole answer at once "
                 "and not token by token: ask it by evaluate.py."
             )
-        self.options = options = DecodingOptions() if options is None else options
+        self.options = options
         self.slots = options.slots
         self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer

@@ -270,12 +270,7 @@ def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) 
 
 
 def decoding_report(
-    model: MTPModel,
-    prompts: Sequence[Tensor],
-    options: DecodingOptions,
-    *,
-    tokenizer: Any = None,
-    repeats: int = 3,
+    model: MTPModel, prompts: Sequence[Tensor], options: DecodingOptions, *, tokenizer: Any = None
 ) -> dict[str, float]:
     """Acceptance and speedup of drafting, measured and expected, on the same greedy texts. The
     speedup is timed one prompt at a time, on the first few prompts.
@@ -294,7 +289,7 @@ def decoding_report(
     values, plain = acceptance(model, prompts, options, tokenizer=tokenizer)
     timed, alone = prompts[:TIMED], replace(options, batch_size=1)
     ways = {"plain": alone.plain(), "drafted": alone}
-    run = race(model, timed, ways, tokenizer=tokenizer, repeats=repeats)
+    run = race(model, timed, ways, tokenizer=tokenizer, repeats=3)
     require_same_greedy(model, timed, run.outputs["plain"], run.outputs["drafted"])
     values["speedup"] = run.speedup("drafted")
     if not options.drafts_as_trained or options.max_draft(model) < model.depth:

@@ -27,8 +27,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
-from mtp_lightning.opening import OpenedModel
-from tests.decoding.models import small_model
+from tests.decoding.models import opened_model, small_model
 
 
 class Words:
@@ -45,13 +44,7 @@ def open_as_mine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``open_as_mine(model)``: the path ``mine`` then opens this model."""
 
     def patch(model: MTPModel) -> None:
-        opened = OpenedModel(
-            model=model,
-            tokenizer_state={},
-            run_config={"data": {"seq_len": 64}},
-            step=1,
-            path=Path("mine"),
-        )
+        opened = replace(opened_model(0, seq_len=64), model=model, path=Path("mine"))
         opened.__dict__["tokenizer"] = Words()
         monkeypatch.setattr(run, "open_model", lambda path, *, allow, packer_for: opened)
 

@@ -142,7 +142,7 @@ def test_texts_that_are_too_short_have_no_teacher_forced_rates() -> None:
 def test_a_report_has_the_measured_and_the_expected_values() -> None:
     model, options = small_model(3, 2, vocab=3), DecodingOptions(max_new_tokens=20)
     prompts = [torch.tensor(prompt) for prompt in random_prompts(3, (4, 1, 9), vocab=3)]
-    report = decoding_report(model, prompts, options, repeats=1)
+    report = decoding_report(model, prompts, options)
     values, plain = acceptance(model, prompts, options)
     assert report.items() >= (values | teacher_forced_rates(model, prompts, plain)).items()
     assert report["speedup"] > 0 and report["expected_speedup"] > 0
