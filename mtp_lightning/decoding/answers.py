@@ -93,7 +93,9 @@ def generate_scored(
     assert batch.scored is not None and not bool(batch.scored[:, 0].any())
     if model.config.mtp.answers_at_once:
         # Such a model never reads the scored tokens.
-        return teacher_forced_choices(model, batch, uniforms_BW)
+        logits_KV = _logits(model, batch, _teacher_forced(model, batch))
+        uniform_K = None if uniforms_BW is None else _scored(batch, uniforms_BW)
+        return _in_place(batch, _choose_token(logits_KV, uniform_K), batch.tokens)
     places = torch.arange(batch.tokens.shape[1], device=batch.device)
     first_B = batch.scored.int().argmax(1)
     last_B = torch.where(batch.scored, places, first_B.unsqueeze(1)).amax(1)
@@ -120,16 +122,6 @@ def generate_scored(
             logits_BV = session.verify(0)[:, 0]
             session.accept([0] * len(batch))
     return said_BW[:, : batch.tokens.shape[1]]
-
-
-def teacher_forced_choices(
-    model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None
-) -> Tensor:
-    """``[B, W]`` the tokens, with the model's teacher-forced choices at the scored positions: every
-    choice follows the true tokens. The choice is made as in :func:`generate_scored`."""
-    logits_KV = _logits(model, batch, _teacher_forced(model, batch))
-    uniform_K = None if uniforms_BW is None else _scored(batch, uniforms_BW)
-    return _in_place(batch, _choose_token(logits_KV, uniform_K), batch.tokens)
 
 
 def _choose_token(logits: Tensor, uniform: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, Example, Task
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
-from mtp_lightning.decoding.answers import ModelOutputs, generate_scored, teacher_forced_choices
+from mtp_lightning.decoding.answers import ModelOutputs, generate_scored
 from mtp_lightning.metrics.answers import AnswerRates
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.teacherless import TeacherlessConfig
@@ -126,12 +126,11 @@ def test_sampled_answers_equal_those_of_a_loop(task: Task, blind: bool) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
+def test_choices_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
     model, questions = model_for(task), AnswerSet(task, 5, depth=D)
     batch = questions.batch(np.arange(5))
     outputs = ModelOutputs(model, batch, lambda: torch.empty(0))
     assert batch.scored is not None
-    assert torch.equal(outputs.forced_BW, teacher_forced_choices(model, batch))
     for row, scored in enumerate(batch.scored.tolist()):
         text = batch.tokens[row].tolist()
         for i, is_scored in enumerate(scored):
@@ -140,10 +139,11 @@ def test_nats_and_states_equal_those_of_a_loop(task: Task) -> None:
                 logits = logits_after(model, text[:i])
                 expected = -float(logits.double().log_softmax(-1)[text[i]])
                 assert nats == pytest.approx(expected, abs=1e-4)
+                assert int(outputs.forced_BW[row, i]) == int(logits.argmax())
                 read = model.head(outputs.states_BPC[row, i - 1])
                 torch.testing.assert_close(read, logits, rtol=1e-4, atol=1e-4)
             else:
-                assert nats == 0
+                assert nats == 0 and int(outputs.forced_BW[row, i]) == text[i]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)

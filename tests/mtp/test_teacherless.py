@@ -10,7 +10,7 @@ import torch
 from data_modules.tasks import MQAR, Copy
 from data_modules.tasks.answers import AnswerSet
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.answers import generate_scored, teacher_forced_choices
+from mtp_lightning.decoding.answers import ModelOutputs, generate_scored
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.mtp.teacherless import DUMMY
 from mtp_lightning.nn.config import TrunkConfig
@@ -48,7 +48,8 @@ def test_questions_between_answers_are_read(tiny_trunk: TrunkConfig) -> None:
 def test_the_model_answers_at_once_and_cannot_generate(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, "teacherless").eval()
     batch = answers()
-    assert torch.equal(generate_scored(model, batch), teacher_forced_choices(model, batch))
+    forced_BW = ModelOutputs(model, batch, lambda: torch.empty(0)).forced_BW
+    assert torch.equal(generate_scored(model, batch), forced_BW)
     with pytest.raises(ValueError, match="mtp=teacherless predicts a task's whole answer at once"):
         generate(model, [[1, 2, 3]], max_new_tokens=2)
     with pytest.raises(ValueError, match="mtp=teacherless needs a task"):
