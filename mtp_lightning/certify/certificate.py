@@ -10,6 +10,7 @@ from mtp_lightning.certify.cells import WHOLE, Cell
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.others import Count
 from mtp_lightning.certify.sampled import Sampled
+from mtp_lightning.errors import counted
 
 # The probability that samples call a lossless model broken, over all cells together.
 _FALSE_ALARM = 1e-4
@@ -64,14 +65,18 @@ class Certificate:
         """The broken promises, one sentence each."""
         sentences = []
         for row in self.rows:
-            where, greedy = _where(row), row.greedy
+            cell, greedy = row.cell, row.greedy
+            where = (
+                f"{row.precision}, drafts: {cell.drafts}, batch {cell.batch}, "
+                f"{counted(cell.threads, 'thread')}, {cell.reads} prefix"
+            )
             if greedy.first_difference is not None:
                 text, token = greedy.first_difference
                 sentences.append(
                     f"{where}: {greedy.texts - greedy.texts_equal:,} of {greedy.texts:,} greedy "
                     f"texts differ, text {text} first, from its token {token} on"
                 )
-            elif self.promises_bits(row.cell) and greedy.logits_equal < greedy.tokens:
+            elif self.promises_bits(cell) and greedy.logits_equal < greedy.tokens:
                 sentences.append(
                     f"{where}: the logits of {greedy.tokens - greedy.logits_equal:,} of "
                     f"{greedy.tokens:,} tokens differ, by up to {greedy.largest_difference:.1e}"
@@ -161,14 +166,6 @@ def _total(rows: Sequence[Row]) -> tuple[Greedy, list[float]]:
         largest_difference=max((count.largest_difference for count in counts), default=0.0),
     )
     return total, [row.sampled.p for row in rows if row.sampled.tokens]
-
-
-def _where(row: Row) -> str:
-    cell = row.cell
-    return (
-        f"{row.precision}, drafts: {cell.drafts}, batch {cell.batch}, {cell.threads} thread"
-        f"{'s' * (cell.threads > 1)}, {cell.reads} prefix"
-    )
 
 
 def _row_json(row: Row) -> dict[str, Any]:
