@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from mtp_lightning.mtp.own_head import OwnHead
     from mtp_lightning.mtp.rescoring import Rescorer
 
-NO_DRAFTS = (
-    "this model has no MTP depth to draft with: leave out draft_depth, draft_vocab and tree."
-)
-
 
 class MTPStack(nn.Module, ABC):
     """A stack on a trunk: it turns the trunk's state at the branch point into one hidden state per
@@ -236,7 +232,8 @@ class MTPStack(nn.Module, ABC):
 
     def draft_obstacle(self) -> str:
         """Why the stack cannot draft, and the remedy, as a sentence; empty if it can."""
-        return "" if self.depth else NO_DRAFTS
+        advice = "leave out draft_depth, draft_vocab and tree"
+        return "" if self.depth else f"this model has no MTP depth to draft with: {advice}."
 
     def require_drafts(self) -> None:
         """Raise a ``UserError`` with the :meth:`draft_obstacle`, if there is one."""

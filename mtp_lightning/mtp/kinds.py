@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
@@ -150,7 +150,10 @@ class NoModules(MTPStack):
         return OneState(final_BTC, depths)
 
     def draft_obstacle(self) -> str:
-        return NO_DRAFTS
+        return super().draft_obstacle() or (
+            f"mtp={self.config.variant} trains the next token's own logits on further targets and "
+            "has no module to draft with: decode it without drafts, or train another mtp variant."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,15 +22,5 @@ from mtp_lightning.nn.config import TrunkConfig
 class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
     """``mtp=parameter_free``: no weights, and no matrix product beyond the trunk's own."""
 
-    def build(self, trunk: TrunkConfig) -> ParameterFreeMTP:
-        return ParameterFreeMTP(self)
-
-
-class ParameterFreeMTP(NoModules):
-    """Every depth is the main prediction's hidden state."""
-
-    def draft_obstacle(self) -> str:
-        return (
-            "mtp=parameter_free trains the next token's own logits on further targets and has no "
-            "module to draft with: decode it without drafts, or train another mtp variant."
-        )
+    def build(self, trunk: TrunkConfig) -> NoModules:
+        return NoModules(self)
