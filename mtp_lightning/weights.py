@@ -232,7 +232,8 @@ def load_weights(
             f"{source} holds NaN or infinity in {broken[0]}{more}: the model is unusable; use an "
             "earlier checkpoint, or fetch the file again."
         )
-    model.mtp.validate_loaded(source)
+    if model.mtp.own_head is not None:
+        model.mtp.own_head.require_sound(source)
     if n_rounded:
         message = "%d matrices of %s are rounded to bf16: the model uses the rounded values."
         log.warning(message, n_rounded, source)

@@ -262,12 +262,6 @@ class MTPStack(nn.Module, ABC):
             UserError: a task has no such text.
         """
 
-    def validate_loaded(self, source: str) -> None:
-        """Raise a ``UserError`` for weights, loaded from ``source``, that no training could have
-        stored."""
-        if self.own_head is not None:
-            self.own_head.require_sound(source)
-
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
