@@ -123,7 +123,7 @@ class _OpenPass(ForwardContext):
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
-        return self.cache.angles()
+        return self.cache.tables.at_each(self.cache.positions)
 
     @cached_property
     def cos(self) -> Tensor:  # type: ignore[override]

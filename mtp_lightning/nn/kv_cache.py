@@ -121,10 +121,6 @@ class KVCache:
         """Positions of the open pass's tokens, [1 | B, T]."""
         return self.spans.positions
 
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
-        return self.tables.at_each(self.positions)
-
     def mask(self) -> Tensor | None:
         """The open pass's mask for :meth:`attend`, [1 | B, T, P]."""
         spans = self.spans
