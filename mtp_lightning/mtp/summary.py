@@ -105,8 +105,15 @@ class LookAhead:
 
     @cached_property
     def before_BW(self) -> Tensor:
-        """:func:`_before` of the windows, which counting positions does not need."""
-        return _before(self.tokens_BW, self.scored_BW)
+        """Index of the nearest earlier token with the same id that may be a target, [B, W]; -1 for
+        none, W if the token itself may not be a target. Counting positions does not need it."""
+        tokens_BW, scored_BW = self.tokens_BW, self.scored_BW
+        key_BW = tokens_BW if scored_BW is None else tokens_BW.masked_fill(~scored_BW, -1)
+        sorted_BW, order_BW = key_BW.sort(dim=1, stable=True)
+        same_BV = sorted_BW[:, 1:] == sorted_BW[:, :-1]
+        before_BW = torch.full_like(order_BW, -1)
+        before_BW.scatter_(1, order_BW[:, 1:], order_BW[:, :-1].where(same_BV, -1))
+        return before_BW.masked_fill_(key_BW < 0, tokens_BW.shape[1])
 
     def valid(self) -> Tensor:
         """Which positions have a token ahead that counts: bool [B, T]."""
@@ -143,14 +150,3 @@ def _last_of_document(documents_BW: Tensor) -> Tensor:
     ends_BW = places_W.repeat(len(documents_BW), 1)
     ends_BW[:, :-1].masked_fill_(inner_BV, width)
     return ends_BW.flip(1).cummin(1).values.flip(1)
-
-
-def _before(tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
-    """Index of the nearest earlier token with the same id that may be a target, [B, W]; -1 for
-    none, W if the token itself may not be a target."""
-    key_BW = tokens_BW if scored_BW is None else tokens_BW.masked_fill(~scored_BW, -1)
-    sorted_BW, order_BW = key_BW.sort(dim=1, stable=True)
-    same_BV = sorted_BW[:, 1:] == sorted_BW[:, :-1]
-    before_BW = torch.full_like(order_BW, -1)
-    before_BW.scatter_(1, order_BW[:, 1:], order_BW[:, :-1].where(same_BV, -1))
-    return before_BW.masked_fill_(key_BW < 0, tokens_BW.shape[1])
