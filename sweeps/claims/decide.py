@@ -95,22 +95,21 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | s
     """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
     has none; None if one of them is not finished."""
     names = (arm, *measure.curve_of(arm))
-    costs = [cost for name in names if (cost := _spent(arms[name].get(seed), measure))]
-    if len(costs) < len(names):
+    runs = [(name, run) for name in names if (run := arms[name].get(seed)) and run.done]
+    if len(runs) < len(names):
         return None
+    costs = []
+    for name, run in runs:
+        numbers = run.costs | run.values
+        if missing := [key for key in ("flops", "step", measure.key) if key not in numbers]:
+            return f"{name} has no {missing[0]}"
+        flops, steps, loss = numbers["flops"], numbers["step"], numbers[measure.key]
+        costs.append(Spent(flops=flops, loss=loss, steps=steps))
     arm_cost, *plain = costs
     gain = gain_over(plain, arm_cost)
     if isinstance(gain, str):
         return gain
     return gain.total if measure.part == "total" else gain.effect
-
-
-def _spent(run: ArmRun | None, measure: ClaimMeasure) -> Spent | None:
-    if run is None or not run.done or measure.key not in run.values:
-        return None
-    if not {"flops", "step"} <= run.costs.keys():
-        return None
-    return Spent(flops=run.costs["flops"], loss=run.values[measure.key], steps=run.costs["step"])
 
 
 def _decided(claim: Claim, test: Finding, adjusted: float) -> Finding:

@@ -128,6 +128,20 @@ def test_a_loss_beyond_the_plain_runs_is_undecided(tmp_path):
     assert finding.why == "heads at seed 0: a run of the plain curve is not finished"
 
 
+@pytest.mark.parametrize("arm", ["heads", "short"])
+def test_a_finished_run_without_flops_or_a_loss_is_named(tmp_path, arm):
+    claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
+    arms = arms_of({"heads": [1.0] * 3, "large": [1.0] * 3})
+    for without, lacks in (({"costs": {"step": 50.0}}, "flops"), ({"values": {}}, TAG)):
+        changed = {**arms[arm], 1: replace(arms[arm][1], **without)}
+        (finding,) = decide(claim, {**arms, arm: changed})
+        assert finding.verdict == UNDECIDED and finding.effect is None
+        assert finding.why in (
+            f"heads at seed 1: {arm} has no {lacks}",
+            f"heads has no {lacks} at seed 1",
+        )
+
+
 def test_gains_have_words_and_their_runs_can_be_shared(tmp_path):
     claim = gain_claim(tmp_path, [predict("large", "above", 1, against="heads")])
     arms = arms_of({"heads": list(NOISE), "large": [1.3 * n for n in NOISE]})
