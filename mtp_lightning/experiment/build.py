@@ -266,50 +266,50 @@ def build_schedule(cfg: DictConfig) -> LambdaSchedule:
     return schedule
 
 
-def _length(cfg: DictConfig, processes: int) -> Length:
-    """The length of a run on a number of processes."""
+def _length(cfg: DictConfig) -> Length:
+    """The length of a run; errors as in :func:`apply_match`."""
     from mtp_lightning.matching import Length
 
-    windows = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * processes
+    trainer = cfg.trainer
+    if not str(trainer.devices).isdigit():
+        raise UserError(
+            f"compare.match={cfg.compare.match} counts the tokens of a step, and trainer.devices="
+            f"{trainer.devices} does not say on how many devices: give their number."
+        )
+    processes = int(trainer.devices) * trainer.num_nodes
+    windows = cfg.data.batch_size * trainer.accumulate_grad_batches * processes
     return Length(
         seq_len=cfg.data.seq_len,
-        max_steps=cfg.trainer.max_steps,
+        max_steps=trainer.max_steps,
         tokens_per_step=windows * cfg.data.seq_len,
         stored_states=cfg.data.get("cache_states", False),
     )
 
 
 def training_flops(cfg: DictConfig, vocab_size: int) -> float:
-    """FLOPs of a run's training in one process; those of plain training with
-    ``compare.match=flops``.
-
-    Raises:
-        UserError: the settings do not fit together.
-    """
-    from mtp_lightning.matching import plain_reference, total_flops
+    """FLOPs of a run's training, over all its processes, with the layers or steps that
+    ``compare.match`` sets. Errors as in :func:`apply_match`."""
+    from mtp_lightning.matching import total_flops
     from mtp_lightning.objective.cost import StepCost
 
-    config, length = build_model_config(cfg, vocab_size), _length(cfg, 1)
-    if cfg.compare.match == "flops":
-        return plain_reference(config, length).flops
-    cost = StepCost(config, build_objective(cfg))
-    return total_flops(cost, build_schedule(cfg), length, build_balance(cfg))
+    cfg, _ = apply_match(cfg, vocab_size)
+    cost = StepCost(build_model_config(cfg, vocab_size), build_objective(cfg))
+    return total_flops(cost, build_schedule(cfg), _length(cfg), build_balance(cfg))
 
 
 def apply_match(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
     """Set the layers or steps that ``compare.match`` asks for; return the config, and the result of
-    the match (None without a match)."""
+    the match (None without a match).
+
+    Raises:
+        FileNotFoundError: the reference is not the folder of a finished run.
+        UserError: the settings do not fit together, or cannot be matched.
+    """
     if cfg.compare.match == "none":
         return cfg, None
     from mtp_lightning.matching import match, plain_reference, run_reference
 
-    config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
-    if not str(trainer.devices).isdigit():
-        raise UserError(
-            f"compare.match={cfg.compare.match} counts the tokens of a step, and trainer.devices="
-            f"{trainer.devices} does not say on how many devices: give their number."
-        )
-    length = _length(cfg, int(trainer.devices) * trainer.num_nodes)
+    config, length = build_model_config(cfg, vocab_size), _length(cfg)
     schedule, rule, objective = build_schedule(cfg), build_balance(cfg), build_objective(cfg)
     kind, folder = cfg.compare.match, cfg.compare.reference
     in_tokens = schedule.depth_ever_skipped and cfg.lambda_schedule.get("unit") == "tokens"

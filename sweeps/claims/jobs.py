@@ -103,9 +103,8 @@ def require_equal(claim: Claim, runs: Path) -> None:
 
 
 def flops_of(job: ClaimJob) -> float | None:
-    """A run's training FLOPs by its config, or those of plain training with
-    ``compare.match=flops``; None if they cannot be counted. A branch counts only from the step
-    where it begins, as if all steps cost the same."""
+    """A run's training FLOPs by its config; None if they cannot be counted. A branch counts only
+    from the step where it begins, as if all steps cost the same."""
     from mtp_lightning.experiment.build import training_flops
 
     overrides = [o for o in job.overrides if key_of(o) not in (_BRANCH, _START)]
@@ -116,7 +115,7 @@ def flops_of(job: ClaimJob) -> float | None:
     vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
     try:
         total = training_flops(config, vocabulary or 257)
-    except (UserError, ArithmeticError):
+    except (OSError, UserError, ArithmeticError):
         return None
     return total * (1 - (branch_step(job.overrides) or 0) / config.trainer.max_steps)
 
