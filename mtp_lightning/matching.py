@@ -176,6 +176,17 @@ def total_flops(
     return total / samples * steps * length.tokens_per_step
 
 
+def follows_tokens(schedule: LambdaSchedule, length: Length, max_steps: int) -> bool:
+    """Whether the depths that a run of ``max_steps`` trains depend on the tokens that it reads."""
+
+    def depths(step: int, tokens: int) -> list[int]:
+        progress = Progress(step=step, max_steps=max_steps, tokens=tokens)
+        return depths_of([1.0, *schedule.lambdas(progress)])
+
+    steps = range(0, max_steps, max(1, max_steps // _SAMPLES))
+    return any(depths(step, 0) != depths(step, step * length.tokens_per_step) for step in steps)
+
+
 def match_steps(
     cost: StepCost, schedule: LambdaSchedule, target: float, length: Length, balance: Balance
 ) -> tuple[int, float]:

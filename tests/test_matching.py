@@ -27,7 +27,7 @@ from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.cost import StepCost
-from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.schedule.curriculum import forward_curriculum
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.schedule.published import constant
@@ -190,12 +190,31 @@ def test_a_depth_that_ends_at_a_token_is_refused_where_not_every_position_is_one
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """The FLOPs count positions; the schedule counts their targets, which are fewer."""
-    ends = {"lambda_schedule": "knots", "lambda_schedule.knots": {0: 1, 960: 0}}
+    ends = {"lambda_schedule": "knots", "lambda_schedule.knots": {0: 1, 64: 0}}
     ends |= {"lambda_schedule.unit": "tokens", "compare.match": "flops"}
     with pytest.raises(UserError, match="set lambda_schedule.unit=steps"):
         apply_match(helpers.config(tmp_path, tmp_path, {**ends, **change}), 260)
-    for fits in ({}, {**change, "lambda_schedule.knots": {0: 1, 960: 0.5}}):
+    never = [
+        {**change, "lambda_schedule.knots": {0: 1, end: by}} for end, by in ((64, 0.5), (9e9, 0))
+    ]
+    for fits in ({}, *never):
         assert apply_match(helpers.config(tmp_path, tmp_path, {**ends, **fits}), 260)[1]
+
+
+class UntilToken(LambdaSchedule):
+    """A user's schedule, which ends at a number of tokens that no key of its config names."""
+
+    def lambdas(self, progress: Progress) -> list[float]:
+        return [0.3 if progress.tokens < 64 else 0.0]
+
+
+def test_a_users_schedule_that_ends_at_a_token_is_refused_like_ours(tmp_path: Path) -> None:
+    cfg = helpers.config(tmp_path, tmp_path, {"compare.match": "flops", "mtp.depth": 1})
+    cfg.lambda_schedule = {"_target_": f"{__name__}.UntilToken", "depth": 1}
+    assert apply_match(cfg, 260)[1]
+    cfg.data.document_mask = True
+    with pytest.raises(UserError, match="set lambda_schedule.unit=steps"):
+        apply_match(cfg, 260)
 
 
 def test_a_matched_run_is_built_trained_and_reported_as_matched(tmp_path: Path) -> None:

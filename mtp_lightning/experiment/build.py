@@ -307,22 +307,21 @@ def apply_match(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched |
     """
     if cfg.compare.match == "none":
         return cfg, None
-    from mtp_lightning.matching import match, plain_reference, run_reference
+    from mtp_lightning.matching import follows_tokens, match, plain_reference, run_reference
 
     config, length = build_model_config(cfg, vocab_size), _length(cfg)
     schedule, rule, objective = build_schedule(cfg), build_balance(cfg), build_objective(cfg)
     kind, folder = cfg.compare.match, cfg.compare.reference
-    in_tokens = schedule.depth_ever_skipped and cfg.lambda_schedule.get("unit") == "tokens"
-    masked = "task" in cfg.data or cfg.data.get("document_mask")
-    if kind == "flops" and in_tokens and masked:
-        raise UserError(
-            "compare.match=flops counts positions and lambda_schedule.unit=tokens only targets, "
-            "which not all positions of this data have: set lambda_schedule.unit=steps or fraction."
-        )
     reference = plain_reference(config, length) if folder is None else run_reference(folder)
     matched = match(
         config, schedule, length, match=kind, reference=reference, balance=rule, objective=objective
     )
+    masked = "task" in cfg.data or cfg.data.get("document_mask")
+    if kind == "flops" and masked and follows_tokens(schedule, length, matched.max_steps):
+        raise UserError(
+            "compare.match=flops counts positions and a lambda_schedule in tokens only targets, "
+            "which not all positions of this data have: set lambda_schedule.unit=steps or fraction."
+        )
     cfg = cfg.copy()
     cfg.model.n_layers = matched.n_layers
     cfg.trainer.max_steps = matched.max_steps
