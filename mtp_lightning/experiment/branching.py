@@ -99,7 +99,7 @@ def _require_same_schedules(
                 "up to there: optimizer.schedule.warmup_steps rather than a fraction, and a decay "
                 "that begins later."
             )
-        tokens_read = step * (tokens // max(done, 1))
+        tokens_read = step * tokens // done  # by the mean of a step
         old_lambdas, new_lambdas = (
             schedule.lambdas(Progress(step=step, max_steps=length, tokens=tokens_read))
             for schedule, length in zip(lambdas, lengths, strict=True)

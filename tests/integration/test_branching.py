@@ -168,6 +168,19 @@ def test_a_branch_from_the_step_at_which_a_rule_freezes_is_allowed(cache, tmp_pa
         check_branch(stored, new)
 
 
+def test_schedules_in_tokens_are_compared_at_the_tokens_that_were_read(cache, tmp_path):
+    """Nine steps read 17 tokens: 1.9 per step, and not 1."""
+    in_tokens = {"lambda_schedule": "knots", "lambda_schedule.unit": "tokens"}
+    old, new = (
+        helpers.config(tmp_path, cache, {**in_tokens, "lambda_schedule.knots": knots})
+        for knots in ({0: 1}, {0: 1, 12: 1, 13: 0.5})
+    )
+    config = OmegaConf.to_container(old, resolve=True)
+    stored = {"config": config, "global_step": 9, "progress": {"tokens": 17}}
+    with pytest.raises(UserError, match="the lambdas of step 7 were"):
+        check_branch(stored, new)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
