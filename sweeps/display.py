@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -58,14 +59,21 @@ class Display:
     """The state of the jobs, as a pool reports it: one line for every start and end, and now and
     then one for each running job."""
 
-    total: int  # number of jobs that this process may still run
+    total: int  # number of jobs that had not ended when this process began
     seconds: float = 30.0  # between two looks at the running jobs
     running: dict[Job, Watched] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state
     estimates: bool = True  # whether all these jobs run here, so that the time left is known
+    # Counts the jobs that have not ended where other processes end some, too; None elsewhere.
+    count_left: Callable[[], int] | None = None
     seconds_done: list[float] = field(default_factory=list)  # of every job that is done
     began: float = field(default_factory=lambda: time.monotonic())
     shown: float = field(default_factory=lambda: time.monotonic())  # time of the last look
+
+    @property
+    def n_ended(self) -> int:
+        """Number of jobs that have ended, here or elsewhere."""
+        return self.total - self.count_left() if self.count_left else self.counts.total()
 
     def __enter__(self) -> Display:
         return self
@@ -85,7 +93,7 @@ class Display:
         if run and state == "done":
             self.seconds_done.append(time.monotonic() - run.began)
         why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
-        self.event(f"{state} {job.label} ({self.counts.total()} of {self.total}){why}")
+        self.event(f"{state} {job.label} ({self.n_ended} of {self.total}){why}")
 
     def left(self, job: Job) -> None:
         """Says that another worker has taken a job over."""
@@ -114,7 +122,7 @@ class Display:
         self.say(text)
 
     def summary(self) -> str:
-        parts = [f"{self.counts.total()} of {self.total} ended", f"{len(self.running)} running"]
+        parts = [f"{self.n_ended} of {self.total} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
         parts += [f"after {duration(time.monotonic() - self.began)}"]
         return ", ".join(parts) + self.time_left()

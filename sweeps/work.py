@@ -204,7 +204,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
                 "a larger machine",
                 flush=True,
             )
-        display = Display(worker.drop_ended(), estimates=False)
+        left = worker.drop_ended
+        display = Display(left(), estimates=False, count_left=left)
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:

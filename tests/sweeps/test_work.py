@@ -173,6 +173,30 @@ def test_a_worker_stops_a_job_that_another_has_taken_over(tmp_path: Path) -> Non
     assert not worker.drop_ended()
 
 
+# Ends its own job, and as another worker would that of seed 1.
+ENDS_BOTH = """
+import sys
+from pathlib import Path
+from mtp_lightning.run.status import write_status
+values = dict(argument.replace("'", "").split("=", 1) for argument in sys.argv[1:])
+(Path(values["run_dir"]) / "summary.json").write_text("{}")
+other = Path(values["sweep_dir"]) / "seed-1"
+write_status(other, ["seed=1"], "done")
+(other / "summary.json").write_text("{}")
+"""
+
+
+def test_the_jobs_that_other_workers_end_are_counted(tmp_path: Path, capsys) -> None:
+    (stub := tmp_path / "stub.py").write_text(ENDS_BOTH)
+    sweep = SweepPlan(tmp_path / "sweep")
+    for job in sweep.add([["seed=0"], ["seed=1"]]):
+        job.recipe = replace(recipe_of(1, 1, on_cpu=True), program=str(stub))
+    sweep.write([])
+    main([str(sweep.folder), f"--program={stub}", "--n-jobs=1"])
+    printed = capsys.readouterr().out
+    assert "done seed=0 (2 of 2)" in printed and "2 of 2 jobs done" in printed
+
+
 def test_a_worker_takes_only_jobs_that_fit_its_devices(tmp_path: Path) -> None:
     sweep = SweepPlan(tmp_path)
     sweep.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
