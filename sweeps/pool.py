@@ -166,7 +166,6 @@ class Pool:
 def make_pool(
     jobs: Sequence[Job],
     *,
-    total: int | None = None,
     devices: str | Sequence[int | str] = "auto",
     n_jobs: int | None = None,
     threads_per_process: int | str | None = None,
@@ -177,7 +176,6 @@ def make_pool(
 
     Args:
         jobs: the jobs that it must be able to run; if all ask for the CPU, no GPU is used.
-        total: number of jobs that will run, for the display; by default that of ``jobs``.
 
     Raises:
         UserError: for a job that can never get its devices.
@@ -188,8 +186,7 @@ def make_pool(
         refuse_several_machines(job)
         queue.check(0 if job.on_cpu else job.processes)
     memory = MemoryUse() if n_jobs is None else None
-    display = make_display(len(jobs) if total is None else total)
-    display.estimates = total is None
+    display = make_display(len(jobs))
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 

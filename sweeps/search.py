@@ -283,7 +283,7 @@ def main(
             )
         config_dir = args.config_dir and args.config_dir.absolute()
         checked, steps = check(folder, space, fixed, config_dir=config_dir)
-        pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
+        pool = make_pool(checked, devices=args.devices, n_jobs=args.n_jobs)
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."), _errors_of_study(folder):
             search = Search(
@@ -299,6 +299,7 @@ def main(
             )
             ended = sum(trial.state.is_finished() for trial in search.study.trials)
             pool.display.total = max(args.trials - ended, 0)
+            pool.display.estimates = False  # some trials are stopped early
             pool.run(search.jobs(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)

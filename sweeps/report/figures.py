@@ -188,7 +188,7 @@ def heat_maps(settings: Settings) -> list[Drawing]:
     )
     maps = []
     for number, (name, members) in enumerate(groups.items()):
-        if all(_values(members, key) > 1 for key in pair):
+        if all(len({show(s.values.get(key)) for s in members}) > 1 for key in pair):
             file = f"heat_map_{number}" if number else "heat_map"
             maps.append(_heat_map(settings, members, *pair, name=name, file=file))
     return maps
@@ -244,7 +244,3 @@ def _heat_map(
     axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
     axes.set(xlabel=brief(axis_of(across)), ylabel=brief(axis_of(down), 30))
     return drawing.drawn(chart)
-
-
-def _values(settings: list[Setting], key: str) -> int:
-    return len({show(setting.values.get(key)) for setting in settings})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import LATER, flatten, read_yaml, values_by_key
 from mtp_lightning.run.layout import (
@@ -100,7 +101,7 @@ class RunRecord:
 
     def fact(self, *keys: str) -> Any:
         """A finished run's value under nested keys of its summary; None if there is none."""
-        return _nested(self.summary, *keys)
+        return value_at(self.summary, ".".join(keys))
 
     @property
     def text(self) -> EvaluatedText:
@@ -184,7 +185,7 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     elif (folder / CONFIG_FILE).exists():
         run.notes.append(f"{CONFIG_FILE} is damaged")
     hydra = _content(read_yaml, folder / ".hydra" / "hydra.yaml")
-    choices = _nested(hydra, "hydra", "runtime", "choices")
+    choices = value_at(hydra, "hydra.runtime.choices")
     run.choices = choices if isinstance(choices, dict) else {}
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
@@ -241,13 +242,6 @@ def _content(read: Callable[[Path], Any], file: Path) -> Any:
         return read(file)
     except (OSError, ValueError):
         return None
-
-
-def _nested(value: Any, *keys: str) -> Any:
-    """The value under nested keys; None if there is none."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _overrides(overrides: Any) -> dict[str, str]:
