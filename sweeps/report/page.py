@@ -90,7 +90,6 @@ def render(
         command=shlex.join(command),
         commits=sorted({str(commit)[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        running=settings.running,
         answer=sentences,
         caveats=caveats(settings),
         tables=[
@@ -100,8 +99,7 @@ def render(
             tables.of_differences(comparisons, settings, unequal),
         ],
         jobs=tables.of_jobs(runs, folder),
-        task=settings.is_task,
-        level=f"{settings.level:g}",
+        settings=settings,
         figures=figures,
         absent=[f"{d.title}: {d.why}." for d in drawings if d.why],
     )
