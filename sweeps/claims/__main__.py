@@ -65,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.results = args.root / "results"
     args.read_options = {"allow": args.allow, "config_dir": args.config_dir}
     with readable_errors():
-        if args.seeds and min(args.seeds) < 0:
-            raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
         sys.exit(_ACTIONS[args.action][0](args))
 
 
@@ -249,7 +247,7 @@ _ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser.of(__doc__, module="sweeps.claims", program="python -m sweeps.claims")
-    parser.set_defaults(all=False, gpu=False, seeds=None)  # of actions without these options
+    parser.set_defaults(all=False, gpu=False)  # of actions without these options
     actions = parser.add_subparsers(dest="action", required=True)
     parsers = {name: actions.add_parser(name, help=about) for name, (_, about) in _ACTIONS.items()}
 
