@@ -178,7 +178,7 @@ def _show(folder: Path, jobs: Sequence[Job]) -> None:
     print(f"{text}: the checks pass, and nothing is started (--dry-run):")
     width = max(len(job.name) for job in jobs)
     for job in jobs:
-        text = f"{job.max_steps:,} steps" if job.max_steps else "steps by compare.match"
+        text = job.steps_in_words
         if (n := job.processes * job.nodes) > 1:
             text += f", {n} processes"
         if (state := state_of(job.folder)) != "pending":

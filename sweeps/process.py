@@ -46,6 +46,10 @@ class Job:
         """Its name in a line of output."""
         return " ".join(self.labels) or self.name
 
+    @property
+    def steps_in_words(self) -> str:
+        return f"{self.max_steps:,} steps" if self.max_steps else "steps by compare.match"
+
 
 def refuse_several_machines(job: Job) -> None:
     """Raises a UserError for a job that needs several machines, for launchers that give each job

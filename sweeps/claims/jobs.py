@@ -87,9 +87,9 @@ def require_equal(claim: Claim, runs: Path) -> None:
         about = f"The claim {claim.label} has equal: {claim.equal} and compares {own.arm}"
         alike = own.max_steps == other.max_steps
         if claim.equal == "steps" and not alike:
+            a, b = (job.steps_in_words for job in (own, other))
             raise UserError(
-                f"{about} ({own.max_steps} steps) with {other.arm} ({other.max_steps}): give both "
-                "as many, or write equal: nothing."
+                f"{about} ({a}) with {other.arm} ({b}): give both as many, or write equal: nothing."
             )
         whole = own.max_steps is not None and own.parent is None is other.parent
         if claim.equal == "flops" and alike and whole:

@@ -128,9 +128,12 @@ def test_a_preregistration_keeps_runs_and_refuses_another_config(tmp_path: Path)
 
 def test_arms_of_unequal_steps_are_refused_as_equal(tmp_path: Path) -> None:
     arms = {"plain": ["mtp=none"], "mtp": ["trainer.max_steps=7000"]}
-    message = r"compares mtp \(7000 steps\) with plain \(3500\): give both as many, or write equal"
+    message = r"compares mtp \(7,000 steps\) with plain \(3,500 steps\): give both as many, or"
     with pytest.raises(ValueError, match=message):
         require_equal(claim_of(tmp_path, arms=arms), RUNS)
+    matched = {**arms, "mtp": ["compare.match=flops"]}
+    with pytest.raises(ValueError, match=r"mtp \(steps by compare.match\) with plain \(3,500"):
+        require_equal(claim_of(tmp_path, arms=matched), RUNS)
     require_equal(claim_of(tmp_path, arms=arms, equal="nothing"), RUNS)
     require_equal(claim_of(tmp_path), RUNS)
 
