@@ -129,6 +129,13 @@ def to_json(
                 f"{source} has {key}={str(value)[:40]}, which this project does not compute: it "
                 f"can import only {key}={neutral[0]}."
             )
+    sections = get("glm4moe.rope.dimension_sections")
+    if sections and (not isinstance(sections, list) or any(sections[3:])):
+        raise UserError(
+            f"{source} has glm4moe.rope.dimension_sections={str(sections)[:40]}, which this "
+            "project does not compute: the fourth number, of dimensions that llama.cpp does not "
+            "rotate in a text, must be 0."
+        )
     need = partial(_count, get, arch, source)
     depth, heads = need("nextn_predict_layers", 0), need("attention.head_count")
     size = need("embedding_length") // max(heads, 1)
@@ -207,6 +214,7 @@ def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:
     defaults = {"first_k_dense": 0, "n_shared": 0, "scaling": 1.0, "n_groups": 1}
     defaults["top_groups"] = need(_EXPERTS["n_groups"], 1)
     fields = {EXPERTS[own]: need(key, defaults.get(own)) for own, key in _EXPERTS.items()}
+    fields["routed_scaling_factor"] = fields["routed_scaling_factor"] or 1.0  # as llama.cpp
     # llama.cpp divides by the weights' sum only where the file says so, and always for qwen3moe.
     fields["norm_topk_prob"] = bool(need("expert_weights_norm", kind == "qwen3_moe"))
     if kind == "qwen3_moe":

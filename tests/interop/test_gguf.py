@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import sys
 import urllib.request
 from pathlib import Path
@@ -446,21 +447,33 @@ def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trunk", "key", "value"),
+    ("trunk", "key", "value", "neutral"),
     [
-        ("deepseek-shared", "deepseek2.attention.temperature_scale", 0.1),
-        ("qwen3_moe", "qwen3moe.expert_group_count", 2),
+        ("deepseek-shared", "deepseek2.attention.temperature_scale", 0.1, 0.0),
+        ("qwen3_moe", "qwen3moe.expert_group_count", 2, 0),
+        ("glm4_moe-whole-heads", "glm4moe.rope.dimension_sections", [2, 1, 0, 1], [2, 1, 1, 0]),
     ],
 )
 def test_keys_that_only_llama_cpp_computes_are_refused(
-    trunk: str, key: str, value: float, tmp_path: Path
+    trunk: str, key: str, value: Any, neutral: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "m.gguf"
     gguf_files.write(file, models.build(folders.TRUNKS[trunk], SequentialConfig(depth=0)))
     header = read_header(file)
-    gguf_file.read(file, Header({**header.fields, key: type(value)(0)}, header.tensors))
-    with pytest.raises(UserError, match=rf"gguf has {key}={value}, which this .* {key}=0\.$"):
+    gguf_file.read(file, Header({**header.fields, key: neutral}, header.tensors))
+    message = re.escape(f"gguf has {key}={value}, which this project does not compute")
+    with pytest.raises(UserError, match=message):
         gguf_file.read(file, Header({**header.fields, key: value}, header.tensors))
+
+
+def test_experts_are_not_scaled_by_0(tmp_path: Path) -> None:
+    """llama.cpp takes 0, its default, for no factor."""
+    file, key = tmp_path / "m.gguf", "glm4moe.expert_weights_scale"
+    gguf_files.write(file, models.build(folders.TRUNKS["glm4_moe"], SequentialConfig(depth=0)))
+    header = read_header(file)
+    assert header.fields[key] == 2.5
+    _, config, _ = gguf_file.read(file, Header({**header.fields, key: 0.0}, header.tensors))
+    assert config.trunk.to_dict()["feed_forward"]["scaling"] == 1.0
 
 
 def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
