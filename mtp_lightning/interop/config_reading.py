@@ -31,8 +31,7 @@ _DEFAULTS = {
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "deepseek_v3": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
-    "glm4_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5,
-                 "partial_rotary_factor": 0.5},
+    "glm4_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5},
 }  # fmt: skip
 
 
@@ -94,9 +93,9 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         raise UserError(f"{source} describes no model that can be built: {error}") from error
 
 
-def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
-    kind = fields["model_type"]
-    present = {name: value for name, value in fields.items() if value is not None}
+def _shape(stated: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
+    kind = stated["model_type"]
+    present = {name: value for name, value in stated.items() if value is not None}
     heads = present.get("num_attention_heads")
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
     fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
@@ -118,8 +117,9 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
             shape["feed_forward"] = _deepseek_experts(fields)
             d_head = _value_or(fields, "head_dim", shape["d_model"] // shape["n_heads"])
             name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
-            share = _value_or(_rotary(fields)[1], name, fields[name])
-            rotary_dim = int(d_head * float(share))  # as transformers rounds
+            share = _value_or(_rotary(fields)[1], name, stated.get(name, 0.5))
+            # As transformers, which rounds down and takes null for the whole head.
+            rotary_dim = int(d_head * float(1.0 if share is None else share))
             shape["attention"] |= {
                 "qk_norm": bool(fields.get("use_qk_norm")),
                 "qkv_bias": bool(fields.get("attention_bias")),
@@ -134,10 +134,12 @@ def declared_depth(fields: Mapping[str, Any]) -> int:
 
 
 def max_positions(fields: Mapping[str, Any]) -> int:
-    """The context in tokens that a ``config.json`` promises, of Mistral at most its window."""
+    """The context in tokens that a ``config.json`` promises, at most the window of attention."""
     positions = int(fields.get("max_position_embeddings") or 2048)
-    window = fields.get("sliding_window", 4096) if fields["model_type"] == "mistral" else None
-    if window is None:
+    kind = fields["model_type"]
+    window = fields.get("sliding_window", 4096 if kind == "mistral" else None)
+    # Models like Qwen2 have a window with use_sliding_window=true alone, which is refused.
+    if window is None or kind in ("qwen2", "mimo", "qwen3", "qwen3_moe"):
         return positions
     return min(positions, require_whole("sliding_window", window, least=1))
 
@@ -209,6 +211,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "is_causal": (True,),
     "use_sliding_window": (False, None),
+    "attention_chunk_size": (None,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
@@ -278,6 +281,11 @@ def rope_settings(fields: Mapping[str, Any], source: str) -> tuple[float, dict[s
     original = _value_or(fields, key, _value_or(rope, key, positions))
     scaling = _yarn(rope, original, positions) if kind == "yarn" else None
     if kind == "llama3":
+        if rope.get("mscale_all_dim") and fields["model_type"] == "deepseek_v3":
+            raise UserError(
+                f"{source} has {name} of type llama3 with mscale_all_dim, by which transformers "
+                "scales DeepSeek-V3's attention: it can only be imported with type yarn."
+            )
         names = ("factor", "low_freq_factor", "high_freq_factor")
         scaling = {**{name: rope.get(name) for name in names}, "original_positions": original}
     return float(_value_or(rope, "rope_theta", _value_or(fields, "rope_theta", 10_000.0))), scaling

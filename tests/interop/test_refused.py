@@ -47,6 +47,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
     {"sliding_window": 0, "model_type": "mistral"},
     {"sliding_window": "x", "model_type": "mistral"},
+    {"attention_chunk_size": 8},
     {"quantization_config": {"quant_method": "fp8"}},
     {"quantization_config": {"quant_method": "gptq", "weight_block_size": [128, 128]}},
     {"model_type": "gpt2"},
@@ -123,6 +124,8 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
     "deepseek": [
         {"scoring_func": "softmax"}, {"topk_method": "greedy"}, {"norm_topk_prob": False},
         {"rope_interleave": False}, {"moe_layer_freq": 2}, {"kv_lora_rank": None},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "mscale_all_dim": 1.0}},
     ],
     "glm4_moe": [{"norm_topk_prob": False}, {"hidden_act": "gelu"}, {"n_group": None}],
 }  # fmt: skip

@@ -15,7 +15,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import check
-from mtp_lightning.interop.config_reading import from_json, require_known
+from mtp_lightning.interop.config_reading import from_json, max_positions, require_known
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
@@ -54,6 +54,15 @@ def test_models_of_transformers_give_equal_logits_here(name: str, tmp_path: Path
     folders.assert_equal_logits(model, theirs, rows=folders.ROWS)
 
 
+def test_a_null_share_of_glms_heads_rotates_them_whole(tmp_path: Path) -> None:
+    """Without the field, half of each is rotated."""
+    save(tmp_path, "glm4_moe")
+    folders.change_config(tmp_path, rope_parameters=None)
+    folders.change_json(tmp_path / CONFIG, partial_rotary_factor=None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    folders.assert_equal_logits(read_folder(tmp_path).build(), theirs, rows=folders.ROWS)
+
+
 def test_mistrals_window_is_the_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -70,7 +79,11 @@ def test_mistrals_window_is_the_context(
         logits = run.model.head(run.model(WindowBatch(tokens, 0))[0])
     torch.testing.assert_close(logits[:, :8], expected[:, :8], rtol=0, atol=1e-4)
     assert not torch.allclose(logits[:, 8], expected[:, 8], rtol=0, atol=1e-4)
-    folders.change_json(tmp_path / "config.json", sliding_window=None)
+    # transformers' cache has the window of a Llama config, and Qwen2's needs use_sliding_window.
+    for kind, windowed in (("llama", True), ("qwen2", False)):
+        folders.change_json(tmp_path / CONFIG, model_type=kind)
+        assert (max_positions(read_json(tmp_path / CONFIG)) == 8) == windowed
+    folders.change_json(tmp_path / CONFIG, model_type="mistral", sliding_window=None)
     assert open_model(tmp_path).seq_len > 8
 
 
