@@ -64,13 +64,8 @@ class Loaded:
         self.model.eval()
 
     def _load_mtp(self) -> Any:
-        try:
-            from transformers.modeling_layers import MtpModel
-        except ImportError as error:
-            raise UserError(
-                "this transformers has no MTP layers: pip install -e '.[hf]' for a newer one, or "
-                "leave the check out with verify=false"
-            ) from error
+        from transformers.modeling_layers import MtpModel
+
         try:
             return MtpModel.from_pretrained(self.model).eval()
         except Exception as error:  # such as a missing tensor; the message names it
