@@ -31,7 +31,6 @@ def served(run: OpenedModel) -> Iterator[Serving]:
 RAW = {
     "empty": (b"", 400, "not JSON"),
     "a list": (b"[1, 2]", 400, "must be a JSON object, not a list of 2"),
-    "cut short": (b'{"prompt": "a"', 400, "not JSON"),
     "deep": (b'{"prompt": ' + b"[" * 40_000, 400, "nested too deeply"),
     "bad UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8"),
     "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), 400, "not UTF-8"),
@@ -79,11 +78,9 @@ def test_random_bytes_and_bodies_cut_anywhere_are_refused(served: Serving) -> No
         ({"prompt": "a" * (SEQ_LEN + 1)}, f"has 2049 tokens, and at most {SEQ_LEN} are read"),
         ({"prompt": "a" * SEQ_LEN, "max_tokens": 2}, "there is room for 1"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 1024, not 0"),
-        ({"max_tokens": "5"}, 'not "5"'),
         ({"max_tokens": 10**9}, "not 1000000000"),
         ({"temperature": -1}, "temperature must be a number from 0 to 100, not -1"),
-        ({"temperature": "hot"}, "temperature must be"),
-        ({"temperature": True}, "temperature must be"),
+        ({"temperature": "hot"}, 'temperature must be a number from 0 to 100, not "hot"'),
         ({"draft_depth": 3}, "draft_depth must be a whole number from 0 to 2, not 3"),
         ({"draft_depth": -1}, "draft_depth must be"),
         ({"draft_depth": True}, "draft_depth must be"),
@@ -104,14 +101,10 @@ def test_random_bytes_and_bodies_cut_anywhere_are_refused(served: Serving) -> No
         ({"stream": True, "stream_options": []}, "stream_options must be an object"),
         ({"n": 2}, "n=2 is not supported, only 1"),
         ({"n": True}, "n=true is not supported"),
-        ({"best_of": 3}, "best_of=3 is not supported"),
-        ({"echo": True}, "echo=true is not supported"),
         ({"suffix": "b"}, 'suffix="b" is not supported'),
         ({"logit_bias": {"5": 1}}, "logit_bias=an object is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
         ({"messages": []}, 'field "messages" is not known'),
         ({"max_completion_tokens": 5}, "not known here: give max_tokens."),
-        ({"min_p": 0.1}, "min_p=0.1 is not supported, only 0"),
         ({"ignore_eos": True}, "ignore_eos=true is not supported, only false"),
         ({"typical_p": 0.1}, 'field "typical_p" is not known here'),
     ],
@@ -128,20 +121,15 @@ def test_draft_depth_is_refused_without_speculation(run: OpenedModel) -> None:
         assert_refused(server.post({"prompt": "a", "draft_depth": 1}), 400, message)
 
 
-def test_neutral_and_ignored_fields_are_accepted(served: Serving) -> None:
-    neutral = {"n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "presence_penalty": 0.0}
-    ignored = {"user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None, "seed": None}
-    fields = {"prompt": "a", "max_tokens": 3, **neutral, **ignored}
-    assert served.post(fields).status_code == 200
-
-
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
-def test_neutral_values_of_other_servers_clients_change_nothing(kind: type[Body]) -> None:
+def test_neutral_and_ignored_fields_change_nothing(kind: type[Body]) -> None:
     fields = {"messages": [{"role": "user", "content": "a"}]} if kind is ChatBody else {}
     neutral = {
         "min_p": 0, "repetition_penalty": 1.0, "length_penalty": 1.0, "ignore_eos": False,
         "min_tokens": 0, "use_beam_search": False, "add_generation_prompt": True,
-        "continue_final_message": False,
+        "continue_final_message": False, "n": 1, "best_of": 1, "echo": False, "logit_bias": {},
+        "presence_penalty": 0.0, "user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None,
+        "seed": None,
     }  # fmt: skip
     bare = parse(json.dumps(fields).encode(), kind)
     for top_k in (-1, 0):
