@@ -211,10 +211,13 @@ def _latent_json(need: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:
+    # llama.cpp's default of these is 0, which leaves them out.
     defaults = {"first_k_dense": 0, "n_shared": 0, "scaling": 1.0, "n_groups": 1}
-    defaults["top_groups"] = need(_EXPERTS["n_groups"], 1)
-    fields = {EXPERTS[own]: need(key, defaults.get(own)) for own, key in _EXPERTS.items()}
-    fields["routed_scaling_factor"] = fields["routed_scaling_factor"] or 1.0  # as llama.cpp
+    defaults["top_groups"] = need(_EXPERTS["n_groups"], 0) or 1
+    fields = {
+        EXPERTS[own]: need(key, defaults.get(own)) or defaults.get(own, 0)
+        for own, key in _EXPERTS.items()
+    }
     # llama.cpp divides by the weights' sum only where the file says so, and always for qwen3moe.
     fields["norm_topk_prob"] = bool(need("expert_weights_norm", kind == "qwen3_moe"))
     if kind == "qwen3_moe":
@@ -222,6 +225,6 @@ def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:
         dense = range(fields["first_k_dense_replace"])
         return fields | {"num_experts": fields["n_routed_experts"], "mlp_only_layers": dense}
     # llama.cpp takes softmax where an old file of deepseek2 does not say it.
-    gating = need("expert_gating_func", _SIGMOID if kind == "glm4_moe" else _SOFTMAX)
+    gating = need("expert_gating_func", 0) or (_SIGMOID if kind == "glm4_moe" else _SOFTMAX)
     fields["scoring_func"] = "sigmoid" if gating == _SIGMOID else f"number {gating}"
     return fields

@@ -466,14 +466,25 @@ def test_keys_that_only_llama_cpp_computes_are_refused(
         gguf_file.read(file, Header({**header.fields, key: value}, header.tensors))
 
 
-def test_experts_are_not_scaled_by_0(tmp_path: Path) -> None:
-    """llama.cpp takes 0, its default, for no factor."""
-    file, key = tmp_path / "m.gguf", "glm4moe.expert_weights_scale"
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"weights_scale": 0.0}, {"scaling": 1.0}),
+        ({"group_count": 0, "group_used_count": 0}, {"n_groups": 1, "top_groups": 1}),
+        ({"gating_func": 0}, {}),  # a sigmoid
+    ],
+)
+def test_zeros_of_mixtures_are_llama_cpps_defaults(
+    keys: dict[str, float], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "m.gguf"
     gguf_files.write(file, models.build(folders.TRUNKS["glm4_moe"], SequentialConfig(depth=0)))
     header = read_header(file)
-    assert header.fields[key] == 2.5
-    _, config, _ = gguf_file.read(file, Header({**header.fields, key: 0.0}, header.tensors))
-    assert config.trunk.to_dict()["feed_forward"]["scaling"] == 1.0
+    zeros = {f"glm4moe.expert_{key}": value for key, value in keys.items()}
+    assert zeros.keys() <= header.fields.keys()
+    _, config, _ = gguf_file.read(file, Header(header.fields | zeros, header.tensors))
+    experts = config.trunk.to_dict()["feed_forward"]
+    assert experts == folders.TRUNKS["glm4_moe"].to_dict()["feed_forward"] | expected
 
 
 def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
