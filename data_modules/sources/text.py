@@ -93,10 +93,15 @@ class TextSource(FileSource):
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files:
-            kind = "".join(path.suffixes[-2:]).lower()
-            if kind.endswith(".parquet"):
+            unpacked = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+            kind = unpacked.suffix.lower()
+            if kind == ".parquet" and unpacked != path:
+                raise UserError(
+                    f"{path} is parquet in another compression, which cannot be read: unpack it"
+                )
+            if kind == ".parquet":
                 yield from parquet_column(path, self.field)
-            elif kind.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))):
+            elif kind == ".jsonl":
                 yield from self._json_lines(path)
             else:
                 yield _one_document(path)

@@ -64,6 +64,12 @@ def test_parquet_rows_are_documents(tmp_path):
         assert_refused("rows.parquet is not a parquet file, or is damaged", file, field="body")
 
 
+def test_compressed_parquet_is_not_read_as_text(tmp_path):
+    file = tmp_path / "x.parquet.gz"
+    file.write_bytes(gzip.compress(b"PAR1\x15\0"))
+    assert_refused(r"x\.parquet\.gz is parquet .*: unpack it", file)
+
+
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst"])
 def test_a_missing_pyarrow_names_the_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
