@@ -57,7 +57,7 @@ def installed(
 
 
 def python_text(data: bytes, where: str) -> str:
-    """A Python file's text, in the encoding that it declares (PEP 263).
+    """A Python file's text without a byte order mark, in the encoding that it declares (PEP 263).
 
     Raises:
         UserError: for a UTF-8 file that is not UTF-8.
@@ -65,4 +65,6 @@ def python_text(data: bytes, where: str) -> str:
         UnicodeDecodeError: for a file that is not in the encoding that it declares.
     """
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    return decode_utf8(data, where) if encoding in ("utf-8", "utf-8-sig") else data.decode(encoding)
+    if encoding in ("utf-8", "utf-8-sig"):
+        return decode_utf8(data, where).removeprefix("\ufeff")
+    return data.decode(encoding)

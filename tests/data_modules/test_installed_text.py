@@ -48,6 +48,7 @@ def test_handwritten_code_is_kept_and_each_filter_reports_its_bytes(site):
         "alpha/a.py": code("alpha", 9),
         "alpha/sub/latin.py": b"# -*- coding: latin-1 -*-\n" + "# caf\u00e9\n".encode("latin-1"),
         "alpha/tests/test_a.py": code("testing", 9),
+        "alpha/windows.py": b"\xef\xbb\xbf" + code("windows", 9),
     }
     left_out = {
         "alpha/_vendor/copied.py": code("beta", 9),
@@ -67,13 +68,14 @@ def test_handwritten_code_is_kept_and_each_filter_reports_its_bytes(site):
         ("alpha", kept["alpha/a.py"].decode()),
         ("alpha", kept["alpha/sub/latin.py"].decode("latin-1")),
         ("alpha", kept["alpha/tests/test_a.py"].decode()),
+        ("alpha", code("windows", 9).decode()),
         ("beta-two", code("beta", 9).decode()),
     ]
     second = PackagesSource(["beta-two", "alpha"])
     summary = second.summary()  # before the documents are read
     assert list(second.documents()) == list(source.documents())
     texts = {"alpha": b"".join(kept.values()), "beta-two": code("beta", 9)}
-    packages = {"alpha": {"version": "1.0", "files": 3}, "beta-two": {"version": "2.5", "files": 1}}
+    packages = {"alpha": {"version": "1.0", "files": 4}, "beta-two": {"version": "2.5", "files": 1}}
     for name, text in texts.items():
         packages[name] |= {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     assert summary["packages"] == packages
