@@ -67,7 +67,7 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     checkpoint = None if name is None else folder / CHECKPOINTS / name
     branches = name is None and config.branch_from is not None
     if branches:
-        from mtp_lightning.run.at_step import checkpoint_of_step
+        from mtp_lightning.run.loading import checkpoint_of_step
 
         found = peers.broadcast("branch", lambda: str(checkpoint_of_step(config.branch_from)))
         checkpoint = Path(found)

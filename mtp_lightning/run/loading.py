@@ -14,8 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.registry import NotAllowed
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
-from mtp_lightning.run.status import state_of
+from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, kept_at
 from mtp_lightning.weights import StoredModel, require_held
 
 _KINDS = (
@@ -66,8 +65,6 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if "@" in path.name and not path.exists():
-        from mtp_lightning.run.at_step import checkpoint_of_step
-
         return checkpoint_of_step(str(path))
     if path.is_file():
         if path.suffix != ".ckpt":
@@ -83,6 +80,36 @@ def find_checkpoint(path: str | Path) -> Path:
     inside = (f for f in sorted(path.iterdir()) if (f / CHECKPOINTS).is_dir() or parts.reader(f))
     remedy = f"did you mean {near}?" if (near := next(inside, None)) else f"give {_KINDS}."
     raise FileNotFoundError(f"{path} holds no intact checkpoint: {remedy}")
+
+
+def checkpoint_of_step(text: str) -> Path:
+    """Find the checkpoint that ``RUN@STEP`` names.
+
+    Raises:
+        FileNotFoundError: the run does not exist.
+        UserError: the text has another form, or the run has no intact checkpoint of that step.
+    """
+    run, _, number = text.rpartition("@")
+    if not run or not number.isascii() or not number.isdigit() or len(number) > 18:
+        raise UserError(
+            f"{text} names no checkpoint: give a run's folder and an optimizer step, as in "
+            "runs/long@600."
+        )
+    folder, step = Path(run) / CHECKPOINTS, int(number)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{text}: there is no run in {run}.")
+    kept = folder / kept_at(step)
+    if checkpoints.inspect(kept)[1] == step:
+        return kept
+    # This is slow: it reads all checkpoints whole, for their checksums.
+    by_step = {checkpoints.inspect(path)[1]: path for path in sorted(folder.glob("*.ckpt"))}
+    if step not in by_step:
+        steps = ", ".join(str(n) for n in sorted(by_step) if n >= 0) or "none"
+        raise UserError(
+            f"{text}: that run has no intact checkpoint of step {step} (there are: {steps}); "
+            f"callbacks.checkpoints.keep_steps=[{step}] keeps one."
+        )
+    return by_step[step]
 
 
 def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:
@@ -128,6 +155,8 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def describe_interrupt(folder: Path) -> str:
     """Say which checkpoint an interrupted run has, and how to continue the run."""
+    from mtp_lightning.run.status import state_of
+
     last = folder / CHECKPOINTS / LAST
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."

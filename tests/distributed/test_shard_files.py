@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints as cio
-from mtp_lightning.run.at_step import checkpoint_of_step
+from mtp_lightning.run.loading import checkpoint_of_step
 from tests.integration.helpers import assert_equal
 
 FOLDER = "00000003-0123abcd"
