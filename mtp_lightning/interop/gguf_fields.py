@@ -212,7 +212,7 @@ def _latent_json(need: Callable[..., Any]) -> dict[str, Any]:
 
 def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:
     # llama.cpp's default of these is 0, which leaves them out.
-    defaults = {"first_k_dense": 0, "n_shared": 0, "scaling": 1.0, "n_groups": 1}
+    defaults: dict[str, Any] = {"first_k_dense": 0, "n_shared": 0, "scaling": 1.0, "n_groups": 1}
     defaults["top_groups"] = need(_EXPERTS["n_groups"], 0) or 1
     fields = {
         EXPERTS[own]: need(key, defaults.get(own)) or defaults.get(own, 0)
