@@ -260,15 +260,19 @@ def test_damaged_packed_weights_that_cannot_be_removed_stop_nothing(cached, tmp_
 
 def test_packed_weights_of_a_cache_that_cannot_be_read_are_packed_again(cached, monkeypatch):
     model, _, opened = cached
-    is_dir = Path.is_dir
+    opened()
+    functions, refused = {name: getattr(Path, name) for name in ("is_dir", "read_text")}, set()
 
-    def refuse(path: Path) -> bool:
-        if "packed" in path.parts:
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_dir(path)
+    def call(name: str, path: Path, *rest: str) -> Any:
+        if not any(part.startswith("packed_") for part in path.parts):
+            return functions[name](path, *rest)
+        refused.add(name)
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "is_dir", refuse)
+    for name in functions:
+        monkeypatch.setattr(Path, name, lambda path, *rest, name=name: call(name, path, *rest))
     assert_same_texts(model, opened())
+    assert "is_dir" in refused
 
 
 def test_packed_weights_of_a_small_model_are_not_cached(cached, monkeypatch, tmp_path):
