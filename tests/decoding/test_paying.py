@@ -148,29 +148,22 @@ def test_a_model_is_measured_once_per_setting(
     assert len(measured_models) == 6
 
 
-@pytest.mark.parametrize("damaged", ["measured.json", "digests.json"])
-def test_a_damaged_measurement_is_made_again(
-    damaged: str, measured_models: list[Any], tmp_path: Path
-) -> None:
-    opened, options = opened_at(tmp_path), DecodingOptions()
-    first = with_measured_depth(options, opened, rows=1)
-    (file,) = (tmp_path / "cache").glob(f"drafts/*/{damaged}")
-    file.write_text(file.read_text().replace("e", "E"))
-    again = with_measured_depth(options, opened, rows=1)
-    assert first.measured is not None and again.measured is not None
-    assert len(measured_models) == 2
+ANOTHER_VERSION = ('{"greedy": []}', '{"greedy": {"costs": [1]}}', "{}")
 
 
-@pytest.mark.parametrize("content", ['{"greedy": []}', '{"greedy": {"costs": [1]}}', "{}"])
-def test_a_measurement_of_another_version_is_made_again(
-    content: str, measured_models: list[Any], tmp_path: Path
+@pytest.mark.parametrize("damage", ["measured.json", "digests.json", *ANOTHER_VERSION])
+def test_a_measurement_that_is_damaged_or_of_another_version_is_made_again(
+    damage: str, measured_models: list[Any], tmp_path: Path
 ) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions()
-    with_measured_depth(options, opened, rows=1)
-    (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
-    file.write_text(content)
-    (file.parent / "digests.json").unlink()
-    seal(file.parent)
+    assert with_measured_depth(options, opened, rows=1).measured is not None
+    (folder,) = (tmp_path / "cache").glob("drafts/*")
+    if damage in ANOTHER_VERSION:
+        (folder / "measured.json").write_text(damage)
+        (folder / "digests.json").unlink()
+        seal(folder)
+    else:
+        (folder / damage).write_text((folder / damage).read_text().replace("e", "E"))
     for _ in range(2):
         assert with_measured_depth(options, opened, rows=1).measured is not None
     assert len(measured_models) == 3
