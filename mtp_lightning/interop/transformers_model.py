@@ -42,6 +42,8 @@ class Loaded:
 
     def __init__(self, folder: Path, *, model_type: str, n_layers: int, depth: int) -> None:
         transformers = import_transformers()
+        from transformers.modeling_layers import MtpModel
+
         kind = getattr(transformers, ARCHITECTURES[STANDS_FOR.get(model_type, model_type)])
         self.depth = depth
         # MiMo's layers have names that no class of transformers knows.
@@ -55,21 +57,13 @@ class Loaded:
                 self.model, info = patched.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
+                self.mtp = MtpModel.from_pretrained(self.model).eval() if depth else None
             except Exception as error:  # the folder's files may have any values
                 raise UserError(f"transformers cannot load {folder}: {briefly(error)}.") from error
             # Tensors that the trunk needs and the folder lacks, and those that are not read.
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
-            self.mtp = self._load_mtp() if depth else None
         self.model.eval()
-
-    def _load_mtp(self) -> Any:
-        from transformers.modeling_layers import MtpModel
-
-        try:
-            return MtpModel.from_pretrained(self.model).eval()
-        except Exception as error:  # such as a missing tensor; the message names it
-            raise UserError(f"transformers cannot load MTP layers: {briefly(error)}.") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
