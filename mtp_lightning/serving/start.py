@@ -29,16 +29,22 @@ def serve(cfg: Any) -> None:
         OSError: a file is missing.
         Stopped: a signal stopped the server.
     """
-    _check(cfg)
+    check_config.check(dict(cfg), "serve")
+    are_names = all(isinstance(name, str) for name in cfg.hosts)
+    require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
+    require(cfg.name is None or bool(str(cfg.name).strip()), "name", cfg.name, "a name or null")
+    DecodingOptions.from_config(cfg)
     for package in _PACKAGES:
         require_package(package, what="serving", extra="serve")
     from mtp_lightning.serving.server import Server
 
     with listen(str(cfg.host), cfg.port) as listening:  # fails before a large model is read
         run = open_from_config(cfg)
-        name, address = _name(cfg, run.path), _address(listening)
+        name = _name(cfg, run.path)
         server = Server(cfg, run, name=name)
-        print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)
+        host, port = listening.getsockname()[:2]
+        page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        print(f"{name} (page: {page}) answers at {page}v1", flush=True)
         print(_context(run), flush=True)
         if kernels := kernels_line(run.model.head.weight.device.type):
             print(kernels, flush=True)
@@ -68,14 +74,6 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _check(cfg: Any) -> None:
-    check_config.check(dict(cfg), "serve")
-    are_names = all(isinstance(name, str) for name in cfg.hosts)
-    require(are_names, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
-    require(cfg.name is None or bool(str(cfg.name).strip()), "name", cfg.name, "a name or null")
-    DecodingOptions.from_config(cfg)
-
-
 def _name(cfg: Any, file: Path) -> str:
     """The model's name for clients: ``cfg.name``, or the name of its run or folder."""
     if cfg.name is not None:
@@ -95,8 +93,3 @@ def _context(run: OpenedModel) -> str:
         f"{text}, the window of its training; to serve the trunk's whole context, export the run "
         "with max_positions=N (mtp-lightning heads does) and serve the export"
     )
-
-
-def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
