@@ -127,11 +127,12 @@ class HeadsPlan:
         if self.files:
             data = ["data=text", f"data.paths=[{','.join(map(quoted, self.files))}]"]
         else:
+            n_new = self.window * _NEW // (_PROMPT + _NEW)  # the prompt fills the window with them
             data = [
                 "data=self_generated",
                 f"data.n_prompts={self.texts}",
-                f"data.prompt_tokens={self.window - _new(self.window)}",
-                f"data.new_tokens={_new(self.window)}",
+                f"data.prompt_tokens={self.window - n_new}",
+                f"data.new_tokens={n_new}",
                 f"data.temperature={_TEMPERATURE}",
                 f"data.activations={self.activations}",
                 f"data.cache_states={str(self.cache_states).lower()}",
@@ -185,11 +186,6 @@ def _bytes(n: float) -> str:
 def _minutes(hours: float) -> str:
     minutes = max(round(60 * hours), 1)
     return "a minute" if minutes == 1 else f"{minutes:,} minutes"
-
-
-def _new(window: int) -> int:
-    """The new tokens of a generated text that fills a window with its prompt."""
-    return window * _NEW // (_PROMPT + _NEW)
 
 
 def plan(

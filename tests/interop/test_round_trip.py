@@ -27,15 +27,8 @@ from tests.interop.folders import Folder, read_folder
 def round_trip(
     model: MTPModel, path: Path, *, dtype: str = "float32", tolerance: float = 0.0
 ) -> tuple[Contents, Folder]:
-    """Writes and reads a model, compares the logits if nothing is rounded, and writes the same
-    bytes again.
-
-    Args:
-        model: the model.
-        path: where ``one`` and ``two`` are written.
-        dtype: of the folders.
-        tolerance: how much logits may differ.
-    """
+    """Writes ``path/one`` and reads it, compares the logits if nothing is rounded, and writes the
+    same bytes again as ``path/two``."""
     contents = folders.write(path / "one", model, dtype=dtype)
     folder = read_folder(path / "one")
     built = folder.build()

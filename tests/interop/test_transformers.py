@@ -137,10 +137,9 @@ def test_sharded_folders_in_bfloat16_are_read(name: str, tmp_path: Path) -> None
     assert any("logits of the trunk" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "glm4_moe"])
-def test_training_modules_keeps_the_trunk(name: str, tmp_path: Path, cache: Path) -> None:
+def test_training_modules_keeps_the_trunk(tmp_path: Path, cache: Path) -> None:
     """Trains modules on a trunk of transformers, decodes with them, and exports both."""
-    save(tmp_path / "theirs", name)
+    save(tmp_path / "theirs", "glm4_moe")
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     theirs = read_folder(tmp_path / "theirs")
     settings = {
@@ -156,8 +155,8 @@ def test_training_modules_keeps_the_trunk(name: str, tmp_path: Path, cache: Path
     assert plain.token_ids == drafted.token_ids and drafted.drafts_reached[0] > 0
     back = read_folder(folders.export_run(tmp_path / "run", tmp_path / "out"))
     assert back.config.mtp.depth == 1 and back.config.trunk == theirs.config.trunk
-    for name_, tensor in theirs.weights.items():
-        assert torch.equal(back.weights[name_], tensor), f"{name_} moved"
+    for name, tensor in theirs.weights.items():
+        assert torch.equal(back.weights[name], tensor), f"{name} moved"
 
 
 @pytest.mark.parametrize(
