@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import re
 import sys
 import urllib.request
 from pathlib import Path
@@ -429,62 +428,67 @@ def test_chat_template_and_special_tokens_are_exported(tmp_path: Path) -> None:
     assert type(theirs).__name__ == "TokenizersBackend"
 
 
-def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
-    def in_part(writer: Any) -> None:
-        writer.add_rope_dimension_count(8)
-
-    file = write_gguf(tmp_path / "tiny.gguf", kind="qwen2", extra=in_part)
-    with pytest.raises(UserError, match="has partial_rotary_factor=0.5, which this project"):
-        read_folder(file)
-
-
-def test_attention_in_both_directions_is_refused(tmp_path: Path) -> None:
-    def of_embeddings(writer: Any) -> None:
-        writer.add_causal_attention(False)
-
-    with pytest.raises(UserError, match="has is_causal=False, which this project"):
-        read_folder(write_gguf(tmp_path / "tiny.gguf", kind="qwen2", extra=of_embeddings))
+def header_of(trunk: str, folder: Path, *, depth: int) -> Header:
+    """The header of a file of a trunk of :data:`folders.TRUNKS` with MTP modules."""
+    file = folder / "m.gguf"
+    gguf_files.write(file, models.build(folders.TRUNKS[trunk], SequentialConfig(depth=depth)))
+    return read_header(file)
 
 
 @pytest.mark.parametrize(
-    ("trunk", "key", "value", "neutral"),
+    ("trunk", "key", "value", "message"),
     [
-        ("deepseek-shared", "deepseek2.attention.temperature_scale", 0.1, 0.0),
-        ("qwen3_moe", "qwen3moe.expert_group_count", 2, 0),
-        ("glm4_moe-whole-heads", "glm4moe.rope.dimension_sections", [2, 1, 0, 1], [2, 1, 1, 0]),
+        ("qwen2", "qwen2.rope.dimension_count", 4, "has partial_rotary_factor=0.5, which this"),
+        ("qwen2", "qwen2.attention.causal", False, "has is_causal=False, which this project"),
+        ("llama", "llama.rope.scaling.type", "yarn", "stretched so are not read from GGUF"),
+        # Older files name no type.
+        ("llama", "llama.rope.scale_linear", 4.0, "stretched so are not read from GGUF"),
+        # llama.cpp applies it whatever the type.
+        ("llama", "llama.rope.scaling.attn_factor", 1.2, "stretched so are not read from GGUF"),
+        ("deepseek-shared", "deepseek2.attention.temperature_scale", 0.1, "_scale=0.1, which this"),
+        ("qwen3_moe", "qwen3moe.expert_group_count", 2, "count=2, which this .*_count=0[.]$"),
+        ("glm4_moe", "glm4moe.rope.dimension_sections", [2, 1, 0, 1], "=.2, 1, 0, 1., which"),
+        ("glm4_moe", "glm4moe.block_count", "three", "glm4moe.block_count=three, which is not a"),
+        ("glm4_moe", "glm4moe.attention.head_count", [4, 4], "count=.4, 4., which is not a count"),
+        ("glm4_moe", "glm4moe.attention.key_length", 0, "d_head"),
+        ("glm4_moe", "glm4moe.nextn_predict_layers", 1 << 30, "n_layers|num_nextn_predict_layers"),
+        ("glm4_moe", "glm4moe.attention.key_length", 1 << 40, "forged: it says head_dim"),
+        ("glm4_moe", "glm4moe.leading_dense_block_count", 1 << 40, "says first_k_dense_replace"),
+        # As in llama.cpp.
+        ("glm4_moe", "glm4moe.expert_weights_norm", None, "has norm_topk_prob=False"),
+        ("glm4_moe", "mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
+        ("glm4_moe", "general.architecture", "bert", "bert, which cannot be imported"),
+        ("glm4_moe", "split.count", 2, "is one of 2 parts: join them"),
+        ("glm4_moe", "split.count", "two", "is one of two parts: join them"),
     ],
 )
-def test_keys_that_only_llama_cpp_computes_are_refused(
-    trunk: str, key: str, value: Any, neutral: Any, tmp_path: Path
+def test_fields_of_other_models_and_forged_ones_are_refused(
+    trunk: str, key: str, value: Any, message: str, tmp_path: Path
 ) -> None:
-    file = tmp_path / "m.gguf"
-    gguf_files.write(file, models.build(folders.TRUNKS[trunk], SequentialConfig(depth=0)))
-    header = read_header(file)
-    gguf_file.read(file, Header({**header.fields, key: neutral}, header.tensors))
-    message = re.escape(f"gguf has {key}={value}, which this project does not compute")
+    header = header_of(trunk, tmp_path, depth=1 if trunk == "glm4_moe" else 0)
     with pytest.raises(UserError, match=message):
-        gguf_file.read(file, Header({**header.fields, key: value}, header.tensors))
+        gguf_file.read(tmp_path / "m.gguf", Header({**header.fields, key: value}, header.tensors))
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("trunk", "keys", "changes"),
     [
-        ({"weights_scale": 0.0}, {"scaling": 1.0}),
-        ({"group_count": 0, "group_used_count": 0}, {"n_groups": 1, "top_groups": 1}),
-        ({"gating_func": 0}, {}),  # a sigmoid
+        ("deepseek-shared", {"deepseek2.attention.temperature_scale": 0.0}, {}),
+        ("qwen3_moe", {"qwen3moe.expert_group_count": 0}, {}),
+        ("glm4_moe", {"glm4moe.rope.dimension_sections": [2, 1, 1, 0]}, {}),
+        ("glm4_moe", {"glm4moe.expert_weights_scale": 0.0}, {"scaling": 1.0}),
+        ("glm4_moe", {"glm4moe.expert_group_count": 0, "glm4moe.expert_group_used_count": 0},
+         {"n_groups": 1, "top_groups": 1}),
+        ("glm4_moe", {"glm4moe.expert_gating_func": 0}, {}),  # a sigmoid
     ],
-)
+)  # fmt: skip
 def test_zeros_of_mixtures_are_llama_cpps_defaults(
-    keys: dict[str, float], expected: dict[str, Any], tmp_path: Path
+    trunk: str, keys: dict[str, Any], changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    file = tmp_path / "m.gguf"
-    gguf_files.write(file, models.build(folders.TRUNKS["glm4_moe"], SequentialConfig(depth=0)))
-    header = read_header(file)
-    zeros = {f"glm4moe.expert_{key}": value for key, value in keys.items()}
-    assert zeros.keys() <= header.fields.keys()
-    _, config, _ = gguf_file.read(file, Header(header.fields | zeros, header.tensors))
-    experts = config.trunk.to_dict()["feed_forward"]
-    assert experts == folders.TRUNKS["glm4_moe"].to_dict()["feed_forward"] | expected
+    header = header_of(trunk, tmp_path, depth=0)
+    _, config, _ = gguf_file.read(tmp_path / "m.gguf", Header(header.fields | keys, header.tensors))
+    expected = folders.TRUNKS[trunk].to_dict()["feed_forward"] | changes
+    assert config.trunk.to_dict()["feed_forward"] == expected
 
 
 def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) -> None:
@@ -515,24 +519,6 @@ def test_divisors_of_frequencies_are_read_as_llama_3s_scaling(tmp_path: Path) ->
     for damaged in (np.full(8, np.nan, np.float32), divisors[:4], np.zeros(8, np.float32)):
         with pytest.raises(UserError, match=r"tiny\.gguf"):
             opened(damaged)
-
-
-def stretched(writer: Any) -> None:
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-
-
-def scaled(writer: Any) -> None:
-    writer.add_float32("llama.rope.scale_linear", 4.0)  # older files name no type
-
-
-def magnified(writer: Any) -> None:
-    writer.add_rope_scaling_attn_factors(1.2)  # llama.cpp applies it whatever the type
-
-
-@pytest.mark.parametrize("extra", [stretched, scaled, magnified])
-def test_rope_scaling_that_transformers_ignores_is_refused(extra: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stretched so are not read from GGUF"):
-        read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
 
 
 @pytest.mark.parametrize(
