@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtp_lightning.nn import experts as plain
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.context import ForwardContext
-from mtp_lightning.nn.experts import Experts, routed_experts
+from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router
 from tests import deepseek, deepseek_reference, reference
 
@@ -88,19 +88,6 @@ def test_only_the_chosen_experts_are_computed(kernels: str) -> None:
     with FlopCounterMode(display=False) as counter:
         experts(x, chosen, torch.ones(50, 2, dtype=torch.float64))
     assert counter.get_total_flops() == 2 * 50 * 2 * 3 * 16 * 24
-
-
-def test_grouped_products_equal_sorted_ones_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    experts = Experts(16, 24, 6).bfloat16()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.3)
-    x = torch.randn(50, 16).bfloat16()
-    chosen = torch.stack([torch.randperm(6)[:2] for _ in range(50)])
-    gates = torch.rand(50, 2).bfloat16()
-    monkeypatch.setattr(plain, "fits_grouped", lambda *_: True)
-    y = routed_experts.plain(x, chosen, gates, experts.gate_up, experts.down)
-    torch.testing.assert_close(y, experts(x, chosen, gates), rtol=0.05, atol=0.05)
 
 
 def test_the_chosen_experts_are_those_of_sorting() -> None:
