@@ -199,8 +199,7 @@ class MTPModel(nn.Module):
             states = states or [final]
             branch = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         elif active:
-            output, branch = self.mtp.through_trunk(self.trunk, read_BTC, ctx, batch.key)
-            final = output.final
+            final, branch = self.mtp.through_trunk(self.trunk, read_BTC, ctx, batch.key)
         else:
             final = branch = self.trunk(read_BTC, ctx).final
         inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)

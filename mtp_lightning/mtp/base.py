@@ -78,11 +78,11 @@ class MTPStack(nn.Module, ABC):
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
-    ) -> tuple[TrunkOutput, Tensor]:
-        """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
-        ``key`` is that of the random choices in training, None for none."""
+    ) -> tuple[Tensor, Tensor]:
+        """The trunk's final state [B, T, C] over whole windows, and the one that the stack starts
+        from, as :meth:`branch`. ``key`` is of the random choices in training, None for none."""
         output = trunk(embedded_BTC, ctx)
-        return output, self.branch(trunk, output)
+        return output.final, self.branch(trunk, output)
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from; if ``config.n_states`` is

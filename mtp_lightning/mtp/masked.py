@@ -43,7 +43,7 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import over_whole_heads, rope_table
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number, require_whole
 
 # The layers of a block that have updates; routers and experts have none.
@@ -184,13 +184,13 @@ class MaskedMTP(MTPStack):
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
-    ) -> tuple[TrunkOutput, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         batch, seq_len, width = embedded_BTC.shape
         sees = ctx.dense_mask()
         cache = MaskCache(self.depth, sees)
         # Entries and updates, looked up by layer, would compile every block again.
         keep = torch.compiler.disable(cache.keep) if is_compiled(trunk) else cache.keep
-        output = trunk(embedded_BTC, replace(ctx, kv_sink=keep))
+        final_BTC = trunk(embedded_BTC, replace(ctx, kv_sink=keep)).final
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
         places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
@@ -204,9 +204,9 @@ class MaskedMTP(MTPStack):
             z_BPC = trunk(masks_BPC, after).final
         z_BTDC = z_BPC.view(batch, seq_len, self.depth, width)
         if ctx.auxiliary is not None and self.config.consistency and seq_len > 1:
-            loss = self.config.consistency * consistency(z_BTDC, output.final.detach(), sees)
+            loss = self.config.consistency * consistency(z_BTDC, final_BTC.detach(), sees)
             ctx.auxiliary.add_loss(loss, "train/consistency_loss")
-        return output, z_BTDC.flatten(2)
+        return final_BTC, z_BTDC.flatten(2)
 
     @property
     def appended(self) -> int:

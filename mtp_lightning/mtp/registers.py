@@ -36,7 +36,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.rope import rope_table
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.nn.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +86,15 @@ class Registers(TrainingOnly):
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
-    ) -> tuple[TrunkOutput, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         if key is None:
-            output = trunk(embedded_BTC, ctx)
-            return output, output.final
+            final_BTC = trunk(embedded_BTC, ctx).final
+            return final_BTC, final_BTC
         seq_len = embedded_BTC.shape[1]
         registers_BTC = self.register.to(embedded_BTC.dtype).expand_as(embedded_BTC)
         both = torch.cat((embedded_BTC, registers_BTC), dim=1)
-        output = trunk(both, self.context(ctx, seq_len, self.offset(key)))
-        tokens, registers = (output.at(half) for half in (slice(seq_len), slice(seq_len, None)))
-        return tokens, registers.final
+        final = trunk(both, self.context(ctx, seq_len, self.offset(key))).final
+        return final[:, :seq_len], final[:, seq_len:]
 
     def context(self, tokens: ForwardContext, seq_len: int, d: int) -> ForwardContext:
         """The context of the 2 T positions of [tokens ; registers], from that of the T tokens."""

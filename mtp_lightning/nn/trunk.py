@@ -27,15 +27,6 @@ class TrunkOutput:
     # embedding.
     after: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def at(self, positions: slice) -> TrunkOutput:
-        """The states at some positions."""
-
-        def cut(h_BTC: Tensor) -> Tensor:
-            return h_BTC[:, positions]
-
-        after = {n: cut(h_BTC) for n, h_BTC in self.after.items()}
-        return TrunkOutput(cut(self.final), cut(self.pre_norm), cut(self.before_last), after)
-
 
 class Trunk(nn.Module):
     """A pre-norm decoder without its output head. A pass keeps the state after each number of
