@@ -80,49 +80,24 @@ def block(
     return x + inner @ w[f"{prefix}.feed_forward.down.weight"].T
 
 
-def trunk(
-    tokens: Tensor, w: Weights, c: TrunkConfig, documents: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(after the final norm, before it, before the last block), each [T, C]."""
-    x = before_last = w["trunk.embedding.weight"][tokens]
-    for layer in range(c.n_layers):
-        before_last, x = x, block(x, w, f"trunk.blocks.{layer}", c, documents)
-    return rms_norm(x, w["trunk.norm.weight"], c.norm_eps), x, before_last
-
-
 def sequential(
-    window: Tensor,
-    w: Weights,
-    c: TrunkConfig,
-    depth: int,
-    *,
-    input_norm: str = "post",
-    concat: str = "embedding_first",
-    branch: str = "final",
-    share_layers: bool = False,
-    blocks: int = 1,
-    documents: list[int] | None = None,
+    window: Tensor, w: Weights, c: TrunkConfig, depth: int, documents: list[int] | None = None
 ) -> list[Tensor]:
     """Hidden states h^0 .. h^D [T, C] of one window [T + D + 1] (DeepSeek-V3, eq. 21-23)."""
     seq_len = window.shape[0] - depth - 1
-    final, last, before_last = trunk(window[:seq_len], w, c, documents)
-    hidden = [final]
-    previous = {"final": last, "before_last": before_last}[branch]
-    if input_norm == "post":
-        previous = rms_norm(previous, w["trunk.norm.weight"], c.norm_eps)
+    x = w["trunk.embedding.weight"][window[:seq_len]]
+    for layer in range(c.n_layers):
+        x = block(x, w, f"trunk.blocks.{layer}", c, documents)
+    hidden = [rms_norm(x, w["trunk.norm.weight"], c.norm_eps)]
     for k in range(1, depth + 1):
-        p = f"mtp.depths.{0 if share_layers else k - 1}"
+        p = f"mtp.depths.{k - 1}"
         rows = []
         for i in range(seq_len):
             e = rms_norm(
                 w["trunk.embedding.weight"][window[i + k]], w[f"{p}.enorm.weight"], c.norm_eps
             )
-            h = rms_norm(previous[i], w[f"{p}.hnorm.weight"], c.norm_eps)
-            pair = [e, h] if concat == "embedding_first" else [h, e]
-            rows.append(w[f"{p}.eh_proj.weight"] @ torch.cat(pair))
-        x = torch.stack(rows)
-        for name in [*(f"before.{n}" for n in range(blocks - 1)), "block"]:
-            x = block(x, w, f"{p}.{name}", c, documents)
-        previous = rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps)
-        hidden.append(previous)
+            h = rms_norm(hidden[-1][i], w[f"{p}.hnorm.weight"], c.norm_eps)
+            rows.append(w[f"{p}.eh_proj.weight"] @ torch.cat([e, h]))
+        x = block(torch.stack(rows), w, f"{p}.block", c, documents)
+        hidden.append(rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps))
     return hidden
