@@ -115,11 +115,6 @@ class Prediction:
     loss: StackLoss | None = None
     gradient: Tensor | None = None
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term compares with the main prediction."""
-        return any(target.term.needs_teacher for target in self.targets)
-
     def trains_head(self, shared: HeadWeight) -> bool:
         """Whether the prediction trains its head, which is ``shared`` unless it has its own."""
         head = shared if self.head is None else self.head

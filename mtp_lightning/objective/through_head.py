@@ -84,7 +84,7 @@ def through_head(
     """
     dtype = compute_dtype(predictions[0].hidden)
     weight, main_MC = head.weight_VC.detach().to(dtype), None
-    if any(prediction.needs_teacher for prediction in predictions):
+    if any(target.term.needs_teacher for p in predictions for target in p.targets):
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
