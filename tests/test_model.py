@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -14,8 +13,6 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests import models, reference
-from tests.losses import mtp_loss
-from tests.models import target_counts
 
 
 def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
@@ -46,26 +43,6 @@ def test_hidden_states_equal_the_papers_equations(tiny_trunk, masked):
             torch.testing.assert_close(
                 hidden[k][row].double(), expected[k], rtol=1e-4, atol=1e-4, msg=f"depth {k}"
             )
-
-
-def test_a_float64_model_computes_everything_in_float64(tiny_trunk: TrunkConfig) -> None:
-    """Also rotary tables and losses: angles of long windows lose most in single precision."""
-    depth, seq_len = 1, 40
-    model = build(tiny_trunk, depth=depth).double()
-    tokens = torch.randint(0, 37, (1, seq_len + depth + 1))
-    batch = WindowBatch(tokens, depth)
-    hidden = model(batch)
-    expected = reference.sequential(tokens[0], weights_of(model), tiny_trunk, depth)
-    weights, counts, total = [1.0, 0.3], target_counts(batch).tolist(), 0.0
-    for k in range(depth + 1):
-        torch.testing.assert_close(hidden[k][0], expected[k], rtol=1e-12, atol=1e-12)
-        logits = expected[k] @ model.head.weight.detach().T
-        loss = F.cross_entropy(logits, batch.targets(k)[0])
-        total = total + weights[k] * loss
-    loss_sum, sums = mtp_loss(model, batch, weights[1:], counts)
-    assert loss_sum.dtype == torch.float64
-    torch.testing.assert_close(loss_sum, total, rtol=1e-13, atol=0)
-    assert sums[1] / counts[1] == pytest.approx(float(loss), rel=1e-13)
 
 
 def test_trunk_starts_equal_under_every_depth(tiny_trunk: TrunkConfig) -> None:
