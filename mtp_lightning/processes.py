@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +99,6 @@ def find(trainer: Mapping[str, Any] | None = None) -> Peers:
         UserError: settings do not fit together, there are several processes without the part, or a
             process has ended.
     """
-    if trainer is not None:
-        check(trainer)
     setting = _asks_for_several(trainer)
     peers = parts.need("distributed", setting).find_peers() if setting else Peers()
     if trainer is not None:
@@ -122,14 +119,8 @@ def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
 
 
 def check(trainer: Mapping[str, Any]) -> None:
-    """Refuse settings of processes that do not fit together.
-
-    Raises:
-        UserError: the strategy is unknown, several devices have no strategy, or a setting of fsdp
-            is used without fsdp.
-    """
+    """Refuse several devices without a strategy, and a setting of fsdp without fsdp."""
     name, devices = trainer["strategy"], trainer["devices"]
-    require_choice("trainer.strategy", name, ("auto", "ddp", "fsdp"))
     if name == "auto" and devices not in (1, "1"):
         raise UserError(
             f"trainer.devices={devices} needs trainer.strategy=ddp (each has the whole model) or "

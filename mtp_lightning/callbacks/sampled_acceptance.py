@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -13,7 +12,6 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.measure import TOGETHER, intervals
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
 
@@ -31,14 +29,6 @@ class SampledAcceptance(SpeculativeEval):
     n_prompts: int = 256
     temperature: float = 1.0
     verify: str = "token"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"callbacks.sampled_acceptance.temperature={self.temperature:g} samples nothing: "
-                "give a number above 0, or measure greedy text by callbacks.speculative_eval."
-            )
-        super().__post_init__()
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int

@@ -40,7 +40,6 @@ from mtp_lightning.distributed.liveness import (
 )
 from mtp_lightning.errors import UserError
 from mtp_lightning.processes import DECISIONS, Peers
-from mtp_lightning.settings import require_whole
 from mtp_lightning.system import STARTER, end_with_starter
 
 log = logging.getLogger(__name__)
@@ -154,7 +153,7 @@ class Rendezvous(Peers):
             UserError: the numbers differ, or the address of the other machines is unknown.
         """
         devices = _whole(trainer["devices"])
-        nodes = require_whole("trainer.num_nodes", trainer["num_nodes"], least=1)
+        nodes = trainer["num_nodes"]
         _, started, _, _ = _launched_ranks() or (0, 1, 0, 0)
         if started > 1 or dist.is_torchelastic_launched():
             local_size = _whole(os.environ.get("LOCAL_WORLD_SIZE"))

@@ -31,24 +31,18 @@ from mtp_lightning.distributed.sharding import (
 )
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
-from mtp_lightning.settings import require_number, require_whole
 
 # Size of a checkpoint, in GB, above which each process writes its own shards.
 _SPLIT_GB = 16.0
 
 
 def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Strategy:
-    """See :func:`mtp_lightning.processes.strategy`. Settings out of range are refused."""
-    name, shard_size, split_gb = (
-        trainer[key] for key in ("strategy", "shard_size", "split_checkpoint_gb")
-    )
-    if shard_size is not None:
-        require_whole("trainer.shard_size (null for all processes)", shard_size, least=2)
-    if split_gb is not None:
-        require_number("trainer.split_checkpoint_gb (null for 16)", split_gb, least=0)
-    if name == "fsdp":
-        return ShardedStrategy(shard_size, split_gb=_SPLIT_GB if split_gb is None else split_gb)
-    if name == "ddp" or trainer["num_nodes"] > 1:
+    """See :func:`mtp_lightning.processes.strategy`."""
+    if trainer["strategy"] == "fsdp":
+        split_gb = trainer["split_checkpoint_gb"]
+        split_gb = _SPLIT_GB if split_gb is None else split_gb
+        return ShardedStrategy(trainer["shard_size"], split_gb=split_gb)
+    if trainer["strategy"] == "ddp" or trainer["num_nodes"] > 1:
         return "ddp_find_unused_parameters_true" if may_skip else "ddp"
     return "auto"
 

@@ -13,7 +13,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.nn import ops
 from mtp_lightning.runtime import pick_accelerator
-from mtp_lightning.settings import require
 
 AUTO = "auto"
 # Precisions that compute matrix products in bf16, under autocast.
@@ -28,12 +27,10 @@ def resolve_auto(cfg: DictConfig) -> DictConfig:
     compiled blocks if a C compiler is installed. A CPU computes in fp32, without compiling.
 
     Raises:
-        UserError: the accelerator is not available, or ``trainer.compile`` is unknown.
+        UserError: the accelerator is not available.
     """
     cfg = cfg.copy()
     trainer = cfg.trainer
-    is_known = trainer.compile in (AUTO, True, False)
-    require(is_known, "trainer.compile", trainer.compile, "auto, true or false")
     trainer.accelerator = pick_accelerator(trainer.accelerator)
     gpu = trainer.accelerator == "cuda"
     if trainer.precision == AUTO:

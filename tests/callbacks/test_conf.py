@@ -98,9 +98,8 @@ def test_loggers_are_added_to_the_default_ones() -> None:
         (SpeculativeEval, "n_prompts", 0, "at least 1, not 0"),
         (FloorAndGap, "rollouts", 0, "at least 1, not 0"),
         (SampledAcceptance, "verify", "tokens", "verify=tokens is unknown"),
-        (SampledAcceptance, "temperature", 0, "temperature=0 .* above 0"),
-        (SampledAcceptance, "temperature", float("inf"), "temperature=inf .* above 0"),
-        (SampledAcceptance, "temperature", float("nan"), "temperature=nan .* above 0"),
+        (SampledAcceptance, "temperature", 0, "a number above 0, not 0"),
+        (SampledAcceptance, "temperature", float("inf"), "a number above 0, not inf"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_key(kind, key, value, message):
