@@ -34,7 +34,6 @@ from mtp_lightning.experiment.text_stream import (
 )
 from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
-from mtp_lightning.settings import require_bool, require_choice
 
 # The keys that decide how weights and their products are rounded.
 _PRECISION = ("precision", "head_precision", "activations")
@@ -130,8 +129,6 @@ class _Output:
 
 def checked_prompts(cfg: Any) -> list[str]:
     """Check the options of ``conf/generate.yaml`` before its model is read; return the prompts."""
-    require_choice("output", cfg.output, ("text", "json"))
-    require_bool("show_drafts", cfg.show_drafts)
     DecodingOptions.from_config(cfg)
     if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
         raise not_together("show_drafts=true", "speculative=false")

@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.settings import require_number
 
 
 class RunTensorBoard(RunLogger, TensorBoardLogger):
@@ -18,8 +17,6 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
     run per job. Custom charts group the depths 0 .. D (``depth``)."""
 
     def __init__(self, folder: str | Path, depth: int, flush_secs: float = 30) -> None:
-        # At 0 TensorBoard's writer thread would never sleep, and slow down training.
-        require_number("logger.tensorboard.flush_secs", flush_secs, above=0)
         TensorBoardLogger.__init__(
             self,
             save_dir=str(folder),

@@ -6,8 +6,6 @@ import re
 import warnings
 from pathlib import Path
 
-import pytest
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorBoard's imports
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
@@ -63,8 +61,3 @@ def test_a_resumed_run_purges_the_steps_that_it_repeats(tmp_path: Path) -> None:
     second.finalize("success")
     points = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
     assert points == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
-
-
-def test_flush_secs_of_0_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="flush_secs must be a number above 0, not 0"):
-        RunTensorBoard(tmp_path, 1, flush_secs=0)
