@@ -41,7 +41,7 @@ def test_an_unusable_text_is_refused_and_leaves_no_folder(tmp_path, cache, capfd
 # value is left out. test_mistyped.py has the mistakes that the command line finds.
 REFUSED = """\
 mtp.depth=-1 => mtp.depth | -1
-mtp.depth=17 => mtp.depth | 17 | data.seq_len | 16
+mtp.depth=17 => mtp.depth=17 | data.seq_len=16 | lengthen the window
 model.n_heads=4 model.n_kv_heads=3 => n_heads | 4 | n_kv_heads | 3
 model.d_model=33 => d_model | 33 | n_heads
 model.d_model=36 model.n_heads=4 => model.d_head=9 (model.d_model / model.n_heads) must be even
@@ -111,7 +111,6 @@ trainer.num_threads=1000000 => trainer.num_threads must be a whole number in [1,
 data.num_workers=1000000000 => data.num_workers=1,000,000,000 is too large: give at most 64
 trainer.devices=1000000 => trainer.devices must be a whole number in [1, 1024], not 1000000
 model.n_layers=1000000000 => model.n_layers
-model.d_model=2000000000 => model.d_model
 mtp.blocks=1000000000 => mtp.blocks=1,000,000,000 | make it smaller
 mtp=linear mtp.rank=1000000000 => mtp.rank=1,000,000,000 | make it smaller
 model.d_ff=1000000000000 => model.d_ff
@@ -162,10 +161,9 @@ STAR callbacks=[stop_when_solved] callbacks.stop_when_solved.validations=0 => at
 FSDP balance=gradnorm => balance=gradnorm takes every task's gradient by itself
 FSDP callbacks=[default,gradient_conflict] => callbacks=gradient_conflict takes
 FSDP trainer.shard_size=1 => trainer.shard_size
-FSDP trainer.shard_size=2 trainer.strategy=ddp => has no meaning for
+FSDP trainer.shard_size=2 trainer.strategy=ddp => has no meaning for | leave it null
 FSDP trainer.split_checkpoint_gb=-1 => trainer.split_checkpoint_gb must be a number of at
-FSDP trainer.split_checkpoint_gb=1 trainer.strategy=ddp => has no meaning for
-FSDP trainer.strategy=auto => ddp (each has the whole model) or fsdp
+FSDP trainer.strategy=auto => trainer.devices=2 needs | ddp (each has the whole model) or fsdp
 FSDP trainer.num_nodes=2 => nothing says where the other machines are
 """
 STAR = "data=star_graph data.seq_len data.val_fraction data.eval_bytes tokenizer"

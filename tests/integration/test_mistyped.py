@@ -94,10 +94,7 @@ train.py mtp=1e200 => mtp=1e200 is not the name of an option: choose one of --he
 train.py callbacks=[default,1] => callbacks=[default,1] is not the name of an option
 train.py ~trainer.devices  [*] => ~trainer.devices deletes a key that every run needs: leave
 train.py ~model._target_ => ~model._target_ deletes a key that every run needs
-train.py optimizer.schedule=null => optimizer.schedule must be a mapping, not None
-train.py lambda_schedule=geometric lambda_schedule.beta=1e200 => 1e+200, which is too large
 train.py paths.output_dir=null => paths.output_dir must be a path, not None
-train.py compare.match=8 => compare.match=8 is unknown: choose one of none
 train.py -m mtp=none,1 sweep_dir=sweep  [2 s] => mtp=1 is not the name | leave mtp= out
 train.py model=base => model has no option 'base' | large, medium, micro, nano, pico
 train.py lambda_schedule=sine => no option 'sine' | deepseek_v3 | --help lambda_schedule
@@ -126,15 +123,12 @@ train.py mtp.depth=2mtp_lambda=0.1 => cannot be read: leave a space between two 
 train.py mtp.depth=1,2 => mtp.depth=1,2 is several values: add -m
 train.py 'mtp.depth=${nope}' => 'nope' not found: check what is typed as ${...}
 train.py mtp=none mtp.depth=2 => mtp.depth must be 0 with mtp=none, not 2
-train.py mtp.depth=300 => mtp.depth=300 | data.seq_len=256 | lengthen the window
 train.py model.d_model=1000000000  [*] =>
     model.d_model=1,000,000,000 | GB of memory: make it smaller
 train.py tokenizer.vocab_size=1000000000000  [*] =>
     tokenizer.vocab_size=1,000,000,000,000 | GB of memory: make it smaller
 train.py data.seq_len=1000000000000  [*] =>
     data.seq_len=1,000,000,000,000 | GB of memory: make it smaller
-train.py data.num_workers=65 => data.num_workers=65 is too large: give at most 64
-train.py trainer.devices=2 => trainer.devices=2 needs trainer.strategy=ddp
 train.py sweeps=depth => a prepared sweep is added, as +sweeps=depth
 train.py hydra=8 => Hydra cannot use hydra=8 (Config group override must be a string
 train.py debug=fast hydra.verbose=8 => Hydra cannot use hydra.verbose=8: leave it out
@@ -142,7 +136,6 @@ train.py --resolve => Hydra cannot use --resolve (The --resolve flag | leave it 
 train.py hydra.launcher.n_job=2 => hydra.launcher.n_job is not a key of Hydra
 train.py +trainer.gradient_clip_algorithm=value =>
     trainer.gradient_clip_algorithm is not a key | gradient_clip_val
-train.py trainer.shard_size=2 => trainer.shard_size=2 has no meaning | leave it null
 train.py compare.reference=FOLDER => is used by nothing: set compare.match
 train.py mtp.concat=both => mtp.concat=both | choose one of embedding_first
 train.py optimizer.lr=nan => optimizer.lr must be a number above 0, not nan
