@@ -25,7 +25,7 @@ TOOLS = {
     "work": ("sweeps.work", "run the jobs of a planned sweep; start as many workers as you like"),
     "status": ("sweeps.status", "show the states of a sweep's jobs"),
     "doctor": ("mtp_lightning.apps.doctor", "check the MTP layers of a folder"),
-    **parts.commands(),
+    **{name: part.command for name, part in parts.PARTS.items() if part.command},
 }
 
 

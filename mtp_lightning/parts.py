@@ -93,11 +93,6 @@ def load_cpu() -> None:
         importlib.import_module(PARTS["cpu"].module)
 
 
-def commands() -> dict[str, tuple[str, str]]:
-    """The commands of all parts, installed or not: the module of each, and its help."""
-    return {name: part.command for name, part in PARTS.items() if part.command}
-
-
 @cache
 def is_there(name: str) -> bool:
     """Whether a part is installed. The part is not imported."""

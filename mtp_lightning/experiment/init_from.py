@@ -89,20 +89,17 @@ def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
 
 def load_start(model: MTPModel, start: StoredModel, data: WindowDataModule) -> None:
     """Load the weights of ``start`` into a freshly initialized model, and log which modules have
-    them. ``mtp.init=last_block`` measures the trunk on windows of ``data``. The errors are those of
-    :func:`start_from`."""
-    windows = beginning_windows(data) if model.config.mtp.init != "random" else None
+    them. ``mtp.init=last_block`` measures the trunk on training windows of ``data``. The errors are
+    those of :func:`start_from`."""
+    windows = None
+    if model.config.mtp.init != "random":
+        # At even distances in the corpus, whatever the run's seed, batch size and processes are.
+        dataset = data.training
+        rows = min(len(dataset), -(-_BEGINNING_TOKENS // data.seq_len))
+        windows = dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
     modules = start_from(model, start, windows)
     remarks = [f"; {state}: {', '.join(names)}" for state, names in modules.items() if names]
     log.info("Starting from %s: trunk and head kept%s.", start.path, "".join(remarks))
-
-
-def beginning_windows(data: WindowDataModule) -> WindowBatch:
-    """Training windows at even distances in the corpus, about 8192 positions in total. They do not
-    depend on the run's seed, batch size or number of processes."""
-    dataset = data.training
-    rows = min(len(dataset), -(-_BEGINNING_TOKENS // data.seq_len))
-    return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 
 
 def start_from(
