@@ -201,7 +201,6 @@ class Checkpoints(RunCallback, Checkpoint):
         self._restore_handler()
 
     def on_run_end(self) -> None:
-        """Removes the files that ``keep`` does not name."""
         checkpoints.keep(self.folder, self.keep)
 
     def _check_sigterm(self, trainer: pl.Trainer) -> None:

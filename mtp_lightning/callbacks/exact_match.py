@@ -35,7 +35,6 @@ class ExactMatch(RunCallback):
         pl_module.log_dict(self.newest, rank_zero_only=True)
 
     def shown(self) -> str:
-        """The newest validation's share of right answers."""
         share = self.newest.get("val/exact_match")
         return "" if share is None else f"right {share:.0%}"
 

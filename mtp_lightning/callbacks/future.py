@@ -31,7 +31,6 @@ class HiddenFuture(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any
     ) -> None:
-        """Looks before some batches."""
         if self._n_batches in _LOOKS and trainer.world_size == 1:
             model = pl_module.model
             assert isinstance(model, MTPModel)

@@ -45,7 +45,6 @@ class NanGuard(RunCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Keeps this step's losses, and checks the kept ones when due."""
         losses, total = outputs["losses"].detach(), outputs["loss"].detach()
         row = torch.cat([losses, total.reshape(1).to(losses)])
         self._pending.append((trainer.global_step, row, outputs["computed"]))
@@ -53,7 +52,6 @@ class NanGuard(RunCallback):
             self._look(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the remaining steps."""
         self._look(trainer)
 
     def on_save_checkpoint(

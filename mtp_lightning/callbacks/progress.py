@@ -64,7 +64,6 @@ class StepProgressBar(RunCallback, ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Prints above the bar."""
         if self._enabled:
             tqdm.write(sep.join(map(str, args)), file=sys.stderr)
 
@@ -91,7 +90,6 @@ class StepProgressBar(RunCallback, ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Shows the step when due."""
         if not self._enabled:
             return
         step, now = trainer.global_step, time.monotonic()

@@ -89,7 +89,6 @@ class StopWhenSolved(RunCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the count if the settings are the same."""
         if all(state_dict[key] == value for key, value in self._meaning.items()):
             self._in_a_row = state_dict["in_a_row"]
             self._counted_step = state_dict["counted_step"]

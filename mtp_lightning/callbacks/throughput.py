@@ -74,7 +74,6 @@ class Throughput(RunCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Counts this step; logs at the end of a window."""
         if self._mark is None:
             self._synchronize()
             self._mark = time.perf_counter()
@@ -97,11 +96,9 @@ class Throughput(RunCallback):
             self._measure_again(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock again."""
         self._go_on()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the steps since the last log."""
         self._count_time()
 
     @contextmanager
@@ -114,7 +111,6 @@ class Throughput(RunCallback):
             self._go_on()
 
     def shown(self) -> str:
-        """Tokens per second of the last window."""
         return f"{_short(self._tokens_per_second)} tok/s" if self._tokens_per_second else ""
 
     def summary(self) -> dict[str, float]:

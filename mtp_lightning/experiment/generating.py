@@ -91,7 +91,6 @@ class _Output:
         self._n_shown = 0
 
     def add(self, i: int, fresh: Fresh) -> None:
-        """Take new tokens of text ``i``."""
         self.streams[i].add(fresh)
 
     def end(self, i: int, generation: Generation) -> None:

@@ -90,7 +90,6 @@ class EndedEarly(pl.Callback):
         return {"limits": self._limits} if self._limits else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the thresholds by which the run may have ended."""
         self._ended_by = state_dict["limits"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -66,7 +66,6 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Stores a text as a file of the run."""
         self.experiment.log_text(self.run_id, text, f"{tag}_{step}.txt")
 
     @rank_zero_only

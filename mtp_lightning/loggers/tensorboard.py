@@ -37,7 +37,6 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Writes the charts' layout once, then the values."""
         if not self._layout_written:
             self.experiment.add_custom_scalars(_depth_layout(self.depth))
             self._layout_written = True

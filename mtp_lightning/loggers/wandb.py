@@ -73,12 +73,10 @@ class RunWandb(ServiceLogger, WandbLogger):
 
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Puts the final metrics into the run's summary."""
         self.experiment.summary.update(dict(metrics))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the run at the service."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
