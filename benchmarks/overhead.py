@@ -226,7 +226,7 @@ def save_sharded(task: Row) -> Iterator[Row]:
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from mtp_lightning.distributed.shard_writing import ShardWriting
+    from mtp_lightning.distributed.shard_files import ShardWriting
     from mtp_lightning.distributed.sharding import build_mesh, gathered
     from mtp_lightning.run import checkpoints as files
 

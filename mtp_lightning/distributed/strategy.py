@@ -2,7 +2,7 @@
 
 A small checkpoint is the same plain file that a single process writes: the first process gathers
 and writes it, and reads it and distributes the shards. Of a large checkpoint, each process writes
-and reads its own shards (``shard_writing.py``). Any number of processes can continue from either.
+and reads its own shards (``shard_files.py``). Any number of processes can continue from either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtp_lightning.distributed import shard_files
-from mtp_lightning.distributed.shard_writing import ShardWriting
 from mtp_lightning.distributed.sharding import (
     build_mesh,
     bytes_of,
@@ -58,7 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.split_gb = split_gb
         # See :class:`~mtp_lightning.callbacks.base.WritesBeside`.
         self.in_parts = self.writes_beside = False
-        self._writing: ShardWriting | None = None
+        self._writing: shard_files.ShardWriting | None = None
         self._cpu_group: Any = None
 
     def setup_environment(self) -> None:
@@ -106,7 +105,9 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self._device_mesh is not None
         if self._cpu_group is None:
             self._cpu_group = dist.new_group(backend="gloo")
-        self._writing = ShardWriting(checkpoint, Path(filepath), self._device_mesh, self._cpu_group)
+        self._writing = shard_files.ShardWriting(
+            checkpoint, Path(filepath), self._device_mesh, self._cpu_group
+        )
         self.settled(wait=not self.writes_beside)
 
     def settled(self, *, wait: bool) -> bool:

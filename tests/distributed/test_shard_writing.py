@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mtp_lightning.distributed.shard_writing import ShardWriting
+from mtp_lightning.distributed.shard_files import ShardWriting
 from mtp_lightning.distributed.sharding import build_mesh
 from mtp_lightning.run import checkpoints
 
