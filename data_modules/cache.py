@@ -29,7 +29,8 @@ _STALE_SECONDS = 86_400.0
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """The given cache folder, else ``$MTP_LIGHTNING_CACHE``, else ``~/.cache/mtp-lightning``."""
-    return Path(folder or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning").expanduser()
+    chosen = folder or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning"
+    return Path(os.path.expanduser(chosen))  # unlike Path.expanduser, leaves an unknown ~name
 
 
 def cache_key(path: Path, options: str) -> str:

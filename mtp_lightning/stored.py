@@ -220,7 +220,7 @@ def is_cache(folder: Any) -> bool:
     written to it."""
     if not isinstance(folder, str | Path) or not str(folder):
         return False
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     try:
         return (path / "digests").is_dir() or any(path.glob("*/meta.json"))
     except OSError:

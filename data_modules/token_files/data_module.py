@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class TokenFilesDataModule(StoreDataModule):
         unique: dict[Path, Path] = {}
         for path in path_list(paths, key):
             # Megatron names a pair of files without their suffix.
-            given, pair = Path(path).expanduser(), Path(f"{path}.bin").expanduser()
+            given, pair = (Path(os.path.expanduser(name)) for name in (path, f"{path}.bin"))
             pattern = str(pair) if pair.is_file() and not given.exists() else path
             files = [file for _, file in expand(pattern, key, text_only=False)]
             # An index says in which order the chunks next to it come.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -209,7 +210,7 @@ def _read(location: str) -> tuple[Any, dict[str, str]]:
     """The library's tokenizer, and the files of :data:`BESIDE`."""
     from tokenizers import Tokenizer as Library
 
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.is_dir():
         path = path / "tokenizer.json"
         if not path.is_file():

@@ -221,7 +221,7 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
 
 
 def _require_exists(key: str, text: str) -> None:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, leaves an unknown ~name
     if "@" in path.name and not path.exists():  # RUN@STEP
         path = Path(str(path).rpartition("@")[0])
     if path.exists():

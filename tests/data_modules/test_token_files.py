@@ -403,6 +403,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         ({"val_path": str(good)}, "x.bin is in data.path and in data.val_path"),
         ({"val_path": str(linked)}, "x.bin is in data.path and in data.val_path"),
         ({"val_path": "nowhere.bin"}, "nowhere.bin does not exist.*data.val_path"),
+        ({"val_path": "~no-such-name/x.bin"}, "~no-such-name/x.bin does not exist.*data.val_path"),
         ({"dtype": "float32"}, "data.dtype must be uint16.*not 'float32'"),
     ):
         assert_refused(message, tmp_path, good, **options)

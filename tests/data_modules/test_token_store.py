@@ -176,6 +176,7 @@ def test_cache_folder_is_the_argument_then_the_variable_then_home(tmp_path, monk
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "env"))
     assert cache_folder(tmp_path) == tmp_path
     assert cache_folder() == cache_folder("") == tmp_path / "env"
+    assert cache_folder("~no-such-name/cache") == Path("~no-such-name/cache")
     monkeypatch.delenv("MTP_LIGHTNING_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "mtp-lightning"
 

@@ -294,6 +294,8 @@ def test_damaged_files_of_a_pretrained_tokenizer_are_refused(tmp_path):
             PretrainedTokenizer(str(tmp_path)).encode("a")
         (tmp_path / name).unlink()
         library_file(tmp_path / "tokenizer.json", ["</s>"])
+    with pytest.raises(FileNotFoundError, match="~no-such-name/x does not exist"):
+        PretrainedTokenizer("~no-such-name/x").encode("a")
     with pytest.raises(UserError, match="m.gguf is not a tokenizer.json: export.py writes one"):
         PretrainedTokenizer("m.gguf").encode("a")
 

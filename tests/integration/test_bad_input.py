@@ -72,6 +72,7 @@ optimizer.schedule.kind=square => square | cosine
 data.batch_size=64 trainer.accumulate_grad_batches=100 =>
     6400 | data.batch_size | accumulate_grad_batches
 tokenizer=pretrained tokenizer.path=no/tokenizer.json => no/tokenizer.json
+tokenizer=pretrained tokenizer.path='~no-such-name/x' => ~no-such-name/x does not exist
 tokenizer=bpe tokenizer.vocab_size=7 => vocab_size | 7 | 257
 tokenizer=bpe tokenizer.vocab_size=1000.5 => vocab_size | whole number | 1000.5
 tokenizer._target_=tests.data_modules.test_encoding_pool.CustomTokenizer =>
