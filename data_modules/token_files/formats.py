@@ -90,8 +90,8 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
         source = _llm_c(path, head)
     else:
         source = _raw(path, head, dtype)
-    if dtype is not None and np.dtype(source.shard.dtype) != np.dtype(dtype):
-        stated = np.dtype(source.shard.dtype).name
+    stated = np.dtype(source.shard.dtype).name  # in any byte order
+    if dtype not in (None, stated):
         raise UserError(
             f"{path} ({source.format}) states that its ids are {stated}, not data.dtype={dtype}: "
             "leave data.dtype out"

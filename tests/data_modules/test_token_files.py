@@ -383,6 +383,13 @@ def test_a_file_that_is_replaced_after_it_was_looked_through_is_refused(tmp_path
     assert len(next(iter(module(tmp_path / "c", file).train_dataloader()))) == 4
 
 
+def test_ids_of_another_byte_order_have_the_type_that_is_asked_for(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(256, dtype=">u2").repeat(9))
+    data = module(tmp_path / "c", tmp_path / "x.npy", dtype="uint16")
+    assert data.store["train"].tokens()[:20].tolist() == [0] * 9 + [1] * 9 + [2] * 2
+    assert next(iter(data.train_dataloader())).tokens.max() < 256
+
+
 def test_ids_beyond_the_vocabulary_are_named(tmp_path):
     nanogpt(tmp_path / "a.bin", [[1, 2, 3]] * 50)
     nanogpt(tmp_path / "b.bin", [[1, 2, 300]] * 50)
