@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "nextlat": ("nextlat", []),
     "eagle": ("eagle", []),
     "eagle, 64 tokens": ("eagle", ["mtp.draft_vocab=64"]),
+    "dflash": ("dflash", []),
     "parameter_free": ("parameter_free", []),
     "top": ("top", []),
     "bag": ("bag", ["mtp.weights=none"]),

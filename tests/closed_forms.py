@@ -77,6 +77,17 @@ def eagle(config: ModelConfig, seq_len: int) -> tuple[int, int, int]:
     return 3 * c * c, 2 * matrices + 4 * seq_len * n * h, rows * c
 
 
+def dflash(config: ModelConfig, seq_len: int) -> tuple[int, int, int]:
+    """Numbers of the projection, and of the layers; forward FLOPs of all blocks after a token."""
+    mtp, trunk = config.mtp, config.trunk
+    c, n, m, h = trunk.d_model, trunk.n_heads, trunk.n_kv_heads, trunk.d_head
+    entries, width = 2 * c * m * h, mtp.depth + 1
+    of_block = n * h * c + entries + n * h * c + 3 * c * trunk.d_ff
+    gains = 2 * c + 2 * h
+    flops = 2 * entries + width * (2 * of_block + 4 * (seq_len + width) * n * h)
+    return 3 * c * c, mtp.blocks * (of_block + gains), mtp.blocks * flops
+
+
 def selector_rank(mtp: MTPConfig) -> int:
     """Of the candidate selector; 0 without one."""
     selects = mtp.depth and getattr(mtp, "correction", "none") == "selector"
@@ -118,6 +129,9 @@ def stack_params(config: ModelConfig) -> int:
         case "eagle":
             fused, layer, head = eagle(config, 0)
             total = (fused + layer // 2 + head + 4 * c) * bool(depth)
+        case "dflash":
+            fused, layers, _ = dflash(config, 0)
+            total = (fused + layers + 3 * c) * bool(depth) + corrections
         case "masked":
             total = (updates(config) + 3 * c * c + c + depth * c) * bool(depth)
         case "top" | "bag":
@@ -159,6 +173,10 @@ def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tup
             fused, layer, head = eagle(config, seq_len)
             fused *= 2 * bool(active)
             total = deepest * layer + n * 2 * head
+            return fused + total, (1 + reaches) * fused + 2 * total
+        case "dflash":
+            fused, _, total = dflash(config, seq_len)
+            fused, total = 2 * fused * bool(active), total * bool(active) + sum(corrections)
             return fused + total, (1 + reaches) * fused + 2 * total
         case "masked":
             # D masks a token, whichever depths are active; they attend to T tokens and D masks.

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.dflash import DFlashConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -89,7 +90,10 @@ BALANCED = deepseek.trunk(experts={"sequence_loss": 0.1})
 @pytest.mark.parametrize(
     ("trunk", "head"),
     [
-        *((dense(), head) for head in (SequentialConfig, ParallelConfig, EagleConfig)),
+        *(
+            (dense(), head)
+            for head in (SequentialConfig, ParallelConfig, EagleConfig, DFlashConfig)
+        ),
         *((BALANCED, head) for head in (SequentialConfig, ParallelConfig)),
         (dense(feed_forward=EXPERTS), MaskedConfig),
     ],

@@ -118,6 +118,8 @@ class Session:
         self._n_drafted = 0  # depths that have drafted since the last `accept`
         # The hidden state that each row's newest draft was predicted from.
         self.newest_B1C: Tensor | None = None
+        # The states of a block's depths, and their logits where they depend on no draft.
+        self._block: tuple[Tensor, Tensor | None]
         self.resize(0)
 
     def _tables_for(self, capacity: int) -> PositionTables:
@@ -134,7 +136,7 @@ class Session:
     @property
     def _widest(self) -> int:
         """Number of tokens in a round's widest pass."""
-        return self.most_accepted + 1
+        return max(self.most_accepted + 1, self._stack.block_width)
 
     def resize(self, batch_size: int) -> None:
         """Use the first ``batch_size`` rows of the storage; added rows have read nothing."""
@@ -218,9 +220,12 @@ class Session:
     def draft(self, k: int) -> DepthDraft:
         """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.
         The shallower depths must be up to date, and their drafts in the token buffer."""
-        newest_B1C, logits_BV = self._newest_states(k)
-        self.newest_B1C, self._n_drafted = newest_B1C, k
         stack, confidence_B = self._stack, None
+        newest_B1C, logits_BV = self._newest_states(k)
+        before_B1 = Spans(self._tables, self.n_read, 1).read(self.tokens_BS, k - 1)
+        if stack.block_width:
+            newest_B1C = stack.corrected(k, newest_B1C, before_B1)
+        self.newest_B1C, self._n_drafted = newest_B1C, k
         state_B1C = stack.head_input(newest_B1C)
         state_BC = state_B1C[:, 0]
         if stack.confidence is not None:
@@ -228,13 +233,14 @@ class Session:
         if logits_BV is None:
             logits_BV = self._draft_head(state_B1C)[:, 0]
         if stack.rescorer is not None:
-            before_B1 = Spans(self._tables, self.n_read, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
         return DepthDraft(logits_BV, confidence_B)
 
     def _newest_states(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
         the draft head's logits [B, V] if a fused pass has computed them."""
+        if self._stack.block_width and k > 1:
+            return self._from_block(k)
         if self._one_cache and k > 1:
             return self._next_in_one_cache(k), None
         self._append_positions(k)
@@ -254,9 +260,28 @@ class Session:
             after = self.states[k] if k < len(self.states) else None
             return fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
         hidden = self._run_depth(k, width, cache, slice(None), starts)
+        if self._stack.block_width:
+            self._draft_block()
+            return self._from_block(k)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
         return _at(hidden, index), None
+
+    def _draft_block(self) -> None:
+        """Compute the states of all depths in one pass after the text. The next round overwrites
+        its entries."""
+        ctx = ForwardContext.of_cache(self.depth_caches[0], self.n_read, self._stack.block_width)
+        newest = Spans(self._tables, self.n_read, 1).read(self.tokens_BS)
+        block_BDC = self._stack.draft_block(self.model.trunk.embedding(newest), ctx)
+        block_BDC = block_BDC[:, : self.max_draft]
+        # States that depend on no draft go through the head together, which reads it once.
+        alone = self._stack.ahead(self.max_draft) > 1
+        self._block = block_BDC, None if alone else self._draft_head(block_BDC)
+
+    def _from_block(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """:meth:`_newest_states` of depth ``k`` from the last :meth:`_draft_block`."""
+        states_BDC, logits_BDV = self._block
+        return states_BDC[:, k - 1 : k], None if logits_BDV is None else logits_BDV[:, k - 1]
 
     def _next_in_one_cache(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
@@ -320,6 +345,9 @@ class Session:
         token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)
         tokens = token_spans.read(self.tokens_BS[rows], first)
         branch = spans.read(self.states[0][rows])
+        if self._stack.block_width:
+            self._stack.read(branch, ctx)
+            return branch
         previous = branch if k == 1 else spans.read(self.states[k - 1][rows])
         hidden = self.model.depth_state(k, branch, previous, tokens, ctx)
         if k < len(self.states):

@@ -57,11 +57,12 @@ class TreeSession(Session):
     def draft_tree(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, and return the logits [B, P, V] of the candidates that
         follow each node of depth ``k - 1``. The nodes down to these must be in the token buffer."""
+        nodes = self.tree.level(k - 1)
+        # A depth that reads no drafts has the same state after all nodes.
+        if self._stack.block_width or not self._stack.reads(k):
+            return self._draft_from_one_state(k, nodes).expand(-1, len(nodes), -1)
         if self._one_cache and k > 1:
             return self._draft_tree_on(k)
-        nodes = self.tree.level(k - 1)
-        if not self._stack.reads(k):  # reads no drafts, so all nodes have the same state
-            return self._draft_from_one_state(k, nodes).expand(-1, len(nodes), -1)
         self._append_positions(k)
         self.catch_up(k)
         long = [row for row in range(len(self.n_read)) if not self.is_short(row)]
@@ -91,11 +92,12 @@ class TreeSession(Session):
         return self._drafted(k, hidden)
 
     def _draft_from_one_state(self, k: int, nodes: range) -> Tensor:
-        """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
-        state_B1C = self._stack.head_input(self._newest_states(k)[0])
+        """:meth:`draft_tree` of a stack that computes one state for all nodes."""
+        state = self._stack.head_input(self._newest_states(k)[0])
         before_BP = Spans(self._tables, self.n_read, len(nodes)).read(self.tokens_BS, nodes.start)
-        logits_B1V = self._draft_head(state_B1C)
-        return self._stack.rescore(k, state_B1C, logits_B1V, before_BP)
+        if self._stack.block_width:
+            state = self._stack.corrected(k, state, before_BP)
+        return self._stack.rescore(k, state, self._draft_head(state), before_BP)
 
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:
         """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of

@@ -115,7 +115,7 @@ class MTPStack(nn.Module, ABC):
 
     def ahead(self, k: int) -> int:
         """How far ahead the newest token of :meth:`reads` is; 0 for none."""
-        return k if self.reads(k) else 0
+        return max(self.reads(k).stop - 1, 0) if self.reads(k) else 0
 
     @property
     def reads_tokens(self) -> bool:
@@ -229,6 +229,28 @@ class MTPStack(nn.Module, ABC):
         positions after it: :attr:`appended` or fewer, which ``ctx`` has open in the trunk's cache.
         The cache keeps nothing of that pass."""
         raise NotImplementedError
+
+    @property
+    def block_width(self) -> int:
+        """How many positions after a text one pass of the stack covers, from which all depths
+        draft: its newest token, and D places for drafts. 0 for stacks whose depths have a pass
+        each."""
+        return 0
+
+    def read(self, branch_BTC: Tensor, ctx: ForwardContext) -> None:
+        """Write the entries of positions of the text to the cache in ``ctx``; for stacks with a
+        :attr:`block_width`."""
+        raise NotImplementedError
+
+    def draft_block(self, embedded_B1C: Tensor, ctx: ForwardContext) -> Tensor:
+        """The states of all depths [B, D, C], from the embedding of the newest token of the text;
+        ``ctx`` has :attr:`block_width` positions open. For stacks with one."""
+        raise NotImplementedError
+
+    def corrected(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
+        """The states [.., C] of depth ``k`` that drafts come from, of a :meth:`draft_block`, given
+        the ids [..] of the tokens before the drafts."""
+        return hidden
 
     def draft_obstacle(self) -> str:
         """Why the stack cannot draft, and the remedy, as a sentence; empty if it can."""

@@ -1,5 +1,5 @@
-"""Corrections give heads side by side the tokens between the branch point and the target, or only
-the last of them.
+"""Corrections give heads the tokens between the branch point and the target, or only the last of
+them.
 
     mlp        h^k = f_k(z) + A_k SiLU(W_k [z ; Emb(x_{t+1}) ; .. ; Emb(x_{t+k})])
     markov     h^k = f_k(z) + A_k T_k[x_{t+k}]
@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.config import BranchConfig
+from mtp_lightning.mtp.config import BranchConfig, MTPConfig
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
@@ -45,48 +45,34 @@ CORRECTIONS: dict[str, tuple[str, int | None]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideBySideConfig(BranchConfig):
-    """Switches of heads side by side.
+class CorrectedConfig(MTPConfig):
+    """Switches of heads that a correction can be added to.
 
     Attributes:
         correction: ``none``, or a word of :data:`CORRECTIONS`.
         correction_rank: r, columns of the tables of ``markov`` and ``selector``; None is 64 and
             256.
-        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
-            arXiv 2505.17505). Windows then reach s D tokens beyond the next one; the heads compute
-            the same. Drafting needs a stride of 1.
     """
+
+    # The words that the heads support; None for all.
+    supported_corrections: ClassVar[tuple[str, ...] | None] = None
 
     correction: str = "none"
     correction_rank: int | None = None
-    stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("mtp.correction", self.correction, ["none", *CORRECTIONS])
+        words = self.supported_corrections or tuple(CORRECTIONS)
+        require_choice("mtp.correction", self.correction, ["none", *words])
         if self.correction_rank is not None:
             require_whole("mtp.correction_rank", self.correction_rank, least=1)
             if self.columns is None:
-                words = " or ".join(word for word, (_, rank) in CORRECTIONS.items() if rank)
+                ranked = " or ".join(word for word in words if CORRECTIONS[word][1])
                 raise UserError(
                     f"mtp.correction_rank={self.correction_rank} has no meaning with "
-                    f"mtp.correction={self.correction}: set mtp.correction to {words}, or "
+                    f"mtp.correction={self.correction}: set mtp.correction to {ranked}, or "
                     "mtp.correction_rank=null."
                 )
-        require_whole("mtp.stride", self.stride, least=1)
-        if self.stride > 1 and self.correction != "none":
-            raise UserError(
-                f"mtp.stride={self.stride} skips tokens between the heads' targets, which "
-                f"mtp.correction={self.correction} would have to read: set one of the two to its "
-                "default."
-            )
-
-    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
-        if self.stride > 1 and draft_rules:
-            raise UserError(
-                f"{draft_rules[0]} depends on every token up to a depth's, and mtp.stride="
-                f"{self.stride} skips some: leave it out, or set mtp.stride=1."
-            )
 
     @property
     def columns(self) -> int | None:
@@ -103,6 +89,36 @@ class SideBySideConfig(BranchConfig):
         if issubclass(kind, Rescorer):
             return [], kind(trunk, self.columns)
         return [kind(trunk, self.columns or k) for k in range(1, self.depth + 1)], None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySideConfig(CorrectedConfig, BranchConfig):
+    """Switches of heads side by side.
+
+    Attributes:
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
+            arXiv 2505.17505). Windows then reach s D tokens beyond the next one; the heads compute
+            the same. Drafting needs a stride of 1.
+    """
+
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("mtp.stride", self.stride, least=1)
+        if self.stride > 1 and self.correction != "none":
+            raise UserError(
+                f"mtp.stride={self.stride} skips tokens between the heads' targets, which "
+                f"mtp.correction={self.correction} would have to read: set one of the two to its "
+                "default."
+            )
+
+    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
+        if self.stride > 1 and draft_rules:
+            raise UserError(
+                f"{draft_rules[0]} depends on every token up to a depth's, and mtp.stride="
+                f"{self.stride} skips some: leave it out, or set mtp.stride=1."
+            )
 
 
 class Correction(nn.Module):
@@ -135,4 +151,8 @@ class Bigrams(Correction):
         self.embedding = embedding(trunk.vocab_size, rank)
 
     def forward(self, k: int, inputs: StackInputs) -> Tensor:
-        return self.down(self.embedding(inputs.tokens_at(k)))
+        return self.after(inputs.tokens_at(k))
+
+    def after(self, tokens: Tensor) -> Tensor:
+        """What is added to the states [.., C] whose drafts follow these tokens [..]."""
+        return self.down(self.embedding(tokens))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.config import ModulesConfig
+from mtp_lightning.mtp.inner_states import InnerStates, InnerStatesConfig
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
@@ -42,47 +42,31 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import rope_table
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
-from mtp_lightning.settings import is_whole, require_whole
+from mtp_lightning.nn.trunk import Trunk
+from mtp_lightning.settings import require_whole
 
 Entry = tuple[Tensor, Tensor]
 """Rotated keys and values of one step, [B, T, M, H] each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagleConfig(ModulesConfig, variant="eagle"):
+class EagleConfig(InnerStatesConfig, variant="eagle"):
     """Switches of the drafting layer.
 
     Attributes:
         depth: D, steps of the training-time test.
-        layers: after how many of the trunk's blocks the three states are read; None for
-            :func:`default_layers`.
         draft_vocab: rows of the layer's own output head, for the tokens that are the most frequent
             in the training text; None is all tokens.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("layers", "draft_vocab")
-    n_states: ClassVar[int] = 3
-    # The states are read before the trunk's final norm.
-    input_norm = "pre"
 
-    layers: tuple[int, int, int] | None = None
     draft_vocab: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.draft_vocab is not None:
             require_whole("mtp.draft_vocab", self.draft_vocab, least=1)
-        if self.layers is None:
-            return
-        # Any sequence, such as a list of YAML or JSON.
-        layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
-        if len(layers) != 3 or not all(is_whole(n) and n >= 0 for n in layers):
-            raise UserError(
-                f"mtp.layers={self.layers} must be three whole numbers of at least 0: after how "
-                "many of the trunk's blocks each state is read."
-            )
-        object.__setattr__(self, "layers", layers)
 
     def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
         if "objective.train_head=false" in separate_training:
@@ -98,20 +82,6 @@ class EagleConfig(ModulesConfig, variant="eagle"):
             )
 
     def build(self, trunk: TrunkConfig) -> EagleMTP:
-        whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
-        entry = trunk.attention.cache_entry(trunk)
-        rope_head_dim = trunk.attention.rope_head_dim(trunk)
-        if (entry.n_vectors, entry.width, rope_head_dim) != whole_heads:
-            raise UserError(
-                "mtp=eagle stores keys and values of whole heads, and the cache of "
-                f"the {trunk.attention.variant} attention does not: use a model with "
-                "grouped-query attention, such as model=nano."
-            )
-        if self.layers is not None and max(self.layers) > trunk.n_layers:
-            raise UserError(
-                f"mtp.layers={list(self.layers)} reads states after {max(self.layers)} blocks, and "
-                f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
-            )
         return EagleMTP(self, trunk)
 
     def check_vocabulary(self, trunk: TrunkConfig) -> None:
@@ -121,25 +91,6 @@ class EagleConfig(ModulesConfig, variant="eagle"):
                 f"mtp.draft_vocab={self.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
                 "use at most that many, or null."
             )
-
-    def layers_of(self, n_layers: int) -> tuple[int, int, int]:
-        """After how many of ``n_layers`` blocks the states are read."""
-        return default_layers(n_layers) if self.layers is None else self.layers
-
-    @property
-    def read_states(self) -> tuple[Any, ...]:
-        return self.variant, self.layers
-
-    def shared_blocks(self, n_layers: int) -> int:
-        return max(self.layers_of(n_layers))
-
-
-def default_layers(n_layers: int) -> tuple[int, int, int]:
-    """2, L / 2 and L - 3 blocks, as in the released code and in servers. These do not ascend for
-    L < 7, where it is (L - 1) / 3, L / 2 and L - 1; for L < 3 the last one is L."""
-    if n_layers < 7:
-        return (n_layers - 1) // 3, n_layers // 2, n_layers - (n_layers > 2)
-    return 2, n_layers // 2, n_layers - 3
 
 
 class DraftAttention(Attention):
@@ -244,7 +195,7 @@ class DraftLayer(nn.Module):
         return y_BTC + self.feed_forward(self.feed_forward_norm(y_BTC))
 
 
-class EagleMTP(Chain):
+class EagleMTP(InnerStates, Chain):
     """One layer, applied D times."""
 
     config: EagleConfig
@@ -252,8 +203,7 @@ class EagleMTP(Chain):
     repeats = True
 
     def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config)
-        self.trunk_config = trunk
+        super().__init__(config, trunk)
         self.depths = nn.ModuleList(DraftLayer(config, trunk) for _ in range(min(config.depth, 1)))
 
     @property
@@ -266,10 +216,6 @@ class EagleMTP(Chain):
     @property
     def own_head(self) -> OwnHead | None:
         return self.layer.head if self.depth else None
-
-    @property
-    def blocks_kept(self) -> Collection[int]:
-        return self.config.layers_of(self.trunk_config.n_layers) if self.depth else ()
 
     def observe_training_text(self, data: Any) -> None:
         """Choose the draft vocabulary."""
@@ -293,10 +239,6 @@ class EagleMTP(Chain):
         for _ in fresh:
             self.layer.norm.load_state_dict(trunk.norm.state_dict())
             self.layer.head.weight.copy_(head.weight[self.layer.head.tokens])
-
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
-        return states if self.config.detach == "none" else states.detach()
 
     def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         hidden, entries = inputs.branch, list[Entry]()

@@ -13,8 +13,8 @@ kind                    depth k at position i reads                 variants
                         shapes the trunk in training alone
 ======================  ==========================================  =======================
 
-The others are of no kind: ``joint`` and ``masked`` compute all depths in one pass, and ``linear``
-with ``mtp.rank`` above 1 is a chain of mixtures.
+The others are of no kind: ``joint``, ``masked`` and ``dflash`` compute all depths in one pass, and
+``linear`` with ``mtp.rank`` above 1 is a chain of mixtures.
 
 Shapes: B batch, T positions, C d_model, D depths.
 """

@@ -23,7 +23,6 @@ size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.block_attention import attend_blocks
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
@@ -125,7 +125,7 @@ class MaskCache:
     """
 
     def __init__(self, masks: int, sees: Tensor) -> None:
-        self.masks, self.sees = masks, sees[:, :, None, None]
+        self.masks, self.sees = masks, sees
         self._tokens: dict[int, Tensor] = {}
         self._own_entry: Tensor | None = None
 
@@ -141,22 +141,13 @@ class MaskCache:
         """Attention of the masks' queries, [B, P, N, H]. All masks after a token attend to the keys
         that the token attends to; each also attends to its own block up to itself."""
         assert self._own_entry is not None
+        query = query_BPNH.unflatten(1, (-1, self.masks))
         key, value = self._tokens[layer].chunk(2, dim=2)
         own_key, own_value = self._own_entry.chunk(2, dim=3)
-        query = query_BPNH.unflatten(1, (-1, self.masks)).unflatten(3, (key.shape[2], -1))
-        query = query / math.sqrt(query.shape[-1])
-        seq_len, device = key.shape[1], key.device
+        device = query.device
         sees_own = torch.ones(self.masks, self.masks, dtype=torch.bool, device=device).tril()
-        scores = torch.einsum("btdmgh,bsmh->bmgdts", query, key)
-        scores = scores.masked_fill(~self.sees, -math.inf)
-        own_scores = torch.einsum("btdmgh,btemh->bmgdte", query, own_key)
-        own_scores = own_scores.masked_fill(~sees_own.unsqueeze(1), -math.inf)
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.cat((scores, own_scores), dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
-        token_weights, own_weights = weights.split([seq_len, self.masks], dim=-1)
-        mixed = torch.einsum("bmgdts,bsmh->btdmgh", token_weights, value)
-        mixed = mixed + torch.einsum("bmgdte,btemh->btdmgh", own_weights, own_value)
-        return mixed.flatten(3, 4).flatten(1, 2)
+        mixed = attend_blocks(query, (key, value), (own_key, own_value), self.sees, sees_own)
+        return mixed.flatten(1, 2)
 
 
 class MaskedMTP(MTPStack):

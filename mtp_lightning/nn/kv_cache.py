@@ -128,6 +128,11 @@ class KVCache:
             return None
         return self.tables.mask_of(self.positions, self._width)
 
+    def mask_to_the_end(self) -> Tensor:
+        """A mask for :meth:`attend`, [1 | B, 1, P]: every token of the open pass attends to all of
+        them, and to all positions before."""
+        return self.tables.mask_of(self.positions[:, -1:], self._width)
+
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions.
 

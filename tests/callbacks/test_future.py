@@ -22,7 +22,10 @@ DEPTH = 2
 
 @pytest.mark.parametrize(
     "variant",
-    ["sequential", "parallel", "linear", "joint", "nextlat", "eagle", "parameter_free", "masked"],
+    [
+        *("sequential", "parallel", "linear", "joint", "nextlat", "eagle", "dflash"),
+        *("parameter_free", "masked"),
+    ],
 )
 def test_our_own_heads_see_no_future(tiny_trunk: TrunkConfig, variant: str) -> None:
     require_hidden_future(build(tiny_trunk, variant, depth=DEPTH), windows(2, 12, DEPTH))

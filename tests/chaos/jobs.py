@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "parameter_free": {"mtp": "parameter_free"}, "joint": {"mtp": "joint"},
     "top": {"mtp": "top", "mtp.depth": 1}, "bag": {"mtp": "bag", "mtp.depth": 1},
     "nextlat": {"mtp": "nextlat"}, "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
-    "masked": {"mtp": "masked", "mtp.lora_rank": 4},
+    "masked": {"mtp": "masked", "mtp.lora_rank": 4}, "dflash": {"mtp": "dflash"},
     "registers": {"mtp": "registers", "mtp.depth": 1}, "kl": {"objective": "kl"},
     "experts": {"model": "deepseek_nano", "model.n_layers": 2, **_MODEL},
     "gradnorm": {"balance": "gradnorm"}, "dwa": {"balance": "dwa"},

@@ -105,6 +105,7 @@ STACKS = {
     "parallel": {"stack": "parallel"},
     "masked": {"stack": "masked"},
     "eagle": {"stack": "eagle"},
+    "dflash": {"stack": "dflash"},
 }
 
 

@@ -37,6 +37,9 @@ VARIANTS = [
     {"stack": "eagle", "draft_vocab": 21},
     {"stack": "parallel", "correction": "selector"},
     {"stack": "masked"},
+    {"stack": "dflash"},
+    {"stack": "dflash", "blocks": 2, "correction": "markov"},
+    {"stack": "dflash", "correction": "selector"},
     {"blocks": 2},
     {"share_layers": True, "blocks": 3},
     {"token_dropout": 0.5},
@@ -113,6 +116,8 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, variant)
         (2, 4, {"stack": "eagle", "draft_vocab": 21}),
         (3, 3, {"stack": "linear", "correction": "selector"}),
         (3, 2, {"stack": "masked", "lora_rank": 3}),
+        (3, 3, {"stack": "dflash", "blocks": 2, "correction": "markov"}),
+        (3, 2, {"stack": "dflash"}),
     ],
 )
 def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatch):
@@ -134,6 +139,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
         ({"stack": "linear"}, 3),
         ({"stack": "eagle", "draft_vocab": 21}, 2),
         ({"stack": "masked"}, 3),
+        ({"stack": "dflash", "blocks": 2}, 2),
     ],
 )
 def test_modules_first_read_the_tokens_that_were_decoded_without_drafts(
@@ -261,6 +267,8 @@ def naive(model, prompt, n_new, depth):
         {"stack": "linear", "rank": 3},
         {"stack": "eagle", "draft_vocab": 3},
         {"stack": "masked"},
+        {"stack": "dflash", "layers": (0, 0, 2)},
+        {"stack": "dflash", "layers": (0, 0, 2), "correction": "markov"},
     ],
     ids=str,
 )

@@ -40,6 +40,9 @@ VARIANTS = [
     {"stack": "eagle", "draft_vocab": 4},
     {"stack": "parallel", "correction": "selector"},
     {"stack": "masked"},
+    {"stack": "dflash"},
+    {"stack": "dflash", "correction": "markov"},
+    {"stack": "dflash", "correction": "selector"},
 ]
 
 

@@ -26,9 +26,9 @@ PAIRS = [(preset, head) for preset in KINDS for head in HEADS]
 FAST = {(preset, "none") for preset in PRESETS if preset not in TASKS[2:]} | {
     (preset, HEADS[i % len(HEADS)]) for i, preset in enumerate(PRESETS)
 }
-# Words of the refusals: teacherless needs questions, three heads have their own loss, and two read
-# the keys and values of whole attention heads.
-WHOLE_HEADS = ("eagle", "masked")
+# Words of the refusals: teacherless needs questions, three heads have their own loss, and three
+# others read the keys and values of whole attention heads.
+WHOLE_HEADS = ("eagle", "dflash", "masked")
 IMPOSSIBLE = {
     **dict.fromkeys(WHOLE_HEADS, "use a model with grouped-query attention, such as model=nano"),
     "teacherless": "needs a task",
@@ -92,7 +92,7 @@ def test_every_preset_builds_with_every_head(preset: str, head: str, folder: Pat
     stack = module.model.config.mtp
     assert stack.variant == head
     fixed = {"none": 0, "teacherless": 0, "bag": 1, "registers": 1, "top": 1}
-    default = 3 if head == "eagle" else 2
+    default = 3 if head in ("eagle", "dflash") else 2
     assert stack.depth == fixed.get(head, default if depth is None else depth)
     if head == "none":
         assert stack.trains_trunk and not list(module.model.mtp.parameters())

@@ -23,6 +23,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "stride": {"mtp": "linear", "mtp.stride": 2},
     "rank": {"mtp": "linear", "mtp.rank": 3},
     "masked": {"mtp": "masked", "mtp.depth": 2, "mtp.lora_rank": 4},
+    "dflash": {"mtp": "dflash", "mtp.depth": 3},
 }
 SETTINGS = typed(
     "data.document_mask=true trainer.accumulate_grad_batches=2 "
@@ -58,7 +59,7 @@ def test_a_frozen_trunk_is_not_changed(tmp_path, cache, settings):
     assert_equal({name: after[name] for name in before}, before)
 
 
-@pytest.mark.parametrize("head", ["joint", "nextlat", "eagle", "stride", "masked"])
+@pytest.mark.parametrize("head", ["joint", "nextlat", "eagle", "stride", "masked", "dflash"])
 def test_a_head_trains_on_a_task(tmp_path: Path, cache: Path, head: str) -> None:
     settings = HEADS[head] | ({"mtp.draft_vocab": None} if head == "eagle" else {})
     summary = train_here(tmp_path / "run", cache, {**TASK, "mtp.depth": 1, **settings})

@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nextlat": typed("mtp=nextlat"),
     "eagle": typed("mtp=eagle mtp.draft_vocab=60"),
     "masked": typed("mtp=masked"),
+    "dflash": typed("mtp=dflash"),
     "bag": typed("mtp=bag mtp.depth"),
     "teacher": typed("objective=kl objective.confidence=true"),
     "teacher_parallel": typed("mtp=parallel objective=js"),

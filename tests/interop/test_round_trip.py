@@ -97,6 +97,7 @@ def test_shared_and_hidden_first_modules_are_converted(
         ("parallel", {"correction": "markov", "correction_rank": 5}),
         ("linear", {"correction": "selector", "correction_rank": 5}),
         ("masked", {"lora_rank": 3}),
+        ("dflash", {"blocks": 2}),
         # Servers read states in ascending order, each once, and none after the last block.
         *(("eagle", {"layers": layers}) for layers in ((0, 1, 2), (1, 0, 1), (0, 0, 1))),
     ],

@@ -15,6 +15,7 @@ HEADS: dict[str, dict[str, object]] = {
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
     "masked": {"mtp": "masked"},
+    "dflash": {"mtp": "dflash"},
 }
 
 

@@ -19,7 +19,8 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.long_range import read
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
+from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP
+from mtp_lightning.mtp.inner_states import default_layers
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective

@@ -35,6 +35,8 @@ HEADS: dict[str, Callable[..., MTPConfig]] = {
     "parallel markov": partial(MTPConfig.find("parallel"), **MARKOV),
     "linear selector": partial(MTPConfig.find("linear"), **SELECTOR),
     "masked": partial(MTPConfig.find("masked"), lora_rank=4),
+    "dflash": partial(MTPConfig.find("dflash"), blocks=2),
+    "dflash markov": partial(MTPConfig.find("dflash"), **MARKOV),
 }
 # Heads whose states depend on no token ahead, or only on the last one.
 READS_NONE = ("parallel", "linear", "parameter_free", "linear selector")
@@ -57,6 +59,8 @@ def test_a_depth_reads_the_true_tokens_up_to_its_own_and_no_further(
         after = model(WindowBatch(tokens, 3))
         for k in range(4):
             unread = head in READS_NONE or ahead > k or (head in READS_LAST and ahead < k)
+            unread |= head == "dflash" and ahead > 1
+            unread |= head == "dflash markov" and 1 < ahead < k
             assert torch.equal(before[k][0, at], after[k][0, at]) == unread
             assert torch.equal(before[k][1], after[k][1])
 
@@ -162,7 +166,7 @@ def test_yaml_has_the_defaults_of_the_class_and_configs_round_trip(
     # mtp=bag has null there: the data decides.
     mtp = instantiate(cfg.mtp, **({"weights": "idf"} if variant == "bag" else {}))
     kind = MTPConfig.find(variant)
-    depth = 3 if variant == "eagle" else 2
+    depth = 3 if variant in ("eagle", "dflash") else 2
     expected = kind() if variant in FIXED_DEPTH else kind(depth=depth)
     assert mtp == expected, "YAML and class disagree"
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)

@@ -42,10 +42,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("linear", {"rank": 2, "depth": 0}, "mtp.rank=2 has no tokens to join at mtp.depth=0"),
     *(("eagle", {"layers": n}, "must be three whole numbers") for n in ((1, 2), 3, "abc")),
     ("eagle", {"layers": (1, 2, 4)}, "after 4 blocks, and the trunk has model.n_layers=3"),
+    ("dflash", {"layers": (1, 2)}, "must be three whole numbers"),
+    ("dflash", {"correction": "mlp"}, "mtp.correction=mlp .*none.*markov.*selector"),
+    ("dflash", {"blocks": 0}, "mtp.blocks must be a whole number of at least 1"),
     ("eagle", {"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
     *(
         (kind, {}, "use a model with grouped-query attention, such as model=nano")
-        for kind in ("eagle", "masked")
+        for kind in ("eagle", "dflash", "masked")
     ),
     ("masked", {"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
     ("masked", {"consistency": -1.0}, "mtp.consistency must be"),

@@ -142,8 +142,12 @@ def sorts() -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
     """Every head, with each value of at most one of its switches in SORTS."""
     for head, settings in listed("mtp").items():
         names = [name for name in SORTS if name in settings]
+        supported = getattr(target(settings), "supported_corrections", None)
         for values in itertools.product(*(SWITCHES[name] for name in names)):
             sort = tuple(zip(names, values, strict=True))
+            correction = dict(sort).get("correction", "none")
+            if supported is not None and correction not in ("none", *supported):
+                continue
             if sum(value != SWITCHES[name][0] for name, value in sort) < 2:  # else refused
                 yield head, sort
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.eagle import default_layers
+from mtp_lightning.mtp.inner_states import default_layers
 from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
 from tests.reference import rms_norm
 
@@ -220,6 +220,49 @@ class Forward:
             states[k] = self.norm(g, f"{p}.norm")
         return states
 
+    def dflash(self) -> dict[int, Tensor]:
+        """One window and one position at a time: a block reads the text up to it and itself."""
+        depth, n, m, size = self.config.depth, self.c.n_heads, self.c.n_kv_heads, self.c.d_head
+        layers = self.config.layers or default_layers(self.c.n_layers)
+        read = torch.cat([self.after[layer] for layer in layers], -1)
+        read = self.linear(read if self.config.detach == "none" else read.detach(), "mtp.fuse")
+        text, first = self.norm(read, "mtp.text_norm"), self.read(1)
+
+        def entry(x: Tensor, p: str, places: Tensor) -> tuple[Tensor, Tensor]:
+            heads = self.linear(x, f"{p}.key_value").unflatten(-1, (-1, size))
+            key, value = heads.split([m, m], dim=-2)
+            key = rotated(self.norm(key, f"{p}.key_norm"), places, self.c.rope_theta)
+            return key.repeat_interleave(n // m, dim=-2), value.repeat_interleave(n // m, dim=-2)
+
+        def block(b: int, t: int) -> Tensor:
+            y = torch.cat([first[b, t : t + 1], self.w["mtp.mask"].expand(depth, -1)])
+            places = torch.arange(t + 1, t + depth + 2)
+            for layer in range(self.config.blocks):
+                p = f"mtp.layers.{layer}"
+                x = self.norm(y, f"{p}.attention_norm")
+                q = self.linear(x, f"{p}.attention.query").unflatten(-1, (-1, size))
+                q = self.norm(q, f"{p}.attention.query_norm")
+                q = rotated(q, places, self.c.rope_theta)
+                seen = self.sees[b, t]
+                entries = (
+                    entry(text[b, seen], f"{p}.attention", self.places[seen]),
+                    entry(x, f"{p}.attention", places),
+                )
+                k, v = (torch.cat(part) for part in zip(*entries, strict=True))
+                shares = (torch.einsum("qnh,knh->nqk", q, k) / math.sqrt(size)).softmax(-1)
+                mixed = torch.einsum("nqk,knh->qnh", shares, v).flatten(-2)
+                y = y + self.linear(mixed, f"{p}.attention.out")
+                normed = self.norm(y, f"{p}.feed_forward_norm")
+                gate, up = self.linear(normed, f"{p}.feed_forward.gate_up").chunk(2, dim=-1)
+                y = y + self.linear(F.silu(gate) * up, f"{p}.feed_forward.down")
+            return self.norm(y, "mtp.norm")
+
+        windows = [
+            torch.stack([block(b, t) for t in range(self.seq_len)]) for b in range(len(self.batch))
+        ]
+        states = torch.stack(windows)
+        return {k: states[:, :, k] + self.correction(k) for k in range(1, depth + 1)}
+
     def registers(self) -> dict[int, Tensor]:
         """Registers come after the tokens; each attends to its token, earlier ones and itself."""
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
@@ -318,6 +361,7 @@ HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
     "joint": Forward.joint,
     "nextlat": Forward.nextlat,
     "eagle": Forward.eagle,
+    "dflash": Forward.dflash,
     "registers": Forward.registers,
     "masked": Forward.masked,
     "top": lambda forward: {},  # these two have no token predictions

@@ -58,9 +58,15 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "registers": [{"lookahead": 6}],
     "eagle": [{}, {"draft_vocab": 11}],
     "masked": [{}, {"lora_rank": 3, "consistency": 0.0}],
+    "dflash": [
+        {},
+        {"blocks": 2},
+        {"correction": "markov"},
+        {"correction": "selector", "correction_rank": 5},
+    ],
 }
 # These refuse latent attention.
-PLAIN_TRUNKS_ONLY = ("eagle", "masked")
+PLAIN_TRUNKS_ONLY = ("eagle", "masked", "dflash")
 SWITCHES: list[dict[str, Any]] = [
     {},
     {"detach": "trunk"},
@@ -71,7 +77,7 @@ SWITCHES: list[dict[str, Any]] = [
 ACCEPTED = {
     "none": 1, "sequential": 12, "parallel": 20, "linear": 17, "joint": 4, "nextlat": 4,
     "parameter_free": 1, "teacherless": 1, "top": 2, "bag": 2, "registers": 1, "eagle": 4,
-    "masked": 2,
+    "masked": 2, "dflash": 8,
 }  # fmt: skip
 T = 12
 PLAIN = ["dense", "untied experts"]
