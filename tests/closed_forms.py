@@ -131,7 +131,7 @@ def stack_params(config: ModelConfig) -> int:
             total = (fused + layer // 2 + head + 4 * c) * bool(depth)
         case "dflash":
             fused, layers, _ = dflash(config, 0)
-            total = (fused + layers + 3 * c) * bool(depth) + corrections
+            total = (fused + layers + 3 * c + correction(mtp, trunk, 1)[0]) * bool(depth)
         case "masked":
             total = (updates(config) + 3 * c * c + c + depth * c) * bool(depth)
         case "top" | "bag":

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import program
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import card, gguf_eagle3, gguf_writing, speculators
+from mtp_lightning.interop import card, gguf_writing, speculators
 from mtp_lightning.interop.conversion import has_layout
+from mtp_lightning.interop.gguf_dflash import DFLASH
+from mtp_lightning.interop.gguf_eagle3 import EAGLE3
 from mtp_lightning.interop.tensor_files import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
@@ -34,6 +36,8 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import OpenedModel, draft_vocab_of, open_model
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import SUMMARY_FILE
+
+_DRAFTERS = {drafter.name: drafter for drafter in (EAGLE3, DFLASH)}
 
 
 def export(cfg: Any) -> Path:
@@ -99,9 +103,9 @@ def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> 
             f"layout={cfg.layout} writes the heads into a folder inside the trunk's, and {other}: "
             "leave out one of the two."
         )
-    if cfg.layout == gguf_eagle3.LAYOUT and (not as_file or cfg.depth == 0):
+    if cfg.layout in _DRAFTERS and (not as_file or cfg.depth == 0):
         raise UserError(
-            f"layout={cfg.layout} writes the layer alone: give output=NAME.gguf, and no depth."
+            f"layout={cfg.layout} writes the drafter alone: give output=NAME.gguf, and no depth."
         )
     if cfg.verify and not as_file:
         import_transformers()
@@ -185,7 +189,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
 def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
     """Write and verify ``file`` under its temporary name ``partial``, and write its card."""
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
-    kind = gguf_eagle3 if cfg.layout == gguf_eagle3.LAYOUT else gguf_writing
+    kind: Any = _DRAFTERS.get(cfg.layout, gguf_writing)
     if kind is gguf_writing:
         options["draft_vocab"] = draft_vocab_of(run.run_config)
     written = kind.write_file(partial, model, run.tokenizer, name=file.stem, **options)

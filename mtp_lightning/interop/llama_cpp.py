@@ -37,6 +37,17 @@ _ACCEPTANCE, _ACCEPTANCE_ROUNDED = 0.01, 0.1
 
 
 @dataclass(frozen=True)
+class DraftFile:
+    """A file that drafts: llama.cpp's ``draft-NAME``, its dtype, a name of ``gguf_writing.TYPES``,
+    and the drafts of a round."""
+
+    file: Path
+    name: str
+    dtype: str
+    drafts: int
+
+
+@dataclass(frozen=True)
 class Continuation:
     """llama.cpp's continuation of a prompt: the new tokens, their log-probabilities (None if some
     are not reported), and the numbers of drafts and of accepted ones."""
@@ -58,13 +69,13 @@ def continue_prompts(
     lengths: Sequence[int],
     *,
     drafts: int = 0,
-    layer: Path | None = None,
+    drafter: DraftFile | None = None,
 ) -> list[Continuation]:
     """Continue prompts greedily by ``lengths`` tokens, one at a time; no token ends a text.
 
     Args:
         drafts: drafts per round, by the file's MTP module; 0 for none.
-        layer: the file of EAGLE-3's layer, which drafts instead.
+        drafter: another file, which drafts instead.
 
     Raises:
         CheckFailed: llama.cpp does not load a file.
@@ -79,9 +90,10 @@ def continue_prompts(
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if drafts:
         kinds, draft = xllamacpp.common_speculative_type, params.speculative.draft
-        kind = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP
-        if layer is not None:
-            kind, draft.mparams.path = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3, str(layer)
+        if drafter is not None:
+            draft.mparams.path = str(drafter.file)
+        name = "mtp" if drafter is None else drafter.name
+        kind = getattr(kinds, f"COMMON_SPECULATIVE_TYPE_DRAFT_{name.upper()}")
         params.speculative.types = [kind]
         draft.n_max, draft.n_min, draft.p_min = drafts, 0, 0.0
         draft.cache_type_k = draft.cache_type_v = float32
@@ -89,8 +101,8 @@ def continue_prompts(
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise CheckFailed(
-            f"llama.cpp does not load {layer or file}: try its newest version (pip install -U "
-            "xllamacpp), or leave the check out with verify=false."
+            f"llama.cpp does not load {drafter.file if drafter else file}: try its newest version "
+            "(pip install -U xllamacpp), or leave the check out with verify=false."
         ) from error
     return [_ask(server, ids, n) for ids, n in zip(prompts, lengths, strict=True)]
 
@@ -124,8 +136,7 @@ def check(
     *,
     dtype: str,
     context: int,
-    layer: Path | None = None,
-    layer_dtype: str | None = None,
+    drafter: DraftFile | None = None,
 ) -> Iterator[str]:
     """Check that llama.cpp computes the same from a file as a model, and accepts as many drafts.
 
@@ -134,8 +145,7 @@ def check(
         tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.
         context: tokens that the file states as its context, which llama.cpp does not exceed.
-        layer: the file of EAGLE-3's layer, which drafts.
-        layer_dtype: that file's dtype.
+        drafter: another file, which drafts.
 
     Yields:
         The results, one line each.
@@ -175,12 +185,13 @@ def check(
     )
     if model.depth == 0:
         return
-    drafting = continue_prompts(file, prompts, lengths, drafts=1, layer=layer)
+    n_drafts = drafter.drafts if drafter else 1
+    drafting = continue_prompts(file, prompts, lengths, drafts=n_drafts, drafter=drafter)
     their_counts = [(text.drafted, text.accepted) for text in drafting]
     our_counts = [
-        (text.drafts, text.drafts_accepted[0])
+        (text.drafts, sum(text.drafts_accepted))
         for prompt, n in zip(prompts, lengths, strict=True)
-        for text in generate(model, [prompt], max_new_tokens=n, draft_depth=1)
+        for text in generate(model, [prompt], max_new_tokens=n, draft_depth=n_drafts)
     ]
     n_equal = sum(mine == their for mine, their in zip(our_counts, their_counts, strict=True))
     n_ours, n_theirs = (sum(n for n, _ in counts) for counts in (our_counts, their_counts))
@@ -188,13 +199,15 @@ def check(
     their_share = sum(accepted for _, accepted in their_counts) / max(n_theirs, 1)
     line = (
         f"llama.cpp accepts {their_share:.1%} of its {n_theirs} drafts "
-        f"({'draft-mtp' if layer is None else 'draft-eagle3'}), this project {our_share:.1%} of "
+        f"(draft-{drafter.name if drafter else 'mtp'}), this project {our_share:.1%} of "
         f"{n_ours}, with equal numbers in {n_equal} of {len(prompts)} texts"
     )
-    allowed = _ACCEPTANCE if (layer_dtype or dtype) == "float32" else _ACCEPTANCE_ROUNDED
+    exact = (drafter.dtype if drafter else dtype) == "float32"
+    allowed = _ACCEPTANCE if exact else _ACCEPTANCE_ROUNDED
     # llama.cpp's module also reads the first token, which can change many drafts of a few texts.
     if abs(their_share - our_share) > allowed and 2 * n_equal <= len(prompts):
-        raise CheckFailed(f"{line}: the MTP module in {layer or file} computes something else.")
+        drafting_file = drafter.file if drafter else file
+        raise CheckFailed(f"{line}: the heads in {drafting_file} compute something else.")
     yield line
 
 

@@ -80,15 +80,17 @@ class CorrectedConfig(MTPConfig):
         _, default = CORRECTIONS.get(self.correction, ("", None))
         return default if default is None or self.correction_rank is None else self.correction_rank
 
-    def build_correction(self, trunk: TrunkConfig) -> tuple[list[Correction], Rescorer | None]:
-        """The corrections of the depths' hidden states, one per depth, and the correction of the
-        depths' logits, which all depths share; one of the two at most."""
+    def build_correction(
+        self, trunk: TrunkConfig, n_states: int
+    ) -> tuple[list[Correction], Rescorer | None]:
+        """``n_states`` corrections of hidden states, and the correction of the logits, which all
+        depths share; one of the two at most."""
         if self.correction == "none" or not self.depth:
             return [], None
         kind: Any = imported(CORRECTIONS[self.correction][0])
         if issubclass(kind, Rescorer):
             return [], kind(trunk, self.columns)
-        return [kind(trunk, self.columns or k) for k in range(1, self.depth + 1)], None
+        return [kind(trunk, self.columns or k) for k in range(1, n_states + 1)], None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,7 +181,7 @@ class DFlashMTP(InnerStates):
     def __init__(self, config: DFlashConfig, trunk: TrunkConfig) -> None:
         super().__init__(config, trunk)
         self.cached_blocks = config.blocks
-        corrections, self.rescorer = config.build_correction(trunk)
+        corrections, self.rescorer = config.build_correction(trunk, 1)
         self.corrections = nn.ModuleList(corrections)
         if not config.depth:
             return
@@ -218,7 +218,7 @@ class DFlashMTP(InnerStates):
     def corrected(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
         if not self.corrections:
             return hidden
-        return hidden + cast(Bigrams, self.corrections[k - 1]).after(before)
+        return hidden + cast(Bigrams, self.corrections[0]).after(before)
 
     def _block(self, embedded: Tensor) -> Tensor:
         """Embeddings [.., 1, C] with the masks after them, [.., J, C]."""

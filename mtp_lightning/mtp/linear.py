@@ -67,7 +67,7 @@ class LinearMTP(SideBySide):
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [ZeroLinear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
-        super().__init__(config, heads, *config.build_correction(trunk))
+        super().__init__(config, heads, *config.build_correction(trunk, config.depth))
 
     def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         return branch_BTC + F.silu(self.depths[k - 1](branch_BTC))

@@ -80,7 +80,7 @@ class ParallelMTP(SideBySide):
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         heads = [ParallelHead(trunk) for _ in range(config.depth)]
-        super().__init__(config, heads, *config.build_correction(trunk))
+        super().__init__(config, heads, *config.build_correction(trunk, config.depth))
 
     def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         return self.depths[k - 1](branch_BTC, ctx)

@@ -13,7 +13,8 @@ import torch
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_eagle3, llama_cpp
+from mtp_lightning.interop import llama_cpp
+from mtp_lightning.interop.gguf_eagle3 import EAGLE3
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -54,11 +55,12 @@ def test_llama_cpp_accepts_the_same_share_of_drafts(
     """On 16 prompts, within one draft in a hundred; the texts are the same."""
     model, trunk, layer = trained_model(draft_vocab), tmp_path / "t.gguf", tmp_path / "d.gguf"
     write(trunk, model)
-    write(layer, model, kind=gguf_eagle3)
+    write(layer, model, kind=EAGLE3)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(LETTERS, (16, 6), generator=generator).tolist()
     texts = generate(model, prompts, max_new_tokens=40, eot_id=None, draft_depth=drafts)
-    answers = llama_cpp.continue_prompts(trunk, prompts, [40] * 16, drafts=drafts, layer=layer)
+    file = llama_cpp.DraftFile(layer, "eagle3", "float32", drafts)
+    answers = llama_cpp.continue_prompts(trunk, prompts, [40] * 16, drafts=drafts, drafter=file)
     assert [text.ids for text in answers] == [text.token_ids for text in texts]
     assert_equal_acceptance(texts, answers)
 
@@ -66,9 +68,9 @@ def test_llama_cpp_accepts_the_same_share_of_drafts(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
     file, model = tmp_path / "d.gguf", trained_model(96)
-    written = write(file, model, kind=gguf_eagle3, dtype=dtype)
-    lines = list(gguf_eagle3.check_file(file, model, ByteTokenizer(), dtype))
-    assert lines[0] == "14 tensors, read back, are the layer's" and len(lines) > 1
+    written = write(file, model, kind=EAGLE3, dtype=dtype)
+    lines = list(EAGLE3.check_file(file, model, ByteTokenizer(), dtype))
+    assert lines[0] == "14 tensors, read back, are the drafter's" and len(lines) > 1
     assert "draft-eagle3" in written.notes[0]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert model.mtp.own_head is not None
@@ -77,7 +79,7 @@ def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
         content.seek(tensors["output_norm.weight"].data_offset)
         content.write(np.float32(7.0).tobytes())
     with pytest.raises(CheckFailed, match=r"output_norm.weight in .* is not the model's tensor"):
-        list(gguf_eagle3.check_file(file, model, ByteTokenizer(), dtype))
+        list(EAGLE3.check_file(file, model, ByteTokenizer(), dtype))
 
 
 @pytest.mark.parametrize(
@@ -90,4 +92,4 @@ def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
 )
 def test_other_heads_are_refused(mtp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        write(tmp_path / "d.gguf", models.build(TRUNK, mtp), kind=gguf_eagle3)
+        write(tmp_path / "d.gguf", models.build(TRUNK, mtp), kind=EAGLE3)

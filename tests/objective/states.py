@@ -160,8 +160,10 @@ class Forward:
             for k in range(1, self.config.depth + 1)
         }  # fmt: skip
 
-    def correction(self, k: int) -> Tensor:
-        p, kind = f"mtp.corrections.{k - 1}", self.config.correction
+    def correction(self, k: int, table: int | None = None) -> Tensor:
+        """``table`` is the index of the correction's weights; None for one per depth."""
+        index, kind = k - 1 if table is None else table, self.config.correction
+        p = f"mtp.corrections.{index}"
         if kind in ("none", "selector"):  # a selector changes drafts and no state
             return torch.zeros(())
         if kind == "mlp":
@@ -261,7 +263,7 @@ class Forward:
             torch.stack([block(b, t) for t in range(self.seq_len)]) for b in range(len(self.batch))
         ]
         states = torch.stack(windows)
-        return {k: states[:, :, k] + self.correction(k) for k in range(1, depth + 1)}
+        return {k: states[:, :, k] + self.correction(k, table=0) for k in range(1, depth + 1)}
 
     def registers(self) -> dict[int, Tensor]:
         """Registers come after the tokens; each attends to its token, earlier ones and itself."""
