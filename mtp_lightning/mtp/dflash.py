@@ -123,20 +123,17 @@ class BlockLayer(nn.Module):
         mixed = attend_blocks(query, of_tokens, own, ctx.sees, ctx.sees_own)
         return self._after(y_BTJC, mixed)
 
-    def read(self, layer: int, text_BTC: Tensor, ctx: ForwardContext) -> None:
-        """Write the entries of the text to layer ``layer`` of the cache."""
-        self._append(layer, text_BTC, ctx)
-
     def draft(self, layer: int, y_BJC: Tensor, ctx: ForwardContext) -> Tensor:
         """One block after the text of every row, [B, J, C]."""
         x_BJC = self.attention_norm(y_BJC)
-        self._append(layer, x_BJC, ctx)
+        self.read(layer, x_BJC, ctx)
         query = self.attention.queries(x_BJC)
         rotate_in_place(query, ctx.cos, ctx.sin)
         mask = ctx.cache.mask_to_the_end()
         return self._after(y_BJC, ctx.cache.attend(layer, query, mask))
 
-    def _append(self, layer: int, x_BPC: Tensor, ctx: ForwardContext) -> None:
+    def read(self, layer: int, x_BPC: Tensor, ctx: ForwardContext) -> None:
+        """Write the entries of positions to layer ``layer`` of the cache."""
         key, value = self.attention.entry(x_BPC)
         rotate_in_place(key, ctx.cos, ctx.sin)
         ctx.cache.append(layer, torch.cat((key, value), dim=2))
