@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.decoding.block import BlockDrafts
 from mtp_lightning.decoding.fused import fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, passes_over
@@ -118,8 +119,8 @@ class Session:
         self._n_drafted = 0  # depths that have drafted since the last `accept`
         # The hidden state that each row's newest draft was predicted from.
         self.newest_B1C: Tensor | None = None
-        # The states of a block's depths, and their logits where they depend on no draft.
-        self._block: tuple[Tensor, Tensor | None]
+        has_block = stack.block_width > 0
+        self._block = BlockDrafts(model, self._draft_head, max_draft) if has_block else None
         self.resize(0)
 
     def _tables_for(self, capacity: int) -> PositionTables:
@@ -222,9 +223,8 @@ class Session:
         The shallower depths must be up to date, and their drafts in the token buffer."""
         stack, confidence_B = self._stack, None
         newest_B1C, logits_BV = self._newest_states(k)
-        before_B1 = Spans(self._tables, self.n_read, 1).read(self.tokens_BS, k - 1)
-        if stack.block_width:
-            newest_B1C = stack.corrected(k, newest_B1C, before_B1)
+        if self._block is not None:
+            newest_B1C = stack.corrected(k, newest_B1C, self._before(k))
         self.newest_B1C, self._n_drafted = newest_B1C, k
         state_B1C = stack.head_input(newest_B1C)
         state_BC = state_B1C[:, 0]
@@ -233,14 +233,18 @@ class Session:
         if logits_BV is None:
             logits_BV = self._draft_head(state_B1C)[:, 0]
         if stack.rescorer is not None:
-            logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
+            logits_BV = stack.rescore(k, state_BC, logits_BV, self._before(k)[:, 0])
         return DepthDraft(logits_BV, confidence_B)
+
+    def _before(self, k: int) -> Tensor:
+        """The tokens [B, 1] before the drafts of depth ``k``."""
+        return Spans(self._tables, self.n_read, 1).read(self.tokens_BS, k - 1)
 
     def _newest_states(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
-        the draft head's logits [B, V] if a fused pass has computed them."""
-        if self._stack.block_width and k > 1:
-            return self._from_block(k)
+        the draft head's logits [B, V] if a pass has computed them."""
+        if self._block is not None and k > 1:
+            return self._block.depth(k)
         if self._one_cache and k > 1:
             return self._next_in_one_cache(k), None
         self._append_positions(k)
@@ -260,28 +264,12 @@ class Session:
             after = self.states[k] if k < len(self.states) else None
             return fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
         hidden = self._run_depth(k, width, cache, slice(None), starts)
-        if self._stack.block_width:
-            self._draft_block()
-            return self._from_block(k)
+        if self._block is not None:
+            self._block.read(cache, self._before(k), self.n_read)
+            return self._block.depth(k)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
         return _at(hidden, index), None
-
-    def _draft_block(self) -> None:
-        """Compute the states of all depths in one pass after the text. The next round overwrites
-        its entries."""
-        ctx = ForwardContext.of_cache(self.depth_caches[0], self.n_read, self._stack.block_width)
-        newest = Spans(self._tables, self.n_read, 1).read(self.tokens_BS)
-        block_BDC = self._stack.draft_block(self.model.trunk.embedding(newest), ctx)
-        block_BDC = block_BDC[:, : self.max_draft]
-        # States that depend on no draft go through the head together, which reads it once.
-        alone = self._stack.ahead(self.max_draft) > 1
-        self._block = block_BDC, None if alone else self._draft_head(block_BDC)
-
-    def _from_block(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """:meth:`_newest_states` of depth ``k`` from the last :meth:`_draft_block`."""
-        states_BDC, logits_BDV = self._block
-        return states_BDC[:, k - 1 : k], None if logits_BDV is None else logits_BDV[:, k - 1]
 
     def _next_in_one_cache(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
@@ -345,7 +333,7 @@ class Session:
         token_spans = spans if first == k else Spans(self._tables, starts, width + k - first)
         tokens = token_spans.read(self.tokens_BS[rows], first)
         branch = spans.read(self.states[0][rows])
-        if self._stack.block_width:
+        if self._block is not None:
             self._stack.read(branch, ctx)
             return branch
         previous = branch if k == 1 else spans.read(self.states[k - 1][rows])

@@ -59,7 +59,7 @@ class TreeSession(Session):
         follow each node of depth ``k - 1``. The nodes down to these must be in the token buffer."""
         nodes = self.tree.level(k - 1)
         # A depth that reads no drafts has the same state after all nodes.
-        if self._stack.block_width or not self._stack.reads(k):
+        if self._block is not None or not self._stack.reads(k):
             return self._draft_from_one_state(k, nodes).expand(-1, len(nodes), -1)
         if self._one_cache and k > 1:
             return self._draft_tree_on(k)
@@ -93,10 +93,11 @@ class TreeSession(Session):
 
     def _draft_from_one_state(self, k: int, nodes: range) -> Tensor:
         """:meth:`draft_tree` of a stack that computes one state for all nodes."""
-        state = self._stack.head_input(self._newest_states(k)[0])
+        state = self._newest_states(k)[0]
         before_BP = Spans(self._tables, self.n_read, len(nodes)).read(self.tokens_BS, nodes.start)
-        if self._stack.block_width:
+        if self._block is not None:
             state = self._stack.corrected(k, state, before_BP)
+        state = self._stack.head_input(state)
         return self._stack.rescore(k, state, self._draft_head(state), before_BP)
 
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:

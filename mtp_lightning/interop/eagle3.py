@@ -27,6 +27,7 @@ from mtp_lightning.interop.weight_map import MappedWeight, renamed, swiglu_weigh
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.inner_states import InnerStatesConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import is_whole
 from mtp_lightning.weights import Stored
@@ -58,13 +59,13 @@ def fits(config: ModelConfig) -> bool:
 
 
 def obstacle(config: ModelConfig) -> str:
-    """The setting of an EAGLE-3 layer that such a folder cannot state; empty if it states all.
+    """The setting of a stack on inner states that servers do not compute; empty if there is none.
 
-    Servers rotate whole heads. They collect the states in the order of the blocks, each once, and
+    They rotate whole heads. They collect the states in the order of the blocks, each once, and
     none after the last block.
     """
     mtp, trunk = config.mtp, config.trunk
-    assert isinstance(mtp, EagleConfig)
+    assert isinstance(mtp, InnerStatesConfig)
     if mtp.confidence:
         return "objective.confidence=true"
     if (rotary_dim := trunk.attention.rotary_dim(trunk)) != trunk.d_head:

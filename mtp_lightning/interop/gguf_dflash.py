@@ -40,14 +40,10 @@ class DFlashDrafter(Drafter):
     name, variant, extra_tokens = "dflash", "dflash", 1
 
     def obstacle(self, config: ModelConfig) -> str:
-        trunk, mtp = config.trunk, config.mtp
-        assert isinstance(mtp, DFlashConfig)
-        layers = mtp.layers_of(trunk.n_layers)
-        if list(layers) != sorted(set(layers)) or layers[-1] == trunk.n_layers:
-            return f"mtp.layers={list(layers)}"
-        if mtp.correction == "selector":
+        assert isinstance(config.mtp, DFlashConfig)
+        if config.mtp.correction == "selector":
             return "mtp.correction=selector without convolutions"
-        return "objective.confidence=true" if mtp.confidence else ""
+        return super().obstacle(config)
 
     def drafts(self, config: ModelConfig) -> int:
         return config.mtp.depth  # a shorter block drafts something else

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_tokenizer, gguf_writing, llama_cpp
+from mtp_lightning.interop import eagle3, gguf_tokenizer, gguf_writing, llama_cpp
 from mtp_lightning.interop.gguf_fields import trunk_fields
 from mtp_lightning.interop.gguf_layout import GGUFEntry
 from mtp_lightning.interop.gguf_reader import read_header
@@ -30,9 +30,9 @@ class Drafter(ABC):
     variant: ClassVar[str]  # of the stacks that it holds
     extra_tokens: ClassVar[int] = 0  # after those of the trunk
 
-    @abstractmethod
     def obstacle(self, config: ModelConfig) -> str:
         """The setting of a stack of the variant that the file cannot state; empty if it can."""
+        return eagle3.obstacle(config)
 
     @abstractmethod
     def fields(self, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,9 +33,6 @@ class Eagle3Drafter(Drafter):
 
     name, variant = "eagle3", "eagle"
 
-    def obstacle(self, config: ModelConfig) -> str:
-        return eagle3.obstacle(config)
-
     def drafts(self, config: ModelConfig) -> int:
         return 1
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_lightning.mtp.block_attention import Entry, attend_blocks
+from mtp_lightning.mtp.block_attention import Entry, attend_blocks, block_rotary
 from mtp_lightning.mtp.correction import Bigrams, CorrectedConfig
 from mtp_lightning.mtp.inner_states import InnerStates, InnerStatesConfig
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
@@ -42,7 +42,7 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary
-from mtp_lightning.nn.rope import rope_table, rotate_in_place
+from mtp_lightning.nn.rope import rotate_in_place
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_whole
 
@@ -120,7 +120,7 @@ class BlockLayer(nn.Module):
         own = rotary(key, *ctx.of_blocks).unflatten(1, shape), value.unflatten(1, shape)
         key, value = attention.entry(text_BTC)
         of_tokens = rotary(key, *ctx.of_tokens), value
-        mixed = attend_blocks(query, of_tokens, own, ctx.sees, ctx.sees_own)
+        mixed = attend_blocks(query, of_tokens, own, ctx.sees)
         return self._after(y_BTJC, mixed)
 
     def draft(self, layer: int, y_BJC: Tensor, ctx: ForwardContext) -> Tensor:
@@ -145,28 +145,23 @@ class BlockLayer(nn.Module):
 
 @dataclass(frozen=True)
 class BlockContext:
-    """Rotary tables [P, 1, H/2] and masks of blocks after every token of whole windows.
+    """Rotary tables [P, 1, H/2] and the mask of blocks after every token of whole windows.
 
     Attributes:
         of_tokens, of_blocks: cos and sin of the T tokens, and of the P = T J positions of blocks.
-        sees, sees_own: see :func:`attend_blocks`.
+        sees: see :func:`attend_blocks`.
     """
 
     of_tokens: tuple[Tensor, Tensor]
     of_blocks: tuple[Tensor, Tensor]
     sees: Tensor
-    sees_own: Tensor
 
     @staticmethod
     def of(ctx: ForwardContext, trunk: TrunkConfig, width: int) -> BlockContext:
         """For blocks of ``width`` positions after the tokens of ``ctx``."""
-        device = ctx.cos.device
-        positions = torch.arange(len(ctx.cos), device=device).unsqueeze(1)
-        positions = positions + torch.arange(1, width + 1, device=device)
-        cos, sin = rope_table(positions.flatten(), **trunk.rotary, dtype=ctx.cos.dtype)
-        sees_own = torch.ones(width, width, dtype=torch.bool, device=device)
+        cos, sin = block_rotary(trunk, len(ctx.cos), width, like=ctx.cos)
         of_blocks = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        return BlockContext((ctx.cos, ctx.sin), of_blocks, ctx.dense_mask(), sees_own)
+        return BlockContext((ctx.cos, ctx.sin), of_blocks, ctx.dense_mask())
 
 
 class DFlashMTP(InnerStates):

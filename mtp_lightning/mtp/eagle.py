@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.block_attention import Entry
 from mtp_lightning.mtp.inner_states import InnerStates, InnerStatesConfig
 from mtp_lightning.mtp.inputs import StackInputs, TrunkText
 from mtp_lightning.mtp.kinds import Chain
@@ -44,9 +45,6 @@ from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_whole
-
-Entry = tuple[Tensor, Tensor]
-"""Rotated keys and values of one step, [B, T, M, H] each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.block_attention import attend_blocks
+from mtp_lightning.mtp.block_attention import attend_blocks, block_rotary
 from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
@@ -42,7 +42,7 @@ from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear, ZeroLinear
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.rope import over_whole_heads, rope_table
+from mtp_lightning.nn.rope import over_whole_heads
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number, require_whole
 
@@ -183,11 +183,8 @@ class MaskedMTP(MTPStack):
         keep = torch.compiler.disable(cache.keep) if is_compiled(trunk) else cache.keep
         final_BTC = trunk(embedded_BTC, replace(ctx, kv_sink=keep)).final
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
-        places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
-        places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
-        cos, sin = over_whole_heads(
-            *rope_table(places.flatten(), **self.trunk_config.rotary, dtype=ctx.cos.dtype)
-        )
+        rotary = block_rotary(self.trunk_config, seq_len, self.depth, like=ctx.cos)
+        cos, sin = over_whole_heads(*rotary)
         after = ForwardContext(
             cos.unsqueeze(-2), sin.unsqueeze(-2), cache=cache, updates=self._updates(trunk)
         )

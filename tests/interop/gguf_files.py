@@ -14,6 +14,7 @@ import pytest
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.interop import gguf_writing, llama_cpp
+from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
@@ -119,6 +120,19 @@ def write(
         file, model, tokenizer or ByteTokenizer(), **options
     )
     return written
+
+
+def assert_damage_is_found(
+    file: Path, name: str, model: MTPModel, *, kind: Any, dtype: str = "float32"
+) -> None:
+    """A check by ``kind`` finds another number in the tensor ``name`` of a file."""
+    (tensor,) = (tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == name)
+    offset = int(tensor.data_offset)
+    with file.open("r+b") as content:
+        content.seek(offset)
+        content.write(np.float32(7.0).tobytes())
+    with pytest.raises(CheckFailed, match=f"{name} in .* is not the model's tensor"):
+        list(kind.check_file(file, model, ByteTokenizer(), dtype))
 
 
 def assert_equal_acceptance(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,16 +15,16 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import llama_cpp
 from mtp_lightning.interop.gguf_dflash import DFLASH
-from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.dflash import DFlashConfig
 from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from tests import models
 from tests.interop import folders
 from tests.interop.gguf_files import (
     MARKS,
+    assert_damage_is_found,
     assert_equal_acceptance,
-    gguf,
     needs_llama_cpp,
     write,
 )
@@ -66,12 +66,7 @@ def test_a_file_read_back_is_the_drafter(dtype: str, tmp_path: Path) -> None:
     lines = list(DFLASH.check_file(file, model, ByteTokenizer(), dtype))
     assert lines[0] == "30 tensors, read back, are the drafter's" and len(lines) > 1
     assert "draft-dflash" in written.notes[0]
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    with file.open("r+b") as content:
-        content.seek(tensors["enc.output_norm.weight"].data_offset)
-        content.write(np.float32(7.0).tobytes())
-    with pytest.raises(CheckFailed, match=r"enc.output_norm.weight in .* is not the model's"):
-        list(DFLASH.check_file(file, model, ByteTokenizer(), dtype))
+    assert_damage_is_found(file, "enc.output_norm.weight", model, kind=DFLASH, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +82,13 @@ def test_a_file_read_back_is_the_drafter(dtype: str, tmp_path: Path) -> None:
 def test_other_heads_are_refused(mtp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         write(tmp_path / "d.gguf", models.build(TRUNK, mtp), kind=DFLASH)
+
+
+def test_partly_rotated_heads_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would rotate other pairs of each head."""
+    trunk = replace(TRUNK, attention=GroupedQueryConfig(d_rope=4))
+    with pytest.raises(UserError, match="nothing like model.attention.d_rope=4"):
+        write(
+            tmp_path / "d.gguf", models.build(trunk, DFlashConfig(depth=1, layers=LAYERS)),
+            kind=DFLASH,
+        )  # fmt: skip

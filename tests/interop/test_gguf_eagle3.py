@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import llama_cpp
 from mtp_lightning.interop.gguf_eagle3 import EAGLE3
-from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -23,6 +21,7 @@ from tests import models
 from tests.interop import folders
 from tests.interop.gguf_files import (
     MARKS,
+    assert_damage_is_found,
     assert_equal_acceptance,
     gguf,
     needs_llama_cpp,
@@ -75,11 +74,7 @@ def test_a_file_read_back_is_the_layer(dtype: str, tmp_path: Path) -> None:
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert model.mtp.own_head is not None
     assert tensors["d2t"].data.tolist() == model.mtp.own_head.tokens.tolist()
-    with file.open("r+b") as content:
-        content.seek(tensors["output_norm.weight"].data_offset)
-        content.write(np.float32(7.0).tobytes())
-    with pytest.raises(CheckFailed, match=r"output_norm.weight in .* is not the model's tensor"):
-        list(EAGLE3.check_file(file, model, ByteTokenizer(), dtype))
+    assert_damage_is_found(file, "output_norm.weight", model, kind=EAGLE3, dtype=dtype)
 
 
 @pytest.mark.parametrize(
