@@ -41,7 +41,7 @@ from mtp_lightning.decoding.measure import PassCosts, Race, intervals, pass_cost
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.trunk_session import TrunkSession
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.interop.config_json import model_type
@@ -213,7 +213,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> Row:
         weights = [_as_fp32(copy.data) for copy in copies if copy is not None]
         if not weights:
             return {}
-        session = Session(model, slots=1, capacity=len(prompt) + 8, max_draft=0)
+        session = TrunkSession(model, slots=1, capacity=len(prompt) + 8)
         session.join([prompt])
 
         def read() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.sampling import Sampling, draw
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.trunk_session import TrunkSession
 from mtp_lightning.model import MTPModel
 
 
@@ -106,7 +106,7 @@ def generate_scored(
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
     with decoding_passes(model):
-        session = Session(model, slots=len(batch), capacity=max(first) + rounds, max_draft=0)
+        session = TrunkSession(model, slots=len(batch), capacity=max(first) + rounds)
         rows = zip(batch.tokens.tolist(), first, strict=True)
         logits_BV = session.join([row[:n] for row, n in rows])
         for i in range(rounds):

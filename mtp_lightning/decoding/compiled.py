@@ -234,7 +234,7 @@ class CompiledSession(Session):
         cache = self.trunk_cache
         logits, *branch = self._run(
             ("trunk", width),
-            lambda: _TrunkPass(self.model, drafts=self._trunk_gives_branch),
+            lambda: _TrunkPass(self.model, drafts=self._keeps_branch),
             cache,
             self.tokens_BS.narrow(1, n, width),
             self._scalar(n),

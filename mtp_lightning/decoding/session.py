@@ -1,7 +1,4 @@
-"""The tensors of decoding (token buffer, caches, hidden states) and the passes over them.
-
-A row that has read ``n`` tokens has trunk states at positions 0 .. n - 1 and one pending token at
-position n, chosen but not yet read. Its drafts follow in the same buffer.
+"""The depths' part of decoding: their caches and hidden states, and the passes that draft.
 
 Depth k's cache entry at position i depends on the tokens up to i + k. The entry is *true* once
 those are accepted; ``filled[k][row]`` counts the true entries, and the next pass of that depth
@@ -9,29 +6,26 @@ starts there. So the cache of every module holds true hidden states and tokens a
 positions, and a rejected draft only makes the next pass of its depth one position longer. A depth
 without attention reads no earlier position, and skips those of a prompt.
 
-Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
+Shapes: B rows, T new positions, S capacity, C d_model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import compress, groupby
 from operator import sub
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.decoding.block import BlockDrafts
-from mtp_lightning.decoding.fused import fused
+from mtp_lightning.decoding.trunk_session import TrunkSession, at
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, passes_over
+from mtp_lightning.nn.batch_invariant import passes_over
 from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.position_tables import PositionTables, Spans
+from mtp_lightning.nn.position_tables import Spans
 
 
 class DepthDraft(NamedTuple):
@@ -43,8 +37,8 @@ class DepthDraft(NamedTuple):
     confidence_B: Tensor | None = None
 
 
-class Session:
-    """Decoding state of a batch whose rows come and go. It does not choose tokens.
+class Session(TrunkSession):
+    """A :class:`TrunkSession` whose depths draft.
 
     A recursive module with one cache treats its own output as the true state (EAGLE, arXiv
     2401.15077, section 3.1): after k - 1 drafts, its state for position i stands in for the trunk's
@@ -54,16 +48,11 @@ class Session:
     recomputes the positions accepted since the last round, at the positions used in training.
 
     Args:
-        model: in eval mode.
-        slots: most rows at a time.
-        capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: force one cache for all drafts, even if the stack supports one per depth.
         most_accepted: most drafts that a round accepts, if more than ``max_draft``.
     """
-
-    _kind_of_cache: type[KVCache] = KVCache
 
     def __init__(
         self,
@@ -76,44 +65,29 @@ class Session:
         one_cache: bool = False,
         most_accepted: int = 0,
     ) -> None:
-        weight = model.trunk.embedding.weight
-        trunk = model.config.trunk
-        self.model = model
         self._stack = stack = model.mtp
         self.max_draft = max_draft
         self.most_accepted = max(max_draft, most_accepted)
-        self.n_read: list[int] = []  # for each row, the number of tokens that the trunk has read
-        self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
-        tables = self._tables = self._tables_for(capacity)
-        new_cache = partial(self._kind_of_cache, trunk, tables, batch_size=slots)
-        self.trunk_cache = new_cache(n_layers=trunk.n_layers)
+        # The verify pass also gives the branch states, unless the stack runs a pass of its own.
+        self._keeps_branch = max_draft > 0 and not stack.appended
+        super().__init__(model, slots=slots, capacity=capacity)
+        self.filled = [[] for _ in range(max_draft + 1)]
         self._one_cache = one_cache or stack.one_cache
         n_caches = min(max_draft, 1) if self._one_cache else max_draft
-        self.depth_caches: Sequence[KVCache] = [
-            new_cache(n_layers=stack.cached_blocks) for _ in range(n_caches)
-        ]
-        self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
-        # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
-        branch = model.config.mtp.n_states * trunk.d_model
-        widths = [branch, *[stack.state_width(trunk.d_model)] * max_draft]
-        self._states = [
-            torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
-            for width in widths[:n_caches]
-        ]
-        # The verify pass also gives the branch states, unless the stack runs a pass of its own.
-        self._trunk_gives_branch = max_draft > 0 and not stack.appended
-        passes = fused(model)
+        self.depth_caches = [self._new_cache(stack.cached_blocks, slots) for _ in range(n_caches)]
+        weight, d_model = model.trunk.embedding.weight, model.config.trunk.d_model
+        widths = [stack.config.n_states * d_model, *[stack.state_width(d_model)] * max_draft]
+        self._states = [weight.new_zeros(*self._tokens.shape, n) for n in widths[:n_caches]]
         self._draft_head = model.head_of(1)
         if draft_vocab is not None:
             # Reading the head's weight takes most of the time of a small module's draft. Byte-pair
             # ids are numbered by their merges, the most frequent first, so that a sixth of the rows
             # covers nine tokens of ten (the idea of FR-Spec, Zhao et al. 2025, arXiv 2502.14856).
-            whole, n = model.head.weight, draft_vocab
+            whole, n, passes = model.head.weight, draft_vocab, self._fused
             first = whole.detach()[:n] if passes is None else passes.first_rows(whole, n)
-            self._draft_head = Head(n, trunk.d_model, tied=first)
-        self._fused_trunk = None if passes is None else passes.trunk
+            self._draft_head = Head(n, d_model, tied=first)
         self._fused_drafts = [
-            None if passes is None else passes.draft(k, self._draft_head.weight)
+            None if self._fused is None else self._fused.draft(k, self._draft_head.weight)
             for k in range(1, n_caches + 1)
         ]
         self._n_drafted = 0  # depths that have drafted since the last `accept`
@@ -123,100 +97,9 @@ class Session:
         self._block = BlockDrafts(model, self._draft_head, max_draft) if has_block else None
         self.resize(0)
 
-    def _tables_for(self, capacity: int) -> PositionTables:
-        weight = self.model.trunk.embedding.weight
-        config, size = self.model.config.trunk, capacity + self._slack
-        return PositionTables(config, size, device=weight.device, dtype=weight.dtype)
-
-    @property
-    def _slack(self) -> int:
-        """Positions beyond a row's capacity: a pass over rows of different lengths is as wide as
-        its widest row, so that shorter rows overshoot; so do the tokens that it reads."""
-        return 2 * self._widest
-
     @property
     def _widest(self) -> int:
-        """Number of tokens in a round's widest pass."""
         return max(self.most_accepted + 1, self._stack.block_width)
-
-    def resize(self, batch_size: int) -> None:
-        """Use the first ``batch_size`` rows of the storage; added rows have read nothing."""
-        for column in (self.n_read, *self.filled):
-            column[:] = (column + [0] * batch_size)[:batch_size]
-        for cache in (self.trunk_cache, *self.depth_caches):
-            cache.resize(batch_size)
-        self.tokens_BS = self._tokens[:batch_size]  # int64 ids: read, pending and drafted
-        self.states = [states[:batch_size] for states in self._states]
-
-    def reserve(self, capacity: int) -> None:
-        """Grow the storage to ``capacity`` tokens per row, drafts included."""
-        if capacity <= self._tables.capacity - self._slack:
-            return
-        tables = self._tables_for(capacity)
-        more = tables.capacity - self._tables.capacity
-        trunk_cache, *depth_caches = [
-            cache.grown(tables) for cache in (self.trunk_cache, *self.depth_caches)
-        ]
-        tokens = F.pad(self._tokens, (0, more))
-        states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
-        # Only now: an allocation that fails leaves all as it was.
-        self._tables, self._tokens, self._states = tables, tokens, states
-        self.trunk_cache, self.depth_caches = trunk_cache, depth_caches
-        self.resize(len(self.n_read))
-
-    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append rows and read their prompts (prefill), at least one token each. Returns the logits
-        of the next token of every new row, [new rows, V]."""
-        lengths = [len(prompt) for prompt in prompts]
-        rows = slice(len(self.n_read), len(self.n_read) + len(prompts))
-        self.resize(rows.stop)
-        for row, prompt in enumerate(prompts, start=rows.start):
-            self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
-            self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
-        newest = []
-        wide_alone = not self.model.config.trunk.same_bits_in_wide_passes
-        for part in passes_over(lengths, self.tokens_BS.device, wide_alone=wide_alone):
-            slots = slice(rows.start + part.start, rows.start + part.stop)
-            hidden = self._read_from_start(slots, lengths[part])
-            newest.append(_at(hidden, [length - 1 for length in lengths[part]]))
-        return self._logits(torch.cat(newest))[:, 0]
-
-    def _read_from_start(self, rows: slice, lengths: list[int]) -> Tensor:
-        """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
-        catch up when they draft. Returns the trunk's states, [rows, T, C]."""
-        starts, width = [0] * len(lengths), max(lengths)
-        ctx = ForwardContext.of_cache(self.trunk_cache.rows(rows), starts, width)
-        hidden = self._run_trunk(ctx, rows)
-        self.n_read[rows] = lengths
-        self.trunk_cache.lengths[rows] = lengths
-        return hidden
-
-    def verify(self, n_drafts: int) -> Tensor:
-        """Read every row's pending token and its drafts, of which :meth:`accept` decides how many
-        are kept. Returns logits [B, n_drafts + 1, V]."""
-        cache, width = self.trunk_cache, n_drafts + 1
-        if self._fused_trunk is not None and width <= MAX_VERIFY_WIDTH:
-            cache.open(self.n_read, width)
-            branch_states = self.states[0] if self._trunk_gives_branch else None
-            return self._fused_trunk(cache, self.tokens_BS, branch_states)
-        return self._logits(self._run_trunk(ForwardContext.of_cache(cache, self.n_read, width)))
-
-    def _logits(self, final_BTC: Tensor) -> Tensor:
-        """The main prediction's logits [B, T, V] of the trunk's states [B, T, C]."""
-        with batch_invariant_pass(final_BTC.shape[1], self.tokens_BS.device):
-            return self.model.head(self.model.mtp.main_state(final_BTC))
-
-    def _run_trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
-        """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
-        states if drafts are made. Returns its final states, [rows, T, C]."""
-        model, spans = self.model, ctx.cache.spans
-        # Only the trunk must be batch-invariant: it decides the text, drafts do not.
-        with batch_invariant_pass(spans.width, self.tokens_BS.device):
-            tokens = spans.read(self.tokens_BS[rows])
-            output = model.trunk(model.trunk.embedding(tokens), ctx)
-        if self._trunk_gives_branch:
-            spans.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
-        return output.final
 
     def draft(self, k: int) -> DepthDraft:
         """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.
@@ -269,7 +152,7 @@ class Session:
             return self._block.depth(k)
         if all(place == index[0] for place in index):
             return hidden[:, index[0]].unsqueeze(1), None
-        return _at(hidden, index), None
+        return at(hidden, index), None
 
     def _next_in_one_cache(self, k: int) -> Tensor:
         """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
@@ -283,7 +166,7 @@ class Session:
     def _append_positions(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
         positions to the text. The next verify pass overwrites their entries."""
-        if self._trunk_gives_branch or k > 1:
+        if self._keeps_branch or k > 1:
             return
         ctx = ForwardContext.of_cache(self.trunk_cache, self.n_read, self.max_draft)
         branch = self._stack.append(self.model.trunk, ctx)
@@ -343,8 +226,6 @@ class Session:
         return hidden
 
     def accept(self, accepted: Sequence[int]) -> None:
-        """Keep the pending token and the first ``accepted`` drafts of every row, one number per
-        row."""
         for k in range(1, self._n_drafted + 1):
             ahead = self._stack.ahead(k)
             filled = self.filled[k]
@@ -352,53 +233,4 @@ class Session:
                 # Entries that depend on accepted drafts are now true.
                 filled[row] = max(0, min(self.n_read[row], self.n_read[row] + a - ahead + 1))
         self._n_drafted = 0
-        self.n_read = [n + a + 1 for n, a in zip(self.n_read, accepted, strict=True)]
-
-    def put_pending(self, token_B: Tensor) -> None:
-        """Write the pending tokens of the rows that have just joined."""
-        rows = slice(len(self.n_read) - len(token_B), None)
-        Spans(self._tables, self.n_read[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
-
-    def put(self, tokens_BT: Tensor, offset: int) -> None:
-        """Write tokens from ``offset`` positions after every row's pending token on."""
-        width, spans = tokens_BT.shape[1], self.trunk_cache.spans
-        if spans.width != width or spans.starts != self.n_read:
-            spans = Spans(self._tables, self.n_read, width)
-        spans.write(self.tokens_BS, tokens_BT, ahead=offset)
-
-    def slide(self, row: int, keep: int) -> None:
-        """Restart a row's context from its last ``keep`` tokens, the pending one included.
-
-        The kept tokens are read again from position 0, so the continuation depends only on them.
-        """
-        n = self.n_read[row]
-        assert 1 <= keep <= n
-        tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
-        self.tokens_BS[row, :keep] = tokens
-        for column in (self.n_read, *self.filled):
-            column[row] = 0
-        for cache in (self.trunk_cache, *self.depth_caches):
-            cache.lengths[row] = 0
-        if keep > 1:
-            self._read_from_start(slice(row, row + 1), [keep - 1])
-
-    def drop_row(self, row: int) -> None:
-        """Drop a row; the last row moves to its slot."""
-        last = len(self.n_read) - 1
-        for cache in (self.trunk_cache, *self.depth_caches):
-            cache.drop_row(row)
-        if row != last:
-            self._tokens[row] = self._tokens[last]
-            # Copy as many states as the trunk or the depth has read.
-            lengths = (self.n_read[last], *(filled[last] for filled in self.filled[1:]))
-            for states, n in zip(self._states, lengths, strict=False):
-                states[row, :n] = states[last, :n]
-        for column in (self.n_read, *self.filled):
-            column[row] = column[last]
-        self.resize(last)
-
-
-def _at(states_BTC: Tensor, index: Sequence[int]) -> Tensor:
-    """The states [B, 1, C] at one index of each row."""
-    index_B11 = torch.tensor(index, device=states_BTC.device).view(-1, 1, 1)
-    return states_BTC.gather(1, index_B11.expand(-1, 1, states_BTC.shape[-1]))
+        super().accept(accepted)

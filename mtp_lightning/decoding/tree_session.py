@@ -136,7 +136,7 @@ class TreeSession(Session):
         """Keep the pending token and a path of the tree in every row. ``path_BE`` holds the path's
         nodes, node 0 first; entries after a row's ``accepted`` drafts are ignored."""
         self.trunk_cache.keep_path(path_BE)
-        if self._trunk_gives_branch:
+        if self._keeps_branch:
             tree_states = self.trunk_cache.spans.read(self.states[0])
             spans = Spans(self._tables, self.n_read, path_BE.shape[1])
             spans.write(self.states[0], along(tree_states, path_BE))
@@ -147,7 +147,7 @@ class TreeSession(Session):
                 0 if ahead and self.is_short(row) else max(0, min(n, n - ahead + 1))
                 for row, n in enumerate(self.n_read)
             ]
-        self.n_read = [n + a + 1 for n, a in zip(self.n_read, accepted, strict=True)]
+        super().accept(accepted)
         self.trunk_cache.lengths = list(self.n_read)
 
     def _branches_of(self, depth: int, caught_up: int) -> Branches:

@@ -52,7 +52,7 @@ def test_a_round_has_one_pass_of_the_drafter(
     monkeypatch.setattr(DFlashMTP, "read", counted_read)
     monkeypatch.setattr(Head, "forward", counted_head)
     # Without the C++, whose verify passes do not call the head.
-    monkeypatch.setattr("mtp_lightning.decoding.session.fused", lambda model: None)
+    monkeypatch.setattr("mtp_lightning.decoding.trunk_session.fused", lambda model: None)
     (prompt,) = random_prompts(1, (30,))
     for drafts in (DEPTH, 1):
         blocks = heads = read = 0
