@@ -24,7 +24,7 @@ LINES = {
     "mtp_lightning/certify": 1_042,
     "mtp_lightning/command_line": 1_275,
     "mtp_lightning/cpu": 1_629,
-    "mtp_lightning/decoding": 4_691,
+    "mtp_lightning/decoding": 4_689,
     "mtp_lightning/distributed": 1_188,
     "mtp_lightning/experiment": 2_882,
     "mtp_lightning/heads": 988,

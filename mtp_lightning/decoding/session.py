@@ -6,7 +6,7 @@ starts there. So the cache of every module holds true hidden states and tokens a
 positions, and a rejected draft only makes the next pass of its depth one position longer. A depth
 without attention reads no earlier position, and skips those of a prompt.
 
-Shapes: B rows, T new positions, S capacity, C d_model.
+Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -227,10 +227,8 @@ class Session(TrunkSession):
 
     def accept(self, accepted: Sequence[int]) -> None:
         for k in range(1, self._n_drafted + 1):
-            ahead = self._stack.ahead(k)
-            filled = self.filled[k]
-            for row, a in enumerate(accepted):
-                # Entries that depend on accepted drafts are now true.
-                filled[row] = max(0, min(self.n_read[row], self.n_read[row] + a - ahead + 1))
+            ahead, rows = self._stack.ahead(k), zip(self.n_read, accepted, strict=True)
+            # Entries that depend on accepted drafts are now true.
+            self.filled[k] = [max(0, min(n, n + a - ahead + 1)) for n, a in rows]
         self._n_drafted = 0
         super().accept(accepted)

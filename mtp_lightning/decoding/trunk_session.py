@@ -4,7 +4,7 @@ them.
 A row that has read ``n`` tokens has trunk states at positions 0 .. n - 1 and one pending token at
 position n, chosen but not yet read. Its drafts follow in the same buffer.
 
-Shapes: B rows, T new positions, S capacity, C d_model.
+Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """
 
 from __future__ import annotations
