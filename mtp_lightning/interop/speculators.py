@@ -50,6 +50,11 @@ def kind(config: ModelConfig) -> str:
 def _obstacle(config: ModelConfig) -> str:
     """Why the library computes something else, beginning with the setting; empty if it does not."""
     mtp, trunk = config.mtp, config.trunk
+    if mtp.variant == "dflash":
+        return (
+            "the mask of mtp=dflash is trained, and the library embeds its mask as a token of the "
+            "verifier"
+        )
     if mtp.depth == 0 or not isinstance(mtp, EagleConfig | SequentialConfig):
         return (
             f"mtp={mtp.variant} of depth {mtp.depth} has no heads of the library's kinds, "

@@ -26,6 +26,7 @@ from mtp_lightning.interop.exporting import trunk_alone
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.dflash import DFlashConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -165,6 +166,7 @@ def test_a_whole_draft_vocabulary_has_no_tables(tmp_path: Path) -> None:
         (LLAMA, SequentialConfig(depth=1), "the trunk has the layers of llama"),
         (QWEN3, SequentialConfig(depth=0), "mtp=sequential of depth 0 has no heads"),
         (QWEN3, LinearConfig(depth=2), "mtp=linear of depth 2 has no heads"),
+        (QWEN3, DFlashConfig(depth=2), "the mask of mtp=dflash is trained, and the library"),
         (QWEN3, EagleConfig(depth=2, layers=(1, 2, 4)), r"mtp.layers=\[1, 2, 4\] has no place"),
         (QWEN3, EagleConfig(depth=2, confidence=True), "objective.confidence=true has no place"),
     ],
