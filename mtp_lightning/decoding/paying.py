@@ -153,7 +153,7 @@ def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
 
     def build(target: Path) -> None:
         try:
-            new.append(measure_now())
+            new[:] = new or [measure_now()]
         except Exception as error:
             errors.append(error)
             raise
@@ -171,6 +171,8 @@ def _measured(folder: Path, measure_now: Callable[[], Measured]) -> Measured:
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         new = new or [measure_now()]
+        with suppress(UserError, OSError):  # a cache that cannot be written
+            build_once(folder, build)
     if sys.stderr.isatty():
         print(description(new[0]), file=sys.stderr)
     return new[0]

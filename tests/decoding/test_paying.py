@@ -164,9 +164,9 @@ def test_a_measurement_that_is_damaged_or_of_another_version_is_made_again(
         seal(folder)
     else:
         (folder / damage).write_text((folder / damage).read_text().replace("e", "E"))
-    for _ in range(2):
+    for _ in range(2):  # the second finds what the first has stored
         assert with_measured_depth(options, opened, rows=1).measured is not None
-    assert len(measured_models) == 3
+    assert len(measured_models) == 2
 
 
 def test_an_error_during_the_measurement_is_raised_and_not_retried(
