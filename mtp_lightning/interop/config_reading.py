@@ -28,10 +28,15 @@ _DEFAULTS = {
     "head_dim": None, "q_lora_rank": None, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }  # fmt: skip
-_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
-    "deepseek_v3": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
-    "glm4_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5},
+    "deepseek_v3": {
+        "num_nextn_predict_layers": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe": {
+        "num_nextn_predict_layers": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+    },
 }  # fmt: skip
 
 
@@ -98,7 +103,7 @@ def _shape(stated: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
     present = {name: value for name, value in stated.items() if value is not None}
     heads = present.get("num_attention_heads")
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
-    fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
+    fields = defaults | DEFAULTS_OF.get(kind, {}) | present
     fields["rope_theta"], scaling = rope_settings(fields, source)
     shape = {own: fields[theirs] for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
     casts = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}

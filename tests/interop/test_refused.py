@@ -208,6 +208,17 @@ def test_mtp_layers_that_the_config_declares_are_optional(tmp_path: Path) -> Non
     folder.build()
 
 
+@pytest.mark.parametrize("kind", ["deepseek", "glm4_moe"])
+def test_mtp_layers_that_the_config_does_not_count_are_read(kind: str, tmp_path: Path) -> None:
+    """transformers' configs of these kinds have one MTP layer where the file states no number."""
+    model = deepseek.build(folders.TRUNKS[kind], depth=1)
+    folders.write(tmp_path, model)
+    fields = tensor_files.read_json(tmp_path / "config.json")
+    del fields["num_nextn_predict_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_folder(tmp_path).config.mtp == model.config.mtp
+
+
 class Bomb:
     """Unpickled, it would leave a file."""
 
