@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -45,7 +46,7 @@ def in_quotes(text: str) -> bool:
     """Whether Hydra reads a quoted string, which is passed on unchanged."""
     try:
         return isinstance(parse(f"key={text}")._value, QuotedString)
-    except Exception:
+    except HydraException:
         return False
 
 
