@@ -168,7 +168,7 @@ class Endpoint:
         except Refusal as refusal:
             served.status = refusal.status
             yield _event(refusal.body)
-        except Exception:
+        except Exception:  # a defect of any kind, raised again after the client has heard of it
             served.status = 500
             yield _event(_DEFECT.body)
             raise
