@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -201,6 +202,10 @@ def llama_cpp(
     wheel_needed = max(batches) > 1 or (python == sys.executable and not find_spec("llama_cpp"))
     if wheel_needed and not find_spec("xllamacpp"):
         raise UserError("xllamacpp is not installed: pip install -e '.[engines]'.")
+    imports = [python, "-c", "import llama_cpp"]
+    if python != sys.executable and subprocess.run(imports, capture_output=True).returncode:
+        package = "llama-cpp-python"
+        raise UserError(f"{python} has no {package}: {python} -m pip install {package}.")
     ids = opened.tokenizer.encode(inspect.getsource(argparse)).tolist()
     rows: list[Row] = []
     for batch, n in itertools.product(batches, threads):

@@ -155,6 +155,22 @@ def test_llama_cpp_is_measured_next_to_this_project(tmp_path: Path) -> None:
     assert rows[0]["over"] == rows[0]["prompt_over"] == 1
 
 
+@pytest.mark.extras
+def test_an_interpreter_without_llama_cpp_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.interop.gguf_files import write_gguf
+
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(SystemExit):
+        llama_cpp.main([str(write_gguf(tmp_path / "small.gguf")), f"--python={python}"])
+    message = f"error: {python} has no llama-cpp-python: {python} -m pip install llama-cpp-python."
+    assert message in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         rounds.main(["nowhere"])
