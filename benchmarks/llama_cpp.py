@@ -24,6 +24,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from shutil import which
 from statistics import median
 from typing import Any
 
@@ -202,10 +203,12 @@ def llama_cpp(
     wheel_needed = max(batches) > 1 or (python == sys.executable and not find_spec("llama_cpp"))
     if wheel_needed and not find_spec("xllamacpp"):
         raise UserError("xllamacpp is not installed: pip install -e '.[engines]'.")
-    imports = [python, "-c", "import llama_cpp"]
-    if python != sys.executable and subprocess.run(imports, capture_output=True).returncode:
-        package = "llama-cpp-python"
-        raise UserError(f"{python} has no {package}: {python} -m pip install {package}.")
+    if python != sys.executable and 1 in batches:
+        imports = [python, "-c", "import llama_cpp"]
+        if not which(python) or subprocess.run(imports, capture_output=True).returncode:
+            raise UserError(
+                f"{python} is not a Python that has llama-cpp-python: install it there."
+            )
     ids = opened.tokenizer.encode(inspect.getsource(argparse)).tolist()
     rows: list[Row] = []
     for batch, n in itertools.product(batches, threads):

@@ -28,7 +28,7 @@ _DEFAULTS = {
     "head_dim": None, "q_lora_rank": None, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }  # fmt: skip
-DEFAULTS_OF: dict[str, dict[str, Any]] = {
+_DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "deepseek_v3": {
         "num_nextn_predict_layers": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5,
@@ -103,7 +103,7 @@ def _shape(stated: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
     present = {name: value for name, value in stated.items() if value is not None}
     heads = present.get("num_attention_heads")
     defaults = _DEFAULTS | {"num_key_value_heads": heads}
-    fields = defaults | DEFAULTS_OF.get(kind, {}) | present
+    fields = defaults | _DEFAULTS_OF.get(kind, {}) | present
     fields["rope_theta"], scaling = rope_settings(fields, source)
     shape = {own: fields[theirs] for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
     casts = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}
@@ -136,6 +136,12 @@ def _shape(stated: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
 def declared_depth(fields: Mapping[str, Any]) -> int:
     """MTP layers that a ``config.json`` declares; their tensors may be missing."""
     return max(int(fields.get(name) or 0) for name in _DEPTHS)
+
+
+def read_depth(fields: Mapping[str, Any]) -> int:
+    """MTP layers that transformers reads where a folder has their tensors: its default if
+    ``config.json`` states no number."""
+    return declared_depth(_DEFAULTS_OF.get(fields["model_type"], {}) | {**fields})
 
 
 def max_positions(fields: Mapping[str, Any]) -> int:

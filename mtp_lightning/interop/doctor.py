@@ -130,7 +130,8 @@ def examine(path: str | Path, *, new_tokens: int = 64, allow: Collection[str] = 
         needed = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
         drafts = draft_vocab_of(config_reading.run_config(fields, path))
         diagnosis = _measure(diagnosis, config, needed, new_tokens, drafts, whole=lost is None)
-    return _conclude(diagnosis, *_judge(diagnosis, declared, stored, lost))
+    read = config_reading.read_depth(fields)
+    return _conclude(diagnosis, *_judge(diagnosis, read, stored, lost))
 
 
 def _conclude(diagnosis: Diagnosis, sound: bool, reason: str) -> Diagnosis:
@@ -190,7 +191,7 @@ def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
 
 
 def _judge(
-    diagnosis: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
+    diagnosis: Diagnosis, read: int, stored: int, lost: tuple[Module, str, list[str]] | None
 ) -> tuple[bool, str]:
     """Whether the folder is sound, and the reason."""
     if lost is not None:
@@ -199,10 +200,9 @@ def _judge(
             f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} "
             f"{UNUSABLE[state]} ({names[0]}{', ...' if len(names) > 1 else ''})"
         )
-    if stored != declared:
+    if stored != read:
         return False, (
-            f"its config.json declares {declared} MTP layer(s) but it has tensors of {stored}, so "
-            "that readers skip some"
+            f"readers expect {read} MTP layer(s) by its config.json, and it has tensors of {stored}"
         )
     return _judge_drafts(diagnosis, stored)
 

@@ -148,10 +148,8 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _mtp_layers(fields: dict[str, Any], tensors: Collection[str]) -> int:
-    """MTP layers among the tensors: all that config.json declares, as transformers reads it, or
-    none."""
-    defaults = config_reading.DEFAULTS_OF.get(fields["model_type"], {})
-    declared = config_reading.declared_depth(defaults | fields)
+    """MTP layers among the tensors: all that transformers reads, or none."""
+    declared = config_reading.read_depth(fields)
     first = fields.get("num_hidden_layers")
     if not declared or not isinstance(first, int):
         return 0

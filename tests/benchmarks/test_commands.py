@@ -165,10 +165,12 @@ def test_an_interpreter_without_llama_cpp_is_one_sentence(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    with pytest.raises(SystemExit):
-        llama_cpp.main([str(write_gguf(tmp_path / "small.gguf")), f"--python={python}"])
-    message = f"error: {python} has no llama-cpp-python: {python} -m pip install llama-cpp-python."
-    assert message in capsys.readouterr().err
+    model = str(write_gguf(tmp_path / "small.gguf"))
+    for path in (python, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit):
+            llama_cpp.main([model, f"--python={path}"])
+        message = f"error: {path} is not a Python that has llama-cpp-python: install it there."
+        assert message in capsys.readouterr().err
 
 
 def test_a_users_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

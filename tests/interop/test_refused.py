@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import stack_file, tensor_files
+from mtp_lightning.interop import config_reading, stack_file, tensor_files
 from mtp_lightning.interop.tensor_files import INDEX
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -215,6 +215,7 @@ def test_mtp_layers_that_the_config_does_not_count_are_read(kind: str, tmp_path:
     folders.write(tmp_path, model)
     fields = tensor_files.read_json(tmp_path / "config.json")
     del fields["num_nextn_predict_layers"]
+    assert config_reading.read_depth(fields) == 1
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert read_folder(tmp_path).config.mtp == model.config.mtp
 
