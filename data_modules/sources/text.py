@@ -176,7 +176,7 @@ def expand(
         FileNotFoundError: if there is no file.
     """
     path = Path(os.path.expanduser(pattern))  # unlike Path.expanduser, leaves an unknown ~name
-    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    found = [path] if path.exists() else sorted(_found(path))
     empty = {p for p in found if text_only and p != path and p.is_file() and not p.stat().st_size}
     if empty:
         log.warning("%s: left out %d empty files", pattern, len(empty))
@@ -195,24 +195,43 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders, linked ones too, each folder once.
+def _found(pattern: Path) -> set[Path]:
+    """What a glob finds. Unlike that of :mod:`glob`, its ``**`` visits each folder once, although
+    links may lead in circles."""
+    if "**" not in pattern.parts:
+        return set(map(Path, glob.glob(str(pattern))))
+    at = pattern.parts.index("**")
+    above, below = Path(*pattern.parts[:at]), Path(*pattern.parts[at + 1 :])
+    ends = [below] if below.parts else [below, Path("*")]
+    return {
+        path
+        for start in filter(Path.is_dir, _found(above))
+        for folder, _ in _walk(start, hidden=False)
+        for end in ends
+        for path in _found(Path(glob.escape(str(folder))) / end)
+    }
+
+
+def _walk(folder: Path, *, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and its subfolders, linked ones too, each once, and the names of their files.
 
     Raises:
         OSError: a subfolder cannot be read.
     """
     visited = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        folders.sort()  # decides the name of a folder that is linked twice
+        # The order decides the name of a folder that is linked twice.
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         if (real := os.path.realpath(root)) in visited:
             folders.clear()
             continue
         visited.add(real)
-        yield from (path for name in names if (path := Path(root) / name).is_file())
+        yield Path(root), names
 
 
 def _folder(folder: Path, text_only: bool) -> list[tuple[str, Path]]:
-    entries = [(path.relative_to(folder), path) for path in _files_below(folder)]
+    paths = (root / name for root, names in _walk(folder, hidden=True) for name in names)
+    entries = [(path.relative_to(folder), path) for path in paths if path.is_file()]
     visible = [(r, path) for r, path in entries if not any(part[0] == "." for part in r.parts)]
     files = sorted((r.as_posix(), p) for r, p in visible if not text_only or _may_be_text(p))
     hidden, other = len(entries) - len(visible), len(visible) - len(files)

@@ -130,6 +130,20 @@ def test_a_glob_reads_the_files_and_then_the_folders_that_match_it(tmp_path, cap
     assert "left out 1 empty files" in caplog.text
 
 
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/**/?.txt", "**/x/**/*.txt", "**"])
+def test_links_in_circles_are_followed_once(tmp_path, pattern):
+    """Two such links in a folder have more paths than a search could ever visit."""
+    for name in ("a/1.txt", "a/x/2.txt", "b/3.txt", "b/.hidden/4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    plain = {name for name, _ in TextSource(tmp_path / pattern).files}
+    assert "2.txt" in plain
+    for link, target in (("a/up", ".."), ("a/self", ".")):
+        (tmp_path / link).symlink_to(target, target_is_directory=True)
+    linked = [name for name, _ in TextSource(tmp_path / pattern).files]
+    assert len(linked) == len(plain) and set(linked) == plain
+
+
 def test_the_fingerprint_of_text_follows_content_not_path(tmp_path):
     def corpus(folder: str, text: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
