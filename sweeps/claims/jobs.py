@@ -112,9 +112,13 @@ def flops_of(job: ClaimJob) -> float | None:
     # A model from elsewhere has a trunk of other sizes, and a task sets T itself.
     if config.init_from is not None or config.data.seq_len is None:
         return None
-    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
+    tokenizer = config.tokenizer or {}
+    of_bytes = tokenizer.get("_target_") == "data_modules.tokenizers.ByteTokenizer"
+    vocabulary = 257 if of_bytes else tokenizer.get("vocab_size")
+    if vocabulary is None:  # known only when the tokenizer is read
+        return None
     try:
-        total = training_flops(config, vocabulary or 257)
+        total = training_flops(config, vocabulary)
     except (OSError, UserError, ArithmeticError):
         return None
     return total * (1 - (branch_step(job.overrides) or 0) / config.trainer.max_steps)

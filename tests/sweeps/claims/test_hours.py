@@ -29,6 +29,7 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.power import seeds_needed
+from sweeps.claims.read import read_claim
 from sweeps.claims.result import Result, make_result, with_own_costs, write_result
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
@@ -43,6 +44,7 @@ from tests.sweeps.claims.fixture_claims import (
     shifted,
     solved_seeds,
     with_pages,
+    write_claim,
 )
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
@@ -177,6 +179,19 @@ def test_flops_are_unknown_for_the_trunk_of_another_model(tmp_path: Path) -> Non
     shared = ["experiment=smollm2_heads"]
     claim = claim_of(tmp_path, arms=arms, shared=shared, predictions=predictions)
     assert [flops_of(job) for job in jobs(claim, [0], tmp_path)] == [None, None]
+
+
+def test_flops_are_unknown_for_a_tokenizer_that_says_no_size(tmp_path: Path) -> None:
+    arms = {
+        "byte": ["tokenizer=byte"],
+        "ids": ["tokenizer=ids", "tokenizer.vocab_size=257", "tokenizer.eot_id=256"],
+        "pretrained": ["tokenizer=pretrained", "tokenizer.path=gpt2"],
+    }
+    predictions = [predict("pretrained", "below", 1, against="byte")]
+    write_claim(tmp_path, arms=arms, shared=SMALL, predictions=predictions)
+    claim = read_claim("mine", tmp_path, allow=["huggingface"])
+    byte, ids, pretrained = (flops_of(job) for job in jobs(claim, [0], tmp_path))
+    assert byte == ids and pretrained is None
 
 
 def pending(name: str, seeds: int, hours: list[float], claim: Claim) -> Pending:
