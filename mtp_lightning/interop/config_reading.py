@@ -149,8 +149,10 @@ def max_positions(fields: Mapping[str, Any]) -> int:
     positions = int(fields.get("max_position_embeddings") or 2048)
     kind = fields["model_type"]
     window = fields.get("sliding_window", 4096 if kind == "mistral" else None)
-    # Models like Qwen2 have a window with use_sliding_window=true alone, which is refused.
-    if window is None or kind in ("qwen2", "mimo", "qwen3", "qwen3_moe"):
+    # Models like Qwen2 have a window with use_sliding_window=true alone, which is refused. Except
+    # for Mistral, layer_types decide instead of a window, and only full attention is imported.
+    typed = kind != "mistral" and fields.get("layer_types") is not None
+    if window is None or typed or kind in ("qwen2", "mimo", "qwen3", "qwen3_moe"):
         return positions
     return min(positions, require_whole("sliding_window", window, least=1))
 

@@ -80,10 +80,19 @@ def test_mistrals_window_is_the_context(
     torch.testing.assert_close(logits[:, :8], expected[:, :8], rtol=0, atol=1e-4)
     assert not torch.allclose(logits[:, 8], expected[:, 8], rtol=0, atol=1e-4)
     # transformers' cache has the window of a Llama config, and Qwen2's needs use_sliding_window.
-    for kind, windowed in (("llama", True), ("qwen2", False)):
-        folders.change_json(tmp_path / CONFIG, model_type=kind)
+    # Types of layers replace a window, but not Mistral's.
+    full = ["full_attention"] * 2
+    for kind, layers, windowed in (
+        ("llama", None, True),
+        ("llama", full, False),
+        ("mistral", full, True),
+        ("qwen2", None, False),
+    ):
+        folders.change_json(tmp_path / CONFIG, model_type=kind, layer_types=layers)
         assert (max_positions(read_json(tmp_path / CONFIG)) == 8) == windowed
-    folders.change_json(tmp_path / CONFIG, model_type="mistral", sliding_window=None)
+    folders.change_json(
+        tmp_path / CONFIG, model_type="mistral", layer_types=None, sliding_window=None
+    )
     assert open_model(tmp_path).seq_len > 8
 
 
