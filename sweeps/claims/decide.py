@@ -225,9 +225,8 @@ def _unequal(resource: str, own: Sequence[ArmRun], other: Sequence[ArmRun]) -> s
     """How far two arms differ in the resource that they should spend alike; empty if they agree."""
     if resource == "nothing":
         return ""
-    costs = [[r.costs[resource] for r in runs if resource in r.costs] for runs in (own, other)]
-    if not all(costs):
+    if any(resource not in run.costs for run in (*own, *other)):
         return f"the runs do not say their {resource}"
-    a, b = (math.fsum(values) / len(values) for values in costs)
+    a, b = (math.fsum(run.costs[resource] for run in runs) / len(runs) for runs in (own, other))
     gap = abs(a - b) / max(b, 1e-300)
     return f"the arms differ by {gap:.1%} in {resource}" if gap > MOST_APART[resource] else ""

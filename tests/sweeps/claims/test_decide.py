@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def test_other_texts_and_unequal_costs_are_not_compared(tmp_path: Path) -> None:
     claim = predicting(tmp_path, equal="flops")
     assert finding_of(claim, mtp, costs={"mtp": 1010.0}).verdict == HOLDS
     assert finding_of(claim, mtp, costs={"mtp": 1050.0}).verdict == UNDECIDED
+
+
+def test_a_run_that_does_not_say_its_cost_leaves_the_verdict_undecided(tmp_path: Path) -> None:
+    claim = predicting(tmp_path, equal="flops")
+    arms = observed(claim, {"plain": PLAIN, "mtp": shifted(-0.05)})
+    assert decide(claim, arms)[0].verdict == HOLDS
+    arms["mtp"][2] = replace(arms["mtp"][2], costs={"seconds": 60.0})
+    (finding,) = decide(claim, arms)
+    assert (finding.verdict, finding.why) == (UNDECIDED, "the runs do not say their flops")
 
 
 def test_a_difference_equal_at_every_seed_has_no_test(tmp_path: Path) -> None:
