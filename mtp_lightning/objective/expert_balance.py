@@ -29,7 +29,8 @@ def balance_experts(
     Returns:
         Values to log: ``moe/max_violation_layer_l`` for trunk layer l and
         ``moe/max_violation_depth_k`` for the module of depth k, each MaxVio = max load / mean load
-        - 1 of the step, and their mean, ``moe/max_violation``. Empty without experts.
+        - 1 of the step, and their mean, ``moe/max_violation``. A further router of a depth is
+        logged by its own name. Empty without experts.
     """
     if not auxiliary.loads:
         return {}
@@ -41,10 +42,11 @@ def balance_experts(
         direction_E = torch.sign(load_E.sum() - load_E * load_E.shape[0])
         router.expert_bias.add_(direction_E, alpha=router.config.rate(fraction))
     violation_L = load_LE.amax(-1) / load_LE.float().mean(-1) - 1
-    values = {
-        f"moe/max_violation_{label(name)}": value
-        for name, value in zip(routers, violation_L, strict=True)
-    }
+    values: dict[str, Tensor] = {}
+    for name, value in zip(routers, violation_L, strict=True):
+        tag = f"moe/max_violation_{label(name)}"
+        # A depth of a user's own stack may have several routers.
+        values[f"moe/max_violation_{_flat(name)}" if tag in values else tag] = value
     return {**values, "moe/max_violation": violation_L.mean()}
 
 
@@ -56,5 +58,9 @@ def label(name: str) -> str:
         return f"layer_{trunk[1]}"
     module = re.search(r"mtp\.depths\.(\d+)\.(?:before\.(\d+)\.)?", name)
     if module is None:
-        return name.replace(".", "_")
+        return _flat(name)
     return f"depth_{int(module[1]) + 1}" + (f"_block_{module[2]}" if module[2] else "")
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

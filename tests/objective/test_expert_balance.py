@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
-from mtp_lightning.nn.moe import MoE, Router, routers_of
+from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts, label
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.kl import KL
@@ -156,6 +156,21 @@ def test_routers_of_several_lists_of_a_stack_have_labels_of_their_own() -> None:
     labels = [label(f"mtp.{name}.router") for name in names]
     depths = ["depth_1", "depth_1_block_0", "mtp_others_0_router", "depth_2", "mtp_others_1_router"]
     assert labels == depths
+
+
+def test_every_router_of_a_depth_of_ones_own_is_logged() -> None:
+    config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=4)
+    depth = nn.ModuleDict({name: Router(8, config) for name in ("one", "two")})
+    model = nn.ModuleDict({"mtp": nn.ModuleDict({"depths": nn.ModuleList([depth])})})
+    auxiliary = AuxiliaryOutputs()
+    auxiliary.loads[depth["one"]] = torch.tensor([4, 0, 0, 0])
+    auxiliary.loads[depth["two"]] = torch.tensor([2, 0, 2, 0])
+    values = balance_experts(model, auxiliary, fraction=0.0)
+    assert {tag: float(value) for tag, value in values.items()} == {
+        "moe/max_violation_depth_1": 3,
+        "moe/max_violation_mtp_depths_0_two": 1,
+        "moe/max_violation": 2,
+    }
 
 
 def test_a_prepass_counts_no_loads() -> None:
