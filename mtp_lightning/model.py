@@ -266,6 +266,7 @@ class MTPModel(nn.Module):
         # A backward pass that reuses buffers of its graph runs once, and rules such as cosine_gate
         # run one per task.
         config.donated_buffer = False
+        AuxiliaryOutputs.leave_uncompiled()
         for layer in self.modules():
             if isinstance(layer, Block):
                 layer.compile()

@@ -16,29 +16,29 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 8_454,
+    "data_modules": 8_473,
     "hydra_plugins": 63,
-    "mtp_lightning": 3_071,
+    "mtp_lightning": 3_072,
     "mtp_lightning/apps": 400,
     "mtp_lightning/callbacks": 1_681,
     "mtp_lightning/certify": 1_042,
     "mtp_lightning/command_line": 1_275,
     "mtp_lightning/cpu": 1_629,
-    "mtp_lightning/decoding": 4_689,
+    "mtp_lightning/decoding": 4_691,
     "mtp_lightning/distributed": 1_188,
     "mtp_lightning/experiment": 2_882,
     "mtp_lightning/heads": 988,
-    "mtp_lightning/interop": 5_602,
+    "mtp_lightning/interop": 5_615,
     "mtp_lightning/loggers": 611,
     "mtp_lightning/metrics": 970,
     "mtp_lightning/mtp": 4_098,
-    "mtp_lightning/nn": 2_582,
+    "mtp_lightning/nn": 2_589,
     "mtp_lightning/notebook": 505,
-    "mtp_lightning/objective": 3_987,
+    "mtp_lightning/objective": 3_993,
     "mtp_lightning/optim": 385,
     "mtp_lightning/run": 1_394,
     "mtp_lightning/serving": 1_517,
-    "sweeps": 9_818,
+    "sweeps": 9_821,
 }
 # Files of this project that a command imports, and their lines, without the optional part cpu/.
 IMPORTS = {"train": (160, 20_360), "generate": (88, 11_960)}

@@ -56,3 +56,10 @@ class AuxiliaryOutputs:
 
     def _add(self, router: nn.Module, load_E: Tensor) -> None:
         self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E
+
+    @classmethod
+    def leave_uncompiled(cls) -> None:
+        """Let compiled layers call Python to report. The compiler would make a program of its own
+        for each number of earlier reports, and so for each layer."""
+        for name in ("add_loss", "count"):
+            setattr(cls, name, torch.compiler.disable(getattr(cls, name)))

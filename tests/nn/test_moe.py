@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.nn import experts as plain
@@ -11,7 +14,8 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.context import ForwardContext
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router
-from tests import deepseek, deepseek_reference, reference
+from tests import deepseek, deepseek_reference, models, reference
+from tests.losses import reported_loss
 
 
 def layer_of(**experts: object) -> MoE:
@@ -178,3 +182,25 @@ def test_biases_of_experts_are_frozen_at_the_end_of_a_run() -> None:
     # 1 - 0.18 is one ulp more than 0.82.
     config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=8, bias_frozen=0.18)
     assert [config.rate(step / 100) for step in (81, 82)] == [0.001, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_layers_of_experts_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers have reported before one. The programs run without being compiled."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    # Compiling changes the methods of the class.
+    for name in ("add_loss", "count"):
+        monkeypatch.setattr(AuxiliaryOutputs, name, vars(AuxiliaryOutputs)[name])
+    config = deepseek.trunk(n_layers=5, experts={"sequence_loss": 0.1})
+    results = []
+    for compiled in (False, True):
+        model = deepseek.build(config, depth=1).train()
+        if compiled:
+            model.compile_blocks()
+        batch = models.windows(2, 12, 1)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3):
+            loss, _, auxiliary = reported_loss(model, batch, [0.3], [24, 22])
+        results.append([loss, *auxiliary.losses, *auxiliary.loads.values()])
+    assert len(results[0]) == 1 + 5 + 5
+    torch.testing.assert_close(results[0], results[1])
