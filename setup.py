@@ -62,6 +62,6 @@ setup(
         *([_WORDS] if _LINUX else []),
         *(_NATIVE if _LINUX and platform.machine() == "x86_64" else []),
     ],
-    # A file's time does not say of which sources a library is.
-    options={"build_ext": {"force": True}},
+    # A file's time does not say of which sources a library is. Libraries are compiled side by side.
+    options={"build_ext": {"force": True, "parallel": True}},
 )

@@ -26,7 +26,10 @@ def required(extras: set[str]) -> Iterator[Requirement]:
 
 @pytest.mark.parametrize(
     "name, extras",
-    [("test", {"test"}), ("extras", {"test", "hf", "corpora", "loggers", "serve", "docs"})],
+    [
+        ("test", {"test"}),
+        ("extras", {"test", "hf", "corpora", "loggers", "serve", "docs", "engines"}),
+    ],
 )
 def test_every_requirement_is_locked(name: str, extras: set[str]) -> None:
     text = (ROOT / ".ci" / f"{name}.txt").read_text()

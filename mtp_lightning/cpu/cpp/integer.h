@@ -77,19 +77,20 @@ static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to
 }
 
 // out[R][V] of a tile of R rows, whose groups begin at `at`, and of V vectors of outputs from vector
-// `first` on, of a panel of W.
-template <typename Format, int R, int W, int V>
-MULTIPLIES_BYTES static void integer_tile(const char* panel, int64_t first, const Rounded& x,
-                                          int64_t at, int64_t groups, float* out) {
+// `first` on, of a panel of `width`.
+template <typename Format, int R, int V>
+MULTIPLIES_BYTES static void integer_tile(const char* panel, int64_t width, int64_t first,
+                                          const Rounded& x, int64_t at, int64_t groups, float* out) {
     constexpr int64_t WORDS = Format::GROUP / 4;
     constexpr int SIZE = Format::SCALES::SIZE;
     using Sum = Dot<Format::BITS>;
     Vector sum[R][V];
     each_vector<R, V>(BODY(int r, int v) { sum[r][v] = broadcast(0.0f); });
+    if (V == WIDE_VECTORS) width = V;  // a number that the compiler knows
     const int32_t* words = x.words.data() + at * WORDS;
     const float *scale = x.scale.data() + at, *total = x.total.data() + at;
     const char *scales = panel + first * SIZE * sizeof(Vector),
-               *numbers = panel + (W * SIZE + first) * sizeof(Vector);
+               *numbers = panel + (width * SIZE + first) * sizeof(Vector);
     for (int64_t g = 0; g < groups; g++, words += WORDS * R, scale += R, total += R) {
 #pragma GCC unroll 4
         for (int i = 0; i < V * SIZE; i++) prefetch(scales + i * sizeof(Vector));
@@ -99,7 +100,7 @@ MULTIPLIES_BYTES static void integer_tile(const char* panel, int64_t first, cons
         for (int i = 0; i < Format::VECTORS; i++) {
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                const char* from = numbers + (i * W + v) * sizeof(Vector);
+                const char* from = numbers + (i * width + v) * sizeof(Vector);
                 prefetch(from);
                 Whole levels = load_whole(from);
 #pragma GCC unroll 2
@@ -120,8 +121,8 @@ MULTIPLIES_BYTES static void integer_tile(const char* panel, int64_t first, cons
                 sum[r][v] = multiply_add(Format::SCALES::step(of), scaled, sum[r][v]);
                 sum[r][v] = multiply_add(Format::SCALES::offset(of), broadcast(total[r]), sum[r][v]);
             }
-        constexpr int64_t BLOCK = W * (SIZE + Format::VECTORS) * sizeof(Vector);
-        scales += BLOCK, numbers += BLOCK;
+        int64_t block = width * (SIZE + Format::VECTORS) * sizeof(Vector);
+        scales += block, numbers += block;
     }
     each_vector<R, V>(BODY(int r, int v) { store(out + (r * V + v) * LANES, sum[r][v]); });
 }
@@ -137,28 +138,21 @@ static void integer_product(const float* x, const char* weight, float* out, int6
     int64_t groups = inputs / Format::GROUP;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
-        int64_t at = p * PANEL;
+        int64_t at = p * PANEL, width = panel_width<Format>(outputs - at) / LANES;
+        int64_t widest = rows <= MANY ? width : NARROW;
         for (int64_t i = 0; i < rows; i += TALL)
-            sized<TALL>(rows - i, panel_width<Format>(outputs - at), [&](auto r, auto w) {
-                constexpr int R = r.value, W = w.value;
-                auto columns = [&](auto v, int64_t first) {
-                    constexpr int V = v.value;
+            for (int64_t first = 0; first < width; first += widest)
+                sized<TALL>(rows - i, least(widest, width - first) * LANES, [&](auto r, auto v) {
+                    constexpr int R = r.value, V = v.value;
                     float found[R * V * LANES];
-                    integer_tile<Format, R, W, V>(weight + p * size, first, rounded, i * groups,
-                                                  groups, found);
+                    integer_tile<Format, R, V>(weight + p * size, width, first, rounded, i * groups,
+                                               groups, found);
                     for (int j = 0; j < R; j++)
                         for (int u = 0; u < V; u++) {
                             int64_t o = at + (first + u) * LANES;
                             store_sum(out + (i + j) * outputs + o, load(found + (j * V + u) * LANES),
                                       outputs - o, add);
                         }
-                };
-                if (rows <= MANY) return columns(w, 0);
-                for (int64_t first = 0; first < W;)
-                    sized<1, NARROW>(1, (W - first) * LANES, [&](auto, auto v) {
-                        if constexpr (v.value <= W) columns(v, first);
-                        first += v.value;
-                    });
-            });
+                });
     }
 }

@@ -101,9 +101,12 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
                 });
                 continue;
             }
-        for (int64_t i = 0; i < rows; i += ROWS)
-            sized<ROWS>(rows - i, width, [&](auto r, auto v) {
-                if constexpr (v.value % Format::UNIT == 0)
+        // Blocks take the compiler long: the outputs after the last whole panel are computed row by row.
+        int64_t high = Format::IN_BLOCKS && width < PANEL ? 1 : ROWS;
+        for (int64_t i = 0; i < rows; i += high)
+            sized<ROWS>(least(high, rows - i), width, [&](auto r, auto v) {
+                constexpr bool WHOLE = v.value == WIDE_VECTORS;
+                if constexpr (Format::IN_BLOCKS ? r.value == 1 || WHOLE : v.value % Format::UNIT == 0)
                     rows_of_panels<Format, r.value, v.value>(
                         x + i * inputs, inputs, panel, out + i * outputs + at, outputs, left, add);
             });
