@@ -32,8 +32,8 @@ from mtp_lightning.runtime import eval_mode
 _TIE = 1e-3
 # Samples of a bootstrap, and untimed calls of a pass before the timed ones.
 _RESAMPLES, _WARM_UP = 1000, 10
-# Prompts decoded together to measure acceptance, and prompts decoded one by one to measure speed.
-TOGETHER, TIMED = 64, 4
+# Prompts decoded together to measure acceptance, and the fewest decoded one by one for speed.
+TOGETHER, _TIMED = 64, 4
 
 
 def prompts_that_fit(
@@ -108,6 +108,30 @@ def race(
                     seconds[name][-1] += clock() - began
                 order.reverse()
     return Race(outputs, seconds)
+
+
+def short_race(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    ways: Mapping[str, DecodingOptions],
+    *,
+    tokenizer: Any = None,
+    seconds: float,
+) -> Race:
+    """A :func:`race` of greedy decoding, one of whose ways is ``"plain"``, over as many of the
+    first prompts as take about ``seconds``, at least four. Acceptance differs so much between
+    prompts that few of them mislead.
+
+    Raises:
+        RuntimeError: drafts changed a text.
+    """
+    run = race(model, prompts[:_TIMED], ways, tokenizer=tokenizer)
+    taken = sum(sum(own) for own in run.seconds.values())
+    if (n := int(seconds / max(taken, 1e-9) * _TIMED)) > _TIMED:
+        run = race(model, prompts[:n], ways, tokenizer=tokenizer)
+    for outputs in run.outputs.values():
+        require_same_greedy(model, prompts[: len(outputs)], run.outputs["plain"], outputs)
+    return run
 
 
 def intervals(generations: Sequence[Generation]) -> dict[str, float]:
@@ -273,7 +297,7 @@ def decoding_report(
     model: MTPModel, prompts: Sequence[Tensor], options: DecodingOptions, *, tokenizer: Any = None
 ) -> dict[str, float]:
     """Acceptance and speedup of drafting, measured and expected, on the same greedy texts. The
-    speedup is timed one prompt at a time, on the first few prompts.
+    speedup is timed one prompt at a time, for about two seconds.
 
     Returns:
         The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
@@ -287,10 +311,9 @@ def decoding_report(
     """
     model.mtp.require_drafts()
     values, plain = acceptance(model, prompts, options, tokenizer=tokenizer)
-    timed, alone = prompts[:TIMED], replace(options, batch_size=1)
+    alone = replace(options, batch_size=1)
     ways = {"plain": alone.plain(), "drafted": alone}
-    run = race(model, timed, ways, tokenizer=tokenizer, repeats=3)
-    require_same_greedy(model, timed, run.outputs["plain"], run.outputs["drafted"])
+    run = short_race(model, prompts, ways, tokenizer=tokenizer, seconds=2.0)
     values["speedup"] = run.speedup("drafted")
     if not options.drafts_as_trained or options.max_draft(model) < model.depth:
         return values

@@ -6,6 +6,7 @@ import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -191,6 +192,19 @@ def test_a_race_warms_up_and_alternates_the_order(monkeypatch, batch_size: int) 
     assert run.outputs["drafted"] == ["drafted a", "drafted b"]
     assert len(run.seconds["plain"]) == 2 and max(run.seconds["drafted"]) < 5
     assert run.speedup("drafted") == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 4), (7.0, 7), (99.0, 9)])
+def test_a_short_race_takes_the_prompts_that_the_time_allows(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int
+) -> None:
+    """At least four, at most all; one takes half a second in each of two ways."""
+    clock = itertools.count(step=0.5).__next__
+    monkeypatch.setattr(measure, "race", partial(measure.race, clock=clock))
+    options = DecodingOptions(max_new_tokens=3, batch_size=1)
+    ways, prompts = {"plain": options.plain(), "drafted": options}, random_prompts(1, [3] * 9)
+    run = measure.short_race(small_model(1, 1), prompts, ways, seconds=seconds)
+    assert [len(run.outputs[name]) for name in ways] == [expected, expected]
 
 
 def test_another_greedy_token_is_an_error_with_its_position() -> None:
